@@ -1,0 +1,7 @@
+"""Hugging Face models: where their hook points are, single hooks, and the context manager that steers a whole model."""
+
+from faststeer.hf.hook_points import HookPoints, find_hook_points
+from faststeer.hf.hooks import hook, read
+from faststeer.hf.steering import Steering, steer
+
+__all__ = ["HookPoints", "Steering", "find_hook_points", "hook", "read", "steer"]

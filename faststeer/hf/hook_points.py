@@ -1,0 +1,382 @@
+"""Where a model keeps its hook points: found by watching one short forward pass, confirmed by steering every point in a
+second one.
+
+No table of architectures: a residual stream shows itself in the values (`mid = input + attention`, `output = mid +
+MLP`, bit for bit). What does not show it is refused, with the way to name the modules by hand; names given by hand go
+through the same confirmation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.plan import n_sites, site_name
+
+Steer = Callable[[Tensor], Tensor]
+
+_found: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class HookPoints:
+    """The modules at which a model's residual stream can be read and written.
+
+    Args:
+        layers: path of the ModuleList of decoder layers, such as "model.layers".
+        attn_out: module inside a layer whose output is what attention adds to the residual stream, such as "self_attn"
+            (with a post-norm: that norm).
+        mlp_out: the same for the MLP.
+        resid_mid: module inside a layer whose input is the residual stream between attention and MLP, such as
+            "post_attention_layernorm"; None where there is no such tensor (attention and MLP in parallel).
+    """
+
+    layers: str
+    attn_out: str
+    mlp_out: str
+    resid_mid: str | None
+    n_layers: int = 0
+    hidden_size: int = 0
+
+    def layer(self, model: nn.Module, layer: int) -> nn.Module:
+        return model.get_submodule(self.layers)[layer]  # type: ignore[index]
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """The module that runs the layers: its forward pass sees the inputs, mask and cache of every pass."""
+        return model.get_submodule(self.layers.rpartition(".")[0])
+
+
+def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookPoints:
+    """Find and confirm a model's hook points, with two forward passes over four tokens (none if the model is known
+    already).
+
+    Args:
+        model: a causal language model of transformers, or its base model; anything whose forward pass takes `input_ids`
+            and runs a ModuleList of pre- or sandwich-norm layers.
+        named: names to confirm instead of finding them.
+
+    Raises:
+        ValueError: no residual structure was found, or the named points do not behave as one.
+    """
+    if named is None and model in _found:
+        return _found[model]
+    with _quiet(model):
+        points = _with_sizes(model, named) if named else _find(model)
+        _confirm(model, points)
+    _found[model] = points
+    return points
+
+
+def install(
+    model: nn.Module, points: HookPoints, steers: Mapping[int, Steer]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead.
+    Returns the handles to remove.
+
+    Our hooks come before all others of a module, so that whoever observes it (the user, transformers' capture of hidden
+    states) sees the steered stream; among our own, the order of installation holds.
+    """
+    handles = []
+    for number, steer in steers.items():
+        at, layer = site_name(number, points.n_layers)
+        module = points.layer(model, layer)
+        if at == "resid_pre" and layer == 0:
+            handles.append(_register(module, steer, _pre_hook))
+        elif at in ("resid_pre", "resid_post"):
+            # The tensor that leaves the layer before: steering it there shows it in the captured hidden states too.
+            module = points.layer(model, layer - 1 if at == "resid_pre" else layer)
+            handles.append(_register(module, steer, _output_hook))
+        elif at == "resid_mid":
+            if points.resid_mid is None:
+                raise ValueError(
+                    f"{type(model).__name__} runs attention and MLP in parallel: there is no resid_mid; use "
+                    "resid_pre, attn_out, mlp_out or resid_post"
+                )
+            handles.append(_register(module.get_submodule(points.resid_mid), steer, _in_place_hook))
+        else:
+            handles.append(_register(module.get_submodule(getattr(points, at)), steer, _output_hook))
+    return handles
+
+
+def _register(
+    module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]]
+) -> torch.utils.hooks.RemovableHandle:
+    hook = make(steer)
+    hook.faststeer = True  # type: ignore[attr-defined]
+    hooks: OrderedDict[int, Callable[..., Any]]
+    if make is _output_hook:
+        handle, hooks = module.register_forward_hook(hook, prepend=True), module._forward_hooks  # type: ignore[assignment]
+    else:
+        handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        hooks = module._forward_pre_hooks  # type: ignore[assignment]
+    for key, other in reversed(list(hooks.items())):
+        if key != handle.id and getattr(other, "faststeer", False):
+            hooks.move_to_end(key, last=False)
+    return handle
+
+
+def _pre_hook(steer: Steer) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (steer(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": steer(kwargs["hidden_states"])}
+
+    return hook
+
+
+def _in_place_hook(steer: Steer) -> Callable[..., Any]:
+    """For a tensor that the residual branch holds as well: it is overwritten, so that both see the new values."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        # Autograd may keep the steering's input for the backward pass: then that must not be what is overwritten.
+        source = x.clone() if torch.is_grad_enabled() else x
+        steered = steer(source)
+        if steered is not source:
+            x.copy_(steered)
+
+    return hook
+
+
+def _output_hook(steer: Steer) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return steer(output)
+        return (steer(output[0]), *output[1:])
+
+    return hook
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a module was called with: its first argument, or its first tensor by name."""
+    return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One module's part in a forward pass, on the CPU."""
+
+    name: str
+    order: int
+    times: int
+    received: Tensor
+    raw: Tensor  # its output before anybody's hooks
+    sent: Tensor  # its output as the next module sees it
+
+
+def _watch(model: nn.Module, names: list[str]) -> dict[str, _Call]:
+    """Run four tokens through the model and note what each named module received and sent (copies, since a later
+    operation may write in place)."""
+    calls: dict[str, _Call] = {}
+    nothing = torch.empty(0)
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+            if tensors:
+                times = calls[name].times + 1 if name in calls else 1
+                calls[name] = _Call(name, len(calls), times, _copy(tensors[0]), nothing, nothing)
+
+        return hook
+
+    def after(name: str, field: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tensor = output[0] if isinstance(output, (tuple, list)) and output else output
+            if isinstance(tensor, Tensor) and name in calls:
+                setattr(calls[name], field, _copy(tensor))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            for handle in (
+                module.register_forward_pre_hook(before(name), with_kwargs=True),
+                module.register_forward_hook(after(name, "raw"), prepend=True),
+                module.register_forward_hook(after(name, "sent")),
+            ):
+                stack.callback(handle.remove)
+        _run(model)
+    return {name: call for name, call in calls.items() if call.sent is not nothing}
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)
+
+
+def _run(model: nn.Module) -> None:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    device = embedding.weight.device
+    ids = torch.arange(1, 5, device="cpu" if device.type == "meta" else device).unsqueeze(0) % embedding.num_embeddings
+    model(input_ids=ids, use_cache=False)
+
+
+def _find(model: nn.Module) -> HookPoints:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    members = [f"{name}.{i}" for name, module in lists.items() for i in range(len(module))]
+    path = _chained(lists, _watch(model, members))
+    if path is None:
+        raise ValueError(_unknown(model, "no ModuleList whose members pass one tensor from each to the next"))
+    modules = lists[path]
+    inside = [f"{path}.{i}.{name}".rstrip(".") for i, layer in enumerate(modules) for name, _ in layer.named_modules()]
+    calls = _watch(model, inside)
+    candidates: list[tuple[str, str, str | None]] | None = None
+    for i in range(len(modules)):
+        found = _branches(calls, f"{path}.{i}")
+        candidates = found if candidates is None else [names for names in candidates if names in found]
+    if not candidates:
+        raise ValueError(_unknown(model, f"the layers of {path} are not input + attention + MLP, bit for bit"))
+    attn_out, mlp_out, resid_mid = candidates[0]
+    return _with_sizes(model, HookPoints(path, attn_out, mlp_out, resid_mid))
+
+
+def _chained(lists: dict[str, nn.ModuleList], calls: dict[str, _Call]) -> str | None:
+    """The longest list whose members hand one tensor on."""
+
+    def chain(name: str) -> bool:
+        names = [f"{name}.{i}" for i in range(len(lists[name]))]
+        members = [calls[name] for name in names if name in calls]
+        complete = 0 < len(members) == len(names) and all(m.received.shape == m.sent.shape for m in members)
+        return complete and all(torch.equal(a.sent, b.received) for a, b in itertools.pairwise(members))
+
+    return max(filter(chain, lists), key=lambda name: len(lists[name]), default=None)
+
+
+def _branches(calls: dict[str, _Call], layer: str) -> list[tuple[str, str, str | None]]:
+    """(attn_out, mlp_out, resid_mid) of a layer, best first: the shallowest modules, of equals the last that sends a
+    branch and the first that receives the middle."""
+    whole = calls[layer]
+    start, end = whole.received, whole.raw
+    # A module that runs twice in a layer (a shared dropout) cannot be told apart by a hook.
+    inside = [
+        call
+        for name, call in calls.items()
+        if name.startswith(f"{layer}.") and call.times == 1 and call.sent.numel() == start.numel()
+    ]
+    short = {call.name: call.name[len(layer) + 1 :] for call in inside}
+    depth = {call.name: call.name.count(".") for call in inside}
+    senders = sorted(inside, key=lambda call: (depth[call.name], -call.order))
+    receivers = sorted(inside, key=lambda call: (depth[call.name], call.order))
+
+    def sent(call: _Call) -> Tensor:
+        return call.sent.reshape_as(start)
+
+    found: list[tuple[str, str, str | None]] = []
+    for attention in senders:
+        middle = start + sent(attention)
+        reads = [
+            r
+            for r in receivers
+            if r.order > attention.order
+            and r.received.numel() == middle.numel()
+            and torch.equal(r.received.reshape_as(middle), middle)
+        ]
+        for mlp in senders:
+            if mlp.order > attention.order and reads and torch.equal(middle + sent(mlp), end):
+                found += [(short[attention.name], short[mlp.name], short[r.name]) for r in reads]
+    if found:
+        return found
+    for attention in senders:
+        for mlp in senders:
+            if mlp.order > attention.order and _is_parallel_sum(end, start, sent(attention), sent(mlp)):
+                found.append((short[attention.name], short[mlp.name], None))
+    return found
+
+
+def _is_parallel_sum(end: Tensor, start: Tensor, attention: Tensor, mlp: Tensor) -> bool:
+    """Whether a layer's output is the sum of its input and its two branches, in one of the orders in which models
+    add them."""
+    return any(torch.equal(end, total) for total in (mlp + attention + start, start + attention + mlp))
+
+
+def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
+    try:
+        modules = model.get_submodule(points.layers)
+        if not isinstance(modules, nn.ModuleList) or not len(modules):
+            raise AttributeError(f"{points.layers} is a {type(modules).__name__}, expected a ModuleList")
+        for name in (points.attn_out, points.mlp_out, points.resid_mid or ""):
+            modules[0].get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(_unknown(model, f"it has no such hook points ({error}): {points}")) from error
+    first = f"{points.layers}.0"
+    call = _watch(model, [first])[first]
+    return dataclasses.replace(points, n_layers=len(modules), hidden_size=call.received.shape[-1])
+
+
+# Confirming -----------------------------------------------------------------------------------------------------------
+
+
+def _confirm(model: nn.Module, points: HookPoints) -> None:
+    """Steer every site at once and check that each tensor is what follows from the steered ones, bit for bit: then
+    each hook writes exactly the tensor it is named for."""
+    steered: dict[int, Tensor] = {}
+
+    def change(number: int) -> Steer:
+        def steer(x: Tensor) -> Tensor:
+            # Another row at every site, of the size it had: a deep stack must not overflow.
+            moved = x.roll(1 + number % 5, -1) + 0.5
+            steered[number] = _copy(moved)
+            return moved
+
+        return steer
+
+    sites = [number for number in range(n_sites(points.n_layers)) if points.resid_mid is not None or number % 4 != 2]
+    handles = install(model, points, {number: change(number) for number in sites})
+    try:
+        calls = _watch(model, [f"{points.layers}.{i}" for i in range(points.n_layers)])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    if missing := set(sites) - set(steered):
+        at, layer = site_name(min(missing), points.n_layers)
+        raise ValueError(_unknown(model, f"a forward pass does not reach {at} of layer {layer}"))
+    for i in range(points.n_layers):
+        call = calls[f"{points.layers}.{i}"]
+        here = {4 * i + k: steered[4 * i + k].reshape_as(call.received) for k in range(5) if 4 * i + k in steered}
+        pre, attn, mlp, post = (here[4 * i + k] for k in (0, 1, 3, 4))
+        if points.resid_mid is None:
+            moved = _is_parallel_sum(call.raw, pre, attn, mlp)
+        else:
+            moved = torch.equal(call.raw, here[4 * i + 2] + mlp)
+        if not moved:
+            what = f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should"
+            raise ValueError(_unknown(model, what))
+        for at, tensor, expected in (("resid_pre", call.received, pre), ("resid_post", call.sent, post)):
+            if not torch.equal(tensor, expected):
+                raise ValueError(_unknown(model, f"steering {at} of layer {i} does not reach it"))
+
+
+def _unknown(model: nn.Module, what: str) -> str:
+    return (
+        f"{type(model).__name__}: {what}. If its layers have a residual stream, name the hook points: "
+        'HookPoints(layers="model.layers", attn_out="self_attn", resid_mid="post_attention_layernorm", mlp_out="mlp") '
+        "with its own module names, "
+        "passed as steer(..., hook_points=...); a single module can be steered with "
+        "module.register_forward_hook(faststeer.hook(...))"
+    )
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, every module's own mode restored after."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

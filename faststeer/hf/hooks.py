@@ -1,0 +1,164 @@
+"""Single hooks: `hook` steers one module, the drop-in for a hand-written forward hook; `read` takes activations at a
+hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.hf.hook_points import find_hook_points, first_tensor, install
+from faststeer.intervention import Intervention
+from faststeer.ops import Rows, steer
+from faststeer.plan import Plan, site
+from faststeer.program import Capacity, Program
+from faststeer.vector import HookPoint, SteeringVector
+
+
+def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., Any]:
+    """A callable for `module.register_forward_hook` (steers the output) or `register_forward_pre_hook` (steers the
+    first input), with or without `with_kwargs`.
+
+    It acts on every row of `[..., hidden]`; a tuple's first element is the tensor. Where the hook is registered says
+    where it acts, so `layers` and `at` are not used; a SteeringVector must have one layer, or the intervention must
+    name one.
+
+        model.model.layers[14].register_forward_hook(fs.hook(fs.Add(direction, coefficient=1.0)))
+
+    Raises:
+        ValueError: positions, latched gates or probes (a single module does not know where the prompt ends: use
+            `steer`), or a vector with several layers.
+    """
+    plan = Plan([interventions] if isinstance(interventions, Intervention) else interventions)
+    layers = {layer for i in plan if (layer := _single_layer(i)) is not None}
+    if len(layers) > 1:
+        raise ValueError(
+            f"the interventions of one hook name different layers {sorted(layers)}: one hook sits at one layer; use "
+            "steer() for several"
+        )
+    run = _OneSite(plan, next(iter(layers), 0))
+
+    def call(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        kwargs = rest[0] if rest and type(rest[0]) is dict else None
+        if not rest or (kwargs is not None and len(rest) == 1):  # a pre-hook
+            if args:
+                new_args = (run(args[0]), *args[1:])
+                return new_args if kwargs is None else (new_args, kwargs)
+            if not kwargs:
+                raise ValueError(
+                    "the module was called with keyword arguments only: register the hook with with_kwargs=True"
+                )
+            x = first_tensor(args, kwargs)
+            return args, {k: run(v) if v is x else v for k, v in kwargs.items()}
+        output = rest[-1]
+        if isinstance(output, Tensor):
+            return run(output)
+        return (run(output[0]), *output[1:])
+
+    return call
+
+
+def _single_layer(intervention: Intervention) -> int | None:
+    name = type(intervention).__name__
+    if (
+        intervention.positions != "all"
+        or intervention.probe
+        or (intervention.when is not None and intervention.when.latched)
+    ):
+        raise ValueError(
+            f"{name}: a single hook does not know where the prompt ends nor where to write probes, so it takes no "
+            "positions, latched gates or probes: use faststeer.steer(model, plan)"
+        )
+    vectors = [d for d in intervention.directions() if isinstance(d, SteeringVector)]
+    if intervention.when is not None and isinstance(intervention.when.direction, SteeringVector):
+        vectors.append(intervention.when.direction)
+    if not vectors:
+        return None
+    if isinstance(intervention.layers, tuple) and len(intervention.layers) == 1 and intervention.layers[0] >= 0:
+        return intervention.layers[0]
+    if any(len(v.layers) > 1 for v in vectors):
+        raise ValueError(
+            f"{name}: the vector has several layers: pass one layer's direction, such as v[{vectors[0].layers[0]}], "
+            "or name the layer with layers="
+        )
+    return vectors[0].layers[0]
+
+
+class _OneSite:
+    """A plan at a single tensor: a program whose every intervention sits at one site, made when the first tensor
+    shows its size and device."""
+
+    def __init__(self, plan: Plan, layer: int) -> None:
+        self.plan, self.layer = plan, layer
+        self.programs: dict[tuple[torch.device, int], Program] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = (x.device, x.shape[-1])
+        if key not in self.programs:
+            self.programs[key] = self._program(*key)
+        program = self.programs[key]
+        flat = x.reshape(-1, x.shape[-1])
+        zeros = torch.zeros(flat.shape[0], dtype=torch.int32, device=x.device)
+        tables = program.tables(site("resid_pre", self.layer))
+        if program.requires_grad:
+            bank, scalars = program.live()
+            tables = tables._replace(bank=bank, scalars=scalars)
+        return steer(flat, tables, Rows(zeros, zeros, zeros)).view_as(x)
+
+    def _program(self, device: torch.device, hidden_size: int) -> Program:
+        here = Plan([_moved(i, self.layer) for i in self.plan])
+        program = Program(self.layer + 1, hidden_size, Capacity.of([here], self.layer + 1, hidden_size), device)
+        program.load(0, here)
+        return program
+
+
+def _moved(intervention: Intervention, layer: int) -> Intervention:
+    """The same intervention at `resid_pre` of `layer`."""
+    moved = object.__new__(type(intervention))
+    for name, value in {**vars(intervention), "layers": (layer,), "at": ("resid_pre",)}.items():
+        object.__setattr__(moved, name, value)
+    return moved
+
+
+@contextmanager
+def read(
+    model: nn.Module,
+    at: HookPoint = "resid_pre",
+    layers: Iterable[int] | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Iterator[dict[int, Tensor]]:
+    """Take activations while the model runs.
+
+        with read(model, at="resid_pre") as taken:
+            model(**batch)
+        taken[14]      # [batch, seq, hidden] of the last forward pass
+
+    Args:
+        at: hook point. layers: which (all). tokens: columns to keep, such as [-1, -2] (all).
+
+    Yields:
+        `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype, overwritten by every forward
+        pass. Reads what steering that was entered before left there.
+    """
+    points = find_hook_points(model)
+    taken: dict[int, Tensor] = {}
+
+    def taker(layer: int) -> Callable[[Tensor], Tensor]:
+        def take(x: Tensor) -> Tensor:
+            kept = x.detach() if tokens is None else x.detach()[..., list(tokens), :]
+            # The middle of a layer may be written in place later.
+            taken[layer] = kept.clone()
+            return x
+
+        return take
+
+    wanted = range(points.n_layers) if layers is None else layers
+    handles = install(model, points, {site(at, layer): taker(layer) for layer in wanted})
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()

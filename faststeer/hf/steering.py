@@ -1,0 +1,430 @@
+"""Steering a whole model: `with steer(model, plan)`, one plan for every row of the batch or one per row, changed while
+the model runs.
+
+The model's own code is untouched: hooks at the sites in use, and a wrapper around `generate` (on the instance) that
+notes where the prompt ends. Leaving the context removes both.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.hf.hook_points import HookPoints, find_hook_points, install
+from faststeer.intervention import Intervention
+from faststeer.ops import Rows, latch
+from faststeer.ops import steer as steer_rows
+from faststeer.plan import Plan, n_sites, site_name
+from faststeer.program import Capacity, Program
+from faststeer.vector import HookPoint
+
+Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
+
+_active: weakref.WeakKeyDictionary[nn.Module, list[Steering]] = weakref.WeakKeyDictionary()
+
+
+def steer(
+    model: nn.Module, plans: Plans, *, hook_points: HookPoints | None = None, capacity: Capacity | None = None
+) -> Steering:
+    """Steer a whole model inside a `with` block.
+
+        with steer(model, plan):                      # every row
+            model.generate(**batch)
+        with steer(model, [plan, None, other]):       # a plan per row of the batch; None: as if not steered
+            model.generate(**batch)
+
+    Works around `model(...)` and `model.generate(...)` with any cache, sampling or beams (a prompt's beams and return
+    sequences share its plan), padding on either side, gradients on or off. Contexts nest: an outer one acts before an
+    inner one. Everything is checked here, before the model is touched.
+
+    Args:
+        model: a causal language model of transformers (or its base model), whose hook points are found and confirmed by
+            two forward passes over four tokens, once per model.
+        plans: one for all rows, or a list with one per row of the batch.
+        hook_points: where to find them in an architecture that is not recognised.
+        capacity: room for plans that will be assigned later, where more is needed than the default (`Capacity.of`).
+
+    Raises:
+        TypeError, ValueError: a plan that does not fit the model, unknown architecture, capacity exceeded.
+    """
+    return Steering(model, plans, hook_points, capacity)
+
+
+class Steering:
+    """What `steer` returns: enter it, change it while the model runs, read it.
+
+    Attributes:
+        path: "hooks": by forward hooks. (A fused path replaces them where the architecture allows.)
+        backend: the back end of the op: "reference".
+        projections: what probes saw, see there.
+    """
+
+    path = "hooks"
+    backend = "reference"
+
+    def __init__(
+        self, model: nn.Module, plans: Plans, hook_points: HookPoints | None = None, capacity: Capacity | None = None
+    ) -> None:
+        self.model = model
+        self._plans, per_row = _as_plans(plans)
+        self._points = find_hook_points(model, hook_points)
+        size = self._points.n_layers, self._points.hidden_size
+        self._capacity = capacity or Capacity.of(_distinct(self._plans), *size)
+        home = _device_of(self._points.layer(model, 0))
+        self._programs: dict[torch.device, Program] = {home: Program(*size, self._capacity, home)}
+        self._slot_table: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
+        self._entered = False
+        self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._owner_handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._owner_arguments = list(inspect.signature(self._points.owner(model).forward).parameters)
+        self._pass: _Pass | None = None
+        self._passes_to_recompute = 0
+        self._prompt_end: Tensor | None = None  # [batch] or [1], columns
+        self._prompt_fixed = False
+        self._generating = False
+        self._gate_state: Tensor | None = None
+        self._history: dict[int, list[Tensor]] = {}
+        self._load(self._plans, per_row)
+
+    # Entering and leaving
+
+    def __enter__(self) -> Steering:
+        if self._entered:
+            raise RuntimeError("this steering is active already: make another one with steer(...) to nest")
+        self._entered = True
+        owner = self._points.owner(self.model)
+        self._owner_handles = [owner.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._install()
+        _watch_generate(self.model, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _unwatch_generate(self.model, self)
+        for handle in (*self._handles.values(), *self._owner_handles):
+            handle.remove()
+        self._handles.clear()
+        self._entered, self._pass = False, None
+
+    # Changing plans
+
+    def assign(self, plans: Plans) -> None:
+        """Use other plans from the next forward pass on; also between two tokens of one generation. A list has one per
+        row, as in `steer`.
+
+        The tables keep their addresses; nothing is changed if a plan does not fit (ValueError).
+        """
+        listed, per_row = _as_plans(plans)
+        self._load(listed, per_row)
+        self._gate_state = None  # a new plan's latched gates have decided nothing yet
+        if self._entered:
+            self._install()
+
+    def _load(self, plans: list[Plan | None], per_row: bool) -> None:
+        wanted = _distinct(plans)
+        for (
+            program
+        ) in self._programs.values():  # equal programs: the first refuses what does not fit, before any is changed
+            slot_of = program.load_all(wanted)
+        slots = [-1 if plan is None else slot_of[wanted.index(plan)] for plan in plans]
+        if not self._slot_table or len(slots) != len(self._plans):
+            self._slot_table = {
+                device: torch.tensor(slots, dtype=torch.int32, device=device) for device in self._programs
+            }
+        else:
+            for table in self._slot_table.values():
+                table.copy_(torch.tensor(slots, dtype=torch.int32))
+        self._plans, self._per_row = plans, per_row
+
+    def _install(self) -> None:
+        """Hook the sites that a loaded plan uses and that have no hook yet."""
+        program = next(iter(self._programs.values()))
+        steers = {
+            number: self._at(number)
+            for number in range(n_sites(self._points.n_layers))
+            if program.depth[number] and number not in self._handles
+        }
+        self._handles |= zip(steers, install(self.model, self._points, steers), strict=True)
+
+    # Where rows stand
+
+    def set_prompt(self, columns: int | Sequence[int] | None) -> None:
+        """Say where prompts end, for a loop of one's own over chunks, without cache, or over a prompt with a known
+        answer.
+
+        Args:
+            columns: the number of columns that belong to the prompt, padding on the left included: one for all rows, or
+                one per row. None: go back to taking a forward pass with an empty cache for a prompt.
+        """
+        self._prompt_fixed = columns is not None
+        self._prompt_end = None if columns is None else torch.as_tensor(columns, dtype=torch.int32).reshape(-1)
+        self._gate_state = None
+
+    def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: derive each row's slot and position from the pass's own inputs, on the device."""
+        inputs = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
+        tokens: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        (batch, length), device = tokens.shape[:2], tokens.device
+        slots = self._row_slots(batch, device)
+        cache = inputs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0  # a tensor for a static cache: never read on the host
+        column = torch.arange(length, dtype=torch.int32, device=device) + past
+        end = self._ends(inputs.get("attention_mask"), past, batch, length, device)
+        position = (column.unsqueeze(0) - end.unsqueeze(1)).to(torch.int32)
+        sequence = torch.arange(batch, dtype=torch.int32, device=device)
+        gates = self._program_on(device).latching
+        if gates and (
+            self._gate_state is None or self._gate_state.shape[1] != batch + 1 or self._gate_state.shape[0] < gates
+        ):
+            # One column per sequence and a spare one, see ops.latch.
+            self._gate_state = torch.zeros(gates, batch + 1, dtype=torch.bool, device=device)
+        self._pass = _Pass(
+            Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length)),
+            batch,
+            length,
+        )
+        self._note_recomputation(owner)
+
+    def _row_slots(self, batch: int, device: torch.device) -> Tensor:
+        """`[batch]`: the slot of each row. Beams and return sequences of a prompt stand side by side and share its
+        plan."""
+        if device not in self._slot_table:
+            self._slot_table[device] = next(iter(self._slot_table.values())).to(device)
+        table = self._slot_table[device]
+        if not self._per_row:
+            return table.expand(batch)
+        if self._generating and batch % len(table) == 0:
+            return table.repeat_interleave(batch // len(table))
+        self._check_batch(batch)
+        return table
+
+    def _check_batch(self, batch: int) -> None:
+        if self._per_row and batch != len(self._plans):
+            raise ValueError(
+                f"the batch has {batch} rows, but there are {len(self._plans)} plans: give one plan per row, in "
+                "order, or a single plan for all rows"
+            )
+
+    def _ends(self, mask: Any, past: Any, batch: int, length: int, device: torch.device) -> Tensor:
+        """`[batch]`: the column behind each row's last prompt token."""
+        before = None if self._prompt_end is None else self._prompt_end.to(device)
+        if before is not None and before.shape[0] == 1:
+            before = before.expand(batch)
+        if self._prompt_fixed and before is not None:
+            if before.shape[0] != batch:
+                raise ValueError(
+                    f"the batch has {batch} rows, but set_prompt was given {before.shape[0]} numbers: give one for "
+                    "all rows or one per row"
+                )
+            return before
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+            here = (columns * (mask != 0)).amax(1).to(device, torch.int32)
+        else:
+            here = torch.full((batch,), length, dtype=torch.int32, device=device)
+        if before is None or before.shape[0] != batch:
+            before = (
+                torch.zeros_like(here) + past
+            )  # a filled cache whose prompt was not seen: what comes now continues it
+        self._prompt_end = torch.where(torch.as_tensor(past, device=device) == 0, here, before).to(torch.int32)
+        return self._prompt_end
+
+    def _generation_begins(self, arguments: dict[str, Any]) -> None:
+        """`generate` was called: its prompt ends where its input ends, however many passes read it."""
+        given = {**arguments, **arguments.get("kwargs", {})}
+        tokens = [
+            given[name] for name in ("inputs", "input_ids", "inputs_embeds") if isinstance(given.get(name), Tensor)
+        ]
+        mask = given.get("attention_mask")
+        if tokens:
+            self._check_batch(tokens[0].shape[0])
+        seen = [*tokens, *([mask] if isinstance(mask, Tensor) and mask.ndim == 2 else [])]
+        self._before_generation = self._prompt_end, self._prompt_fixed
+        self.set_prompt(max((t.shape[1] for t in seen), default=1))
+        self._generating = True
+
+    def _generation_ends(self) -> None:
+        end, fixed = self._before_generation
+        self._prompt_end, self._prompt_fixed = (end, True) if fixed else (self._prompt_end, False)
+        self._generating = False
+
+    def _note_recomputation(self, owner: nn.Module) -> None:
+        """Gradient checkpointing runs layers again in the backward pass, with the rows of the last forward pass:
+        right for one forward pass per backward pass, refused for more."""
+        layer = self._points.layer(self.model, 0)
+        checkpointed = torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)
+        self._passes_to_recompute = self._passes_to_recompute + 1 if checkpointed else 0
+
+    def _check_recomputation(self) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            return
+        if self._passes_to_recompute > 1:
+            raise RuntimeError(
+                "gradient checkpointing with several forward passes before one backward pass cannot be steered: call "
+                "backward after each, or switch checkpointing off"
+            )
+
+    # Acting
+
+    def _program_on(self, device: torch.device) -> Program:
+        if device not in self._programs:
+            self._programs[device] = next(iter(self._programs.values())).to(device)
+        return self._programs[device]
+
+    def _at(self, number: int) -> Callable[[Tensor], Tensor]:
+        def act(x: Tensor) -> Tensor:
+            self._check_recomputation()
+            now = self._pass
+            if now is None:
+                raise RuntimeError(
+                    "a decoder layer was called outside the model's forward pass, which says where each row stands: "
+                    "use faststeer.hook(...) on single modules"
+                )
+            flat = x.reshape(-1, x.shape[-1])
+            if flat.shape[0] != now.batch * now.length:
+                at, layer = site_name(number, self._points.n_layers)
+                raise RuntimeError(
+                    f"{at} of layer {layer} has {flat.shape[0]} rows in a forward pass of {now.batch} x {now.length} "
+                    "tokens: this model cannot be steered there"
+                )
+            program = self._program_on(x.device)
+            rows = now.rows_on(x.device)
+            tables = program.tables(number)
+            if program.requires_grad:
+                bank, scalars = now.live_on(x.device, program)
+                tables = tables._replace(bank=bank, scalars=scalars)
+            state = None if self._gate_state is None else self._gate_state.to(x.device)
+            if state is not None and program.latches[number]:
+                latch(flat, tables, rows, state)
+                self._gate_state = state
+            probe = None
+            if program.columns[number]:
+                probe = torch.zeros(flat.shape[0], program.columns[number], dtype=torch.float32, device=x.device)
+            steered = steer_rows(flat, tables, rows, state, probe)
+            if probe is not None:
+                self._history.setdefault(number, []).append(probe.view(now.batch, now.length, -1))
+            return steered.view_as(x)
+
+        return act
+
+    @property
+    def projections(self) -> dict[tuple[HookPoint, int], Tensor]:
+        """What probes saw: `{(hook point, layer): [batch, tokens, k]}`, fp32, every token since the last
+        `clear_projections`, in the order of the passes.
+
+        `resid_post` of layer l is listed as `resid_pre` of layer l + 1, except for the last layer. Passes of different
+        batch sizes cannot be put together: clear between them (ValueError).
+        """
+        found = {}
+        for number, pieces in sorted(self._history.items()):
+            if len({piece.shape[0] for piece in pieces}) > 1:
+                raise ValueError(
+                    "forward passes with different batch sizes were probed: call clear_projections() between them"
+                )
+            width = max(piece.shape[2] for piece in pieces)
+            padded = [torch.nn.functional.pad(piece, (0, width - piece.shape[2])) for piece in pieces]
+            found[site_name(number, self._points.n_layers)] = torch.cat(padded, dim=1)
+        return found
+
+    def clear_projections(self) -> None:
+        """Forget what probes have seen."""
+        self._history.clear()
+
+
+class _Pass:
+    """What is known of the forward pass under way."""
+
+    def __init__(self, rows: Rows, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self._rows = {rows.slot.device: rows}
+        self._live: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def rows_on(self, device: torch.device) -> Rows:
+        if device not in self._rows:
+            self._rows[device] = Rows(*(t.to(device) for t in next(iter(self._rows.values()))))
+        return self._rows[device]
+
+    def live_on(self, device: torch.device, program: Program) -> tuple[Tensor, Tensor]:
+        """What is being trained, read once per pass."""
+        if device not in self._live:
+            self._live[device] = program.live()
+        return self._live[device]
+
+
+def _as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:
+    """The plans as a list, and whether it has one per row."""
+    if isinstance(plans, (Plan, Intervention)):
+        return [_as_plan(plans, "plan")], False
+    if plans is None or isinstance(plans, str) or not isinstance(plans, Iterable):
+        raise TypeError(
+            f"expected a Plan or a list with one Plan or None per row of the batch, got {type(plans).__name__}"
+        )
+    listed = [_as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
+    if not listed:
+        raise ValueError("the list of plans is empty: give one Plan or None per row of the batch")
+    return listed, True
+
+
+def _as_plan(plan: object, what: str) -> Plan | None:
+    if isinstance(plan, Intervention):
+        return Plan([plan])
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    raise TypeError(
+        f"{what} is a {type(plan).__name__}: expected a Plan, an intervention, or None in a list with one per row"
+    )
+
+
+def _distinct(plans: Iterable[Plan | None]) -> list[Plan]:
+    """The different plan objects, in order."""
+    return list({id(plan): plan for plan in plans if plan is not None}.values())
+
+
+# Knowing when `generate` runs -----------------------------------------------------------------------------------------
+
+
+def _watch_generate(model: nn.Module, steering: Steering) -> None:
+    """Wrap `model.generate` on the instance, once, for all steerings active on the model."""
+    active = _active.setdefault(model, [])
+    if not active and hasattr(model, "generate"):
+        original: Callable[..., Any] = model.generate  # type: ignore[assignment]
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            steerings = list(_active.get(model, []))
+            arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+            begun: list[Steering] = []
+            try:
+                for steered in steerings:
+                    steered._generation_begins(arguments)
+                    begun.append(steered)
+                return original(*args, **kwargs)
+            finally:
+                for steered in begun:
+                    steered._generation_ends()
+
+        generate.restores = model.__dict__.get("generate")  # type: ignore[attr-defined]
+        model.generate = generate  # type: ignore[assignment]
+    active.append(steering)
+
+
+def _unwatch_generate(model: nn.Module, steering: Steering) -> None:
+    active = _active[model]
+    active.remove(steering)
+    if not active:
+        wrapper = model.__dict__.pop("generate", None)
+        if (before := getattr(wrapper, "restores", None)) is not None:
+            model.generate = before
+        del _active[model]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return (
+        torch.device("cpu") if device.type == "meta" else device
+    )  # offloaded: each tensor's own device is met when it comes

@@ -1,0 +1,461 @@
+"""Interventions: what to do to the residual stream, where and when. Frozen descriptions with no device memory; a
+`Plan` puts them in order and compiles them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, GateMode, Kind
+from faststeer.vector import HookPoint, SteeringVector, check_direction, check_hook_point, layers_text
+
+Direction = SteeringVector | Tensor
+Layers = int | Iterable[int] | Literal["all"] | None
+Positions = Literal["all", "prompt", "generated", "last"] | str | slice | int
+Number = float | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A condition on the residual stream under which an intervention acts.
+
+    The value is h . d (`kind="dot"`, d as given) or cos(h, d) (`kind="cosine"`; 0 for a zero row). It opens where value
+    > threshold, with `above=False` where value <= threshold.
+
+    Args:
+        direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
+        threshold: in the units of the value.
+        latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
+            verdict holds from that token on. Without it every token decides for itself, on the row as the intervention
+            finds it.
+        layer, at: where a latched gate looks; by default where the intervention first acts. It may look earlier than
+            that, not later.
+
+    Source: conditional activation steering, arXiv 2409.05907; the adaptive mode of angular steering, arXiv 2510.26243.
+    """
+
+    direction: Direction
+    threshold: float = 0.0
+    _: KW_ONLY
+    kind: Literal["dot", "cosine"] = "dot"
+    above: bool = True
+    latched: bool = False
+    layer: int | None = None
+    at: HookPoint | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", _direction(self.direction, "the gate's direction"))
+        object.__setattr__(self, "threshold", _finite(self.threshold, "the gate's threshold"))
+        if self.kind not in ("dot", "cosine"):
+            raise ValueError(f"unknown gate kind {self.kind!r}: expected 'dot' or 'cosine'")
+        if self.at is not None:
+            check_hook_point(self.at)
+        if not self.latched and (self.layer is not None or self.at is not None):
+            raise ValueError(
+                "a gate that every token decides for itself looks where the intervention acts: drop layer= and at=, "
+                "or set latched=True"
+            )
+
+    @property
+    def mode(self) -> int:
+        mode = GateMode.COSINE if self.kind == "cosine" else GateMode.DOT
+        return int(mode) if self.above else -int(mode)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """What every intervention has in common; the kinds are `Add`, `Ablate`, `Project`, `Clamp`, `Rotate` and `Probe`.
+
+    Args:
+        layers: decoder layers from 0, negative ones from the end: an int, several, a range, or "all". None: the layers
+            of the SteeringVector given.
+        at: hook point or hook points. None: that of the SteeringVector; "resid_post" for a bare tensor.
+        positions: "all", "prompt", "generated", "last" (the last prompt token), a slice counted from the prompt's end
+            such as `slice(-5, None)` or "[-5:]", or one position as int.
+        when: a Gate.
+        keep_norm: scale the row back to the norm it had.
+        probe: also write the row's dot products with the directions, before acting, to the probe buffer.
+    """
+
+    _: KW_ONLY
+    layers: Layers = None
+    at: HookPoint | tuple[HookPoint, ...] | None = None
+    positions: Positions = "all"
+    when: Gate | None = None
+    keep_norm: bool = False
+    probe: bool = False
+
+    direction_names: ClassVar[tuple[str, ...]] = ("direction",)
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        for name in self.direction_names:
+            set_(
+                self,
+                name,
+                _direction(getattr(self, name), f"{type(self).__name__}'s {name}", subspace=self._takes_subspace),
+            )
+        set_(self, "layers", _layers(self.layers))
+        if self.at is not None:
+            points = (self.at,) if isinstance(self.at, str) else tuple(self.at)
+            if not points:
+                raise ValueError("at=() names no hook point: leave it out for the default")
+            set_(self, "at", tuple(check_hook_point(point) for point in points))
+        set_(self, "positions", _positions(self.positions))
+        if self.when is not None and not isinstance(self.when, Gate):
+            raise TypeError(f"when= takes a Gate, got {type(self.when).__name__}")
+        self._check()
+
+    _takes_subspace: ClassVar[bool] = False
+
+    def _check(self) -> None:
+        """What a kind has to check of its own numbers."""
+
+    @property
+    def kind(self) -> Kind:
+        return Kind[type(self).__name__.upper()]
+
+    @property
+    def scalars(self) -> tuple[Number, Number]:
+        """The two numbers the op needs (columns A and B of `scalars`)."""
+        return 0.0, 0.0
+
+    def basis(self, directions: list[Tensor]) -> Tensor:
+        """The bank rows `[k, hidden]` for one layer's directions."""
+        return orthonormal(directions[0], f"{type(self).__name__}'s direction")
+
+    @property
+    def position_range(self) -> tuple[int, int]:
+        """low, high: acts where low <= r < high, r counted from the prompt's end."""
+        return position_range(self.positions)
+
+    def directions(self) -> list[Direction]:
+        return [getattr(self, name) for name in self.direction_names]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a direction or a number is being trained."""
+        tensors = [
+            t for d in self.directions() for t in (d.directions.values() if isinstance(d, SteeringVector) else [d])
+        ]
+        return any(isinstance(t, Tensor) and t.requires_grad for t in [*tensors, *self.scalars])
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Intervention):
+    """h + coefficient * v: activation addition, CAA, RePS, control vectors. v is used as it is, not normalised.
+
+    Args:
+        direction: `[hidden]` or a SteeringVector.
+        coefficient: finite float, or a tensor of one element where a gradient is wanted.
+
+    Source: arXiv 2308.10248 (activation addition), 2312.06681 (CAA).
+    """
+
+    direction: Direction
+    coefficient: Number = 1.0
+
+    def _check(self) -> None:
+        object.__setattr__(self, "coefficient", _finite(self.coefficient, "Add's coefficient"))
+        if isinstance(self.direction, Tensor) and not self.direction.requires_grad and not bool(self.direction.any()):
+            raise ValueError(
+                "Add's direction is zero: adding it does nothing; check where it came from (to switch steering off, "
+                "use coefficient=0)"
+            )
+        if self.probe:
+            raise ValueError(
+                "Add takes no dot product, so there is nothing to probe: put Probe(direction) before it in the plan"
+            )
+
+    @property
+    def scalars(self) -> tuple[Number, Number]:
+        return self.coefficient, 0.0
+
+    def basis(self, directions: list[Tensor]) -> Tensor:
+        return directions[0].unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Intervention):
+    """h - strength * sum_k (h . q_k) q_k: directional ablation; strength 2 reflects (Householder).
+
+    Args:
+        direction: `[hidden]`, `[k, hidden]` (linearly independent; made orthonormal), or a SteeringVector.
+        strength: 1 removes the component, 0 nothing.
+
+    Source: arXiv 2406.11717.
+    """
+
+    direction: Direction
+    strength: Number = 1.0
+    _takes_subspace: ClassVar[bool] = True
+
+    def _check(self) -> None:
+        object.__setattr__(self, "strength", _finite(self.strength, "Ablate's strength"))
+
+    @property
+    def scalars(self) -> tuple[Number, Number]:
+        return self.strength, 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Project(Intervention):
+    """sum_k (h . q_k) q_k: only what lies in the subspace is left.
+
+    Args:
+        direction: `[hidden]`, `[k, hidden]` (linearly independent; made orthonormal), or a SteeringVector.
+    """
+
+    direction: Direction
+    _takes_subspace: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(Intervention):
+    """h + (clip(p, low, high) - p) q with p = h . q: sets (low = high), caps or floors the projection on a direction.
+    With `Add`: ACE, AxBench's clamp.
+
+    Args:
+        direction: `[hidden]` or a SteeringVector; only where it points matters.
+        low, high: in units of the residual stream; None for no bound. At least one is needed.
+
+    Source: arXiv 2411.09003 (ACE), 2501.17148 (AxBench).
+    """
+
+    direction: Direction
+    low: float | None = None
+    high: float | None = None
+
+    def _check(self) -> None:
+        if self.low is None and self.high is None:
+            raise ValueError("Clamp without low and high does nothing: give at least one bound")
+        for name in ("low", "high"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _finite(value, f"Clamp's {name}"))
+        if self.low is not None and self.high is not None and float(self.low) > float(self.high):
+            raise ValueError(f"Clamp's low {self.low} is above its high {self.high}")
+
+    @property
+    def scalars(self) -> tuple[Number, Number]:
+        return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate(Intervention):
+    """Turn the part of h in the plane of a and b; the rest, and the norm, stay.
+
+    b1 = a / |a|, b2 = the part of b orthogonal to a, normalised. Absolute: h - p1 b1 - p2 b2 + sqrt(p1^2 + p2^2) (cos t
+    b1 + sin t b2), so 0 degrees points along a. Relative: the part in the plane is turned by t from b1 towards b2.
+
+    Args:
+        a, b: `[hidden]` or SteeringVectors, not parallel.
+        degrees: the angle t.
+        relative: turn by t instead of to t.
+
+    Source: arXiv 2510.26243 (absolute), 2601.19375 (relative).
+    """
+
+    a: Direction
+    b: Direction
+    degrees: float = 0.0
+    _: KW_ONLY
+    relative: bool = False
+
+    direction_names: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def _check(self) -> None:
+        object.__setattr__(self, "degrees", _finite(self.degrees, "Rotate's degrees"))
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.ROTATE_RELATIVE if self.relative else Kind.ROTATE
+
+    @property
+    def scalars(self) -> tuple[Number, Number]:
+        if isinstance(self.degrees, Tensor):
+            return torch.deg2rad(self.degrees).cos(), torch.deg2rad(self.degrees).sin()
+        # Whole turns first, so that 360 degrees turn by exactly nothing.
+        angle = math.radians(math.remainder(self.degrees, 360.0))
+        return math.cos(angle), math.sin(angle)
+
+    def basis(self, directions: list[Tensor]) -> Tensor:
+        return orthonormal(torch.stack(directions), "Rotate's plane (a, b)")
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(Intervention):
+    """Leaves h as it is and writes h . v_k / |v_k| to the probe buffer, wherever the token stands.
+
+    Args:
+        direction: `[hidden]`, `[k, hidden]` or a SteeringVector; each direction is normalised by itself, in its order.
+    """
+
+    direction: Direction
+    _takes_subspace: ClassVar[bool] = True
+
+    def _check(self) -> None:
+        if self.when is not None or self.positions != "all" or self.keep_norm:
+            raise ValueError("a Probe looks at every token and changes none: it takes no when, positions or keep_norm")
+        object.__setattr__(self, "probe", True)
+
+    def basis(self, directions: list[Tensor]) -> Tensor:
+        rows = torch.atleast_2d(directions[0])
+        return torch.cat([orthonormal(row, "Probe's direction") for row in rows])
+
+
+KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in (Add, Ablate, Project, Clamp, Rotate, Probe)}
+
+
+def orthonormal(directions: Tensor, what: str) -> Tensor:
+    """Gram-Schmidt of `[hidden]` or `[k, hidden]` to `[k, hidden]`: the first row keeps its direction. Computed in
+    fp64, differentiable.
+
+    Raises:
+        ValueError: a zero direction, or directions that are linearly dependent (to 1e-5 of their length:
+            single-precision copies of one another are).
+    """
+    rows = torch.atleast_2d(directions).to(torch.float64)
+    norms = rows.norm(dim=1)
+    if not bool((norms > 0).all()):
+        raise ValueError(f"{what} is zero: it has no direction to normalise; check where it came from")
+    unit = rows / norms.unsqueeze(1)
+    if unit.shape[0] > unit.shape[1]:
+        raise ValueError(
+            f"{what} has {unit.shape[0]} directions in a space of {unit.shape[1]}: they cannot be independent"
+        )
+    q, r = torch.linalg.qr(unit.T)
+    diagonal = torch.diagonal(r)
+    if bool((diagonal.abs() < 1e-5).any()):
+        raise ValueError(
+            f"{what}: the directions are linearly dependent (or parallel): remove the ones that the others span"
+        )
+    return (q * diagonal.sign()).T.to(directions.dtype)
+
+
+def position_range(positions: Positions) -> tuple[int, int]:
+    """The half-open range [low, high) of positions, counted from the prompt's end (docs/design.md)."""
+    named = {
+        "all": (POSITION_MIN, POSITION_MAX),
+        "prompt": (POSITION_MIN, 0),
+        "generated": (0, POSITION_MAX),
+        "last": (-1, 0),
+    }
+    if isinstance(positions, int):
+        return positions, positions + 1
+    if positions in named:
+        return named[positions]
+    start, _, stop = str(positions).strip("[]").partition(":")
+    low = int(start) if start else POSITION_MIN
+    high = int(stop) if stop else (0 if low < 0 else POSITION_MAX)
+    return low, high
+
+
+def _positions(positions: object) -> str | int:
+    """`positions` in the form that is kept and written to JSON: a name, "[a:b]", or an int."""
+    expected = (
+        "expected 'all', 'prompt', 'generated', 'last', an int, or a slice counted from the prompt's end such as "
+        "slice(-5, None) or '[-5:]'"
+    )
+    if isinstance(positions, slice):
+        if positions.step not in (None, 1):
+            raise ValueError(f"positions={positions!r} has a step: {expected}")
+        for bound in (positions.start, positions.stop):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+                raise ValueError(f"positions={positions!r}: {expected}")
+        start, stop = ("" if bound is None else str(bound) for bound in (positions.start, positions.stop))
+        positions = f"[{start}:{stop}]"
+    if isinstance(positions, bool) or not isinstance(positions, (str, int)):
+        raise ValueError(f"positions={positions!r}: {expected}")
+    try:
+        low, high = position_range(positions)
+    except ValueError:
+        raise ValueError(f"positions={positions!r}: {expected}") from None
+    if isinstance(positions, str) and positions not in ("all", "prompt", "generated", "last"):
+        if ":" not in positions:
+            raise ValueError(f"positions={positions!r}: {expected}")
+        if not positions.startswith("["):
+            positions = f"[{positions}]"
+    if not POSITION_MIN <= low <= POSITION_MAX or not POSITION_MIN <= high <= POSITION_MAX:
+        raise ValueError(f"positions={positions!r} does not fit 32 bits")
+    if low >= high:
+        raise ValueError(
+            f"positions={positions!r} selects no token: positions count from the prompt's end, -1 is the last prompt "
+            "token and 0 the first generated one"
+        )
+    return positions
+
+
+def _layers(layers: Layers) -> tuple[int, ...] | Literal["all"] | None:
+    if layers is None or layers == "all":
+        return layers
+    if isinstance(layers, str) or not isinstance(layers, (numbers.Integral, Iterable)):
+        raise ValueError(f"layers={layers!r}: expected an int, several, a range or 'all'")
+    listed: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
+    for layer in listed:
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
+            raise ValueError(f"layers={layers!r}: {layer!r} is no layer number")
+    if not listed:
+        raise ValueError("layers is empty: an intervention that acts nowhere is a mistake")
+    if len(set(listed)) < len(listed):
+        raise ValueError(
+            f"layers={layers!r} names a layer twice: put the intervention in the plan twice if it is to act twice"
+        )
+    return tuple(int(layer) for layer in listed)
+
+
+def _direction(direction: object, what: str, *, subspace: bool = False) -> Direction:
+    if isinstance(direction, SteeringVector):
+        return direction
+    return check_direction(direction, what, subspace=subspace)
+
+
+def _finite(value: object, what: str) -> Number:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{what} must be one finite number, got a tensor of shape {list(value.shape)}")
+        return value.reshape(()) if value.requires_grad else float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
+    """The layers an intervention acts at in a model of `n_layers`, ascending.
+
+    Raises:
+        ValueError: out of range; none named for a bare tensor; one that a SteeringVector has no direction for.
+    """
+    name = type(intervention).__name__
+    vectors = [d for d in intervention.directions() if isinstance(d, SteeringVector)]
+    if intervention.layers is None:
+        if not vectors:
+            raise ValueError(f"{name} with a bare tensor needs layers=: an int, several, a range, or 'all'")
+        layers = sorted(set.intersection(*(set(v.layers) for v in vectors)))
+    elif intervention.layers == "all":
+        layers = list(range(n_layers))
+    else:
+        layers = sorted({layer + n_layers if layer < 0 else layer for layer in intervention.layers})  # type: ignore[union-attr]
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ValueError(
+                f"{name}: layer {layer} is out of range: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)"
+            )
+        for v in vectors:
+            if layer not in v:
+                raise ValueError(
+                    f"{name}: the vector has no direction for layer {layer}; it has {layers_text(v.layers)}. "
+                    f"To use one layer's direction elsewhere, say so by passing the tensor: {name}(v[{v.layers[-1]}], "
+                    "layers=...)"
+                )
+    return layers
+
+
+def direction_at(direction: Direction, layer: int) -> Tensor:
+    """A SteeringVector's direction for the layer; a bare tensor serves every layer."""
+    return direction[layer] if isinstance(direction, SteeringVector) else direction

@@ -1,0 +1,394 @@
+"""Plans: interventions in order, as JSON that travels, and compiled into the entries that a `Program` puts on the
+device."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from faststeer.intervention import (
+    KINDS,
+    Direction,
+    Gate,
+    Intervention,
+    Number,
+    direction_at,
+    orthonormal,
+    resolve_layers,
+)
+from faststeer.ops.tables import POSITION_MAX, GateMode, Kind
+from faststeer.vector import HOOK_POINTS, HookPoint, SteeringVector
+
+FORMAT = "faststeer.plan/1"
+
+
+def site(at: HookPoint, layer: int) -> int:
+    """The number of a site, in the order of a forward pass: 4 per layer, and `resid_post` of layer l is `resid_pre`
+    of layer l + 1."""
+    return 4 * layer + HOOK_POINTS.index(at)
+
+
+def n_sites(n_layers: int) -> int:
+    return 4 * n_layers + 1
+
+
+def site_name(number: int, n_layers: int) -> tuple[HookPoint, int]:
+    """Hook point and layer of a site; the last one is the `resid_post` of the last layer."""
+    if number == 4 * n_layers:
+        return "resid_post", n_layers - 1
+    return HOOK_POINTS[number % 4], number // 4
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One intervention at one site, ready for the tables: what docs/design.md calls an entry."""
+
+    site: int
+    kind: Kind
+    basis: Tensor  # [k, hidden]
+    scalars: tuple[Number, Number] = (0.0, 0.0)
+    position_range: tuple[int, int] = (-1, POSITION_MAX)
+    gate_mode: int = int(GateMode.NONE)
+    gate_vector: Tensor | None = None  # [1, hidden]
+    gate_threshold: float = 0.0
+    gate_state: int = 0
+    keep_norm: bool = False
+    probe_column: int = -1
+
+
+class Plan:
+    """Interventions in the order in which they act.
+
+    Args:
+        interventions: any number of them; none is a plan that leaves everything as it is.
+
+    Raises:
+        TypeError: something in the list is no intervention.
+    """
+
+    def __init__(self, interventions: Iterable[Intervention] = ()) -> None:
+        if isinstance(interventions, Intervention):
+            interventions = [interventions]
+        self.interventions: tuple[Intervention, ...] = tuple(interventions)
+        for i, intervention in enumerate(self.interventions):
+            if not isinstance(intervention, Intervention):
+                raise TypeError(
+                    f"interventions[{i}] is a {type(intervention).__name__}: a Plan takes {', '.join(KINDS)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.interventions)
+
+    def __iter__(self) -> Iterator[Intervention]:
+        return iter(self.interventions)
+
+    def __repr__(self) -> str:
+        return f"Plan([{', '.join(map(repr, self.interventions))}])"
+
+    def __eq__(self, other: object) -> bool:
+        """Plans are equal when they do the same: same interventions in order, same values in the directions."""
+        return isinstance(other, Plan) and _encode(self, inline=True) == _encode(other, inline=True)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(_encode(self, inline=True), sort_keys=True))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any direction or number in it is being trained."""
+        return any(i.requires_grad for i in self.interventions)
+
+    def compile(self, n_layers: int, hidden_size: int) -> list[Entry]:
+        """The entries of a model of this shape, site by site, in the plan's order within a site (LATCH entries first).
+
+        Differentiable: directions and numbers that require a gradient keep it.
+
+        Raises:
+            ValueError: layer out of range, wrong hidden size, dependent or zero directions, a gate that looks later
+                than the intervention acts.
+        """
+        latches: dict[tuple[int, int], Entry] = {}  # (gate, its site) -> the entry that decides it
+        entries: list[Entry] = []
+        for intervention in self.interventions:
+            entries += _compile(intervention, n_layers, hidden_size, latches)
+        ordered = sorted(
+            [*latches.values(), *entries], key=lambda entry: entry.site
+        )  # stable: order within a site stays
+        return _number_probes(ordered)
+
+    def to_json(
+        self, names: Mapping[str, SteeringVector] | None = None, *, inline: bool = False, indent: int | None = None
+    ) -> str:
+        """The plan as JSON.
+
+        A SteeringVector found in `names` is written by that name; one that has a file (loaded or saved) by path and
+        SHA-256 of its content; others, bare tensors, and everything when `inline`, by value (safetensors in base64).
+        """
+        return json.dumps(_encode(self, names or {}, inline), indent=indent)
+
+    @classmethod
+    def from_json(
+        cls, text: str, names: Mapping[str, SteeringVector] | None = None, folder: str | Path | None = None
+    ) -> Plan:
+        """Read what `to_json` wrote.
+
+        Args:
+            names: the vectors that the plan may refer to by name.
+            folder: where relative paths start (default: the working directory).
+
+        Raises:
+            ValueError: no JSON, another format, unknown kinds or fields, a name that `names` lacks, a file whose
+                content is not the one the plan was written with; the message says where in the plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the plan is no valid JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(
+                f'this JSON is no faststeer plan: expected an object with "format": {FORMAT!r}; write one with '
+                "plan.to_json()"
+            )
+        listed = data.get("interventions")
+        if not isinstance(listed, list) or set(data) != {"format", "interventions"}:
+            raise ValueError('a plan holds "format" and "interventions" (a list), nothing else')
+        reader = _Reader(names or {}, Path(folder or "."))
+        return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
+
+
+def _compile(
+    intervention: Intervention, n_layers: int, hidden_size: int, latches: dict[tuple[int, int], Entry]
+) -> list[Entry]:
+    name = type(intervention).__name__
+    for direction in [*intervention.directions(), *([intervention.when.direction] if intervention.when else [])]:
+        size = direction.hidden_size if isinstance(direction, SteeringVector) else direction.shape[-1]
+        if size != hidden_size:
+            raise ValueError(
+                f"{name}: a direction has hidden size {size}, the model has {hidden_size}: was it found in another "
+                "model?"
+            )
+    layers = resolve_layers(intervention, n_layers)
+    points = hook_points(intervention)
+    sites = sorted({site(at, layer): (at, layer) for layer in layers for at in points}.items())
+    low, high = intervention.position_range
+    entries = []
+    for number, (_, layer) in sites:
+        gate = _gate(intervention.when, name, sites[0], layer, n_layers, latches)
+        if gate["gate_mode"] == GateMode.LATCHED:
+            low = max(low, -1)
+        entries.append(
+            Entry(
+                site=number,
+                kind=intervention.kind,
+                basis=intervention.basis([direction_at(d, layer) for d in intervention.directions()]),
+                scalars=intervention.scalars,
+                position_range=(low, high),
+                keep_norm=intervention.keep_norm,
+                probe_column=0 if intervention.probe else -1,
+                **gate,
+            )
+        )
+    return entries
+
+
+def hook_points(intervention: Intervention) -> tuple[HookPoint, ...]:
+    """Where in a layer an intervention acts: as it says, as its SteeringVector says, or `resid_post`."""
+    if intervention.at is not None:
+        return intervention.at  # type: ignore[return-value]
+    vectors = [d for d in intervention.directions() if isinstance(d, SteeringVector)]
+    if len({v.at for v in vectors}) > 1:
+        raise ValueError(
+            f"{type(intervention).__name__}: its vectors come from different hook points {[v.at for v in vectors]}: "
+            "say at= which one is meant"
+        )
+    return (vectors[0].at if vectors else "resid_post",)
+
+
+def _gate(
+    gate: Gate | None,
+    name: str,
+    first: tuple[int, tuple[HookPoint, int]],
+    layer: int,
+    n_layers: int,
+    latches: dict[tuple[int, int], Entry],
+) -> dict[str, Any]:
+    """The gate fields of an entry at `layer`; a latched gate gets its LATCH entry, once per gate and site, in
+    `latches`."""
+    if gate is None:
+        return {"gate_mode": int(GateMode.NONE)}
+    first_site, (first_at, first_layer) = first
+    where = layer
+    if gate.latched:
+        where = first_layer if gate.layer is None else gate.layer + n_layers if gate.layer < 0 else gate.layer
+        if not 0 <= where < n_layers:
+            raise ValueError(
+                f"{name}: its gate's layer {gate.layer} is out of range: the model has layers 0..{n_layers - 1}"
+            )
+    if isinstance(gate.direction, SteeringVector) and where not in gate.direction:
+        raise ValueError(
+            f"{name}: its gate's vector has no direction for layer {where}; pass one layer's tensor to use it elsewhere"
+        )
+    d = direction_at(gate.direction, where)
+    vector = orthonormal(d, "the gate's direction") if gate.kind == "cosine" else d.unsqueeze(0)
+    if not gate.latched:
+        return {"gate_mode": gate.mode, "gate_vector": vector, "gate_threshold": gate.threshold}
+    at = gate.at or (
+        gate.direction.at if isinstance(gate.direction, SteeringVector) and gate.layer is not None else first_at
+    )
+    number = site(at, where)
+    if number > first_site:
+        raise ValueError(
+            f"{name}: its gate looks at {at} of layer {where}, after the intervention first acts ({first_at} of layer "
+            f"{first_layer}): it must look there or earlier"
+        )
+    key = (id(gate), number)
+    if key not in latches:
+        latches[key] = Entry(
+            number,
+            Kind.LATCH,
+            vector,
+            gate_mode=gate.mode,
+            gate_vector=vector,
+            gate_threshold=gate.threshold,
+            gate_state=len(latches),
+        )
+    return {"gate_mode": int(GateMode.LATCHED), "gate_state": latches[key].gate_state}
+
+
+def _number_probes(entries: Sequence[Entry]) -> list[Entry]:
+    """Give each probing entry its columns: 0, 1, ... at each site, in order."""
+    used: dict[int, int] = {}
+    numbered = []
+    for entry in entries:
+        if entry.probe_column >= 0:
+            column = used.get(entry.site, 0)
+            used[entry.site] = column + entry.basis.shape[0]
+            entry = dataclasses.replace(entry, probe_column=column)
+        numbered.append(entry)
+    return numbered
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def _encode(plan: Plan, names: Mapping[str, SteeringVector] | None = None, inline: bool = False) -> dict[str, Any]:
+    return {"format": FORMAT, "interventions": [_encode_fields(i, names or {}, inline) for i in plan]}
+
+
+def _encode_fields(item: Intervention | Gate, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, Any]:
+    """An intervention or gate as an object: its kind and every field that differs from its default."""
+    encoded: dict[str, Any] = {} if isinstance(item, Gate) else {"type": type(item).__name__}
+    for f in dataclasses.fields(item):
+        value = getattr(item, f.name)
+        if isinstance(value, (SteeringVector, Tensor)) and f.name in (
+            *getattr(item, "direction_names", ()),
+            "direction",
+        ):
+            encoded[f.name] = _encode_direction(value, names, inline)
+        elif isinstance(value, Gate):
+            encoded[f.name] = _encode_fields(value, names, inline)
+        elif value != f.default and not (f.name == "probe" and type(item).__name__ == "Probe"):
+            encoded[f.name] = (
+                float(value) if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+            )
+    return encoded
+
+
+def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, str]:
+    if isinstance(direction, Tensor):
+        tensor = direction.detach().to("cpu", torch.float32).contiguous()
+        return {"tensor": base64.b64encode(to_safetensors({"direction": tensor})).decode()}
+    if inline:
+        return {"vector": base64.b64encode(direction.to_bytes()).decode()}
+    for name, vector in names.items():
+        if vector is direction:
+            return {"name": name}
+    if direction.path is not None:
+        return {"path": str(direction.path), "sha256": hashlib.sha256(direction.path.read_bytes()).hexdigest()}
+    return {"vector": base64.b64encode(direction.to_bytes()).decode()}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a plan's JSON; every error says where."""
+
+    names: Mapping[str, SteeringVector]
+    folder: Path
+
+    def intervention(self, item: Any, where: str) -> Intervention:
+        if not isinstance(item, dict) or item.get("type") not in KINDS:
+            kind = item.get("type") if isinstance(item, dict) else item
+            raise ValueError(
+                f'{where}: unknown intervention {kind!r}: expected an object whose "type" is one of {", ".join(KINDS)}'
+            )
+        kind = KINDS[item["type"]]
+        fields = {k: v for k, v in item.items() if k != "type"}
+        if isinstance(fields.get("at"), list):
+            fields["at"] = tuple(fields["at"])
+        return self._build(kind, fields, kind.direction_names, where)
+
+    def _build(self, kind: type, fields: dict[str, Any], directions: tuple[str, ...], where: str) -> Any:
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := set(fields) - known:
+            raise ValueError(
+                f"{where}: {kind.__name__} has no field {', '.join(map(repr, sorted(unknown)))}: it has "
+                f"{', '.join(sorted(known))}"
+            )
+        for name in directions:
+            if name not in fields:
+                raise ValueError(f"{where}: {kind.__name__} needs {name!r}")
+            fields[name] = self.direction(fields[name], f"{where}.{name}")
+        if fields.get("when") is not None:
+            if not isinstance(fields["when"], dict):
+                raise ValueError(f"{where}.when: expected an object with the fields of a Gate")
+            fields["when"] = self._build(Gate, dict(fields["when"]), ("direction",), f"{where}.when")
+        try:
+            return kind(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def direction(self, item: Any, where: str) -> Direction:
+        ways = '{"name": ...}, {"path": ..., "sha256": ...}, {"vector": base64} or {"tensor": base64}'
+        if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
+            raise ValueError(f"{where}: expected a direction as {ways}")
+        if "name" in item:
+            if item["name"] not in self.names:
+                raise ValueError(
+                    f"{where}: no vector is registered as {item['name']!r}; known: "
+                    f"{', '.join(sorted(self.names)) or 'none'}"
+                )
+            return self.names[item["name"]]
+        if "path" in item:
+            return self._from_file(item, where)
+        try:
+            data = base64.b64decode(item.get("vector") or item["tensor"], validate=True)
+            if "vector" in item:
+                return SteeringVector.from_bytes(data)
+            tensors = from_safetensors(data)
+            if set(tensors) != {"direction"}:
+                raise ValueError('expected one tensor named "direction"')
+            return tensors["direction"]
+        except (binascii.Error, SafetensorError, ValueError, TypeError) as error:
+            raise ValueError(f"{where}: the direction cannot be read: {error}") from error
+
+    def _from_file(self, item: dict[str, Any], where: str) -> SteeringVector:
+        path = self.folder / str(item["path"])
+        vector = SteeringVector.load(path)
+        if "sha256" in item and hashlib.sha256(path.read_bytes()).hexdigest() != item["sha256"]:
+            raise ValueError(
+                f"{where}: {path} is not the file that the plan was written with (SHA-256 differs): use that one, or "
+                'remove "sha256" from the plan'
+            )
+        return vector

@@ -1,0 +1,279 @@
+"""Programs: plans on the device. All tables are allocated once and changed with `copy_`, so that a captured graph that
+reads them sees a new plan at its next replay.
+
+A program holds the vectors of all its slots in one bank, each only once, however many plans use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, Kind, Tables
+from faststeer.plan import Entry, Plan, n_sites
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much a program can hold. Memory: 4 bytes x hidden per vector, 64 bytes per entry.
+
+    Args:
+        slots: plans at one time.
+        vectors: bank rows: one per direction in use (equal ones are shared), k for a k-dimensional basis.
+        entries: entries per slot: interventions x sites, plus one per latched gate.
+    """
+
+    slots: int
+    vectors: int
+    entries: int
+
+    @classmethod
+    def of(cls, plans: list[Plan], n_layers: int, hidden_size: int) -> Capacity:
+        """Room for these plans and as much again for plans to come; at the least 8 slots, and an entry and a vector
+        for every site in two slots."""
+        compiled = [plan.compile(n_layers, hidden_size) for plan in plans]
+        vectors = sum(
+            len(block) for i, entries in enumerate(compiled) for block in _Blocks.of(entries, i).values.values()
+        )
+        entries = max(map(len, compiled), default=0)
+        sites = n_sites(n_layers)
+        return cls(slots=max(8, 2 * len(plans)), vectors=2 * max(vectors, sites), entries=2 * max(entries, sites))
+
+
+class Program:
+    """Fixed-address tables for a model of `n_layers` and `hidden_size`.
+
+    Attributes:
+        bank, fields, scalars, ranges: the tables (docs/design.md, 'Tables').
+        depth, width, columns: per site, the most entries of any slot loaded so far, the most bank rows of one entry,
+            the most probe columns. Host numbers for the reference back end.
+        latches: per site, whether any plan loaded so far decides a gate there. latching: the most latched gates of any
+            such plan.
+    """
+
+    def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
+        self.n_layers, self.hidden_size, self.capacity, self.device = (
+            n_layers,
+            hidden_size,
+            capacity,
+            torch.device(device),
+        )
+        sites, entries = n_sites(n_layers), capacity.slots * capacity.entries
+        self.bank = torch.zeros(capacity.vectors, hidden_size, dtype=torch.float32, device=device)
+        self.fields = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
+        self.scalars = torch.zeros(entries, N_SCALARS, dtype=torch.float32, device=device)
+        self.ranges = torch.zeros(sites, capacity.slots, 2, dtype=torch.int32, device=device)
+        self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
+        self.latches, self.latching = [False] * sites, 0
+        self.plans: list[Plan | None] = [None] * capacity.slots
+        self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
+        self._allocation = _Allocation(capacity.vectors)
+
+    def load(self, slot: int, plan: Plan | None) -> None:
+        """Put `plan` into `slot`, replacing what is there; None empties the slot. Nothing is changed if it does not
+        fit.
+
+        Raises:
+            ValueError: no such slot; the plan does not fit the model (see `Plan.compile`); capacity exceeded, with the
+                capacity that is needed.
+        """
+        self._change({slot: plan})
+
+    def load_all(self, plans: list[Plan]) -> list[int]:
+        """Hold these plans and no others; returns their slots. A plan that is held already keeps its slot. Nothing is
+        changed if they do not fit.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        if len(plans) > self.capacity.slots:
+            raise ValueError(
+                f"capacity exceeded: {len(plans)} different plans, {self.capacity.slots} slots: use a larger "
+                "Capacity(slots=...)"
+            )
+        slots = {id(plan): slot for slot, plan in enumerate(self.plans) if plan is not None}
+        kept = {slots[id(plan)] for plan in plans if id(plan) in slots}
+        free = iter([slot for slot in range(self.capacity.slots) if slot not in kept])
+        changes: dict[int, Plan | None] = {
+            slot: None for slot, plan in enumerate(self.plans) if plan is not None and slot not in kept
+        }
+        for plan in plans:
+            if id(plan) not in slots:
+                slots[id(plan)] = next(free)
+                changes[slots[id(plan)]] = plan
+        self._change(changes)
+        return [slots[id(plan)] for plan in plans]
+
+    def _change(self, changes: dict[int, Plan | None]) -> None:
+        """Check everything, then write."""
+        compiled: dict[int, tuple[list[Entry], _Blocks]] = {}
+        for slot, plan in changes.items():
+            if not 0 <= slot < self.capacity.slots:
+                raise ValueError(f"slot {slot} is out of range: the program has {self.capacity.slots} slots")
+            entries = [] if plan is None else plan.compile(self.n_layers, self.hidden_size)
+            if len(entries) > self.capacity.entries:
+                raise ValueError(
+                    f"capacity exceeded: the plan needs {len(entries)} entries, a slot holds {self.capacity.entries}: "
+                    "use a larger Capacity(entries=...)"
+                )
+            compiled[slot] = entries, _Blocks.of(entries, slot)
+        first_row = self._allocation.replace({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        for slot, (entries, blocks) in compiled.items():
+            self.plans[slot] = changes[slot]
+            self._rows[slot] = [first_row[key] for key in blocks.basis]
+            self._write(slot, entries, blocks, first_row)
+            self._note_shape(entries)
+
+    def tables(self, site: int) -> Tables:
+        """What an op reads at `site`."""
+        return Tables(self.bank, self.fields, self.scalars, self.ranges[site], self.depth[site], self.width[site])
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loaded plan is being trained: then its values must be read anew before every use, through
+        `live`."""
+        return any(plan is not None and plan.requires_grad for plan in self.plans)
+
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Bank and scalars with the present values of what is being trained, as functions of it: gradients flow from
+        an op's output to the plan's tensors."""
+        bank, scalars = self.bank.clone(), self.scalars.clone()
+        for slot, plan in enumerate(self.plans):
+            if plan is None or not plan.requires_grad:
+                continue
+            entries = plan.compile(self.n_layers, self.hidden_size)
+            start = slot * self.capacity.entries
+            for i, entry in enumerate(entries):
+                row = self._rows[slot][i]
+                index = torch.arange(row, row + entry.basis.shape[0], device=self.device)
+                bank = bank.index_copy(0, index, entry.basis.to(bank))
+                numbers = torch.stack(
+                    [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in entry.scalars]
+                )
+                scalars = scalars.index_put(
+                    (torch.tensor(start + i, device=self.device), torch.arange(2, device=self.device)), numbers
+                )
+        return bank, scalars
+
+    def to(self, device: torch.device | str) -> Program:
+        """A program with the same plans in the same slots on another device (a model spread over several has one
+        each)."""
+        other = Program(self.n_layers, self.hidden_size, self.capacity, device)
+        other._change({slot: plan for slot, plan in enumerate(self.plans) if plan is not None})
+        return other
+
+    def _write(self, slot: int, entries: list[Entry], blocks: _Blocks, first_row: dict[bytes, int]) -> None:
+        for key, block in blocks.values.items():
+            self.bank[first_row[key] : first_row[key] + len(block)].copy_(block)
+        start = slot * self.capacity.entries
+        ranges = [[start, 0] for _ in self.depth]
+        for i, entry in enumerate(entries):
+            if ranges[entry.site][1] == 0:
+                ranges[entry.site][0] = start + i
+            ranges[entry.site][1] += 1
+        self.ranges[:, slot].copy_(torch.tensor(ranges, dtype=torch.int32))
+        if entries:
+            gates = [0 if key is None else first_row[key] for key in blocks.gate]
+            packed = [_pack(entry, *rows) for entry, *rows in zip(entries, self._rows[slot], gates, strict=True)]
+            self.fields[start : start + len(entries)].copy_(torch.tensor(packed, dtype=torch.int32))
+            numbers = [[*map(float, entry.scalars), entry.gate_threshold, 0.0] for entry in entries]
+            self.scalars[start : start + len(entries)].copy_(torch.tensor(numbers, dtype=torch.float32))
+
+    def _note_shape(self, entries: list[Entry]) -> None:
+        counts: dict[int, int] = {}
+        for entry in entries:
+            counts[entry.site] = counts.get(entry.site, 0) + 1
+            self.depth[entry.site] = max(self.depth[entry.site], counts[entry.site])
+            self.width[entry.site] = max(self.width[entry.site], entry.basis.shape[0])
+            self.latches[entry.site] |= entry.kind == Kind.LATCH
+            if entry.probe_column >= 0:
+                self.columns[entry.site] = max(self.columns[entry.site], entry.probe_column + entry.basis.shape[0])
+        self.latching = max(self.latching, sum(entry.kind == Kind.LATCH for entry in entries))
+
+
+def _pack(entry: Entry, vector: int, gate_vector: int) -> list[int]:
+    row = [0] * N_FIELDS
+    row[Field.KIND] = int(entry.kind)
+    row[Field.VECTOR] = vector
+    row[Field.COUNT] = entry.basis.shape[0]
+    row[Field.POSITION_LOW], row[Field.POSITION_HIGH] = entry.position_range
+    row[Field.GATE_MODE] = entry.gate_mode
+    row[Field.GATE_VECTOR] = gate_vector
+    row[Field.GATE_STATE] = entry.gate_state
+    row[Field.KEEP_NORM] = int(entry.keep_norm)
+    row[Field.PROBE] = entry.probe_column
+    return row
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The distinct blocks of bank rows `[k, hidden]` that a plan's entries use. Equal values are one block, but what
+    is being trained is its entry's own, since its values will move."""
+
+    values: dict[bytes, Tensor]
+    basis: list[bytes]  # per entry
+    gate: list[bytes | None]
+
+    @classmethod
+    def of(cls, entries: list[Entry], slot: int) -> _Blocks:
+        blocks = cls({}, [], [])
+        for i, entry in enumerate(entries):
+            own = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
+            blocks.basis.append(blocks._add(entry.basis, own))
+            blocks.gate.append(None if entry.gate_vector is None else blocks._add(entry.gate_vector))
+        return blocks
+
+    def _add(self, block: Tensor, key: bytes | None = None) -> bytes:
+        values = block.detach().to("cpu", torch.float32).contiguous()
+        key = key or len(values).to_bytes(4, "little") + values.numpy().tobytes()
+        self.values[key] = values
+        return key
+
+
+class _Allocation:
+    """Which bank rows belong to which block, and which slots use it. First fit; a block goes when its last slot
+    does."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.first: dict[bytes, int] = {}
+        self.length: dict[bytes, int] = {}
+        self.users: dict[bytes, set[int]] = {}
+
+    def replace(self, changes: dict[int, dict[bytes, Tensor]]) -> dict[bytes, int]:
+        """Give each slot these blocks instead of those it has; returns each block's first row. Changes nothing if
+        they do not fit."""
+        before = dict(self.first), dict(self.length), {key: set(users) for key, users in self.users.items()}
+        for slot, blocks in changes.items():
+            for key in [key for key, users in self.users.items() if slot in users and key not in blocks]:
+                self._leave(key, slot)
+        try:
+            for slot, blocks in changes.items():
+                for key, block in sorted(blocks.items(), key=lambda item: -len(item[1])):
+                    if key not in self.first:
+                        self.first[key], self.length[key], self.users[key] = self._find(len(block)), len(block), set()
+                    self.users[key].add(slot)
+        except ValueError:
+            self.first, self.length, self.users = before
+            raise
+        return dict(self.first)
+
+    def _leave(self, key: bytes, slot: int) -> None:
+        self.users[key].discard(slot)
+        if not self.users[key]:
+            del self.first[key], self.length[key], self.users[key]
+
+    def _find(self, length: int) -> int:
+        row = 0
+        for key in sorted(self.first, key=self.first.__getitem__):
+            if self.first[key] - row >= length:
+                return row
+            row = self.first[key] + self.length[key]
+        if row + length > self.rows:
+            raise ValueError(
+                f"capacity exceeded: {length} more bank row(s) do not fit into {self.rows} (in use: "
+                f"{sum(self.length.values())}): use a larger Capacity(vectors=...)"
+            )
+        return row

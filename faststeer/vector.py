@@ -1,0 +1,224 @@
+"""Steering vectors: what was found in a model, with the words needed to use it elsewhere.
+
+A vector knows its hook point, layers, scale and origin, and keeps them in its file (safetensors, never a pickle), so
+that it cannot be applied one layer off or at another scale without somebody saying so. This module never touches a
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from faststeer.files import write_atomically
+
+HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+FORMAT = "faststeer.vector/1"
+LAYER_CONVENTION = "decoder layers counted from 0; the hook point is that layer's own"
+
+
+def check_hook_point(at: object) -> HookPoint:
+    """Return `at` if it names a hook point, else raise ValueError with the names there are."""
+    if at not in HOOK_POINTS:
+        raise ValueError(f"unknown hook point {at!r}: expected one of {', '.join(HOOK_POINTS)}")
+    return at
+
+
+def check_direction(direction: object, what: str, *, subspace: bool = False) -> Tensor:
+    """Return `direction` as a floating tensor `[hidden]` (or `[k, hidden]` where `subspace`), refusing NaN, infinity
+    and wrong shapes by name."""
+    if not isinstance(direction, Tensor):
+        direction = torch.as_tensor(direction)
+    if not direction.is_floating_point():
+        direction = direction.float()
+    allowed = (1, 2) if subspace else (1,)
+    if direction.ndim not in allowed or direction.numel() == 0:
+        expected = "[hidden] or [k, hidden]" if subspace else "[hidden]"
+        raise ValueError(f"{what} has shape {list(direction.shape)}: expected a direction of shape {expected}")
+    if direction.is_meta:
+        raise ValueError(f"{what} is on the meta device and holds no values: load it first")
+    if not bool(torch.isfinite(direction).all()):
+        bad = int((~torch.isfinite(direction)).sum())
+        raise ValueError(
+            f"{what} has {bad} NaN or infinite value(s): a direction must be finite; was it extracted from a model "
+            "that overflowed (try bfloat16 or float32)?"
+        )
+    return direction
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """One direction per decoder layer.
+
+    Args:
+        directions: `{layer: [hidden]}`, layers counted from 0, all of one hidden size, finite and not zero (a tensor
+            that requires a gradient may be zero: it is being trained).
+        at: hook point the directions were found at and are meant for (see docs/design.md).
+        model: name of the model they come from.
+        method: how they were found, such as "dim".
+        scale: "raw" where the length is meaningful (a difference in means), "unit" where only the direction is.
+        provenance: anything else worth keeping, JSON-serialisable.
+
+    `v[14]` is the direction of layer 14, `v.layers` the layers there are, `14 in v` asks.
+
+    Raises:
+        ValueError: no layers, negative layers, different hidden sizes, NaN or infinity, a zero direction, an unknown
+            hook point or scale.
+    """
+
+    directions: Mapping[int, Tensor]
+    at: HookPoint = "resid_post"
+    model: str | None = None
+    method: str | None = None
+    scale: Literal["raw", "unit"] = "raw"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_hook_point(self.at)
+        if self.scale not in ("raw", "unit"):
+            raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
+        if not self.directions:
+            raise ValueError("a SteeringVector needs at least one layer: {layer: direction of shape [hidden]}")
+        checked: dict[int, Tensor] = {}
+        for layer in sorted(self.directions):
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"layer {layer!r}: a SteeringVector's layers are integers counted from 0")
+            direction = check_direction(self.directions[layer], f"the direction of layer {layer}")
+            if not direction.requires_grad and not bool(direction.any()):
+                raise ValueError(
+                    f"the direction of layer {layer} is zero: it points nowhere; was the extraction given the same "
+                    "prompts twice?"
+                )
+            checked[layer] = direction
+        sizes = {d.shape[0] for d in checked.values()}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the directions have different hidden sizes {sorted(sizes)}: all layers of one model have the same"
+            )
+        object.__setattr__(self, "directions", checked)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        try:
+            return self.directions[layer]
+        except KeyError:
+            raise KeyError(
+                f"this vector has no direction for layer {layer}; it has {layers_text(self.layers)}"
+            ) from None
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.directions
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.directions)
+
+    @property
+    def hidden_size(self) -> int:
+        return next(iter(self.directions.values())).shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"SteeringVector(layers {layers_text(self.layers)}, hidden {self.hidden_size}, at={self.at!r}, "
+            f"scale={self.scale!r}, "
+            f"method={self.method!r}, model={self.model!r})"
+        )
+
+    def to_bytes(self) -> bytes:
+        """The vector as a safetensors file in memory: fp32 tensors `layers.<n>`, the rest as metadata."""
+        metadata = {
+            "format": FORMAT,
+            "at": self.at,
+            "scale": self.scale,
+            "layer_convention": LAYER_CONVENTION,
+            "provenance": json.dumps(dict(self.provenance), sort_keys=True),
+        }
+        metadata |= {name: value for name in ("model", "method") if (value := getattr(self, name)) is not None}
+        tensors = {
+            f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
+            for layer, d in self.directions.items()
+        }
+        return to_safetensors(tensors, metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
+        path = Path(path)
+        write_atomically(path, self.to_bytes())
+        object.__setattr__(self, "path", path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+        """Read a vector written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, is no safetensors file, or holds something else than a steering vector.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no steering vector at {path}: no such file")
+        vector = cls.from_bytes(path.read_bytes(), str(path))
+        object.__setattr__(vector, "path", path)
+        return vector
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
+        """Read what `to_bytes` made; `what` names it in errors (ValueError)."""
+        try:
+            tensors, metadata = from_safetensors(data), _metadata(data)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{what} cannot be read as safetensors ({error}): is it truncated, or another kind of file? Copy or "
+                "extract it again"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{what} is safetensors but no faststeer vector (format {metadata.get('format')!r}, expected "
+                f"{FORMAT!r}): "
+                "build one with SteeringVector({layer: direction}, at=...).save(path)"
+            )
+        try:
+            provenance = json.loads(metadata.get("provenance", "{}"))
+            if not isinstance(provenance, dict):
+                raise ValueError("its provenance is not an object")
+            return cls(
+                {_layer_of(name): tensor for name, tensor in tensors.items()},
+                at=check_hook_point(metadata.get("at")),
+                model=metadata.get("model"),
+                method=metadata.get("method"),
+                scale=metadata.get("scale", "raw"),  # type: ignore[arg-type]
+                provenance=provenance,
+            )
+        except ValueError as error:
+            raise ValueError(f"{what} is not a valid steering vector: {error}") from error
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes: an 8-byte little-endian length, then a JSON header."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})
+
+
+def _layer_of(name: str) -> int:
+    prefix, _, number = name.partition(".")
+    if prefix != "layers" or not number.isdecimal():
+        raise ValueError(f"it holds a tensor {name!r}: a faststeer vector holds only tensors named layers.<number>")
+    return int(number)
+
+
+def layers_text(layers: tuple[int, ...]) -> str:
+    if len(layers) > 3 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}..{layers[-1]}"
+    return ", ".join(map(str, layers))
