@@ -7,7 +7,7 @@ in order, `steer` applies a plan, or one per row of the batch, to a whole Huggin
 one hand-written forward hook. docs/design.md has the semantics.
 """
 
-from faststeer import hf
+from faststeer import demo, evaluate, extract, hf
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
 from faststeer.plan import Plan

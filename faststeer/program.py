@@ -49,17 +49,15 @@ class Program:
         bank, fields, scalars, ranges: the tables (docs/design.md, 'Tables').
         depth, width, columns: per site, the most entries of any slot loaded so far, the most bank rows of one entry,
             the most probe columns. Host numbers for the reference back end.
+        requires_grad: whether a loaded plan is being trained: then its values must be read anew before every use,
+            through `live`.
         latches: per site, whether any plan loaded so far decides a gate there. latching: the most latched gates of any
             such plan.
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
-        self.n_layers, self.hidden_size, self.capacity, self.device = (
-            n_layers,
-            hidden_size,
-            capacity,
-            torch.device(device),
-        )
+        self.n_layers, self.hidden_size = n_layers, hidden_size
+        self.capacity, self.device = capacity, torch.device(device)
         sites, entries = n_sites(n_layers), capacity.slots * capacity.entries
         self.bank = torch.zeros(capacity.vectors, hidden_size, dtype=torch.float32, device=device)
         self.fields = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
@@ -68,6 +66,7 @@ class Program:
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
         self.latches, self.latching = [False] * sites, 0
         self.plans: list[Plan | None] = [None] * capacity.slots
+        self.requires_grad = False
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
 
@@ -125,16 +124,11 @@ class Program:
             self._rows[slot] = [first_row[key] for key in blocks.basis]
             self._write(slot, entries, blocks, first_row)
             self._note_shape(entries)
+        self.requires_grad = any(plan is not None and plan.requires_grad for plan in self.plans)
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
         return Tables(self.bank, self.fields, self.scalars, self.ranges[site], self.depth[site], self.width[site])
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether a loaded plan is being trained: then its values must be read anew before every use, through
-        `live`."""
-        return any(plan is not None and plan.requires_grad for plan in self.plans)
 
     def live(self) -> tuple[Tensor, Tensor]:
         """Bank and scalars with the present values of what is being trained, as functions of it: gradients flow from

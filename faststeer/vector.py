@@ -149,7 +149,7 @@ class SteeringVector:
             f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
             for layer, d in self.directions.items()
         }
-        return to_safetensors(tensors, metadata)
+        return _sorted_header(to_safetensors(tensors, metadata))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
@@ -205,10 +205,23 @@ class SteeringVector:
             raise ValueError(f"{what} is not a valid steering vector: {error}") from error
 
 
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and tensor data of safetensors bytes: an 8-byte little-endian length, a JSON header, the data."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of safetensors bytes: an 8-byte little-endian length, then a JSON header."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+    return _split(data)[0].get("__metadata__", {})
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with its header's keys in order: equal vectors are equal bytes, which safetensors does not promise
+    for metadata."""
+    header, tensors = _split(data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + tensors
 
 
 def _layer_of(name: str) -> int:

@@ -212,27 +212,35 @@ class Steering:
 
     def _ends(self, mask: Any, past: Any, batch: int, length: int, device: torch.device) -> Tensor:
         """`[batch]`: the column behind each row's last prompt token."""
-        before = None if self._prompt_end is None else self._prompt_end.to(device)
-        if before is not None and before.shape[0] == 1:
-            before = before.expand(batch)
-        if self._prompt_fixed and before is not None:
-            if before.shape[0] != batch:
-                raise ValueError(
-                    f"the batch has {batch} rows, but set_prompt was given {before.shape[0]} numbers: give one for "
-                    "all rows or one per row"
-                )
-            return before
+        if self._prompt_fixed:
+            return self._known_ends(batch, device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
             here = (columns * (mask != 0)).amax(1).to(device, torch.int32)
         else:
             here = torch.full((batch,), length, dtype=torch.int32, device=device)
-        if before is None or before.shape[0] != batch:
-            before = (
-                torch.zeros_like(here) + past
-            )  # a filled cache whose prompt was not seen: what comes now continues it
-        self._prompt_end = torch.where(torch.as_tensor(past, device=device) == 0, here, before).to(torch.int32)
-        return self._prompt_end
+        if isinstance(past, Tensor):
+            here = torch.where(past.to(device) == 0, here, self._earlier_ends(here, past)).to(torch.int32)
+        elif past:
+            here = self._earlier_ends(here, past)
+        self._prompt_end = here
+        return here
+
+    def _known_ends(self, batch: int, device: torch.device) -> Tensor:
+        ends = self._prompt_end.to(device)  # type: ignore[union-attr]
+        if ends.shape[0] not in (1, batch):
+            raise ValueError(
+                f"the batch has {batch} rows, but set_prompt was given {ends.shape[0]} numbers: give one for all rows "
+                "or one per row"
+            )
+        return ends.expand(batch)
+
+    def _earlier_ends(self, like: Tensor, past: Any) -> Tensor:
+        """Where the prompt ended that this pass continues; behind the cache, if that prompt was not seen."""
+        before = self._prompt_end
+        if before is None or before.shape[0] not in (1, like.shape[0]):
+            return (torch.zeros_like(like) + past).to(torch.int32)
+        return before.to(like.device).expand_as(like)
 
     def _generation_begins(self, arguments: dict[str, Any]) -> None:
         """`generate` was called: its prompt ends where its input ends, however many passes read it."""
@@ -261,9 +269,8 @@ class Steering:
         self._passes_to_recompute = self._passes_to_recompute + 1 if checkpointed else 0
 
     def _check_recomputation(self) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            return
-        if self._passes_to_recompute > 1:
+        in_backward = self._passes_to_recompute > 1 and torch._C._current_graph_task_id() != -1
+        if in_backward:
             raise RuntimeError(
                 "gradient checkpointing with several forward passes before one backward pass cannot be steered: call "
                 "backward after each, or switch checkpointing off"

@@ -55,7 +55,7 @@ def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
     h = x.detach().to(_compute_dtype(x))
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
-        decides = entry.live & (entry.kind == Kind.LATCH) & (rows.position == -1)
+        decides = entry.live & entry.is_kind(Kind.LATCH) & (rows.position == -1)
         verdict = entry.compare(h, tables)
         # A row that decides nothing writes back what is there. Only one row of a sequence has position -1, so no two
         # rows write different values to one cell,
@@ -80,15 +80,19 @@ class _Entry:
         self.scalars = tables.scalars[index].to(dtype)
         self.dtype = dtype
 
+    # int(...) because a compiler that traces this takes an enum for an object and not for a number.
+
     def field(self, field: Field) -> Tensor:
-        return self.fields[:, field]
+        return self.fields[:, int(field)]
 
     def scalar(self, scalar: Scalar) -> Tensor:
-        return self.scalars[:, scalar]
+        return self.scalars[:, int(scalar)]
 
-    @property
-    def kind(self) -> Tensor:
-        return self.fields[:, Field.KIND]
+    def is_kind(self, kind: Kind) -> Tensor:
+        return self.field(Field.KIND) == int(kind)
+
+    def is_mode(self, mode: GateMode) -> Tensor:
+        return self.field(Field.GATE_MODE).abs() == int(mode)
 
     def vectors(self, tables: Tables) -> Tensor:
         """`[rows, width, hidden]`: the entry's bank rows, zero beyond its count."""
@@ -101,23 +105,22 @@ class _Entry:
         return (self.field(Field.POSITION_LOW) <= rows.position) & (rows.position < self.field(Field.POSITION_HIGH))
 
     def gate_open(self, h: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Tensor:
-        mode = self.field(Field.GATE_MODE)
-        opened = (mode == GateMode.NONE) | self.compare(h.detach(), tables)
+        opened = self.is_mode(GateMode.NONE) | self.compare(h.detach(), tables)
         if gate_state is None:
             return opened
         latched = gate_state[self.field(Field.GATE_STATE).long(), rows.sequence.long()]
-        return torch.where(mode == GateMode.LATCHED, latched, opened)
+        return torch.where(self.is_mode(GateMode.LATCHED), latched, opened)
 
     def compare(self, h: Tensor, tables: Tables) -> Tensor:
         """The verdict of a dot or cosine gate on each row."""
-        mode = self.field(Field.GATE_MODE)
         d = tables.bank[self.field(Field.GATE_VECTOR).long()].detach().to(h.dtype)
         dot = (h * d).sum(-1)
         norm = h.norm(dim=-1)
         cosine = torch.where(norm > 0, dot / norm, 0)  # d is a unit vector in this mode
-        value = torch.where(mode.abs() == GateMode.COSINE, cosine, dot)
+        value = torch.where(self.is_mode(GateMode.COSINE), cosine, dot)
         above = value > self.scalar(Scalar.THRESHOLD)
-        return torch.where(mode < 0, ~above, above) & (mode != GateMode.NONE) & (mode != GateMode.LATCHED)
+        decided_here = self.is_mode(GateMode.DOT) | self.is_mode(GateMode.COSINE)
+        return torch.where(self.field(Field.GATE_MODE) < 0, ~above, above) & decided_here
 
 
 def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, Tensor]:
@@ -125,27 +128,27 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
 
     Every kind is h <- h + sum_k w_k q_k with a weight per direction (Project starts from zero instead of h).
     """
-    kind, a, b = entry.kind, entry.scalar(Scalar.A), entry.scalar(Scalar.B)
+    a, b = entry.scalar(Scalar.A), entry.scalar(Scalar.B)
+    adds, projects, relative = entry.is_kind(Kind.ADD), entry.is_kind(Kind.PROJECT), entry.is_kind(Kind.ROTATE_RELATIVE)
+    rotates = relative | entry.is_kind(Kind.ROTATE)
     p1, p2 = p[:, 0], p[:, min(1, p.shape[1] - 1)]
-    w1, w2 = _rotation(p1, p2, a, b, kind == Kind.ROTATE_RELATIVE)
-    rotates = (kind == Kind.ROTATE) | (kind == Kind.ROTATE_RELATIVE)
-    first = torch.where(
-        kind == Kind.ADD, a, torch.where(kind == Kind.CLAMP, p1.clamp(min=a, max=b) - p1, torch.where(rotates, w1, 0))
-    )
+    w1, w2 = _rotation(p1, p2, a, b, relative)
+    clamped = torch.where(entry.is_kind(Kind.CLAMP), p1.clamp(min=a, max=b) - p1, 0)
+    first = torch.where(adds, a, torch.where(rotates, w1, clamped))
     second = torch.where(rotates, w2, 0)
-    subspace = kind.unsqueeze(1)
-    weight = torch.where(subspace == Kind.ABLATE, -a.unsqueeze(1) * p, torch.where(subspace == Kind.PROJECT, p, 0))
+    kept = torch.where(projects.unsqueeze(1), p, 0)
+    weight = torch.where(entry.is_kind(Kind.ABLATE).unsqueeze(1), -a.unsqueeze(1) * p, kept)
 
     # One direction at a time, product rounded before the sum: `Add` is then h + c v as anybody would write it, bit for
     # bit.
-    moved = torch.where(kind.unsqueeze(1) == Kind.PROJECT, 0, h)
+    moved = torch.where(projects.unsqueeze(1), 0, h)
     for k in range(p.shape[1]):
         w = weight[:, k]
         if k < 2:
             w = w + (first, second)[k]  # one of the two is zero
         moved = moved + w.unsqueeze(1) * q[:, k]
-    acts = (kind != Kind.PROBE) & (kind != Kind.LATCH)
-    changes = (kind == Kind.PROJECT) | (weight != 0).any(1) | (first != 0) | (second != 0)
+    acts = ~entry.is_kind(Kind.PROBE) & ~entry.is_kind(Kind.LATCH)
+    changes = projects | (weight != 0).any(1) | (first != 0) | (second != 0)
     return moved, acts & changes
 
 

@@ -1,0 +1,179 @@
+"""The command line, run as a user would: on the demo model and on a folder saved by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import faststeer as fs
+from faststeer.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*arguments: object):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+def succeeds(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A Llama with random weights and the demo model's tokenizer, saved by transformers."""
+    path = tmp_path_factory.mktemp("model")
+    _, tokenizer = fs.demo.load()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("How do I bake a cake?\nTell me about a table.\n")
+    return path
+
+
+def test_generate_with_a_plan_on_a_local_folder_gives_what_the_library_gives(folder, prompts, tmp_path):
+    vector = fs.SteeringVector({1: torch.linspace(-4, 4, 32)}, at="resid_pre")
+    vector.save(tmp_path / "v.safetensors")
+    plan = fs.Plan([fs.Add(vector, 2.0), fs.Ablate(torch.ones(32), layers="all")])
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    out = tmp_path / "answers.jsonl"
+    settings = ("--max-new-tokens", 8, "--compare", "--out", out, "--json")
+    printed = json.loads(
+        succeeds("generate", "--model", folder, "--plan", tmp_path / "plan.json", "--prompts", prompts, *settings)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = prompts.read_text().splitlines()
+    steered = fs.evaluate.complete(model, tokenizer, asked, plan, max_new_tokens=8)
+    unsteered = fs.evaluate.complete(model, tokenizer, asked, None, max_new_tokens=8)
+    assert steered != unsteered
+    assert [answer["completion"] for answer in printed["completions"]] == steered
+    assert [answer["unsteered"] for answer in printed["completions"]] == unsteered
+    assert [json.loads(line) for line in out.read_text().splitlines()] == printed["completions"]
+
+
+def test_extract_from_files_then_generate_with_the_vector(folder, tmp_path):
+    harmful, harmless = fs.demo.prompts("refusal", "train")
+    (tmp_path / "harmful.txt").write_text("\n".join(harmful[:12]))
+    (tmp_path / "harmless.json").write_text(json.dumps([{"instruction": p} for p in harmless[:12]]))
+    sets = ("--positive", tmp_path / "harmful.txt", "--negative", tmp_path / "harmless.json")
+    out = tmp_path / "v.safetensors"
+    report = json.loads(succeeds("extract", "--model", folder, *sets, "--layer", 2, "--out", out, "--json"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = fs.extract.dim(model, tokenizer, harmful[:12], harmless[:12])[2]
+    vector = fs.SteeringVector.load(out)
+    assert (vector.layers, vector.at, report["layers"]) == ((2,), "resid_pre", [2])
+    torch.testing.assert_close(vector[2], expected)
+    table = succeeds("generate", "--model", folder, "--vector", out, "--prompt", "Hello", "--max-new-tokens", 2)
+    assert "steered" in table
+
+
+def test_extract_with_selection_on_the_demo_model(tmp_path):
+    out = tmp_path / "refusal.safetensors"
+    report = json.loads(succeeds("extract", "--select", "--out", out, "--json"))
+    chosen = report["selection"]["chosen"]
+    assert fs.SteeringVector.load(out).layers == (chosen["layer"],)
+    assert len(report["selection"]["table"]) >= 6
+
+
+def test_info_names_the_hook_points_of_a_folder(folder):
+    facts = json.loads(succeeds("info", "--model", folder, "--json"))
+    assert facts["model"]["hook_points"]["attn_out"] == "self_attn"
+    assert facts["model"]["path"] == "hooks"
+    assert "reference" in facts["backends"]
+    assert "reference" in succeeds("info")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("generate", "--prompt", "x", "--plan", "nowhere.json"), 1, "no such file"),
+        (("generate", "--prompt", "x", "--model", "no/such-model"), 1, "no model could be loaded"),
+        (("generate", "--prompts", "nowhere.txt"), 1, "nowhere.txt"),
+        (("generate",), 2, "--prompts"),
+        (("extract", "--out", "v.safetensors", "--positive", "a.txt"), 2, "--negative"),
+        (("extract", "--out", "v.safetensors", "--at", "resid_past"), 1, "unknown hook point"),
+        (("extract", "--out", "v.safetensors", "--layer", "99"), 1, "layer 99"),
+        (("generate", "--prompt", "x", "--dtype", "int3"), 1, "unknown --dtype"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
+)
+def test_errors_say_what_is_wrong_without_a_traceback(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_prints_one_json_object_and_writes_its_files(tmp_path):
+    printed = json.loads(succeeds("demo", "--out", tmp_path / "demo", "--prompts", 4, "--json"))
+    names = ("base_harmful", "base_harmless", "induced", "bypassed", "ablated", "random_induced", "random_bypassed")
+    assert set(printed["refusal"]) == set(names)
+    for cell in printed["refusal"].values():
+        assert cell["n"] == 4
+        assert 0 <= cell["low"] <= cell["rate"] <= cell["high"] <= 1
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    pictures = {"dose_response.png", "layer_sweep.png"}
+    assert written == {"demo.json", "plan.json", "refusal.safetensors", "tone.safetensors"} | pictures
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == printed
+    for name in pictures:
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+    plan = fs.Plan.from_json((tmp_path / "demo" / "plan.json").read_text())
+    assert plan == fs.Plan([fs.Add(fs.SteeringVector.load(tmp_path / "demo" / "refusal.safetensors"))])
+
+
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fs.evaluate, "complete", interrupt)
+    result = invoke("demo", "--out", tmp_path / "demo", "--prompts", 2)
+    assert result.exit_code != 0
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_interrupted_extraction_keeps_the_old_file(tmp_path, monkeypatch):
+    out = tmp_path / "v.safetensors"
+    fs.SteeringVector({0: torch.ones(4)}).save(out)
+    before = out.read_bytes()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fs.extract, "candidates", interrupt)
+    assert invoke("extract", "--out", out).exit_code != 0
+    assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_help_shows_an_example():
+    for command in ("demo", "extract", "generate", "info"):
+        assert f"Example: faststeer {command}" in " ".join(succeeds(command, "--help").split())
