@@ -1,7 +1,8 @@
 """Hugging Face models: where their hook points are, single hooks, and the context manager that steers a whole model."""
 
+from faststeer.hf.batching import Prompt, render, tokenize
 from faststeer.hf.hook_points import HookPoints, find_hook_points
 from faststeer.hf.hooks import hook, read
 from faststeer.hf.steering import Steering, steer
 
-__all__ = ["HookPoints", "Steering", "find_hook_points", "hook", "read", "steer"]
+__all__ = ["HookPoints", "Prompt", "Steering", "find_hook_points", "hook", "read", "render", "steer", "tokenize"]

@@ -178,11 +178,8 @@ class Steering:
         position = (column.unsqueeze(0) - end.unsqueeze(1)).to(torch.int32)
         sequence = torch.arange(batch, dtype=torch.int32, device=device)
         gates = self._program_on(device).latching
-        if gates and (
-            self._gate_state is None or self._gate_state.shape[1] != batch + 1 or self._gate_state.shape[0] < gates
-        ):
-            # One column per sequence and a spare one, see ops.latch.
-            self._gate_state = torch.zeros(gates, batch + 1, dtype=torch.bool, device=device)
+        if gates and (self._gate_state is None or self._gate_state.shape[1] != batch or len(self._gate_state) < gates):
+            self._gate_state = torch.zeros(gates, batch, dtype=torch.bool, device=device)
         self._pass = _Pass(
             Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length)),
             batch,

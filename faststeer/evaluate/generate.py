@@ -1,0 +1,96 @@
+"""Completions of many prompts, each under its own plan, in mixed batches.
+
+Greedy and through `model.generate`: the plain way to get answers to judge, never the fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from faststeer.hf import steer
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_evaluating,
+    encode,
+    model_device,
+    pad,
+    padding_id,
+    progress_bar,
+)
+from faststeer.plan import Plan
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    plans: Plan | Sequence[Plan | None] | None = None,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """Return the greedy completion of each prompt, without special tokens, in the order of the prompts.
+
+    Args:
+        prompts: texts or chat message lists.
+        plans: one plan for all prompts, or one per prompt (None: unsteered), or None.
+        system: a system prompt put before every prompt.
+        max_new_tokens: where a completion ends if no end-of-sequence token comes first.
+        batch_size: prompts that are generated together; those of similar length are.
+        progress: show a progress bar on stderr.
+
+    The end-of-sequence tokens are those of the model's own generation config (else the tokenizer's), and so are
+    penalties it may ask for.
+
+    Raises:
+        ValueError: no prompts, another number of plans than prompts, `max_new_tokens` or `batch_size` below 1, a model
+            in training mode.
+    """
+    encoded = encode(tokenizer, prompts, system)
+    per_prompt = [plans] * len(encoded) if plans is None or isinstance(plans, Plan) else list(plans)
+    if len(per_prompt) != len(encoded):
+        raise ValueError(
+            f"{len(per_prompt)} plans for {len(encoded)} prompts: expected one plan for all, or one (or None) for each"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    check_evaluating(model)
+    ends = _end_tokens(model, tokenizer)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": padding_id(tokenizer),
+    }
+    if ends:
+        settings["eos_token_id"] = ends
+    groups = batches([len(ids) for ids in encoded], batch_size)
+    texts = [""] * len(encoded)
+    with progress_bar("Generating", len(groups), progress) as advance:
+        for group in groups:
+            batch = pad([encoded[index] for index in group], padding_id(tokenizer), model_device(model))
+            # generate counts positions itself, from the mask.
+            del batch["position_ids"]
+            chosen = [per_prompt[index] for index in group]
+            with steer(model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
+                output = model.generate(**batch, **settings)
+            for index, row in zip(group, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                stop = next((place for place, token in enumerate(row) if token in ends), len(row))
+                texts[index] = tokenizer.decode(row[:stop], skip_special_tokens=True)
+            advance()
+    return texts
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    for ends in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if ends is not None:
+            return list(ends) if isinstance(ends, list) else [ends]
+    return []

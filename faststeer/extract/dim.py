@@ -1,0 +1,341 @@
+"""Difference in means: the direction from the mean activation of one set of prompts to that of another, at every layer.
+
+Means are summed in fp64 while batches pass, so memory does not grow with the number of prompts, and the result depends
+neither on the order of the prompts nor on how they were batched. Nothing is normalised or centred: the length of a
+direction is the distance between the means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from faststeer import hf
+from faststeer.extract.prompts import post_instruction_positions
+from faststeer.files import write_atomically
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_evaluating,
+    check_prompts,
+    encode,
+    forward_arguments,
+    model_device,
+    model_name,
+    pad,
+    padding_id,
+    progress_bar,
+)
+from faststeer.vector import HookPoint, SteeringVector, check_hook_point
+
+FORMAT = "faststeer.candidates/1"
+METHOD = "dim"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Mean activations of two sets of prompts at several positions and all layers: a direction for each of these.
+
+    Args:
+        positive_mean, negative_mean: `[positions, layers, hidden]` fp64, finite.
+        positions: token positions counted from the prompt's end, -1 being the last prompt token.
+        at: hook point of the activations.
+        n_positive, n_negative: how many prompts each mean is over.
+        model: name of the model they come from.
+
+    Raises:
+        ValueError: shapes that do not agree, values that are not finite, positions that are not distinct and negative,
+            counts below 1.
+    """
+
+    positive_mean: Tensor
+    negative_mean: Tensor
+    positions: tuple[int, ...]
+    at: HookPoint
+    n_positive: int
+    n_negative: int
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        check_hook_point(self.at)
+        object.__setattr__(self, "positions", check_positions(self.positions))
+        shape = self.positive_mean.shape
+        if (
+            len(shape) != 3
+            or shape[0] != len(self.positions)
+            or self.negative_mean.shape != shape
+            or not self.positive_mean.numel()
+        ):
+            raise ValueError(
+                f"means of shapes {list(shape)} and {list(self.negative_mean.shape)} for {len(self.positions)} "
+                "position(s): expected [positions, layers, hidden] twice"
+            )
+        if self.positive_mean.dtype != torch.float64 or self.negative_mean.dtype != torch.float64:
+            raise ValueError(
+                f"means of dtypes {self.positive_mean.dtype} and {self.negative_mean.dtype}: expected torch.float64"
+            )
+        if not bool(torch.isfinite(self.positive_mean).all() and torch.isfinite(self.negative_mean).all()):
+            raise ValueError("the means hold NaN or infinite values: extract them again")
+        if self.n_positive < 1 or self.n_negative < 1:
+            raise ValueError(
+                f"means over {self.n_positive} positive and {self.n_negative} negative prompts: "
+                "expected at least one of each"
+            )
+
+    @property
+    def directions(self) -> Tensor:
+        """positive mean - negative mean, `[positions, layers, hidden]` fp64."""
+        return self.positive_mean - self.negative_mean
+
+    @property
+    def n_layers(self) -> int:
+        return self.positive_mean.shape[1]
+
+    def exists(self) -> Tensor:
+        """Return `[positions, layers]` bool: whether the means differ by more than the rounding of their own sums.
+
+        They do not where every prompt has the same activation, as in the embedding of a token of the chat template.
+        The mean of n equal fp64 numbers is off by at most n eps of its size.
+        """
+        rounding = (self.n_positive + self.n_negative) * torch.finfo(torch.float64).eps
+        size = torch.maximum(self.positive_mean.norm(dim=-1), self.negative_mean.norm(dim=-1))
+        return self.directions.norm(dim=-1) > rounding * size
+
+    def vector(self, position: int, layer: int | None = None) -> SteeringVector:
+        """Return the directions found at `position`: that of `layer`, or of every layer that has one. Scale raw, fp32.
+
+        Raises:
+            ValueError: a position or layer there is not, no direction at that layer, or at none.
+        """
+        if position not in self.positions:
+            raise ValueError(f"no candidates at position {position}: there are {', '.join(map(str, self.positions))}")
+        if layer is not None and not 0 <= layer < self.n_layers:
+            raise ValueError(f"no candidates for layer {layer}: the model has layers 0..{self.n_layers - 1}")
+        index = self.positions.index(position)
+        exists = self.exists()[index]
+        wanted = range(self.n_layers) if layer is None else [layer]
+        directions = {number: self.directions[index, number].float() for number in wanted if exists[number]}
+        if not directions:
+            where = "any layer" if layer is None else f"layer {layer}"
+            raise ValueError(
+                f"both sets have the same mean at {where}, position {position}: "
+                "are the prompts the same, or is that token the same in all and its layer the embedding?"
+            )
+        provenance: dict[str, Any] = {
+            "position": position,
+            "n_positive": self.n_positive,
+            "n_negative": self.n_negative,
+        }
+        if missing := [number for number in wanted if not exists[number]]:
+            provenance["layers_without_direction"] = missing
+        return SteeringVector(
+            directions, at=self.at, model=self.model, method=METHOD, scale="raw", provenance=provenance
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the means to `path` as safetensors, atomically."""
+        metadata = {
+            "format": FORMAT,
+            "at": self.at,
+            "positions": json.dumps(self.positions),
+            "n_positive": str(self.n_positive),
+            "n_negative": str(self.n_negative),
+        }
+        if self.model is not None:
+            metadata["model"] = self.model
+        tensors = {"positive_mean": self.positive_mean.contiguous(), "negative_mean": self.negative_mean.contiguous()}
+        write_atomically(path, to_safetensors(tensors, metadata))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Candidates:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, no safetensors file, or holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no candidates at {path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+                if set(file.keys()) != {"positive_mean", "negative_mean"}:
+                    raise ValueError(
+                        f"it holds {', '.join(sorted(file.keys()))}, expected positive_mean, negative_mean"
+                    )
+                return cls(
+                    file.get_tensor("positive_mean"),
+                    file.get_tensor("negative_mean"),
+                    positions=tuple(json.loads(metadata["positions"])),
+                    at=cast(HookPoint, metadata["at"]),
+                    n_positive=int(metadata["n_positive"]),
+                    n_negative=int(metadata["n_negative"]),
+                    model=metadata.get("model"),
+                )
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds no candidates ({error}): is it truncated, or another kind of file? Extract it again"
+            ) from error
+
+
+def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
+    """Return the positions as a tuple if they are distinct negative integers, else raise ValueError."""
+    positions = tuple(positions)
+    if not positions or len(set(positions)) < len(positions) or not all(type(p) is int and p < 0 for p in positions):
+        raise ValueError(
+            f"positions are {list(positions)}: expected distinct negative integers, -1 being the last prompt token"
+        )
+    return positions
+
+
+def candidates(
+    model: Any,
+    tokenizer: Any,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    at: HookPoint = "resid_pre",
+    positions: Sequence[int] | None = None,
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Candidates:
+    """Return the mean activations of both sets at every layer and each of `positions`, from one pass over the prompts.
+
+    Args:
+        positive, negative: texts or chat message lists; the directions point from the negative to the positive.
+        at: hook point (docs/design.md).
+        positions: token positions counted from the prompt's end; by default those after the instruction
+            (`post_instruction_positions`).
+        system: a system prompt put before every prompt.
+        batch_size: prompts per forward pass; prompts of similar length go together.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: before any forward pass: an empty set, something that is no prompt, an unknown hook point, positions
+            that are not negative or that the shortest prompt does not have, a model in training mode. During it: an
+            activation that is NaN or infinite, with its layer and prompt.
+    """
+    check_hook_point(at)
+    check_evaluating(model)
+    positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
+    sets = {"positive": check_prompts(positive, "positive"), "negative": check_prompts(negative, "negative")}
+    encoded = {name: encode(tokenizer, prompts, system) for name, prompts in sets.items()}
+    for name, rows in encoded.items():
+        for index, ids in enumerate(rows):
+            if len(ids) < -min(positions):
+                raise ValueError(
+                    f"{name}[{index}] has {len(ids)} token(s) and so none at position {min(positions)}: "
+                    "leave the prompt or the position out"
+                )
+    means = {
+        name: _means(model, tokenizer, rows, name, at, positions, batch_size, progress)
+        for name, rows in encoded.items()
+    }
+    return Candidates(
+        means["positive"],
+        means["negative"],
+        positions,
+        at,
+        len(sets["positive"]),
+        len(sets["negative"]),
+        model_name(model),
+    )
+
+
+def dim(
+    model: Any,
+    tokenizer: Any,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    at: HookPoint = "resid_pre",
+    position: int = -1,
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> SteeringVector:
+    """Return mean(positive activations) - mean(negative activations) at one token position, a direction for every
+    layer, not normalised.
+
+    A layer at which both means are equal has no direction and is left out (`provenance["layers_without_direction"]`):
+    `resid_pre` of layer 0 is the embedding, which is the same for all prompts where the position holds a token of the
+    chat template.
+    Source: arXiv 2406.11717, arXiv 2604.08524.
+
+    Args:
+        position: token position counted from the prompt's end, -1 being the last prompt token; the rest as in
+            `candidates`.
+
+    Raises:
+        ValueError: as `candidates`; or the means are equal at every layer.
+    """
+    found = candidates(
+        model,
+        tokenizer,
+        positive,
+        negative,
+        at=at,
+        positions=[position],
+        system=system,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return found.vector(position)
+
+
+@torch.no_grad()
+def _means(
+    model: Any,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    name: str,
+    at: HookPoint,
+    positions: tuple[int, ...],
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    """Return the mean activation `[positions, layers, hidden]` fp64 on the CPU."""
+    groups = batches([len(ids) for ids in encoded], batch_size)
+    device, pad_id = model_device(model), padding_id(tokenizer)
+    total: Tensor | float = 0.0
+    with (
+        hf.read(model, at=at, tokens=list(positions)) as taken,
+        progress_bar(f"Reading {name} prompts", len(groups), progress) as advance,
+    ):
+        for group in groups:
+            model(**forward_arguments(model, pad([encoded[index] for index in group], pad_id, device)))
+            layers = range(len(taken))
+            # [positions, layers, hidden]; fp64 on the CPU, since not every accelerator has it.
+            batch = torch.stack([taken[layer].cpu().double().sum(0) for layer in layers], dim=1)
+            if not bool(torch.isfinite(batch).all()):
+                raise ValueError(_overflow([taken[layer] for layer in layers], group, name, at))
+            total = total + batch
+            advance()
+    return cast(Tensor, total) / len(encoded)
+
+
+def _overflow(activations: list[Tensor], group: list[int], name: str, at: HookPoint) -> str:
+    """Say where the first activation `[batch, positions, hidden]` that is not finite came from."""
+    for layer, values in enumerate(activations):
+        bad = ~torch.isfinite(values).flatten(1).all(1)
+        if bool(bad.any()):
+            prompt = group[int(bad.nonzero()[0])]
+            return (
+                f"{name}[{prompt}] has a NaN or infinite activation at {at} of layer {layer}: "
+                "load the model in bfloat16 or float32, or leave the prompt out"
+            )
+    return f"the activations of the {name} prompts at {at} overflow fp64: load the model in float32"

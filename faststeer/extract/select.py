@@ -1,0 +1,324 @@
+"""Choosing one direction among the candidates of all layers and positions, by what it does to refusal and to everything
+else.
+
+Every candidate is measured by steering with it, many of them as rows of the same batch; the whole table is kept.
+Nothing is chosen in silence: when no candidate satisfies every constraint, the result says which one was given up.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+
+from faststeer import hf
+from faststeer.evaluate.divergence import kl_on
+from faststeer.evaluate.refusal import refusal_tokens, score_on
+from faststeer.extract.dim import Candidates
+from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.intervention import Ablate, Add
+from faststeer.plan import Plan
+from faststeer.vector import HookPoint, SteeringVector
+
+Rule = Literal["steering", "arditi"]
+ABLATED: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
+# In the order in which they are given up. A threshold on the induced score suits models whose answers begin with the
+# refusal; others never reach it, and are asked to come half way to their own refusals. What does not even do that comes
+# last of all: a direction that changes nothing satisfies every other constraint.
+CONSTRAINTS = ("induce", "kl", "layer")
+LAST = "half way"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one candidate does; scores are means of log(P_R / (1 - P_R)) over the prompts.
+
+    Args:
+        layer, position: where it was found, and the layer at which it is added.
+        induce: score of harmless prompts with the direction added (+1).
+        bypass: score of harmful prompts with the direction subtracted (-1).
+        ablate: score of harmful prompts with the direction ablated from `resid_pre`, `attn_out` and `mlp_out` of every
+            layer.
+        kl: mean KL in nats of the next token on harmless prompts, from unsteered to ablated.
+        violated: the constraints it does not satisfy ("induce", "kl", "layer", "half way"), or "no direction", "not
+            finite": such a candidate cannot be chosen at all.
+
+    The numbers are NaN for a candidate without direction.
+    """
+
+    layer: int
+    position: int
+    induce: float
+    bypass: float
+    ablate: float
+    kl: float
+    violated: tuple[str, ...]
+
+    @property
+    def admissible(self) -> bool:
+        return not self.violated
+
+    def objective(self, rule: Rule) -> float:
+        """What `rule` minimises."""
+        return self.bypass - self.induce if rule == "steering" else self.ablate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `admissible`, ready for JSON: a number that is not finite is None."""
+        data = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return data | {"violated": list(self.violated), "admissible": self.admissible}
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The chosen direction and the table it was chosen from.
+
+    Args:
+        vector: the chosen direction at its one layer, scale raw.
+        chosen: its row of the table.
+        table: one row per candidate, positions in the order of the candidates, layers ascending within each.
+        rule: "steering" or "arditi".
+        relaxed: the constraints given up because no candidate satisfied all of them; empty when one did.
+        limits: the thresholds: `induce_above`, `kl_below`, `layer_below` (a layer number) and `half_way_above`.
+        unsteered: mean refusal scores of the unsteered model on the "harmful" and the "harmless" prompts.
+        n_prompts: how many there are of both.
+        refusal_tokens: ids whose probability is P_R.
+    """
+
+    vector: SteeringVector
+    chosen: Row
+    table: tuple[Row, ...]
+    rule: Rule
+    relaxed: tuple[str, ...]
+    limits: dict[str, float]
+    unsteered: dict[str, float]
+    n_prompts: dict[str, int]
+    refusal_tokens: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vector's values, ready for JSON."""
+        names = ("rule", "relaxed", "limits", "unsteered", "n_prompts", "refusal_tokens")
+        data = {name: getattr(self, name) for name in names}
+        data |= {"relaxed": list(self.relaxed), "refusal_tokens": list(self.refusal_tokens)}
+        return data | {"chosen": self.chosen.to_dict(), "table": [row.to_dict() for row in self.table]}
+
+
+def select(
+    model: Any,
+    tokenizer: Any,
+    candidates: Candidates,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    *,
+    rule: Rule = "steering",
+    token_ids: Sequence[int] | None = None,
+    induce_above: float = 0.0,
+    kl_below: float = 0.1,
+    depth_below: float = 0.8,
+    system: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Selection:
+    """Measure every candidate on validation prompts and choose one.
+
+    Candidates must point from harmless to harmful. With L layers, a candidate of layer l is admissible when
+    - "induce": score(harmless, +1) > `induce_above`,
+    - "kl": mean KL(P || P_ablated) on harmless prompts < `kl_below`,
+    - "layer": l < `depth_below` L,
+    where +1 and -1 add the raw direction at its own layer and hook point at every token. Among the admissible, the rule
+    "steering" takes the lowest score(harmful, -1) - score(harmless, +1) (arXiv 2604.08524), "arditi" the lowest
+    score(harmful, ablated) (arXiv 2406.11717); ties go to the earlier layer, then to the earlier position.
+
+    If none is admissible, as few constraints as possible are given up; of equally many, "induce" goes before "kl" and
+    "kl" before "layer". Without "induce" there is still "half way": score(harmless, +1) must be above the middle of the
+    unsteered scores of harmful and harmless prompts (or above `induce_above`, where that is lower), which goes last.
+    What was given up is warned about and recorded in `Selection.relaxed`.
+
+    Scores are those of the next token. Where answers open with words common to refusal and compliance ("Let me see."),
+    give validation chats that end in an assistant message with such an opener, so that the next token is where they
+    part.
+
+    Args:
+        candidates: from `faststeer.extract.candidates`.
+        harmful, harmless: validation prompts, not those the candidates were extracted from.
+        token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`.
+        system, batch_size, progress: as in `candidates`; a batch mixes candidates.
+
+    Raises:
+        ValueError: no prompts, an unknown rule, candidates of another model, or no candidate that has a direction and
+            finite scores.
+    """
+    if rule not in ("steering", "arditi"):
+        raise ValueError(f"unknown rule {rule!r}: expected 'steering' or 'arditi'")
+    if (n_layers := hf.find_hook_points(model).n_layers) != candidates.n_layers:
+        raise ValueError(f"the model has {n_layers} layers, the candidates {candidates.n_layers}: extract them from it")
+    harmful, harmless = check_prompts(harmful, "harmful"), check_prompts(harmless, "harmless")
+    token_ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
+    scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
+
+    numbers, plans = _plans(candidates)
+    n = len(numbers)
+    on_harmful = [None, *plans["subtract"], *plans["ablate"]]
+    on_harmless = [None, *plans["add"]]
+    scores = score_on(model, tokenizer, on_harmful, harmful, token_ids=token_ids, **scoring).mean(1)
+    base_harmful, bypass, ablate = scores.split([1, n, n])
+    scores = score_on(model, tokenizer, on_harmless, harmless, token_ids=token_ids, **scoring).mean(1)
+    base_harmless, induce = scores.split([1, n])
+    kl = kl_on(model, tokenizer, plans["ablate"], harmless, **scoring).mean(1)
+
+    unsteered = {"harmful": base_harmful.item(), "harmless": base_harmless.item()}
+    limits = {
+        "induce_above": induce_above,
+        "kl_below": kl_below,
+        "layer_below": depth_below * n_layers,
+        "half_way_above": min(induce_above, sum(unsteered.values()) / 2),
+    }
+    measured = dict(zip(numbers, torch.stack([induce, bypass, ablate, kl], dim=1).tolist(), strict=True))
+    table = tuple(
+        _row(layer, position, measured.get((layer, position)), limits)
+        for position in candidates.positions
+        for layer in range(n_layers)
+    )
+    chosen, relaxed = _choose(table, rule)
+    if relaxed:
+        warnings.warn(
+            f"no candidate satisfies every constraint; given up: {', '.join(relaxed)} (limits {limits}; "
+            f"the unsteered model scores {unsteered})",
+            stacklevel=2,
+        )
+    n_prompts = {"harmful": len(harmful), "harmless": len(harmless)}
+    found = candidates.vector(chosen.position, chosen.layer)
+    how = {"rule": rule, "relaxed": list(relaxed), "limits": limits, "n_prompts": n_prompts, "scores": chosen.to_dict()}
+    vector = replace(found, provenance={**found.provenance, "selection": how})
+    return Selection(vector, chosen, table, rule, relaxed, limits, unsteered, n_prompts, token_ids)
+
+
+def _plans(candidates: Candidates) -> tuple[list[tuple[int, int]], dict[str, list[Plan]]]:
+    """Return (layer, position) of each candidate that has a direction, and its plans: add, subtract, ablate."""
+    exists, directions = candidates.exists(), candidates.directions.float()
+    numbers: list[tuple[int, int]] = []
+    plans: dict[str, list[Plan]] = {"add": [], "subtract": [], "ablate": []}
+    for index, layer in exists.nonzero().tolist():
+        direction = directions[index, layer]
+        numbers.append((layer, candidates.positions[index]))
+        plans["add"].append(Plan([Add(direction, 1.0, layers=layer, at=candidates.at)]))
+        plans["subtract"].append(Plan([Add(direction, -1.0, layers=layer, at=candidates.at)]))
+        plans["ablate"].append(Plan([Ablate(direction, layers="all", at=ABLATED)]))
+    if not numbers:
+        raise ValueError(
+            "no candidate has a direction: both sets have the same mean everywhere; were the same prompts given twice?"
+        )
+    return numbers, plans
+
+
+def _row(layer: int, position: int, values: list[float] | None, limits: dict[str, float]) -> Row:
+    induce, bypass, ablate, kl = values or [math.nan] * 4
+    if values is None:
+        violated: tuple[str, ...] = ("no direction",)
+    elif not all(map(math.isfinite, values)):
+        violated = ("not finite",)
+    else:
+        satisfied = {
+            "induce": induce > limits["induce_above"],
+            "kl": kl < limits["kl_below"],
+            "layer": layer < limits["layer_below"],
+            LAST: induce > limits["half_way_above"],
+        }
+        violated = tuple(name for name, holds in satisfied.items() if not holds)
+    return Row(layer, position, induce, bypass, ablate, kl, violated)
+
+
+def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
+    """Return the best row that violates no constraint but the fewest that must be given up, and those."""
+    fewest_first = [some for count in range(len(CONSTRAINTS) + 1) for some in combinations(CONSTRAINTS, count)]
+    for relaxed in [*fewest_first, *((*some, LAST) for some in fewest_first)]:
+        allowed = [row for row in table if set(row.violated) <= set(relaxed)]
+        if allowed:
+            return min(allowed, key=lambda row: (row.objective(rule), row.layer, row.position)), relaxed
+    raise ValueError(
+        "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
+    )
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Prompts on which the model behaves as their set says, and how many there were.
+
+    Args:
+        harmful: those with a refusal score > 0; harmless: those with a score < 0; or all of a set, if it is named in
+            `unfiltered`.
+        of_harmful, of_harmless: how many prompts were given.
+        unfiltered: the sets ("harmful", "harmless") kept whole because fewer than the minimum would have been left.
+    """
+
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+    of_harmful: int
+    of_harmless: int
+    unfiltered: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return how many prompts were kept of how many, ready for JSON."""
+        return {
+            "harmful": {"kept": len(self.harmful), "of": self.of_harmful},
+            "harmless": {"kept": len(self.harmless), "of": self.of_harmless},
+            "unfiltered": list(self.unfiltered),
+        }
+
+
+def filter_prompts(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    *,
+    token_ids: Sequence[int] | None = None,
+    minimum: int = 8,
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Filtered:
+    """Keep the harmful prompts that the model refuses (score > 0) and the harmless ones that it does not (score < 0).
+
+    Means over prompts on which the model does the opposite blur the direction (arXiv 2406.11717, 2604.08524). A set
+    that would be left with fewer than `minimum` prompts is kept whole, with a warning and its name in
+    `Filtered.unfiltered`.
+
+    Args:
+        token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`.
+
+    Raises:
+        ValueError: no prompts, or something that is no prompt.
+    """
+    sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
+    kept: dict[str, list[Prompt]] = {}
+    unfiltered: list[str] = []
+    for name, prompts in sets.items():
+        scores = score_on(
+            model,
+            tokenizer,
+            None,
+            prompts,
+            token_ids=token_ids,
+            system=system,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        wanted = scores > 0 if name == "harmful" else scores < 0
+        kept[name] = [prompt for prompt, keep in zip(prompts, wanted.tolist(), strict=True) if keep]
+        if len(kept[name]) < minimum:
+            warnings.warn(
+                f"the model does as expected on only {len(kept[name])} of {len(prompts)} {name} prompts, "
+                f"fewer than {minimum}: all are kept",
+                stacklevel=2,
+            )
+            unfiltered.append(name)
+            kept[name] = prompts
+    return Filtered(kept["harmful"], kept["harmless"], len(sets["harmful"]), len(sets["harmless"]), tuple(unfiltered))

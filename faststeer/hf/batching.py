@@ -1,0 +1,257 @@
+"""From prompts to token batches, and from batches to next-token logits.
+
+Every evaluation and extraction goes through here, so that chat templates, begin-of-sequence tokens, padding and
+position ids are handled once. It never samples, never changes the tokenizer or the model, and pads by hand on the left,
+so that the last column of a batch is every row's last prompt token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from faststeer.hf.steering import steer
+from faststeer.plan import Plan
+
+Prompt = str | list[dict[str, str]]
+
+
+def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
+    """Return `prompts` as a list, or raise ValueError naming the first that is no text and no chat message list."""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"{what} is one {type(prompts).__name__}: expected a list of prompts")
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError(f"{what} is empty: expected at least one prompt")
+    for index, prompt in enumerate(prompts):
+        if fault := prompt_fault(prompt):
+            raise ValueError(
+                f"{what}[{index}] {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}"
+            )
+    return prompts
+
+
+def prompt_fault(prompt: object) -> str | None:
+    """Return what is wrong with a prompt, None when it is a text that is not blank or a chat message list."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "is blank"
+    if not isinstance(prompt, list):
+        return f"is of type {type(prompt).__name__}"
+    if not prompt:
+        return "is a chat without messages"
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f"holds {message!r}, which is no message"
+    return None
+
+
+def render(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None) -> list[str]:
+    """Return each prompt as the text the model continues.
+
+    A text becomes one user message; the tokenizer's chat template is applied with its generation prompt. A chat that
+    ends with the assistant's message is continued from there instead. A tokenizer without a chat template takes the
+    text as it is.
+
+    Args:
+        prompts: texts or chat message lists.
+        system: a system prompt put before every prompt.
+
+    Raises:
+        ValueError: no prompts, something that is no prompt, a second system prompt, a chat that the template (or its
+            absence) does not allow.
+    """
+    prompts = check_prompts(prompts)
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    for index, chat in enumerate(chats):
+        if system is not None and chat[0]["role"] == "system":
+            raise ValueError(
+                f"prompts[{index}] has a system message of its own, and system= gives another: leave one of them out"
+            )
+        if not has_template and (system is not None or len(chat) > 1):
+            raise ValueError(
+                f"prompts[{index}]: the tokenizer has no chat template, so it takes one text without a system prompt; "
+                "write the whole prompt as text"
+            )
+    if not has_template:
+        return [chat[0]["content"] for chat in chats]
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [_apply_template(tokenizer, head + chat, index) for index, chat in enumerate(chats)]
+
+
+def _apply_template(tokenizer: Any, chat: list[dict[str, str]], index: int) -> str:
+    begun = chat[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in chat)
+        raise ValueError(
+            f"prompts[{index}]: the tokenizer's chat template refuses messages by {roles} ({error}): "
+            "give only roles it knows, in an order it allows"
+        ) from error
+
+
+def encode(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
+    """Return the token ids of each prompt as `render` writes it, with exactly the special tokens the model expects.
+
+    A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets the tokenizer's,
+    but never twice.
+
+    Raises:
+        ValueError: as `render`, or a prompt that has no tokens.
+    """
+    texts = render(tokenizer, prompts, system)
+    bare = not getattr(tokenizer, "chat_template", None)
+    encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=bare)["input_ids"]]
+    begin = tokenizer.bos_token_id
+    for index, ids in enumerate(encoded):
+        if begin is not None and ids[:2] == [begin, begin]:
+            del ids[0]
+        if not ids:
+            raise ValueError(f"prompts[{index}] {texts[index]!r} has no tokens: expected at least one")
+    return encoded
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return `input_ids`, `attention_mask` and `position_ids` `[batch, seq]`, padded on the left.
+
+    A row's first token has position 0.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def tokenize(
+    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Return the prompts as one batch padded on the left: `input_ids`, `attention_mask`, `position_ids` `[batch, seq]`.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    return pad(encode(tokenizer, prompts, system), padding_id(tokenizer), device)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return a token id to fill rows with: being masked, any will do where the tokenizer has none of its own."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the indices `0..len(lengths) - 1` in batches of similar length.
+
+    The longest come first, so that a batch that does not fit into memory fails at the start.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@contextmanager
+def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each of `total` steps, which moves a progress bar on stderr where `shown`."""
+    if not shown:
+        yield lambda: None
+        return
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def model_name(model: Any) -> str | None:
+    """Return the name a Hugging Face model was loaded by, None for one made from a config."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def check_evaluating(model: Any) -> None:
+    """Raise ValueError for a model in training mode, whose dropout would make every figure random."""
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
+
+
+def model_device(model: Any) -> torch.device:
+    """Return the device a model's token ids belong on, which with a device map is that of its embedding."""
+    return model.get_input_embeddings().weight.device
+
+
+def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments for one forward pass over a padded batch, for the last token's logits alone.
+
+    `position_ids` keep absolute position embeddings independent of padding; models that count positions otherwise do
+    not take them.
+    """
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {
+        name: tensor for name, tensor in batch.items() if name != "position_ids" or name in known
+    }
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = 1
+    return arguments
+
+
+@torch.no_grad()
+def next_token_logits(
+    model: Any,
+    encoded: Sequence[Sequence[int]],
+    rows: Sequence[tuple[int, Plan | None]],
+    *,
+    pad_id: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (row numbers, logits `[batch, vocabulary]` at the last prompt token) until every row was seen once.
+
+    A row is (index into `encoded`, plan), and the rows of a batch may have different plans, which is how many
+    candidates share a pass: plans are put on the model `batch_size` at a time, and all their rows pass before the next
+    ones are. Rows without a plan pass first, the model untouched. Logits have the model's dtype and device.
+
+    Raises:
+        ValueError: a model in training mode, a batch size below 1, a plan that does not fit the model.
+    """
+    check_evaluating(model)
+    device = model_device(model)
+    lengths = [len(encoded[prompt]) for prompt, _ in rows]
+    work = []
+    for plans, numbers in _rounds(rows, batch_size):
+        groups = batches([lengths[number] for number in numbers], batch_size)
+        work.append((plans, [[numbers[index] for index in group] for group in groups]))
+    with progress_bar("Scoring", sum(len(groups) for _, groups in work), progress) as advance:
+        for plans, groups in work:
+            with steer(model, plans) if plans else nullcontext() as steering:
+                for group in groups:
+                    if steering is not None:
+                        steering.assign([rows[number][1] for number in group])
+                    batch = pad([encoded[rows[number][0]] for number in group], pad_id, device)
+                    yield group, model(**forward_arguments(model, batch)).logits[:, -1]
+                    advance()
+
+
+def _rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:
+    """Split rows into rounds: (at most so many distinct plans, the numbers of their rows); no plan is a round too."""
+    by_plan: dict[int, list[int]] = {}
+    for number, (_, plan) in enumerate(rows):
+        by_plan.setdefault(id(plan), []).append(number)
+    bare = by_plan.pop(id(None), [])
+    rounds: list[tuple[list[Plan], list[int]]] = [([], bare)] if bare else []
+    members = list(by_plan.values())
+    for start in range(0, len(members), max(plans_at_once, 1)):
+        chunk = members[start : start + max(plans_at_once, 1)]
+        rounds.append(([cast(Plan, rows[numbers[0]][1]) for numbers in chunk], sorted(chain.from_iterable(chunk))))
+    return rounds
