@@ -19,6 +19,7 @@ Direction = SteeringVector | Tensor
 Layers = int | Iterable[int] | Literal["all"] | None
 Positions = Literal["all", "prompt", "generated", "last"] | str | slice | int
 Number = float | Tensor
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,15 @@ class Gate:
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", _direction(self.direction, "the gate's direction"))
         object.__setattr__(self, "threshold", _finite(self.threshold, "the gate's threshold"))
+        if isinstance(self.direction, Tensor) and not bool(self.direction.any()):
+            raise ValueError("the gate's direction is zero: every row has the same value there")
         if self.kind not in ("dot", "cosine"):
             raise ValueError(f"unknown gate kind {self.kind!r}: expected 'dot' or 'cosine'")
         if self.at is not None:
             check_hook_point(self.at)
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, numbers.Integral)):
+            raise ValueError(f"the gate's layer {self.layer!r} is no layer number")
+        _switches(self, "above", "latched")
         if not self.latched and (self.layer is not None or self.at is not None):
             raise ValueError(
                 "a gate that every token decides for itself looks where the intervention acts: drop layer= and at=, "
@@ -103,11 +109,12 @@ class Intervention:
             )
         set_(self, "layers", _layers(self.layers))
         if self.at is not None:
-            points = (self.at,) if isinstance(self.at, str) else tuple(self.at)
+            points = tuple(self.at) if isinstance(self.at, (tuple, list)) else (self.at,)
             if not points:
                 raise ValueError("at=() names no hook point: leave it out for the default")
             set_(self, "at", tuple(check_hook_point(point) for point in points))
         set_(self, "positions", _positions(self.positions))
+        _switches(self, "keep_norm", "probe")
         if self.when is not None and not isinstance(self.when, Gate):
             raise TypeError(f"when= takes a Gate, got {type(self.when).__name__}")
         self._check()
@@ -271,6 +278,7 @@ class Rotate(Intervention):
 
     def _check(self) -> None:
         object.__setattr__(self, "degrees", _finite(self.degrees, "Rotate's degrees"))
+        _switches(self, "relative")
 
     @property
     def kind(self) -> Kind:
@@ -335,7 +343,8 @@ def orthonormal(directions: Tensor, what: str) -> Tensor:
         raise ValueError(
             f"{what}: the directions are linearly dependent (or parallel): remove the ones that the others span"
         )
-    return (q * diagonal.sign()).T.to(directions.dtype)
+    # Not to a half dtype: a unit vector rounded to one is no unit vector.
+    return (q * diagonal.sign()).T.to(torch.promote_types(directions.dtype, torch.float32))
 
 
 def position_range(positions: Positions) -> tuple[int, int]:
@@ -417,12 +426,20 @@ def _direction(direction: object, what: str, *, subspace: bool = False) -> Direc
 
 def _finite(value: object, what: str) -> Number:
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+        if value.numel() != 1 or not bool(torch.isfinite(value.detach().float()).all()):
             raise ValueError(f"{what} must be one finite number, got a tensor of shape {list(value.shape)}")
         return value.reshape(()) if value.requires_grad else float(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
+    # Finite in float32, which is what the tables hold.
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type]
+        raise ValueError(f"{what} must be a finite number, got {str(value)[:40]!r}; the tables hold float32")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _switches(item: Gate | Intervention, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(item, name), bool):
+            raise ValueError(f"{type(item).__name__}'s {name} must be True or False, got {getattr(item, name)!r}")
 
 
 def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
@@ -437,10 +454,14 @@ def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
         if not vectors:
             raise ValueError(f"{name} with a bare tensor needs layers=: an int, several, a range, or 'all'")
         layers = sorted(set.intersection(*(set(v.layers) for v in vectors)))
+        if not layers:
+            raise ValueError(f"{name}: its vectors have no layer in common, so it would act nowhere: say layers=")
     elif intervention.layers == "all":
         layers = list(range(n_layers))
     else:
-        layers = sorted({layer + n_layers if layer < 0 else layer for layer in intervention.layers})  # type: ignore[union-attr]
+        layers = sorted(layer + n_layers if layer < 0 else layer for layer in intervention.layers)  # type: ignore[union-attr]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{name}: layers={intervention.layers} names a layer twice: -1 is layer {n_layers - 1}")
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ValueError(

@@ -154,7 +154,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the plan is no valid JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(
@@ -300,10 +300,14 @@ def _encode_fields(item: Intervention | Gate, names: Mapping[str, SteeringVector
         elif isinstance(value, Gate):
             encoded[f.name] = _encode_fields(value, names, inline)
         elif value != f.default and not (f.name == "probe" and type(item).__name__ == "Probe"):
-            encoded[f.name] = (
-                float(value) if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
-            )
+            encoded[f.name] = _plain(value)
     return encoded
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value.detach())
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, str]:
@@ -315,9 +319,13 @@ def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector],
     for name, vector in names.items():
         if vector is direction:
             return {"name": name}
-    if direction.path is not None:
-        return {"path": str(direction.path), "sha256": hashlib.sha256(direction.path.read_bytes()).hexdigest()}
+    if direction.path is not None and direction.path.is_file() and _sha256(direction.path) == direction.sha256:
+        return {"path": str(direction.path), "sha256": direction.sha256}
     return {"vector": base64.b64encode(direction.to_bytes()).decode()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -328,16 +336,16 @@ class _Reader:
     folder: Path
 
     def intervention(self, item: Any, where: str) -> Intervention:
-        if not isinstance(item, dict) or item.get("type") not in KINDS:
-            kind = item.get("type") if isinstance(item, dict) else item
+        kind = item.get("type") if isinstance(item, dict) else item
+        if not isinstance(item, dict) or not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(
                 f'{where}: unknown intervention {kind!r}: expected an object whose "type" is one of {", ".join(KINDS)}'
             )
-        kind = KINDS[item["type"]]
+        cls = KINDS[kind]
         fields = {k: v for k, v in item.items() if k != "type"}
         if isinstance(fields.get("at"), list):
             fields["at"] = tuple(fields["at"])
-        return self._build(kind, fields, kind.direction_names, where)
+        return self._build(cls, fields, cls.direction_names, where)
 
     def _build(self, kind: type, fields: dict[str, Any], directions: tuple[str, ...], where: str) -> Any:
         known = {f.name for f in dataclasses.fields(kind)}
@@ -364,7 +372,7 @@ class _Reader:
         if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
             raise ValueError(f"{where}: expected a direction as {ways}")
         if "name" in item:
-            if item["name"] not in self.names:
+            if not isinstance(item["name"], str) or item["name"] not in self.names:
                 raise ValueError(
                     f"{where}: no vector is registered as {item['name']!r}; known: "
                     f"{', '.join(sorted(self.names)) or 'none'}"
@@ -373,20 +381,20 @@ class _Reader:
         if "path" in item:
             return self._from_file(item, where)
         try:
-            data = base64.b64decode(item.get("vector") or item["tensor"], validate=True)
+            data = base64.b64decode(item["vector"] if "vector" in item else item["tensor"], validate=True)
             if "vector" in item:
                 return SteeringVector.from_bytes(data)
             tensors = from_safetensors(data)
             if set(tensors) != {"direction"}:
                 raise ValueError('expected one tensor named "direction"')
             return tensors["direction"]
-        except (binascii.Error, SafetensorError, ValueError, TypeError) as error:
+        except (binascii.Error, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{where}: the direction cannot be read: {error}") from error
 
     def _from_file(self, item: dict[str, Any], where: str) -> SteeringVector:
         path = self.folder / str(item["path"])
         vector = SteeringVector.load(path)
-        if "sha256" in item and hashlib.sha256(path.read_bytes()).hexdigest() != item["sha256"]:
+        if "sha256" in item and vector.sha256 != item["sha256"]:
             raise ValueError(
                 f"{where}: {path} is not the file that the plan was written with (SHA-256 differs): use that one, or "
                 'remove "sha256" from the plan'

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from faststeer.intervention import Number
 from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, Kind, Tables
 from faststeer.plan import Entry, Plan, n_sites
 
@@ -172,7 +173,10 @@ class Program:
             gates = [0 if key is None else first_row[key] for key in blocks.gate]
             packed = [_pack(entry, *rows) for entry, *rows in zip(entries, self._rows[slot], gates, strict=True)]
             self.fields[start : start + len(entries)].copy_(torch.tensor(packed, dtype=torch.int32))
-            numbers = [[*map(float, entry.scalars), entry.gate_threshold, 0.0] for entry in entries]
+            numbers = [
+                [*(float(torch.as_tensor(n).detach()) for n in entry.scalars), entry.gate_threshold, 0.0]
+                for entry in entries
+            ]
             self.scalars[start : start + len(entries)].copy_(torch.tensor(numbers, dtype=torch.float32))
 
     def _note_shape(self, entries: list[Entry]) -> None:
@@ -185,6 +189,10 @@ class Program:
             if entry.probe_column >= 0:
                 self.columns[entry.site] = max(self.columns[entry.site], entry.probe_column + entry.basis.shape[0])
         self.latching = max(self.latching, sum(entry.kind == Kind.LATCH for entry in entries))
+
+
+def _value(number: Number) -> float:
+    return float(number.detach() if isinstance(number, Tensor) else number)
 
 
 def _pack(entry: Entry, vector: int, gate_vector: int) -> list[int]:

@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,8 +40,12 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
     """Return `direction` as a floating tensor `[hidden]` (or `[k, hidden]` where `subspace`), refusing NaN, infinity
     and wrong shapes by name."""
     if not isinstance(direction, Tensor):
-        direction = torch.as_tensor(direction)
-    if not direction.is_floating_point():
+        try:
+            direction = torch.as_tensor(direction)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(direction).__name__
+            raise TypeError(f"{what} is a {kind}: expected a tensor of shape [hidden] or a SteeringVector") from None
+    if direction.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         direction = direction.float()
     allowed = (1, 2) if subspace else (1,)
     if direction.ndim not in allowed or direction.numel() == 0:
@@ -48,8 +53,10 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
         raise ValueError(f"{what} has shape {list(direction.shape)}: expected a direction of shape {expected}")
     if direction.is_meta:
         raise ValueError(f"{what} is on the meta device and holds no values: load it first")
-    if not bool(torch.isfinite(direction).all()):
-        bad = int((~torch.isfinite(direction)).sum())
+    # As the tables will hold it: what overflows there would steer with infinity.
+    finite = torch.isfinite(direction.detach().float())
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
         raise ValueError(
             f"{what} has {bad} NaN or infinite value(s): a direction must be finite; was it extracted from a model "
             "that overflowed (try bfloat16 or float32)?"
@@ -83,7 +90,8 @@ class SteeringVector:
     method: str | None = None
     scale: Literal["raw", "unit"] = "raw"
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    path: Path | None = field(default=None, repr=False)
+    path: Path | None = field(default=None, repr=False)  # the file it was last read from or written to
+    sha256: str | None = field(default=None, repr=False)  # of that file's content then
 
     def __post_init__(self) -> None:
         check_hook_point(self.at)
@@ -153,9 +161,9 @@ class SteeringVector:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
-        path = Path(path)
-        write_atomically(path, self.to_bytes())
-        object.__setattr__(self, "path", path)
+        path, data = Path(path), self.to_bytes()
+        write_atomically(path, data)
+        self._belongs_to(path, data)
         return path
 
     @classmethod
@@ -169,16 +177,21 @@ class SteeringVector:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no steering vector at {path}: no such file")
-        vector = cls.from_bytes(path.read_bytes(), str(path))
-        object.__setattr__(vector, "path", path)
+        data = path.read_bytes()
+        vector = cls.from_bytes(data, str(path))
+        vector._belongs_to(path, data)
         return vector
+
+    def _belongs_to(self, path: Path, data: bytes) -> None:
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "sha256", hashlib.sha256(data).hexdigest())
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
         """Read what `to_bytes` made; `what` names it in errors (ValueError)."""
         try:
             tensors, metadata = from_safetensors(data), _metadata(data)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype PyTorch lacks
             raise ValueError(
                 f"{what} cannot be read as safetensors ({error}): is it truncated, or another kind of file? Copy or "
                 "extract it again"
@@ -193,15 +206,18 @@ class SteeringVector:
             provenance = json.loads(metadata.get("provenance", "{}"))
             if not isinstance(provenance, dict):
                 raise ValueError("its provenance is not an object")
+            layers = [_layer_of(name) for name in tensors]
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"it holds a layer twice: {', '.join(tensors)}")
             return cls(
-                {_layer_of(name): tensor for name, tensor in tensors.items()},
+                dict(zip(layers, tensors.values(), strict=True)),
                 at=check_hook_point(metadata.get("at")),
                 model=metadata.get("model"),
                 method=metadata.get("method"),
                 scale=metadata.get("scale", "raw"),  # type: ignore[arg-type]
                 provenance=provenance,
             )
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{what} is not a valid steering vector: {error}") from error
 
 
@@ -212,7 +228,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    return _split(data)[0].get("__metadata__", {})
+    return _split(data)[0].get("__metadata__") or {}
 
 
 def _sorted_header(data: bytes) -> bytes:

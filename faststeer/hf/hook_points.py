@@ -24,6 +24,8 @@ from faststeer.plan import n_sites, site_name
 
 Steer = Callable[[Tensor], Tensor]
 
+next_order = itertools.count(1).__next__  # of entering a context: what was entered first acts first
+
 _found: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
 
 
@@ -77,50 +79,55 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
 
 
 def install(
-    model: nn.Module, points: HookPoints, steers: Mapping[int, Steer]
+    model: nn.Module, points: HookPoints, steers: Mapping[int, Steer], order: int = 0
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead.
     Returns the handles to remove.
 
     Our hooks come before all others of a module, so that whoever observes it (the user, transformers' capture of hidden
-    states) sees the steered stream; among our own, the order of installation holds.
+    states) sees the steered stream; among our own, the one with the lower `order` acts first.
     """
     handles = []
     for number, steer in steers.items():
         at, layer = site_name(number, points.n_layers)
         module = points.layer(model, layer)
         if at == "resid_pre" and layer == 0:
-            handles.append(_register(module, steer, _pre_hook))
+            handles.append(_register(module, steer, _pre_hook, order))
         elif at in ("resid_pre", "resid_post"):
             # The tensor that leaves the layer before: steering it there shows it in the captured hidden states too.
             module = points.layer(model, layer - 1 if at == "resid_pre" else layer)
-            handles.append(_register(module, steer, _output_hook))
+            handles.append(_register(module, steer, _output_hook, order))
         elif at == "resid_mid":
             if points.resid_mid is None:
-                raise ValueError(
-                    f"{type(model).__name__} runs attention and MLP in parallel: there is no resid_mid; use "
-                    "resid_pre, attn_out, mlp_out or resid_post"
-                )
-            handles.append(_register(module.get_submodule(points.resid_mid), steer, _in_place_hook))
+                raise ValueError(no_resid_mid(model))
+            handles.append(_register(module.get_submodule(points.resid_mid), steer, _in_place_hook, order))
         else:
-            handles.append(_register(module.get_submodule(getattr(points, at)), steer, _output_hook))
+            handles.append(_register(module.get_submodule(getattr(points, at)), steer, _output_hook, order))
     return handles
 
 
+def no_resid_mid(model: nn.Module) -> str:
+    """Why a hook point is refused where attention and MLP run in parallel."""
+    return (
+        f"{type(model).__name__} runs attention and MLP in parallel: there is no resid_mid; use resid_pre, attn_out, "
+        "mlp_out or resid_post"
+    )
+
+
 def _register(
-    module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]]
+    module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]], order: int
 ) -> torch.utils.hooks.RemovableHandle:
     hook = make(steer)
-    hook.faststeer = True  # type: ignore[attr-defined]
+    hook.faststeer_order = order  # type: ignore[attr-defined]
     hooks: OrderedDict[int, Callable[..., Any]]
     if make is _output_hook:
         handle, hooks = module.register_forward_hook(hook, prepend=True), module._forward_hooks  # type: ignore[assignment]
     else:
         handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         hooks = module._forward_pre_hooks  # type: ignore[assignment]
-    for key, other in reversed(list(hooks.items())):
-        if key != handle.id and getattr(other, "faststeer", False):
-            hooks.move_to_end(key, last=False)
+    ours = sorted((key for key in hooks if _is_ours(hooks[key])), key=lambda key: (hooks[key].faststeer_order, key))  # type: ignore[attr-defined]
+    for key in reversed(ours):
+        hooks.move_to_end(key, last=False)
     return handle
 
 
@@ -311,7 +318,9 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
     except AttributeError as error:
         raise ValueError(_unknown(model, f"it has no such hook points ({error}): {points}")) from error
     first = f"{points.layers}.0"
-    call = _watch(model, [first])[first]
+    call = _watch(model, [first]).get(first)
+    if call is None:
+        raise ValueError(_unknown(model, f"a forward pass does not reach {first}"))
     return dataclasses.replace(points, n_layers=len(modules), hidden_size=call.received.shape[-1])
 
 
@@ -320,43 +329,56 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
 
 def _confirm(model: nn.Module, points: HookPoints) -> None:
     """Steer every site at once and check that each tensor is what follows from the steered ones, bit for bit: then
-    each hook writes exactly the tensor it is named for."""
-    steered: dict[int, Tensor] = {}
+    each hook writes exactly the tensor it is named for.
+
+    A module's `sent` is what the next one sees, after hooks of the user; so a model that somebody steers already is
+    confirmed too.
+    """
+    before: dict[int, Tensor] = {}
+    after: dict[int, Tensor] = {}
 
     def change(number: int) -> Steer:
         def steer(x: Tensor) -> Tensor:
             # Another row at every site, of the size it had: a deep stack must not overflow.
             moved = x.roll(1 + number % 5, -1) + 0.5
-            steered[number] = _copy(moved)
+            before[number], after[number] = _copy(x), _copy(moved)
             return moved
 
         return steer
 
     sites = [number for number in range(n_sites(points.n_layers)) if points.resid_mid is not None or number % 4 != 2]
     handles = install(model, points, {number: change(number) for number in sites})
+    inside = [f".{name}" for name in (points.attn_out, points.mlp_out)]
+    layers = [f"{points.layers}.{i}" for i in range(points.n_layers)]
     try:
-        calls = _watch(model, [f"{points.layers}.{i}" for i in range(points.n_layers)])
+        calls = _watch(model, [layer + name for layer in layers for name in ("", *inside)])
     finally:
         for handle in handles:
             handle.remove()
 
-    if missing := set(sites) - set(steered):
+    if missing := set(sites) - set(after):
         at, layer = site_name(min(missing), points.n_layers)
         raise ValueError(_unknown(model, f"a forward pass does not reach {at} of layer {layer}"))
-    for i in range(points.n_layers):
-        call = calls[f"{points.layers}.{i}"]
-        here = {4 * i + k: steered[4 * i + k].reshape_as(call.received) for k in range(5) if 4 * i + k in steered}
-        pre, attn, mlp, post = (here[4 * i + k] for k in (0, 1, 3, 4))
+    for i, path in enumerate(layers):
+        call, attn, mlp = (calls[path + name] for name in ("", *inside))
+        if attn.sent.numel() != call.received.numel() or mlp.sent.numel() != call.received.numel():
+            what = f"attn_out or mlp_out of layer {i} has another size than the residual stream"
+            raise ValueError(_unknown(model, what))
+        r, a, m = call.received, attn.sent.reshape_as(call.received), mlp.sent.reshape_as(call.received)
         if points.resid_mid is None:
-            moved = _is_parallel_sum(call.raw, pre, attn, mlp)
+            follows = _is_parallel_sum(call.raw, r, a, m)
         else:
-            moved = torch.equal(call.raw, here[4 * i + 2] + mlp)
-        if not moved:
+            mid, steered_mid = (tensors[4 * i + 2].reshape(-1) for tensors in (before, after))
+            follows = torch.equal(mid, (r + a).reshape(-1)) and torch.equal(call.raw, steered_mid.reshape_as(r) + m)
+        if not follows:
             what = f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should"
             raise ValueError(_unknown(model, what))
-        for at, tensor, expected in (("resid_pre", call.received, pre), ("resid_post", call.sent, post)):
-            if not torch.equal(tensor, expected):
-                raise ValueError(_unknown(model, f"steering {at} of layer {i} does not reach it"))
+        module = points.layer(model, i)
+        alone = not module._forward_pre_hooks and (i == 0 or not points.layer(model, i - 1)._forward_hooks)
+        if alone and not torch.equal(r, after[4 * i]):
+            raise ValueError(_unknown(model, f"steering resid_pre of layer {i} does not reach it"))
+        if not module._forward_hooks and not torch.equal(call.sent, after[4 * i + 4]):
+            raise ValueError(_unknown(model, f"steering resid_post of layer {i} does not move its output as it should"))
 
 
 def _unknown(model: nn.Module, what: str) -> str:
@@ -371,12 +393,25 @@ def _unknown(model: nn.Module, what: str) -> str:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, every module's own mode restored after."""
+    """Evaluation mode without gradients and without our own hooks; every module's mode and hooks restored after."""
     training = {module: module.training for module in model.modules()}
+    dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    held = [(hooks, list(hooks.items())) for hooks in dicts if any(_is_ours(hook) for hook in hooks.values())]
+    for hooks, items in held:
+        for key, hook in items:
+            if _is_ours(hook):
+                del hooks[key]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        for hooks, items in held:
+            hooks.clear()
+            hooks.update(items)
         for module, mode in training.items():
             module.training = mode
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "faststeer_order", None) is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import find_hook_points, first_tensor, install
+from faststeer.hf.hook_points import find_hook_points, first_tensor, install, next_order
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
 from faststeer.plan import Plan, site
@@ -156,7 +156,7 @@ def read(
         return take
 
     wanted = range(points.n_layers) if layers is None else layers
-    handles = install(model, points, {site(at, layer): taker(layer) for layer in wanted})
+    handles = install(model, points, {site(at, layer): taker(layer) for layer in wanted}, next_order())
     try:
         yield taken
     finally:

@@ -10,21 +10,26 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import HookPoints, find_hook_points, install
+from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor, install, next_order, no_resid_mid
+from faststeer.hf.positions import Prompts
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, latch
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import Plan, n_sites, site_name
+from faststeer.plan import hook_points as points_of
 from faststeer.program import Capacity, Program
 from faststeer.vector import HookPoint
 
 Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
+
+MAX_RECORDED = 4096  # layers of forward passes whose backward pass may still come
 
 _active: weakref.WeakKeyDictionary[nn.Module, list[Steering]] = weakref.WeakKeyDictionary()
 
@@ -83,11 +88,11 @@ class Steering:
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._owner_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._owner_arguments = list(inspect.signature(self._points.owner(model).forward).parameters)
-        self._pass: _Pass | None = None
-        self._passes_to_recompute = 0
-        self._prompt_end: Tensor | None = None  # [batch] or [1], columns
-        self._prompt_fixed = False
-        self._generating = False
+        self._pass: _Pass | None = None  # what the layer under way belongs to
+        self._whole_pass: _Pass | None = None
+        self._recorded: OrderedDict[tuple[int, int], _Pass] = OrderedDict()  # (layer, address of its input)
+        self._first_reader: dict[int, str] = {}
+        self._prompts = Prompts()
         self._gate_state: Tensor | None = None
         self._history: dict[int, list[Tensor]] = {}
         self._load(self._plans, per_row)
@@ -98,8 +103,13 @@ class Steering:
         if self._entered:
             raise RuntimeError("this steering is active already: make another one with steer(...) to nest")
         self._entered = True
+        self._order = next_order()
+
+        def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begin(owner, args, kwargs)
+
         owner = self._points.owner(self.model)
-        self._owner_handles = [owner.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._owner_handles = [owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True)]
         self._install()
         _watch_generate(self.model, self)
         return self
@@ -109,7 +119,8 @@ class Steering:
         for handle in (*self._handles.values(), *self._owner_handles):
             handle.remove()
         self._handles.clear()
-        self._entered, self._pass = False, None
+        self._entered, self._pass, self._whole_pass = False, None, None
+        self._recorded.clear()
 
     # Changing plans
 
@@ -120,18 +131,31 @@ class Steering:
         The tables keep their addresses; nothing is changed if a plan does not fit (ValueError).
         """
         listed, per_row = _as_plans(plans)
+        before = self._plans if self._per_row == per_row and len(self._plans) == len(listed) else None
         self._load(listed, per_row)
-        self._gate_state = None  # a new plan's latched gates have decided nothing yet
+        self._forget_decisions(before)
         if self._entered:
             self._install()
 
+    def _forget_decisions(self, before: list[Plan | None] | None) -> None:
+        """A row's new plan has decided no latched gate yet; a row that keeps its plan keeps its decisions."""
+        state = self._gate_state
+        if state is None:
+            return
+        if before is None or state.shape[1] % len(before):
+            state.zero_()
+            return
+        kept = [old is new for old, new in zip(before, self._plans, strict=True)]
+        state &= torch.tensor(kept, device=state.device).repeat_interleave(state.shape[1] // len(kept))
+
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
         wanted = _distinct(plans)
-        for (
-            program
-        ) in self._programs.values():  # equal programs: the first refuses what does not fit, before any is changed
-            slot_of = program.load_all(wanted)
-        slots = [-1 if plan is None else slot_of[wanted.index(plan)] for plan in plans]
+        self._check_points(wanted)
+        found: list[int] = []
+        for program in self._programs.values():
+            found = program.load_all(wanted)  # equal programs: the first refuses what does not fit, before any changes
+        slot_of = {id(plan): slot for plan, slot in zip(wanted, found, strict=True)}
+        slots = [-1 if plan is None else slot_of[id(plan)] for plan in plans]
         if not self._slot_table or len(slots) != len(self._plans):
             self._slot_table = {
                 device: torch.tensor(slots, dtype=torch.int32, device=device) for device in self._programs
@@ -141,6 +165,10 @@ class Steering:
                 table.copy_(torch.tensor(slots, dtype=torch.int32))
         self._plans, self._per_row = plans, per_row
 
+    def _check_points(self, plans: list[Plan]) -> None:
+        if self._points.resid_mid is None and any("resid_mid" in points_of(i) for plan in plans for i in plan):
+            raise ValueError(no_resid_mid(self.model))
+
     def _install(self) -> None:
         """Hook the sites that a loaded plan uses and that have no hook yet."""
         program = next(iter(self._programs.values()))
@@ -149,7 +177,17 @@ class Steering:
             for number in range(n_sites(self._points.n_layers))
             if program.depth[number] and number not in self._handles
         }
-        self._handles |= zip(steers, install(self.model, self._points, steers), strict=True)
+        for number in {_running_layer(site) for site in steers} - {_running_layer(site) for site in self._handles}:
+            self._follow(number)
+        self._handles |= zip(steers, install(self.model, self._points, steers, self._order), strict=True)
+
+    def _follow(self, number: int) -> None:
+        """Know when a layer, and what is inside it, begins."""
+        layer = self._points.layer(self.model, number)
+        hooks = [(layer, self._layer_begins(number))]
+        hooks += [(child, self._inside_begins(number, name)) for name, child in layer.named_children()]
+        for module, hook in hooks:
+            self._owner_handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
     # Where rows stand
 
@@ -161,8 +199,7 @@ class Steering:
             columns: the number of columns that belong to the prompt, padding on the left included: one for all rows, or
                 one per row. None: go back to taking a forward pass with an empty cache for a prompt.
         """
-        self._prompt_fixed = columns is not None
-        self._prompt_end = None if columns is None else torch.as_tensor(columns, dtype=torch.int32).reshape(-1)
+        self._prompts.set(columns)
         self._gate_state = None
 
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -170,22 +207,16 @@ class Steering:
         inputs = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
         tokens: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         (batch, length), device = tokens.shape[:2], tokens.device
-        slots = self._row_slots(batch, device)
         cache = inputs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0  # a tensor for a static cache: never read on the host
-        column = torch.arange(length, dtype=torch.int32, device=device) + past
-        end = self._ends(inputs.get("attention_mask"), past, batch, length, device)
-        position = (column.unsqueeze(0) - end.unsqueeze(1)).to(torch.int32)
+        past = cache.get_seq_length() if cache is not None else 0
+        slots = self._row_slots(batch, device)
+        position = self._prompts.positions(inputs.get("attention_mask"), past, batch, length, device)
         sequence = torch.arange(batch, dtype=torch.int32, device=device)
         gates = self._program_on(device).latching
         if gates and (self._gate_state is None or self._gate_state.shape[1] != batch or len(self._gate_state) < gates):
             self._gate_state = torch.zeros(gates, batch, dtype=torch.bool, device=device)
-        self._pass = _Pass(
-            Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length)),
-            batch,
-            length,
-        )
-        self._note_recomputation(owner)
+        rows = Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length))
+        self._whole_pass = self._pass = _Pass(rows, batch, length)
 
     def _row_slots(self, batch: int, device: torch.device) -> Tensor:
         """`[batch]`: the slot of each row. Beams and return sequences of a prompt stand side by side and share its
@@ -195,7 +226,7 @@ class Steering:
         table = self._slot_table[device]
         if not self._per_row:
             return table.expand(batch)
-        if self._generating and batch % len(table) == 0:
+        if self._prompts.generating and batch % len(table) == 0:
             return table.repeat_interleave(batch // len(table))
         self._check_batch(batch)
         return table
@@ -207,71 +238,61 @@ class Steering:
                 "order, or a single plan for all rows"
             )
 
-    def _ends(self, mask: Any, past: Any, batch: int, length: int, device: torch.device) -> Tensor:
-        """`[batch]`: the column behind each row's last prompt token."""
-        if self._prompt_fixed:
-            return self._known_ends(batch, device)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-            here = (columns * (mask != 0)).amax(1).to(device, torch.int32)
-        else:
-            here = torch.full((batch,), length, dtype=torch.int32, device=device)
-        if isinstance(past, Tensor):
-            here = torch.where(past.to(device) == 0, here, self._earlier_ends(here, past)).to(torch.int32)
-        elif past:
-            here = self._earlier_ends(here, past)
-        self._prompt_end = here
-        return here
-
-    def _known_ends(self, batch: int, device: torch.device) -> Tensor:
-        ends = self._prompt_end.to(device)  # type: ignore[union-attr]
-        if ends.shape[0] not in (1, batch):
-            raise ValueError(
-                f"the batch has {batch} rows, but set_prompt was given {ends.shape[0]} numbers: give one for all rows "
-                "or one per row"
-            )
-        return ends.expand(batch)
-
-    def _earlier_ends(self, like: Tensor, past: Any) -> Tensor:
-        """Where the prompt ended that this pass continues; behind the cache, if that prompt was not seen."""
-        before = self._prompt_end
-        if before is None or before.shape[0] not in (1, like.shape[0]):
-            return (torch.zeros_like(like) + past).to(torch.int32)
-        return before.to(like.device).expand_as(like)
-
     def _generation_begins(self, arguments: dict[str, Any]) -> None:
-        """`generate` was called: its prompt ends where its input ends, however many passes read it."""
-        given = {**arguments, **arguments.get("kwargs", {})}
-        tokens = [
-            given[name] for name in ("inputs", "input_ids", "inputs_embeds") if isinstance(given.get(name), Tensor)
-        ]
-        mask = given.get("attention_mask")
-        if tokens:
-            self._check_batch(tokens[0].shape[0])
-        seen = [*tokens, *([mask] if isinstance(mask, Tensor) and mask.ndim == 2 else [])]
-        self._before_generation = self._prompt_end, self._prompt_fixed
-        self.set_prompt(max((t.shape[1] for t in seen), default=1))
-        self._generating = True
+        tokens = self._prompts.begin_generation(arguments)
+        self._gate_state = None
+        if tokens is not None and self._per_row and tokens.shape[0] != len(self._plans):
+            self._prompts.end_generation()
+            self._check_batch(tokens.shape[0])
 
-    def _generation_ends(self) -> None:
-        end, fixed = self._before_generation
-        self._prompt_end, self._prompt_fixed = (end, True) if fixed else (self._prompt_end, False)
-        self._generating = False
+    # Gradient checkpointing runs the inside of a layer again in the backward pass, maybe after other forward passes.
+    # Which pass it belongs to shows in the address of the layer's input, which the checkpoint keeps alive until then.
 
-    def _note_recomputation(self, owner: nn.Module) -> None:
-        """Gradient checkpointing runs layers again in the backward pass, with the rows of the last forward pass:
-        right for one forward pass per backward pass, refused for more."""
-        layer = self._points.layer(self.model, 0)
-        checkpointed = torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)
-        self._passes_to_recompute = self._passes_to_recompute + 1 if checkpointed else 0
+    def _layer_begins(self, number: int) -> Callable[..., None]:
+        """A pre-hook for layer `number`."""
 
-    def _check_recomputation(self) -> None:
-        in_backward = self._passes_to_recompute > 1 and torch._C._current_graph_task_id() != -1
-        if in_backward:
+        def begin(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _in_backward():
+                self._run_again(number, first_tensor(args, kwargs))
+            else:
+                self._pass = self._whole_pass
+
+        return self._ours(begin)
+
+    def _inside_begins(self, number: int, name: str) -> Callable[..., None]:
+        """A pre-hook for a child of layer `number`: the first one that reads the layer's input is where the inside of a
+        checkpoint begins."""
+
+        def begin(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layer = self._points.layer(self.model, number)
+            if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+                return
+            x = first_tensor(args, kwargs)
+            if _in_backward():
+                if self._first_reader.get(number) == name:
+                    self._run_again(number, x)
+            elif self._pass is not None and self._pass is self._whole_pass:
+                self._first_reader[number] = name
+                self._recorded[number, x.data_ptr()] = self._pass
+                while len(self._recorded) > MAX_RECORDED:
+                    self._recorded.popitem(last=False)
+                # What is being trained is read inside the checkpoint, now as when it runs again.
+                self._pass = self._pass.copy()
+
+        return self._ours(begin)
+
+    def _run_again(self, number: int, x: Tensor) -> None:
+        now = self._recorded.get((number, x.data_ptr()))
+        if now is None:
             raise RuntimeError(
-                "gradient checkpointing with several forward passes before one backward pass cannot be steered: call "
-                "backward after each, or switch checkpointing off"
+                f"gradient checkpointing runs layer {number} again, but its forward pass was not steered, or too many "
+                "forward passes came since: call backward inside the same steer(...) context, after each pass"
             )
+        self._pass = now.copy()
+
+    def _ours(self, hook: Callable[..., None]) -> Callable[..., None]:
+        hook.faststeer_order = self._order  # type: ignore[attr-defined]
+        return hook
 
     # Acting
 
@@ -282,8 +303,8 @@ class Steering:
 
     def _at(self, number: int) -> Callable[[Tensor], Tensor]:
         def act(x: Tensor) -> Tensor:
-            self._check_recomputation()
-            now = self._pass
+            # A layer's own input and output lie outside its checkpoint.
+            now = self._whole_pass if number % 4 == 0 and not _in_backward() else self._pass
             if now is None:
                 raise RuntimeError(
                     "a decoder layer was called outside the model's forward pass, which says where each row stands: "
@@ -310,7 +331,7 @@ class Steering:
             if program.columns[number]:
                 probe = torch.zeros(flat.shape[0], program.columns[number], dtype=torch.float32, device=x.device)
             steered = steer_rows(flat, tables, rows, state, probe)
-            if probe is not None:
+            if probe is not None and not _in_backward():
                 self._history.setdefault(number, []).append(probe.view(now.batch, now.length, -1))
             return steered.view_as(x)
 
@@ -346,18 +367,35 @@ class _Pass:
     def __init__(self, rows: Rows, batch: int, length: int) -> None:
         self.batch, self.length = batch, length
         self._rows = {rows.slot.device: rows}
-        self._live: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._live: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def rows_on(self, device: torch.device) -> Rows:
         if device not in self._rows:
             self._rows[device] = Rows(*(t.to(device) for t in next(iter(self._rows.values()))))
         return self._rows[device]
 
+    def copy(self) -> _Pass:
+        """The same pass, with nothing read of what is being trained."""
+        other = _Pass(next(iter(self._rows.values())), self.batch, self.length)
+        other._rows = self._rows
+        return other
+
     def live_on(self, device: torch.device, program: Program) -> tuple[Tensor, Tensor]:
         """What is being trained, read once per pass."""
-        if device not in self._live:
-            self._live[device] = program.live()
-        return self._live[device]
+        key = device, torch.is_grad_enabled()  # a reentrant checkpoint's forward pass has gradients off
+        if key not in self._live:
+            self._live[key] = program.live()
+        return self._live[key]
+
+
+def _running_layer(number: int) -> int:
+    """The layer during whose call a site's hook runs: a layer's input, after the first, is what the one before sent."""
+    return max(number - 1, 0) // 4
+
+
+def _in_backward() -> bool:
+    """Whether this runs inside a backward pass: a checkpointed layer, again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:
@@ -401,7 +439,8 @@ def _watch_generate(model: nn.Module, steering: Steering) -> None:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             steerings = list(_active.get(model, []))
-            arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+            signature = inspect.signature(type(model).generate)  # type: ignore[attr-defined]
+            arguments = signature.bind_partial(model, *args, **kwargs).arguments
             begun: list[Steering] = []
             try:
                 for steered in steerings:
@@ -410,7 +449,7 @@ def _watch_generate(model: nn.Module, steering: Steering) -> None:
                 return original(*args, **kwargs)
             finally:
                 for steered in begun:
-                    steered._generation_ends()
+                    steered._prompts.end_generation()
 
         generate.restores = model.__dict__.get("generate")  # type: ignore[attr-defined]
         model.generate = generate  # type: ignore[assignment]

@@ -23,7 +23,7 @@ def steer(
         tables: the tables of this site.
         rows: slot, position and sequence of each row.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
-        probe: `[rows, n_columns]`, written in place; needed where an entry probes.
+        probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
 
     Returns:
         A new tensor like `x`. A row that nothing acted on has the bits it came with. Formulas: docs/design.md.
@@ -45,6 +45,70 @@ def steer(
     return torch.where(touched.unsqueeze(1), h.to(x.dtype), x)
 
 
+def add_steer(
+    x: Tensor,
+    residual: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """`steer` of x + residual, the sum rounded to their dtype first."""
+    return steer(x + residual, tables, rows, gate_state, probe)
+
+
+def add_steer_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    fp32_weight: bool,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_steer`, then `rmsnorm` of its result: `(normed, hidden)`."""
+    hidden = add_steer(x, residual, tables, rows, gate_state, probe)
+    return rmsnorm(hidden, weight, eps, weight_offset, fp32_weight), hidden
+
+
+def rmsnorm(hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, fp32_weight: bool) -> Tensor:
+    """RMSNorm in Hugging Face's order of rounding.
+
+    With h = hidden in fp32 and n = h / sqrt(mean(h^2) + eps): `fp32_weight` false rounds n to the dtype and multiplies
+    by the weight there (Llama); true computes n (weight_offset + weight) in fp32 and rounds once (Gemma with offset 1,
+    OLMo 2 with 0).
+    """
+    h = hidden.to(_compute_dtype(hidden))
+    normed = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if fp32_weight:
+        return (normed * (weight_offset + weight.to(h.dtype))).to(hidden.dtype)
+    return (normed.to(hidden.dtype) * weight).to(hidden.dtype)
+
+
+def sparse_add(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
+) -> Tensor:
+    """x with `row_coefficient[r]` times the sparse vector `row_vector[r]` added to row r, in fp32, rounded once.
+
+    Vector i has the values `values[offsets[i] : offsets[i + 1]]` at the columns `indices[...]` of that range; a
+    negative or unknown vector, or a column outside the row, adds nothing. Untouched elements keep their bits.
+    """
+    n_vectors = offsets.shape[0] - 1
+    owner = torch.repeat_interleave(torch.arange(n_vectors, device=x.device), offsets.diff().clamp(min=0).long())
+    inside = (indices >= 0) & (indices < x.shape[1])
+    dense = torch.zeros(n_vectors, x.shape[1], dtype=_compute_dtype(x), device=x.device)
+    present = torch.zeros_like(dense, dtype=torch.bool)
+    dense[owner[inside], indices[inside].long()] = values[inside].to(dense.dtype)
+    present[owner[inside], indices[inside].long()] = True
+    known = (row_vector >= 0) & (row_vector < n_vectors)
+    vector = torch.where(known, row_vector, 0).long()
+    moved = x.to(dense.dtype) + row_coefficient.to(dense.dtype).unsqueeze(1) * dense[vector]
+    return torch.where(present[vector] & known.unsqueeze(1), moved.to(x.dtype), x)
+
+
 def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
     """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row as it
     stands to `gate_state[gate, sequence]` in place.
@@ -55,14 +119,14 @@ def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
     h = x.detach().to(_compute_dtype(x))
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
-        decides = entry.live & entry.is_kind(Kind.LATCH) & (rows.position == -1)
-        verdict = entry.compare(h, tables)
-        # A row that decides nothing writes back what is there. Only one row of a sequence has position -1, so no two
-        # rows write different values to one cell,
-        # except the rows that decide nothing: those write to the spare last column.
-        spare = gate_state.shape[1] - 1
-        column = torch.where(decides, rows.sequence, spare).long()
-        gate_state[entry.field(Field.GATE_STATE).long(), column] = verdict & decides
+        cell, inside = entry.gate_cell(rows, gate_state)
+        decides = entry.live & entry.is_kind(Kind.LATCH) & (rows.position == -1) & inside
+        verdict = decides & entry.compare(h, tables)
+        # Counted and not assigned: rows that decide nothing must not write, and no row's number may decide who wins.
+        votes = torch.zeros(2, gate_state.numel(), dtype=torch.int32, device=x.device)
+        votes.index_add_(1, cell, torch.stack([decides, verdict]).to(torch.int32))
+        decided, opened = (votes > 0).view(2, *gate_state.shape)
+        gate_state.copy_(torch.where(decided, opened, gate_state))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -70,15 +134,31 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Entry:
-    """The step-th entry of each row's slot: its fields and scalars, gathered per row."""
+    """The step-th entry of each row's slot: its fields and scalars, gathered per row. An entry that points outside the
+    tables is not live (docs/kernels.md, 'Never out of bounds')."""
 
     def __init__(self, tables: Tables, rows: Rows, step: int, dtype: torch.dtype) -> None:
-        span = tables.ranges[rows.slot.clamp(min=0).long()]  # [rows, 2]
-        self.live = (rows.slot >= 0) & (step < span[:, 1])
-        index = torch.where(self.live, span[:, 0] + step, 0).long()
+        n_slots, (n_entries, n_vectors) = tables.ranges.shape[0], (tables.fields.shape[0], tables.bank.shape[0])
+        known = (rows.slot >= 0) & (rows.slot < n_slots)
+        first, count = tables.ranges[torch.where(known, rows.slot, 0).long()].unbind(-1)
+        index = first.clamp(min=0) + step
+        here = known & (index < first + count) & (index < n_entries)
+        index = torch.where(here, index, 0).long()
         self.fields = tables.fields[index]
         self.scalars = tables.scalars[index].to(dtype)
         self.dtype = dtype
+        self.live = here & self._valid(n_vectors)
+
+    def _valid(self, n_vectors: int) -> Tensor:
+        vector, count, gate = self.field(Field.VECTOR), self.field(Field.COUNT), self.field(Field.GATE_VECTOR)
+        kind = self.field(Field.KIND)
+        valid = (kind >= 0) & (kind < len(Kind)) & (vector >= 0) & (count >= 1) & (vector <= n_vectors - count)
+        single = self.is_kind(Kind.ADD) | self.is_kind(Kind.CLAMP)
+        plane = self.is_kind(Kind.ROTATE) | self.is_kind(Kind.ROTATE_RELATIVE)
+        valid &= (~single | (count == 1)) & (~plane | (count == 2))
+        looks = self.is_mode(GateMode.DOT) | self.is_mode(GateMode.COSINE)
+        latched = self.field(Field.GATE_MODE) == int(GateMode.LATCHED)
+        return valid & torch.where(looks, (gate >= 0) & (gate < n_vectors), self.is_mode(GateMode.NONE) | latched)
 
     # int(...) because a compiler that traces this takes an enum for an object and not for a number.
 
@@ -97,7 +177,7 @@ class _Entry:
     def vectors(self, tables: Tables) -> Tensor:
         """`[rows, width, hidden]`: the entry's bank rows, zero beyond its count."""
         offset = torch.arange(tables.width, device=tables.bank.device)
-        used = offset < self.field(Field.COUNT).unsqueeze(1)
+        used = self.live.unsqueeze(1) & (offset < self.field(Field.COUNT).unsqueeze(1))
         index = torch.where(used, self.field(Field.VECTOR).unsqueeze(1) + offset, 0).long()
         return torch.where(used.unsqueeze(-1), tables.bank[index].to(self.dtype), 0)
 
@@ -106,14 +186,22 @@ class _Entry:
 
     def gate_open(self, h: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Tensor:
         opened = self.is_mode(GateMode.NONE) | self.compare(h.detach(), tables)
-        if gate_state is None:
+        if gate_state is None or gate_state.numel() == 0:
             return opened
-        latched = gate_state[self.field(Field.GATE_STATE).long(), rows.sequence.long()]
-        return torch.where(self.is_mode(GateMode.LATCHED), latched, opened)
+        cell, inside = self.gate_cell(rows, gate_state)
+        return torch.where(self.is_mode(GateMode.LATCHED), gate_state.flatten()[cell] & inside, opened)
+
+    def gate_cell(self, rows: Rows, gate_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row's decision stands in the flat `gate_state`, and whether there is such a place."""
+        gate, sequence = self.field(Field.GATE_STATE).long(), rows.sequence.long()
+        n_gates, n_sequences = gate_state.shape
+        inside = (gate >= 0) & (gate < n_gates) & (sequence >= 0) & (sequence < n_sequences)
+        return torch.where(inside, gate * n_sequences + sequence, 0), inside
 
     def compare(self, h: Tensor, tables: Tables) -> Tensor:
         """The verdict of a dot or cosine gate on each row."""
-        d = tables.bank[self.field(Field.GATE_VECTOR).long()].detach().to(h.dtype)
+        vector = torch.where(self.live, self.field(Field.GATE_VECTOR), 0).clamp(0, tables.bank.shape[0] - 1)
+        d = tables.bank[vector.long()].detach().to(h.dtype)
         dot = (h * d).sum(-1)
         norm = h.norm(dim=-1)
         cosine = torch.where(norm > 0, dot / norm, 0)  # d is a unit vector in this mode
@@ -129,15 +217,18 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
     Every kind is h <- h + sum_k w_k q_k with a weight per direction (Project starts from zero instead of h).
     """
     a, b = entry.scalar(Scalar.A), entry.scalar(Scalar.B)
+    count = entry.field(Field.COUNT).unsqueeze(1)
     adds, projects, relative = entry.is_kind(Kind.ADD), entry.is_kind(Kind.PROJECT), entry.is_kind(Kind.ROTATE_RELATIVE)
     rotates = relative | entry.is_kind(Kind.ROTATE)
     p1, p2 = p[:, 0], p[:, min(1, p.shape[1] - 1)]
-    w1, w2 = _rotation(p1, p2, a, b, relative)
+    # A clamp's missing bound is infinite: other kinds' formulas must not meet it, not even times zero in a gradient.
+    w1, w2 = _rotation(p1, p2, torch.where(rotates, a, 1), torch.where(rotates, b, 0), relative)
     clamped = torch.where(entry.is_kind(Kind.CLAMP), p1.clamp(min=a, max=b) - p1, 0)
     first = torch.where(adds, a, torch.where(rotates, w1, clamped))
     second = torch.where(rotates, w2, 0)
     kept = torch.where(projects.unsqueeze(1), p, 0)
-    weight = torch.where(entry.is_kind(Kind.ABLATE).unsqueeze(1), -a.unsqueeze(1) * p, kept)
+    ablates = entry.is_kind(Kind.ABLATE)
+    weight = torch.where(ablates.unsqueeze(1), -torch.where(ablates, a, 0).unsqueeze(1) * p, kept)
 
     # One direction at a time, product rounded before the sum: `Add` is then h + c v as anybody would write it, bit for
     # bit.
@@ -146,7 +237,8 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
         w = weight[:, k]
         if k < 2:
             w = w + (first, second)[k]  # one of the two is zero
-        moved = moved + w.unsqueeze(1) * q[:, k]
+        # Nothing is added beyond the entry's own directions, not even zero, which would take the sign of a -0.
+        moved = torch.where(k < count, moved + w.unsqueeze(1) * q[:, k], moved)
     acts = ~entry.is_kind(Kind.PROBE) & ~entry.is_kind(Kind.LATCH)
     changes = projects | (weight != 0).any(1) | (first != 0) | (second != 0)
     return moved, acts & changes

@@ -1,0 +1,302 @@
+"""Which back end runs an op, and the ops as functions of `Tables` and `Rows`.
+
+`FASTSTEER_BACKEND` or `with backend("triton")` chooses one; an explicit choice never falls back. `auto` takes, on CUDA
+tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is built, else
+`reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from faststeer.ops import reference, schema
+from faststeer.ops.tables import Rows, Tables
+
+Backend = Literal["reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+_chosen: Backend | Literal["auto"] | None = None  # None: FASTSTEER_BACKEND decides
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a back end can be used here, and why not."""
+
+    works: bool
+    reason: str
+
+
+@contextmanager
+def backend(name: Backend | Literal["auto"]) -> Iterator[None]:
+    """Use one back end inside the block.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: it does not work here; the message says why.
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "backend(...)")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def backend_for(device: torch.device | str) -> Backend:
+    """The back end that runs an op on tensors of this device.
+
+    Raises:
+        ValueError: FASTSTEER_BACKEND names none.
+        RuntimeError: the one that was chosen does not work here, or not on this device.
+    """
+    kind = torch.device(device).type
+    wanted = _chosen or _checked(os.environ.get("FASTSTEER_BACKEND", "auto"), "FASTSTEER_BACKEND")
+    if wanted == "auto":
+        order: tuple[Backend, ...] = ("cuda", "triton") if kind == "cuda" else ("cpu",) if kind == "cpu" else ()
+        return next((name for name in order if states()[name].works), "reference")
+    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if _interpreted() else ("cuda",)}
+    if kind not in devices.get(wanted, (kind,)):
+        raise RuntimeError(
+            f"the back end {wanted!r} was chosen, but the tensors are on {kind}: choose another, or auto"
+        )
+    return wanted
+
+
+def _checked(name: str, source: str) -> Backend | Literal["auto"]:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: unknown back end {name!r}: expected auto, {', '.join(BACKENDS)}")
+    if name != "auto" and not (state := states()[cast(Backend, name)]).works:
+        raise RuntimeError(f"{source}: the back end {name!r} does not work here: {state.reason}")
+    return cast(Backend, name)
+
+
+@functools.cache
+def states() -> dict[Backend, State]:
+    """Each back end's state on this machine. The first call loads the libraries that are built."""
+    from faststeer import build
+
+    built = build.load()
+    found: dict[Backend, State] = {"reference": State(True, "plain PyTorch, any device")}
+    for name in ("cpu", "cuda"):
+        reason = built[name]
+        works = reason is None
+        if works and name == "cuda" and not torch.cuda.is_available():
+            works, reason = False, "built, but there is no GPU that PyTorch can use"
+        found[cast(Backend, name)] = State(works, reason or "C++, built for this PyTorch")
+    found["triton"] = _triton_state()
+    return {name: found[name] for name in BACKENDS}
+
+
+def _triton_state() -> State:
+    if importlib.util.find_spec("triton") is None:
+        return State(False, "Triton is not installed: pip install triton")
+    if not _interpreted() and not torch.cuda.is_available():
+        return State(
+            False, "there is no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        )
+    try:
+        _register_triton()
+    except Exception as error:  # an unfit Triton must not take the other back ends with it
+        return State(False, f"its kernels cannot be imported: {error}")
+    return State(True, "interpreted on the CPU" if _interpreted() else "Triton kernels")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _register_triton() -> None:
+    from faststeer import kernels  # type: ignore[attr-defined]
+
+    for name, check in schema.CHECKS.items():
+        for key in ("CPU", "CUDA") if _interpreted() else ("CUDA",):
+            schema.library.impl(f"{name}.triton", _checked_first(check, getattr(kernels, name)), key)
+
+
+def _checked_first(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return kernel(*arguments)
+
+    return run
+
+
+# The ops --------------------------------------------------------------------------------------------------------------
+
+
+def steer(
+    x: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Steer rows: see `faststeer.ops.reference.steer`, which every back end agrees with.
+
+    Args:
+        backend: the one to use, as `backend_for` gave it; None asks it again.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
+    """
+    name = backend or _backend_of(x)
+    if name == "reference":
+        return reference.steer(x, tables, rows, gate_state, probe)
+    hidden, seen = _op("steer", name)(x, *_tensors(tables, rows, gate_state), 0 if probe is None else probe.shape[1])
+    if probe is not None:
+        probe.copy_(seen)
+    return hidden
+
+
+def steer_(
+    x: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """`steer` in place, for inference.
+
+    Raises:
+        RuntimeError: a gradient would be needed: `steer` gives one.
+    """
+    _refuse_gradient("steer_", x, tables.bank, tables.scalars)
+    name = backend or _backend_of(x)
+    if name == "reference":
+        x.copy_(reference.steer(x, tables, rows, gate_state, probe))
+    else:
+        _op("steer_", name)(x, *_tensors(tables, rows, gate_state), probe)
+
+
+def add_steer(
+    x: Tensor,
+    residual: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
+    name = backend or _backend_of(x)
+    if name == "reference":
+        return reference.add_steer(x, residual, tables, rows, gate_state, probe)
+    columns = 0 if probe is None else probe.shape[1]
+    hidden, seen = _op("add_steer", name)(x, residual, *_tensors(tables, rows, gate_state), columns)
+    if probe is not None:
+        probe.copy_(seen)
+    return hidden
+
+
+def add_steer_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    fp32_weight: bool,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
+    name = backend or _backend_of(x)
+    norm = weight, eps, weight_offset, fp32_weight
+    if name == "reference":
+        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, probe)
+    columns = 0 if probe is None else probe.shape[1]
+    op = _op("add_steer_rmsnorm", name)
+    normed, hidden, seen = op(x, residual, *norm, *_tensors(tables, rows, gate_state), columns)
+    if probe is not None:
+        probe.copy_(seen)
+    return normed, hidden
+
+
+def latch_(
+    x: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor,
+    *,
+    residual: Tensor | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
+    name = backend or _backend_of(x)
+    if name == "reference":
+        reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
+    else:
+        _op("latch_", name)(x, residual, *_tensors(tables, rows, gate_state))
+
+
+def sparse_add_(
+    x: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    row_vector: Tensor,
+    row_coefficient: Tensor,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Add sparse vectors in place, for inference: see `faststeer.ops.reference.sparse_add`."""
+    _refuse_gradient("sparse_add_", x, values, row_coefficient)
+    name = backend or _backend_of(x)
+    arguments = x, indices, values, offsets, row_vector, row_coefficient
+    if name == "reference":
+        x.copy_(reference.sparse_add(*arguments))
+    else:
+        _op("sparse_add_", name)(*arguments)
+
+
+def _backend_of(x: Tensor) -> Backend:
+    # The compiled back ends have no fp64: it is for oracles and gradient checks.
+    if x.dtype == torch.float64 and not _is_chosen():
+        return "reference"
+    return backend_for(x.device)
+
+
+def _is_chosen() -> bool:
+    return (_chosen or os.environ.get("FASTSTEER_BACKEND", "auto")) != "auto"
+
+
+@functools.cache
+def _op(name: str, backend: Backend) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops.faststeer, name), "triton" if backend == "triton" else "cpp")
+
+
+def _tensors(tables: Tables, rows: Rows, gate_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (
+        tables.bank,
+        tables.fields,
+        tables.scalars,
+        tables.ranges,
+        rows.slot,
+        rows.position,
+        rows.sequence,
+        gate_state,
+    )
+
+
+def _refuse_gradient(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op} writes in place and has no gradient: use {op.rstrip('_')}, or torch.no_grad()")

@@ -1,0 +1,318 @@
+"""What the operators are: one schema each, the checks of their arguments, their fake implementations and their
+gradients. Back ends only compute; they are registered under the overloads `cpp` and `triton` of these schemas.
+docs/kernels.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faststeer.ops import reference
+from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, Rows, Tables
+
+MAX_HIDDEN = 16_384
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OVERLOADS = ("cpp", "triton")
+
+_TABLES = (
+    "Tensor bank, Tensor fields, Tensor scalars, Tensor ranges, Tensor row_slot, Tensor row_position, "
+    "Tensor row_sequence, Tensor? gate_state"
+)
+_NORM = "Tensor weight, float eps, float weight_offset, bool fp32_weight"
+SCHEMAS = {
+    "steer": f"(Tensor x, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe) -> ()",
+    "add_steer": f"(Tensor x, Tensor residual, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
+    "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
+    "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
+    "Tensor row_coefficient) -> ()",
+}
+DIFFERENTIABLE = ("steer", "add_steer", "add_steer_rmsnorm")
+
+library = torch.library.Library("faststeer", "DEF")
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(x: Tensor, name: str, like: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError unless `x` is `[rows, hidden]` of a supported dtype, and of the shape, dtype and
+    device of `like`."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: expected float32, float16 or bfloat16")
+    if x.dim() != 2:
+        raise ValueError(f"{name} has {x.dim()} dimensions: expected [rows, hidden]; reshape it to two")
+    if not 1 <= x.shape[1] <= MAX_HIDDEN:
+        raise ValueError(f"{name} has hidden size {x.shape[1]}: expected 1 to {MAX_HIDDEN}")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(f"{name} has stride {x.stride(1)} in its last dimension: expected 1; call .contiguous()")
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name} has row stride {x.stride(0)}, less than its hidden size: rows may not overlap")
+    if like is not None and (x.shape != like.shape or x.dtype != like.dtype or x.device != like.device):
+        raise ValueError(
+            f"{name} is {list(x.shape)} {x.dtype} on {x.device}, x is {list(like.shape)} {like.dtype} on "
+            f"{like.device}: expected the same"
+        )
+
+
+def check_table(table: Tensor, name: str, shape: Sequence[int | None], dtype: torch.dtype, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless `table` has the shape (None: any), dtype and device and is contiguous."""
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    if table.dtype != dtype:
+        raise TypeError(f"{name} has dtype {table.dtype}: expected {dtype}")
+    fits = table.dim() == len(shape) and all(w is None or n == w for n, w in zip(table.shape, shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} has shape {list(table.shape)}: expected {wanted}")
+    if table.device != x.device:
+        raise ValueError(f"{name} is on {table.device}, x on {x.device}: move it there")
+    if not table.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: call .contiguous() (once, where it is made)")
+
+
+def check_tables(
+    x: Tensor,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+) -> None:
+    """Check the tables of an op against each other and x (docs/kernels.md, 'Operators')."""
+    rows, hidden = x.shape
+    check_table(bank, "bank", (None, hidden), torch.float32, x)
+    check_table(fields, "fields", (None, N_FIELDS), torch.int32, x)
+    check_table(scalars, "scalars", (fields.shape[0], N_SCALARS), torch.float32, x)
+    check_table(ranges, "ranges", (None, 2), torch.int32, x)
+    for name, table in (("row_slot", row_slot), ("row_position", row_position), ("row_sequence", row_sequence)):
+        check_table(table, name, (rows,), torch.int32, x)
+    if gate_state is not None:
+        check_table(gate_state, "gate_state", (None, None), torch.bool, x)
+
+
+def check_sparse(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
+) -> None:
+    """Check the arguments of `sparse_add_`."""
+    check_rows(x, "x")
+    check_table(indices, "indices", (None,), torch.int32, x)
+    check_table(values, "values", (indices.shape[0],), torch.float32, x)
+    check_table(offsets, "offsets", (None,), torch.int32, x)
+    check_table(row_vector, "row_vector", (x.shape[0],), torch.int32, x)
+    check_table(row_coefficient, "row_coefficient", (x.shape[0],), torch.float32, x)
+    if offsets.shape[0] < 1:
+        raise ValueError("offsets is empty: expected [n_vectors + 1], starting with 0")
+
+
+# Every op's check takes the op's own arguments.
+
+
+def check_steer(x: Tensor, *rest: Any) -> None:
+    *tables, columns = rest
+    check_rows(x, "x")
+    check_tables(x, *tables)
+    if columns < 0:
+        raise ValueError(f"columns is {columns}: expected the number of probe columns, 0 for none")
+
+
+def check_steer_(x: Tensor, *rest: Any) -> None:
+    *tables, probe = rest
+    check_rows(x, "x")
+    check_tables(x, *tables)
+    if probe is not None:
+        check_table(probe, "probe", (x.shape[0], None), torch.float32, x)
+
+
+def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:
+    check_steer(x, *rest)
+    check_rows(residual, "residual", like=x)
+
+
+def check_add_steer_rmsnorm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, fp32_weight: bool, *rest: Any
+) -> None:
+    check_add_steer(x, residual, *rest)
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}: expected float32, float16 or bfloat16")
+    check_table(weight, "weight", (x.shape[1],), weight.dtype, x)
+    if weight_offset != 0 and not fp32_weight:
+        raise ValueError(f"weight_offset is {weight_offset} without fp32_weight: no model rounds before adding it")
+
+
+def check_latch_(x: Tensor, residual: Tensor | None, *tables: Any) -> None:
+    check_rows(x, "x")
+    if residual is not None:
+        check_rows(residual, "residual", like=x)
+    check_tables(x, *tables)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "steer": check_steer,
+    "steer_": check_steer_,
+    "add_steer": check_add_steer,
+    "add_steer_rmsnorm": check_add_steer_rmsnorm,
+    "latch_": check_latch_,
+    "sparse_add_": check_sparse,
+}
+
+# Fake implementations -------------------------------------------------------------------------------------------------
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    """The op's checks, then outputs without values: contiguous hidden-like tensors, and the probe behind them."""
+    n_outputs = {"steer": 1, "add_steer": 1, "add_steer_rmsnorm": 2}.get(name)
+
+    def run(x: Tensor, *rest: Any) -> Any:
+        CHECKS[name](x, *rest)
+        if n_outputs is None:
+            return None
+        probe = x.new_empty((x.shape[0], rest[-1]), dtype=torch.float32)
+        return *(x.new_empty(x.shape) for _ in range(n_outputs)), probe
+
+    return run
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+_BACKWARD = (
+    "(Tensor? grad_normed, Tensor grad_hidden, Tensor x, Tensor? residual, Tensor? weight, float eps, "
+    f"float weight_offset, bool fp32_weight, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(f"backward{_BACKWARD}")
+
+
+def _backward(
+    grad_normed: Tensor | None,
+    grad_hidden: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    fp32_weight: bool,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to (s, weight, bank, scalars), where s = x or x + residual: the reference, run again with gradients."""
+    with torch.enable_grad():
+        s = (x if residual is None else x + residual).detach().requires_grad_()
+        bank, scalars = bank.detach().requires_grad_(), scalars.detach().requires_grad_()
+        scale = torch.zeros(0, device=x.device) if weight is None else weight.detach()
+        scale.requires_grad_()
+        tables = host_tables(bank, fields, scalars, ranges)
+        hidden = reference.steer(s, tables, Rows(row_slot, row_position, row_sequence), gate_state)
+        outputs, grads = [hidden], [grad_hidden]
+        if grad_normed is not None:
+            outputs.append(reference.rmsnorm(hidden, scale, eps, weight_offset, fp32_weight))
+            grads.append(grad_normed)
+        inputs = (s, scale, bank, scalars)
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
+    return found  # type: ignore[return-value]
+
+
+def host_tables(bank: Tensor, fields: Tensor, scalars: Tensor, ranges: Tensor) -> Tables:
+    """Tables for the reference from tensors alone: its loop bounds are read from them, which on a GPU waits for it."""
+    depth = int(ranges[:, 1].max()) if ranges.numel() else 0
+    width = int(fields[:, int(Field.COUNT)].clamp(1, bank.shape[0]).max()) if fields.numel() and len(bank) else 1
+    return Tables(bank, fields, scalars, ranges, max(depth, 0), width)
+
+
+def _fake_backward(
+    grad_normed: Tensor | None,
+    grad_hidden: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bank, scalars = rest[3], rest[5]
+    grad_weight = x.new_empty(0, dtype=torch.float32) if weight is None else torch.empty_like(weight)
+    return x.new_empty(x.shape), grad_weight, torch.empty_like(bank), torch.empty_like(scalars)
+
+
+library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("faststeer::backward", _fake_backward, lib=library)
+
+_N_TABLES = 8
+
+
+def _save(
+    ctx: Any, leading: Sequence[Tensor | None], tables: Sequence[Tensor | None], norm: tuple[float, float, bool]
+) -> None:
+    ctx.save_for_backward(*leading, *tables)
+    ctx.norm = norm
+
+
+def _setup_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, *tables, _ = inputs
+    _save(ctx, (x, None, None), tables, (0.0, 0.0, False))
+
+
+def _setup_add_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, residual, *tables, _ = inputs
+    _save(ctx, (x, residual, None), tables, (0.0, 0.0, False))
+
+
+def _setup_add_steer_rmsnorm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, residual, weight, eps, weight_offset, fp32_weight, *tables, _ = inputs
+    _save(ctx, (x, residual, weight), tables, (eps, weight_offset, fp32_weight))
+
+
+def _run_backward(ctx: Any, grad_normed: Tensor | None, grad_hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Gradients to s and the weight, and those of the eight tables and `columns` in the schema's order."""
+    grads = torch.ops.faststeer.backward(
+        grad_normed, grad_hidden, *ctx.saved_tensors[:3], *ctx.norm, *ctx.saved_tensors[3:]
+    )
+    grad_s, grad_weight, grad_bank, grad_scalars = grads
+    return grad_s, grad_weight, (grad_bank, None, grad_scalars, *[None] * (_N_TABLES - 3), None)
+
+
+def _backward_steer(ctx: Any, grad_hidden: Tensor, grad_probe: Tensor) -> tuple[Any, ...]:
+    grad_s, _, grad_tables = _run_backward(ctx, None, grad_hidden)
+    return grad_s, *grad_tables
+
+
+def _backward_add_steer(ctx: Any, grad_hidden: Tensor, grad_probe: Tensor) -> tuple[Any, ...]:
+    grad_s, _, grad_tables = _run_backward(ctx, None, grad_hidden)
+    return grad_s, grad_s, *grad_tables
+
+
+def _backward_add_steer_rmsnorm(
+    ctx: Any, grad_normed: Tensor, grad_hidden: Tensor, grad_probe: Tensor
+) -> tuple[Any, ...]:
+    grad_s, grad_weight, grad_tables = _run_backward(ctx, grad_normed, grad_hidden)
+    return grad_s, grad_s, grad_weight, None, None, None, *grad_tables
+
+
+_GRADIENTS = {
+    "steer": (_backward_steer, _setup_steer),
+    "add_steer": (_backward_add_steer, _setup_add_steer),
+    "add_steer_rmsnorm": (_backward_add_steer_rmsnorm, _setup_add_steer_rmsnorm),
+}
+
+
+def _define() -> None:
+    for name, schema in SCHEMAS.items():
+        for overload in OVERLOADS:
+            library.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            op = getattr(getattr(torch.ops.faststeer, name), overload)
+            torch.library.register_fake(op, _fake(name), lib=library)
+            if name in _GRADIENTS:
+                backward, setup = _GRADIENTS[name]
+                torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
+
+
+_define()

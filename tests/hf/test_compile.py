@@ -1,0 +1,97 @@
+"""A compiled model: one graph with the steering in it, which later plans change without compiling again."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from test_architectures import close, far
+from torch import Tensor
+
+import faststeer as fs
+
+# Tracing warns of what it does itself.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def plan(seed: int) -> fs.Plan:
+    """Small, since tracing takes its time; with positions, a gate, and the hook that writes in place."""
+    v, w = models.direction(seed), models.direction(seed + 1)
+    return fs.Plan(
+        [
+            fs.Ablate(v, layers=0, at="resid_mid", positions="[-3:]"),
+            fs.Add(
+                w,
+                2.0,
+                layers=0,
+                at="resid_mid",
+                when=fs.Gate(v, latched=True, layer=0, at="resid_pre"),
+                keep_norm=seed % 2 == 0,
+            ),
+        ]
+    )
+
+
+class Counting:
+    """The eager back end, which counts the graphs that it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        self.graphs += 1
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
+def test_one_graph_for_all_plans(name):
+    """fullgraph=True, so nothing breaks out of it; other plans at the same sites take effect with no graph made
+    anew."""
+    model, ids, backend = (
+        models.build(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1}),
+        models.tokens(2, 5),
+        Counting(),
+    )
+    plans = [[plan(0), None], [plan(1), plan(2)]]
+    with torch.no_grad(), fs.steer(model, plans[0]) as steering:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        outputs = {}
+        for which in (0, 1, 0):
+            steering.assign(plans[which])
+            compiled_logits, eager = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+            close(compiled_logits, eager)
+            outputs[which] = eager
+        assert backend.graphs == 1
+    assert far(outputs[0], outputs[1])
+
+
+def test_compiled_before_steering():
+    """What was compiled unsteered is not steered by an old graph in silence, nor the other way round."""
+    model, ids = models.build("llama", num_hidden_layers=1), models.tokens(2, 5)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        plain = model(ids, use_cache=False).logits
+        close(compiled(ids, use_cache=False).logits, plain)
+        with fs.steer(model, plan(0)):
+            steered = model(ids, use_cache=False).logits
+            close(compiled(ids, use_cache=False).logits, steered)
+        close(compiled(ids, use_cache=False).logits, plain)
+    assert far(steered, plain)
+
+
+@pytest.mark.full
+def test_through_aot_autograd():
+    """Functionalised: the in-place hook of resid_mid and the gate state survive it."""
+    model, ids = models.build("llama", num_hidden_layers=1), models.tokens(2, 5)
+    with torch.no_grad(), fs.steer(model, [plan(0), plan(1)]) as steering:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        steering.assign([None, plan(0)])
+        close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

@@ -1,0 +1,367 @@
+"""Hook points are found in every architecture, are the tensors that docs/design.md says they are, and what has none is
+refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import faststeer as fs
+from faststeer.hf import find_hook_points, read
+
+ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
+SEQUENTIAL = pytest.mark.parametrize("name", [name for name in models.ARCHITECTURES if name not in models.PARALLEL])
+
+
+def hooks_of(model: nn.Module) -> dict[str, Any]:
+    """All that hooking could leave on a model."""
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
+    found: dict[str, Any] = {
+        f"{name}.{kind}": list(getattr(module, kind).items())
+        for name, module in model.named_modules()
+        for kind in kinds
+        if getattr(module, kind)
+    }
+    return found | {"attributes": sorted(model.__dict__), "modes": [module.training for module in model.modules()]}
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def by_hand(model: nn.Module, name: str, ids: Tensor) -> dict[str, list[Tensor]]:
+    """Each hook point's tensor in each layer, taken with hooks on the modules that a person would name."""
+    modules, taken = models.MODULES[name], {}
+    layers, handles = model.get_submodule(modules.layers), []
+
+    def take(at: str, layer: int, tensor: Tensor) -> None:
+        taken[at, layer] = tensor.detach().clone()
+
+    def on_input(at: str, i: int):
+        return lambda _module, args, kwargs: take(at, i, args[0] if args else kwargs["hidden_states"])
+
+    def on_output(at: str, i: int):
+        return lambda _module, _args, output: take(at, i, first(output))
+
+    for i, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(on_input("resid_pre", i), with_kwargs=True))
+        handles.append(layer.register_forward_hook(on_output("resid_post", i)))
+        handles += [
+            layer.get_submodule(getattr(modules, at)).register_forward_hook(on_output(at, i))
+            for at in ("attn_out", "mlp_out")
+        ]
+        if modules.resid_mid:
+            handles.append(
+                layer.get_submodule(modules.resid_mid).register_forward_pre_hook(
+                    on_input("resid_mid", i), with_kwargs=True
+                )
+            )
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return {at: [taken[at, i].view(*ids.shape, -1) for i in range(len(layers))] for at in models.points(name)}
+
+
+def taken(model: nn.Module, at: str, ids: Tensor) -> list[Tensor]:
+    with read(model, at=at) as found, torch.no_grad():
+        model(ids)
+    return [found[layer].view(*ids.shape, -1) for layer in sorted(found)]
+
+
+@ALL
+def test_found(name):
+    model = models.build(name)
+    before = hooks_of(model)
+    points = find_hook_points(model)
+    assert (points.layers, points.n_layers, points.hidden_size) == (
+        models.MODULES[name].layers,
+        models.N_LAYERS,
+        models.HIDDEN,
+    )
+    assert (points.resid_mid is None) is (name in models.PARALLEL)
+    assert hooks_of(model) == before
+
+
+@ALL
+def test_each_is_the_documented_tensor(name):
+    """The same bits as hand-placed hooks see, and as a forward pass reports in its hidden states."""
+    model, ids = models.model(name), models.tokens(2, 7)
+    expected = by_hand(model, name, ids)
+    for at in models.points(name):
+        for layer, tensor in enumerate(taken(model, at, ids)):
+            assert torch.equal(tensor, expected[at][layer]), f"{at} of layer {layer}"
+    with torch.no_grad():
+        hidden_states = model(ids, output_hidden_states=True).hidden_states
+    for layer in range(models.N_LAYERS):
+        assert torch.equal(expected["resid_pre"][layer], hidden_states[layer])
+
+
+@ALL
+def test_the_residual_stream_is_their_sum(name):
+    """mid = pre + attention, post = mid + MLP; in parallel, post = pre + attention + MLP: to the rounding of a sum."""
+    model, ids = models.model(name), models.tokens(2, 7, seed=1)
+    pre, attn, mlp, post = (
+        torch.stack(taken(model, at, ids)) for at in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    )
+    torch.testing.assert_close(post, pre + attn + mlp)
+    assert torch.equal(pre[1:], post[:-1])
+    assert all(t.abs().amax() > 0.1 for t in (pre, attn, mlp)), "a branch of zeros would prove nothing"
+    if name not in models.PARALLEL:
+        mid = torch.stack(taken(model, "resid_mid", ids))
+        assert torch.equal(mid, pre + attn) and torch.equal(post, mid + mlp)
+
+
+@SEQUENTIAL
+def test_resid_mid_reaches_both_branches(name):
+    """A steered layer is what its own submodules make of the steered middle: the residual branch and the MLP both take
+    it."""
+    model, ids, v = models.model(name), models.tokens(2, 7), models.direction()
+    layer = model.get_submodule(models.MODULES[name].layers)[1]
+    unsteered = {at: taken(model, at, ids)[1] for at in ("resid_mid", "resid_post")}
+    with fs.steer(model, fs.Add(v, 1.5, layers=1, at="resid_mid")):
+        post = taken(model, "resid_post", ids)[1]
+    middle = unsteered["resid_mid"] + 1.5 * v
+    with torch.no_grad():
+        expected = middle + first(models.MODULES[name].branch(layer, middle)).view_as(middle)
+    assert torch.equal(post, expected)
+    assert not torch.equal(post, unsteered["resid_post"] + 1.5 * v), "the MLP must see it too"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
+@ALL
+def test_found_in_every_dtype(name, dtype):
+    if dtype == torch.float64 and name in models.EXPERTS:
+        pytest.skip("PyTorch's grouped matrix product, which the experts use, has no fp64")
+    found, known = find_hook_points(models.build(name).to(dtype)), find_hook_points(models.model(name))
+    assert (found.layers, found.n_layers, found.hidden_size) == (known.layers, known.n_layers, known.hidden_size)
+    assert (found.resid_mid is None) is (known.resid_mid is None)
+
+
+def test_a_known_model_is_not_run_again():
+    model = models.build("llama")
+    points, runs = find_hook_points(model), []
+    with model.register_forward_hook(lambda *_: runs.append(1)):
+        assert find_hook_points(model) == points
+        fs.steer(model, fs.Add(models.direction(), layers=0))
+    assert not runs
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox_parallel"])
+def test_a_model_in_training_with_dropout(name):
+    """Found without its dropout; afterwards every module is in the mode that it was in."""
+    key = {"llama": "attention_dropout", "gpt2": "resid_pdrop", "opt": "dropout", "neox_parallel": "hidden_dropout"}[
+        name
+    ]
+    model = models.build(name, **{key: 0.5}).train()
+    model.get_submodule(models.MODULES[name].layers)[0].eval()
+    before = hooks_of(model)
+    assert find_hook_points(model).n_layers == models.N_LAYERS
+    assert hooks_of(model) == before
+
+
+def test_one_layer():
+    assert find_hook_points(models.build("llama", num_hidden_layers=1)).n_layers == 1
+
+
+def test_the_base_model_alone():
+    model, ids = models.model("llama"), models.tokens(2, 5)
+    assert find_hook_points(model.model).layers == "layers"
+    plan = fs.Plan(
+        [
+            fs.Add(models.direction(), 2.0, layers=0),
+            fs.Ablate(models.direction(1), layers=1, at="attn_out", positions="last"),
+        ]
+    )
+    with torch.no_grad():
+        with fs.steer(model, plan):
+            expected = model(ids, output_hidden_states=True).hidden_states[-1]
+        with fs.steer(model.model, plan):
+            assert torch.equal(model.model(ids).last_hidden_state, expected)
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    import copy
+
+    model, ids, plan = models.build("llama"), models.tokens(1, 5), fs.Add(models.direction(), 3.0, layers=0)
+    find_hook_points(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with fs.steer(twin, plan):
+            assert torch.equal(model(ids).logits, plain)
+            steered = twin(ids).logits
+        assert not torch.equal(steered, plain) and torch.equal(twin(ids).logits, plain)
+        with fs.steer(model, plan):
+            assert torch.equal(model(ids).logits, steered)
+
+
+# Models of one's own ------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Pre-norm, with names that nobody else uses."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.n1, self.mix = nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
+        self.n2, self.think = nn.LayerNorm(hidden), nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.n1(x))
+        return x + self.think(self.n2(x))
+
+
+class Own(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block, hidden: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.stack, self.head = (
+            nn.Embedding(11, hidden),
+            nn.ModuleList([block(hidden) for _ in range(3)]),
+            nn.Linear(hidden, 11),
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.stack:
+            x = block(x)
+        return self.head(x)
+
+
+class PostNorm(Block):
+    """The norm is on the stream itself: no sum of branches passes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n1(x + self.mix(x))
+        return self.n2(x + self.think(x))
+
+
+BY_HAND = fs.HookPoints(layers="stack", attn_out="mix", mlp_out="think", resid_mid="n2")
+
+
+class TestModelsOfOnesOwn:
+    def test_found_or_named_is_the_same(self):
+        model = Own()
+        found, named = find_hook_points(model), find_hook_points(Own(), BY_HAND)
+        assert found == named
+        assert (found.layers, found.attn_out, found.mlp_out, found.resid_mid) == ("stack", "mix", "think", "n2")
+        assert (found.n_layers, found.hidden_size) == (3, 16)
+
+    @pytest.mark.parametrize("given", [None, BY_HAND], ids=["found", "named"])
+    def test_steered(self, given):
+        model, v, ids = (
+            Own().requires_grad_(False),
+            torch.randn(16, generator=torch.Generator().manual_seed(1)),
+            torch.tensor([[1, 2, 3]]),
+        )
+        with fs.steer(model, fs.Add(v, 2.0, layers=1, at="resid_mid", positions="last"), hook_points=given):
+            steered = model(ids)
+        x = model.stack[0](model.embed(ids))
+        middle = x + model.stack[1].mix(model.stack[1].n1(x))
+        middle[:, -1] += 2.0 * v
+        expected = model.head(model.stack[2](middle + model.stack[1].think(model.stack[1].n2(middle))))
+        torch.testing.assert_close(steered, expected)
+        assert hooks_of(model)["attributes"] == hooks_of(Own())["attributes"]
+
+
+class TestRefused:
+    def check(self, model: nn.Module, message: str, points: fs.HookPoints | None = None) -> None:
+        before = hooks_of(model)
+        with pytest.raises(ValueError, match=message):
+            fs.steer(model, fs.Plan(), hook_points=points)
+        assert hooks_of(model) == before
+
+    HOW_TO_MEND = (
+        r"name the hook points: HookPoints\(layers=.*steer\(\.\.\., hook_points=\.\.\.\).*"
+        r"register_forward_hook\(faststeer\.hook"
+    )
+
+    def test_post_norm(self):
+        self.check(Own(PostNorm), f"Own: the layers of stack are not input . attention . MLP.*{self.HOW_TO_MEND}")
+
+    def test_post_norm_transformer(self):
+        config = transformers.BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
+        self.check(transformers.BertModel(config), f"BertModel: .*{self.HOW_TO_MEND}")
+
+    def test_no_layers(self):
+        class Flat(Own):
+            def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+                return self.head(self.embed(input_ids))
+
+        self.check(Flat(), f"Flat: no ModuleList whose members pass one tensor.*{self.HOW_TO_MEND}")
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"layers": "model.blocks"},
+            {"layers": "model"},
+            {"layers": "model.norm"},
+            {"layers": ""},
+            {"attn_out": "attention"},
+            {"mlp_out": "ffn"},
+            {"resid_mid": "ln_2"},
+            {"resid_mid": "input_layernorm"},
+            {"resid_mid": "mlp"},
+            {"attn_out": "mlp", "mlp_out": "self_attn"},
+            {"attn_out": "input_layernorm"},
+            {"attn_out": "self_attn.q_proj"},
+            {"attn_out": "mlp.gate_proj"},
+            {"mlp_out": "post_attention_layernorm"},
+            {"mlp_out": "mlp.up_proj"},
+        ],
+        ids=str,
+    )
+    def test_wrong_names(self, wrong):
+        """Not there, or there and something else than what it is said to be: neither may pass."""
+        right = {
+            "layers": "model.layers",
+            "attn_out": "self_attn",
+            "mlp_out": "mlp",
+            "resid_mid": "post_attention_layernorm",
+        }
+        self.check(models.build("llama"), "LlamaForCausalLM", fs.HookPoints(**(right | wrong)))
+
+    def test_right_names(self):
+        right = fs.HookPoints(
+            layers="model.layers", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm"
+        )
+        assert find_hook_points(models.build("llama"), right) == find_hook_points(models.model("llama"))
+
+    def test_experts_are_not_layers(self):
+        """A list that a forward pass does not reach in a row, or not at all."""
+        wrong = fs.HookPoints(layers="spare", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm")
+        model = models.build("llama")
+        model.spare = nn.ModuleList(type(model.model.layers[0])(model.config, i) for i in range(2))
+        self.check(model, "LlamaForCausalLM", wrong)
+        assert find_hook_points(model).layers == "model.layers"
+
+    def test_nothing_stays_on_a_model_that_fails_in_the_middle(self):
+        model = models.build("llama")
+
+        def fail(*_args):
+            raise RuntimeError("broken layer")
+
+        handle = model.model.layers[1].mlp.register_forward_hook(fail)
+        before = hooks_of(model)
+        with pytest.raises(RuntimeError, match="broken layer"):
+            find_hook_points(model)
+        assert hooks_of(model) == before
+        handle.remove()
+        assert find_hook_points(model).n_layers == 2

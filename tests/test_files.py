@@ -1,0 +1,88 @@
+"""Files are there whole, old or new, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import faststeer as fs
+from faststeer.files import write_atomically
+
+
+def test_writes_bytes_and_text(tmp_path):
+    write_atomically(tmp_path / "a" / "b.txt", "grün\n")
+    assert (tmp_path / "a" / "b.txt").read_bytes() == "grün\n".encode()
+    write_atomically(str(tmp_path / "a" / "b.txt"), b"\x00\x01")
+    assert (tmp_path / "a" / "b.txt").read_bytes() == b"\x00\x01"
+    assert os.listdir(tmp_path / "a") == ["b.txt"]
+
+
+def test_has_the_usual_permissions(tmp_path):
+    (tmp_path / "by_hand").write_text("")
+    write_atomically(tmp_path / "ours", "")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "by_hand").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk_full", "ctrl_c"])
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step, error):
+    old = fs.SteeringVector({0: torch.ones(4)})
+    path = old.save(tmp_path / "v.safetensors")
+    before = path.read_bytes()
+
+    def fail(*_args, **_more):
+        raise error
+
+    monkeypatch.setattr(os, step, fail)
+    new = fs.SteeringVector({0: torch.full((4,), 2.0)})
+    with pytest.raises(type(error)):
+        new.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["v.safetensors"]
+    assert new.path is None, "it has no file"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "v"
+    write_atomically(path, "old")
+    real = os.fdopen
+
+    def broken(descriptor: int, mode: str):
+        file = real(descriptor, mode)
+
+        class Full:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_exception):
+                file.close()
+
+            def write(self, data: bytes):
+                file.write(data[:1])
+                raise OSError("no space left on device")
+
+        return Full()
+
+    monkeypatch.setattr(os, "fdopen", broken)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["v"]
+
+
+def test_the_new_file_is_whole_before_it_has_the_name(tmp_path, monkeypatch):
+    """At the moment of renaming, the temporary file beside it holds everything."""
+    seen = []
+    real = os.replace
+
+    def look(source, target):
+        seen.append((Path(source).parent, Path(source).read_bytes()))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    write_atomically(tmp_path / "v", b"content")
+    assert seen == [(tmp_path, b"content")]
