@@ -20,8 +20,9 @@ from rich.progress import Progress
 
 from faststeer import demo, evaluate, extract
 from faststeer.demo import plots
-from faststeer.evaluate import Prompt, Rate, is_refusal
+from faststeer.evaluate import Rate, is_refusal
 from faststeer.files import write_atomically
+from faststeer.hf import Prompt
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
