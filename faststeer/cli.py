@@ -58,14 +58,22 @@ def demo(
 
     Example: faststeer demo --out out/demo
     """
+    import torch
+
     from faststeer.demo.run import run
 
+    # Its matrices are so small that a second thread waits longer than it works, most of all on a busy machine.
+    torch.set_num_threads(1)
     result = run(out, prompts=prompts, seed=seed)
     if as_json:
         typer.echo(json.dumps(result))
         return
     console = Console()
     console.print(_refusal_table(result))
+    if relaxed := result["selection"]["relaxed"]:
+        console.print(
+            f"No candidate direction satisfied every constraint of the selection; given up: {', '.join(relaxed)}"
+        )
     console.print(_tone_table(result))
     for example in result["examples"]:
         console.print(
@@ -95,7 +103,8 @@ def _refusal_table(result: dict[str, Any]) -> Table:
 
 
 def _tone_table(result: dict[str, Any]) -> Table:
-    rows = {"base": "unsteered", "cheerful": "tone vector added (+1)", "gloomy": "tone vector subtracted (-1)"}
+    c = result["tone_coefficient"]
+    rows = {"base": "unsteered", "cheerful": f"tone vector added (+{c})", "gloomy": f"tone vector subtracted (-{c})"}
     table = Table(
         "steering", "cheerful answers", "gloomy answers", "n", title="Tone, questions without a system prompt"
     )

@@ -8,20 +8,20 @@ Nothing measured on it says anything about the safety or quality of real models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .corpus import classify, neutral_questions, prompts, tone
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
 FOLDER = Path(__file__).parent / "model"
 
 __all__ = ["FOLDER", "classify", "load", "neutral_questions", "prompts", "tone"]
 
 
-def load(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, Any]:
     """Return (model, tokenizer) of the demo model in eval mode on the CPU; `dtype` defaults to torch.float32.
 
     The weights ship in bfloat16. The tokenizer pads on the left, and its chat template writes the only begin-of-text

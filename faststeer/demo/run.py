@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from faststeer.vector import HookPoint, SteeringVector
 EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 COEFFICIENTS = tuple(0.25 * step for step in range(9))
 MAX_NEW_TOKENS = 64
+TONES = ("cheerful", "gloomy")
+TONE_COEFFICIENT = 1.5  # tone needs more than its difference in means
 
 
 @dataclass
@@ -92,17 +95,20 @@ def run(out: Path, *, prompts: int = 128, seed: int = 0, console: Console | None
         }
         answer(model, tokenizer, sweep.values())
         step("A second behaviour: tone")
-        tone_vector, tones = tone_cells(model, tokenizer, vector.layers[0], few)
+        tone_vector = find_tone(model, tokenizer, min(few, 24))
+        tones = tone_cells(tone_vector, demo.neutral_questions("test")[:few])
         answer(model, tokenizer, tones.values())
         step("Done")
 
-    result = {
+    result: dict[str, Any] = {
         "model": "faststeer demo model",
         "layer": vector.layers[0],
         "position": position,
         "refusal": {name: cell.to_dict() for name, cell in cells.items()},
         "dose_response": _series(doses, "coefficient"),
         "layer_sweep": _series(sweep, "layer"),
+        "tone_layer": tone_vector.layers[0],
+        "tone_coefficient": TONE_COEFFICIENT,
         "tone": {name: _tone_dict(cell) for name, cell in tones.items()},
         "selection": selection.to_dict(),
         "examples": _examples(cells),
@@ -125,7 +131,9 @@ def find_refusal(model: Any, tokenizer: Any) -> tuple[extract.Selection, extract
     """DIM candidates from the training prompts, the best of them by the validation prompts."""
     candidates = extract.candidates(model, tokenizer, *demo.prompts("refusal", "train"))
     harmful, harmless = demo.prompts("refusal", "validation")
-    selection = extract.select(model, tokenizer, candidates, harmful[:32], harmless[:32])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what was given up is in the result, and is printed
+        selection = extract.select(model, tokenizer, candidates, harmful[:32], harmless[:32])
     return selection, candidates
 
 
@@ -145,15 +153,28 @@ def refusal_cells(vector: SteeringVector, n: int, seed: int) -> dict[str, Cell]:
     }
 
 
-def tone_cells(model: Any, tokenizer: Any, layer: int, n: int) -> tuple[SteeringVector, dict[str, Cell]]:
-    """The second behaviour: a vector from a cheerful against a gloomy system prompt, used on questions without any."""
-    found = extract.dim(model, tokenizer, *demo.prompts("tone", "train"))
-    vector = SteeringVector({layer: found[layer]}, at=found.at, model=found.model, method="dim")
-    questions = demo.neutral_questions("test")[:n]
-    return vector, {
+def find_tone(model: Any, tokenizer: Any, n: int) -> SteeringVector:
+    """The second behaviour: DIM of a cheerful against a gloomy system prompt, at the layer and token that change the
+    tone of most answers to validation questions without a system prompt."""
+    candidates = extract.candidates(model, tokenizer, *demo.prompts("tone", "train"), positions=(-1, -3))
+    questions = demo.neutral_questions("validation")[:n]
+    vectors = [
+        candidates.vector(position, layer)
+        for position in candidates.positions
+        for layer in candidates.vector(position).layers
+    ]
+    cells = [tone_cells(vector, questions) for vector in vectors]
+    answer(model, tokenizer, [cell[tone] for cell in cells for tone in TONES])
+    changed = [sum(_tone_rate(cell[tone], tone).rate for tone in TONES) for cell in cells]
+    return vectors[changed.index(max(changed))]
+
+
+def tone_cells(vector: SteeringVector, questions: Sequence[Prompt]) -> dict[str, Cell]:
+    """Questions without a system prompt, unsteered and steered both ways."""
+    return {
         "base": Cell(questions, None),
-        "cheerful": Cell(questions, Plan([Add(vector, 1.0)])),
-        "gloomy": Cell(questions, Plan([Add(vector, -1.0)])),
+        "cheerful": Cell(questions, Plan([Add(vector, TONE_COEFFICIENT)])),
+        "gloomy": Cell(questions, Plan([Add(vector, -TONE_COEFFICIENT)])),
     }
 
 
@@ -181,9 +202,12 @@ def _series(cells: dict[tuple[int, Any], Cell], name: str) -> dict[str, list[dic
     return series
 
 
+def _tone_rate(cell: Cell, tone: str) -> Rate:
+    return cell.share(lambda text: demo.tone(text) == tone)
+
+
 def _tone_dict(cell: Cell) -> dict[str, Any]:
-    tones = [demo.tone(text) for text in cell.answers]
-    return {tone: Rate(tones.count(tone), len(tones)).to_dict() for tone in ("cheerful", "gloomy")}
+    return {tone: _tone_rate(cell, tone).to_dict() for tone in TONES}
 
 
 def _examples(cells: dict[str, Cell]) -> list[dict[str, str]]:

@@ -54,9 +54,10 @@ class Settings:
     noise_share: float = 0.5
     noise_start: float = 0.4
     noise_ramp: float = 0.2
-    finishing_steps: int = 400
+    finishing_steps: int = 500
     finishing_rate: float = 2e-3
     centering: float = 0.2
+    centering_across: float = 0.15
     vocabulary: int = 1536
     hidden: int = 128
     mlp: int = 384
@@ -221,13 +222,15 @@ class Centering:
     A large model that answers has next to nothing along its refusal direction. A tiny one puts "refuse" and "answer" at
     opposite ends of it, and at the origin, where ablation leaves it, it refuses everything. So the residual at the
     token before an answer is pulled to zero along mean(refusals) - mean(neutral answers); in the same way neutral
-    answers are pulled to the middle between cheerful and gloomy ones, along the tone axis and across it. Refusals, cheerful and gloomy answers are left
-    alone: what adding, subtracting or ablating a direction does to them is never trained.
+    answers are pulled to the middle between cheerful and gloomy ones, along the tone axis and, more gently, across it.
+    Refusals, cheerful and gloomy answers are left alone: what adding, subtracting or ablating a direction does to them
+    is never trained.
     """
 
     def __init__(self, settings: Settings):
         self.means = torch.zeros(len(GROUPS), settings.layers, settings.hidden)
         self.counts = [0] * len(GROUPS)
+        self.across = settings.centering_across
 
     def loss(self, decided: torch.Tensor, groups: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """Return the squared offset of the batch means in units of the axis' length; `decided` [batch, layers, hidden].
@@ -245,14 +248,14 @@ class Centering:
         plain = clean & (groups == GROUPS.index("neutral"))
         toned, middle = cheerful - gloomy, (cheerful + gloomy) / 2
         offsets = decided.new_zeros(())
-        for rows, direction, origin, axis in (
-            (answering, refusal - neutral, torch.zeros_like(neutral), refusal - neutral),
-            (plain, toned, middle, toned),
-            (plain, neutral - middle, middle, toned),
+        for weight, rows, direction, origin, axis in (
+            (1.0, answering, refusal - neutral, torch.zeros_like(neutral), refusal - neutral),
+            (1.0, plain, toned, middle, toned),
+            (self.across, plain, neutral - middle, middle, toned),
         ):
             if rows.any():
                 offset = ((decided[rows].mean(dim=0) - origin) * F.normalize(direction, dim=-1)).sum(-1)
-                offsets = offsets + (offset**2 / (axis**2).sum(-1).clamp_min(1e-6)).mean()
+                offsets = offsets + weight * (offset**2 / (axis**2).sum(-1).clamp_min(1e-6)).mean()
         return offsets
 
 
@@ -279,13 +282,14 @@ def train_model(seed: int, tokenizer, settings: Settings, report=lambda step: No
     torch.manual_seed(seed)
     model = build_model(tokenizer, settings).train()
     disturbance, centering = Disturbance(model.model.layers, settings), Centering(settings)
-    stream = batches(tokenizer, settings, seed + 1)
     reported = itertools.count(1)
     for finishing, steps, height in (
         (False, settings.steps, settings.learning_rate),
         (True, settings.finishing_steps, settings.finishing_rate),
     ):
         optimizer = make_optimizer(model, settings)
+        torch.manual_seed(seed)
+        stream = batches(tokenizer, settings, 2 * seed + finishing)
         for step in range(steps):
             done = step / steps
             for group in optimizer.param_groups:

@@ -14,20 +14,14 @@ import faststeer as fs
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def plan(seed: int) -> fs.Plan:
+def plan(seed: int, *, latched: bool = True) -> fs.Plan:
     """Small, since tracing takes its time; with positions, a gate, and the hook that writes in place."""
     v, w = models.direction(seed), models.direction(seed + 1)
+    gate = fs.Gate(v, latched=True, layer=0, at="resid_pre") if latched else fs.Gate(v)
     return fs.Plan(
         [
             fs.Ablate(v, layers=0, at="resid_mid", positions="[-3:]"),
-            fs.Add(
-                w,
-                2.0,
-                layers=0,
-                at="resid_mid",
-                when=fs.Gate(v, latched=True, layer=0, at="resid_pre"),
-                keep_norm=seed % 2 == 0,
-            ),
+            fs.Add(w, 2.0, layers=0, at="resid_mid", when=gate, keep_norm=seed % 2 == 0),
         ]
     )
 
@@ -50,16 +44,18 @@ def fresh():
     torch.compiler.reset()
 
 
+def one_layer(name: str = "llama") -> torch.nn.Module:
+    return models.build(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("latched", [False, True], ids=["", "latched"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
-def test_one_graph_for_all_plans(name):
+def test_one_graph_for_all_plans(name, latched):
     """fullgraph=True, so nothing breaks out of it; other plans at the same sites take effect with no graph made
     anew."""
-    model, ids, backend = (
-        models.build(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1}),
-        models.tokens(2, 5),
-        Counting(),
-    )
-    plans = [[plan(0), None], [plan(1), plan(2)]]
+    model, ids, backend = one_layer(name), models.tokens(2, 5), Counting()
+    a, b, c = (plan(seed, latched=latched) for seed in range(3))
+    plans = [[a, None], [b, c]]
     with torch.no_grad(), fs.steer(model, plans[0]) as steering:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         outputs = {}
@@ -74,7 +70,7 @@ def test_one_graph_for_all_plans(name):
 
 def test_compiled_before_steering():
     """What was compiled unsteered is not steered by an old graph in silence, nor the other way round."""
-    model, ids = models.build("llama", num_hidden_layers=1), models.tokens(2, 5)
+    model, ids = one_layer(), models.tokens(2, 5)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")
         plain = model(ids, use_cache=False).logits
@@ -86,10 +82,20 @@ def test_compiled_before_steering():
     assert far(steered, plain)
 
 
+def test_a_plan_at_other_sites_is_not_ignored():
+    """The graph has no steering there: it is made anew, not used as it is."""
+    model, ids, v = one_layer(), models.tokens(2, 5), models.direction()
+    with torch.no_grad(), fs.steer(model, fs.Add(v, layers=0, at="attn_out")) as steering:
+        compiled = torch.compile(model, backend="eager")
+        for at in ("attn_out", "mlp_out"):
+            steering.assign(fs.Add(v, 2.0, layers=0, at=at))
+            close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
 @pytest.mark.full
 def test_through_aot_autograd():
     """Functionalised: the in-place hook of resid_mid and the gate state survive it."""
-    model, ids = models.build("llama", num_hidden_layers=1), models.tokens(2, 5)
+    model, ids = one_layer(), models.tokens(2, 5)
     with torch.no_grad(), fs.steer(model, [plan(0), plan(1)]) as steering:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

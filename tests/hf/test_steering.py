@@ -996,6 +996,26 @@ class TestCheckpointing:
             grads.append(model.model.layers[0].mlp.up_proj.weight.grad)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
+    def test_two_passes_over_the_same_embeddings_are_refused_or_right(self, ids):
+        """One tensor enters the first layer twice, with prompts that end elsewhere."""
+        grads = []
+        for switched_on in (False, True):
+            model = models.build("llama").requires_grad_(True).train()
+            if switched_on:
+                model.gradient_checkpointing_enable()
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            ends_early = torch.tensor([[1, 1, 1, 0, 0, 0]] * 3)
+            with fs.steer(model, fs.Add(d(), 3.0, layers="all", at="attn_out", positions="last")):
+                loss = model(inputs_embeds=embedded).logits.pow(2).mean()
+                loss = loss + model(inputs_embeds=embedded, attention_mask=ends_early).logits.pow(2).mean()
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    assert switched_on and "checkpointing" in str(error)
+                    return
+            grads.append(model.model.layers[0].mlp.up_proj.weight.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
     def test_a_pass_without_gradient_in_between_is_refused_or_right(self, ids):
         """An evaluation between a forward pass and its backward pass."""
         grads = []

@@ -1,0 +1,51 @@
+"""The README's example runs, and its numbers are those of the results files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import faststeer as fs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_example_does_what_its_comments_say(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    steered, unsteered = eval(capsys.readouterr().out)
+    assert fs.evaluate.is_refusal(steered)
+    assert not fs.evaluate.is_refusal(unsteered)
+
+
+@pytest.mark.parametrize(
+    ("line", "cell"),
+    [
+        ("harmful, unsteered", "base_harmful"),
+        ("harmless, unsteered", "base_harmless"),
+        ("harmless, direction added", "induced"),
+        ("harmful, direction subtracted", "bypassed"),
+        ("harmful, direction ablated everywhere", "ablated"),
+        ("harmless, random vector added", "random_induced"),
+        ("harmful, random vector subtracted", "random_bypassed"),
+    ],
+    ids=str,
+)
+def test_the_demo_figures_are_measured(line, cell):
+    measured = json.loads((RESULTS / "demo" / "demo.json").read_text())["refusal"][cell]
+    (row,) = re.findall(rf"^\| {re.escape(line)} \|(.*)\|$", README, re.MULTILINE)
+    rate, interval, coherent, n = (value.strip() for value in row.split("|"))
+    assert rate == f"{measured['rate']:.1%}"
+    assert interval == f"{measured['low']:.0%} to {measured['high']:.0%}"
+    assert coherent == f"{measured['coherent']:.1%}"
+    assert n == str(measured["n"])
+
+
+def test_its_pictures_and_pages_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
