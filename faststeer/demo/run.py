@@ -32,7 +32,7 @@ EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 COEFFICIENTS = tuple(0.25 * step for step in range(9))
 MAX_NEW_TOKENS = 64
 TONES = ("cheerful", "gloomy")
-TONE_COEFFICIENT = 1.5  # tone needs more than its difference in means
+TONE_COEFFICIENT = 1.0
 
 
 @dataclass

@@ -170,16 +170,17 @@ def judge(model, tokenizer, split: str = "validation", few: int = 32) -> dict:
         with adding(model, layer, noise):
             cells[f"{name}, random"] = rates(answer(model, tokenizer, prompts))
     tone = judge_tone(model, tokenizer, split, few)
+    kl = next_token_kl(model, tokenizer, harmless, vector)
     everywhere = sum(search.values()) / len(search)
     plain = min(cells["harmful"]["refusal"], cells["harmless"]["compliance"], cells["harmful, random"]["refusal"])
     weakest = min(plain, success(cells))
     return {
         "layer": layer,
         "position": position - directions.shape[1],
-        "kl": round(next_token_kl(model, tokenizer, harmless, vector), 4),
+        "kl": round(kl, 4),
         "weakest": weakest,
         "everywhere": round(everywhere, 4),
-        "score": round(weakest + 0.2 * everywhere + 0.2 * min(tone["cheerful"], tone["gloomy"]), 4),
+        "score": round(weakest - kl + 0.2 * everywhere + 0.2 * min(tone["cheerful"], tone["gloomy"]), 4),
         "cells": cells,
         "tone": tone,
     }

@@ -391,7 +391,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole at the end.")] = FOLDER,
-    seeds: Annotated[str, typer.Option(help="Seeds to try, separated by commas; the best one is kept.")] = "0,1",
+    seeds: Annotated[str, typer.Option(help="Seeds to try, separated by commas; the best one is kept.")] = "0",
     steps: Annotated[int, typer.Option(min=100, help="Optimizer steps before the finishing ones.")] = Settings.steps,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds trained at once, one thread each.")] = 2,
 ) -> None:
