@@ -1,0 +1,164 @@
+// Checks of an operator's arguments, for the CPU and the CUDA operators alike, through torch's stable ABI. A wrong
+// argument raises RuntimeError with its name, what was expected and what came. What the tables hold is not checked here:
+// it may change between two replays of a graph, and tables.h keeps it from doing harm.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "dtype.h"
+#include "launch.h"
+#include "tables.h"
+
+namespace faststeer {
+
+using torch::stable::Tensor;
+
+// The shape of rows that passed check_rows.
+struct RowShape {
+  int64_t rows, hidden, stride;  // stride in elements
+  Dtype dtype;
+};
+
+// Raise RuntimeError: "<name> must be <expected>; got <got...>".
+template <class... Got>
+[[noreturn]] inline void refuse(const char* name, const std::string& expected, const Got&... got) {
+  std::ostringstream text;
+  text << name << " must be " << expected << "; got ";
+  (text << ... << got);
+  throw std::runtime_error(text.str());
+}
+
+inline int32_t torch_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+inline std::string dtype_name(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return "float32";
+  if (dtype == aoti_torch_dtype_float16()) return "float16";
+  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
+  if (dtype == aoti_torch_dtype_float64()) return "float64";
+  if (dtype == aoti_torch_dtype_int32()) return "int32";
+  if (dtype == aoti_torch_dtype_int64()) return "int64";
+  if (dtype == aoti_torch_dtype_bool()) return "bool";
+  return "another dtype";
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
+template <class Numbers>
+inline std::string shape_text(const Numbers& numbers) {
+  std::string text = "[";
+  for (const int64_t number : numbers) {
+    text += (text.size() > 1 ? ", " : "") + (number < 0 ? std::string("any") : std::to_string(number));
+  }
+  return text + "]";
+}
+
+inline Dtype check_float(const Tensor& tensor, const char* name) {
+  const int32_t dtype = torch_dtype(tensor);
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::FP32;
+  if (dtype == aoti_torch_dtype_float16()) return Dtype::FP16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::BF16;
+  refuse(name, "float32, float16 or bfloat16", dtype_name(dtype));
+}
+
+// x: `[rows, hidden]`, of one of the three dtypes, each row contiguous and apart from the others.
+inline RowShape check_rows(const Tensor& x, const char* name) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  if (sizes.size() != 2) refuse(name, "[rows, hidden]", sizes.size(), " dimensions");
+  const int64_t rows = sizes[0], hidden = sizes[1];
+  if (hidden < 1 || hidden > MAX_HIDDEN) refuse(name, "of hidden size 1 to " + std::to_string(MAX_HIDDEN), "hidden size ", hidden);
+  if ((hidden > 1 && strides[1] != 1) || (rows > 1 && strides[0] < hidden)) {
+    refuse(name, "contiguous in its last dimension, rows not overlapping", "strides ", shape_text(strides));
+  }
+  return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name)};
+}
+
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& x) {
+  if (tensor.is_cpu() != x.is_cpu() || tensor.is_cuda() != x.is_cuda() ||
+      tensor.get_device_index() != x.get_device_index()) {
+    refuse(name, "on x's device, " + device_name(x), device_name(tensor));
+  }
+}
+
+// Rows just like x's; only their stride may differ. Returns it.
+inline int64_t check_rows_like(const Tensor& tensor, const char* name, const Tensor& x, const RowShape& shape) {
+  const RowShape mine = check_rows(tensor, name);
+  if (mine.rows != shape.rows || mine.hidden != shape.hidden) {
+    refuse(name, "of x's shape, " + shape_text(x.sizes()), shape_text(tensor.sizes()));
+  }
+  if (mine.dtype != shape.dtype) refuse(name, "of x's dtype, " + dtype_name(torch_dtype(x)), dtype_name(torch_dtype(tensor)));
+  check_device(tensor, name, x);
+  return mine.stride;
+}
+
+// A contiguous tensor of exactly this dtype and these sizes (-1: any) on x's device.
+inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
+                        const Tensor& x) {
+  if (torch_dtype(tensor) != dtype) refuse(name, dtype_name(dtype), dtype_name(torch_dtype(tensor)));
+  const auto sizes = tensor.sizes();
+  bool fits = sizes.size() == expected.size();
+  for (size_t i = 0; fits && i < sizes.size(); ++i) {
+    fits = expected.begin()[i] < 0 || sizes[i] == expected.begin()[i];
+  }
+  if (!fits) refuse(name, "of shape " + shape_text(expected), shape_text(sizes));
+  if (!tensor.is_contiguous()) refuse(name, "contiguous", "strides ", shape_text(tensor.strides()));
+  check_device(tensor, name, x);
+}
+
+// The tables of one call, once all of them fit x and each other.
+inline Tables make_tables(const Tensor& x, const RowShape& shape, const Tensor& bank, const Tensor& fields,
+                          const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot,
+                          const Tensor& row_position, const Tensor& row_sequence,
+                          const std::optional<Tensor>& gate_state) {
+  const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
+  check_table(bank, "bank", fp32, {-1, shape.hidden}, x);
+  check_table(fields, "fields", int32, {-1, N_FIELDS}, x);
+  const int64_t n_entries = fields.size(0);
+  check_table(scalars, "scalars", fp32, {n_entries, N_SCALARS}, x);
+  check_table(ranges, "ranges", int32, {-1, 2}, x);
+  check_table(row_slot, "row_slot", int32, {shape.rows}, x);
+  check_table(row_position, "row_position", int32, {shape.rows}, x);
+  check_table(row_sequence, "row_sequence", int32, {shape.rows}, x);
+  if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, x);
+
+  Tables tables;
+  tables.bank = static_cast<const float*>(bank.data_ptr());
+  tables.fields = static_cast<const int32_t*>(fields.data_ptr());
+  tables.scalars = static_cast<const float*>(scalars.data_ptr());
+  tables.ranges = static_cast<const int32_t*>(ranges.data_ptr());
+  tables.row_slot = static_cast<const int32_t*>(row_slot.data_ptr());
+  tables.row_position = static_cast<const int32_t*>(row_position.data_ptr());
+  tables.row_sequence = static_cast<const int32_t*>(row_sequence.data_ptr());
+  tables.gate_state = gate_state.has_value() ? static_cast<const uint8_t*>(gate_state->data_ptr()) : nullptr;
+  tables.n_vectors = bank.size(0);
+  tables.n_entries = n_entries;
+  tables.n_slots = ranges.size(0);
+  tables.n_gates = gate_state.has_value() ? gate_state->size(0) : 0;
+  tables.n_sequences = gate_state.has_value() ? gate_state->size(1) : 0;
+  return tables;
+}
+
+// An uninitialised contiguous `[rows, columns]` tensor on x's device.
+inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+}  // namespace faststeer

@@ -1,0 +1,322 @@
+// Sixteen fp32 values at a time, in the widest vectors that this translation unit is compiled for, and the conversions
+// between fp32 and the dtypes of a row. GCC's vector extensions only, so that any machine compiles it; the one exception
+// is fp16, for which x86 has instructions that the extensions do not reach.
+//
+// Sixteen lanes on every machine, whatever its vectors' width: sums then have the same order, and results the same bits,
+// at every instruction set level. Nothing here may be compiled with -ffast-math or with contraction to fused
+// multiply-adds.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)  // such a machine has fp16 conversion too; the build asks for both
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+// Everything is inlined and nothing has external linkage: this header is compiled once per instruction set level, and a
+// function shared between levels would be one that the lowest level's machines cannot run.
+#define FASTSTEER_LANES static inline __attribute__((always_inline))
+#define FASTSTEER_METHOD inline __attribute__((always_inline))
+
+namespace faststeer {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int PART = 16;
+#elif defined(__AVX2__)
+constexpr int PART = 8;
+#else
+constexpr int PART = 4;
+#endif
+constexpr int LANES = 16;
+constexpr int PARTS = LANES / PART;
+
+typedef float Floats __attribute__((vector_size(4 * PART)));
+typedef uint32_t Words __attribute__((vector_size(4 * PART)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * PART)));
+
+struct Lanes {
+  Floats part[PARTS];
+};
+
+// The dtypes of a row: fp32 is float, the others are their bits.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// One vector of fp32 from and to each dtype: `decode` reads it; `rounded` rounds it to the dtype, to nearest even, a NaN
+// staying a NaN; `encode` writes what is rounded already.
+
+FASTSTEER_LANES Floats decode(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+FASTSTEER_LANES Floats rounded(const float*, Floats value) { return value; }
+
+FASTSTEER_LANES void encode(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+#if defined(__AVX512F__)
+
+// GCC 12 does not find these instructions for what the vector extensions say further down.
+
+FASTSTEER_LANES Floats decode(const BFloat* from) {
+  __m256i bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  __m512i sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+  sum = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
+  sum = _mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7FC00000));
+  return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(0xFFFF0000)));
+}
+
+FASTSTEER_LANES void encode(BFloat* to, Floats value) {
+  // Short i of the result is the upper half of word i, short 2 i + 1.
+  const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1F001D, 0x1B0019, 0x170015, 0x130011, 0xF000D,
+                                         0xB0009, 0x70005, 0x30001);
+  const __m256i bits = _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, _mm512_castps_si512(value)));
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+FASTSTEER_LANES Floats decode(const Half* from) {
+  __m256i bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return _mm512_cvtph_ps(bits);
+}
+
+FASTSTEER_LANES Floats rounded(const Half*, Floats value) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+FASTSTEER_LANES void encode(Half* to, Floats value) {
+  const __m256i bits = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+#else
+
+FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words sum = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
+  return reinterpret_cast<Floats>(value == value ? sum : Words{} + 0x7FC00000);
+}
+
+#if defined(__AVX2__)
+
+FASTSTEER_LANES Floats decode(const BFloat* from) {
+  __m128i bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+FASTSTEER_LANES void encode(BFloat* to, Floats value) {
+  const __m256i words = _mm256_srli_epi32(_mm256_castps_si256(value), 16);
+  const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+FASTSTEER_LANES Floats decode(const Half* from) {
+  __m128i bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return _mm256_cvtph_ps(bits);
+}
+
+FASTSTEER_LANES Floats rounded(const Half*, Floats value) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+FASTSTEER_LANES void encode(Half* to, Floats value) {
+  const __m128i bits = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+#else
+
+FASTSTEER_LANES Floats decode(const BFloat* from) {
+  Shorts bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+
+FASTSTEER_LANES void encode(BFloat* to, Floats value) {
+  const Shorts bits = __builtin_convertvector(reinterpret_cast<Words>(value) >> 16, Shorts);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+FASTSTEER_LANES Floats from_half(Words bits) {
+  const Words magnitude = bits & 0x7FFF;
+  // fp16's exponent and mantissa in fp32's places are 2^112 too small, subnormals included; infinity and NaN need the
+  // largest exponent.
+  const Floats scaled = reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f;
+  const Words special = reinterpret_cast<Words>(magnitude >= 0x7C00) & 0x7F800000;
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(scaled) | special | ((bits & 0x8000) << 16));
+}
+
+FASTSTEER_LANES Words to_half(Floats value) {
+  const Words bits = reinterpret_cast<Words>(value), sign = bits & 0x80000000, magnitude = bits ^ sign;
+  const Words normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 lets the addition itself round at fp16's last subnormal place.
+  const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3F000000;
+  const Words special = magnitude > 0x7F800000 ? Words{} + 0x7E00 : Words{} + 0x7C00;
+  const Words finite = magnitude < 0x38800000 ? subnormal : normal;
+  return (magnitude >= 0x47800000 ? special : finite) | (sign >> 16);
+}
+
+FASTSTEER_LANES Floats decode(const Half* from) {
+  Shorts bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return from_half(__builtin_convertvector(bits, Words));
+}
+
+FASTSTEER_LANES Floats rounded(const Half*, Floats value) { return from_half(to_half(value)); }
+
+FASTSTEER_LANES void encode(Half* to, Floats value) {
+  const Shorts bits = __builtin_convertvector(to_half(value), Shorts);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+#endif
+#endif
+
+// Sixteen at a time.
+
+#define FASTSTEER_EACH_PART for (int i = 0; i < PARTS; ++i)
+
+FASTSTEER_LANES Lanes operator+(Lanes a, Lanes b) {
+  FASTSTEER_EACH_PART a.part[i] += b.part[i];
+  return a;
+}
+
+FASTSTEER_LANES Lanes operator*(Lanes a, Lanes b) {
+  FASTSTEER_EACH_PART a.part[i] *= b.part[i];
+  return a;
+}
+
+FASTSTEER_LANES Lanes all(float value) {
+  Lanes lanes;
+  FASTSTEER_EACH_PART lanes.part[i] = Floats{} + value;
+  return lanes;
+}
+
+template <class T>
+FASTSTEER_LANES Lanes load(const T* from) {
+  Lanes lanes;
+  FASTSTEER_EACH_PART lanes.part[i] = decode(from + i * PART);
+  return lanes;
+}
+
+template <class T>
+FASTSTEER_LANES Lanes round_to(Lanes lanes) {
+  FASTSTEER_EACH_PART lanes.part[i] = rounded(static_cast<const T*>(nullptr), lanes.part[i]);
+  return lanes;
+}
+
+// Of values that are rounded to T already.
+template <class T>
+FASTSTEER_LANES void store(T* to, Lanes lanes) {
+  FASTSTEER_EACH_PART encode(to + i * PART, lanes.part[i]);
+}
+
+// Of any values. For fp16 it is the instruction that writes which rounds.
+template <class T>
+FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
+  store(to, std::is_same_v<T, BFloat> ? round_to<T>(lanes) : lanes);
+}
+
+#undef FASTSTEER_EACH_PART
+
+FASTSTEER_LANES float sum(Lanes lanes) {
+  float value[LANES];
+  store(value, lanes);
+  for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  }
+  return value[0];
+}
+
+// How much of a block of sixteen there is: all of it, or the first `count` lanes at a row's end, the rest reading zero
+// and not written.
+struct Whole {};
+struct Some {
+  int64_t count;
+};
+
+template <class T>
+FASTSTEER_LANES Lanes load(const T* from, Whole) {
+  return load(from);
+}
+
+template <class T>
+FASTSTEER_LANES Lanes load(const T* from, Some some) {
+  T copy[LANES] = {};
+  std::memcpy(copy, from, some.count * sizeof(T));
+  return load(copy);
+}
+
+template <class T>
+FASTSTEER_LANES void store(T* to, Lanes lanes, Whole) {
+  store(to, lanes);
+}
+
+template <class T>
+FASTSTEER_LANES void store(T* to, Lanes lanes, Some some) {
+  T copy[LANES];
+  store(copy, lanes);
+  std::memcpy(to, copy, some.count * sizeof(T));
+}
+
+template <class T>
+FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Whole) {
+  store_rounded(to, lanes);
+}
+
+template <class T>
+FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Some some) {
+  T copy[LANES];
+  store_rounded(copy, lanes);
+  std::memcpy(to, copy, some.count * sizeof(T));
+}
+
+// body(first column, Whole or Some) for every block of sixteen of a row.
+template <class Body>
+FASTSTEER_LANES void each_block(int64_t hidden, Body body) {
+  int64_t i = 0;
+  for (; i + LANES <= hidden; i += LANES) body(i, Whole{});
+  if (i < hidden) body(i, Some{hidden - i});
+}
+
+// The sum over a row of body(first column, Whole or Some), lane by lane in four accumulators: long enough chains to hide
+// the addition's latency, and an order that depends on nothing but `hidden`.
+template <class Body>
+FASTSTEER_LANES float sum_blocks(int64_t hidden, Body body) {
+  constexpr int64_t STEP = 4 * LANES;
+  Lanes a = all(0), b = a, c = a, d = a;
+  int64_t i = 0;
+  for (; i + STEP <= hidden; i += STEP) {
+    a = a + body(i, Whole{});
+    b = b + body(i + LANES, Whole{});
+    c = c + body(i + 2 * LANES, Whole{});
+    d = d + body(i + 3 * LANES, Whole{});
+  }
+  for (; i + LANES <= hidden; i += LANES) a = a + body(i, Whole{});
+  if (i < hidden) b = b + body(i, Some{hidden - i});
+  return sum((a + b) + (c + d));
+}
+
+}  // namespace
+}  // namespace faststeer

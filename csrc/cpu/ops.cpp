@@ -1,0 +1,181 @@
+// The operators on CPU tensors, registered with torch through its stable ABI: check the arguments, choose the routine
+// for the dtype and for this machine's instruction set, share the rows among the threads. The schemas are defined in
+// Python (faststeer/ops/schema.py); the semantics are docs/kernels.md's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "isa.h"
+#include "rows.h"
+
+namespace faststeer {
+namespace {
+
+// A thread is worth waking for this many elements: waking takes some microseconds, which is what steering them takes.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;
+
+const Routines& routines() {
+  static const Routines* const by_level[N_LEVELS] = {
+      &routines_baseline,
+#if defined(__x86_64__)
+      &routines_avx2,
+      &routines_avx512,
+#endif
+  };
+  static const Routines& chosen = *by_level[chosen_level()];
+  return chosen;
+}
+
+template <class Routine>
+Routine of_dtype(Routine const (&by_dtype)[N_DTYPES], Dtype dtype) {
+  return by_dtype[static_cast<int32_t>(dtype)];
+}
+
+template <class Job>
+void over_rows(void (*routine)(const Job&, int64_t, int64_t), const Job& job, int64_t rows) {
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / job.hidden);
+  if (rows <= grain) {
+    if (rows > 0) routine(job, 0, rows);
+    return;
+  }
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t end) { routine(job, first, end); });
+}
+
+Rows rows_of(const Tensor& tensor, int64_t stride) { return {tensor.data_ptr(), stride}; }
+
+Tensor new_hidden(const Tensor& x, const RowShape& shape) {
+  return new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
+}
+
+Tensor new_probe(const Tensor& x, const RowShape& shape, int64_t columns, Job& job) {
+  if (columns < 0) refuse("columns", "0 or more", columns);
+  Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
+  job.probe = static_cast<float*>(probe.data_ptr());
+  job.columns = columns;
+  if (shape.rows * columns > 0) std::memset(job.probe, 0, shape.rows * columns * sizeof(float));
+  return probe;
+}
+
+void add_residual(const Tensor& residual, const Tensor& x, const RowShape& shape, Job& job) {
+  job.residual = rows_of(residual, check_rows_like(residual, "residual", x, shape));
+}
+
+#define FASTSTEER_TABLES_PARAMETERS                                                                      \
+  const Tensor &bank, const Tensor &fields, const Tensor &scalars, const Tensor &ranges,                 \
+      const Tensor &row_slot, const Tensor &row_position, const Tensor &row_sequence,                    \
+      const std::optional<Tensor>&gate_state
+#define FASTSTEER_TABLES \
+  make_tables(x, shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
+
+Job make_job(const Tensor& x, const RowShape& shape, const Tables& tables) {
+  Job job;
+  job.tables = tables;
+  job.hidden = shape.hidden;
+  job.x = rows_of(x, shape.stride);
+  return job;
+}
+
+std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES);
+  Tensor probe = new_probe(x, shape, columns, job);
+  Tensor hidden = new_hidden(x, shape);
+  job.out = rows_of(hidden, shape.hidden);
+  over_rows(of_dtype(routines().steer, shape.dtype), job, shape.rows);
+  return {hidden, probe};
+}
+
+void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES);
+  if (probe.has_value()) {
+    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, x);
+    job.probe = static_cast<float*>(probe->data_ptr());
+    job.columns = probe->size(1);
+  }
+  job.out = job.x;
+  over_rows(of_dtype(routines().steer, shape.dtype), job, shape.rows);
+}
+
+std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
+                                     int64_t columns) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES);
+  add_residual(residual, x, shape, job);
+  Tensor probe = new_probe(x, shape, columns, job);
+  Tensor hidden = new_hidden(x, shape);
+  job.out = rows_of(hidden, shape.hidden);
+  over_rows(of_dtype(routines().add_steer, shape.dtype), job, shape.rows);
+  return {hidden, probe};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                     double eps, double weight_offset, bool fp32_weight,
+                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES);
+  add_residual(residual, x, shape, job);
+  job.norm.weight_dtype = check_float(weight, "weight");
+  check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, x);
+  job.norm.weight = weight.data_ptr();
+  job.norm.eps = static_cast<float>(eps);
+  job.norm.weight_offset = static_cast<float>(weight_offset);
+  job.norm.fp32_weight = fp32_weight;
+  Tensor probe = new_probe(x, shape, columns, job);
+  Tensor hidden = new_hidden(x, shape), normed = new_hidden(x, shape);
+  job.out = rows_of(hidden, shape.hidden);
+  job.norm.normed = rows_of(normed, shape.hidden);
+  over_rows(of_dtype(routines().add_steer_rmsnorm, shape.dtype), job, shape.rows);
+  return {normed, hidden, probe};
+}
+
+void latch_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& bank, const Tensor& fields,
+            const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot, const Tensor& row_position,
+            const Tensor& row_sequence, const Tensor& gate_state) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES);
+  if (residual.has_value()) add_residual(*residual, x, shape, job);
+  job.latched = static_cast<uint8_t*>(gate_state.data_ptr());
+  over_rows(of_dtype(routines().latch, shape.dtype), job, shape.rows);
+}
+
+void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, const Tensor& offsets,
+                 const Tensor& row_vector, const Tensor& row_coefficient) {
+  const RowShape shape = check_rows(x, "x");
+  const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
+  check_table(indices, "indices", int32, {-1}, x);
+  const int64_t n_values = indices.size(0);
+  check_table(values, "values", fp32, {n_values}, x);
+  check_table(offsets, "offsets", int32, {-1}, x);
+  if (offsets.size(0) < 1) refuse("offsets", "of shape [vectors + 1]", "[0]");
+  check_table(row_vector, "row_vector", int32, {shape.rows}, x);
+  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, x);
+  SparseJob job;
+  job.hidden = shape.hidden;
+  job.n_vectors = offsets.size(0) - 1;
+  job.n_values = n_values;
+  job.x = rows_of(x, shape.stride);
+  job.indices = static_cast<const int32_t*>(indices.data_ptr());
+  job.values = static_cast<const float*>(values.data_ptr());
+  job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+  job.row_vector = static_cast<const int32_t*>(row_vector.data_ptr());
+  job.row_coefficient = static_cast<const float*>(row_coefficient.data_ptr());
+  over_rows(of_dtype(routines().sparse_add, shape.dtype), job, shape.rows);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
+  library.impl("steer.cpp", TORCH_BOX(&steer));
+  library.impl("steer_.cpp", TORCH_BOX(&steer_));
+  library.impl("add_steer.cpp", TORCH_BOX(&add_steer));
+  library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
+  library.impl("latch_.cpp", TORCH_BOX(&latch_));
+  library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
+}
+
+}  // namespace
+}  // namespace faststeer

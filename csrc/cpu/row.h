@@ -1,0 +1,273 @@
+// One row: the entries of its slot applied to its fp32 values, as docs/kernels.md says.
+//
+// The row is visited as few times as its entries allow: what an entry adds is noted and added when the row is next
+// looked at, so that loading, adding and the next entry's dot product are one visit, and adding and storing another. An
+// `Add` alone is one visit from memory to memory, an `Ablate` two. Between visits the row waits in a scratch buffer in
+// the nearest cache. Each element sees the same additions in the same order however they are put together.
+//
+// Cannot do rows longer than MAX_HIDDEN, nor fp64.
+#pragma once
+
+#include <cmath>
+#include <memory>
+
+#include "lanes.h"
+#include "rows.h"
+
+namespace faststeer {
+namespace {
+
+template <class T>
+T* row_of(const Rows& rows, int64_t row) {
+  return static_cast<T*>(rows.data) + row * rows.stride;
+}
+
+// A row that is being steered. ADDS: it starts as x + residual rounded to T, else as x.
+template <class T, bool ADDS>
+class Row {
+ public:
+  Row(const Job& job, int64_t row, float* buffer)
+      : x_(row_of<const T>(job.x, row)),
+        residual_(ADDS ? row_of<const T>(job.residual, row) : nullptr),
+        h_(buffer),
+        hidden_(job.hidden) {}
+
+  // h . q
+  float dot(const float* q) {
+    float* const h = h_;
+    if (settled_ && n_terms_ == 0) {
+      return sum_blocks(hidden_, [=](int64_t i, auto block) { return load(h + i, block) * load(q + i, block); });
+    }
+    const float result = total([=](int64_t i, auto block, Lanes value) {
+      store(h + i, value, block);
+      return value * load(q + i, block);
+    });
+    settle();
+    return result;
+  }
+
+  // |h|^2
+  float norm_squared() {
+    float* const h = h_;
+    const float result = total([=](int64_t i, auto block, Lanes value) {
+      store(h + i, value, block);
+      return value * value;
+    });
+    settle();
+    return result;
+  }
+
+  void clear() {
+    std::memset(h_, 0, hidden_ * sizeof(float));
+    settle();
+  }
+
+  // h <- h + w q
+  void add(float w, const float* q) {
+    if (n_terms_ == MAX_TERMS) {
+      float* const h = h_;
+      each([=](int64_t i, auto block, Lanes value) { store(h + i, value, block); });
+      settle();
+    }
+    terms_[n_terms_++] = {w, q};
+  }
+
+  // h <- factor h, once its norm has been taken, which leaves nothing to be added.
+  void scale(float factor) {
+    float* const h = h_;
+    each([=](int64_t i, auto block, Lanes value) { store(h + i, value * all(factor), block); });
+  }
+
+  // h rounded to T
+  void write(T* out) const {
+    each([=](int64_t i, auto block, Lanes value) { store_rounded(out + i, value, block); });
+  }
+
+  // h rounded to T, also in the buffer; returns the sum of its squares.
+  float write_rounded(T* out) {
+    float* const h = h_;
+    return total([=](int64_t i, auto block, Lanes value) {
+      const Lanes rounded = round_to<T>(value);
+      store(out + i, rounded, block);
+      store(h + i, rounded, block);
+      return rounded * rounded;
+    });
+  }
+
+ private:
+  struct Term {
+    float w;
+    const float* q;
+  };
+  static constexpr int MAX_TERMS = 8;
+
+  template <class Block>
+  FASTSTEER_METHOD Lanes first_value(int64_t i, Block block) const {
+    const Lanes x = load(x_ + i, block);
+    if constexpr (ADDS) return round_to<T>(x + load(residual_ + i, block));
+    return x;
+  }
+
+  // Each product is rounded before it is added.
+  template <class Block>
+  FASTSTEER_METHOD Lanes with_terms(Lanes value, int64_t i, Block block) const {
+    if (n_terms_ > 0) value = value + all(terms_[0].w) * load(terms_[0].q + i, block);
+#pragma GCC unroll 1
+    for (int k = 1; k < n_terms_; ++k) value = value + all(terms_[k].w) * load(terms_[k].q + i, block);
+    return value;
+  }
+
+  // sink(first column, Whole or Some, values of h) for every block.
+  template <class Sink>
+  FASTSTEER_METHOD void each(Sink sink) const {
+    if (settled_) {
+      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, with_terms(load(h_ + i, block), i, block)); });
+    } else {
+      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, with_terms(first_value(i, block), i, block)); });
+    }
+  }
+
+  // The sum of what the sink returns. The case without terms is apart because it is a row's first visit, from memory,
+  // and the loop over the terms costs it registers.
+  template <class Sink>
+  FASTSTEER_METHOD float total(Sink sink) const {
+    if (settled_) {
+      return sum_blocks(hidden_, [=](int64_t i, auto block) {
+        return sink(i, block, with_terms(load(h_ + i, block), i, block));
+      });
+    }
+    if (n_terms_ == 0) {
+      return sum_blocks(hidden_, [=](int64_t i, auto block) { return sink(i, block, first_value(i, block)); });
+    }
+    return sum_blocks(hidden_, [=](int64_t i, auto block) {
+      return sink(i, block, with_terms(first_value(i, block), i, block));
+    });
+  }
+
+  void settle() {
+    settled_ = true;
+    n_terms_ = 0;
+  }
+
+  const T* x_;
+  const T* residual_;
+  float* h_;
+  int64_t hidden_;
+  bool settled_ = false;  // h_ holds the row, but for the terms
+  int n_terms_ = 0;
+  Term terms_[MAX_TERMS];
+};
+
+// The numbers p_k and w_k of one entry. Few directions need no memory of their own; a subspace of any size works.
+class Weights {
+ public:
+  float* of(int64_t count) {
+    if (count <= FEW) return few_;
+    if (count > room_) {
+      many_.reset(new float[count]);
+      room_ = count;
+    }
+    return many_.get();
+  }
+
+ private:
+  static constexpr int64_t FEW = 64;
+  float few_[FEW];
+  std::unique_ptr<float[]> many_;
+  int64_t room_ = 0;
+};
+
+// From p_k = h . q_k, in place, to w_k: what the entry adds along each direction. False: nothing changes.
+inline bool weigh(const Entry& entry, float* p) {
+  const float a = entry.a, b = entry.b;
+  switch (entry.kind) {
+    case ADD:
+      p[0] = a;
+      break;
+    case ABLATE:
+      for (int32_t k = 0; k < entry.count; ++k) p[k] = -a * p[k];
+      break;
+    case PROJECT:
+      return true;
+    case CLAMP: {
+      const float raised = p[0] < a ? a : p[0];
+      p[0] = (raised > b ? b : raised) - p[0];
+      break;
+    }
+    case ROTATE: {
+      const float radius = std::sqrt(p[0] * p[0] + p[1] * p[1]);
+      p[0] = radius * a - p[0];
+      p[1] = radius * b - p[1];
+      break;
+    }
+    case ROTATE_RELATIVE: {
+      const float p1 = p[0], p2 = p[1];
+      p[0] = (p1 * a - p2 * b) - p1;
+      p[1] = (p1 * b + p2 * a) - p2;
+      break;
+    }
+  }
+  for (int32_t k = 0; k < entry.count; ++k) {
+    if (p[k] != 0) return true;
+  }
+  return false;
+}
+
+inline bool compares(const Entry& entry) { return entry.gate_mode != GATE_NONE && entry.gate_mode != GATE_LATCHED; }
+
+// The verdict of a dot or cosine gate on the row.
+template <class Row>
+inline bool compare(const Tables& tables, const Entry& entry, Row& h, int64_t hidden) {
+  const bool cosine = entry.gate_mode == GATE_COSINE || entry.gate_mode == -GATE_COSINE;
+  const float along = h.dot(tables.bank + entry.gate_vector * hidden);
+  return gate_verdict(entry, along, cosine ? h.norm_squared() : 0.0f);
+}
+
+// Whether the entry may act as far as can be told without the row's values.
+inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
+  if (entry.kind == PROBE || entry.kind == LATCH || !in_position(entry, tables.row_position[row])) return false;
+  if (entry.gate_mode != GATE_LATCHED) return true;
+  const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
+  return cell >= 0 && tables.gate_state[cell] != 0;
+}
+
+// All entries of the row's slot, in order. A row that no entry reads is not loaded. Returns whether any entry changed it.
+template <class Row>
+inline bool steer_row(const Job& job, int64_t row, Row& h, Weights& weights) {
+  const Tables& tables = job.tables;
+  const Range range = entries_of(tables, row);
+  bool changed = false;
+  for (int64_t i = range.first; i < range.end; ++i) {
+    Entry entry;
+    if (!read_entry(tables, i, entry)) continue;
+    const bool probes = entry.probe >= 0 && entry.probe < job.columns;
+    bool acts = may_act(tables, entry, row);
+    if (acts && compares(entry)) acts = compare(tables, entry, h, job.hidden);
+    if (!acts && !probes) continue;
+
+    const float* q = tables.bank + entry.vector * job.hidden;
+    float* p = weights.of(entry.count);
+    if (probes || entry.kind != ADD) {
+      for (int32_t k = 0; k < entry.count; ++k) p[k] = h.dot(q + k * job.hidden);
+    }
+    if (probes) {
+      const int64_t room = job.columns - entry.probe;
+      const int64_t count = entry.count < room ? entry.count : room;
+      std::memcpy(job.probe + row * job.columns + entry.probe, p, count * sizeof(float));
+    }
+
+    if (!acts || !weigh(entry, p)) continue;
+    changed = true;
+    const float before = entry.keep_norm ? h.norm_squared() : 0.0f;
+    if (entry.kind == PROJECT) h.clear();
+    for (int32_t k = 0; k < entry.count; ++k) h.add(p[k], q + k * job.hidden);
+    if (entry.keep_norm) {
+      const float after = h.norm_squared();
+      if (after > 0) h.scale(std::sqrt(before) / std::sqrt(after));
+    }
+  }
+  return changed;
+}
+
+}  // namespace
+}  // namespace faststeer

@@ -1,0 +1,155 @@
+// The operators' loops over rows, for one instruction set level: compiled once per level, with FASTSTEER_ISA naming it.
+// ops.cpp chooses among the levels when it is loaded. Only `routines_<level>` leaves this file: a level's code must
+// never be taken for another's (faststeer/build.py links the levels in ascending order for the same reason).
+#include "rows.h"
+
+#include "row.h"
+
+#define FASTSTEER_JOIN_(a, b) a##b
+#define FASTSTEER_JOIN(a, b) FASTSTEER_JOIN_(a, b)
+
+namespace faststeer {
+namespace {
+
+template <class T>
+void steer(const Job& job, int64_t first, int64_t end) {
+  alignas(64) float buffer[MAX_HIDDEN];
+  Weights weights;
+  for (int64_t row = first; row < end; ++row) {
+    Row<T, false> h(job, row, buffer);
+    T* out = row_of<T>(job.out, row);
+    if (steer_row(job, row, h, weights)) {
+      h.write(out);
+    } else if (job.out.data != job.x.data) {
+      std::memcpy(out, row_of<T>(job.x, row), job.hidden * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void add_steer(const Job& job, int64_t first, int64_t end) {
+  alignas(64) float buffer[MAX_HIDDEN];
+  Weights weights;
+  for (int64_t row = first; row < end; ++row) {
+    Row<T, true> h(job, row, buffer);
+    steer_row(job, row, h, weights);
+    h.write(row_of<T>(job.out, row));
+  }
+}
+
+template <class W>
+void load_weight(const Norm& norm, float* weight, int64_t hidden) {
+  const W* from = static_cast<const W*>(norm.weight);
+  const Lanes offset = all(norm.weight_offset);
+  const bool shifted = norm.weight_offset != 0;  // adding 0 would turn a weight of -0 into 0
+  each_block(hidden, [=](int64_t i, auto block) {
+    const Lanes w = load(from + i, block);
+    store(weight + i, shifted ? w + offset : w, block);
+  });
+}
+
+template <class T, bool ROUND_FIRST>
+void store_normed(T* normed, const float* h, float factor, const float* weight, int64_t hidden) {
+  const Lanes factors = all(factor);
+  each_block(hidden, [=](int64_t i, auto block) {
+    const Lanes n = load(h + i, block) * factors;
+    store_rounded(normed + i, (ROUND_FIRST ? round_to<T>(n) : n) * load(weight + i, block), block);
+  });
+}
+
+template <class T>
+void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
+  alignas(64) float buffer[MAX_HIDDEN], weight[MAX_HIDDEN];
+  Weights weights;
+  const int64_t hidden = job.hidden;
+  switch (job.norm.weight_dtype) {
+    case Dtype::FP16:
+      load_weight<Half>(job.norm, weight, hidden);
+      break;
+    case Dtype::BF16:
+      load_weight<BFloat>(job.norm, weight, hidden);
+      break;
+    case Dtype::FP32:
+      load_weight<float>(job.norm, weight, hidden);
+  }
+  for (int64_t row = first; row < end; ++row) {
+    Row<T, true> h(job, row, buffer);
+    steer_row(job, row, h, weights);
+    const float squares = h.write_rounded(row_of<T>(job.out, row));
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.norm.eps);
+    T* normed = row_of<T>(job.norm.normed, row);
+    if (job.norm.fp32_weight) {
+      store_normed<T, false>(normed, buffer, factor, weight, hidden);
+    } else {
+      store_normed<T, true>(normed, buffer, factor, weight, hidden);
+    }
+  }
+}
+
+template <class T, bool ADDS>
+void latch_rows(const Job& job, int64_t first, int64_t end) {
+  alignas(64) float buffer[MAX_HIDDEN];
+  const Tables& tables = job.tables;
+  for (int64_t row = first; row < end; ++row) {
+    if (tables.row_position[row] != -1) continue;
+    Row<T, ADDS> h(job, row, buffer);
+    const Range range = entries_of(tables, row);
+    for (int64_t i = range.first; i < range.end; ++i) {
+      Entry entry;
+      if (!read_entry(tables, i, entry) || entry.kind != LATCH) continue;
+      const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
+      if (cell >= 0) job.latched[cell] = compares(entry) && compare(tables, entry, h, job.hidden);
+    }
+  }
+}
+
+template <class T>
+void latch(const Job& job, int64_t first, int64_t end) {
+  if (job.residual.data == nullptr) {
+    latch_rows<T, false>(job, first, end);
+  } else {
+    latch_rows<T, true>(job, first, end);
+  }
+}
+
+float decode_one(float value) { return value; }
+template <class T>
+float decode_one(T value) {
+  T block[LANES] = {value};
+  return load(block).part[0][0];
+}
+
+template <class T>
+T encode_one(float value) {
+  T block[LANES];
+  store_rounded(block, all(value));
+  return block[0];
+}
+
+template <class T>
+void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
+  for (int64_t row = first; row < end; ++row) {
+    const int64_t vector = job.row_vector[row];
+    const float coefficient = job.row_coefficient[row];
+    if (vector < 0 || vector >= job.n_vectors || coefficient == 0) continue;
+    T* x = row_of<T>(job.x, row);
+    const int64_t from = job.offsets[vector] < 0 ? 0 : job.offsets[vector];
+    const int64_t to = job.offsets[vector + 1] > job.n_values ? job.n_values : job.offsets[vector + 1];
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t column = job.indices[i];
+      if (column < 0 || column >= job.hidden) continue;
+      x[column] = encode_one<T>(decode_one(x[column]) + coefficient * job.values[i]);
+    }
+  }
+}
+
+}  // namespace
+
+#define FASTSTEER_BY_DTYPE(routine) {routine<float>, routine<Half>, routine<BFloat>}
+
+const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
+    FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
+    FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
+};
+
+}  // namespace faststeer

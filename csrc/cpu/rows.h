@@ -1,0 +1,63 @@
+// What the operators hand to the row routines of rows.cpp, which is compiled once per instruction set level. Plain
+// numbers and pointers, no framework.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/launch.h"
+#include "../common/tables.h"
+
+namespace faststeer {
+
+// `rows` rows at a distance of `stride` elements.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Norm {
+  const void* weight = nullptr;  // [hidden], of weight_dtype
+  Dtype weight_dtype = Dtype::FP32;
+  float eps = 0, weight_offset = 0;
+  bool fp32_weight = false;
+  Rows normed;
+};
+
+struct Job {
+  Tables tables;
+  int64_t hidden = 0;
+  Rows x;
+  Rows residual;  // the add_* operators and latch_ only
+  Rows out;       // x itself when steering in place
+  float* probe = nullptr;
+  int64_t columns = 0;
+  uint8_t* latched = nullptr;  // latch_ only: gate_state to be written
+  Norm norm;                   // add_steer_rmsnorm only
+};
+
+struct SparseJob {
+  int64_t hidden, n_vectors, n_values;
+  Rows x;
+  const int32_t* indices;
+  const float* values;
+  const int32_t* offsets;
+  const int32_t* row_vector;
+  const float* row_coefficient;
+};
+
+// The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
+struct Routines {
+  using Rows = void (*)(const Job&, int64_t first, int64_t end);
+  using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
+  Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
+  Sparse sparse_add[N_DTYPES];
+};
+
+extern const Routines routines_baseline;
+#if defined(__x86_64__)
+extern const Routines routines_avx2;
+extern const Routines routines_avx512;
+#endif
+
+}  // namespace faststeer

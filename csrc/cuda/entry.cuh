@@ -1,0 +1,99 @@
+// What an entry asks of a row, known before any arithmetic. Knows no framework.
+#pragma once
+
+#include "../common/tables.h"
+#include "vec.cuh"
+
+namespace faststeer {
+
+// Five registers, because they live as long as the row does. What only a gate or a probe needs is read again there.
+struct Request {
+  enum : uint32_t {
+    MAY_ACT = 1,  // kind, position and latched gate allow it; a dot or cosine gate may still refuse
+    PROBES = 2,   // writes at least one probe column
+    GATED = 4,    // needs h . d
+    NORM = 8,     // needs |h|^2
+    KEEPS_NORM = 16,
+    KIND_SHIFT = 8,
+  };
+  int32_t vector, count;
+  float a, b;
+  uint32_t bits;
+
+  __device__ __forceinline__ bool has(uint32_t any) const { return (bits & any) != 0; }
+  __device__ __forceinline__ bool live() const { return has(MAY_ACT | PROBES); }
+  __device__ __forceinline__ int32_t kind() const { return static_cast<int32_t>(bits >> KIND_SHIFT); }
+};
+
+// read_entry with four 16-byte loads, which tables on 16-byte boundaries allow.
+__device__ __forceinline__ bool read_aligned_entry(const Tables& tables, int64_t i, Entry& entry) {
+  int4 field[3];
+#pragma unroll
+  for (int j = 0; j < 3; ++j) field[j] = __ldg(reinterpret_cast<const int4*>(tables.fields + i * N_FIELDS) + j);
+  const float4 scalar = __ldg(reinterpret_cast<const float4*>(tables.scalars + i * N_SCALARS));
+  const int32_t fields[N_FIELDS] = {field[0].x, field[0].y, field[0].z, field[0].w, field[1].x, field[1].y,
+                                    field[1].z, field[1].w, field[2].x, field[2].y, field[2].z, field[2].w};
+  const float scalars[N_SCALARS] = {scalar.x, scalar.y, scalar.z, scalar.w};
+  Tables one = tables;  // in registers: a table of this entry alone
+  one.fields = fields, one.scalars = scalars;
+  return read_entry(one, 0, entry);
+}
+
+template <bool ALIGNED>
+__device__ __forceinline__ bool read_any_entry(const Tables& tables, int32_t i, Entry& entry) {
+  if constexpr (ALIGNED) return read_aligned_entry(tables, i, entry);
+  else return read_entry(tables, i, entry);
+}
+
+__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, int32_t row, int32_t probe_columns) {
+  uint32_t bits = static_cast<uint32_t>(e.kind) << Request::KIND_SHIFT;
+  if (e.probe >= 0 && e.probe < probe_columns) bits |= Request::PROBES;
+  if (e.kind == PROBE || e.kind == LATCH || !in_position(e, tables.row_position[row])) return bits;
+  if (e.gate_mode == GATE_LATCHED) {
+    const int64_t cell = gate_cell(tables, e, tables.row_sequence[row]);
+    if (cell < 0 || tables.gate_state[cell] == 0) return bits;
+  }
+  bits |= Request::MAY_ACT;
+  if (e.gate_mode != GATE_NONE && e.gate_mode != GATE_LATCHED) bits |= Request::GATED;
+  if (e.keep_norm != 0) bits |= Request::KEEPS_NORM | Request::NORM;
+  if (e.gate_mode == GATE_COSINE || e.gate_mode == -GATE_COSINE) bits |= Request::NORM;
+  return bits;
+}
+
+// Read entry i for this row; `more` says that another follows it, which is asked for at once.
+template <bool ALIGNED>
+__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, int32_t row,
+                                                int32_t probe_columns) {
+  Entry e;
+  const bool valid = read_any_entry<ALIGNED>(tables, i, e);
+  if (more) {  // 48 + 16 bytes, which touch at most three and one of the 32-byte sectors that L1 loads
+    prefetch(tables.fields + int64_t{i + 1} * N_FIELDS);
+    prefetch(tables.fields + int64_t{i + 1} * N_FIELDS + N_FIELDS - 1);
+    prefetch(tables.scalars + int64_t{i + 1} * N_SCALARS);
+  }
+  return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, row, probe_columns) : 0u};
+}
+
+// w of the only vector, or of one of several, which only ABLATE and PROJECT have.
+__device__ __forceinline__ float weight_of(const Request& r, float p) {
+  switch (r.kind()) {
+    case ADD: return r.a;
+    case ABLATE: return -r.a * p;
+    case CLAMP: return fminf(fmaxf(p, r.a), r.b) - p;
+    default: return p;  // PROJECT
+  }
+}
+
+// w_1, w_2 of a plane. Each product is rounded, as the reference has it.
+__device__ __forceinline__ void rotate(const Request& r, float p1, float p2, float& w1, float& w2) {
+  if (r.kind() == ROTATE) {
+    const float radius = sqrtf(__fadd_rn(__fmul_rn(p1, p1), __fmul_rn(p2, p2)));
+    w1 = __fsub_rn(__fmul_rn(radius, r.a), p1);
+    w2 = __fsub_rn(__fmul_rn(radius, r.b), p2);
+  } else {
+    w1 = __fsub_rn(__fsub_rn(__fmul_rn(p1, r.a), __fmul_rn(p2, r.b)), p1);
+    w2 = __fsub_rn(__fadd_rn(__fmul_rn(p1, r.b), __fmul_rn(p2, r.a)), p2);
+  }
+}
+
+}  // namespace faststeer

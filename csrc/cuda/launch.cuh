@@ -1,0 +1,78 @@
+// From a configuration to the kernel instantiated for it, for one dtype. Each dtype has its own source file, so that
+// they compile side by side.
+#pragma once
+
+#include "latch.cuh"
+#include "row.cuh"
+#include "sparse.cuh"
+
+namespace faststeer {
+
+template <typename Arguments>
+Launched launch(void (*kernel)(Arguments), int64_t blocks, dim3 block, size_t shared_bytes, const Arguments& arguments,
+                cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaError_t error = cudaSuccess;
+  // More than a kernel gets unasked. Only the widest rows need it.
+  if (shared_bytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments);
+  const cudaError_t pending = cudaGetLastError();  // also clears it, so that it is not reported again elsewhere
+  return {error != cudaSuccess ? error : pending, config.gridDim, block};
+}
+
+template <typename T, int ELEMENTS, int VECTORS>
+Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+  const dim3 block(config.threads_per_row, config.rows_per_block);
+  const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS>::STASH;
+  const auto with = [&](void (*kernel)(RowArguments)) {
+    return launch(kernel, ceil_div(arguments.rows, block.y), block, sizeof(Partials) + stash, arguments, stream);
+  };
+  switch (op) {
+    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER>);
+    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_IN_PLACE>);
+    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER>);
+    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER_RMSNORM>);
+  }
+  return {cudaErrorInvalidValue, {}, {}};
+}
+
+// The configurations that choose_launch gives, and no others.
+template <typename T>
+Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+  constexpr int WIDE = 16 / sizeof(T);
+  const int columns = config.columns_per_thread();
+  if (config.elements_per_vector == WIDE) {
+    if (columns == FEWEST_COLUMNS) return launch_row_as<T, WIDE, FEWEST_COLUMNS / WIDE>(op, config, arguments, stream);
+    if (columns == MIDDLE_COLUMNS) return launch_row_as<T, WIDE, MIDDLE_COLUMNS / WIDE>(op, config, arguments, stream);
+    if (columns == MOST_COLUMNS) return launch_row_as<T, WIDE, MOST_COLUMNS / WIDE>(op, config, arguments, stream);
+  } else if (config.elements_per_vector == 1) {
+    if (columns == FEWEST_COLUMNS) return launch_row_as<T, 1, FEWEST_COLUMNS>(op, config, arguments, stream);
+    if (columns == MOST_COLUMNS) return launch_row_as<T, 1, MOST_COLUMNS>(op, config, arguments, stream);
+  }
+  return {cudaErrorInvalidConfiguration, {}, {}};
+}
+
+template <typename T>
+Launched launch_latch_for(const LatchArguments& arguments, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(arguments.rows, LATCH_ROWS);
+  return launch<LatchArguments>(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
+}
+
+template <typename T>
+Launched launch_sparse_add_for(const SparseAddArguments& arguments, cudaStream_t stream) {
+  return launch<SparseAddArguments>(sparse_add_kernel<T>, arguments.rows, dim3(SPARSE_THREADS), 0, arguments, stream);
+}
+
+// `template` for the file that compiles a dtype, `extern template` for those that only call it.
+#define FASTSTEER_LAUNCHERS(KEYWORD, T)                                                              \
+  KEYWORD Launched launch_row_for<T>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t); \
+  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);                         \
+  KEYWORD Launched launch_sparse_add_for<T>(const SparseAddArguments&, cudaStream_t);
+
+}  // namespace faststeer

@@ -1,0 +1,486 @@
+// The row kernel: optional residual add, any number of interventions, optional RMSNorm, in one pass over device memory.
+// Knows no framework; docs/kernels.md is the specification. It compiles, and runs on the host under
+// tests/cuda/host_emulation; no GPU has run it yet.
+//
+// A row belongs to one warp or to one block (common/launch.h says when). A thread holds 8, 16 or 32 of its columns as
+// fp32 in registers from the first load to the last store. Per row:
+//   1. Issue the loads of x and residual, ask for the norm's weight, then follow row_slot -> range -> first entry ->
+//      first vector while they are under way. In place, follow row_slot -> range first: most rows have no entries.
+//   2. s = x, or x + residual rounded; h = s in fp32.
+//   3. For each entry: what its kind, position and latched gate forbid is dropped before any vector is read. Dots, gate
+//      dot and |h|^2 are summed together, with one barrier. Then the weights, the same bits in every thread, and
+//      h <- h + sum_k w_k q_k.
+//   4. Round and store h. A row that nothing acted on is copied, or, in place, left alone.
+//   5. RMSNorm from the rounded row.
+//
+// An entry of one vector keeps it in registers between dot and axpy (not on the scalar path with 32 columns, which has
+// none to spare). An entry of more sums the dots of CHUNK vectors with one barrier and reads each vector again for the
+// axpy, which L1 should answer. All its dots must be of the h that it finds, so beyond one CHUNK the sum collects in
+// shared memory; a second register array would cost every row its registers.
+//
+// What it cannot do: hidden sizes above MAX_HIDDEN; a row across several blocks (one row leaves most of the chip idle);
+// dots in anything but fp32; bank rows narrower than fp32. At 16,384 columns one row fills a multiprocessor's
+// registers, so that its loads, sums and stores do not overlap another's.
+#pragma once
+
+#include "entry.cuh"
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace faststeer {
+
+template <typename T, int ELEMENTS, int VECTORS>
+struct Row {
+  static constexpr int COLUMNS = ELEMENTS * VECTORS;
+  static constexpr bool KEEPS_VECTOR = ELEMENTS > 1 || COLUMNS == FEWEST_COLUMNS;
+  // Numbers of shared memory per thread; the four keep the 16-byte accesses of neighbours in different banks.
+  static constexpr int STASH = COLUMNS + 4;
+  static constexpr int KEPT = KEEPS_VECTOR ? COLUMNS : 1;
+  using Raw = Pack<T, ELEMENTS>;
+
+  const RowArguments& arguments;
+  RowGroup group;
+  float* stash;  // the group's
+  int32_t row, entry = 0;
+  float h[COLUMNS];
+
+  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup group, float* stash, int32_t row)
+      : arguments(arguments), group(group), stash(stash), row(row) {}
+
+  // The group's threads take vectors in turn, so that a warp's accesses are contiguous. Counted anew wherever it is
+  // asked for: columns and their predicates that stay in registers through the entries are registers that the row
+  // needs.
+  struct Columns {
+    int32_t first, step, end;
+    __device__ __forceinline__ int operator[](int vector) const { return first + vector * step; }
+    __device__ __forceinline__ bool has(int vector) const { return first + vector * step < end; }
+  };
+  __device__ __forceinline__ Columns columns() const {
+    const auto first = static_cast<int32_t>(opaque(group.thread) * ELEMENTS);
+    return {first, static_cast<int32_t>(group.threads * ELEMENTS), arguments.hidden_size};
+  }
+
+  __device__ __forceinline__ const float* bank(int64_t i) const {
+    return opaque(arguments.tables.bank + i * arguments.hidden_size);
+  }
+
+  // What only a gate or a probe needs of the entry at hand is read where it is needed: rarely, and then from L1.
+  __device__ __forceinline__ int32_t field(Field name) const {
+    return arguments.tables.fields[int64_t{static_cast<int32_t>(opaque(entry))} * N_FIELDS + name];
+  }
+
+  __device__ __forceinline__ float gate_dot() const { return dot(bank(field(FIELD_GATE_VECTOR))); }
+
+  __device__ __forceinline__ bool gate_opens(float dot, float square) const {
+    Entry e{};
+    e.gate_mode = field(FIELD_GATE_MODE);
+    e.threshold = arguments.tables.scalars[int64_t{entry} * N_SCALARS + 2];
+    return gate_verdict(e, dot, square);
+  }
+
+  __device__ __forceinline__ void load(const void* rows, int64_t stride, Raw (&raw)[VECTORS]) const {
+    const T* from = static_cast<const T*>(rows) + int64_t{row} * stride;
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      if (column.has(v)) raw[v] = load_once<T, ELEMENTS>(from + column[v]);
+  }
+
+  // The weight is asked for with the row, and read when the entries have freed the registers that it takes.
+  __device__ __forceinline__ void prefetch_weight() const {
+    if constexpr (ELEMENTS > 1) {
+      if (arguments.weight_dtype != dtype_of<T>()) return;
+      const Columns column = columns();
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        if (column.has(v)) prefetch(static_cast<const T*>(arguments.weight) + column[v]);
+    }
+  }
+
+  __device__ __forceinline__ void write(void* rows, int64_t stride, const Raw (&raw)[VECTORS]) const {
+    T* to = static_cast<T*>(rows) + int64_t{row} * stride;
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      if (column.has(v)) store(to + column[v], raw[v]);
+  }
+
+  // Call f(v, q) with each vector v of columns that this thread has and the bank's numbers there.
+  template <typename F>
+  __device__ __forceinline__ void with_bank(const float* from, F f) const {
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float q[ELEMENTS];
+      load_bank_if<ELEMENTS>(column.has(v), from + column[v], q);
+      f(v, q);
+    }
+  }
+
+  // q keeps the vector of an entry that has only one.
+  __device__ __forceinline__ void keep(const Request& r, float (&q)[KEPT]) const {
+    if constexpr (KEEPS_VECTOR) {
+      const bool wanted = r.live() && r.count == 1;
+      const float* from = bank(r.vector);
+      const Columns column = columns();
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        load_bank_if<ELEMENTS>(wanted && column.has(v), from + column[v], q + v * ELEMENTS);
+    }
+  }
+
+  __device__ __forceinline__ float dot(const float* from) const {
+    float sum = 0.0f;
+    with_bank(from, [&](int v, const float* q) {
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) sum += h[v * ELEMENTS + i] * q[i];
+    });
+    return sum;
+  }
+
+  __device__ __forceinline__ float square() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sum += h[i] * h[i];
+    return sum;
+  }
+
+  // Each probe column has one thread that writes it, so that a zero and the value that follows it arrive in order.
+  __device__ __forceinline__ void probe(uint32_t column, float p) const {
+    if (group.thread == column % WARP && column < static_cast<uint32_t>(arguments.probe_columns))
+      arguments.probe[int64_t{row} * arguments.probe_columns + column] = p;
+  }
+
+  // One vector. Returns whether the row changed; square_before is |h|^2 before, where the entry wants it.
+  __device__ __forceinline__ bool act_along(const Request& r, const float (&q)[KEPT], float& square_before) {
+    const bool dots = r.kind() != ADD || r.has(Request::PROBES);
+    float sums[3] = {0.0f, 0.0f, 0.0f};  // h . q, h . d, |h|^2
+    if (dots) {
+      if constexpr (KEEPS_VECTOR) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) sums[0] += h[i] * q[i];
+      } else {
+        sums[0] = dot(bank(r.vector));
+      }
+    }
+    if (r.has(Request::GATED | Request::NORM)) {
+      if (r.has(Request::GATED)) sums[1] = gate_dot();
+      if (r.has(Request::NORM)) sums[2] = square();
+      group.sum(sums);
+    } else if (dots) {
+      float one[1] = {sums[0]};
+      group.sum(one);
+      sums[0] = one[0];
+    }
+    if (r.has(Request::PROBES)) probe(field(FIELD_PROBE), sums[0]);
+    if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[1], sums[2]))) return false;
+    square_before = sums[2];
+    const float w = weight_of(r, sums[0]);
+    if (r.kind() == PROJECT) clear();
+    else if (w == 0.0f) return false;
+    if constexpr (KEEPS_VECTOR) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) h[i] = __fadd_rn(h[i], __fmul_rn(w, q[i]));
+    } else {
+      add(w, bank(r.vector));
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) h[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void add(float w, const float* from) {
+    with_bank(from, [&](int v, const float* q) {
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) h[v * ELEMENTS + i] = __fadd_rn(h[v * ELEMENTS + i], __fmul_rn(w, q[i]));
+    });
+  }
+
+  // The stash: one more number per column, in shared memory, each thread's own: no barrier. Few entries need it, so it
+  // is not unrolled where it need not be, for the sake of the registers.
+  __device__ __forceinline__ float4& stashed(int i) const {
+    return *reinterpret_cast<float4*>(stash + opaque(group.thread) * STASH + i);
+  }
+
+  __device__ __forceinline__ void clear_stash() const {
+#pragma unroll 1
+    for (int i = 0; i < COLUMNS; i += 4) stashed(i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
+  }
+
+  __device__ __forceinline__ void add_to_stash(float w, const float* from) const {
+    const Columns column = columns();
+#pragma unroll 1
+    for (int i = 0; i < COLUMNS; i += 4) {
+      float q[4];
+      if constexpr (ELEMENTS > 1) {
+        load_bank_if<4>(column.has(i / ELEMENTS), from + column[i / ELEMENTS] + i % ELEMENTS, q);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) load_bank_if<1>(column.has(i + j), from + column[i + j], q + j);
+      }
+      float4& s = stashed(i);
+      s = {__fadd_rn(s.x, __fmul_rn(w, q[0])), __fadd_rn(s.y, __fmul_rn(w, q[1])), __fadd_rn(s.z, __fmul_rn(w, q[2])),
+           __fadd_rn(s.w, __fmul_rn(w, q[3]))};
+    }
+  }
+
+  __device__ __forceinline__ void add_stash() {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i += 4) {
+      const float4 s = stashed(i);
+      h[i] += s.x, h[i + 1] += s.y, h[i + 2] += s.z, h[i + 3] += s.w;
+    }
+  }
+
+  // Several vectors, CHUNK at a time, all dots of the row as it is: where more than one CHUNK is to come, sum_k w_k q_k
+  // collects in the stash. p_k and w_k are lane k's, so that a loop may run over them.
+  __device__ __forceinline__ bool act_within(const Request& r, float& square_before) {
+    const bool stashes = r.count > CHUNK;
+    bool acts = r.has(Request::MAY_ACT), changes = r.kind() == PROJECT;
+    if (stashes) clear_stash();
+#pragma unroll 1
+    for (int first = 0; first < r.count; first += CHUNK) {
+      const int count = min(CHUNK, r.count - first);
+      const float* q = bank(r.vector + int64_t{first});
+      float p = dots(q, count);
+      if (first == 0 && r.has(Request::GATED | Request::NORM)) {
+        float two[2] = {r.has(Request::GATED) ? gate_dot() : 0.0f, square()};
+        group.sum_in_warp(two);
+        if (group.lane() == CHUNK) p = two[0];
+        if (group.lane() == CHUNK + 1) p = two[1];
+      }
+      p = group.sum_lanes(p);
+      if (first == 0) {
+        square_before = group.from_lane(p, CHUNK + 1);
+        const float gate = group.from_lane(p, CHUNK);
+        acts = acts && (!r.has(Request::GATED) || gate_opens(gate, square_before));
+      }
+      if (r.has(Request::PROBES)) {
+#pragma unroll 1
+        for (int k = 0; k < count; ++k)
+          probe(static_cast<uint32_t>(field(FIELD_PROBE)) + first + k, group.from_lane(p, k));
+      } else if (!acts) {
+        return false;
+      }
+      if (!acts) continue;
+      float w = r.kind() == PROJECT ? p : -r.a * p;
+      if (r.kind() == ROTATE || r.kind() == ROTATE_RELATIVE) {
+        float second;
+        rotate(r, group.from_lane(p, 0), group.from_lane(p, 1), w, second);
+        if (group.lane() != 0) w = second;
+      }
+      if (r.kind() == PROJECT && !stashes) clear();
+#pragma unroll 1
+      for (int k = 0; k < count; ++k) {
+        const float w_k = group.from_lane(w, k);
+        if (w_k == 0.0f) continue;
+        changes = true;
+        if (stashes) add_to_stash(w_k, q + k * arguments.hidden_size);
+        else add(w_k, q + k * arguments.hidden_size);
+      }
+    }
+    if (!acts || !changes) return false;
+    if (stashes) {
+      if (r.kind() == PROJECT) clear();
+      add_stash();
+    }
+    return true;
+  }
+
+  // Lane k: this warp's sum of h . q_k. Two at a time, so that their loads and exchanges overlap.
+  __device__ __forceinline__ float dots(const float* q, int count) const {
+    float p = 0.0f;
+#pragma unroll 1
+    for (int k = 0; k < count; k += 2) {
+      const Columns column = columns();
+      const float* next = k + 1 < count ? q + arguments.hidden_size : q;
+      float two[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        float a[ELEMENTS], b[ELEMENTS];
+        load_bank_if<ELEMENTS>(column.has(v), q + column[v], a);
+        load_bank_if<ELEMENTS>(column.has(v), next + column[v], b);
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; ++i) two[0] += h[v * ELEMENTS + i] * a[i], two[1] += h[v * ELEMENTS + i] * b[i];
+      }
+      group.sum_in_warp(two);
+      if (group.lane() == k) p = two[0];
+      if (group.lane() == k + 1) p = two[1];  // beyond the last vector: a number that nobody reads
+      q = opaque(q + 2 * arguments.hidden_size);
+    }
+    return p;
+  }
+
+  __device__ __forceinline__ bool act(const Request& r, const float (&q)[KEPT]) {
+    float square_before = 0.0f;
+    const bool changed = r.count == 1 ? act_along(r, q, square_before) : act_within(r, square_before);
+    if (!changed || !r.has(Request::KEEPS_NORM)) return changed;
+    float after[1] = {square()};
+    group.sum(after);
+    if (after[0] > 0.0f) {
+      const float scale = sqrtf(square_before) / sqrtf(after[0]);
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) h[i] *= scale;
+    }
+    return true;
+  }
+
+  // h <- fp32 of x, or of x + residual rounded to T. Columns beyond the row are 0, which no sum notices.
+  template <bool ADD_RESIDUAL>
+  __device__ __forceinline__ void begin(const Raw (&x)[VECTORS], const Raw (&residual)[VECTORS]) {
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float s[ELEMENTS] = {};
+      if (column.has(v)) {
+        unpack(x[v], s);
+        if constexpr (ADD_RESIDUAL) {
+          float r[ELEMENTS];
+          unpack(residual[v], r);
+#pragma unroll
+          for (int i = 0; i < ELEMENTS; ++i) s[i] += r[i];
+          unpack(round_to_pack<T, ELEMENTS>(s), s);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) h[v * ELEMENTS + i] = s[i];
+    }
+  }
+
+  // The weight's numbers from column j on, where it is not of the row's type.
+  __device__ __forceinline__ void convert_weight(int j, float (&w)[ELEMENTS]) const {
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; ++i) {
+      const void* weight = arguments.weight;
+      if (arguments.weight_dtype == Dtype::FP32) w[i] = static_cast<const float*>(weight)[j + i];
+      else if (arguments.weight_dtype == Dtype::FP16) w[i] = to_float(static_cast<const __half*>(weight)[j + i]);
+      else w[i] = to_float(static_cast<const __nv_bfloat16*>(weight)[j + i]);
+    }
+  }
+
+  // hidden = h, rounded once; h becomes what was stored.
+  __device__ __forceinline__ void finish() {
+    T* to = static_cast<T*>(arguments.hidden) + int64_t{row} * arguments.hidden_stride;
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const Raw out = round_to_pack<T, ELEMENTS>(h + v * ELEMENTS);
+      unpack(out, h + v * ELEMENTS);
+      if (column.has(v)) store(to + column[v], out);
+    }
+  }
+
+  // hidden = x, bit for bit.
+  __device__ __forceinline__ void copy() const {
+    const T* from = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
+    T* to = static_cast<T*>(arguments.hidden) + int64_t{row} * arguments.hidden_stride;
+    const Columns column = columns();
+#pragma unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+      if (column.has(v)) store(to + column[v], load_once<T, ELEMENTS>(from + column[v]));
+  }
+
+  // normed = RMSNorm of h, which holds the rounded row.
+  __device__ __forceinline__ void normalise() {
+    const Columns column = columns();
+    const bool same = arguments.weight_dtype == dtype_of<T>();
+    const T* from = static_cast<const T*>(arguments.weight);
+    Raw weight[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      if (same && column.has(v)) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+    float squares[1] = {square()};
+    group.sum(squares);
+    const float scale = rsqrtf(squares[0] / static_cast<float>(arguments.hidden_size) + arguments.eps);
+    T* to = static_cast<T*>(arguments.normed) + int64_t{row} * arguments.hidden_size;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!column.has(v)) continue;
+      float w[ELEMENTS], n[ELEMENTS];
+      if (same) unpack(weight[v], w);
+      else convert_weight(column[v], w);
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
+      if (!arguments.fp32_weight) unpack(round_to_pack<T, ELEMENTS>(n), n);
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) n[i] *= arguments.weight_offset + w[i];
+      store(to + column[v], round_to_pack<T, ELEMENTS>(n));
+    }
+  }
+};
+
+template <typename T, int ELEMENTS, int VECTORS, RowOp OP>
+__global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
+  using R = Row<T, ELEMENTS, VECTORS>;
+  constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP == RowOp::ADD_STEER || OP == RowOp::ADD_STEER_RMSNORM;
+  const int32_t index = static_cast<int32_t>(blockIdx.x * blockDim.y + threadIdx.y);
+  if (index >= arguments.rows) return;
+  const RowGroup group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
+  float* const stash = reinterpret_cast<float*>(shared_memory) + sizeof(Partials) / sizeof(float);
+  R row(arguments, group, stash + threadIdx.y * blockDim.x * R::STASH, index);
+  const Tables& tables = arguments.tables;
+
+  // 1. Loads. The scalar path has one register per element and none to wait in: it loads when it converts.
+  typename R::Raw x[VECTORS], residual[VECTORS];
+  constexpr bool EARLY = ELEMENTS > 1;
+  const auto fetch = [&] {
+    row.load(arguments.x, arguments.x_stride, x);
+    if constexpr (ADDS) row.load(arguments.residual, arguments.residual_stride, residual);
+  };
+  if constexpr (OP != RowOp::STEER_IN_PLACE) {
+    if constexpr (EARLY) fetch();
+    for (int c = threadIdx.x % WARP; c < arguments.probe_columns; c += WARP) row.probe(c, 0.0f);
+  }
+  const Range range = entries_of(tables, index);
+  const int32_t first = static_cast<int32_t>(range.first), end = static_cast<int32_t>(range.end);
+  const bool steered = first < end;
+  if constexpr (OP == RowOp::STEER_IN_PLACE) {
+    if (!steered) return;
+    if constexpr (EARLY) fetch();  // only now: most rows of most batches have nothing to do
+  }
+  if constexpr (OP == RowOp::STEER) {
+    if (!steered) {
+      if constexpr (EARLY) row.write(arguments.hidden, arguments.hidden_stride, x);
+      else row.copy();
+      return;
+    }
+  }
+  if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.prefetch_weight();
+  Request request;
+  float q[R::KEPT];
+  const auto read = [&] {
+    request = read_request<ALIGNED>(tables, row.entry, row.entry + 1 < end, index, arguments.probe_columns);
+    row.keep(request, q);
+  };
+  row.entry = first;
+  if (steered) read();
+
+  // 2. The row in fp32.
+  if constexpr (!EARLY) fetch();
+  row.template begin<ADDS>(x, residual);
+
+  // 3. The entries.
+  bool touched = false;
+  if (steered) {
+#pragma unroll 1
+    for (;;) {
+      if (request.live() && row.act(request, q)) touched = true;
+      if (++row.entry >= end) break;
+      read();
+    }
+  }
+
+  // 4. and 5.
+  if (!touched && OP == RowOp::STEER_IN_PLACE) return;
+  if (!touched && OP == RowOp::STEER) {
+    row.copy();  // rounding would keep every number, but not the bits of a NaN
+    return;
+  }
+  row.finish();
+  if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise();
+}
+
+}  // namespace faststeer

@@ -1,0 +1,77 @@
+"""How the kernels are launched: block, threads, alignment, device. All by rule: autotuning breaks inside a graph
+capture."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a thread holds of a row: four 16-byte loads of a 16-bit type, in flight together. The row and what becomes of it
+# are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more, and
+# fewer rows would fit on a multiprocessor.
+ELEMENTS_PER_THREAD = 32
+# Registers per thread that a kernel may take for aligned rows of a 16-bit type, and what fits on a multiprocessor (65,536
+# registers) then: 512 threads, four rows of 4,096 columns, 32 KB of x in flight, about what device memory needs for its full
+# speed. Left alone the compiler takes up to 170. That many, three rows, are enough where residual and x are in flight
+# together and the norm's weight waits in registers as well.
+REGISTERS, REGISTERS_WITH_WEIGHT = 128, 168
+# Up to this block the norm's weight is loaded before the reductions. Wider rows could not keep two on a multiprocessor with
+# REGISTERS_WITH_WEIGHT: they load it after the interventions.
+EARLY_WEIGHT_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a row kernel is launched. How a row is shared among threads depends on the hidden size and nothing else, so
+    that its bits do not depend on the batch around it.
+
+    Attributes:
+        block: elements of a row in registers, the next power of two of the hidden size.
+        num_warps: of 32 threads each; 16 at 16,384 columns.
+        early_weight: whether the norm's weight is loaded before the reductions.
+        registers: the most a thread may take; None: as the compiler likes. fp32 rows have twice the bytes in flight per
+            thread and need half the threads; unaligned rows need registers for the address of every element.
+    """
+
+    block: int
+    num_warps: int
+    early_weight: bool
+    registers: int | None
+
+    @classmethod
+    @functools.cache
+    def of(cls, hidden: int, itemsize: int, aligned: bool, weight_itemsize: int = 0) -> Launch:
+        """`weight_itemsize`: 0 where there is no norm."""
+        block = 1 << (hidden - 1).bit_length()
+        early = weight_itemsize == 2 and block <= EARLY_WEIGHT_BLOCK
+        registers = REGISTERS_WITH_WEIGHT if early else REGISTERS
+        return cls(
+            block, max(1, block // (32 * ELEMENTS_PER_THREAD)), early, registers if aligned and itemsize == 2 else None
+        )
+
+
+def starts(*tensors: Tensor) -> int:
+    """All bits of the addresses at which the rows of these matrices start, and of their row strides: divisible by 16
+    if each is."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr() | tensor.stride(0) * tensor.element_size()
+    return bits
+
+
+@functools.cache
+def no_gates(device: torch.device) -> Tensor:
+    """Stands for a `gate_state` that is not given; never read."""
+    return torch.zeros(1, dtype=torch.bool, device=device)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it x's."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

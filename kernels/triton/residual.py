@@ -1,0 +1,265 @@
+"""`steer`, `steer_`, `add_steer`, `add_steer_rmsnorm`: one kernel, in which an operand that an operator does not have is None and its
+code is not there. What each computes, to the bit where bits are promised: docs/kernels.md.
+
+Each launch has one program per row, and the number of threads depends on the hidden size alone: a row comes out with the
+same bits whatever the batch around it.
+
+Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do: see row.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from faststeer.kernels.launch import Launch, no_gates, on_device_of, starts
+from faststeer.kernels.row import entries_of, load_row, steer_row, store_row
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+_VARYING = ["x_stride", "residual_stride", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences", "n_columns"]
+_POINTERS = [
+    *("x", "residual", "weight", "normed", "hidden", "probe", "bank", "fields", "scalars", "ranges"),
+    *("row_slot", "row_position", "row_sequence", "gate_state"),
+]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_POINTERS)
+def residual_kernel(
+    x,
+    residual,
+    weight,
+    normed,
+    hidden,
+    probe,
+    bank,
+    fields,
+    scalars,
+    ranges,
+    row_slot,
+    row_position,
+    row_sequence,
+    gate_state,
+    x_stride: tl.int64,
+    residual_stride: tl.int64,
+    n_vectors: tl.int64,
+    n_entries: tl.int64,
+    n_slots: tl.int64,
+    n_gates: tl.int64,
+    n_sequences: tl.int64,
+    n_columns: tl.int64,
+    eps: tl.float32,
+    weight_offset: tl.float32,
+    FP32_WEIGHT: tl.constexpr,
+    EARLY_WEIGHT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One row.
+
+    1. Which entries does the row's slot have? In place, none: done, without having read the row.
+    2. s = x, or x + residual rounded to the dtype.
+    3. The entries act on s in fp32 (`steer_row`); the result is rounded once.
+    4. Write hidden; in place only if something acted.
+    5. With a weight: n = hidden * rsqrt(mean(hidden^2) + eps); normed is n, rounded, times the weight, rounded; or
+       (FP32_WEIGHT) n times the weight, rounded once.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    if IN_PLACE:
+        first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
+        if first >= end:
+            return
+    s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
+    if residual is not None:
+        r = load_row(residual, row, residual_stride, columns, HIDDEN, ALIGNED, "evict_first")
+        s = (s.to(tl.float32) + r.to(tl.float32)).to(s.dtype)
+    if weight is not None:
+        if EARLY_WEIGHT:  # before the reductions, so that nothing waits for it after them
+            w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
+    if not IN_PLACE:
+        first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
+
+    h, touched = steer_row(
+        s.to(tl.float32), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state, probe,
+        n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
+    )  # fmt: skip
+
+    g = h.to(x.dtype.element_ty)
+    if IN_PLACE:
+        if touched:
+            store_row(x, row, x_stride, columns, g, HIDDEN, ALIGNED)
+    elif residual is None:
+        if touched:
+            store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
+        else:  # not g: the way through fp32 and back loses the payload of a NaN
+            s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
+            store_row(hidden, row, HIDDEN, columns, s, HIDDEN, ALIGNED)
+    else:  # the addition has rounded already: g has the bits of s where nothing acted
+        store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
+
+    if weight is not None:
+        if not EARLY_WEIGHT:
+            w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
+        n = g.to(tl.float32)
+        n = n * tl.rsqrt(tl.sum(n * n) / HIDDEN + eps)
+        if FP32_WEIGHT:
+            n = n * (weight_offset + w.to(tl.float32))
+        else:
+            n = n.to(g.dtype).to(tl.float32) * w.to(tl.float32)
+        store_row(normed, row, HIDDEN, columns, n.to(g.dtype), HIDDEN, ALIGNED)
+
+
+def steer(
+    x: Tensor,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows, columns]`
+    fp32."""
+    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    hidden, probe = _like(x), _probe(x, columns)
+    _launch(x, None, None, None, hidden, probe, tables)
+    return hidden, probe
+
+
+def steer_(
+    x: Tensor,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+    probe: Tensor | None,
+) -> None:
+    """`steer` in place; rows that nothing acts on are not written, and not even read if their slot has no entries."""
+    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    _launch(x, None, None, None, None, probe, tables)
+
+
+def add_steer(
+    x: Tensor,
+    residual: Tensor,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    """`steer` of x + residual."""
+    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    hidden, probe = _like(x), _probe(x, columns)
+    _launch(x, residual, None, None, hidden, probe, tables)
+    return hidden, probe
+
+
+def add_steer_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    fp32_weight: bool,
+    bank: Tensor,
+    fields: Tensor,
+    scalars: Tensor,
+    ranges: Tensor,
+    row_slot: Tensor,
+    row_position: Tensor,
+    row_sequence: Tensor,
+    gate_state: Tensor | None,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(normed, hidden, probe)`: `add_steer`, and the RMSNorm of its result."""
+    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    normed, hidden, probe = _like(x), _like(x), _probe(x, columns)
+    _launch(x, residual, weight, normed, hidden, probe, tables, float(eps), float(weight_offset), bool(fp32_weight))
+    return normed, hidden, probe
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _probe(x: Tensor, columns: int) -> Tensor:
+    return torch.zeros((x.shape[0], columns), dtype=torch.float32, device=x.device)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    normed: Tensor | None,
+    hidden: Tensor | None,
+    probe: Tensor | None,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
+    fp32_weight: bool = False,
+) -> None:
+    """One program per row; in place where there is no `hidden`."""
+    rows, size = x.shape
+    if rows == 0:
+        return
+    bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state = tables
+    bits = starts(x, bank) | size * x.element_size()
+    if residual is not None:
+        bits |= starts(residual)
+    if weight is not None:
+        bits |= weight.data_ptr()
+    n_gates, n_sequences = (0, 0) if gate_state is None else gate_state.shape
+    is_aligned = bits % 16 == 0
+    how = Launch.of(size, x.element_size(), is_aligned, 0 if weight is None else weight.element_size())
+    with on_device_of(x):
+        residual_kernel[(rows,)](
+            x,
+            residual,
+            weight,
+            normed,
+            hidden,
+            scalars if probe is None else probe,  # with 0 columns nothing is written
+            bank,
+            fields,
+            scalars,
+            ranges,
+            row_slot,
+            row_position,
+            row_sequence,
+            no_gates(x.device) if gate_state is None else gate_state,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            bank.shape[0],
+            fields.shape[0],
+            ranges.shape[0],
+            n_gates,
+            n_sequences,
+            0 if probe is None else probe.shape[1],
+            eps,
+            weight_offset,
+            FP32_WEIGHT=fp32_weight,
+            EARLY_WEIGHT=how.early_weight,
+            IN_PLACE=hidden is None,
+            HIDDEN=size,
+            BLOCK=how.block,
+            ALIGNED=is_aligned,
+            num_warps=how.num_warps,
+            num_stages=1,
+            maxnreg=how.registers,
+            enable_fp_fusion=False,  # a product is rounded before it is added
+        )

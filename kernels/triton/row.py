@@ -1,0 +1,282 @@
+"""What a program's tables do to one row that is held in registers: the part that the kernels share.
+
+docs/kernels.md is the specification. A row is one fp32 tensor of BLOCK elements, the next power of two of the hidden
+size; elements beyond the hidden size are zero and stay zero. One program works on one row, so that every number of an
+entry is a scalar of the program and every branch is uniform.
+
+Cannot do: hidden sizes above 16,384 (the row would not fit into one program's registers); share the vectors it reads
+between rows (each program reads its own, from the caches).
+
+The numbers that name columns and kinds are default values of constexpr arguments and not globals: Triton compares
+every global that a kernel uses again at every launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
+
+
+@triton.jit
+def load_row(pointer, row, stride, columns, HIDDEN: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr):
+    """Row `row` `[BLOCK]` of a matrix, in its own dtype, zero beyond HIDDEN. ALIGNED: every row starts at a multiple of
+    16 bytes, which is what 16-byte accesses need. POLICY is the L1 cache's."""
+    pointers = pointer + row * stride + columns
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    if columns.shape[0] == HIDDEN:
+        value = tl.load(pointers, eviction_policy=POLICY)
+    else:
+        value = tl.load(pointers, mask=columns < HIDDEN, other=0.0, eviction_policy=POLICY)
+    return value
+
+
+@triton.jit
+def store_row(pointer, row, stride, columns, value, HIDDEN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write `value` `[BLOCK]` to row `row` of a matrix. ALIGNED as for `load_row`."""
+    pointers = pointer + row * stride + columns
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    if columns.shape[0] == HIDDEN:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=columns < HIDDEN)
+
+
+@triton.jit
+def load_vector(bank, vector, columns, HIDDEN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Row `vector` of the bank. Other rows will want it: it is the last to leave the L1 cache."""
+    return load_row(bank, vector.to(tl.int64), HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
+
+
+@triton.jit
+def product(w, q, INTERPRETED: tl.constexpr = bool(knobs.runtime.interpret)):
+    """w q, rounded, whatever it is added to. `enable_fp_fusion=False` alone does not do: for Blackwell the products
+    become `mul.rn.f32x2`, and the ptxas of CUDA 12.9 (Triton 3.6) fuses even that with a sum that follows."""
+    if INTERPRETED:
+        rounded = w * q
+    else:
+        w = tl.broadcast_to(w, q.shape)
+        rounded = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [w, q], tl.float32, is_pure=True, pack=1)
+    return rounded
+
+
+@triton.jit
+def entries_of(row, row_slot, ranges, n_slots, n_entries):
+    """`first, end`: the entries of the row's slot, cut to those there are; none for a slot that does not exist."""
+    slot = tl.load(row_slot + row).to(tl.int64)
+    exists = (slot >= 0) & (slot < n_slots)
+    first = tl.load(ranges + 2 * slot, mask=exists, other=0).to(tl.int64)
+    count = tl.load(ranges + 2 * slot + 1, mask=exists, other=0).to(tl.int64)
+    return tl.maximum(first, 0).to(tl.int32), tl.minimum(tl.maximum(first + count, 0), n_entries).to(tl.int32)
+
+
+@triton.jit
+def read_entry(
+    fields,
+    entry,
+    n_vectors,
+    STRIDE: tl.constexpr = N_FIELDS,
+    KIND: tl.constexpr = int(Field.KIND),
+    VECTOR: tl.constexpr = int(Field.VECTOR),
+    COUNT: tl.constexpr = int(Field.COUNT),
+    MODE: tl.constexpr = int(Field.GATE_MODE),
+    GATE_VECTOR: tl.constexpr = int(Field.GATE_VECTOR),
+    N_KINDS: tl.constexpr = len(Kind),
+    ADD: tl.constexpr = int(Kind.ADD),
+    CLAMP: tl.constexpr = int(Kind.CLAMP),
+    ROTATE: tl.constexpr = int(Kind.ROTATE),
+    ROTATE_RELATIVE: tl.constexpr = int(Kind.ROTATE_RELATIVE),
+    NONE: tl.constexpr = int(GateMode.NONE),
+    COSINE: tl.constexpr = int(GateMode.COSINE),
+    LATCHED: tl.constexpr = int(GateMode.LATCHED),
+):
+    """`valid, kind, vector, count, mode, gate_vector`. An entry is not valid, and to be skipped, if it is of no known
+    kind or gate mode, has a number of vectors that its kind cannot have, or points outside the bank."""
+    f = fields + entry * STRIDE
+    kind = tl.load(f + KIND)
+    vector = tl.load(f + VECTOR)
+    count = tl.load(f + COUNT)
+    mode = tl.load(f + MODE)
+    gate_vector = tl.load(f + GATE_VECTOR)
+    valid = (kind >= 0) & (kind < N_KINDS) & (vector >= 0) & (count >= 1) & (vector.to(tl.int64) + count <= n_vectors)
+    valid &= ((kind != ADD) & (kind != CLAMP)) | (count == 1)
+    valid &= ((kind != ROTATE) & (kind != ROTATE_RELATIVE)) | (count == 2)
+    looks = (mode >= -COSINE) & (mode <= COSINE) & (mode != NONE)
+    valid &= (mode == NONE) | (mode == LATCHED) | (looks & (gate_vector >= 0) & (gate_vector < n_vectors))
+    return valid, kind, vector, count, mode, gate_vector
+
+
+@triton.jit
+def gate_verdict(
+    h,
+    columns,
+    bank,
+    gate_vector,
+    mode,
+    threshold,
+    HIDDEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COSINE: tl.constexpr = int(GateMode.COSINE),
+):
+    """What a dot or cosine gate says of the row: h . d, or h . d / |h|, above the threshold; or, for a negative mode,
+    not above it."""
+    d = load_vector(bank, gate_vector, columns, HIDDEN, ALIGNED)
+    value = tl.sum(h * d)
+    if (mode == COSINE) | (mode == -COSINE):
+        norm = tl.sqrt_rn(tl.sum(h * h))
+        value = tl.where(norm > 0, tl.div_rn(value, tl.where(norm > 0, norm, 1.0)), 0.0)
+    return (value > threshold) != (mode < 0)
+
+
+@triton.jit
+def gate_cell(
+    fields,
+    entry,
+    sequence,
+    n_gates,
+    n_sequences,
+    STRIDE: tl.constexpr = N_FIELDS,
+    STATE: tl.constexpr = int(Field.GATE_STATE),
+):
+    """Where the entry's latched decision for a sequence stands in `gate_state`, and whether there is such a place."""
+    state = tl.load(fields + entry * STRIDE + STATE).to(tl.int64)
+    exists = (state >= 0) & (state < n_gates) & (sequence >= 0) & (sequence < n_sequences)
+    return state * n_sequences + sequence, exists
+
+
+@triton.jit
+def write_probe(probe, row, column, k, n_columns, p):
+    """Write the k-th projection of an entry whose first probe column is `column` >= 0, if the probe has such a column."""
+    place = column.to(tl.int64) + k
+    tl.store(probe + row * n_columns + place, p, mask=place < n_columns)
+
+
+@triton.jit
+def rotation(p1, p2, cos, sin, relative):
+    """What to add along the two directions of a plane so that the row's part in it points at an angle, or is turned by
+    it."""
+    radius = tl.sqrt_rn(p1 * p1 + p2 * p2)
+    w1 = tl.where(relative, p1 * cos - p2 * sin, radius * cos) - p1
+    w2 = tl.where(relative, p1 * sin + p2 * cos, radius * sin) - p2
+    return w1, w2
+
+
+@triton.jit
+def steer_row(
+    h,
+    columns,
+    row,
+    first,
+    end,
+    bank,
+    fields,
+    scalars,
+    row_position,
+    row_sequence,
+    gate_state,
+    probe,
+    n_vectors,
+    n_gates,
+    n_sequences,
+    n_columns,
+    HIDDEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIELDS: tl.constexpr = N_FIELDS,
+    SCALARS: tl.constexpr = N_SCALARS,
+    LOW: tl.constexpr = int(Field.POSITION_LOW),
+    HIGH: tl.constexpr = int(Field.POSITION_HIGH),
+    KEEP_NORM: tl.constexpr = int(Field.KEEP_NORM),
+    PROBE_COLUMN: tl.constexpr = int(Field.PROBE),
+    A: tl.constexpr = int(Scalar.A),
+    B: tl.constexpr = int(Scalar.B),
+    THRESHOLD: tl.constexpr = int(Scalar.THRESHOLD),
+    ADD: tl.constexpr = int(Kind.ADD),
+    ABLATE: tl.constexpr = int(Kind.ABLATE),
+    PROJECT: tl.constexpr = int(Kind.PROJECT),
+    ROTATE: tl.constexpr = int(Kind.ROTATE),
+    ROTATE_RELATIVE: tl.constexpr = int(Kind.ROTATE_RELATIVE),
+    PROBE: tl.constexpr = int(Kind.PROBE),
+    NONE: tl.constexpr = int(GateMode.NONE),
+    LATCHED: tl.constexpr = int(GateMode.LATCHED),
+):
+    """`h` `[BLOCK]` fp32 after the entries [first, end), and whether any of them acted. For each entry, in order:
+
+    1. read it; skip it if it is not valid;
+    2. decide whether it acts on this row: by kind, position and gate;
+    3. for each of its vectors q_k: p_k = h . q_k; write it if the entry probes; moved += w_k q_k, product rounded before the sum. h itself
+       stays until the entry is done, so that all p_k are of the same h;
+    4. with keep norm, scale moved to the norm of h;
+    5. if it acts and some weight is not 0, h = moved.
+    """
+    touched = first < 0  # False, as a scalar of the program
+    for entry in range(first, end):
+        valid, kind, vector, count, mode, gate_vector = read_entry(fields, entry, n_vectors)
+        f = fields + entry * FIELDS
+        low, high = tl.load(f + LOW), tl.load(f + HIGH)
+        keeps_norm = tl.load(f + KEEP_NORM)
+        column = tl.load(f + PROBE_COLUMN)
+        s = scalars + entry * SCALARS
+        a, b, threshold = tl.load(s + A), tl.load(s + B), tl.load(s + THRESHOLD)
+
+        position = tl.load(row_position + row)
+        acts = valid & (kind < PROBE) & (low <= position) & (position < high)
+        if acts & (mode == LATCHED):
+            sequence = tl.load(row_sequence + row).to(tl.int64)
+            cell, exists = gate_cell(fields, entry, sequence, n_gates, n_sequences)
+            acts = tl.load(gate_state + cell, mask=exists, other=0) != 0
+        elif acts & (mode != NONE):
+            acts = gate_verdict(h, columns, bank, gate_vector, mode, threshold, HIDDEN, ALIGNED)
+
+        probes = valid & (column >= 0)
+        if acts | probes:
+            norm = 0.0
+            if acts & (keeps_norm != 0):
+                norm = tl.sqrt_rn(tl.sum(h * h))
+            if (kind == ROTATE) | (kind == ROTATE_RELATIVE):
+                p1 = tl.sum(h * load_vector(bank, vector, columns, HIDDEN, ALIGNED))
+                p2 = tl.sum(h * load_vector(bank, vector + 1, columns, HIDDEN, ALIGNED))
+                if probes:
+                    write_probe(probe, row, column, 0, n_columns, p1)
+                    write_probe(probe, row, column, 1, n_columns, p2)
+                w1, w2 = rotation(p1, p2, a, b, kind == ROTATE_RELATIVE)
+                changes = acts & ((w1 != 0) | (w2 != 0))
+                if changes:
+                    h = h + product(w1, load_vector(bank, vector, columns, HIDDEN, ALIGNED))
+                    h = h + product(w2, load_vector(bank, vector + 1, columns, HIDDEN, ALIGNED))
+            elif (count == 1) & (kind != PROJECT):
+                q = load_vector(bank, vector, columns, HIDDEN, ALIGNED)
+                w = a
+                if probes | (kind != ADD):
+                    p = tl.sum(h * q)
+                    if probes:
+                        write_probe(probe, row, column, 0, n_columns, p)
+                    if kind == ABLATE:
+                        w = -a * p
+                    elif kind != ADD:
+                        w = tl.minimum(tl.maximum(p, a), b) - p
+                changes = acts & (w != 0)
+                if changes:
+                    h = h + product(w, q)
+            else:
+                changes = acts & (kind == PROJECT)
+                moved = tl.where(changes, 0.0, h)
+                for k in range(0, count):
+                    p = tl.sum(h * load_vector(bank, vector + k, columns, HIDDEN, ALIGNED))
+                    if probes:
+                        write_probe(probe, row, column, k, n_columns, p)
+                    w = tl.where(kind == PROJECT, p, -a * p)
+                    moved = moved + product(w, load_vector(bank, vector + k, columns, HIDDEN, ALIGNED))
+                    changes |= acts & (w != 0)
+                if changes:
+                    h = moved
+            if changes:
+                if columns.shape[0] != HIDDEN:
+                    h = tl.where(columns < HIDDEN, h, 0.0)  # an infinite weight has made NaN of zeros
+                if keeps_norm != 0:
+                    now = tl.sqrt_rn(tl.sum(h * h))
+                    h = h * tl.where(now > 0, tl.div_rn(norm, tl.where(now > 0, now, 1.0)), 1.0)
+            touched = touched | changes
+    return h, touched

@@ -1,0 +1,251 @@
+"""Builds the emulator (host_emulation/) and calls the CUDA launchers through it on CPU tensors.
+
+The very sources in csrc/cuda are compiled by g++ against a small stand-in for CUDA's headers, and
+host_emulation/emulator.cpp runs a block's threads as fibers. So the kernels' logic is exercised without a GPU: partition
+of the columns, reductions, barriers, entry loop, conversions, launch configurations. Not the device's own behaviour:
+speed, memory order, what ptxas makes of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from faststeer.ops.tables import Rows, Tables
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent / "host_emulation"
+# Without contraction, so that a sum is what CUDA's __fadd_rn and __fmul_rn make of it. A misaligned 16-byte access is a
+# fault on the device, so it is one here.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE / 'shim'}"]
+FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STEER, STEER_IN_PLACE, ADD_STEER, ADD_STEER_RMSNORM = range(4)
+Config = tuple[int, int, int, int]  # threads per row, rows per block, elements per vector, vectors per thread
+
+_pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class CTables(ctypes.Structure):
+    _names = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "row_sequence", "gate_state")
+    _sizes = ("n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences")
+    _fields_ = [(name, _pointer) for name in _names] + [(name, _int64) for name in _sizes]
+
+
+class CRow(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "probe")),
+        *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
+        *((name, _int32) for name in ("hidden_size", "probe_columns")),
+        *((name, _float) for name in ("eps", "weight_offset")),
+        ("fp32_weight", ctypes.c_bool),
+        ("weight_dtype", _int32),
+        ("tables", CTables),
+    ]
+
+
+class CLatch(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("x", "residual", "gate_state")),
+        *((name, _int64) for name in ("rows", "x_stride", "residual_stride")),
+        ("hidden_size", _int32),
+        ("tables", CTables),
+    ]
+
+
+class CSparseAdd(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("x", "indices", "offsets", "row_vector", "values", "row_coefficient")),
+        *((name, _int64) for name in ("rows", "x_stride", "n_values", "n_vectors")),
+        ("hidden_size", _int32),
+    ]
+
+
+def sources() -> list[Path]:
+    return sorted(p for folder in (ROOT / "csrc" / "cuda", ROOT / "csrc" / "common", HERE) for p in folder.rglob("*.*"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The emulator, built once for these sources."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sources():
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "cuda-emulation" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "emulator.so"
+    with (folder / "lock").open("w") as lock:  # test processes run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _build(target)
+    loaded = ctypes.CDLL(str(target))
+    loaded.emulator_error.restype = ctypes.c_char_p
+    sizes = (_int64 * 3)()
+    loaded.emulate_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(c) for c in (CRow, CLatch, CSparseAdd)], "kernels.h has changed"
+    return loaded
+
+
+def compiler() -> str | None:
+    """g++ if it knows _Float16, which the stand-in for CUDA's fp16 needs."""
+    found = shutil.which("g++")
+    if found is None:
+        return None
+    probe = [found, "-x", "c++", "-fsyntax-only", "-"]
+    known = subprocess.run(probe, input="_Float16 x = 1;", text=True, capture_output=True).returncode == 0
+    return found if known else None
+
+
+def _build(target: Path) -> None:
+    cuda = ROOT / "csrc" / "cuda"
+    kernels = [cuda / f"launch{end}.cu" for end in ("_fp32", "_fp16", "_bf16", "")]
+    files = [*kernels, HERE / "emulator.cpp", HERE / "launchers.cpp"]
+
+    def compiled(path: Path) -> Path:
+        output = target.parent / f"{path.stem}.o"
+        _run([compiler(), *FLAGS, "-x", "c++", "-c", str(path), "-o", str(output)])
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, files))
+    fresh = target.with_suffix(".new")
+    _run([compiler(), *FLAGS, "-shared", "-o", str(fresh), *map(str, objects)])
+    fresh.replace(target)
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def choose(rows: int, hidden: int, itemsize: int, aligned: bool, sm_count: int) -> Config:
+    config = (_int32 * 4)()
+    library().emulate_choose_launch(_int64(rows), _int64(hidden), itemsize, aligned, sm_count, config)
+    return tuple(config)
+
+
+def _check(status: int) -> None:
+    assert status == 0, f"cudaError {status}: {library().emulator_error().decode()}"
+
+
+def _tables(tables: Tables, rows: Rows, gate_state: Tensor | None) -> CTables:
+    found = CTables()
+    given = (*tables[:4], rows.slot, rows.position, rows.sequence, gate_state)
+    for name, tensor in zip(CTables._names, given, strict=True):
+        assert tensor is None or tensor.is_contiguous()
+        setattr(found, name, None if tensor is None else tensor.data_ptr())
+    found.n_vectors, found.n_entries, found.n_slots = len(tables.bank), len(tables.fields), len(tables.ranges)
+    found.n_gates, found.n_sequences = (0, 0) if gate_state is None else gate_state.shape
+    return found
+
+
+def _stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def on_16_bytes(*tensors: Tensor) -> bool:
+    """As ops.cu decides, for rows and tables alike."""
+    return all(t.data_ptr() % 16 == 0 and (t.dim() < 2 or _stride(t) * t.element_size() % 16 == 0) for t in tensors)
+
+
+class Emulated:
+    """The operators of docs/kernels.md, run by the emulator.
+
+    sm_count: what the launch heuristic takes the device to have: 132 makes few rows few, 1 makes them many.
+    """
+
+    def __init__(self, tables: Tables, rows: Rows, gate_state: Tensor | None, sm_count: int = 132) -> None:
+        self.tables, self.rows, self.gate_state, self.sm_count = tables, rows, gate_state, sm_count
+
+    def _row(
+        self,
+        op: int,
+        x: Tensor,
+        hidden: Tensor,
+        probe: Tensor | None,
+        residual: Tensor | None = None,
+        weight: Tensor | None = None,
+        normed: Tensor | None = None,
+        norm: tuple[float, float, bool] = (0.0, 0.0, False),
+    ) -> None:
+        a = CRow(tables=_tables(self.tables, self.rows, self.gate_state))
+        for name, tensor in (
+            ("x", x),
+            ("residual", residual),
+            ("weight", weight),
+            ("hidden", hidden),
+            ("normed", normed),
+        ):
+            setattr(a, name, None if tensor is None else tensor.data_ptr())
+        a.rows, a.hidden_size = x.shape
+        a.x_stride, a.hidden_stride = _stride(x), _stride(hidden)
+        a.residual_stride = 0 if residual is None else _stride(residual)
+        if probe is not None:
+            a.probe, a.probe_columns = probe.data_ptr(), probe.shape[1]
+        if weight is not None:
+            a.weight_dtype = DTYPES[weight.dtype]
+        a.eps, a.weight_offset, a.fp32_weight = norm
+        wide = [x, hidden, self.tables.bank, self.tables.fields, self.tables.scalars]
+        wide += [t for t in (residual, normed) if t is not None]
+        wide += [weight] if weight is not None and weight.dtype == x.dtype else []
+        config = choose(x.shape[0], x.shape[1], x.element_size(), on_16_bytes(*wide), self.sm_count)
+        _check(library().emulate_row(op, DTYPES[x.dtype], (_int32 * 4)(*config), ctypes.byref(a)))
+
+    def _outputs(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Poisoned, so that what is not written shows."""
+        hidden = torch.full(x.shape, float("nan"), dtype=x.dtype)
+        return hidden, torch.full((x.shape[0], columns), float("nan"))
+
+    def steer(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        hidden, probe = self._outputs(x, columns)
+        self._row(STEER, x, hidden, probe)
+        return hidden, probe
+
+    def steer_(self, x: Tensor, probe: Tensor | None) -> None:
+        self._row(STEER_IN_PLACE, x, x, probe)
+
+    def add_steer(self, x: Tensor, residual: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        hidden, probe = self._outputs(x, columns)
+        self._row(ADD_STEER, x, hidden, probe, residual)
+        return hidden, probe
+
+    def add_steer_rmsnorm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, norm: tuple[float, float, bool], columns: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, probe = self._outputs(x, columns)
+        normed = torch.full_like(hidden, float("nan"))
+        self._row(ADD_STEER_RMSNORM, x, hidden, probe, residual, weight, normed, norm)
+        return normed, hidden, probe
+
+    def latch_(self, x: Tensor, residual: Tensor | None, gate_state: Tensor) -> None:
+        a = CLatch(tables=_tables(self.tables, self.rows, gate_state))
+        a.x, a.gate_state, a.x_stride = x.data_ptr(), gate_state.data_ptr(), _stride(x)
+        a.rows, a.hidden_size = x.shape
+        if residual is not None:
+            a.residual, a.residual_stride = residual.data_ptr(), _stride(residual)
+        _check(library().emulate_latch(DTYPES[x.dtype], ctypes.byref(a)))
+
+
+def sparse_add_(
+    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
+) -> None:
+    a = CSparseAdd(n_values=len(values), n_vectors=len(offsets) - 1, x_stride=_stride(x))
+    a.rows, a.hidden_size = x.shape
+    a.x, a.indices, a.offsets, a.values = (t.data_ptr() for t in (x, indices, offsets, values))
+    a.row_vector, a.row_coefficient = row_vector.data_ptr(), row_coefficient.data_ptr()
+    _check(library().emulate_sparse_add(DTYPES[x.dtype], ctypes.byref(a)))
+
+
+def seed(number: int) -> None:
+    """Which order the emulator draws for the warps."""
+    library().emulator_seed(ctypes.c_uint32(number))

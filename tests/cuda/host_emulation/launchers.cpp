@@ -1,0 +1,31 @@
+// The launchers as C functions for ctypes. Tables are passed in the order of the struct.
+#include "../../../csrc/cuda/kernels.h"
+
+using namespace faststeer;
+
+extern "C" {
+
+// config: threads per row, rows per block, elements per vector, vectors per thread; returns the cudaError_t.
+int emulate_row(int op, int dtype, const int32_t* config, const RowArguments* arguments) {
+  const LaunchConfig chosen{config[0], config[1], config[2], config[3]};
+  return launch_row(static_cast<RowOp>(op), static_cast<Dtype>(dtype), chosen, *arguments, nullptr).error;
+}
+
+int emulate_latch(int dtype, const LatchArguments* arguments) {
+  return launch_latch(static_cast<Dtype>(dtype), *arguments, nullptr).error;
+}
+
+int emulate_sparse_add(int dtype, const SparseAddArguments* arguments) {
+  return launch_sparse_add(static_cast<Dtype>(dtype), *arguments, nullptr).error;
+}
+
+void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int aligned, int32_t sm_count, int32_t* config) {
+  const LaunchConfig chosen = choose_launch(rows, hidden, itemsize, aligned != 0, sm_count);
+  config[0] = chosen.threads_per_row, config[1] = chosen.rows_per_block;
+  config[2] = chosen.elements_per_vector, config[3] = chosen.vectors_per_thread;
+}
+
+void emulate_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(RowArguments), sizes[1] = sizeof(LatchArguments), sizes[2] = sizeof(SparseAddArguments);
+}
+}

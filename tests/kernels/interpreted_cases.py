@@ -1,0 +1,564 @@
+"""Compares the interpreted kernels with the reference. Runs in a process of its own (triton_process.py): a function here is one case of
+test_interpreted.py, and what it finds wrong it raises."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faststeer.kernels as kernels
+import torch
+from torch import Tensor
+
+from faststeer.ops import reference
+from faststeer.ops.tables import (
+    N_FIELDS,
+    N_SCALARS,
+    POSITION_MAX,
+    POSITION_MIN,
+    Field,
+    GateMode,
+    Kind,
+    Rows,
+    Scalar,
+    Tables,
+)
+
+assert kernels.INTERPRETED
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+ACTING = [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.ROTATE, Kind.ROTATE_RELATIVE]
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A row of the tables, with its vectors."""
+
+    kind: int
+    q: Tensor  # [k, hidden]
+    a: float = 0.0
+    b: float = 0.0
+    low: int = POSITION_MIN
+    high: int = POSITION_MAX
+    mode: int = GateMode.NONE
+    d: Tensor | None = None
+    threshold: float = 0.0
+    state: int = 0
+    keep_norm: bool = False
+    probe: int = -1
+
+
+def tables_of(slots: Sequence[Sequence[Entry]], hidden: int) -> Tables:
+    """Tables that are cut out of larger memory, in which NaN and hostile numbers surround them."""
+    bank, fields, scalars, ranges = [torch.zeros(1, hidden)], [], [], []
+    for slot in slots:
+        ranges.append([len(fields), len(slot)])
+        for e in slot:
+            row = [0] * N_FIELDS
+            row[Field.KIND], row[Field.VECTOR], row[Field.COUNT] = e.kind, sum(map(len, bank)), len(e.q)
+            bank.append(e.q.float())
+            row[Field.POSITION_LOW], row[Field.POSITION_HIGH] = e.low, e.high
+            row[Field.GATE_MODE], row[Field.GATE_STATE] = e.mode, e.state
+            if e.d is not None:
+                row[Field.GATE_VECTOR] = sum(map(len, bank))
+                bank.append(e.d.float().unsqueeze(0))
+            row[Field.KEEP_NORM], row[Field.PROBE] = e.keep_norm, e.probe
+            fields.append(row)
+            numbers = [0.0] * N_SCALARS
+            numbers[Scalar.A], numbers[Scalar.B], numbers[Scalar.THRESHOLD] = e.a, e.b, e.threshold
+            scalars.append(numbers)
+    return Tables(
+        fenced(torch.cat(bank)),
+        fenced(torch.tensor(fields, dtype=torch.int32).reshape(-1, N_FIELDS)),
+        fenced(torch.tensor(scalars).reshape(-1, N_SCALARS)),
+        fenced(torch.tensor(ranges, dtype=torch.int32).reshape(-1, 2)),
+        depth=max(map(len, slots), default=0),
+        width=max([1, *(len(e.q) for slot in slots for e in slot)]),
+    )
+
+
+FENCE = 64  # elements on either side
+
+
+def fenced(t: Tensor) -> Tensor:
+    """t within larger memory that no kernel may read (NaN, or a number that would be noticed) or write."""
+    memory = torch.full((t.numel() + 2 * FENCE,), alarm(t.dtype), dtype=t.dtype)
+    memory[FENCE : FENCE + t.numel()] = t.flatten()
+    return memory[FENCE : FENCE + t.numel()].view(t.shape)
+
+
+def check_fence(t: Tensor, name: str) -> None:
+    memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    outside = torch.cat([memory[: t.storage_offset()], memory[t.storage_offset() + t.numel() :]])
+    expected = torch.full_like(outside, alarm(t.dtype))
+    assert torch.equal(bits(outside), bits(expected)), f"something was written beside {name}"
+
+
+def alarm(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else dtype != torch.bool and 77_777_777
+
+
+def orthonormal(g: torch.Generator, k: int, hidden: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(hidden, k, generator=g, dtype=torch.float64))[0].T[:k]
+
+
+def random_entry(g: torch.Generator, kind: int, hidden: int, **options: Any) -> Entry:
+    """An entry that changes the rows of `rows_of` by much."""
+    k = {Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2, Kind.ADD: 1, Kind.CLAMP: 1}.get(Kind(kind)) or min(3, hidden)
+    q = orthonormal(g, k, hidden)
+    a, b = 0.7, 0.0
+    if kind == Kind.ADD:
+        q = q * hidden**0.5 / 4
+    elif kind == Kind.ABLATE:
+        a = 1.0
+    elif kind == Kind.CLAMP:
+        a, b = -0.25, 0.125
+    elif kind in (Kind.ROTATE, Kind.ROTATE_RELATIVE):
+        a, b = 0.6, 0.8
+    return Entry(int(kind), q, a, b, **options)
+
+
+def random_slot(g: torch.Generator, n: int, hidden: int, n_gates: int, columns: int) -> list[Entry]:
+    """n entries of all kinds, with gates, positions, probes and kept norms."""
+    pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
+    kinds = (
+        [*ACTING, Kind.PROBE, Kind.LATCH]
+        if hidden > 1
+        else [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.PROBE]
+    )
+    entries = []
+    for _ in range(n):
+        mode = pick(0, 0, 0, 1, -1, 2, -2, 3)
+        low, high = pick(
+            (POSITION_MIN, POSITION_MAX), (POSITION_MIN, POSITION_MAX), (-1, 0), (0, POSITION_MAX), (POSITION_MIN, 0)
+        )
+        kind = pick(*kinds)
+        probe = pick(-1, -1, *range(columns))
+        d = orthonormal(g, 1, hidden)[0] if abs(mode) in (1, 2) else None
+        options = {"low": low, "high": high, "mode": mode, "d": d, "state": pick(*range(n_gates)), "probe": probe}
+        entries.append(random_entry(g, kind, hidden, **options, keep_norm=pick(False, False, True)))
+    return entries
+
+
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(g: torch.Generator, rows: int, hidden: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
+    """Random rows, some of zeros, in memory as `layout` says, between fences."""
+    x = torch.randn(rows, hidden, generator=g)
+    if rows > 4:
+        x[4] = 0
+    if rows > 5:
+        x[5, ::2] = -0.0
+    gap = {"contiguous": 0, "strided": 24, "odd stride": 1, "offset": 0}[layout]
+    memory = torch.full((rows * (hidden + gap) + 2 * FENCE + 1,), alarm(dtype), dtype=dtype)
+    start = FENCE + (layout == "offset")
+    view = memory[start : start + rows * (hidden + gap)].view(rows, hidden + gap)[:, :hidden]
+    return view.copy_(x)
+
+
+def where(g: torch.Generator, rows: int, n_slots: int, n_sequences: int) -> Rows:
+    slot = torch.randint(-1, n_slots, (rows,), generator=g, dtype=torch.int32)
+    position = torch.randint(-3, 3, (rows,), generator=g, dtype=torch.int32)
+    return Rows(slot, position, torch.randint(n_sequences, (rows,), generator=g, dtype=torch.int32))
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(BITS[t.element_size()])
+
+
+def generator(*seed: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(
+        sum((i + 1) * 7919 * (hash(s) if isinstance(s, int) else len(str(s))) for i, s in enumerate(seed))
+    )
+
+
+# Comparisons -------------------------------------------------------------------------------------------------------
+
+
+def check_close(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """`actual` is at most twice as far from fp64 as plain PyTorch in the same dtype, and a few units in the last place of the row's
+    largest element."""
+    eps = torch.finfo(actual.dtype).eps
+    ours, theirs = (actual.double() - exact).abs(), (plain.double() - exact).abs()
+    allowed = 2 * theirs.amax(1, keepdim=True) + 4 * eps * exact.abs().amax(1, keepdim=True)
+    worst = (ours - allowed).argmax()
+    assert bool((ours <= allowed).all()), (
+        f"{what}: row {int(worst) // ours.shape[1]}, column {int(worst) % ours.shape[1]}: off by {float(ours.flatten()[worst]):.3g}, "
+        f"allowed are {float(allowed[int(worst) // ours.shape[1]]):.3g}"
+    )
+
+
+def expect(
+    s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference's hidden and probe for s, in its dtype and in fp64."""
+    found = []
+    for given in (s, s.double()):
+        probe = torch.zeros(len(s), columns, dtype=torch.float32 if given is s else torch.float64)
+        found += [reference.steer(given, tables, rows, gates, probe), probe]
+    plain, plain_probe, exact, exact_probe = found
+    return plain, plain_probe, exact, exact_probe
+
+
+def check_steered(hidden: Tensor, probe: Tensor, s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None) -> None:
+    plain, plain_probe, exact, exact_probe = expect(s, tables, rows, gates, probe.shape[1])
+    check_close(hidden, plain, exact, "hidden")
+    if probe.shape[1]:
+        norm = s.double().norm(dim=1, keepdim=True)
+        off = (probe.double() - exact_probe).abs()
+        assert bool(
+            (off <= 2 * (plain_probe.double() - exact_probe).abs() + 1e-6 * (norm + exact_probe.abs())).all()
+        ), "probe"
+    untouched = (bits(plain) == bits(s)).all(1)
+    assert torch.equal(bits(hidden)[untouched], bits(s)[untouched]), "a row that nothing acts on has changed"
+
+
+# Cases: each compares one operator with the reference --------------------------------------------------------------
+
+
+def random_case(
+    dtype: torch.dtype,
+    hidden: int,
+    n_rows: int,
+    operators: Sequence[str],
+    layout: str = "contiguous",
+    most: int = 4,
+    seed: int = 0,
+) -> None:
+    """Random slots of up to `most` entries each, through every operator."""
+    g = generator(hidden, n_rows, layout, dtype, seed)
+    n_sequences, columns = 5, 6
+    slots = [random_slot(g, n, hidden, 2, columns) for n in (most, 0, 1, max(1, most // 2))]
+    tables = tables_of(slots, hidden)
+    rows = where(g, n_rows, len(slots), n_sequences)
+    gates = torch.rand(2, n_sequences, generator=g) < 0.6
+    for operator in operators:
+        x, residual = (rows_of(g, n_rows, hidden, dtype, layout) for _ in range(2))
+        RUN[operator](g, x, residual, tables, rows, gates, columns)
+        for name, table in zip(("bank", "fields", "scalars", "ranges"), tables[:4], strict=True):
+            check_fence(table, name)
+
+
+def arguments(tables: Tables, rows: Rows, gates: Tensor | None) -> tuple[Any, ...]:
+    return (*tables[:4], *rows, gates)
+
+
+def run_steer(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    before = x.clone()
+    hidden, probe = kernels.steer(x, *arguments(tables, rows, gates), columns)
+    assert torch.equal(bits(x), bits(before)), "the input was written to"
+    check_result(hidden, x)
+    check_steered(hidden, probe, before, tables, rows, gates)
+
+
+def run_steer_(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    before, probe = x.clone(), fenced(torch.zeros(len(x), columns))
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
+    kernels.steer_(x, *arguments(tables, rows, gates), probe)
+    check_steered(x, probe, before, tables, rows, gates)
+    check_fence(probe, "the probe")
+    after = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
+    for m in (memory, after):
+        m.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
+    assert torch.equal(bits(memory), bits(after)), "something was written between the rows"
+
+
+def run_add_steer(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    hidden, probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), columns)
+    check_result(hidden, x)
+    check_steered(hidden, probe, x + residual, tables, rows, gates)
+
+
+def run_add_steer_rmsnorm(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    for weight_dtype, (fp32_weight, offset) in itertools.product(
+        {x.dtype, torch.float32}, [(False, 0.0), (True, 0.0), (True, 1.0)]
+    ):
+        weight = (torch.randn(x.shape[1], generator=g) / 4 + 1).to(weight_dtype)
+        normed, hidden, probe = kernels.add_steer_rmsnorm(
+            x, residual, weight, 1e-6, offset, fp32_weight, *arguments(tables, rows, gates), columns
+        )
+        check_result(hidden, x)
+        check_result(normed, x)
+        check_steered(hidden, probe, x + residual, tables, rows, gates)
+        n = hidden.float() * torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + 1e-6)
+        plain = (n * (offset + weight.float())).to(x.dtype) if fp32_weight else (n.to(x.dtype) * weight).to(x.dtype)
+        exact = (
+            hidden.double()
+            * (hidden.double().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+            * (offset + weight.double())
+        )
+        check_close(normed, plain, exact, f"normed, {weight_dtype} weight, fp32_weight {fp32_weight}, offset {offset}")
+
+
+def run_latch_(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    """Every slot decides its gates; only one row of a sequence is the last of its prompt."""
+    hidden = x.shape[1]
+    d = orthonormal(g, 1, hidden)
+    modes = [(1, 0), (-1, 1), (2, 0), (-2, 1)]
+    entries = [[Entry(Kind.LATCH, d, mode=m, d=d[0], threshold=0.01, state=state)] * 2 for m, state in modes]
+    tables = tables_of([*entries, [random_entry(g, Kind.ABLATE, hidden)]], hidden)
+    sequence = torch.arange(len(x), dtype=torch.int32)
+    position = torch.where(torch.rand(len(x), generator=g) < 0.7, -1, 0).int()
+    rows = Rows(torch.randint(-1, 5, (len(x),), generator=g, dtype=torch.int32), position, sequence)
+    for given, s in ((None, x), (residual, x + residual)):
+        actual = fenced(torch.rand(2, len(x) + 1, generator=g) < 0.5)
+        expected = actual.clone()
+        kernels.latch_(x, given, *arguments(tables, rows, actual))
+        reference.latch(s, tables, rows, expected)
+        assert torch.equal(actual[:, :-1], expected[:, :-1]), "a gate was decided otherwise"
+        check_fence(actual, "gate_state")
+
+
+def check_result(result: Tensor, x: Tensor) -> None:
+    assert result.shape == x.shape
+    assert result.dtype == x.dtype
+    assert result.is_contiguous()
+
+
+RUN: dict[str, Callable[..., None]] = {
+    "steer": run_steer,
+    "steer_": run_steer_,
+    "add_steer": run_add_steer,
+    "add_steer_rmsnorm": run_add_steer_rmsnorm,
+    "latch_": run_latch_,
+}
+
+
+def one_kind(dtype: torch.dtype, hidden: int, kind: int) -> None:
+    """One kind of entry alone, plain, kept to its norm, gated, and where its direction does not matter."""
+    g = generator(hidden, kind, dtype)
+    d = orthonormal(g, 1, hidden)[0]
+    slots = [
+        [random_entry(g, kind, hidden)],
+        [random_entry(g, kind, hidden, keep_norm=True, probe=1)],
+        [random_entry(g, kind, hidden, mode=2, d=d, probe=0)],
+        [random_entry(g, kind, hidden), random_entry(g, kind, hidden, low=-1, high=1, probe=3)],
+    ]
+    if kind in (Kind.ABLATE, Kind.PROJECT, Kind.PROBE):
+        slots[3][0].q = slots[3][0].q[:1]
+    n = 2 * len(slots)
+    rows = Rows(
+        torch.arange(n, dtype=torch.int32) % len(slots),
+        torch.arange(n, dtype=torch.int32) // 2 - 2,
+        torch.zeros(n, dtype=torch.int32),
+    )
+    run_steer(g, rows_of(g, n, hidden, dtype), None, tables_of(slots, hidden), rows, None, 5)
+
+
+def add_is_the_hook(dtype: torch.dtype, hidden: int) -> None:
+    """`Add` is h + c v in fp32 bit for bit."""
+    g = generator(hidden, dtype)
+    v = torch.randn(1, hidden, generator=g)
+    tables = tables_of([[Entry(Kind.ADD, v, a=0.3)]], hidden)
+    x = rows_of(g, 3, hidden, dtype)
+    here = torch.zeros(3, dtype=torch.int32)
+    hidden_, _ = kernels.steer(x, *arguments(tables, Rows(here, here, here), None), 0)
+    product = torch.tensor(0.3) * v
+    assert torch.equal(bits(hidden_), bits((x.float() + product).to(dtype)))
+
+
+def untouched(dtype: torch.dtype, hidden: int) -> None:
+    """Whatever keeps an entry from acting leaves every bit, of NaN and -0.0 too."""
+    g = generator(hidden, dtype)
+    q, d = orthonormal(g, 1, hidden), orthonormal(g, 1, hidden)[0]
+    plane = orthonormal(g, 2, hidden)
+    slots = [
+        [],
+        [Entry(Kind.ADD, q, a=0.0)],
+        [Entry(Kind.ABLATE, plane, a=0.0)],
+        [Entry(Kind.CLAMP, q, a=-1e30, b=1e30)],
+        [Entry(Kind.ROTATE_RELATIVE, plane, a=1.0, b=0.0, keep_norm=True)],
+        [Entry(Kind.ADD, q, a=1.0, low=5, high=9)],
+        [Entry(Kind.PROJECT, q, mode=1, d=d, threshold=1e30)],
+        [Entry(Kind.PROJECT, q, mode=3, state=0)],
+        [Entry(Kind.PROBE, q), Entry(Kind.LATCH, q, mode=1, d=d)],
+    ]
+    tables = tables_of(slots, hidden)
+    slot = torch.arange(-1, len(slots), dtype=torch.int32)
+    zero = torch.zeros_like(slot)
+    rows = Rows(slot, zero, zero)
+    x = rows_of(g, len(slot), hidden, dtype)
+    x[:, 0] = -0.0
+    for gates in (None, torch.zeros(1, 1, dtype=torch.bool)):
+        result, _ = kernels.steer(x, *arguments(tables, rows, gates), 0)
+        assert torch.equal(bits(result), bits(x)), (
+            f"steer: rows {(bits(result) != bits(x)).any(1).nonzero().flatten().tolist()}"
+        )
+        kernels.steer_(result, *arguments(tables, rows, gates), None)
+        assert torch.equal(bits(result), bits(x)), "steer_"
+        summed, _ = kernels.add_steer(x, x, *arguments(tables, rows, gates), 0)
+        assert torch.equal(bits(summed), bits(x + x)), "add_steer"
+    odd = x[:1].clone()
+    odd.view(BITS[x.element_size()])[0, 1:] = torch.tensor(
+        {2: 0x7FC1 if dtype == torch.bfloat16 else 0x7E01, 4: 0x7FC00001}[x.element_size()]
+    )
+    result, _ = kernels.steer(odd, *arguments(tables, Rows(slot[:1], zero[:1], zero[:1]), None), 0)
+    assert torch.equal(bits(result), bits(odd)), "a NaN has lost its payload"
+
+
+def alone_and_among_others(dtype: torch.dtype, hidden: int) -> None:
+    """A row has the same bits whatever stands around it."""
+    g = generator(hidden, dtype)
+    slots = [random_slot(g, 3, hidden, 1, 1) for _ in range(4)]
+    tables, rows = tables_of(slots, hidden), where(g, 6, 4, 2)
+    x = rows_of(g, 6, hidden, dtype)
+    together, _ = kernels.steer(x, *arguments(tables, rows, None), 0)
+    for i in range(6):
+        one = Rows(*(t[i : i + 1] for t in rows))
+        alone, _ = kernels.steer(x[i : i + 1], *arguments(tables, one, None), 0)
+        assert torch.equal(bits(alone[0]), bits(together[i])), f"row {i}"
+
+
+def no_rows(dtype: torch.dtype) -> None:
+    tables, none = tables_of([[]], 64), torch.zeros(0, dtype=torch.int32)
+    x, rows = torch.zeros(0, 64, dtype=dtype), Rows(none, none, none)
+    hidden, probe = kernels.steer(x, *arguments(tables, rows, None), 3)
+    assert hidden.shape == (0, 64)
+    assert probe.shape == (0, 3)
+    kernels.steer_(x, *arguments(tables, rows, None), None)
+    assert kernels.add_steer(x, x, *arguments(tables, rows, None), 0)[0].shape == (0, 64)
+    assert (
+        len(kernels.add_steer_rmsnorm(x, x, torch.ones(64), 1e-6, 0.0, False, *arguments(tables, rows, None), 0)) == 3
+    )
+    kernels.latch_(x, None, *arguments(tables, rows, torch.zeros(1, 1, dtype=torch.bool)))
+    kernels.sparse_add_(x, none, torch.zeros(0), torch.zeros(1, dtype=torch.int32), none, torch.zeros(0))
+
+
+# Hostile tables ----------------------------------------------------------------------------------------------------
+
+EXTREMES = [-(2**31), -(2**31) + 1, -1_000_000, 1_000_000, 2**31 - 2, 2**31 - 1]
+
+
+def bad_entries(n_vectors: int) -> list[dict[Field, int]]:
+    """What to write into a good entry of three vectors, so that it must be skipped."""
+    bad: list[dict[Field, int]] = []
+    bad += [{Field.VECTOR: v} for v in [*EXTREMES, -1, n_vectors, n_vectors - 2]]
+    bad += [{Field.COUNT: c} for c in [*EXTREMES, 0, -1, n_vectors + 1]]
+    bad += [{Field.VECTOR: 2**31 - 1, Field.COUNT: 2**31 - 1}, {Field.VECTOR: -5, Field.COUNT: 5}]
+    bad += [{Field.KIND: k} for k in [*EXTREMES, -1, len(Kind)]]
+    bad += [{Field.KIND: k, Field.COUNT: c} for k, c in zip(Kind, [2, 0, 0, 3, 1, 3, 0, 0], strict=True)]
+    bad += [{Field.GATE_MODE: m, Field.GATE_VECTOR: v} for m in (1, -1, 2, -2) for v in (-1, n_vectors, *EXTREMES[::5])]
+    bad += [{Field.GATE_MODE: m, Field.GATE_VECTOR: 0} for m in [*EXTREMES, 4, -3, -4]]
+    bad += [{Field.GATE_MODE: 3, Field.GATE_STATE: s, Field.PROBE: -1} for s in [*EXTREMES, -1, 2]]
+    return bad
+
+
+def hostile_entries(dtype: torch.dtype) -> None:
+    """Entries that point anywhere are skipped, with their probes; the good ones around them act."""
+    hidden, g = 40, generator(dtype)
+    first, last = random_entry(g, Kind.ABLATE, hidden, probe=0), random_entry(g, Kind.ADD, hidden)
+    middle = random_entry(g, Kind.ABLATE, hidden, probe=3)
+    n = len(bad_entries(0))
+    tables = tables_of([[first, middle, last]] * n, hidden)
+    bad = bad_entries(len(tables.bank))
+    for i, changes in enumerate(bad):
+        for column, value in changes.items():
+            tables.fields[3 * i + 1, column] = value
+    x = rows_of(g, 1, hidden, dtype).expand(n, hidden).contiguous()
+    zero = torch.zeros(n, dtype=torch.int32)
+    gates = fenced(torch.ones(2, 1, dtype=torch.bool))
+    rows = Rows(torch.arange(n, dtype=torch.int32), zero, zero)
+    actual, probe = kernels.steer(x, *arguments(tables, rows, gates), 6)
+    good, one = tables_of([[first, last]], hidden), Rows(zero[:1], zero[:1], zero[:1])
+    expected, expected_probe = kernels.steer(x[:1], *arguments(good, one, None), 6)
+    wrong = (bits(actual) != bits(expected)).any(1) | (bits(probe) != bits(expected_probe)).any(1)
+    assert not wrong.any(), [bad[i] for i in wrong.nonzero().flatten().tolist()]
+
+
+def hostile_rows(dtype: torch.dtype) -> None:
+    """Slots, ranges, sequences and probe columns that do not exist."""
+    hidden, g = 40, generator(dtype)
+    add, probing = random_entry(g, Kind.ADD, hidden), random_entry(g, Kind.PROBE, hidden)
+    tables = tables_of([[add], [probing], [add], [add], [random_entry(g, Kind.ADD, hidden, mode=3)]], hidden)
+    n_slots = 5
+    tables.ranges[2:4] = torch.tensor([[-3, 4], [4, 2**31 - 1]], dtype=torch.int32)  # cut to entry 0, and to entry 4
+    slot = torch.tensor([0, *EXTREMES, -1, n_slots, 2, 3, 4, 4, 4], dtype=torch.int32)
+    n = len(slot)
+    zero = torch.zeros(n, dtype=torch.int32)
+    sequence = zero.clone()
+    sequence[-3:] = torch.tensor([-1, 1, 2**31 - 1])
+    x = rows_of(g, n, hidden, dtype)
+    result, _ = kernels.steer(
+        x, *arguments(tables, Rows(slot, zero, sequence), fenced(torch.ones(1, 1, dtype=torch.bool))), 0
+    )
+    changed = (bits(result) != bits(x)).any(1)
+    assert changed.tolist() == [i in (0, n - 5, n - 4) for i in range(n)], changed
+    for ranges in itertools.product([*EXTREMES, -1, 0, 4], [*EXTREMES, -1]):
+        tables.ranges[0] = torch.tensor(ranges)
+        entries = range(max(0, ranges[0]), min(5, sum(ranges)))
+        result, _ = kernels.steer(x[:1], *arguments(tables, Rows(zero[:1], zero[:1], zero[:1]), None), 0)
+        acts = any(i in (0, 2, 3) for i in entries)
+        assert torch.equal(bits(result), bits(x[:1])) != acts, ranges
+    tables.ranges[0] = torch.tensor([1, 1])
+    for column in (*EXTREMES, -1, -2, 0, 1, 2, 3):
+        tables.fields[1, Field.PROBE] = column
+        probe = fenced(torch.full((3, 3), -5.0))
+        kernels.steer_(x[:3].clone(), *arguments(tables, Rows(zero[:3], zero[:3], zero[:3]), None), probe)
+        check_fence(probe, f"the probe, column {column}")
+        written = [column >= 0 and column <= i < column + 3 for i in range(3)]
+        assert ((probe != -5.0).all(0)).tolist() == written, (column, probe)
+    latching = tables_of(
+        [[Entry(Kind.LATCH, add.q, mode=1, d=add.q[0], threshold=-1e9, state=s)] for s in (*EXTREMES, -1, 2, 1)], hidden
+    )
+    n = latching.ranges.shape[0]
+    gates = fenced(torch.zeros(2, 2, dtype=torch.bool))
+    for sequence_of_all in (-1, 2, 2**31 - 1, 1):
+        rows = Rows(
+            torch.arange(n, dtype=torch.int32),
+            torch.full((n,), -1, dtype=torch.int32),
+            torch.full((n,), sequence_of_all, dtype=torch.int32),
+        )
+        kernels.latch_(rows_of(g, n, hidden, dtype), None, *arguments(latching, rows, gates))
+        check_fence(gates, "gate_state")
+        assert gates.tolist() == [[False, False], [False, sequence_of_all == 1]], gates
+
+
+# Sparse ------------------------------------------------------------------------------------------------------------
+
+
+def sparse_add(dtype: torch.dtype, hidden: int, layout: str = "contiguous") -> None:
+    """Against a loop, with vectors, offsets and indices that do not exist."""
+    g = generator(hidden, layout, dtype)
+    lengths = [min(hidden, 3), 0, min(hidden, 300), 1]
+    indices = torch.cat([torch.randperm(hidden, generator=g)[:n] for n in lengths]).int()
+    values = torch.randn(sum(lengths), generator=g)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    vector = torch.tensor([0, 1, 2, 3, -1, -(2**31), 4, 2**31 - 1, 2], dtype=torch.int32)
+    coefficient = torch.randn(len(vector), generator=g)
+    coefficient[-1] = 0
+    x = rows_of(g, len(vector), hidden, dtype, layout)
+    expected = x.clone()
+    for r, (v, c) in enumerate(zip(vector.tolist(), coefficient, strict=True)):
+        if 0 <= v < len(lengths) and c != 0:
+            part = slice(offsets[v], offsets[v + 1])
+            columns = indices[part].long()
+            expected[r, columns] = (expected[r, columns].float() + c * values[part]).to(dtype)
+    kernels.sparse_add_(x, fenced(indices), fenced(values), fenced(offsets), vector, coefficient)
+    assert torch.equal(bits(x), bits(expected))
+    hostile = torch.tensor([-(2**31), 2**31 - 1, -7, 1000, 2**31 - 1], dtype=torch.int32)
+    before = x.clone()
+    kernels.sparse_add_(x, torch.full_like(indices, hidden), values, fenced(hostile), vector, coefficient)
+    for index in (-1, -(2**31), 2**31 - 1):
+        kernels.sparse_add_(x, torch.full_like(indices, index), values, offsets, vector, coefficient)
+    assert torch.equal(bits(x), bits(before)), "an index outside the row was written"
+
+
+def warm(dtype: torch.dtype) -> None:
+    kernels.warmup(64, dtype, "cpu")
+    kernels.warmup(3, dtype, "cpu", weight_dtype=torch.float32)

@@ -1,0 +1,89 @@
+"""What the kernels are compiled to, and how often. Needs no GPU: Triton compiles for one that is not there."""
+
+import pytest
+import torch
+
+ROW_OPERATORS = ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_"]
+OPERATORS = [*ROW_OPERATORS, "sparse_add_"]
+HALF = [torch.bfloat16, torch.float16]
+MULTIPROCESSOR = 65536  # registers
+BLOCKS = 32  # programs that a multiprocessor takes at most
+
+
+def name(value):
+    return str(value).removeprefix("torch.")
+
+
+def full(*values):
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+@pytest.mark.parametrize("hidden", [4096, *full(64, 896, 2048, 3584, 5120, 8192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full(torch.float16)], ids=name)
+def test_code_of_row_kernels(compiled, capability, operator, hidden, dtype):
+    for code in compiled("machine_code", capability, hidden, dtype, operator):
+        check_arithmetic(code)
+        check_accesses(code, operator, hidden)
+        assert code.layout_conversions == 0, "elements travel between threads, though all operands are shared out alike"
+        assert code.stack == 0, f"{code.stack} bytes per thread do not fit into {code.registers} registers"
+        programs = min(BLOCKS, MULTIPROCESSOR // (code.registers * 32 * code.num_warps))
+        in_flight = programs * hidden * dtype.itemsize * (2 if operator.startswith("add_") else 1)
+        assert in_flight >= min(32768, BLOCKS * hidden * dtype.itemsize) * 7 // 8, (
+            f"{programs} programs with {code.registers} registers fit on a multiprocessor: {in_flight} bytes in flight"
+        )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("hidden", [111, 4096, 16384])
+def test_code_where_registers_are_scarce(compiled, capability, operator, hidden, dtype):
+    """fp32, unaligned, and the widest rows: what does not fit into registers is small."""
+    for code in compiled("machine_code", capability, hidden, dtype, operator):
+        check_arithmetic(code)
+        assert code.stack <= 128
+
+
+def check_arithmetic(code):
+    assert not code.fp_fusion, "the machine's compiler may fuse"
+    assert code.fma == 0, "a product is not rounded before it is added"
+    # Those of divisions and square roots: as many whatever the row's size, and few.
+    assert code.sass_fma <= 48, f"{code.sass_fma} fused multiply-adds in the machine's code"
+
+
+def check_accesses(code, operator, hidden):
+    """Rows go by 16 bytes; what is smaller are numbers of the tables."""
+    assert set(code.loads) <= {"v4.b32", "b32", "b8"}, code.loads
+    assert set(code.stores) <= {"v4.b32", "b32", "b8"}, code.stores
+    assert code.loads["v4.b32"] >= 8
+    assert code.loads["b32"] <= 24, "some row is read by 4 bytes"
+    if operator != "latch_":
+        assert code.stores["v4.b32"] >= 1
+        assert code.stores["b32"] <= 4, "some row is written by 4 bytes"
+
+
+def test_fused_multiply_adds_do_not_grow_with_the_row(compiled):
+    counts = {
+        hidden: [code.sass_fma for code in compiled("machine_code", 90, hidden, torch.bfloat16, "steer_")]
+        for hidden in (64, 4096)
+    }
+    assert counts[64] == counts[4096]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
+def test_code_of_sparse_add(compiled, capability):
+    for code in compiled("machine_code", capability, 4096, torch.bfloat16, "sparse_add_"):
+        check_arithmetic(code)
+        assert code.stack == 0
+        assert code.registers <= MULTIPROCESSOR // 2048, "fewer threads than a multiprocessor takes"
+
+
+def test_every_compilation_happens_in_warmup(compiled):
+    """Rows, strides, addresses, table sizes and numbers make no variant."""
+    in_warmup, later = compiled("compilations", 64, torch.float16)
+    assert later == 0
+    aligned_and_not, of_sparse = 2 * (3 + 2 + 2), 1
+    assert in_warmup == aligned_and_not + of_sparse

@@ -1,0 +1,226 @@
+"""Contract 3: every back end that works here agrees with the reference; bad arguments are refused by all alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_cases import KINDS, bits, check_ops, steered
+
+from faststeer import ops
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HIDDEN = (64, 111, 896, 2048, 3584, 4096, 8192, 16384)
+ROWS = (1, 2, 7, 33, 199)
+MIXES = [["Add", "Ablate"], ["Ablate3", "Clamp", "Probe"], list(KINDS[:8]), ["Project", "Add"], []]
+
+
+@pytest.fixture(params=["cpu"])
+def backend(request) -> str:
+    state = ops.states()[request.param]
+    if not state.works:
+        pytest.fail(f"the back end {request.param} must work where the tests run: {state.reason}")
+    return request.param
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestContract3:
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_mixed_plans_per_row(self, backend, dtype, rows, hidden):
+        check_ops(steered(MIXES, rows, hidden, DTYPES[dtype], "cpu", seed=rows), backend)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_intervention_alone(self, backend, dtype, kind, hidden):
+        check_ops(steered([[kind]], 7, hidden, DTYPES[dtype], "cpu", seed=1), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_in_a_batch_is_that_row_alone_bit_for_bit(backend, dtype):
+    case = steered(MIXES, 33, 896, DTYPES[dtype], "cpu", seed=3)
+    whole = ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=backend)
+    for i in range(33):
+        rows = ops.Rows(*(t[i : i + 1].contiguous() for t in case.rows))
+        alone = ops.steer(case.x[i : i + 1], case.tables, rows, case.gate_state, backend=backend)
+        assert torch.equal(bits(alone), bits(whole[i : i + 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_rows(backend, dtype):
+    case = steered(MIXES, 13, 111, DTYPES[dtype], "cpu", seed=4)
+    expected = ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=backend)
+    wide = torch.zeros(13, 400, dtype=case.x.dtype)
+    for start in (1, 3, 200):
+        view = wide[:, start : start + 111]
+        view.copy_(case.x)
+        found = ops.steer(view, case.tables, case.rows, case.gate_state, backend=backend)
+        assert torch.equal(bits(found), bits(expected))
+        ops.steer_(view, case.tables, case.rows, case.gate_state, backend=backend)
+        assert torch.equal(bits(view), bits(expected))
+        wide[:, start : start + 111] = 0
+        assert not wide.any(), "written outside the rows"
+
+
+def test_no_rows(backend):
+    case = steered(MIXES, 0, 64, torch.float32, "cpu", seed=5)
+    assert ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=backend).shape == (0, 64)
+    ops.steer_(case.x, case.tables, case.rows, case.gate_state, backend=backend)
+
+
+def test_latched_gates(backend):
+    gate = {"when": None}
+    del gate
+    hidden, rows = 96, 40
+    case = steered([["Add"]], rows, hidden, torch.float32, "cpu", seed=6)
+    fields, scalars = case.tables.fields.clone(), case.tables.scalars.clone()
+    fields[:, ops.Field.KIND] = int(ops.Kind.LATCH)
+    fields[:, ops.Field.GATE_MODE] = int(ops.GateMode.COSINE)
+    fields[:, ops.Field.GATE_STATE] = 2
+    scalars[:, ops.Scalar.THRESHOLD] = 0.05
+    tables = case.tables._replace(fields=fields, scalars=scalars)
+    expected, found = case.gate_state.clone(), case.gate_state.clone()
+    ops.latch_(case.x, tables, case.rows, expected, backend="reference")
+    ops.latch_(case.x, tables, case.rows, found, backend=backend)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, case.gate_state)
+    ops.latch_(case.x, tables, case.rows, expected, residual=case.residual, backend="reference")
+    ops.latch_(case.x, tables, case.rows, found, residual=case.residual, backend=backend)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_add(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 500, generator=generator).to(DTYPES[dtype])
+    offsets = torch.tensor([0, 3, 3, 40], dtype=torch.int32)
+    indices = torch.cat(
+        [torch.randperm(500, generator=generator)[:3], torch.randperm(500, generator=generator)[:37]]
+    ).int()
+    indices[-1] = 4000  # outside the row: adds nothing
+    values = torch.randn(40, generator=generator)
+    vector = torch.tensor([0, 1, 2, -1, 2, 0, 7, 2, -5], dtype=torch.int32)
+    coefficient = torch.randn(9, generator=generator)
+    expected = ops.reference.sparse_add(x, indices, values, offsets, vector, coefficient)
+    found = x.clone()
+    ops.sparse_add_(found, indices, values, offsets, vector, coefficient, backend=backend)
+    assert torch.equal(bits(found), bits(expected))
+    assert not torch.equal(found, x)
+
+
+HOSTILE = [-(2**31), -7, -1, 0, 1, 2, 6, 9, 1000, 2**31 - 1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_wrong_indices_in_tables_stay_inside_and_agree_with_the_reference(backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    case = steered(MIXES, 20, 70, torch.float32, "cpu", seed)
+    values = torch.tensor(HOSTILE, dtype=torch.int64)
+    fields, ranges, slot, sequence = (t.clone() for t in (case.tables.fields, case.tables.ranges, *case.rows[::2]))
+    for table, share in ((fields, 0.05), (ranges, 0.05), (slot, 0.2), (sequence, 0.2)):
+        pick = torch.rand(table.shape, generator=generator) < share
+        table[pick] = values[torch.randint(len(values), (int(pick.sum()),), generator=generator)].int()
+    # The reference's loops are bounded by host numbers; these tables reach further than any program's.
+    tables = ops.schema.host_tables(case.tables.bank, fields, case.tables.scalars, ranges)
+    tables = tables._replace(depth=min(tables.depth, len(fields)), width=min(tables.width, len(case.tables.bank)))
+    rows = ops.Rows(slot, case.rows.position, sequence)
+    expected_probe, probe = torch.zeros(20, case.columns), torch.zeros(20, case.columns)
+    expected = ops.reference.steer(case.x, tables, rows, case.gate_state, expected_probe)
+    found = ops.steer(case.x, tables, rows, case.gate_state, probe, backend=backend)
+    touched = (expected != case.x).any(1)
+    assert torch.equal((found != case.x).any(1), touched)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probe, expected_probe, rtol=1e-4, atol=1e-4)
+
+
+BAD = {
+    "x dtype": (lambda c: {"x": c.x.double()}, TypeError, "x has dtype torch.float64"),
+    "x dimensions": (lambda c: {"x": c.x[None]}, ValueError, "x has 3 dimensions"),
+    "x stride": (lambda c: {"x": c.x.T.contiguous().T}, ValueError, "x has stride"),
+    "bank hidden": (lambda c: {"bank": c.tables.bank[:, :-1].contiguous()}, ValueError, "bank has shape"),
+    "bank dtype": (lambda c: {"bank": c.tables.bank.half()}, TypeError, "bank has dtype"),
+    "fields columns": (lambda c: {"fields": c.tables.fields[:, :10].contiguous()}, ValueError, "fields has shape"),
+    "fields dtype": (lambda c: {"fields": c.tables.fields.long()}, TypeError, "fields has dtype"),
+    "scalars rows": (lambda c: {"scalars": c.tables.scalars[1:]}, ValueError, "scalars has shape"),
+    "ranges strided": (lambda c: {"ranges": c.tables.ranges[::2]}, ValueError, "ranges is not contiguous"),
+    "row_slot rows": (lambda c: {"row_slot": c.rows.slot[1:]}, ValueError, "row_slot has shape"),
+    "row_position dtype": (lambda c: {"row_position": c.rows.position.long()}, TypeError, "row_position has dtype"),
+    "row_sequence rows": (lambda c: {"row_sequence": c.rows.sequence[:1]}, ValueError, "row_sequence has shape"),
+    "gate_state dtype": (lambda c: {"gate_state": c.gate_state.int()}, TypeError, "gate_state has dtype"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_arguments_are_named(backend, what):
+    case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=7)
+    change, error, message = BAD[what]
+    t, r = case.tables, case.rows
+    arguments = {"x": case.x, "bank": t.bank, "fields": t.fields, "scalars": t.scalars, "ranges": t.ranges}
+    arguments |= {"row_slot": r.slot, "row_position": r.position, "row_sequence": r.sequence}
+    arguments |= {"gate_state": case.gate_state}
+    arguments |= change(case)
+    before = case.x.clone()
+    overload = "triton" if backend == "triton" else "cpp"
+    for op, last in (("steer", 0), ("steer_", None)):
+        with pytest.raises((error, RuntimeError), match=message):
+            getattr(getattr(torch.ops.faststeer, op), overload)(*arguments.values(), last)
+    assert torch.equal(case.x, before)
+
+
+def test_in_place_forms_refuse_a_gradient(backend):
+    case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=8)
+    tables = case.tables._replace(bank=case.tables.bank.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="use steer, or torch.no_grad"):
+        ops.steer_(case.x, tables, case.rows, case.gate_state, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["steer", "add_steer", "add_steer_rmsnorm"])
+def test_gradients_are_the_references(backend, op):
+    case = steered(MIXES, 9, 48, torch.float32, "cpu", seed=9)
+    leaves = [case.x, case.residual, case.weight, case.tables.bank, case.tables.scalars]
+    grads = {}
+    for name in (backend, "reference"):
+        x, residual, weight, bank, scalars = (leaf.clone().requires_grad_() for leaf in leaves)
+        tables = case.tables._replace(bank=bank, scalars=scalars)
+        arguments = tables, case.rows, case.gate_state
+        if op == "steer":
+            out = ops.steer(x, *arguments, backend=name)
+        elif op == "add_steer":
+            out = ops.add_steer(x, residual, *arguments, backend=name)
+        else:
+            normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, 1e-6, 1.0, True, *arguments, backend=name)
+            out = normed + 3 * hidden
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        grads[name] = [leaf.grad for leaf in (x, residual, weight, bank, scalars) if leaf.grad is not None]
+    assert len(grads[backend]) == {"steer": 3, "add_steer": 4, "add_steer_rmsnorm": 5}[op]
+    for ours, theirs in zip(grads[backend], grads["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_"])
+def test_opcheck(backend, op):
+    case = steered(MIXES, 5, 48, torch.float32, "cpu", seed=10)
+    t, r = case.tables, case.rows
+    tables = [t.bank, t.fields, t.scalars, t.ranges, r.slot, r.position, r.sequence, case.gate_state]
+    arguments = {
+        "steer": (case.x.requires_grad_(), *tables, case.columns),
+        "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns)),
+        "add_steer": (case.x, case.residual, *tables, 0),
+        "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns),
+        "latch_": (case.x.detach(), None, *tables),
+    }[op]
+    overload = "triton" if backend == "triton" else "cpp"
+    torch.library.opcheck(getattr(getattr(torch.ops.faststeer, op), overload), arguments)
+
+
+def test_compiles_into_one_graph_for_any_number_of_rows(backend):
+    def run(x, residual, weight, tables, rows):
+        normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, 1e-6, 0.0, False, tables, rows, backend=backend)
+        return ops.steer(hidden, tables, rows, backend=backend) + normed
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+    for n in (4, 9, 17):
+        case = steered(MIXES, n, 64, torch.bfloat16, "cpu", seed=n)
+        arguments = case.x, case.residual, case.weight, case.tables, case.rows
+        assert torch.equal(compiled(*arguments), run(*arguments))
+    assert counter.frame_count == 1
