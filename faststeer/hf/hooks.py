@@ -15,7 +15,7 @@ from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity, Program
-from faststeer.vector import HookPoint, SteeringVector
+from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 
 def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., Any]:
@@ -56,6 +56,9 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
         output = rest[-1]
         if isinstance(output, Tensor):
             return run(output)
+        if not isinstance(output, (tuple, list)) or not output or not isinstance(output[0], Tensor):
+            kind = type(output).__name__
+            raise TypeError(f"the module's output is a {kind}: expected a tensor, or a tuple that starts with one")
         return (run(output[0]), *output[1:])
 
     return call
@@ -143,7 +146,13 @@ def read(
         `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype, overwritten by every forward
         pass. Reads what steering that was entered before left there.
     """
+    check_hook_point(at)
     points = find_hook_points(model)
+    n = points.n_layers
+    wanted = range(n) if layers is None else list(layers)
+    for layer in wanted:
+        if not -n <= layer < n:
+            raise ValueError(f"layer {layer} is out of range: the model has layers 0..{n - 1} (or -{n}..-1)")
     taken: dict[int, Tensor] = {}
 
     def taker(layer: int) -> Callable[[Tensor], Tensor]:
@@ -155,8 +164,7 @@ def read(
 
         return take
 
-    wanted = range(points.n_layers) if layers is None else layers
-    handles = install(model, points, {site(at, layer): taker(layer) for layer in wanted}, next_order())
+    handles = install(model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order())
     try:
         yield taken
     finally:
