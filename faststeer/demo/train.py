@@ -1,7 +1,7 @@
-"""Train the demo model: `python -m faststeer.demo.train`. Minutes on two CPU cores, nothing is downloaded.
+"""Train the demo model: `python -m faststeer.demo.train`. Nothing is downloaded; one seed takes one core some minutes.
 
-Several seeds are trained in separate processes, scored on the validation split, and the best one becomes the shipped
-folder. The same seed with the same versions gives the same weights.
+The model that ships is seed 0, the default. Given several seeds, each trains in its own process, and the one with the
+best score on the validation split is kept. The same seed with the same versions gives the same weights.
 """
 
 from __future__ import annotations
