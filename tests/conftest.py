@@ -22,18 +22,3 @@ hypothesis.settings.load_profile(os.environ.get("FASTSTEER_TEST_PROFILE", "defau
 
 # The compiled and Triton back ends are not wired in yet (docs/kernels.md): their tests come with them.
 collect_ignore = ["cuda", "kernels", "gpu", "ops/test_backends.py", "test_build.py"]
-
-# Found and not mended yet; each is a limit of steering by hooks that docs/design.md names.
-KNOWN = (
-    "test_one_graph_for_all_plans[llama-latched]",
-    "test_compiled_before_steering",
-    "test_a_plan_at_other_sites_is_not_ignored",
-    "test_two_passes_over_the_same_embeddings_are_refused_or_right",
-    "test_an_output_that_it_cannot_steer_is_refused",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name.startswith(KNOWN):
-            item.add_marker(pytest.mark.xfail(reason="known limit, see docs/design.md", strict=False))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from faststeer.plan import n_sites, site_name
 Steer = Callable[[Tensor], Tensor]
 
 next_order = itertools.count(1).__next__  # of entering a context: what was entered first acts first
+
+_holders: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # of OwnForward
 
 _found: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
 
@@ -104,6 +107,27 @@ def install(
         else:
             handles.append(_register(module.get_submodule(getattr(points, at)), steer, _output_hook, order))
     return handles
+
+
+class OwnForward:
+    """Gives a module, until removed, a `forward` attribute of its own that does what its class's does.
+
+    torch.compile does not look whether a module that had no hooks has some now, so a graph compiled without ours would
+    run on without them; but it does look whether `forward` is still the class's. (A module that has one of its own
+    already, as accelerate makes them, keeps it.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        _holders[module] = _holders.get(module, 0) + 1
+        if "forward" not in module.__dict__:
+            module.forward = types.MethodType(type(module).forward, module)
+
+    def remove(self) -> None:
+        _holders[self._module] -= 1
+        own = self._module.__dict__.get("forward")
+        if not _holders[self._module] and getattr(own, "__func__", None) is type(self._module).forward:
+            del self._module.forward
 
 
 def no_resid_mid(model: nn.Module) -> str:

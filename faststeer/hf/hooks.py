@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import find_hook_points, first_tensor, install, next_order
+from faststeer.hf.hook_points import OwnForward, find_hook_points, first_tensor, install, next_order
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
 from faststeer.plan import Plan, site
@@ -42,8 +42,8 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
     run = _OneSite(plan, next(iter(layers), 0))
 
     def call(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        kwargs = rest[0] if rest and type(rest[0]) is dict else None
-        if not rest or (kwargs is not None and len(rest) == 1):  # a pre-hook
+        if _is_pre_hook(call, module, rest):
+            kwargs = rest[0] if rest else None
             if args:
                 new_args = (run(args[0]), *args[1:])
                 return new_args if kwargs is None else (new_args, kwargs)
@@ -62,6 +62,18 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
         return (run(output[0]), *output[1:])
 
     return call
+
+
+def _is_pre_hook(hook: Callable[..., Any], module: nn.Module, rest: tuple[Any, ...]) -> bool:
+    """Whether a hook called with `(module, args, *rest)` is a pre-hook. A single dict is a pre-hook's kwargs or a
+    forward hook's output: how the hook was registered decides."""
+    if len(rest) != 1 or not isinstance(rest[0], dict):
+        return not rest
+    if hook not in module._forward_hooks.values():
+        return True
+    if hook in module._forward_pre_hooks.values():
+        raise ValueError("this hook is registered as a forward hook and as a pre-hook of one module: make two of them")
+    return False
 
 
 def _single_layer(intervention: Intervention) -> int | None:
@@ -164,7 +176,10 @@ def read(
 
         return take
 
-    handles = install(model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order())
+    handles = [
+        OwnForward(points.owner(model)),
+        *install(model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order()),
+    ]
     try:
         yield taken
     finally:

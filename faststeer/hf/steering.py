@@ -12,12 +12,21 @@ import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor, install, next_order, no_resid_mid
+from faststeer.hf.hook_points import (
+    HookPoints,
+    OwnForward,
+    find_hook_points,
+    first_tensor,
+    install,
+    next_order,
+    no_resid_mid,
+)
 from faststeer.hf.positions import Prompts
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, latch
@@ -86,14 +95,15 @@ class Steering:
         self._slot_table: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
         self._entered = False
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
-        self._owner_handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._owner_handles: list[torch.utils.hooks.RemovableHandle | OwnForward] = []
+        self._traced = ""  # what a compiled graph takes for constant
         self._owner_arguments = list(inspect.signature(self._points.owner(model).forward).parameters)
         self._pass: _Pass | None = None  # what the layer under way belongs to
         self._whole_pass: _Pass | None = None
-        self._recorded: OrderedDict[tuple[int, int], _Pass] = OrderedDict()  # (layer, address of its input)
+        self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # (layer, address of its input)
         self._first_reader: dict[int, str] = {}
         self._prompts = Prompts()
-        self._gate_state: Tensor | None = None
+        self._gate_state: Tensor | None = None  # [gates, batch]
         self._history: dict[int, list[Tensor]] = {}
         self._load(self._plans, per_row)
 
@@ -106,10 +116,16 @@ class Steering:
         self._order = next_order()
 
         def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._begin(owner, args, kwargs)
+            # Read and compared, so that a compiled graph is made anew when it changes: torch.compile does not look
+            # whether a module that had no hooks has some now.
+            if self._traced:
+                self._begin(owner, args, kwargs)
 
         owner = self._points.owner(self.model)
-        self._owner_handles = [owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True)]
+        self._owner_handles = [
+            OwnForward(owner),
+            owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True),
+        ]
         self._install()
         _watch_generate(self.model, self)
         return self
@@ -164,6 +180,8 @@ class Steering:
             for table in self._slot_table.values():
                 table.copy_(torch.tensor(slots, dtype=torch.int32))
         self._plans, self._per_row = plans, per_row
+        if per_row and self._gate_state is None:
+            self._make_gate_state(len(plans), next(iter(self._programs)))
 
     def _check_points(self, plans: list[Plan]) -> None:
         if self._points.resid_mid is None and any("resid_mid" in points_of(i) for plan in plans for i in plan):
@@ -180,6 +198,7 @@ class Steering:
         for number in {_running_layer(site) for site in steers} - {_running_layer(site) for site in self._handles}:
             self._follow(number)
         self._handles |= zip(steers, install(self.model, self._points, steers, self._order), strict=True)
+        self._traced = f"{sorted(self._handles)} {program.depth} {program.width} {program.columns} {program.latches}"
 
     def _follow(self, number: int) -> None:
         """Know when a layer, and what is inside it, begins."""
@@ -200,7 +219,7 @@ class Steering:
                 one per row. None: go back to taking a forward pass with an empty cache for a prompt.
         """
         self._prompts.set(columns)
-        self._gate_state = None
+        self._forget_decisions(None)
 
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: derive each row's slot and position from the pass's own inputs, on the device."""
@@ -212,11 +231,14 @@ class Steering:
         slots = self._row_slots(batch, device)
         position = self._prompts.positions(inputs.get("attention_mask"), past, batch, length, device)
         sequence = torch.arange(batch, dtype=torch.int32, device=device)
-        gates = self._program_on(device).latching
-        if gates and (self._gate_state is None or self._gate_state.shape[1] != batch or len(self._gate_state) < gates):
-            self._gate_state = torch.zeros(gates, batch, dtype=torch.bool, device=device)
+        if self._gate_state is None or self._gate_state.shape[1] != batch:
+            self._make_gate_state(batch, device)
         rows = Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length))
         self._whole_pass = self._pass = _Pass(rows, batch, length)
+
+    def _make_gate_state(self, batch: int, device: torch.device) -> None:
+        if self._program_on(device).latching:
+            self._gate_state = torch.zeros(self._capacity.entries, batch, dtype=torch.bool, device=device)
 
     def _row_slots(self, batch: int, device: torch.device) -> Tensor:
         """`[batch]`: the slot of each row. Beams and return sequences of a prompt stand side by side and share its
@@ -240,7 +262,7 @@ class Steering:
 
     def _generation_begins(self, arguments: dict[str, Any]) -> None:
         tokens = self._prompts.begin_generation(arguments)
-        self._gate_state = None
+        self._forget_decisions(None)
         if tokens is not None and self._per_row and tokens.shape[0] != len(self._plans):
             self._prompts.end_generation()
             self._check_batch(tokens.shape[0])
@@ -273,22 +295,35 @@ class Steering:
                     self._run_again(number, x)
             elif self._pass is not None and self._pass is self._whole_pass:
                 self._first_reader[number] = name
-                self._recorded[number, x.data_ptr()] = self._pass
-                while len(self._recorded) > MAX_RECORDED:
-                    self._recorded.popitem(last=False)
+                self._record(number, x, self._pass)
                 # What is being trained is read inside the checkpoint, now as when it runs again.
                 self._pass = self._pass.copy()
 
         return self._ours(begin)
 
+    def _record(self, number: int, x: Tensor, now: _Pass) -> None:
+        if not (torch.is_grad_enabled() or x.requires_grad):
+            return
+        before = self._recorded.pop((number, x.data_ptr()), None)
+        also = before is not None and before.pending and before.tensor() is not None and before.now is not now
+        self._recorded[number, x.data_ptr()] = _Recorded(now, weakref.ref(x), ambiguous=also)
+        while len(self._recorded) > MAX_RECORDED:
+            self._recorded.popitem(last=False)
+
     def _run_again(self, number: int, x: Tensor) -> None:
-        now = self._recorded.get((number, x.data_ptr()))
-        if now is None:
+        found = self._recorded.get((number, x.data_ptr()))
+        if found is None:
             raise RuntimeError(
                 f"gradient checkpointing runs layer {number} again, but its forward pass was not steered, or too many "
                 "forward passes came since: call backward inside the same steer(...) context, after each pass"
             )
-        self._pass = now.copy()
+        if found.ambiguous:
+            raise RuntimeError(
+                f"gradient checkpointing runs layer {number} again, but two forward passes gave it the same tensor: "
+                "call backward after each pass, or give each pass its own tensor (embeddings.clone())"
+            )
+        found.pending = False
+        self._pass = found.now.copy()
 
     def _ours(self, hook: Callable[..., None]) -> Callable[..., None]:
         hook.faststeer_order = self._order  # type: ignore[attr-defined]
@@ -386,6 +421,16 @@ class _Pass:
         if key not in self._live:
             self._live[key] = program.live()
         return self._live[key]
+
+
+@dataclass
+class _Recorded:
+    """The pass in which a checkpointed layer saw a tensor."""
+
+    now: _Pass
+    tensor: weakref.ref[Tensor]
+    pending: bool = True  # its backward pass may still come
+    ambiguous: bool = False  # an earlier pass gave the same tensor, and its backward pass may still come, too
 
 
 def _running_layer(number: int) -> int:

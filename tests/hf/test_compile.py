@@ -9,6 +9,7 @@ from test_architectures import close, far
 from torch import Tensor
 
 import faststeer as fs
+from faststeer.hf import read
 
 # Tracing warns of what it does itself.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -79,6 +80,11 @@ def test_compiled_before_steering():
             steered = model(ids, use_cache=False).logits
             close(compiled(ids, use_cache=False).logits, steered)
         close(compiled(ids, use_cache=False).logits, plain)
+        with fs.steer(model, plan(1)):
+            close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        with read(model) as taken:
+            compiled(ids, use_cache=False)
+        assert taken[0].shape == (2, 5, model.config.hidden_size)
     assert far(steered, plain)
 
 
