@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import hypothesis
-import pytest
 import torch
 import transformers
 

@@ -176,7 +176,7 @@ def read(
 
         return take
 
-    handles = [
+    handles: list[OwnForward | torch.utils.hooks.RemovableHandle] = [
         OwnForward(points.owner(model)),
         *install(model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order()),
     ]

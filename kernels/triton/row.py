@@ -18,6 +18,8 @@ import triton.language as tl
 from triton import knobs
 from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
 
+_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
 
 @triton.jit
 def load_row(pointer, row, stride, columns, HIDDEN: tl.constexpr, ALIGNED: tl.constexpr, POLICY: tl.constexpr):
@@ -52,7 +54,7 @@ def load_vector(bank, vector, columns, HIDDEN: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
-def product(w, q, INTERPRETED: tl.constexpr = bool(knobs.runtime.interpret)):
+def product(w, q, INTERPRETED: tl.constexpr = _INTERPRETED):
     """w q, rounded, whatever it is added to. `enable_fp_fusion=False` alone does not do: for Blackwell the products
     become `mul.rn.f32x2`, and the ptxas of CUDA 12.9 (Triton 3.6) fuses even that with a sum that follows."""
     if INTERPRETED:
