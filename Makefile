@@ -1,21 +1,23 @@
 # Two commands: `make demo` shows what faststeer does, `make test` proves it. Each sets up its own virtual environment first, and does nothing twice.
 
 PYTHON ?= python3
-# One version, so that every machine tests the same; 2.11 and later are supported.
+# One version each, so that every machine tests the same; torch 2.11 and Triton 3.6 and later are supported.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= out/demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+OUT ?= out/$@
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full lint format build bench-cpu gpu clean
 
-demo: $(VENV)/.ready
+demo: build
 	$(BIN)/faststeer demo --out $(OUT)
 
-test: $(VENV)/.ready-dev
+test: $(VENV)/.ready-dev build
 	$(BIN)/python -m pytest -n 2
 
-test-full: $(VENV)/.ready-dev
+test-full: $(VENV)/.ready-dev build
 	FASTSTEER_TEST_PROFILE=full $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
 lint: $(VENV)/.ready-dev
@@ -27,14 +29,24 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The C++, where there is a compiler; up to date is left alone.
+build: $(VENV)/.ready
+	$(BIN)/python faststeer/build.py
+
+# Alone on the machine, or the numbers mean nothing.
+bench-cpu: $(VENV)/.ready-dev build
+	$(BIN)/python -m pytest benchmarks/kernels/test_cpu.py -p no:xdist -o addopts= -q --benchmark-json=out/bench-cpu.json
+	$(BIN)/python benchmarks/kernels/collect_cpu.py out/bench-cpu.json
+
 $(VENV)/.ready: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(PIP) "$(TRITON)"
+	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

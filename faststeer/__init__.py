@@ -10,6 +10,7 @@ one hand-written forward hook. docs/design.md has the semantics.
 from faststeer import demo, evaluate, extract, hf
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
+from faststeer.ops import backend
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
 from faststeer.vector import SteeringVector
@@ -31,6 +32,7 @@ __all__ = [
     "Rotate",
     "Steering",
     "SteeringVector",
+    "backend",
     "demo",
     "evaluate",
     "extract",

@@ -145,6 +145,10 @@ def torch_version(folder: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
+def torch_has_cuda(folder: Path) -> bool:
+    return re.search(r"^cuda\b[^=]*= *['\"]", (folder / "version.py").read_text(), re.MULTILINE) is not None
+
+
 def version_of(text: str) -> tuple[int, int]:
     major, minor = re.findall(r"\d+", text)[:2]
     return int(major), int(minor)
@@ -345,7 +349,8 @@ def build(name: str, package: Path = PACKAGE, work: Path | None = None) -> bool:
 
 
 def build_all(wanted: str, package: Path = PACKAGE, work: Path | None = None) -> dict[str, str | None]:
-    """Build what `wanted` (auto, cpu, cuda or all) says and print a line on each library.
+    """Build what `wanted` (auto, cpu, cuda or all) says and print a line on each library. `auto` builds what can be
+    used with the torch that is here.
 
     Returns:
         For each that was asked for, None or why it is not there, which only `auto` lets pass.
@@ -357,6 +362,10 @@ def build_all(wanted: str, package: Path = PACKAGE, work: Path | None = None) ->
     reasons: dict[str, str | None] = {}
     for name in names:
         try:
+            if wanted == "auto" and name == "cuda" and not torch_has_cuda(torch_folder()):
+                raise BuildError(
+                    "this PyTorch is without CUDA (python -m faststeer.build cuda compiles it all the same)"
+                )
             done = "built" if build(name, package, work) else "up to date"
             print(f"faststeer: {name}: {done}", flush=True)
             reasons[name] = None

@@ -319,7 +319,10 @@ def info(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
-        "backends": {"reference": "works (plain PyTorch, any device)"},
+        "backends": {
+            name: f"{'works' if state.works else 'does not work'}: {state.reason}"
+            for name, state in faststeer.ops.states().items()
+        },
     }
     if model is not None:
         loaded, _ = _load(model, dtype, device)

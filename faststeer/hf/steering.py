@@ -29,7 +29,7 @@ from faststeer.hf.hook_points import (
 )
 from faststeer.hf.positions import Prompts
 from faststeer.intervention import Intervention
-from faststeer.ops import Rows, latch
+from faststeer.ops import Backend, Rows, backend_for, latch_
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import Plan, n_sites, site_name
 from faststeer.plan import hook_points as points_of
@@ -75,12 +75,11 @@ class Steering:
 
     Attributes:
         path: "hooks": by forward hooks. (A fused path replaces them where the architecture allows.)
-        backend: the back end of the op: "reference".
+        backend: the back end of the op on the model's device: "cpu", "cuda", "triton" or "reference".
         projections: what probes saw, see there.
     """
 
     path = "hooks"
-    backend = "reference"
 
     def __init__(
         self, model: nn.Module, plans: Plans, hook_points: HookPoints | None = None, capacity: Capacity | None = None
@@ -106,6 +105,10 @@ class Steering:
         self._gate_state: Tensor | None = None  # [gates, batch]
         self._history: dict[int, list[Tensor]] = {}
         self._load(self._plans, per_row)
+
+    @property
+    def backend(self) -> Backend:
+        return backend_for(next(iter(self._programs)))
 
     # Entering and leaving
 
@@ -360,7 +363,7 @@ class Steering:
                 tables = tables._replace(bank=bank, scalars=scalars)
             state = None if self._gate_state is None else self._gate_state.to(x.device)
             if state is not None and program.latches[number]:
-                latch(flat, tables, rows, state)
+                latch_(flat, tables, rows, state)
                 self._gate_state = state
             probe = None
             if program.columns[number]:

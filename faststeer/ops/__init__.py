@@ -1,7 +1,39 @@
-"""The operator: what steering does to the rows of one tensor. Knows tables and rows; knows no model, no plan and no
-hook."""
+"""The operators: what steering does to the rows of a tensor, on the back end that fits. Knows tables and rows; knows no
+model, no plan and no hook."""
 
-from faststeer.ops.reference import latch, steer
-from faststeer.ops.tables import Rows, Tables
+from faststeer.ops import reference
+from faststeer.ops.dispatch import (
+    Backend,
+    State,
+    add_steer,
+    add_steer_rmsnorm,
+    backend,
+    backend_for,
+    latch_,
+    sparse_add_,
+    states,
+    steer,
+    steer_,
+)
+from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
 
-__all__ = ["Rows", "Tables", "latch", "steer"]
+__all__ = [
+    "Backend",
+    "Field",
+    "GateMode",
+    "Kind",
+    "Rows",
+    "Scalar",
+    "State",
+    "Tables",
+    "add_steer",
+    "add_steer_rmsnorm",
+    "backend",
+    "backend_for",
+    "latch_",
+    "reference",
+    "sparse_add_",
+    "states",
+    "steer",
+    "steer_",
+]

@@ -58,8 +58,16 @@ def backend_for(device: torch.device | str) -> Backend:
         ValueError: FASTSTEER_BACKEND names none.
         RuntimeError: the one that was chosen does not work here, or not on this device.
     """
-    kind = torch.device(device).type
-    wanted = _chosen or _checked(os.environ.get("FASTSTEER_BACKEND", "auto"), "FASTSTEER_BACKEND")
+    return _resolve(_chosen, torch.device(device).type)
+
+
+# A compiler that traces this takes the answer for a constant; that it depends on _chosen, it sees before.
+@torch.compiler.assume_constant_result
+def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
+    if chosen is None:
+        wanted = _checked(os.environ.get("FASTSTEER_BACKEND", "auto"), "FASTSTEER_BACKEND")
+    else:
+        wanted = _checked(chosen, "backend")
     if wanted == "auto":
         order: tuple[Backend, ...] = ("cuda", "triton") if kind == "cuda" else ("cpu",) if kind == "cpu" else ()
         return next((name for name in order if states()[name].works), "reference")
@@ -86,12 +94,13 @@ def states() -> dict[Backend, State]:
 
     built = build.load()
     found: dict[Backend, State] = {"reference": State(True, "plain PyTorch, any device")}
-    for name in ("cpu", "cuda"):
+    names: tuple[Backend, ...] = ("cpu", "cuda")
+    for name in names:
         reason = built[name]
         works = reason is None
         if works and name == "cuda" and not torch.cuda.is_available():
             works, reason = False, "built, but there is no GPU that PyTorch can use"
-        found[cast(Backend, name)] = State(works, reason or "C++, built for this PyTorch")
+        found[name] = State(works, reason or "C++, built for this PyTorch")
     found["triton"] = _triton_state()
     return {name: found[name] for name in BACKENDS}
 
@@ -147,6 +156,7 @@ def steer(
     """Steer rows: see `faststeer.ops.reference.steer`, which every back end agrees with.
 
     Args:
+        probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. So in the other ops.
         backend: the one to use, as `backend_for` gave it; None asks it again.
 
     Raises:
@@ -154,8 +164,9 @@ def steer(
     """
     name = backend or _backend_of(x)
     if name == "reference":
-        return reference.steer(x, tables, rows, gate_state, probe)
-    hidden, seen = _op("steer", name)(x, *_tensors(tables, rows, gate_state), 0 if probe is None else probe.shape[1])
+        _check("steer", x, tables, rows, gate_state, _columns(probe))
+        return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
+    hidden, seen = _run("steer", name, x, *_tensors(tables, rows, gate_state), _columns(probe))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -178,9 +189,10 @@ def steer_(
     _refuse_gradient("steer_", x, tables.bank, tables.scalars)
     name = backend or _backend_of(x)
     if name == "reference":
-        x.copy_(reference.steer(x, tables, rows, gate_state, probe))
+        _check("steer_", x, tables, rows, gate_state, probe)
+        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
     else:
-        _op("steer_", name)(x, *_tensors(tables, rows, gate_state), probe)
+        _run("steer_", name, x, *_tensors(tables, rows, gate_state), _zeroed(probe))
 
 
 def add_steer(
@@ -196,9 +208,9 @@ def add_steer(
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
     name = backend or _backend_of(x)
     if name == "reference":
-        return reference.add_steer(x, residual, tables, rows, gate_state, probe)
-    columns = 0 if probe is None else probe.shape[1]
-    hidden, seen = _op("add_steer", name)(x, residual, *_tensors(tables, rows, gate_state), columns)
+        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
+        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
+    hidden, seen = _run("add_steer", name, x, residual, *_tensors(tables, rows, gate_state), _columns(probe))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -222,10 +234,11 @@ def add_steer_rmsnorm(
     name = backend or _backend_of(x)
     norm = weight, eps, weight_offset, fp32_weight
     if name == "reference":
-        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, probe)
-    columns = 0 if probe is None else probe.shape[1]
-    op = _op("add_steer_rmsnorm", name)
-    normed, hidden, seen = op(x, residual, *norm, *_tensors(tables, rows, gate_state), columns)
+        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
+        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe))
+    normed, hidden, seen = _run(
+        "add_steer_rmsnorm", name, x, residual, *norm, *_tensors(tables, rows, gate_state), _columns(probe)
+    )
     if probe is not None:
         probe.copy_(seen)
     return normed, hidden
@@ -243,9 +256,10 @@ def latch_(
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
     name = backend or _backend_of(x)
     if name == "reference":
+        _check("latch_", x, residual, tables, rows, gate_state)
         reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
     else:
-        _op("latch_", name)(x, residual, *_tensors(tables, rows, gate_state))
+        _run("latch_", name, x, residual, *_tensors(tables, rows, gate_state))
 
 
 def sparse_add_(
@@ -263,25 +277,44 @@ def sparse_add_(
     name = backend or _backend_of(x)
     arguments = x, indices, values, offsets, row_vector, row_coefficient
     if name == "reference":
+        _check("sparse_add_", *arguments)
         x.copy_(reference.sparse_add(*arguments))
     else:
-        _op("sparse_add_", name)(*arguments)
+        _run("sparse_add_", name, *arguments)
 
 
 def _backend_of(x: Tensor) -> Backend:
-    # The compiled back ends have no fp64: it is for oracles and gradient checks.
-    if x.dtype == torch.float64 and not _is_chosen():
+    # The compiled back ends have no fp64, which is for oracles and gradient checks, and no wider rows.
+    if (x.dtype == torch.float64 or x.shape[-1] > schema.MAX_HIDDEN) and not _is_chosen(_chosen):
         return "reference"
-    return backend_for(x.device)
+    return _resolve(_chosen, x.device.type)
 
 
-def _is_chosen() -> bool:
-    return (_chosen or os.environ.get("FASTSTEER_BACKEND", "auto")) != "auto"
+@torch.compiler.assume_constant_result
+def _is_chosen(chosen: str | None) -> bool:
+    return (chosen or os.environ.get("FASTSTEER_BACKEND", "auto")) != "auto"
 
 
-@functools.cache
-def _op(name: str, backend: Backend) -> Callable[..., Any]:
-    return getattr(getattr(torch.ops.faststeer, name), "triton" if backend == "triton" else "cpp")
+_OPS = {
+    (name, overload): getattr(getattr(torch.ops.faststeer, name), overload)
+    for name in schema.SCHEMAS
+    for overload in schema.OVERLOADS
+}
+
+
+def _run(name: str, backend: Backend, *arguments: Any) -> Any:
+    op = _OPS[name, "triton" if backend == "triton" else "cpp"]
+    if torch.compiler.is_compiling():
+        _resolve(backend, arguments[0].device.type)
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except NotImplementedError:  # chosen by name, before anything asked what works here and loaded it
+        _resolve(backend, arguments[0].device.type)
+        return op(*arguments)
+    except RuntimeError:
+        schema.CHECKS[name](*arguments)  # bad arguments get the same error from every back end
+        raise
 
 
 def _tensors(tables: Tables, rows: Rows, gate_state: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -295,6 +328,25 @@ def _tensors(tables: Tables, rows: Rows, gate_state: Tensor | None) -> tuple[Ten
         rows.sequence,
         gate_state,
     )
+
+
+def _check(op: str, x: Tensor, *arguments: Any) -> None:
+    """The op's checks for the reference; the other back ends make them themselves. fp64 rows are for oracles, with
+    tables of any dtype."""
+    if x.dtype == torch.float64:
+        return
+    flat: list[Any] = []
+    for argument in arguments:
+        flat += argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
+    schema.CHECKS[op](x, *flat)
+
+
+def _columns(probe: Tensor | None) -> int:
+    return 0 if probe is None else probe.shape[1]
+
+
+def _zeroed(probe: Tensor | None) -> Tensor | None:
+    return None if probe is None else probe.zero_()
 
 
 def _refuse_gradient(op: str, *tensors: Tensor) -> None:

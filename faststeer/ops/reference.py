@@ -140,10 +140,10 @@ class _Entry:
     def __init__(self, tables: Tables, rows: Rows, step: int, dtype: torch.dtype) -> None:
         n_slots, (n_entries, n_vectors) = tables.ranges.shape[0], (tables.fields.shape[0], tables.bank.shape[0])
         known = (rows.slot >= 0) & (rows.slot < n_slots)
-        first, count = tables.ranges[torch.where(known, rows.slot, 0).long()].unbind(-1)
+        first, count = tables.ranges[torch.where(known, rows.slot, 0).long()].long().unbind(-1)
         index = first.clamp(min=0) + step
         here = known & (index < first + count) & (index < n_entries)
-        index = torch.where(here, index, 0).long()
+        index = torch.where(here, index, 0)
         self.fields = tables.fields[index]
         self.scalars = tables.scalars[index].to(dtype)
         self.dtype = dtype

@@ -62,11 +62,12 @@ def check_rows(x: Tensor, name: str, like: Tensor | None = None) -> None:
 
 def check_table(table: Tensor, name: str, shape: Sequence[int | None], dtype: torch.dtype, x: Tensor) -> None:
     """Raise TypeError or ValueError unless `table` has the shape (None: any), dtype and device and is contiguous."""
-    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     if table.dtype != dtype:
         raise TypeError(f"{name} has dtype {table.dtype}: expected {dtype}")
     fits = table.dim() == len(shape) and all(w is None or n == w for n, w in zip(table.shape, shape, strict=True))
     if not fits:
+        # Not sooner: a number of rows that a compiler keeps open is fixed by being written down.
+        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ValueError(f"{name} has shape {list(table.shape)}: expected {wanted}")
     if table.device != x.device:
         raise ValueError(f"{name} is on {table.device}, x on {x.device}: move it there")
@@ -273,9 +274,8 @@ def _setup_add_steer_rmsnorm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> 
 
 def _run_backward(ctx: Any, grad_normed: Tensor | None, grad_hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Gradients to s and the weight, and those of the eight tables and `columns` in the schema's order."""
-    grads = torch.ops.faststeer.backward(
-        grad_normed, grad_hidden, *ctx.saved_tensors[:3], *ctx.norm, *ctx.saved_tensors[3:]
-    )
+    saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+    grads = torch.ops.faststeer.backward(grad_normed, grad_hidden, *saved[:3], *ctx.norm, *saved[3:])
     grad_s, grad_weight, grad_bank, grad_scalars = grads
     return grad_s, grad_weight, (grad_bank, None, grad_scalars, *[None] * (_N_TABLES - 3), None)
 
@@ -297,7 +297,7 @@ def _backward_add_steer_rmsnorm(
     return grad_s, grad_s, grad_weight, None, None, None, *grad_tables
 
 
-_GRADIENTS = {
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "steer": (_backward_steer, _setup_steer),
     "add_steer": (_backward_add_steer, _setup_add_steer),
     "add_steer_rmsnorm": (_backward_add_steer_rmsnorm, _setup_add_steer_rmsnorm),

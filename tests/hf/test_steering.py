@@ -715,7 +715,9 @@ class TestContexts:
 
     def test_what_it_says_of_itself(self, model):
         steering = fs.steer(model, self.add)
-        assert (steering.path, steering.backend) == ("hooks", "reference")
+        assert (steering.path, steering.backend) == ("hooks", "cpu")
+        with fs.backend("reference"):
+            assert steering.backend == "reference"
 
 
 class TestBatches:
