@@ -20,11 +20,12 @@ def collect(path: Path) -> list[dict[str, object]]:
         for run in runs
     ]
     key = ("steering", "rows", "hidden", "dtype")
-    hooks = {tuple(r[k] for k in key): r["median_us"] for r in rows if r["op"] == "eager hook"}
+    medians = {(r["how"], *(r[k] for k in key)): r["median_us"] for r in rows}
     for row in rows:
-        hook = hooks.get(tuple(row[k] for k in key))
-        row["median_us"] = round(row["median_us"], 3)
-        row["times_faster_than_hook"] = round(hook / row["median_us"], 2) if hook else ""
+        for hook in ("eager hook", "in-place hook"):
+            median = medians.get((hook, *(row[k] for k in key)))
+            row[f"times_as_fast_as_{hook.split()[0]}"] = round(median / row["median_us"], 2) if median else ""
+        row["median_us"] = round(row["median_us"], 2)
     return rows
 
 

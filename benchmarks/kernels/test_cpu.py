@@ -1,46 +1,61 @@
-"""CPU kernels against the hook that people write, and the host cost of a call. Run: make bench-cpu."""
+"""The C++ on CPU tensors against the hooks that people write, and what one call costs the host. Run: make bench-cpu."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from cases import case, eager_hook
+from cases import COEFFICIENT, Case, case, directions, eager_hook
+from torch import Tensor
 
 from faststeer import ops
-from faststeer.ops.dispatch import _op, _tensors
 
 HIDDEN = 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WAYS = ("eager hook", "in-place hook", "steer", "steer_")
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request) -> torch.dtype:
-    return DTYPES[request.param]
+def in_place_hook(steering: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The same, by somebody who minds the memory."""
+    d = directions(HIDDEN, seed=0)[0].to(dtype)
+    if steering == "add":
+        return lambda x: x.add_(d, alpha=COEFFICIENT)
+    unit = d / d.norm()
+    return lambda x: x.addr_(x @ unit, unit, alpha=-1)
 
 
-@pytest.mark.parametrize("rows", [1, 512])
+def run_of(how: str, steering: str, made: Case) -> Callable[[Tensor], object]:
+    dtype = made.x.dtype
+    if how == "eager hook":
+        return eager_hook(steering, HIDDEN, dtype, "cpu")
+    if how == "in-place hook":
+        return in_place_hook(steering, dtype)
+    op = ops.steer if how == "steer" else ops.steer_
+    return lambda x: op(x, made.tables, made.rows, backend="cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("steering", ["add", "ablate"])
-@pytest.mark.parametrize("how", ["eager hook", "steer", "steer_"])
-def test_steer(benchmark, how, steering, rows, dtype):
-    made = case(steering, rows, HIDDEN, dtype, "cpu")
-    benchmark.extra_info |= {"op": how, "steering": steering, "rows": rows, "hidden": HIDDEN, "dtype": str(dtype)}
-    hook = eager_hook(steering, HIDDEN, dtype, "cpu")
-    x = made.x
-    with torch.no_grad():
-        if how == "eager hook":
-            benchmark(hook, x)
-        elif how == "steer":
-            benchmark(ops.steer, x, made.tables, made.rows, backend="cpu")
-        else:
-            # Repeated in place, an addition grows the rows; growth does not change the work.
-            benchmark(ops.steer_, x, made.tables, made.rows, backend="cpu")
+@pytest.mark.parametrize("how", WAYS)
+def test_steer(benchmark, how, steering, dtype, rows):
+    made = case(steering, rows, HIDDEN, DTYPES[dtype], "cpu")
+    benchmark.extra_info |= {"how": how, "steering": steering, "rows": rows, "hidden": HIDDEN, "dtype": dtype}
+    run = run_of(how, steering, made)
+    with torch.inference_mode():
+        benchmark(run, made.x)  # in place again and again, an addition grows the rows, which changes no work
 
 
-def test_host_cost_of_one_call(benchmark):
+@pytest.mark.parametrize("how", ["ops.steer_", "torch.ops.faststeer.steer_.cpp"])
+def test_host_cost_of_one_call(benchmark, how):
+    """A row so short that the work on it is nothing."""
     made = case("add", 1, 64, torch.float32, "cpu")
-    arguments = (made.x, *_tensors(made.tables, made.rows, None), None)
-    benchmark.extra_info |= {"op": "torch.ops.faststeer.steer_.cpp", "steering": "add", "rows": 1, "hidden": 64}
-    benchmark.extra_info |= {"dtype": "torch.float32"}
-    op = _op("steer_", "cpu")
-    with torch.no_grad():
-        benchmark(op, *arguments)
+    benchmark.extra_info |= {"how": how, "steering": "add", "rows": 1, "hidden": 64, "dtype": "fp32"}
+    with torch.inference_mode():
+        if how == "ops.steer_":
+            benchmark(ops.steer_, made.x, made.tables, made.rows)
+        else:
+            t = made.tables
+            arguments = made.x, t.bank, t.fields, t.scalars, t.ranges, *made.rows, None, None
+            benchmark(torch.ops.faststeer.steer_.cpp, *arguments)

@@ -1,8 +1,8 @@
 """Which back end runs an op, and the ops as functions of `Tables` and `Rows`.
 
-`FASTSTEER_BACKEND` or `with backend("triton")` chooses one; an explicit choice never falls back. `auto` takes, on CUDA
-tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is built, else
-`reference`.
+`FASTSTEER_BACKEND`, read once, or `with backend("triton")` chooses one; an explicit choice never falls back. `auto`
+takes, on CUDA tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is
+built, else `reference`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _chosen: Backend | Literal["auto"] | None = None  # None: FASTSTEER_BACKEND decides
+_resolved: dict[tuple[str | None, str], Backend] = {}  # (chosen, kind of device): what `_resolve` said
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def steer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     if name == "reference":
         _check("steer", x, tables, rows, gate_state, _columns(probe))
         return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
@@ -187,7 +188,7 @@ def steer_(
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
     _refuse_gradient("steer_", x, tables.bank, tables.scalars)
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     if name == "reference":
         _check("steer_", x, tables, rows, gate_state, probe)
         x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
@@ -206,7 +207,7 @@ def add_steer(
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     if name == "reference":
         _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
         return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
@@ -231,7 +232,7 @@ def add_steer_rmsnorm(
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     norm = weight, eps, weight_offset, fp32_weight
     if name == "reference":
         _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
@@ -254,7 +255,7 @@ def latch_(
     backend: Backend | None = None,
 ) -> None:
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     if name == "reference":
         _check("latch_", x, residual, tables, rows, gate_state)
         reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
@@ -274,7 +275,7 @@ def sparse_add_(
 ) -> None:
     """Add sparse vectors in place, for inference: see `faststeer.ops.reference.sparse_add`."""
     _refuse_gradient("sparse_add_", x, values, row_coefficient)
-    name = backend or _backend_of(x)
+    name = _backend_of(x, backend)
     arguments = x, indices, values, offsets, row_vector, row_coefficient
     if name == "reference":
         _check("sparse_add_", *arguments)
@@ -283,11 +284,20 @@ def sparse_add_(
         _run("sparse_add_", name, *arguments)
 
 
-def _backend_of(x: Tensor) -> Backend:
-    # The compiled back ends have no fp64, which is for oracles and gradient checks, and no wider rows.
-    if (x.dtype == torch.float64 or x.shape[-1] > schema.MAX_HIDDEN) and not _is_chosen(_chosen):
+# What every eager call runs is written for speed: together it costs the host less than the operator's own call.
+
+
+def _backend_of(x: Tensor, backend: Backend | None) -> Backend:
+    kind = "cpu" if x.is_cpu else x.device.type
+    chosen = backend or _chosen
+    if torch.compiler.is_compiling():
+        name = _resolve(chosen, kind)
+    else:
+        name = _resolved.get((chosen, kind)) or _resolved.setdefault((chosen, kind), _resolve(chosen, kind))
+    # The compiled back ends have no fp64, which is for oracles and gradient checks.
+    if x.dtype is torch.float64 and not _is_chosen(chosen):
         return "reference"
-    return _resolve(_chosen, x.device.type)
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -303,15 +313,8 @@ _OPS = {
 
 
 def _run(name: str, backend: Backend, *arguments: Any) -> Any:
-    op = _OPS[name, "triton" if backend == "triton" else "cpp"]
-    if torch.compiler.is_compiling():
-        _resolve(backend, arguments[0].device.type)
-        return op(*arguments)
     try:
-        return op(*arguments)
-    except NotImplementedError:  # chosen by name, before anything asked what works here and loaded it
-        _resolve(backend, arguments[0].device.type)
-        return op(*arguments)
+        return _OPS[name, "triton" if backend == "triton" else "cpp"](*arguments)
     except RuntimeError:
         schema.CHECKS[name](*arguments)  # bad arguments get the same error from every back end
         raise
@@ -350,5 +353,5 @@ def _zeroed(probe: Tensor | None) -> Tensor | None:
 
 
 def _refuse_gradient(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
         raise RuntimeError(f"{op} writes in place and has no gradient: use {op.rstrip('_')}, or torch.no_grad()")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch._dynamo.testing
 from backend_cases import KINDS, bits, check_ops, steered
+from torch._inductor.utils import run_and_get_code
 
 from faststeer import ops
 
@@ -203,17 +206,19 @@ def test_gradients_are_the_references(backend, op):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_"])
+@pytest.mark.parametrize("op", ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_", "sparse_add_"])
 def test_opcheck(backend, op):
     case = steered(MIXES, 5, 48, torch.float32, "cpu", seed=10)
     t, r = case.tables, case.rows
     tables = [t.bank, t.fields, t.scalars, t.ranges, r.slot, r.position, r.sequence, case.gate_state]
+    offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
     arguments = {
         "steer": (case.x.requires_grad_(), *tables, case.columns),
         "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns)),
         "add_steer": (case.x, case.residual, *tables, 0),
         "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns),
         "latch_": (case.x.detach(), None, *tables),
+        "sparse_add_": (case.x.detach(), offsets[1:], torch.ones(2), offsets, r.slot.clamp(max=1), torch.ones(5)),
     }[op]
     overload = "triton" if backend == "triton" else "cpp"
     torch.library.opcheck(getattr(getattr(torch.ops.faststeer, op), overload), arguments)
@@ -232,3 +237,27 @@ def test_compiles_into_one_graph_for_any_number_of_rows(backend):
         arguments = case.x, case.residual, case.weight, case.tables, case.rows
         assert torch.equal(compiled(*arguments), run(*arguments))
     assert counter.frame_count == 1
+
+
+def test_compiled_code_copies_nothing(backend):
+    """Inductor's code calls the ops on the tensors themselves; the in-place form is functionalised on the way there."""
+
+    def run(x, residual, tables, rows):
+        hidden = ops.add_steer(x, residual, tables, rows, backend=backend)
+        ops.steer_(hidden, tables, rows, backend=backend)
+        ops.steer_(x, tables, rows, backend=backend)
+        return hidden
+
+    torch._dynamo.reset()
+    case = steered(MIXES, 13, 96, torch.float32, "cpu", seed=1)
+    expected_x = case.x.clone()
+    with torch.no_grad():
+        expected = run(expected_x, case.residual, case.tables, case.rows)
+        found, codes = run_and_get_code(
+            torch.compile(run, fullgraph=True), case.x, case.residual, case.tables, case.rows
+        )
+    assert torch.equal(found, expected) and torch.equal(case.x, expected_x)
+    (code,) = codes
+    body = code[code.index("def call(") : code.index("return (buf")]
+    assert len(re.findall(r"torch\.ops\.faststeer\.\w+\.\w+\(", body)) == 3
+    assert not re.search(r"empty_strided|clone|copy_\(|fused", body), "a hidden copy"
