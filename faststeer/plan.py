@@ -184,7 +184,12 @@ def _compile(
     sites = sorted({site(at, layer): (at, layer) for layer in layers for at in points}.items())
     low, high = intervention.position_range
     entries = []
+    bases: dict[tuple[int, ...], Tensor] = {}  # once per direction, not per site
     for number, (_, layer) in sites:
+        directions = [direction_at(d, layer) for d in intervention.directions()]
+        key = tuple(map(id, directions))
+        if key not in bases:
+            bases[key] = intervention.basis(directions)
         gate = _gate(intervention.when, name, sites[0], layer, n_layers, latches)
         if gate["gate_mode"] == GateMode.LATCHED:
             low = max(low, -1)
@@ -192,7 +197,7 @@ def _compile(
             Entry(
                 site=number,
                 kind=intervention.kind,
-                basis=intervention.basis([direction_at(d, layer) for d in intervention.directions()]),
+                basis=bases[key],
                 scalars=intervention.scalars,
                 position_range=(low, high),
                 keep_norm=intervention.keep_norm,

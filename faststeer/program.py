@@ -173,10 +173,7 @@ class Program:
             gates = [0 if key is None else first_row[key] for key in blocks.gate]
             packed = [_pack(entry, *rows) for entry, *rows in zip(entries, self._rows[slot], gates, strict=True)]
             self.fields[start : start + len(entries)].copy_(torch.tensor(packed, dtype=torch.int32))
-            numbers = [
-                [*(float(torch.as_tensor(n).detach()) for n in entry.scalars), entry.gate_threshold, 0.0]
-                for entry in entries
-            ]
+            numbers = [[*map(_value, entry.scalars), entry.gate_threshold, 0.0] for entry in entries]
             self.scalars[start : start + len(entries)].copy_(torch.tensor(numbers, dtype=torch.float32))
 
     def _note_shape(self, entries: list[Entry]) -> None:
@@ -217,10 +214,11 @@ class _Blocks:
     values: dict[bytes, Tensor]
     basis: list[bytes]  # per entry
     gate: list[bytes | None]
+    keys: dict[int, bytes]  # of tensors seen already, by identity
 
     @classmethod
     def of(cls, entries: list[Entry], slot: int) -> _Blocks:
-        blocks = cls({}, [], [])
+        blocks = cls({}, [], [], {})
         for i, entry in enumerate(entries):
             own = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
             blocks.basis.append(blocks._add(entry.basis, own))
@@ -228,8 +226,12 @@ class _Blocks:
         return blocks
 
     def _add(self, block: Tensor, key: bytes | None = None) -> bytes:
+        known = None if key else self.keys.get(id(block))
+        if known is not None:
+            return known
         values = block.detach().to("cpu", torch.float32).contiguous()
-        key = key or len(values).to_bytes(4, "little") + values.numpy().tobytes()
+        if key is None:
+            key = self.keys[id(block)] = len(values).to_bytes(4, "little") + values.numpy().tobytes()
         self.values[key] = values
         return key
 

@@ -16,12 +16,10 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import setuptools
 import torch
 
-import faststeer as fs
 from faststeer import build
 from faststeer.ops import tables
 
@@ -375,49 +373,6 @@ class TestNative:
         assert columns >= 4096 and config["threads_per_row"] % 32 == 0
         with pytest.raises(ValueError, match="hidden 1 to 16384"):
             native.launch_config(1, 16385, 2)
-
-    def test_pack_writes_what_a_program_holds(self, native):
-        clamp = fs.Clamp(torch.ones(8), low=-1, high=0.5, layers=1, positions="prompt")
-        plan = fs.Plan([fs.Ablate(torch.eye(8)[:2], layers="all", probe=True), clamp])
-        program = fs.Program(2, 8, fs.Capacity(slots=3, vectors=9, entries=9))
-        program.load(1, plan)
-        entries, numbers = [], []
-        for site, (first, count) in enumerate(program.ranges[:, 1].tolist()):
-            for i in range(first, first + count):
-                entries.append([site, *program.fields[i, : len(tables.Field)].tolist()])
-                numbers.append(program.scalars[i, : len(tables.Scalar)].tolist())
-        fields, scalars = np.full((27, 12), -9, np.int32), np.full((27, 4), -9, np.float32)
-        ranges = np.full(program.ranges[:, 1].shape, -9, np.int32)
-        native.pack(np.array(entries), np.array(numbers), 9, fields, scalars, ranges)
-        used = slice(9, 9 + len(entries))
-        assert (fields[used] == program.fields[used].numpy()).all()
-        assert (scalars[used] == program.scalars[used].numpy()).all()
-        assert (ranges == program.ranges[:, 1].numpy()).all()
-        assert (np.delete(fields, used, 0) == -9).all() and (np.delete(scalars, used, 0) == -9).all()
-
-    @pytest.mark.parametrize(
-        ("entry", "first", "message"),
-        [
-            ([2] + [0] * 10, 0, "order of their sites, of which there are 2"),
-            ([-1] + [0] * 10, 0, "order of their sites"),
-            ([0, 2**40] + [0] * 9, 0, "no int32"),
-            ([0] * 11, 4, "do not fit into 4"),
-            ([0] * 11, -1, "do not fit into 4"),
-            ([0] * 10, 0, r"entries must be of shape \[any, 11\]"),
-        ],
-        ids=["site", "negative site", "range", "capacity", "negative first", "shape"],
-    )
-    def test_pack_refuses_and_writes_nothing(self, native, entry, first, message):
-        fields, scalars = np.zeros((4, 12), np.int32), np.zeros((4, 4), np.float32)
-        ranges = np.full((2, 2), 7, np.int32)
-        with pytest.raises(ValueError, match=message):
-            native.pack(np.array([[0] * len(entry), entry]), np.ones((2, 3)), first, fields, scalars, ranges)
-        assert not fields.any() and not scalars.any() and (ranges == 7).all()
-
-    def test_pack_takes_no_copy_for_the_table(self, native):
-        scalars, ranges = np.zeros((4, 4), np.float32), np.zeros((2, 2), np.int32)
-        with pytest.raises(TypeError):
-            native.pack(np.zeros((1, 11), np.int64), np.zeros((1, 3)), 0, np.zeros((4, 12)), scalars, ranges)
 
 
 def test_the_levels_give_the_same_bits(tmp_path):
