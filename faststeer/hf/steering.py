@@ -103,6 +103,7 @@ class Steering:
         self._first_reader: dict[int, str] = {}
         self._prompts = Prompts()
         self._gate_state: Tensor | None = None  # [gates, batch]
+        self._rows: Rows | None = None  # what set_rows was given
         self._history: dict[int, list[Tensor]] = {}
         self._load(self._plans, per_row)
 
@@ -224,11 +225,44 @@ class Steering:
         self._prompts.set(columns)
         self._forget_decisions(None)
 
+    def set_rows(self, rows: Rows | None, n_sequences: int = 0) -> None:
+        """Say where every token of the next forward passes stands, for a loop that keeps its own account: nothing is
+        derived from a pass's inputs then, so that plans, positions and sequences change by `copy_` alone.
+
+        Args:
+            rows: of `batch x length` tokens, on the device of the first layer; None: derive them again.
+            n_sequences: of how many sequences (numbers in `rows.sequence`) latched gates' decisions are kept.
+        """
+        self._rows = rows
+        if rows is not None and (self._gate_state is None or self._gate_state.shape[1] != n_sequences):
+            self._gate_state = self._closed_gates(n_sequences, rows.slot.device)
+
+    def load(self, slot: int, plan: Plan | None) -> None:
+        """Put a plan into a slot, for `set_rows`; None empties it.
+
+        Raises:
+            ValueError: as `Program.load`; nothing is changed then.
+        """
+        if plan is not None:
+            self._check_points([plan])
+        for program in self._programs.values():
+            program.load(slot, plan)
+        if self._entered:
+            self._install()
+
+    def forget(self, sequence: int) -> None:
+        """A sequence starts anew: it has decided no latched gate."""
+        if self._gate_state is not None:
+            self._gate_state[:, sequence] = False
+
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: derive each row's slot and position from the pass's own inputs, on the device."""
         inputs = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
         tokens: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         (batch, length), device = tokens.shape[:2], tokens.device
+        if self._rows is not None:
+            self._whole_pass = self._pass = self._given_pass(self._rows, batch, length)
+            return
         cache = inputs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         slots = self._row_slots(batch, device)
@@ -239,9 +273,19 @@ class Steering:
         rows = Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length))
         self._whole_pass = self._pass = _Pass(rows, batch, length)
 
+    def _given_pass(self, rows: Rows, batch: int, length: int) -> _Pass:
+        if rows.slot.shape[0] != batch * length:
+            raise RuntimeError(
+                f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {batch} x {length} tokens"
+            )
+        return _Pass(rows, batch, length)
+
     def _make_gate_state(self, batch: int, device: torch.device) -> None:
         if self._program_on(device).latching:
-            self._gate_state = torch.zeros(self._capacity.entries, batch, dtype=torch.bool, device=device)
+            self._gate_state = self._closed_gates(batch, device)
+
+    def _closed_gates(self, sequences: int, device: torch.device) -> Tensor:
+        return torch.zeros(self._capacity.entries, sequences, dtype=torch.bool, device=device)
 
     def _row_slots(self, batch: int, device: torch.device) -> Tensor:
         """`[batch]`: the slot of each row. Beams and return sequences of a prompt stand side by side and share its
