@@ -326,13 +326,13 @@ def info(
     }
     if model is not None:
         loaded, _ = _load(model, dtype, device)
-        points = faststeer.hf.find_hook_points(loaded)
+        points, steering = faststeer.hf.find_hook_points(loaded), faststeer.steer(loaded, [None])
         facts["model"] = {
             "name": model,
             "class": type(loaded).__name__,
             "layers": points.n_layers,
             "hidden_size": points.hidden_size,
-            "path": faststeer.Steering.path,
+            "path": f"hooks: {steering.why}" if steering.why else steering.path,
             "hook_points": {
                 "layers": points.layers,
                 "attn_out": points.attn_out,

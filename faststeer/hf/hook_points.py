@@ -74,7 +74,7 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
     """
     if named is None and model in _found:
         return _found[model]
-    with _quiet(model):
+    with quiet(model):
         points = _with_sizes(model, named) if named else _find(model)
         _confirm(model, points)
     _found[model] = points
@@ -128,6 +128,11 @@ class OwnForward:
         own = self._module.__dict__.get("forward")
         if not _holders[self._module] and getattr(own, "__func__", None) is type(self._module).forward:
             del self._module.forward
+
+
+def is_held(owner: nn.Module) -> bool:
+    """Whether any context of ours is active on a model."""
+    return _holders.get(owner, 0) > 0
 
 
 def no_resid_mid(model: nn.Module) -> str:
@@ -192,6 +197,11 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
+def first_output(output: Any) -> Tensor:
+    """What a module returns, or the first of what it returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 # Finding --------------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +249,7 @@ def _watch(model: nn.Module, names: list[str]) -> dict[str, _Call]:
                 module.register_forward_hook(after(name, "sent")),
             ):
                 stack.callback(handle.remove)
-        _run(model)
+        run_four_tokens(model)
     return {name: call for name, call in calls.items() if call.sent is not nothing}
 
 
@@ -247,11 +257,12 @@ def _copy(x: Tensor) -> Tensor:
     return x.detach().to("cpu", copy=True)
 
 
-def _run(model: nn.Module) -> None:
+def run_four_tokens(model: nn.Module) -> Tensor:
+    """The first output of the shortest forward pass that shows what a model does."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     device = embedding.weight.device
     ids = torch.arange(1, 5, device="cpu" if device.type == "meta" else device).unsqueeze(0) % embedding.num_embeddings
-    model(input_ids=ids, use_cache=False)
+    return first_output(model(input_ids=ids, use_cache=False))
 
 
 def _find(model: nn.Module) -> HookPoints:
@@ -416,8 +427,8 @@ def _unknown(model: nn.Module, what: str) -> str:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and without our own hooks; every module's mode and hooks restored after."""
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without our own hooks and fused layers; all restored after."""
     training = {module: module.training for module in model.modules()}
     dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
     held = [(hooks, list(hooks.items())) for hooks in dicts if any(_is_ours(hook) for hook in hooks.values())]
@@ -425,11 +436,15 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         for key, hook in items:
             if _is_ours(hook):
                 del hooks[key]
+    fused = [m for m in model.modules() if hasattr(m.__dict__.get("forward"), "faststeer_fused")]
+    forwards = [(module, module.__dict__.pop("forward")) for module in fused]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        for module, forward in forwards:
+            module.forward = forward
         for hooks, items in held:
             hooks.clear()
             hooks.update(items)

@@ -9,33 +9,37 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.fused import Fusion, NormForm, Patch, find_fusion
 from faststeer.hf.hook_points import (
     HookPoints,
     OwnForward,
     find_hook_points,
     first_tensor,
     install,
+    is_held,
     next_order,
     no_resid_mid,
 )
 from faststeer.hf.positions import Prompts
 from faststeer.intervention import Intervention
-from faststeer.ops import Backend, Rows, backend_for, latch_
+from faststeer.ops import Backend, Rows, Tables, add_steer, add_steer_rmsnorm, backend_for, latch_
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import Plan, n_sites, site_name
 from faststeer.plan import hook_points as points_of
 from faststeer.program import Capacity, Program
 from faststeer.vector import HookPoint
 
+Path = Literal["auto", "fused", "hooks"]
 Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
 
 MAX_RECORDED = 4096  # layers of forward passes whose backward pass may still come
@@ -44,7 +48,12 @@ _active: weakref.WeakKeyDictionary[nn.Module, list[Steering]] = weakref.WeakKeyD
 
 
 def steer(
-    model: nn.Module, plans: Plans, *, hook_points: HookPoints | None = None, capacity: Capacity | None = None
+    model: nn.Module,
+    plans: Plans,
+    *,
+    hook_points: HookPoints | None = None,
+    capacity: Capacity | None = None,
+    path: Path | None = None,
 ) -> Steering:
     """Steer a whole model inside a `with` block.
 
@@ -63,36 +72,51 @@ def steer(
         plans: one for all rows, or a list with one per row of the batch.
         hook_points: where to find them in an architecture that is not recognised.
         capacity: room for plans that will be assigned later, where more is needed than the default (`Capacity.of`).
+        path: "fused" (residual add, steering and next norm in one op), "hooks", or "auto": fused where the architecture
+            and what is done with it allow. Default: FASTSTEER_PATH, else "auto". Fused norms sum in another order than
+            the model's own, so that a row without a plan equals the unpatched model to rounding, and the fused model
+            without plans bit for bit; by hooks, both bit for bit.
 
     Raises:
         TypeError, ValueError: a plan that does not fit the model, unknown architecture, capacity exceeded.
+        RuntimeError: path="fused" where that cannot be; the message says why.
     """
-    return Steering(model, plans, hook_points, capacity)
+    return Steering(model, plans, hook_points, capacity, path)
 
 
 class Steering:
     """What `steer` returns: enter it, change it while the model runs, read it.
 
     Attributes:
-        path: "hooks": by forward hooks. (A fused path replaces them where the architecture allows.)
+        path: "fused" or "hooks", see `steer`.
+        why: why by hooks; "" where fused.
         backend: the back end of the op on the model's device: "cpu", "cuda", "triton" or "reference".
         projections: what probes saw, see there.
     """
 
-    path = "hooks"
-
     def __init__(
-        self, model: nn.Module, plans: Plans, hook_points: HookPoints | None = None, capacity: Capacity | None = None
+        self,
+        model: nn.Module,
+        plans: Plans,
+        hook_points: HookPoints | None = None,
+        capacity: Capacity | None = None,
+        path: Path | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._wanted = model, _checked_path(path)
         self._plans, per_row = _as_plans(plans)
         self._points = find_hook_points(model, hook_points)
+        self._patch: Patch | None = None
         size = self._points.n_layers, self._points.hidden_size
         self._capacity = capacity or Capacity.of(_distinct(self._plans), *size)
         home = _device_of(self._points.layer(model, 0))
         self._programs: dict[torch.device, Program] = {home: Program(*size, self._capacity, home)}
         self._slot_table: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
-        self._entered = False
+        self._entered, self._why = False, ""
+        found = find_fusion(model, self._points)
+        self._fusion: Fusion | None = found if isinstance(found, Fusion) else None
+        self._no_fusion = "" if isinstance(found, Fusion) else found
+        if self._wanted == "fused" and self.path != "fused":
+            raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._owner_handles: list[torch.utils.hooks.RemovableHandle | OwnForward] = []
         self._traced = ""  # what a compiled graph takes for constant
@@ -108,15 +132,40 @@ class Steering:
         self._load(self._plans, per_row)
 
     @property
+    def path(self) -> Path:
+        return "hooks" if self.why else "fused"
+
+    @property
+    def why(self) -> str:
+        return self._why if self._entered else self._why_hooks()
+
+    @property
     def backend(self) -> Backend:
         return backend_for(next(iter(self._programs)))
+
+    def _why_hooks(self) -> str:
+        if self._wanted == "hooks":
+            return "path='hooks' was chosen"
+        if self._no_fusion:
+            return self._no_fusion
+        layers = [self._points.layer(self.model, i) for i in range(self._points.n_layers)]
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+            return "gradient checkpointing is on"
+        if any("forward" in layer.__dict__ for layer in layers):
+            return "the layers are patched already, by another steer(...) or by accelerate"
+        if is_held(self._points.owner(self.model)):
+            return "inside another steer(...) or read(...), which acts by hooks"
+        return ""
 
     # Entering and leaving
 
     def __enter__(self) -> Steering:
         if self._entered:
             raise RuntimeError("this steering is active already: make another one with steer(...) to nest")
-        self._entered = True
+        why = self._why_hooks()
+        if self._wanted == "fused" and why:
+            raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")
+        self._entered, self._why = True, why
         self._order = next_order()
 
         def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,6 +179,8 @@ class Steering:
             OwnForward(owner),
             owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True),
         ]
+        if self._fusion is not None and not why:
+            self._patch = Patch(self.model, self._points, self._fusion, self._add)
         self._install()
         _watch_generate(self.model, self)
         return self
@@ -139,6 +190,9 @@ class Steering:
         for handle in (*self._handles.values(), *self._owner_handles):
             handle.remove()
         self._handles.clear()
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
         self._entered, self._pass, self._whole_pass = False, None, None
         self._recorded.clear()
 
@@ -197,12 +251,18 @@ class Steering:
         steers = {
             number: self._at(number)
             for number in range(n_sites(self._points.n_layers))
-            if program.depth[number] and number not in self._handles
+            if program.depth[number] and number not in self._handles and not self._is_fused(number)
         }
-        for number in {_running_layer(site) for site in steers} - {_running_layer(site) for site in self._handles}:
+        followed = {_running_layer(site) for site in self._handles}
+        for number in {_running_layer(site) for site in steers} - followed if self._patch is None else ():
             self._follow(number)
         self._handles |= zip(steers, install(self.model, self._points, steers, self._order), strict=True)
         self._traced = f"{sorted(self._handles)} {program.depth} {program.width} {program.columns} {program.latches}"
+
+    def _is_fused(self, number: int) -> bool:
+        """Whether a site is one of the fused sums. What enters the first layer is none; a branch's output is steered by
+        a hook all the same, as other hooks on its module act before or after it by the order of the contexts."""
+        return self._patch is not None and number % 2 == 0 and number > 0
 
     def _follow(self, number: int) -> None:
         """Know when a layer, and what is inside it, begins."""
@@ -384,40 +444,71 @@ class Steering:
         return self._programs[device]
 
     def _at(self, number: int) -> Callable[[Tensor], Tensor]:
-        def act(x: Tensor) -> Tensor:
-            # A layer's own input and output lie outside its checkpoint.
-            now = self._whole_pass if number % 4 == 0 and not _in_backward() else self._pass
-            if now is None:
-                raise RuntimeError(
-                    "a decoder layer was called outside the model's forward pass, which says where each row stands: "
-                    "use faststeer.hook(...) on single modules"
-                )
-            flat = x.reshape(-1, x.shape[-1])
-            if flat.shape[0] != now.batch * now.length:
-                at, layer = site_name(number, self._points.n_layers)
-                raise RuntimeError(
-                    f"{at} of layer {layer} has {flat.shape[0]} rows in a forward pass of {now.batch} x {now.length} "
-                    "tokens: this model cannot be steered there"
-                )
-            program = self._program_on(x.device)
-            rows = now.rows_on(x.device)
-            tables = program.tables(number)
-            if program.requires_grad:
-                bank, scalars = now.live_on(x.device, program)
-                tables = tables._replace(bank=bank, scalars=scalars)
-            state = None if self._gate_state is None else self._gate_state.to(x.device)
-            if state is not None and program.latches[number]:
-                latch_(flat, tables, rows, state)
-                self._gate_state = state
-            probe = None
-            if program.columns[number]:
-                probe = torch.zeros(flat.shape[0], program.columns[number], dtype=torch.float32, device=x.device)
-            steered = steer_rows(flat, tables, rows, state, probe)
-            if probe is not None and not _in_backward():
-                self._history.setdefault(number, []).append(probe.view(now.batch, now.length, -1))
-            return steered.view_as(x)
+        return functools.partial(self._steer, number)
 
-        return act
+    def _steer(self, number: int, x: Tensor) -> Tensor:
+        """x, steered at a site."""
+        now, given = self._given(number, x)
+        if given.latches:
+            latch_(given.flat, given.tables, given.rows, given.latched)
+        steered = steer_rows(given.flat, given.tables, given.rows, given.state, given.probe)
+        self._keep(number, given.probe, now)
+        return steered.view_as(x)
+
+    def _add(
+        self, number: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`fused.Add`."""
+        if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
+            return self._steer(number, residual + branch), None
+        now, given = self._given(number, branch)
+        other = residual.reshape_as(given.flat)
+        if given.latches:
+            latch_(given.flat, given.tables, given.rows, given.latched, residual=other)
+        arguments = given.tables, given.rows, given.state, given.probe
+        normed = None
+        if norm is None:
+            hidden = add_steer(given.flat, other, *arguments)
+        else:
+            weight, form = norm
+            how = weight, form.eps, form.weight_offset, form.fp32_weight
+            normed, hidden = add_steer_rmsnorm(given.flat, other, *how, *arguments)
+            normed = normed.view_as(branch)
+        self._keep(number, given.probe, now)
+        return hidden.view_as(branch), normed
+
+    def _given(self, number: int, x: Tensor) -> tuple[_Pass, _Given]:
+        """What an op is given at a site."""
+        # A layer's own input and output lie outside its checkpoint.
+        now = self._whole_pass if number % 4 == 0 and not _in_backward() else self._pass
+        if now is None:
+            raise RuntimeError(
+                "a decoder layer was called outside the model's forward pass, which says where each row stands: "
+                "use faststeer.hook(...) on single modules"
+            )
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[0] != now.batch * now.length:
+            at, layer = site_name(number, self._points.n_layers)
+            raise RuntimeError(
+                f"{at} of layer {layer} has {flat.shape[0]} rows in a forward pass of {now.batch} x {now.length} "
+                "tokens: this model cannot be steered there"
+            )
+        program = self._program_on(x.device)
+        tables = program.tables(number)
+        if program.requires_grad:
+            bank, scalars = now.live_on(x.device, program)
+            tables = tables._replace(bank=bank, scalars=scalars)
+        if self._gate_state is not None and self._gate_state.device != x.device:
+            self._gate_state = self._gate_state.to(x.device)
+        latches = self._gate_state is not None and program.latches[number]
+        probe = None
+        if program.columns[number]:
+            probe = torch.zeros(flat.shape[0], program.columns[number], dtype=torch.float32, device=x.device)
+        return now, _Given(flat, tables, now.rows_on(x.device), self._gate_state, probe, latches)
+
+    def _keep(self, number: int, probe: Tensor | None, now: _Pass) -> None:
+        if probe is not None and not _in_backward():
+            self._history.setdefault(number, []).append(probe.view(now.batch, now.length, -1))
 
     @property
     def projections(self) -> dict[tuple[HookPoint, int], Tensor]:
@@ -441,6 +532,22 @@ class Steering:
     def clear_projections(self) -> None:
         """Forget what probes have seen."""
         self._history.clear()
+
+
+class _Given(NamedTuple):
+    """The arguments of an op at a site, and whether latched gates are decided there."""
+
+    flat: Tensor
+    tables: Tables
+    rows: Rows
+    state: Tensor | None
+    probe: Tensor | None
+    latches: bool
+
+    @property
+    def latched(self) -> Tensor:
+        assert self.state is not None
+        return self.state
 
 
 class _Pass:
@@ -488,6 +595,14 @@ def _running_layer(number: int) -> int:
 def _in_backward() -> bool:
     """Whether this runs inside a backward pass: a checkpointed layer, again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _checked_path(path: str | None) -> Path:
+    source = "path" if path else "FASTSTEER_PATH"
+    wanted = path or os.environ.get("FASTSTEER_PATH", "auto")
+    if wanted not in ("auto", "fused", "hooks"):
+        raise ValueError(f"{source} is {wanted!r}: expected auto, fused or hooks")
+    return wanted  # type: ignore[return-value]
 
 
 def _as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:

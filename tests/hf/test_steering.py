@@ -715,8 +715,11 @@ class TestContexts:
         assert "generate" not in base.__dict__
 
     def test_what_it_says_of_itself(self, model):
-        steering = fs.steer(model, self.add)
-        assert (steering.path, steering.backend) == ("hooks", "cpu")
+        with fs.backend("auto"):
+            steering = fs.steer(model, self.add, path="hooks")
+            assert (steering.path, steering.backend, steering.why) == ("hooks", "cpu", "path='hooks' was chosen")
+            steering = fs.steer(model, self.add, path="fused")
+            assert (steering.path, steering.backend, steering.why) == ("fused", "cpu", "")
         with fs.backend("reference"):
             assert steering.backend == "reference"
 

@@ -1,0 +1,276 @@
+"""Fused layers: residual add, steering and the next RMSNorm in one op.
+
+A decoder layer computes `mid = x + attention(norm(x))`, `output = mid + mlp(norm(mid))`. Each of the two sums, the
+steering of what it gives and the norm that reads it next become one op (`add_steer_rmsnorm`): two ops a layer, the
+second of which makes the next layer's input normed. Everything else stays the model's own: a layer still takes and
+returns one tensor, modules are called as modules, with their hooks; only `forward` of the layers and of the norms is
+replaced, on the instances, while patched.
+
+The normed tensor goes from the op to the norm that would have computed it beside the model: a norm that is called with
+the very tensor that the op returned hands it out, and computes anything else itself. So whatever comes between (a hook
+that returns another tensor, another device) costs the fusion and nothing else.
+
+No table of architectures: the modules are known by the names that transformers gives them everywhere, a norm by what
+it computes, and the whole by a forward pass that must come out the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.hf.hook_points import HookPoints, first_output, quiet, run_four_tokens
+from faststeer.ops import reference
+from faststeer.plan import site
+
+_known: weakref.WeakKeyDictionary[nn.Module, Fusion | str] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """How an RMSNorm computes: the arguments of `add_steer_rmsnorm` besides the weight."""
+
+    eps: float
+    weight_offset: float
+    fp32_weight: bool
+
+
+# (site, branch, residual, norm) -> (hidden, normed): residual + branch, steered at the site, and what the norm, given
+# by its weight and form, makes of it; None where there is no norm to compute.
+Add = Callable[[int, Tensor, Tensor, tuple[Tensor, NormForm] | None], tuple[Tensor, Tensor | None]]
+
+
+class CannotFuse(Exception):
+    """Why a model's layers cannot be fused."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The modules of a layer, by name: `after_*` stand between a branch and its sum."""
+
+    input_norm: str | None
+    after_attention: tuple[str, ...]
+    mid_norm: str | None
+    after_mlp: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a model's layers are fused: found once per model."""
+
+    shapes: tuple[_Shape, ...]
+    forms: Mapping[str, NormForm]  # of each norm, by its path in the model
+    final_norm: str | None
+
+
+def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
+    """How to fuse a model's layers, or why that cannot be done. Two forward passes over four tokens the first time."""
+    if model not in _known:
+        with quiet(model):
+            try:
+                _known[model] = _find(model, points)
+            except CannotFuse as reason:
+                _known[model] = str(reason)
+    return _known[model]
+
+
+class Patch:
+    """Fused layers, until removed. Like a hook's handle."""
+
+    def __init__(self, model: nn.Module, points: HookPoints, fusion: Fusion, add: Add) -> None:
+        self._patched: list[tuple[nn.Module, Callable[..., Any]]] = []
+        layers = [points.layer(model, i) for i in range(points.n_layers)]
+        final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
+        norms = {path: model.get_submodule(path) for path in fusion.forms}
+        forms = {norms[path]: form for path, form in fusion.forms.items()}
+        handover = _Handover()
+        for norm in norms.values():
+            self._replace(norm, _norm_forward(norm, handover))
+        for i, (layer, shape) in enumerate(zip(layers, fusion.shapes, strict=True)):
+            after = layers[i + 1] if i + 1 < len(layers) else None
+            name = fusion.shapes[i + 1].input_norm if after is not None else None
+            following = final if after is None else after.get_submodule(name) if name else None
+            self._replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        forward.faststeer_fused = True  # type: ignore[attr-defined]
+        module.forward = types.MethodType(forward, module)
+        self._patched.append((module, forward))
+
+    def remove(self) -> None:
+        for module, forward in self._patched:
+            if getattr(module.__dict__.get("forward"), "__func__", None) is forward:
+                del module.forward
+
+
+class _Handover:
+    """A tensor and what the norm that reads it next will make of it. Empty between passes."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.normed: Tensor | None = None
+
+    def put(self, hidden: Tensor, normed: Tensor | None) -> None:
+        if normed is not None:
+            self.hidden, self.normed = hidden, normed
+
+    def take(self, hidden: Tensor) -> Tensor | None:
+        given, normed = self.hidden, self.normed
+        self.hidden = self.normed = None
+        return normed if given is hidden else None
+
+
+def _norm_forward(norm: nn.Module, handover: _Handover) -> Callable[..., Tensor]:
+    own = type(norm).forward
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        normed = handover.take(x)
+        return own(self, x) if normed is None else normed
+
+    return forward
+
+
+def _layer_forward(
+    layer: nn.Module,
+    index: int,
+    shape: _Shape,
+    after: nn.Module | None,
+    following: nn.Module | None,
+    forms: Mapping[nn.Module, NormForm],
+    handover: _Handover,
+    add: Add,
+) -> Callable[..., Tensor]:
+    """The layer's `forward`, fused. `following`: the norm that reads the layer's output, `after`: the layer of it."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and hidden_states
+    mid_site, end_site = site("resid_mid", index), site("resid_post", index)
+
+    def sum_into(number: int, branch: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
+        fits = norm is not None and norm.weight.device == branch.device and not norm._forward_pre_hooks
+        hidden, normed = add(number, branch, residual, (norm.weight, forms[norm]) if fits else None)  # type: ignore
+        handover.put(hidden, normed)
+        return hidden
+
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            raise RuntimeError(
+                "gradient checkpointing was switched on inside steer(...): enter steer(...) after "
+                "gradient_checkpointing_enable()"
+            )
+        if args:
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        x = hidden_states
+        branch = x if shape.input_norm is None else getattr(self, shape.input_norm)(x)
+        branch = first_output(self.self_attn(hidden_states=branch, **kwargs))  # type: ignore[operator]
+        for name in shape.after_attention:
+            branch = getattr(self, name)(branch)
+        mid_norm = None if shape.mid_norm is None else getattr(self, shape.mid_norm)
+        x = sum_into(mid_site, branch, x, mid_norm)
+        branch = first_output(self.mlp(x if mid_norm is None else mid_norm(x)))  # type: ignore[operator]
+        for name in shape.after_mlp:
+            branch = getattr(self, name)(branch)
+        # Who is shown the layer's output may write to it: then the next norm must look at it again.
+        shown = _may_write(self._forward_hooks) or (after is not None and _may_write(after._forward_pre_hooks))
+        return sum_into(end_site, branch, x, None if shown else following)
+
+    return forward
+
+
+def _may_write(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    """transformers' own hooks, which collect hidden states, only look."""
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values())
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+def _find(model: nn.Module, points: HookPoints) -> Fusion:
+    layers = [points.layer(model, i) for i in range(points.n_layers)]
+    shapes = tuple(_shape(layer) for layer in layers)
+    for layer in layers:
+        if "forward" in layer.__dict__:
+            raise CannotFuse("a layer's forward is replaced already (accelerate does so where it moves weights)")
+    forms = {}
+    for i, shape in enumerate(shapes):
+        for name in (shape.input_norm, shape.mid_norm):
+            if name is not None:
+                path = f"{points.layers}.{i}.{name}"
+                forms[path] = _form(model.get_submodule(path), path)
+    final = f"{points.layers.rpartition('.')[0]}.norm".lstrip(".")
+    try:
+        forms[final] = _form(model.get_submodule(final), final)
+    except (AttributeError, CannotFuse):
+        final = ""
+    fusion = Fusion(shapes, forms, final or None)
+    _confirm(model, points, fusion)
+    return fusion
+
+
+def _shape(layer: nn.Module) -> _Shape:
+    """The layer's modules, by the names that they have throughout transformers."""
+    has = {name for name, _ in layer.named_children()}
+    if not {"self_attn", "mlp", "post_attention_layernorm"} <= has:
+        raise CannotFuse(f"{type(layer).__name__} is not made of self_attn, mlp and norms before or after them")
+    pre, sandwich = "input_layernorm" in has, "pre_feedforward_layernorm" in has
+    after_attention = [] if pre and not sandwich else ["post_attention_layernorm"]
+    return _Shape(
+        input_norm="input_layernorm" if pre else None,
+        after_attention=(*after_attention, *sorted(has & {"resid_attn_dropout"})),
+        mid_norm="pre_feedforward_layernorm" if sandwich else "post_attention_layernorm" if pre else None,
+        after_mlp=(*sorted(has & {"post_feedforward_layernorm"}), *sorted(has & {"resid_mlp_dropout"})),
+    )
+
+
+def _form(norm: nn.Module, path: str) -> NormForm:
+    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on a copy with another weight (at its
+    first value two of them are the same)."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = getattr(norm, "weight", None)
+    if "forward" in norm.__dict__ or not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.is_meta:
+        raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
+    trial = copy.deepcopy(norm)
+    trial._forward_hooks.clear()
+    trial._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
+        x = (3 * torch.randn(7, weight.shape[-1], generator=generator)).to(weight)
+        expected = trial(x)
+        for form in (NormForm(eps, 0.0, False), NormForm(eps, 1.0, True), NormForm(eps, 0.0, True)):
+            found = reference.rmsnorm(x, trial.weight, eps, form.weight_offset, form.fp32_weight)  # type: ignore
+            if torch.equal(found, expected):
+                return form
+    raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
+
+
+def _add_unsteered(
+    number: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
+) -> tuple[Tensor, Tensor | None]:
+    hidden = residual + branch
+    if norm is None:
+        return hidden, None
+    weight, form = norm
+    return hidden, reference.rmsnorm(hidden, weight, form.eps, form.weight_offset, form.fp32_weight)
+
+
+def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
+    """Fused and unfused must give the same bits."""
+    outputs = []
+    for fused in (False, True):
+        patch = Patch(model, points, fusion, _add_unsteered) if fused else None
+        try:
+            outputs.append(run_four_tokens(model))
+        except Exception as error:
+            raise CannotFuse(f"{type(error).__name__} in fused layers: {error}") from error
+        finally:
+            if patch is not None:
+                patch.remove()
+    if not torch.equal(*outputs):
+        raise CannotFuse(f"{type(points.layer(model, 0)).__name__} computes something else than its modules' names say")
