@@ -38,6 +38,11 @@ bench-cpu: $(VENV)/.ready-dev build
 	$(BIN)/python -m pytest benchmarks/kernels/test_cpu.py -p no:xdist -o addopts= -q --benchmark-json=out/bench-cpu.json
 	$(BIN)/python benchmarks/kernels/collect_cpu.py out/bench-cpu.json
 
+# On a machine with a GPU: build, test, check and measure in one call under 10 minutes, with the PyTorch that is there.
+# Without a GPU, a dry run of all but the device.
+gpu:
+	$(PYTHON) benchmarks/kernels/run_gpu.py --out $(OUT)
+
 $(VENV)/.ready: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"

@@ -20,4 +20,4 @@ hypothesis.settings.register_profile("full", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("FASTSTEER_TEST_PROFILE", "default"))
 
 # The compiled and Triton back ends are not wired in yet (docs/kernels.md): their tests come with them.
-collect_ignore = ["cuda", "kernels", "gpu"]
+collect_ignore = ["kernels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,29 +10,58 @@ import torch
 from torch import Tensor
 
 from faststeer.intervention import Ablate, Add, Clamp, Rotate
-from faststeer.ops import Rows, Tables
+from faststeer.ops import Field, Rows, Tables
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
 
 STEERINGS = ("none", "add", "ablate", "mixed4")
+COEFFICIENT, MIXED_COEFFICIENT, DEGREES = 1.0, 0.5, 30.0
 
 
-def plan(steering: str, hidden: int, generator: torch.Generator) -> Plan:
+def directions(hidden: int, seed: int) -> Tensor:
+    return torch.randn(8, hidden, generator=torch.Generator().manual_seed(seed))
+
+
+def plan(steering: str, hidden: int, seed: int = 0) -> Plan:
     """A plan at the first site: nothing, one addition, one ablation, or four different interventions."""
-    directions = iter(torch.randn(8, hidden, generator=generator))
+    d = directions(hidden, seed)
     here = {"layers": 0, "at": "resid_pre"}
     interventions = {
         "none": lambda: [],
-        "add": lambda: [Add(next(directions), 1.0, **here)],
-        "ablate": lambda: [Ablate(next(directions), **here)],
+        "add": lambda: [Add(d[0], COEFFICIENT, **here)],
+        "ablate": lambda: [Ablate(d[0], **here)],
         "mixed4": lambda: [
-            Add(next(directions), 0.5, **here),
-            Ablate(next(directions), **here),
-            Clamp(next(directions), low=0.0, **here),
-            Rotate(next(directions), next(directions), 30.0, relative=True, **here),
+            Add(d[0], MIXED_COEFFICIENT, **here),
+            Ablate(d[1], **here),
+            Clamp(d[2], low=0.0, **here),
+            Rotate(d[3], d[4], DEGREES, relative=True, **here),
         ],
     }
     return Plan(interventions[steering]())
+
+
+def tables(steering: str, hidden: int, device: str, n_plans: int = 1, seed: int = 0) -> Tables:
+    """Tables with `n_plans` plans in as many slots. Plan p has plan 0's vectors, turned by p columns: as good as its
+    own for the kernels, and made in no time."""
+    one = plan(steering, hidden, seed)
+    program = Program(1, hidden, Capacity.of([one], 1, hidden), device)
+    slot = program.load_all([one])[0]
+    first, count = program.ranges[0, slot].tolist()
+    fields, scalars = program.fields[first : first + count], program.scalars[first : first + count]
+    n_vectors = int((fields[:, Field.VECTOR] + fields[:, Field.COUNT]).max()) if count else 1
+    turned = (torch.arange(hidden, device=device) + torch.arange(n_plans, device=device).unsqueeze(1)) % hidden
+    bank = program.bank[:n_vectors, turned].transpose(0, 1).reshape(n_plans * n_vectors, hidden).contiguous()
+    fields = fields.repeat(n_plans, 1, 1)
+    fields[:, :, Field.VECTOR] += n_vectors * torch.arange(n_plans, dtype=torch.int32, device=device).unsqueeze(1)
+    starts = count * torch.arange(n_plans, dtype=torch.int32, device=device)
+    ranges = torch.stack([starts, torch.full_like(starts, count)], dim=1)
+    return Tables(bank, fields.flatten(0, 1), scalars.repeat(n_plans, 1), ranges, program.depth[0], program.width[0])
+
+
+def rows_of(rows: int, n_plans: int, device: str) -> Rows:
+    """Row r runs plan r modulo `n_plans`."""
+    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
+    return Rows((torch.arange(rows, device=device) % n_plans).int(), zeros, zeros.clone())
 
 
 @dataclass
@@ -43,7 +73,6 @@ class Case:
     weight: Tensor
     tables: Tables
     rows: Rows
-    plans: list[Plan]
 
 
 def case(
@@ -51,22 +80,33 @@ def case(
 ) -> Case:
     """`rows` rows of which row r runs plan r modulo `n_plans`."""
     generator = torch.Generator().manual_seed(seed)
-    plans = [plan(steering, hidden, generator) for _ in range(n_plans)]
-    program = Program(1, hidden, Capacity.of(plans, 1, hidden), device)
-    slots = program.load_all(plans)
-    slot = torch.tensor(slots, dtype=torch.int32, device=device)[torch.arange(rows, device=device) % n_plans]
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
     x, residual = (torch.randn(rows, hidden, generator=generator).to(device, dtype) for _ in range(2))
     weight = torch.randn(hidden, generator=generator).to(device, dtype)
-    return Case(x, residual, weight, program.tables(0), Rows(slot.contiguous(), zeros, zeros), plans)
+    return Case(x, residual, weight, tables(steering, hidden, device, n_plans, seed), rows_of(rows, n_plans, device))
 
 
 def eager_hook(
     steering: str, hidden: int, dtype: torch.dtype, device: str, seed: int = 0
 ) -> Callable[[Tensor], Tensor]:
-    """The hook that people write: the first intervention of `plan`, in the tensor's dtype."""
-    direction = torch.randn(8, hidden, generator=torch.Generator().manual_seed(seed))[0].to(device, dtype)
+    """The hook that people write for `plan(steering, ...)`, in the tensor's dtype."""
+    d = directions(hidden, seed).to(device, dtype)
+    if steering == "none":
+        return lambda x: x
     if steering == "add":
-        return lambda x: x + 1.0 * direction
-    unit = direction / direction.norm()
-    return lambda x: x - (x @ unit).unsqueeze(-1) * unit
+        return lambda x: x + COEFFICIENT * d[0]
+    unit = d / d.norm(dim=1, keepdim=True)
+    if steering == "ablate":
+        return lambda x: x - (x @ unit[0]).unsqueeze(-1) * unit[0]
+    other = d[4] - (d[4] @ unit[3]) * unit[3]
+    first, second = unit[3], other / other.norm()
+    cos, sin = math.cos(math.radians(DEGREES)), math.sin(math.radians(DEGREES))
+
+    def mixed4(x: Tensor) -> Tensor:
+        x = x + MIXED_COEFFICIENT * d[0]
+        x = x - (x @ unit[1]).unsqueeze(-1) * unit[1]
+        p = (x @ unit[2]).unsqueeze(-1)
+        x = x + (p.clamp(min=0) - p) * unit[2]
+        p1, p2 = (x @ first).unsqueeze(-1), (x @ second).unsqueeze(-1)
+        return x + ((p1 * cos - p2 * sin) - p1) * first + ((p1 * sin + p2 * cos) - p2) * second
+
+    return mixed4

@@ -22,14 +22,11 @@ template <typename T>
 __global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_constant__ LatchArguments arguments) {
   RowGroup group{threadIdx.x, LATCH_THREADS, *reinterpret_cast<Partials*>(shared_memory)};
   const Tables& tables = arguments.tables;
-  const int64_t first_row = int64_t{blockIdx.x} * LATCH_ROWS;
-  const int64_t mine = first_row + threadIdx.x % WARP;
+  const int32_t first_row = static_cast<int32_t>(blockIdx.x) * LATCH_ROWS;
+  const int32_t mine = first_row + static_cast<int32_t>(threadIdx.x % WARP);
   unsigned left = __ballot_sync(0xffffffffu, mine < arguments.rows && tables.row_position[mine] == -1);
   for (; left != 0; left &= left - 1) {
-    const int64_t row = first_row + __ffs(left) - 1;
-    const T* x = static_cast<const T*>(arguments.x) + row * arguments.x_stride;
-    const T* residual = static_cast<const T*>(arguments.residual);
-    if (residual != nullptr) residual += row * arguments.residual_stride;
+    const int32_t row = first_row + __ffs(static_cast<int>(left)) - 1;
     const Range range = entries_of(tables, row);
     for (int64_t i = range.first; i < range.end; ++i) {
       Entry entry;
@@ -41,6 +38,9 @@ __global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_const
         continue;
       }
       const float* d = tables.bank + int64_t{entry.gate_vector} * arguments.hidden_size;
+      const T* x = static_cast<const T*>(arguments.x) + row * arguments.x_stride;
+      const T* residual = static_cast<const T*>(arguments.residual);
+      if (residual != nullptr) residual += row * arguments.residual_stride;
       float sums[2] = {0.0f, 0.0f};  // h . d, |h|^2
       for (int column = threadIdx.x; column < arguments.hidden_size; column += LATCH_THREADS) {
         float h = to_float(x[column]);

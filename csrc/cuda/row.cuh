@@ -40,12 +40,11 @@ struct Row {
 
   const RowArguments& arguments;
   RowGroup group;
-  float* stash;  // the group's
   int32_t row, entry = 0;
   float h[COLUMNS];
 
-  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup group, float* stash, int32_t row)
-      : arguments(arguments), group(group), stash(stash), row(row) {}
+  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup group, int32_t row)
+      : arguments(arguments), group(group), row(row) {}
 
   // The group's threads take vectors in turn, so that a warp's accesses are contiguous. Counted anew wherever it is
   // asked for: columns and their predicates that stay in registers through the entries are registers that the row
@@ -94,6 +93,17 @@ struct Row {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
         if (column.has(v)) prefetch(static_cast<const T*>(arguments.weight) + column[v]);
+    }
+  }
+
+  // Ask for the vector that `keep` will read.
+  __device__ __forceinline__ void prefetch_vector(const Request& r) const {
+    if constexpr (ELEMENTS > 1) {
+      const float* from = bank(r.vector);
+      const Columns column = columns();
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        if (r.live() && column.has(v)) prefetch(from + column[v]);
     }
   }
 
@@ -202,7 +212,9 @@ struct Row {
   // The stash: one more number per column, in shared memory, each thread's own: no barrier. Few entries need it, so it
   // is not unrolled where it need not be, for the sake of the registers.
   __device__ __forceinline__ float4& stashed(int i) const {
-    return *reinterpret_cast<float4*>(stash + opaque(group.thread) * STASH + i);
+    float* const stash = reinterpret_cast<float*>(shared_memory) + sizeof(Partials) / sizeof(float);
+    const unsigned thread = opaque(threadIdx.y) * group.threads + opaque(group.thread);
+    return *reinterpret_cast<float4*>(stash + thread * STASH + i);
   }
 
   __device__ __forceinline__ void clear_stash() const {
@@ -350,6 +362,24 @@ struct Row {
     }
   }
 
+  // The same for the scalar path, which has no registers for rows to wait in: from memory, a few columns at a time, so
+  // that not every column's address is computed ahead.
+  template <bool ADD_RESIDUAL>
+  __device__ __forceinline__ void begin_late() {
+    const T* x = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
+    const T* residual = static_cast<const T*>(arguments.residual) + int64_t{row} * arguments.residual_stride;
+#pragma unroll
+    for (int first = 0; first < COLUMNS; first += FEWEST_COLUMNS) {
+      const Columns column = columns();
+#pragma unroll
+      for (int v = first; v < first + FEWEST_COLUMNS; ++v) {
+        h[v] = column.has(v) ? to_float(x[column[v]]) : 0.0f;
+        if (ADD_RESIDUAL && column.has(v)) h[v] = to_float(round_to<T>(h[v] + to_float(residual[column[v]])));
+      }
+      loads_stay_behind();
+    }
+  }
+
   // The weight's numbers from column j on, where it is not of the row's type.
   __device__ __forceinline__ void convert_weight(int j, float (&w)[ELEMENTS]) const {
 #pragma unroll
@@ -389,9 +419,11 @@ struct Row {
     const bool same = arguments.weight_dtype == dtype_of<T>();
     const T* from = static_cast<const T*>(arguments.weight);
     Raw weight[VECTORS];
+    if constexpr (ELEMENTS > 1) {
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v)
-      if (same && column.has(v)) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+      for (int v = 0; v < VECTORS; ++v)
+        if (same && column.has(v)) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+    }
     float squares[1] = {square()};
     group.sum(squares);
     const float scale = rsqrtf(squares[0] / static_cast<float>(arguments.hidden_size) + arguments.eps);
@@ -400,6 +432,10 @@ struct Row {
     for (int v = 0; v < VECTORS; ++v) {
       if (!column.has(v)) continue;
       float w[ELEMENTS], n[ELEMENTS];
+      if constexpr (ELEMENTS == 1) {
+        if (v % FEWEST_COLUMNS == 0) loads_stay_behind();
+        if (same) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+      }
       if (same) unpack(weight[v], w);
       else convert_weight(column[v], w);
 #pragma unroll
@@ -412,6 +448,14 @@ struct Row {
   }
 };
 
+// Where a row's entries end, and whether one of them has acted: one register for both.
+struct Last {
+  uint32_t bits;
+  __device__ __forceinline__ int32_t end() const { return static_cast<int32_t>(bits & 0x7fffffffu); }
+  __device__ __forceinline__ void touch() { bits |= 0x80000000u; }
+  __device__ __forceinline__ bool touched() const { return bits >> 31 != 0; }
+};
+
 template <typename T, int ELEMENTS, int VECTORS, RowOp OP>
 __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
   using R = Row<T, ELEMENTS, VECTORS>;
@@ -419,8 +463,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   const int32_t index = static_cast<int32_t>(blockIdx.x * blockDim.y + threadIdx.y);
   if (index >= arguments.rows) return;
   const RowGroup group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
-  float* const stash = reinterpret_cast<float*>(shared_memory) + sizeof(Partials) / sizeof(float);
-  R row(arguments, group, stash + threadIdx.y * blockDim.x * R::STASH, index);
+  R row(arguments, group, index);
   const Tables& tables = arguments.tables;
 
   // 1. Loads. The scalar path has one register per element and none to wait in: it loads when it converts.
@@ -435,8 +478,9 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     for (int c = threadIdx.x % WARP; c < arguments.probe_columns; c += WARP) row.probe(c, 0.0f);
   }
   const Range range = entries_of(tables, index);
-  const int32_t first = static_cast<int32_t>(range.first), end = static_cast<int32_t>(range.end);
-  const bool steered = first < end;
+  const int32_t first = static_cast<int32_t>(range.first);
+  const bool steered = range.first < range.end;
+  Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
   if constexpr (OP == RowOp::STEER_IN_PLACE) {
     if (!steered) return;
     if constexpr (EARLY) fetch();  // only now: most rows of most batches have nothing to do
@@ -452,28 +496,36 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   Request request;
   float q[R::KEPT];
   const auto read = [&] {
-    request = read_request<ALIGNED>(tables, row.entry, row.entry + 1 < end, index, arguments.probe_columns);
-    row.keep(request, q);
+    const bool more = row.entry + 1 < last.end();
+    request = read_request<ALIGNED>(tables, row.entry, more, index, arguments.probe_columns);
   };
+  // Beside two fp32 rows there are no registers for the vector to wait in.
+  constexpr bool WAITS = EARLY && (ADDS ? 2 : 1) * sizeof(x) + sizeof(q) <= 64 * sizeof(float);
   row.entry = first;
-  if (steered) read();
+  if (steered) {
+    read();
+    if constexpr (WAITS) row.keep(request, q);
+    else row.prefetch_vector(request);
+  }
 
   // 2. The row in fp32.
-  if constexpr (!EARLY) fetch();
-  row.template begin<ADDS>(x, residual);
+  if constexpr (EARLY) row.template begin<ADDS>(x, residual);
+  else row.template begin_late<ADDS>();
 
   // 3. The entries.
-  bool touched = false;
   if (steered) {
+    if constexpr (!WAITS) row.keep(request, q);
 #pragma unroll 1
     for (;;) {
-      if (request.live() && row.act(request, q)) touched = true;
-      if (++row.entry >= end) break;
+      if (request.live() && row.act(request, q)) last.touch();
+      if (++row.entry >= last.end()) break;
       read();
+      row.keep(request, q);
     }
   }
 
   // 4. and 5.
+  const bool touched = last.touched();
   if (!touched && OP == RowOp::STEER_IN_PLACE) return;
   if (!touched && OP == RowOp::STEER) {
     row.copy();  // rounding would keep every number, but not the bits of a NaN

@@ -132,6 +132,13 @@ __device__ __forceinline__ const float* opaque(const float* x) {
   return x;
 }
 
+// No load that follows is moved ahead of this, where it would need a register for longer.
+__device__ __forceinline__ void loads_stay_behind() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 // N fp32 numbers of a bank row, 16 bytes at a time where N allows, or zeros. The address is computed in either case: a
 // predicated load needs no branch, but a predicated address looks to the compiler as if it lived before, which costs
 // the row its registers.

@@ -1,9 +1,9 @@
 """Builds the emulator (host_emulation/) and calls the CUDA launchers through it on CPU tensors.
 
 The very sources in csrc/cuda are compiled by g++ against a small stand-in for CUDA's headers, and
-host_emulation/emulator.cpp runs a block's threads as fibers. So the kernels' logic is exercised without a GPU: partition
-of the columns, reductions, barriers, entry loop, conversions, launch configurations. Not the device's own behaviour:
-speed, memory order, what ptxas makes of it.
+host_emulation/emulator.cpp runs a block's threads as fibers. So the kernels' logic is exercised without a GPU:
+partition of the columns, reductions, barriers, entry loop, conversions, launch configurations. Not the device's own
+behaviour: speed, memory order, what ptxas makes of it.
 """
 
 from __future__ import annotations

@@ -5,144 +5,30 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
+from pathlib import Path
 
 import emulation
 import pytest
 import torch
 from emulation import Emulated
+from random_tables import COLUMNS, DTYPES, HIDDEN, VECTORS, Case, bits, check_all, check_close
 from torch import Tensor
 
+from faststeer import ops
 from faststeer.ops import reference
-from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
+from faststeer.ops.tables import Field, Kind, Rows, Scalar, Tables
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
+import backend_cases
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no g++ that knows _Float16 (12 or later)")
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HIDDEN = (64, 111, 896, 2048, 3584, 4096, 8192, 16384)
 FEW, MANY = 132, 1  # multiprocessors: with 132 a handful of rows is few, with 1 it is many
-COLUMNS, VECTORS, GATES = 5, 44, 3
-ACTING = [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.ROTATE, Kind.ROTATE_RELATIVE]
 
 
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
-
-
-class Case:
-    """Random rows and tables. The bank is of unit vectors, the entries of every kind, gate, window and count."""
-
-    def __init__(self, hidden: int, dtype: torch.dtype, rows: int, seed: int, *, unaligned: bool = False) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.x, self.residual = (self._rows(rows, hidden, dtype, unaligned) for _ in range(2))
-        self.weight = self.randn(hidden).to(dtype)
-        bank = torch.nn.functional.normalize(self.randn(VECTORS, hidden), dim=1)
-        slots, entries = 4, 14
-        fields, scalars = zip(*(self._entry(i) for i in range(entries)), strict=True)
-        first = [0, 3, 4, 8]
-        ranges = [[at, n] for at, n in zip(first, (3, 1, 4, 6), strict=True)]
-        depth, width = 6, max(f[Field.COUNT] for f in fields)
-        self.tables = Tables(
-            bank, torch.tensor(fields, dtype=torch.int32), torch.tensor(scalars),
-            torch.tensor(ranges, dtype=torch.int32), depth, width,
-        )  # fmt: skip
-        number = torch.arange(rows)
-        slot = torch.where(number % 6 == 5, -1, number % slots).int()
-        self.rows = Rows(slot, (number % 5 - 3).int(), (rows - 1 - number).int())
-        self.gate_state = torch.rand(GATES, rows, generator=self.generator) < 0.5
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def pick(self, *choices: object) -> object:
-        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
-
-    def copy(self) -> Tensor:
-        """x in memory of its own, laid out like it."""
-        x = self.x
-        flat = torch.empty(x.untyped_storage().size() // x.element_size(), dtype=x.dtype)
-        return flat.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
-
-    def _rows(self, rows: int, hidden: int, dtype: torch.dtype, unaligned: bool) -> Tensor:
-        """Rows at a distance; unaligned ones start one element after a 16-byte boundary."""
-        stride = hidden + (3 if unaligned else 16)
-        return self.randn(rows * stride + 1).to(dtype).as_strided((rows, hidden), (stride, 1), int(unaligned))
-
-    def _entry(self, i: int) -> tuple[list[int], list[float]]:
-        kind = ACTING[i % len(ACTING)] if i < 10 else self.pick(*Kind)
-        count = {Kind.ADD: 1, Kind.CLAMP: 1, Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2}.get(kind)
-        if count is None:
-            count = self.pick(1, 1, 2, 3, 5, 16, 17, 35)
-        row = [0] * 12
-        row[Field.KIND], row[Field.COUNT] = int(kind), count
-        row[Field.VECTOR] = int(torch.randint(VECTORS - count + 1, (), generator=self.generator))
-        row[Field.POSITION_LOW], row[Field.POSITION_HIGH] = self.pick((-(2**31), 2**31 - 1), (-2, 2), (0, 1))
-        row[Field.GATE_MODE] = self.pick(*(int(GateMode.NONE),) * 4, 1, -1, 2, -2, int(GateMode.LATCHED))
-        row[Field.GATE_VECTOR] = int(torch.randint(VECTORS, (), generator=self.generator))
-        row[Field.GATE_STATE] = self.pick(*range(GATES))
-        row[Field.KEEP_NORM] = self.pick(0, 0, 1)
-        row[Field.PROBE] = self.pick(-1, -1, *range(COLUMNS))
-        a, b = {
-            Kind.ADD: (self.pick(1.5, -2.0, 0.0), 0.0),
-            Kind.ABLATE: (self.pick(1.0, 2.0, 0.3), 0.0),
-            Kind.CLAMP: (-0.25, self.pick(0.5, float("inf"))),
-            Kind.ROTATE: (0.6, -0.8),
-            Kind.ROTATE_RELATIVE: (0.6, 0.8),
-        }.get(kind, (0.0, 0.0))
-        return row, [a, b, float(self.randn(())) * 0.1, 0.0]
-
-
-def check_close(found: Tensor, exact: Tensor, plain: Tensor, size: Tensor, what: str) -> None:
-    """|found - fp64| <= 2 |plain PyTorch - fp64| + one rounding of the row's largest element + what fp32 sums of a row
-    of this size may lose."""
-    ours, theirs = ((t.double() - exact).abs().amax(1) for t in (found, plain))
-    floor = torch.finfo(found.dtype).eps * exact.abs().amax(1) + 8 * torch.finfo(torch.float32).eps * size
-    assert not found.isnan().any(), f"{what}: NaN"
-    assert (ours <= 2 * theirs + floor).all(), (
-        f"{what}: {ours.tolist()}, PyTorch {theirs.tolist()}, floor {floor.tolist()}"
-    )
-
-
-def check_all(case: Case, sm_count: int) -> None:
-    """Every row operator against the reference in fp64 and in the rows' dtype, and against each other."""
-    op = Emulated(case.tables, case.rows, case.gate_state, sm_count)
-    x, residual, n = case.x, case.residual, case.x.shape[0]
-    arguments = case.tables, case.rows, case.gate_state
-
-    def expected(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        exact_probe = torch.zeros(n, COLUMNS, dtype=torch.float64)
-        exact = reference.steer(s.double(), *arguments, exact_probe)
-        return exact, reference.steer(s, *arguments), exact_probe
-
-    def check(found: Tensor, probe: Tensor, s: Tensor, what: str) -> None:
-        exact, plain, exact_probe = expected(s)
-        size = s.double().norm(dim=1)
-        check_close(found, exact, plain, size, what)
-        assert ((probe - exact_probe).abs() <= 1e-5 * size.unsqueeze(1)).all(), f"{what}: probe"
-        same = (plain == s).all(1)
-        assert torch.equal(bits(found[same]), bits(s[same])), f"{what}: a row that nothing acts on changed"
-
-    found, probe = op.steer(x, COLUMNS)
-    check(found, probe, x, "steer")
-    written = (
-        x.clone() if x.is_contiguous() else x.as_strided(x.shape, x.stride()).clone(memory_format=torch.preserve_format)
-    )
-    seen = torch.zeros(n, COLUMNS)
-    op.steer_(written, seen)
-    assert torch.equal(bits(written), bits(found)) and torch.equal(seen, probe), "steer_ differs from steer"
-
-    added, probe = op.add_steer(x, residual, COLUMNS)
-    check(added, probe, x + residual, "add_steer")
-    other = torch.float32 if x.dtype != torch.float32 else torch.bfloat16
-    for weight, norm in (
-        (case.weight, (1e-6, 0.0, False)),
-        (case.weight, (1e-6, 1.0, True)),
-        (case.weight.to(other), (1e-5, 0.0, False)),
-    ):
-        normed, hidden, again = op.add_steer_rmsnorm(x, residual, weight, norm, COLUMNS)
-        assert torch.equal(bits(hidden), bits(added)) and torch.equal(again, probe), "not what add_steer gives"
-        exact = reference.rmsnorm(hidden.double(), weight.double(), *norm)
-        plain = reference.rmsnorm(hidden, weight, *norm)
-        check_close(normed, exact, plain, exact.abs().amax(1), f"rmsnorm {norm}")
+def emulated(case: Case, sm_count: int) -> Emulated:
+    return Emulated(case.tables, case.rows, case.gate_state, sm_count)
 
 
 def test_every_launch_configuration_covers_its_row():
@@ -182,7 +68,7 @@ def _grid():
 @pytest.mark.parametrize(("hidden", "dtype", "sm_count", "unaligned"), list(_grid()))
 def test_agrees_with_the_reference(hidden, dtype, sm_count, unaligned):
     case = Case(hidden, DTYPES[dtype], rows=9, seed=hidden, unaligned=unaligned)
-    check_all(case, sm_count)
+    check_all(case, emulated(case, sm_count))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -190,7 +76,49 @@ def test_random_entries(seed):
     """Other entries than the grid's, on small rows, which are quick."""
     for dtype in DTYPES.values():
         for hidden, sm_count in ((40, FEW), (300, MANY), (333, FEW), (1000, FEW)):
-            check_all(Case(hidden, dtype, rows=13, seed=seed, unaligned=seed % 3 == 2), sm_count)
+            case = Case(hidden, dtype, rows=13, seed=seed, unaligned=seed % 3 == 2)
+            check_all(case, emulated(case, sm_count))
+
+
+class Backend:
+    """The functions of faststeer.ops that backend_cases.py calls, run by the emulator."""
+
+    def __init__(self, sm_count: int) -> None:
+        self.sm_count = sm_count
+
+    def _op(self, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Emulated:
+        return Emulated(tables, rows, gate_state, self.sm_count)
+
+    def steer(self, x, tables, rows, gate_state, probe=None, *, backend):
+        hidden, seen = self._op(tables, rows, gate_state).steer(x, 0 if probe is None else probe.shape[1])
+        if probe is not None:
+            probe.copy_(seen)
+        return hidden
+
+    def steer_(self, x, tables, rows, gate_state, probe=None, *, backend):
+        self._op(tables, rows, gate_state).steer_(x, probe)
+
+    def add_steer(self, x, residual, tables, rows, gate_state, *, backend):
+        return self._op(tables, rows, gate_state).add_steer(x, residual, 0)[0]
+
+    def add_steer_rmsnorm(self, x, residual, weight, eps, offset, fp32_weight, tables, rows, gate_state, *, backend):
+        op, norm = self._op(tables, rows, gate_state), (eps, offset, fp32_weight)
+        return op.add_steer_rmsnorm(x, residual, weight, norm, 0)[:2]
+
+
+MIXES = [["Add", "Ablate"], ["Ablate3", "Clamp", "Probe"], list(backend_cases.KINDS[:8]), ["Project", "Add"], []]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "sm_count"), [(64, MANY), (111, FEW), (896, MANY), (2048, FEW)])
+def test_plans_as_for_every_back_end(monkeypatch, hidden, sm_count, dtype):
+    """The cases and the bound that hold the other back ends to the reference (tests/ops/test_backends.py)."""
+    backend = Backend(sm_count)
+    for name in ("steer", "steer_", "add_steer", "add_steer_rmsnorm"):
+        monkeypatch.setattr(ops, name, getattr(backend, name))
+    for kinds, rows in ((MIXES, 7), *(([[kind]], 3) for kind in backend_cases.KINDS)):
+        case = backend_cases.steered(kinds, rows, hidden, DTYPES[dtype], "cpu", seed=rows)
+        backend_cases.check_ops(case, "cuda")
 
 
 def test_no_order_of_the_warps_changes_a_bit():
@@ -274,14 +202,7 @@ def test_latch(dtype, seed):
         expected, found = case.gate_state.clone(), case.gate_state.clone()
         reference.latch(case.x if residual is None else case.x + residual, tables, rows, expected)
         Emulated(tables, rows, None).latch_(case.x, residual, found)
-        # Two entries of a slot may share a gate; the reference opens it if either does, a later one overrules here.
-        gates = fields[:, Field.GATE_STATE]
-        shared = torch.zeros_like(expected)
-        for slot, (first, n) in enumerate(tables.ranges.tolist()):
-            own = [int(gates[i]) for i in range(first, first + n) if fields[i, Field.KIND] == int(Kind.LATCH)]
-            for gate in {g for g in own if own.count(g) > 1}:
-                shared[gate, rows.sequence[rows.slot == slot].long()] = True
-        assert torch.equal(found[~shared], expected[~shared])
+        assert torch.equal(found, expected)
         assert not torch.equal(found, case.gate_state)
 
 
@@ -304,6 +225,9 @@ def test_sparse_add(dtype):
     emulation.sparse_add_(found, *(fenced(t) for t in (indices, values, offsets, vector, coefficient)))
 
 
+PROT_NONE = 0  # of mprotect, which mmap has from Python 3.13 on
+
+
 def fenced(tensor: Tensor) -> Tensor:
     """A copy between memory that must not be touched: reading beyond its end is a crash, reading before its start soon
     is."""
@@ -312,7 +236,7 @@ def fenced(tensor: Tensor) -> Tensor:
     memory = mmap.mmap(-1, room + 2 * mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for edge in (start, start + mmap.PAGESIZE + room):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), mmap.PAGESIZE, mmap.PROT_NONE) == 0
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), mmap.PAGESIZE, PROT_NONE) == 0
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=mmap.PAGESIZE + room - size)
     return copy.view(tensor.shape).copy_(tensor)
 
@@ -342,3 +266,21 @@ def test_wrong_indices_stay_inside_and_agree_with_the_reference(seed, sm_count):
     torch.testing.assert_close(probe.double(), exact_probe, rtol=1e-4, atol=1e-4)
     Emulated(tables, rows, None, sm_count).steer(x, COLUMNS)
     op.latch_(x, None, gate_state)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_range_leads_outside(dtype):
+    """Every pair of hostile numbers, among them those whose sum is no int32."""
+    pairs = [(first, count) for first in HOSTILE for count in (*HOSTILE, -(2**31) + 5, -(2**31) + 1000)]
+    case = Case(64, DTYPES[dtype], rows=len(pairs), seed=9)
+    ranges = torch.tensor(pairs, dtype=torch.int32)
+    fields = fenced(case.tables.fields)
+    tables = case.tables._replace(ranges=fenced(ranges), fields=fields, depth=len(fields))
+    rows = case.rows._replace(slot=torch.arange(len(pairs), dtype=torch.int32))
+    op = Emulated(tables, rows, case.gate_state)
+    exact = reference.steer(case.x.double(), tables, rows, case.gate_state)
+    plain = reference.steer(case.x, tables, rows, case.gate_state)
+    check_close(op.steer(case.x, 0)[0], exact, plain, case.x.double().norm(dim=1), "steer")
+    idle = [i for i, (first, count) in enumerate(pairs) if min(first + count, 14) <= max(first, 0)]
+    assert torch.equal(bits(op.add_steer(case.x, case.residual, 0)[0][idle]), bits((case.x + case.residual)[idle]))
+    op.latch_(case.x, None, case.gate_state)
