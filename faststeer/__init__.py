@@ -8,6 +8,7 @@ one hand-written forward hook. docs/design.md has the semantics.
 """
 
 from faststeer import demo, evaluate, extract, hf
+from faststeer.engine import Completion, Engine
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
 from faststeer.ops import backend
@@ -22,6 +23,8 @@ __all__ = [
     "Add",
     "Capacity",
     "Clamp",
+    "Completion",
+    "Engine",
     "Gate",
     "HookPoints",
     "Intervention",

@@ -68,6 +68,7 @@ class Program:
         self.latches, self.latching = [False] * sites, 0
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
+        self._trained: set[int] = set()  # slots whose plans are being trained
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
 
@@ -121,11 +122,12 @@ class Program:
             compiled[slot] = entries, _Blocks.of(entries, slot)
         first_row = self._allocation.replace({slot: blocks.values for slot, (_, blocks) in compiled.items()})
         for slot, (entries, blocks) in compiled.items():
-            self.plans[slot] = changes[slot]
+            plan = self.plans[slot] = changes[slot]
+            (self._trained.add if plan is not None and plan.requires_grad else self._trained.discard)(slot)
             self._rows[slot] = [first_row[key] for key in blocks.basis]
             self._write(slot, entries, blocks, first_row)
             self._note_shape(entries)
-        self.requires_grad = any(plan is not None and plan.requires_grad for plan in self.plans)
+        self.requires_grad = bool(self._trained)
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""

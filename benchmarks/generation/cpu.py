@@ -1,0 +1,152 @@
+"""Tokens per second of the demo model on a CPU, 64 rows: `generate` against the Engine, unsteered, with a vector added
+at every layer, with a direction ablated at every layer, and with another plan in every row.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation/cpu.py [--repeats 7] [--write]
+
+Two workloads of the same prompts, greedy. `answers`: all 256 test prompts (harmful and harmless in turn), each to its
+own end; `generate` takes them 64 at a time. `fixed`: the first 64, each exactly 64 new tokens, so that no method gains
+by rows that end early. What counts as a token: a generated one before the end-of-sequence token, never padding. One
+repeat runs every case once, in turn, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import faststeer as fs
+from faststeer.engine import Engine
+from faststeer.hf.batching import encode, pad
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import results
+
+ROWS, NEW = 64, 64
+BASELINE = "generate, hooks"
+Count = Callable[[], int]
+
+
+@contextmanager
+def hand_written(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """What a person writes: a Python forward hook on every layer."""
+    handles = [layer.register_forward_hook(lambda _m, _a, out: change(out)) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cases(model: Any, tokenizer: Any, prompts: list[list[int]], end: int | None) -> dict[str, Count]:
+    """Each case runs the workload once and returns how many tokens it generated."""
+    vector = 0.05 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    unit = vector / vector.norm()
+    add = fs.Plan([fs.Add(vector, 1.0, layers="all")])
+    ablate = fs.Plan([fs.Ablate(vector, layers="all")])
+    own = [fs.Plan([fs.Add(vector, 1.0 + i / 1000, layers="all")]) for i in range(len(prompts))]
+    model.generation_config.eos_token_id = [] if end is None else end
+
+    @torch.no_grad()
+    def generate() -> int:
+        count = 0
+        for start in range(0, len(prompts), ROWS):
+            batch = pad(prompts[start : start + ROWS], 0)
+            del batch["position_ids"]
+            out = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=end)
+            rows = out[:, batch["input_ids"].shape[1] :].tolist()
+            count += sum(row.index(end) if end in row else len(row) for row in rows)
+        return count
+
+    def hooked(change: Callable[[torch.Tensor], torch.Tensor]) -> Count:
+        def run() -> int:
+            with hand_written(model, change):
+                return generate()
+
+        return run
+
+    def steered() -> int:
+        with fs.steer(model, add):
+            return generate()
+
+    def engine(plans: Any) -> Count:
+        made = Engine(model, tokenizer, max_batch=ROWS, max_length=128)
+
+        def run() -> int:
+            return sum(len(c.token_ids) for c in made.generate(prompts, plans, max_new_tokens=NEW))
+
+        return run
+
+    return {
+        "generate, unsteered": generate,
+        BASELINE: hooked(lambda h: h + 1.0 * vector),
+        "generate, fs.steer": steered,
+        "generate, hooks that ablate": hooked(lambda h: h - (h @ unit).unsqueeze(-1) * unit),
+        "Engine, unsteered": engine(None),
+        "Engine, steered": engine(add),
+        "Engine, a plan per row": engine(own),
+        "Engine, ablation": engine(ablate),
+    }
+
+
+def measure(workload: str, runs: dict[str, Count], repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for repeat in range(-1, repeats):  # the first warms up
+        for case, run in runs.items():
+            start = time.perf_counter()
+            count = run()
+            seconds = time.perf_counter() - start
+            if repeat >= 0:
+                rows.append(
+                    {"workload": workload, "case": case, "repeat": repeat, "tokens": count, "seconds": f"{seconds:.4f}"}
+                )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Median tokens/s of each case, and the median over repeats of its ratio to hand-written hooks (to ablating ones,
+    for ablation) and to the unsteered case of its kind."""
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        here = [row for row in rows if row["workload"] == workload]
+        rates: dict[str, list[float]] = {}
+        for row in here:
+            rates.setdefault(row["case"], []).append(row["tokens"] / float(row["seconds"]))
+        lines.append(f"{workload:32} tokens/s   to hooks   to unsteered   tokens")
+        for case, rate in rates.items():
+            hooks = rates["generate, hooks that ablate" if "ablat" in case else BASELINE]
+            plain = rates["Engine, unsteered" if case.startswith("Engine") else "generate, unsteered"]
+            to_hooks, to_plain = (
+                statistics.median(a / b for a, b in zip(rate, other, strict=True)) for other in (hooks, plain)
+            )
+            count = next(row["tokens"] for row in here if row["case"] == case)
+            lines.append(f"{case:32} {statistics.median(rate):8.0f} {to_hooks:10.2f} {to_plain:14.3f} {count:8}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/generation_cpu.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = fs.demo.load()
+    sides = fs.demo.prompts("refusal", "test")
+    prompts = encode(tokenizer, [prompt for pair in zip(*sides, strict=True) for prompt in pair])
+    end = tokenizer.eos_token_id
+    rows = measure("answers", cases(model, tokenizer, prompts, end), options.repeats)
+    rows += measure("fixed", cases(model, tokenizer, prompts[:ROWS], None), options.repeats)
+    print(summary(rows))
+    if options.write:
+        print(results.write("generation_cpu", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Keys and values of many sequences of different lengths: each row's own tokens, at the columns 0, 1, ... of its row.
+
+No row is padded for another: a decode step reads as many columns as the longest live row has, and each row writes at
+its own length. Nothing here knows about plans or sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RowCache(Cache):
+    """A static cache of `rows` sequences of up to `length` tokens.
+
+    `prefill(rows)` or `decode(column, width)` says, before a forward pass, where that pass writes.
+    """
+
+    def __init__(self, n_layers: int, rows: int, length: int) -> None:
+        super().__init__(layers=[_RowLayer(self) for _ in range(n_layers)])
+        self.rows, self.length = rows, length
+        self._prompts: Tensor | None = None
+        self._prefix, self._source = 0, 0
+        self._column, self._width = torch.empty(0), 0
+        self._flat: dict[int, Tensor] = {}  # heads -> where a step writes, in rows of head_dim numbers
+
+    def prefill(self, rows: Tensor, prefix: int = 0, source: int = 0) -> None:
+        """The next pass reads prompts, into these rows `[batch]`; their first `prefix` tokens are those of the row
+        `source`, and are copied from there instead."""
+        self._prompts, self._prefix, self._source = rows, prefix, source
+
+    def decode(self, column: Tensor, width: int) -> None:
+        """The next pass reads one token for each of the first `len(column)` rows, writes it at that row's `column`
+        and looks at the first `width` columns."""
+        self._prompts, self._column, self._width = None, column, width
+        self._flat.clear()
+
+    def write(self, layer: _RowLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep `[batch, heads, tokens, head_dim]`; return what the pass attends to."""
+        if layer.keys is None or layer.values is None:
+            layer.lazy_initialization(keys, values)
+            assert layer.keys is not None and layer.values is not None
+        if self._prompts is not None:
+            keys, values = (self._behind_prefix(*each) for each in ((layer.keys, keys), (layer.values, values)))
+            for store, new in ((layer.keys, keys), (layer.values, values)):
+                store[:, :, : new.shape[2]].index_copy_(0, self._prompts, new)
+            return keys, values
+        n, heads = keys.shape[:2]
+        if heads not in self._flat:
+            first = torch.arange(0, n * heads * self.length, self.length, device=keys.device).view(n, heads)
+            self._flat[heads] = (first + self._column.unsqueeze(1)).view(-1)
+        for store, new in ((layer.keys, keys), (layer.values, values)):
+            store.view(-1, store.shape[3]).index_copy_(0, self._flat[heads], new.reshape(-1, store.shape[3]))
+        return layer.keys[:n, :, : self._width], layer.values[:n, :, : self._width]
+
+    def _behind_prefix(self, store: Tensor, new: Tensor) -> Tensor:
+        if not self._prefix:
+            return new
+        prefix = store[self._source, :, : self._prefix].expand(new.shape[0], -1, -1, -1)
+        return torch.cat([prefix, new], dim=2)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one row to another."""
+        for layer in self.layers:
+            for store in (layer.keys, layer.values):  # type: ignore[union-attr]
+                store[target, :, :length].copy_(store[source, :, :length])  # type: ignore[index]
+
+
+class _RowLayer(CacheLayerMixin):
+    """One layer's share; allocated when its first keys show their shape, dtype and device."""
+
+    is_sliding = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def store(like: Tensor) -> Tensor:
+            return like.new_zeros(self._cache.rows, like.shape[1], self._cache.length, like.shape[3])
+
+        self.keys, self.values = store(key_states), store(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._cache.write(self, key_states, value_states)
+
+    # What transformers asks for when it makes the causal mask of a prompt: decode steps bring theirs.
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache._prefix + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache._prefix
+
+    def get_max_length(self) -> int:
+        return self._cache.length

@@ -1,0 +1,258 @@
+"""The device side of the engine: where every row stands, and the two passes that move rows on. Nothing here waits for
+the device, and every tensor that a decode step reads keeps its address.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.engine.cache import RowCache
+from faststeer.engine.requests import Request
+from faststeer.engine.sampling import Mode, Sampling, choose
+from faststeer.hf import Steering, find_hook_points
+from faststeer.ops import Rows
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Device:
+    """Rows on the device: cache, tables, and the passes over them.
+
+    Row i is the i-th live sequence. Its tables: `long` = last token, its length in the cache (the column of its next
+    token), seed, top-k; `int` = slot, position of the last token counted from the prompt's end, sequence; `real` =
+    temperature, top-p. A row that is not live has slot -1 and length 0, and what a step computes for it is ignored.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, length: int) -> None:
+        self.model, self.rows, self.length = model, rows, length
+        points = find_hook_points(model)
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.device = embedding.device
+        self.dtype = next(model.parameters()).dtype
+        self.steering: Steering | None = None
+        self.cache = RowCache(points.n_layers, rows, length)
+        with torch.inference_mode():
+            self.long = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
+            self.int = torch.zeros(3, rows, dtype=torch.int32, device=self.device)
+            self.real = torch.zeros(2, rows, dtype=torch.float32, device=self.device)
+            self.int[0] = -1
+        self.probes: list[int] = []  # sites
+        self.projections = torch.zeros(0)  # [rows, sites, length, k]
+        self._windows = _windows(model.config)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # Passes
+
+    @torch.inference_mode()
+    def prefill(self, requests: Sequence[Request], first: int, prefix: int = 0, source: int = 0) -> Tensor:
+        """Read the prompts (and what was generated before, when a request starts again) of requests whose rows are
+        `first`, `first + 1`, ...; return each one's next token `[requests]`. Their first `prefix` tokens are taken from
+        the row `source`, which must have been steered alike there."""
+        logits = self.read_prompts(requests, first, prefix, source)
+        return self._choose(logits, slice(first, first + len(requests)), max(request.mode for request in requests))
+
+    @torch.inference_mode()
+    def decode(self, n: int, width: int, mode: Mode) -> Tensor:
+        """Read the last token of each of the first n rows, which have at most `width` with it; return the next ones
+        `[n]`."""
+        return self._choose(self.read_tokens(n, width), slice(n), mode)
+
+    def read_prompts(self, requests: Sequence[Request], first: int, prefix: int = 0, source: int = 0) -> Tensor:
+        """`[requests, vocabulary]`: logits at each one's last token."""
+        lengths = [len(request.prompt) + len(request.tokens) for request in requests]
+        ids = [(request.prompt + request.tokens)[prefix:] for request in requests]
+        width = max(map(len, ids))
+        rows = torch.arange(first, first + len(ids), device=self.device)
+        self._enter(requests, lengths, rows)
+        tokens = self._sent([row + [0] * (width - len(row)) for row in ids])
+        prompt, length = self._sent([[len(r.prompt), n] for r, n in zip(requests, lengths, strict=True)]).T.unsqueeze(2)
+        column = torch.arange(prefix, prefix + width, device=self.device).expand(len(ids), -1)
+        slot, _, sequence = (t.unsqueeze(1).expand(-1, width) for t in self.int[:, first : first + len(ids)])
+        self._place(torch.where(column < length, slot, -1), (column - prompt).int(), sequence)
+        self.cache.prefill(rows, prefix, source)
+        ends = sorted(set(lengths))
+        kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in ends]))
+        if self.probes:
+            known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
+            seen = torch.cat([known, self._probed().transpose(1, 2)], 2)
+            self.projections[:, :, : prefix + width].index_copy_(0, rows, seen)
+        return kept[torch.arange(len(ids), device=self.device), self._sent([ends.index(n) for n in lengths])]
+
+    def read_tokens(self, n: int, width: int) -> Tensor:
+        """`[n, vocabulary]`: logits at each row's last token, which is written at its column."""
+        token, column = self.long[0, :n], self.long[1, :n]
+        self._place(*self.int[:, :n])
+        self.cache.decode(column, width)
+        kept = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)
+        if self.probes:
+            row = torch.arange(n, device=self.device)
+            self.projections[row, :, column] = self._probed()[:, 0]
+        # A row that is not live must not run out of the cache.
+        column.add_(1).clamp_(max=self.length - 1)
+        return kept[:, -1]
+
+    def _choose(self, logits: Tensor, rows: slice, mode: Mode) -> Tensor:
+        position = self.int[1, rows]
+        sampling = Sampling(self.real[0, rows], self.long[3, rows], self.real[1, rows], self.long[2, rows])
+        chosen = choose(logits, sampling, position.add_(1), mode)
+        self.long[0, rows] = chosen.clamp(min=0)
+        return chosen
+
+    def _sent(self, numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).to(self.device)
+
+    def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
+        """Logits of the columns `keep` of a prompt, or of the one token of a step."""
+        some = {"logits_to_keep": 1 if keep is None else keep} if self._keeps else {}
+        out = self.model(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=masks,
+            past_key_values=self.cache,
+            use_cache=True,
+            **some,
+        )
+        return out.logits if self._keeps or keep is None else out.logits[:, keep]
+
+    def _masks(self, column: Tensor, width: int) -> Any:
+        """What a step's tokens may look at, as the model wants it: 0 or the least number, `[rows, 1, 1, width]`; a
+        dict of them for a model that mixes kinds of attention."""
+        behind = column.unsqueeze(1) - torch.arange(width, device=self.device)
+        made = {}
+        for kind, window in self._windows.items():
+            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            least = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            made[kind] = least.masked_fill_(~seen, torch.finfo(self.dtype).min).view(-1, 1, 1, width)
+        return made.get("", made)
+
+    # Rows
+
+    def _enter(self, requests: Sequence[Request], lengths: Sequence[int], rows: Tensor) -> None:
+        """Write the tables of rows that begin."""
+        pairs = list(zip(lengths, requests, strict=True))
+        long = self._sent([[0, n, r.seed, r.top_k] for n, r in pairs])
+        last = self._sent([[r.slot, n - len(r.prompt) - 1, r.sequence] for n, r in pairs], torch.int32)
+        real = self._sent([[r.temperature, r.top_p] for r in requests], torch.float32)
+        for table, numbers in ((self.long, long), (self.int, last), (self.real, real)):
+            table.index_copy_(1, rows, numbers.T)
+        if self.steering is not None:
+            for request in requests:
+                self.steering.forget(request.sequence)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Row `source`, which has at most `length` tokens, becomes row `target`."""
+        self.cache.move(source, target, length)
+        for table in (self.long, self.int, self.real):
+            table[:, target] = table[:, source]
+        if self.probes:
+            self.projections[target, :, :length] = self.projections[source, :, :length]
+
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """A row that is not live any more."""
+        self.long[1, row] = 0
+        self.int[0, row] = -1
+
+    def _place(self, slot: Tensor, position: Tensor, sequence: Tensor) -> None:
+        if self.steering is not None:
+            rows = Rows(*(t.reshape(-1).contiguous() for t in (slot, position, sequence)))
+            self.steering.set_rows(rows, self.rows)
+
+    # Probes
+
+    @torch.inference_mode()
+    def watch(self, sites: list[int], k: int) -> None:
+        """Keep what the first k probe columns of these sites see, for every row and token; none for no sites."""
+        if len(sites) != len(self.probes) or k != self.projections.shape[-1]:
+            shape = (self.rows, len(sites), self.length, k)
+            self.projections = torch.zeros(shape, device=self.device) if sites else torch.zeros(0)
+        self.probes = sites
+
+    @torch.inference_mode()
+    def seen(self, row: int, length: int) -> Tensor | None:
+        """`[sites, length, k]` of a row."""
+        return self.projections[row, :, :length].clone() if self.probes else None
+
+    def _probed(self) -> Tensor:
+        """`[batch, tokens, sites, k]` of the pass just made."""
+        assert self.steering is not None
+        history, k = self.steering._history, self.projections.shape[-1]
+        found = torch.stack([history[site][-1][..., :k] for site in self.probes], dim=2)
+        self.steering.clear_projections()
+        return found
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """The kinds of attention that need masks, by the name under which the model looks for them ("" where it takes one
+    mask), and the window of each."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    if unknown := set(kinds or ()) - {FULL, SLIDING}:
+        raise ValueError(f"the Engine has no cache for {', '.join(sorted(unknown))} layers: use model.generate")
+    if kinds is None:
+        return {"": window}
+    return {kind: window if kind == SLIDING else None for kind in set(kinds)}
+
+
+class Graphs:
+    """Decode steps as CUDA graphs, one per (rows, width, mode), captured when first needed.
+
+    Rows and widths are rounded up to powers of two, so that there are few. A graph reads the tables of `Device` and of
+    the steering's program, so that plans change between replays; a site that was not steered before, or other probe
+    buffers, need new graphs (`_now`). No GPU has run this class yet.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._graphs: dict[tuple[int, int, Mode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._key: Any = None
+        self._pool: Any = None
+
+    def decode(self, n: int, width: int, mode: Mode) -> Tensor:
+        device = self.device
+        n_all, width = min(_power_of_two(n), device.rows), min(max(_power_of_two(width), 128), device.length)
+        if self._key != (key := self._now()):
+            self._graphs.clear()
+            self._pool, self._key = torch.cuda.graph_pool_handle(), key
+        if (n_all, width, mode) not in self._graphs:
+            # Both run the step for real, on rows that must not move on.
+            tables = (device.long, device.int)
+            before = [table.clone() for table in tables]
+            step = self._captured(lambda: device.decode(n_all, width, mode), tables, before)
+            self._graphs[n_all, width, mode] = step
+        graph, chosen = self._graphs[n_all, width, mode]
+        graph.replay()
+        return chosen[:n]
+
+    def _captured(
+        self, step: Callable[[], Tensor], tables: Sequence[Tensor], before: Sequence[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Warm up once beside the current stream, put the tables back, and capture."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.inference_mode():
+            step()
+            for table, old in zip(tables, before, strict=True):
+                table.copy_(old)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            chosen = step()
+        return graph, chosen
+
+    def _now(self) -> Any:
+        """What graphs take for constant beside their key."""
+        steering = self.device.steering
+        entered = None if steering is None else (id(steering), steering._traced)
+        return entered, self.device.projections.data_ptr(), tuple(self.device.probes)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

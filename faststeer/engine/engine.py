@@ -1,0 +1,352 @@
+"""Batched generation at full speed: many prompts, each under its own plan, through a fixed number of rows.
+
+The loop: take requests from the queue into free rows (prompts of similar length together), draw a token for every live
+row, hand back what has ended, go on until nothing is left. On a GPU the host reads the tokens of a step while the next
+one runs, and steps are CUDA graphs. Whoever needs more machines takes vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from faststeer.engine.device import Device, Graphs
+from faststeer.engine.requests import (
+    Completion,
+    Request,
+    Stops,
+    per_request,
+    read_plans,
+    read_prompts,
+    read_seeds,
+)
+from faststeer.engine.run import Run
+from faststeer.hf import Steering, find_hook_points, steer
+from faststeer.hf import steering as hf_steering
+from faststeer.hf.batching import Prompt, check_evaluating
+from faststeer.intervention import Direction, Probe
+from faststeer.plan import Plan
+from faststeer.program import Capacity
+from faststeer.vector import SteeringVector
+
+
+class Engine:
+    """High-throughput generation with a plan per request.
+
+        engine = fs.Engine(model, tokenizer, max_batch=64, max_length=512)
+        for completion in engine.generate(prompts, plans=plans, max_new_tokens=128):
+            print(completion.index, completion.text)
+
+    Keys and values of `max_batch` rows of `max_length` tokens are allocated at once. The first thing done is to check
+    that its passes give the model's own logits, so that an architecture it cannot run is refused, not run wrong.
+
+    Args:
+        model: a causal language model of transformers on one device, in evaluation mode, with "sdpa" or "eager"
+            attention.
+        tokenizer: the model's.
+        max_batch: rows that run together.
+        max_length: tokens of a prompt and its completion together; by default 1024, or what the model has positions for
+            if that is less.
+        capacity: room for plans that are live together; by default it grows with the plans given. With fewer slots than
+            plans, requests wait for a slot.
+
+    Raises:
+        ValueError: a model in training mode, on several devices, of another attention; numbers out of range; an
+            architecture whose logits the engine does not reproduce.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_batch: int = 64,
+        max_length: int | None = None,
+        capacity: Capacity | None = None,
+    ) -> None:
+        check_evaluating(model)
+        _check_model(model)
+        config: Any = model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        max_length = min(1024, positions or 1024) if max_length is None else max_length
+        if max_batch < 1 or max_length < 2:
+            raise ValueError(f"max_batch is {max_batch}, max_length {max_length}: expected at least 1 and 2")
+        if positions is not None and max_length > positions:
+            raise ValueError(f"max_length is {max_length}, but the model has positions for {positions} tokens")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = max_length
+        self._points = find_hook_points(model)
+        self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
+        self._steering = steer(model, Plan(), capacity=self._capacity)
+        self._device = self._fitting(model, max_batch, max_length)
+        self._busy = False
+        on_gpu = self._device.device.type == "cuda"
+        self._decode = Graphs(self._device).decode if on_gpu else self._device.decode
+        self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
+
+    @staticmethod
+    def _fitting(model: nn.Module, rows: int, length: int) -> Device:
+        """Rows and their cache, checked; half as many until they fit into memory."""
+        while True:
+            try:
+                device = Device(model, rows, length)
+                _check_logits(device)
+                return device
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows //= 2
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that run together: as asked for, or what fitted into memory."""
+        return self._device.rows
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        plans: Plan | Sequence[Plan | None] | None = None,
+        *,
+        max_new_tokens: int | Sequence[int] = 64,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        probe: Direction | None = None,
+        in_order: bool = True,
+        progress: bool | None = None,
+    ) -> Iterator[Completion]:
+        """Complete every prompt; yield completions while others still run.
+
+        Until the iterator ends or is closed, the model belongs to the engine. Closing it, an exception and Ctrl-C leave
+        the model as it was; at Ctrl-C what has ended is still delivered before KeyboardInterrupt is raised.
+
+        Args:
+            prompts: texts and chats (the tokenizer's chat template is applied, as everywhere), or lists of token ids.
+            plans: one for all, or one (or None) per prompt.
+            max_new_tokens: tokens per completion at most; `max_length` may end it sooner.
+            temperature: 0: greedy. top_k: draw from the k likeliest tokens; 0: from all. top_p: from the fewest tokens
+                that hold this probability. One number for all or one per prompt. The model's own generation config is
+                read for end-of-sequence tokens alone.
+            seed: prompt i draws with seed + i, or with its own from a list. A request draws the same alone and in any
+                batch. None: from torch's global generator.
+            stop: strings and token ids that end a completion, beside the end-of-sequence tokens.
+            probe: a direction `[hidden]` or directions `[k, hidden]`, each normalised, watched at the `resid_pre` of
+                every layer and the `resid_post` of the last; a SteeringVector is watched at its own hook point and
+                layers. See `Completion.projections`.
+            in_order: yield in the order of the prompts; False: as they finish.
+            progress: a bar with tokens/s on stderr; by default where that is a terminal.
+
+        Raises:
+            TypeError, ValueError: everything that can be told from the arguments, before anything runs: a prompt that
+                is empty or too long, a plan that does not fit the model or the given `capacity`.
+            RuntimeError: another iterator of this engine is open, or the model is being steered.
+
+        What goes wrong with one request later (logits that are not finite) ends that one, with `finish_reason="error"`.
+        Out of memory: half the rows go on, from where they were.
+        """
+        self._check_free()
+        encoded = read_prompts(self.tokenizer, prompts, self.max_length, _vocabulary(self.model))
+        n = len(encoded)
+        listed = read_plans(plans, n)
+        probes = _probe(probe, self._points.n_layers)
+        watched = {id(plan): Plan([*(plan or ()), *probes]) for plan in listed} if probes else {}
+        columns = (
+            encoded,
+            [watched.get(id(plan), plan) for plan in listed],
+            per_request(max_new_tokens, n, "max_new_tokens", 1),
+            per_request(temperature, n, "temperature", 0.0, 1e6),
+            per_request(top_k, n, "top_k", 0),
+            per_request(top_p, n, "top_p", 1e-9, 1.0),
+            read_seeds(seed, n),
+        )
+        requests = [Request(index, *values) for index, values in enumerate(zip(*columns, strict=True))]
+        for request in requests:
+            request.limit = min(request.limit, self.max_length - len(request.prompt))
+        self._make_room([request.plan for request in requests])
+        stops = Stops(self.tokenizer, _end_tokens(self.model, self.tokenizer), stop)
+        shown = sys.stderr.isatty() if progress is None else progress
+        return self._run(requests, stops, probes, in_order, shown)
+
+    def _make_room(self, plans: Sequence[Plan | None]) -> Steering:
+        """A steering that holds as many of these plans as can be live together."""
+        sizes: dict[int, tuple[int, int]] = {}
+        for i, plan in enumerate(plans):
+            if plan is None or id(plan) in sizes:
+                continue
+            try:
+                sizes[id(plan)] = vectors, entries = _size(plan, self._points.n_layers, self._points.hidden_size)
+                self._steering._check_points([plan])
+            except ValueError as error:
+                raise ValueError(f"plans[{i}]: {error}") from error
+            if self._fixed and (vectors > self._capacity.vectors or entries > self._capacity.entries):
+                raise ValueError(
+                    f"plans[{i}] needs {vectors} vectors and {entries} entries, the engine was given "
+                    f"{self._capacity}: use a larger capacity"
+                )
+        slots = min(len(sizes), self.max_batch)
+        largest = sorted((vectors for vectors, _ in sizes.values()), reverse=True)
+        needed = slots, sum(largest[:slots]), max((entries for _, entries in sizes.values()), default=0)
+        have = dataclasses.astuple(self._capacity)
+        if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
+            self._capacity = Capacity(*map(max, needed, have))
+            self._steering = steer(self.model, Plan(), capacity=self._capacity)
+        return self._steering
+
+    def _check_free(self) -> None:
+        if self._busy:
+            raise RuntimeError("this engine is generating already: exhaust or close the other iterator first")
+        if hf_steering._active.get(self.model):
+            raise RuntimeError("the model is being steered: leave that context and give plans= to generate")
+        check_evaluating(self.model)
+
+    def _run(
+        self, requests: list[Request], stops: Stops, probes: list[Probe], in_order: bool, shown: bool
+    ) -> Iterator[Completion]:
+        self._check_free()
+        held: dict[int, Completion] = {}
+        following = 0
+        with ExitStack() as stack:
+            self._busy = True
+            stack.callback(setattr, self, "_busy", False)
+            run = Run(self._device, self._decode, self._ahead, self._steering, requests, stops)
+            stack.callback(run.close)
+            if self._steering.path == "fused" or any(request.plan is not None for request in requests):
+                stack.enter_context(self._steering)
+                self._device.steering = self._steering
+            entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
+            sites = [entry.site for entry in entries]
+            self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
+            advance = stack.enter_context(_Bar(len(requests))) if shown else None
+            try:
+                for completion in run.completions():
+                    if advance is not None:
+                        advance(run.drawn)
+                    if not in_order:
+                        yield completion
+                        continue
+                    held[completion.index] = completion
+                    while following in held:
+                        yield held.pop(following)
+                        following += 1
+            except KeyboardInterrupt:
+                yield from (held[index] for index in sorted(held))
+                raise
+
+
+class _Bar:
+    """A progress bar with tokens/s on stderr: called with the tokens drawn so far after each completion."""
+
+    def __init__(self, total: int) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self._bar = Progress(TextColumn("Generating"), *columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("", total=total, rate="")
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, tokens: int) -> None:
+        rate = tokens / (time.perf_counter() - self._started)
+        self._bar.update(self._task, advance=1, rate=f"{rate:,.0f} tokens/s")
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _probe(direction: Direction | None, n_layers: int) -> list[Probe]:
+    if direction is None:
+        return []
+    if isinstance(direction, SteeringVector):
+        return [Probe(direction)]
+    return [
+        Probe(direction, layers="all", at="resid_pre"),
+        Probe(direction, layers=n_layers - 1, at="resid_post"),
+    ]
+
+
+def _size(plan: Plan, n_layers: int, hidden_size: int) -> tuple[int, int]:
+    """Bank rows, at most, and entries that a plan needs."""
+    entries = plan.compile(n_layers, hidden_size)
+    blocks = [block for entry in entries for block in (entry.basis, entry.gate_vector) if block is not None]
+    return sum(len(block) for block in {id(block): block for block in blocks}.values()), len(entries)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """End-of-sequence tokens: those of the model's generation config, else the tokenizer's."""
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    return []
+
+
+def _check_model(model: Any) -> None:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in {device.type for device in devices}:
+        raise ValueError(
+            f"the model is on {', '.join(sorted(map(str, devices)))}: the Engine runs on one device; load the model "
+            "without device_map, or use model.generate under faststeer.steer"
+        )
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f'the model\'s attention is {attention!r}: the Engine needs "sdpa" (or "eager"); load the model with '
+            'attn_implementation="sdpa"'
+        )
+
+
+@torch.inference_mode()
+def _check_logits(device: Device) -> None:
+    """Two prompts of different lengths and one more token: the passes over rows give what the model's own forward pass
+    gives for each sequence alone.
+
+    Raises:
+        ValueError: they do not; or the model cannot be called as the engine calls it.
+    """
+    vocabulary = _vocabulary(device.model)
+    ids = [[(7 * row + 3 * i + 1) % vocabulary for i in range(size)] for row, size in enumerate((6, 3))]
+    ids = [row[: device.length] for row in ids[: device.rows]]
+    requests = [Request(row, prompt[:-1], None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
+    name = type(device.model).__name__
+    try:
+        found = [device.read_prompts(requests, 0)]
+        device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)
+        found.append(device.read_tokens(len(ids), max(map(len, ids))))
+        alone = [_alone(device, row) for row in ids]
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
+    expected = torch.stack([row[0, -2:] for row in alone], 1).float()
+    away = (torch.stack(found).float() - expected).norm() / expected.norm()
+    if not away <= (1e-3 if device.dtype == torch.float32 else 0.1):
+        raise ValueError(
+            f"{name}: the Engine's logits are {away:.1%} away from the model's own: it cannot run this architecture; "
+            "use model.generate"
+        )
+    for row in range(len(ids)):
+        device.clear(row)
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().num_embeddings
+
+
+def _alone(device: Device, ids: list[int]) -> Tensor:
+    tokens = torch.tensor([ids]).to(device.device)
+    return device.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits

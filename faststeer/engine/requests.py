@@ -1,0 +1,193 @@
+"""What is asked of the engine and what it answers: checked arguments, and where a completion ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from faststeer.engine.sampling import Mode
+from faststeer.hf.batching import Prompt, encode, prompt_fault
+from faststeer.intervention import Intervention
+from faststeer.plan import Plan
+
+T = TypeVar("T", int, float)
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine answers to one prompt.
+
+    Attributes:
+        index: the prompt's place in the list.
+        text: decoded without special tokens; cut before the stop string that ended it.
+        token_ids: what was generated, without the end-of-sequence or stop token that ended it.
+        prompt_ids: the tokens of the prompt.
+        projections: with `probe=`, `[sites, tokens]` or, for k directions, `[sites, tokens, k]`, fp32, on the CPU:
+            h . v / |v| at every token that went through the model, which are the prompt's and the generated ones but
+            the last one drawn (that one is nobody's input).
+        finish_reason: "stop": end of sequence, stop token or stop string; "length": `max_new_tokens` or the engine's
+            `max_length`; "error": see `error`.
+        error: what failed this request alone.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    prompt_ids: list[int]
+    projections: Tensor | None
+    finish_reason: FinishReason
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way."""
+
+    index: int
+    prompt: list[int]
+    plan: Plan | None
+    limit: int  # new tokens at most
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    launched: int = 0  # tokens drawn on the device, some of them not seen here yet
+    slot: int = -1
+    sequence: int = -1
+    projections: Tensor | None = None
+    done: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        if self.temperature == 0:
+            return Mode.GREEDY
+        return Mode.FILTER if self.top_k > 0 or self.top_p < 1 else Mode.TEMPERATURE
+
+
+class Stops:
+    """Where a completion ends: tokens, and strings in its text."""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int], stop: str | int | Sequence[str | int]) -> None:
+        given = [stop] if isinstance(stop, (str, int)) else list(stop)
+        for item in given:
+            if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
+                raise ValueError(f"stop holds {item!r}: expected strings that are not empty, and token ids")
+        self.tokens = frozenset([*ends, *(item for item in given if isinstance(item, int))])
+        self.strings = [item for item in given if isinstance(item, str)]
+        self._tokenizer = tokenizer
+        # A token adds at least one byte (a special one none, hence some more): a stop string that ends with the newest
+        # token began within this many.
+        self._tail = max((len(text.encode()) for text in self.strings), default=0) + 8
+
+    def found(self, tokens: list[int]) -> bool:
+        """Whether the newest token completes a stop string."""
+        if not self.strings:
+            return False
+        tail = self.decode(tokens[-self._tail :])
+        return any(text in tail for text in self.strings)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def text(self, tokens: list[int]) -> str:
+        """The text before the first stop string."""
+        text = self.decode(tokens)
+        return text[: min((at for stop in self.strings if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def read_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt | Sequence[int]], max_length: int, vocabulary: int
+) -> list[list[int]]:
+    """Token ids of texts, chats, or token ids.
+
+    Raises:
+        ValueError: no list of prompts, an empty or blank one, one that leaves no room for a new token.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError(f"prompts is {prompts!r}: expected a list with at least one prompt")
+    encoded: list[list[int] | None] = [_token_ids(prompt) for prompt in prompts]
+    texts = [i for i, ids in enumerate(encoded) if ids is None]
+    for i in texts:
+        if fault := prompt_fault(prompts[i]):
+            raise ValueError(f"prompts[{i}] {fault}: expected a text, a list of messages, or a list of token ids")
+    if texts:
+        for i, ids in zip(texts, encode(tokenizer, [prompts[i] for i in texts]), strict=True):  # type: ignore[misc]
+            encoded[i] = ids
+    found = [ids or [] for ids in encoded]
+    for i, ids in enumerate(found):
+        if not ids:
+            raise ValueError(f"prompts[{i}] has no tokens: expected at least one")
+        if (worst := max(ids)) >= vocabulary or min(ids) < 0:
+            wrong = worst if worst >= vocabulary else min(ids)
+            raise ValueError(f"prompts[{i}] holds the token {wrong}: the model has 0 to {vocabulary - 1}")
+        if len(ids) >= max_length:
+            raise ValueError(
+                f"prompts[{i}] has {len(ids)} tokens, and the engine holds {max_length} of prompt and completion "
+                "together: shorten it, or make an Engine with a larger max_length"
+            )
+    return found
+
+
+def _token_ids(prompt: Any) -> list[int] | None:
+    if isinstance(prompt, Tensor) and prompt.dim() == 1 and not prompt.is_floating_point():
+        return prompt.tolist()
+    if isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        return list(prompt)
+    return None
+
+
+def read_plans(plans: Any, n: int) -> list[Plan | None]:
+    """One plan or None per prompt. Equal plans become one object.
+
+    Raises:
+        TypeError, ValueError: something else, another number of them, a plan with probes of its own.
+    """
+    single = plans is None or isinstance(plans, (Plan, Intervention))
+    if not single and (isinstance(plans, str) or not isinstance(plans, Sequence)):
+        raise TypeError(f"plans is a {type(plans).__name__}: expected a Plan, or a list with a Plan or None per prompt")
+    listed = [plans] * n if single else list(plans)
+    if len(listed) != n:
+        raise ValueError(f"{len(listed)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
+    known: dict[int, Plan] = {}
+    equal: dict[Plan, Plan] = {}
+    for i, plan in enumerate(listed):
+        if plan is None or id(plan) in known:
+            continue
+        if not isinstance(plan, (Plan, Intervention)):
+            raise TypeError(f"plans[{i}] is a {type(plan).__name__}: expected a Plan, an intervention or None")
+        whole = Plan([plan]) if isinstance(plan, Intervention) else plan
+        if any(intervention.probe for intervention in whole):
+            raise ValueError(f"plans[{i}] has probes of its own, which nobody would see: use generate(..., probe=...)")
+        known[id(plan)] = equal.setdefault(whole, whole)
+    return [None if plan is None else known[id(plan)] for plan in listed]
+
+
+def per_request(value: T | Sequence[T], n: int, name: str, low: T, high: float = math.inf) -> list[T]:
+    """One number for all requests or one per request, each within [low, high]; whole ones where `low` is."""
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    values: list[Any] = [value] * n if isinstance(value, (int, float)) else list(value)
+    if len(values) != n:
+        raise ValueError(f"{name} has {len(values)} numbers for {n} prompts: expected one for all, or one for each")
+    for i, number in enumerate(values):
+        if isinstance(number, bool) or not isinstance(number, kinds) or not low <= number <= high:
+            least = f"a whole number, at least {low}" if kinds == (int,) else f"at least {low}"
+            expected = least if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name}{'' if number is value else f'[{i}]'} is {number!r}: expected {expected}")
+    return values
+
+
+def read_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
+    """A seed per request: those given; from one seed, seed + index; from None, torch's global generator."""
+    if seed is None:
+        return torch.randint(2**62, (n,)).tolist()
+    seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != n or not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in seeds):
+        raise ValueError(f"seed is {seed!r}: expected a whole number of 64 bits, or one for each of the {n} prompts")
+    return seeds
