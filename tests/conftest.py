@@ -19,5 +19,3 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.register_profile("full", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("FASTSTEER_TEST_PROFILE", "default"))
 
-# The compiled and Triton back ends are not wired in yet (docs/kernels.md): their tests come with them.
-collect_ignore = ["kernels"]

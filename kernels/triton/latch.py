@@ -1,7 +1,8 @@
-"""`latch_`: decides the latched gates of a site, at the rows that are the last of their prompts, before the steering op of the site
-runs. docs/kernels.md is the specification.
+"""`latch_`: decides the latched gates of a site, at the rows that are the last of their prompts, before the steering op
+of the site runs. docs/kernels.md is the specification.
 
-Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do: see row.py.
+Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do:
+see row.py.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def latch_kernel(
 
     1. Is it the last of a prompt, and has its slot entries? Else done, without having read it.
     2. s = x, or x + residual rounded to the dtype.
-    3. Every valid LATCH entry writes its gate's verdict on s to the cell of its gate and the row's sequence. A gate without a direction
-       decides nothing: closed.
+    3. Every valid LATCH entry writes its gate's verdict on s to the cell of its gate and the row's sequence. A gate
+       without a direction decides nothing: closed.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -68,7 +69,7 @@ def latch_kernel(
         s = (s.to(tl.float32) + r.to(tl.float32)).to(s.dtype)
     h = s.to(tl.float32)
     for entry in range(first, end):
-        valid, kind, vector, count, mode, gate_vector = read_entry(fields, entry, n_vectors)
+        valid, kind, _vector, _count, mode, gate_vector = read_entry(fields, entry, n_vectors)
         if valid & (kind == LATCH):
             verdict = first < 0  # False, as a scalar of the program
             if (mode != NONE) & (mode != LATCHED):

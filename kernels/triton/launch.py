@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 # What a thread holds of a row: four 16-byte loads of a 16-bit type, in flight together. The row and what becomes of it
-# are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more, and
-# fewer rows would fit on a multiprocessor.
+# are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more,
+# and fewer rows would fit on a multiprocessor.
 ELEMENTS_PER_THREAD = 32
-# Registers per thread that a kernel may take for aligned rows of a 16-bit type, and what fits on a multiprocessor (65,536
-# registers) then: 512 threads, four rows of 4,096 columns, 32 KB of x in flight, about what device memory needs for its full
-# speed. Left alone the compiler takes up to 170. That many, three rows, are enough where residual and x are in flight
-# together and the norm's weight waits in registers as well.
-REGISTERS, REGISTERS_WITH_WEIGHT = 128, 168
-# Up to this block the norm's weight is loaded before the reductions. Wider rows could not keep two on a multiprocessor with
-# REGISTERS_WITH_WEIGHT: they load it after the interventions.
+# Rows that fill no more of their block than this have half the threads. The rest of the block costs them nothing, as
+# the compiler drops loads that are masked out for every thread: 5,120 columns of 8,192 are five loads of 128 threads,
+# and three rows fit on a multiprocessor (30 KB of x); as three loads of 256 threads, some of them empty, two (20 KB).
+POORLY_FILLED = 5 / 8
+# Registers per thread that a kernel may take for aligned rows of a 16-bit type, and what fits on a multiprocessor
+# (65,536 registers) then: 512 threads, four rows of 4,096 columns, 32 KB of x in flight, about what device memory needs
+# for its full speed. Left alone the compiler takes up to 170. That many, three rows, are enough where residual and x
+# are in flight together and the norm's weight waits in registers as well, or where a thread has five loads of x.
+REGISTERS, MORE_REGISTERS = 128, 168
+# Up to this block the norm's weight is loaded before the reductions. Wider rows could not keep two on a multiprocessor
+# with MORE_REGISTERS: they load it after the interventions.
 EARLY_WEIGHT_BLOCK = 4096
 
 
@@ -48,10 +52,15 @@ class Launch:
     def of(cls, hidden: int, itemsize: int, aligned: bool, weight_itemsize: int = 0) -> Launch:
         """`weight_itemsize`: 0 where there is no norm."""
         block = 1 << (hidden - 1).bit_length()
-        early = weight_itemsize == 2 and block <= EARLY_WEIGHT_BLOCK
-        registers = REGISTERS_WITH_WEIGHT if early else REGISTERS
+        num_warps = max(1, block // (32 * ELEMENTS_PER_THREAD))
+        halved = num_warps > 1 and hidden <= POORLY_FILLED * block
+        early = weight_itemsize == 2 and block <= EARLY_WEIGHT_BLOCK and not halved
+        registers = MORE_REGISTERS if early or halved else REGISTERS
         return cls(
-            block, max(1, block // (32 * ELEMENTS_PER_THREAD)), early, registers if aligned and itemsize == 2 else None
+            block,
+            num_warps // 2 if halved else num_warps,
+            early,
+            registers if aligned and itemsize == 2 else None,
         )
 
 

@@ -1,10 +1,11 @@
-"""`steer`, `steer_`, `add_steer`, `add_steer_rmsnorm`: one kernel, in which an operand that an operator does not have is None and its
-code is not there. What each computes, to the bit where bits are promised: docs/kernels.md.
+"""`steer`, `steer_`, `add_steer`, `add_steer_rmsnorm`: one kernel, in which an operand that an operator does not have
+is None and its code is not there. What each computes, to the bit where bits are promised: docs/kernels.md.
 
-Each launch has one program per row, and the number of threads depends on the hidden size alone: a row comes out with the
-same bits whatever the batch around it.
+Each launch has one program per row, and the number of threads depends on the hidden size alone: a row comes out with
+the same bits whatever the batch around it.
 
-Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do: see row.py.
+Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do:
+see row.py.
 """
 
 from __future__ import annotations
@@ -76,15 +77,14 @@ def residual_kernel(
     if residual is not None:
         r = load_row(residual, row, residual_stride, columns, HIDDEN, ALIGNED, "evict_first")
         s = (s.to(tl.float32) + r.to(tl.float32)).to(s.dtype)
-    if weight is not None:
-        if EARLY_WEIGHT:  # before the reductions, so that nothing waits for it after them
-            w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
+    if EARLY_WEIGHT:  # before the reductions, so that nothing waits for it after them
+        w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
     if not IN_PLACE:
         first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
 
     h, touched = steer_row(
-        s.to(tl.float32), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state, probe,
-        n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
+        s.to(tl.float32), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state,
+        probe, n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
     )  # fmt: skip
 
     g = h.to(x.dtype.element_ty)
@@ -105,7 +105,7 @@ def residual_kernel(
             w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
         n = g.to(tl.float32)
         n = n * tl.rsqrt(tl.sum(n * n) / HIDDEN + eps)
-        if FP32_WEIGHT:
+        if FP32_WEIGHT:  # noqa: SIM108
             n = n * (weight_offset + w.to(tl.float32))
         else:
             n = n.to(g.dtype).to(tl.float32) * w.to(tl.float32)
@@ -124,8 +124,8 @@ def steer(
     gate_state: Tensor | None,
     columns: int,
 ) -> tuple[Tensor, Tensor]:
-    """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows, columns]`
-    fp32."""
+    """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows,
+    columns]` fp32."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
     hidden, probe = _like(x), _probe(x, columns)
     _launch(x, None, None, None, hidden, probe, tables)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
+from triton import knobs
 
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -61,7 +61,9 @@ def product(w, q, INTERPRETED: tl.constexpr = _INTERPRETED):
         rounded = w * q
     else:
         w = tl.broadcast_to(w, q.shape)
-        rounded = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [w, q], tl.float32, is_pure=True, pack=1)
+        rounded = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [w, q], tl.float32, is_pure=True, pack=1
+        )
     return rounded
 
 
@@ -86,7 +88,7 @@ def read_entry(
     COUNT: tl.constexpr = int(Field.COUNT),
     MODE: tl.constexpr = int(Field.GATE_MODE),
     GATE_VECTOR: tl.constexpr = int(Field.GATE_VECTOR),
-    N_KINDS: tl.constexpr = len(Kind),
+    N_KINDS: tl.constexpr = len(Kind),  # noqa: B008
     ADD: tl.constexpr = int(Kind.ADD),
     CLAMP: tl.constexpr = int(Kind.CLAMP),
     ROTATE: tl.constexpr = int(Kind.ROTATE),
@@ -151,9 +153,10 @@ def gate_cell(
 
 @triton.jit
 def write_probe(probe, row, column, k, n_columns, p):
-    """Write the k-th projection of an entry whose first probe column is `column` >= 0, if the probe has such a column."""
-    place = column.to(tl.int64) + k
-    tl.store(probe + row * n_columns + place, p, mask=place < n_columns)
+    """Write the k-th projection of an entry whose first probe column is `column` >= 0, if the probe has such a
+    column."""
+    place = tl.add(column, k, sanitize_overflow=False)  # 32 bits take fewer registers; past the largest, it is negative
+    tl.store(probe + row * n_columns + place, p, mask=(place >= 0) & (place < n_columns))
 
 
 @triton.jit
@@ -208,8 +211,8 @@ def steer_row(
 
     1. read it; skip it if it is not valid;
     2. decide whether it acts on this row: by kind, position and gate;
-    3. for each of its vectors q_k: p_k = h . q_k; write it if the entry probes; moved += w_k q_k, product rounded before the sum. h itself
-       stays until the entry is done, so that all p_k are of the same h;
+    3. for each of its vectors q_k: p_k = h . q_k; write it if the entry probes; moved += w_k q_k, product rounded
+       before the sum. h itself stays until the entry is done, so that all p_k are of the same h;
     4. with keep norm, scale moved to the norm of h;
     5. if it acts and some weight is not 0, h = moved.
     """

@@ -1,7 +1,8 @@
-"""`sparse_add_`: a few columns of each row get a coefficient times a sparse vector. docs/kernels.md is the specification.
+"""`sparse_add_`: a few columns of each row get a coefficient times a sparse vector. docs/kernels.md is the
+specification.
 
-Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do: 16-byte
-accesses, since the columns may be anywhere; it is for vectors with far fewer elements than the row.
+Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run it yet. What it cannot do:
+16-byte accesses, since the columns may be anywhere; it is for vectors with far fewer elements than the row.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def sparse_add_kernel(
     """One row.
 
     1. Which vector, and how much of it? None, one that does not exist, or none of it: done.
-    2. For its elements, cut to those there are: x[index] + coefficient * value in fp32, the product rounded before the sum, rounded to the dtype. An index
-       outside the row is passed over.
+    2. For its elements, cut to those there are: x[index] + coefficient * value in fp32, the product rounded before the
+       sum, rounded to the dtype. An index outside the row is passed over.
     """
     row = tl.program_id(0).to(tl.int64)
     vector = tl.load(row_vector + row).to(tl.int64)

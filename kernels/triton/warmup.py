@@ -1,5 +1,5 @@
-"""Compiles the kernels before they are needed, so that serving never waits for a compiler and a graph capture never meets
-one."""
+"""Compiles the kernels before they are needed, so that serving never waits for a compiler and a graph capture never
+meets one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def warmup(
 ) -> None:
     """Compile and load all that these operators will ever launch on `device` for rows of this size and dtype.
 
-    A kernel is compiled per hidden size, dtype, operator (`add_steer_rmsnorm`: per weight dtype and `fp32_weight`; `latch_`:
-    with and without residual) and per answer to one question: do all rows start at multiples of 16 bytes? Nothing else that may change
-    between calls (rows, strides, table sizes, addresses, numbers) makes another variant.
+    A kernel is compiled per hidden size, dtype, operator (`add_steer_rmsnorm`: per weight dtype and `fp32_weight`;
+    `latch_`: with and without residual) and per answer to one question: do all rows start at multiples of 16 bytes?
+    Nothing else that may change between calls (rows, strides, table sizes, addresses, numbers) makes another variant.
 
     Args:
         hidden: columns of x.

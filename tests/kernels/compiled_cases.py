@@ -1,5 +1,5 @@
-"""Compiles the kernels as their launch would, without a GPU: a driver that only names a target, and launches that stop after the
-compilation. Runs in a process of its own (triton_process.py)."""
+"""Compiles the kernels as their launch would, without a GPU: a driver that only names a target, and launches that stop
+after the compilation. Runs in a process of its own (triton_process.py)."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def describe(kernel: Any) -> SimpleNamespace:
     Attributes:
         kernel, num_warps, fp_fusion: its name and options.
         registers, stack: per thread; stack is the bytes that registers could not hold.
+        local_in_loops: instructions inside a loop that read or write those bytes.
         fma, sass_fma: the fused multiply-adds of fp32 in PTX and in the machine's code.
         layout_conversions: exchanges of elements between threads that no formula asks for.
         loads, stores: counted by width, such as v4.b32.
@@ -94,6 +95,7 @@ def describe(kernel: Any) -> SimpleNamespace:
         fp_fusion=kernel.metadata.enable_fp_fusion,
         registers=int(registers),
         stack=int(stack),
+        local_in_loops=local_in_loops(sass),
         fma=len(re.findall(r"\bfma\.\S*f32", ptx)),
         sass_fma=len(re.findall(r"\bFFMA2?\b", sass)),
         layout_conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
@@ -103,26 +105,40 @@ def describe(kernel: Any) -> SimpleNamespace:
     )
 
 
+def local_in_loops(sass: str) -> int:
+    lines = sass.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    looped: set[int] = set()
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
+        if branch and labels[branch[1]] <= i:
+            looped.update(range(labels[branch[1]], i + 1))
+    assert looped, "a kernel without a loop over its entries"
+    return sum(bool(re.search(r"\b(STL|LDL)\b", lines[i])) for i in looped)
+
+
 def tool(name: str, *args: str) -> str:
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
 
 
-def n_compiled() -> int:
+def caches() -> list[dict[Any, Any]]:
+    """The compiled variants of each kernel, for the device that the driver names."""
     device = no_driver.get_current_device()
-    return sum(len(kernel.device_caches[device][0]) for kernel in (residual_kernel, latch_kernel, sparse_add_kernel))
+    return [kernel.device_caches[device][0] for kernel in (residual_kernel, latch_kernel, sparse_add_kernel)]
 
 
 def compilations(hidden: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many kernels `warmup` compiles, and how many more all sorts of calls do after it."""
     no_driver.capability = 90
-    before = n_compiled()
+    for compiled_before in caches():  # for other tests
+        compiled_before.clear()
     kernels.warmup(hidden, dtype, "cpu")
-    warm = n_compiled()
+    warm = sum(map(len, caches()))
     for rows in (1, 2, 3, 15, 16, 17, 32, 1000, 4096):
         for start, gap in ((0, 0), (0, 1), (0, 16), (1, 0), (8, 8)):
             call_all(rows, hidden, dtype, start, gap, large=rows % 2 == 0)
-    return warm - before, n_compiled() - warm
+    return warm, sum(map(len, caches())) - warm
 
 
 def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, large: bool) -> None:

@@ -18,6 +18,12 @@ def interpreted():
 
 
 @pytest.fixture(scope="session")
+def dispatched():
+    """Calls a function of dispatch_cases.py in a process where faststeer.ops has the interpreted kernels."""
+    yield from process("dispatch_cases", {"TRITON_INTERPRET": "1", "FASTSTEER_BACKEND": "auto"})
+
+
+@pytest.fixture(scope="session")
 def compiled():
     """Calls a function of compiled_cases.py in a process where kernels are compiled as for a GPU."""
     yield from process("compiled_cases", {"TRITON_INTERPRET": "0"})

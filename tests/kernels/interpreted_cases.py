@@ -1,5 +1,5 @@
-"""Compares the interpreted kernels with the reference. Runs in a process of its own (triton_process.py): a function here is one case of
-test_interpreted.py, and what it finds wrong it raises."""
+"""Compares the interpreted kernels with the reference. Runs in a process of its own (triton_process.py): a function
+here is one case of test_interpreted.py, and what it finds wrong it raises."""
 
 from __future__ import annotations
 
@@ -107,15 +107,13 @@ def orthonormal(g: torch.Generator, k: int, hidden: int) -> Tensor:
     return torch.linalg.qr(torch.randn(hidden, k, generator=g, dtype=torch.float64))[0].T[:k]
 
 
-def random_entry(g: torch.Generator, kind: int, hidden: int, **options: Any) -> Entry:
-    """An entry that changes the rows of `rows_of` by much."""
-    k = {Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2, Kind.ADD: 1, Kind.CLAMP: 1}.get(Kind(kind)) or min(3, hidden)
-    q = orthonormal(g, k, hidden)
+def random_entry(g: torch.Generator, kind: int, hidden: int, k: int = 3, **options: Any) -> Entry:
+    """An entry that changes the rows of `rows_of` by much; of k directions where the kind may have any number."""
+    number = {Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2, Kind.ADD: 1, Kind.CLAMP: 1}.get(Kind(kind)) or min(k, hidden)
+    q = orthonormal(g, number, hidden)
     a, b = 0.7, 0.0
     if kind == Kind.ADD:
         q = q * hidden**0.5 / 4
-    elif kind == Kind.ABLATE:
-        a = 1.0
     elif kind == Kind.CLAMP:
         a, b = -0.25, 0.125
     elif kind in (Kind.ROTATE, Kind.ROTATE_RELATIVE):
@@ -141,6 +139,7 @@ def random_slot(g: torch.Generator, n: int, hidden: int, n_gates: int, columns: 
         probe = pick(-1, -1, *range(columns))
         d = orthonormal(g, 1, hidden)[0] if abs(mode) in (1, 2) else None
         options = {"low": low, "high": high, "mode": mode, "d": d, "state": pick(*range(n_gates)), "probe": probe}
+        options["k"] = pick(1, 3)
         entries.append(random_entry(g, kind, hidden, **options, keep_norm=pick(False, False, True)))
     return entries
 
@@ -181,40 +180,65 @@ def generator(*seed: Any) -> torch.Generator:
 # Comparisons -------------------------------------------------------------------------------------------------------
 
 
-def check_close(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """`actual` is at most twice as far from fp64 as plain PyTorch in the same dtype, and a few units in the last place of the row's
-    largest element."""
-    eps = torch.finfo(actual.dtype).eps
-    ours, theirs = (actual.double() - exact).abs(), (plain.double() - exact).abs()
-    allowed = 2 * theirs.amax(1, keepdim=True) + 4 * eps * exact.abs().amax(1, keepdim=True)
-    worst = (ours - allowed).argmax()
-    assert bool((ours <= allowed).all()), (
-        f"{what}: row {int(worst) // ours.shape[1]}, column {int(worst) % ours.shape[1]}: off by {float(ours.flatten()[worst]):.3g}, "
-        f"allowed are {float(allowed[int(worst) // ours.shape[1]]):.3g}"
+def check_close(actual: Tensor, plain: Tensor, exact: Tensor, sums: Tensor | float, what: str) -> None:
+    """Contract 3, row by row: |actual - fp64| <= 2 |plain PyTorch in the same dtype - fp64| + one rounding of the row's
+    largest element to the dtype + one rounding in fp32 of `sums`, which is as large as what is summed up on the way.
+
+    The bound is per row and not per element: the elements of a row share its sums and do not err one by one. The last
+    two terms are for rows in which plain PyTorch happens to round without error. (Over many rows the kernels' errors
+    are as large as PyTorch's: of mixes of 8 in fp32, 114 rows, from 0.3 to 2.3 times, 0.96 in the geometric mean.)
+    """
+    ours, theirs = ((found.double() - exact).abs().amax(1) for found in (actual, plain))
+    rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().amax(1)
+    excess = ours - (2 * theirs + rounding + torch.finfo(torch.float32).eps / 2 * sums)
+    worst = int(excess.argmax())
+    assert bool((excess <= 0).all()), (
+        f"{what}: row {worst} is off by {ours[worst]:.3g}, plain PyTorch by {theirs[worst]:.3g}: "
+        f"{excess[worst]:.3g} more than allowed"
     )
+
+
+def sums_of(s: Tensor, tables: Tables, rows: Rows) -> tuple[Tensor, Tensor]:
+    """For each row's elements, and for its projections: how large can one get in an entry if the whole row is along its
+    direction, times the number of the row's entries, of which each rounds anew. `Add`'s vectors count where they are
+    probed; they are not multiplied with the row otherwise."""
+    elements, projections = torch.zeros(2, len(tables.ranges) + 1, dtype=torch.float64)  # the last: of no slot
+    for slot, (first, n) in enumerate(tables.ranges.tolist()):
+        for fields in tables.fields[first : first + n]:
+            vectors = tables.bank[fields[Field.VECTOR] :][: fields[Field.COUNT]]
+            if fields[Field.KIND] != Kind.ADD:
+                elements[slot] = max(elements[slot], vectors.abs().max())
+            if fields[Field.PROBE] >= 0:
+                projections[slot] = max(projections[slot], vectors.norm(dim=1).max())
+        elements[slot], projections[slot] = n * elements[slot], n * projections[slot]
+    norm = s.double().norm(dim=1)
+    return norm * elements[rows.slot.long()], norm * projections[rows.slot.long()]
 
 
 def expect(
     s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reference's hidden and probe for s, in its dtype and in fp64."""
-    found = []
-    for given in (s, s.double()):
-        probe = torch.zeros(len(s), columns, dtype=torch.float32 if given is s else torch.float64)
-        found += [reference.steer(given, tables, rows, gates, probe), probe]
-    plain, plain_probe, exact, exact_probe = found
+    """The reference's hidden and probe for s, in its dtype and in fp64. Rows with equally many entries go together,
+    since the reference takes as many steps for each row as for the longest."""
+    plain, exact = torch.empty_like(s), torch.empty_like(s, dtype=torch.float64)
+    plain_probe, exact_probe = (torch.zeros(len(s), columns, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    depth = torch.where(rows.slot < 0, 0, tables.ranges[rows.slot.clamp(min=0).long(), 1])
+    for steps in depth.unique().tolist():
+        here = depth == steps
+        at, of = tables._replace(depth=steps), Rows(*(t[here] for t in rows))
+        for given, hidden, seen in ((s, plain, plain_probe), (s.double(), exact, exact_probe)):
+            probe = seen[here]
+            hidden[here] = reference.steer(given[here], at, of, gates, probe)
+            seen[here] = probe
     return plain, plain_probe, exact, exact_probe
 
 
 def check_steered(hidden: Tensor, probe: Tensor, s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None) -> None:
     plain, plain_probe, exact, exact_probe = expect(s, tables, rows, gates, probe.shape[1])
-    check_close(hidden, plain, exact, "hidden")
+    elements, projections = sums_of(s, tables, rows)
+    check_close(hidden, plain, exact, elements, "hidden")
     if probe.shape[1]:
-        norm = s.double().norm(dim=1, keepdim=True)
-        off = (probe.double() - exact_probe).abs()
-        assert bool(
-            (off <= 2 * (plain_probe.double() - exact_probe).abs() + 1e-6 * (norm + exact_probe.abs())).all()
-        ), "probe"
+        check_close(probe, plain_probe, exact_probe, projections, "probe")
     untouched = (bits(plain) == bits(s)).all(1)
     assert torch.equal(bits(hidden)[untouched], bits(s)[untouched]), "a row that nothing acts on has changed"
 
@@ -243,6 +267,53 @@ def random_case(
         RUN[operator](g, x, residual, tables, rows, gates, columns)
         for name, table in zip(("bank", "fields", "scalars", "ranges"), tables[:4], strict=True):
             check_fence(table, name)
+
+
+def grid_cell(dtype: torch.dtype, hidden: int, n_rows: int, operators: Sequence[str]) -> None:
+    """One cell of contract 3's grid. Row by row: a mix of all kinds, each kind alone, mixes of 2, 3 and 8, and so on;
+    from the third time on, to save the interpreter's time, each kind alone and nothing."""
+    g = generator(hidden, n_rows, dtype)
+    alone, mixed = plans_of_every_kind(g, hidden)
+    slots = [mixed[0], *alone, *mixed[1:], []]
+    number = torch.arange(n_rows, dtype=torch.int32)
+    in_turn = torch.where(number < 2 * len(slots), number % len(slots), 1 + number % len(alone))
+    slot = torch.where((number % 6 == 5) & (number > 7), -1, in_turn).int()
+    rows = Rows(slot, (number + 2) % 4 - 2, number % 3)
+    tables, gates = tables_of(slots, hidden), torch.rand(2, 3, generator=g) < 0.6
+    for operator in operators:
+        x, residual = (rows_of(g, n_rows, hidden, dtype) for _ in range(2))
+        RUN[operator](g, x, residual, tables, rows, gates, 4)
+
+
+def plans_of_every_kind(g: torch.Generator, hidden: int) -> tuple[list[list[Entry]], list[list[Entry]]]:
+    """A plan for each kind that `steer` knows, alone, where it acts on every row, of one and of several directions; and
+    mixes, in random order, with gates, kept norms, positions and probes: of 8 with every kind, of 2, of 3, and another
+    of 8."""
+    kinds = [kind for kind in Kind if kind != Kind.LATCH]
+    options: list[dict[str, Any]] = [
+        {"mode": GateMode.DOT},
+        {"mode": -GateMode.DOT, "keep_norm": True},
+        {"mode": GateMode.COSINE, "probe": 1},
+        {"mode": -GateMode.COSINE},
+        {"mode": GateMode.LATCHED, "state": 1},
+        {"low": -1, "high": 1, "probe": 3},
+        {"keep_norm": True},
+        {"probe": 0},
+    ]
+
+    def mix(*some: Kind, k: int) -> list[Entry]:
+        order, which = (torch.randperm(n, generator=g).tolist() for n in (len(some), len(options)))
+        d = orthonormal(g, 1, hidden)[0]
+        return [random_entry(g, some[i], hidden, k, d=d, **options[o]) for i, o in zip(order, which, strict=False)]
+
+    alone = [[random_entry(g, kind, hidden, probe=2)] for kind in kinds]
+    alone += [[random_entry(g, kind, hidden, 1, probe=2)] for kind in (Kind.ABLATE, Kind.PROJECT, Kind.PROBE)]
+    mixed = [
+        mix(*kinds, Kind.ADD, k=3),
+        mix(Kind.ABLATE, Kind.ADD, k=1),
+        mix(Kind.CLAMP, Kind.PROJECT, Kind.ROTATE, k=3),
+    ]
+    return alone, [*mixed, mix(*kinds, Kind.ABLATE, k=1)]
 
 
 def arguments(tables: Tables, rows: Rows, gates: Tensor | None) -> tuple[Any, ...]:
@@ -281,27 +352,51 @@ def run_add_steer(
     check_steered(hidden, probe, x + residual, tables, rows, gates)
 
 
+NORMS = [(False, 0.0), (True, 0.0), (True, 1.0)]  # fp32_weight, weight_offset: Llama, OLMo 2, Gemma
+
+
 def run_add_steer_rmsnorm(
     g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
 ) -> None:
-    for weight_dtype, (fp32_weight, offset) in itertools.product(
-        {x.dtype, torch.float32}, [(False, 0.0), (True, 0.0), (True, 1.0)]
-    ):
-        weight = (torch.randn(x.shape[1], generator=g) / 4 + 1).to(weight_dtype)
-        normed, hidden, probe = kernels.add_steer_rmsnorm(
-            x, residual, weight, 1e-6, offset, fp32_weight, *arguments(tables, rows, gates), columns
-        )
-        check_result(hidden, x)
-        check_result(normed, x)
-        check_steered(hidden, probe, x + residual, tables, rows, gates)
-        n = hidden.float() * torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + 1e-6)
-        plain = (n * (offset + weight.float())).to(x.dtype) if fp32_weight else (n.to(x.dtype) * weight).to(x.dtype)
-        exact = (
-            hidden.double()
-            * (hidden.double().square().mean(1, keepdim=True) + 1e-6).rsqrt()
-            * (offset + weight.double())
-        )
-        check_close(normed, plain, exact, f"normed, {weight_dtype} weight, fp32_weight {fp32_weight}, offset {offset}")
+    for weight_dtype, norm in itertools.product({x.dtype, torch.float32}, NORMS):
+        run_one_norm(g, x, residual, tables, rows, gates, columns, weight_dtype, *norm)
+
+
+def run_some_norm(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    """One of the norms, with a weight of x's dtype: for grids."""
+    norm = NORMS[int(torch.randint(len(NORMS), (), generator=g))]
+    run_one_norm(g, x, residual, tables, rows, gates, columns, x.dtype, *norm)
+
+
+def run_one_norm(
+    g: Any,
+    x: Tensor,
+    residual: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gates: Tensor | None,
+    columns: int,
+    weight_dtype: torch.dtype,
+    fp32_weight: bool,
+    offset: float,
+) -> None:
+    weight = (torch.randn(x.shape[1], generator=g) / 4 + 1).to(weight_dtype)
+    normed, hidden, probe = kernels.add_steer_rmsnorm(
+        x, residual, weight, 1e-6, offset, fp32_weight, *arguments(tables, rows, gates), columns
+    )
+    check_result(hidden, x)
+    check_result(normed, x)
+    check_steered(hidden, probe, x + residual, tables, rows, gates)
+    plain = reference.rmsnorm(hidden, weight, 1e-6, offset, fp32_weight)
+    exact = reference.rmsnorm(hidden.double(), weight.double(), 1e-6, offset, fp32_weight)
+    if x.dtype != torch.float32:
+        # Every rounding of Hugging Face's order, where PyTorch has it: n in fp32 may differ by an ulp or two, for which
+        # one fp16 in a thousand rounds otherwise, a bf16 less often. With a rounding left out, a quarter does.
+        others = int((bits(normed) != bits(plain)).sum())
+        assert others <= 2 + 0.01 * normed.numel(), f"{others} of {normed.numel()} are rounded otherwise"
+    check_close(normed, plain, exact, 0.0, f"normed, {weight_dtype} weight, fp32_weight {fp32_weight}, offset {offset}")
 
 
 def run_latch_(
@@ -336,6 +431,7 @@ RUN: dict[str, Callable[..., None]] = {
     "steer_": run_steer_,
     "add_steer": run_add_steer,
     "add_steer_rmsnorm": run_add_steer_rmsnorm,
+    "add_steer_rmsnorm, one norm": run_some_norm,
     "latch_": run_latch_,
 }
 
@@ -410,6 +506,36 @@ def untouched(dtype: torch.dtype, hidden: int) -> None:
     )
     result, _ = kernels.steer(odd, *arguments(tables, Rows(slot[:1], zero[:1], zero[:1]), None), 0)
     assert torch.equal(bits(result), bits(odd)), "a NaN has lost its payload"
+
+
+def not_finite(dtype: torch.dtype, hidden: int) -> None:
+    """Infinite and NaN elements, coefficients and bounds come out as from the reference; nothing else does."""
+    g, inf = generator(hidden, dtype), float("inf")
+    q, plane = orthonormal(g, 1, hidden), orthonormal(g, 2, hidden)
+    entries = [
+        Entry(Kind.ADD, q, a=inf),
+        Entry(Kind.ADD, q, a=inf, keep_norm=True),
+        Entry(Kind.ABLATE, plane, a=1.0, keep_norm=True, probe=0),
+        Entry(Kind.PROJECT, plane, probe=0),
+        Entry(Kind.CLAMP, q, a=-inf, b=inf),
+        Entry(Kind.CLAMP, q, a=-inf, b=-0.5, keep_norm=True),
+        Entry(Kind.CLAMP, q, a=inf, b=inf),
+        Entry(Kind.ROTATE, plane, a=0.6, b=0.8, mode=2, d=q[0], threshold=-2.0),
+        Entry(Kind.ROTATE_RELATIVE, plane, a=0.6, b=0.8, mode=-1, d=q[0]),
+    ]
+    tables = tables_of([[entry] for entry in entries], hidden)
+    n = 4 * len(entries)
+    slot = torch.arange(n, dtype=torch.int32) // 4
+    rows = Rows(slot, torch.zeros_like(slot), torch.zeros_like(slot))
+    x = rows_of(g, n, hidden, dtype)
+    x[1::4, 3], x[2::4, 0], x[3::4, hidden - 1] = inf, -inf, float("nan")
+    plain, plain_probe, _, _ = expect(x, tables, rows, None, 2)
+    hidden_, probe = kernels.steer(x, *arguments(tables, rows, None), 2)
+    for ours, theirs, what in ((hidden_, plain, "hidden"), (probe, plain_probe, "probe")):
+        # +-inf as they are, NaN whatever its payload, 0 for all finite numbers
+        kinds = [torch.where(t.isfinite(), 0, t).nan_to_num(nan=1.0, posinf=2.0, neginf=3.0) for t in (ours, theirs)]
+        wrong = (kinds[0] != kinds[1]).any(1).nonzero().flatten().tolist()
+        assert not wrong, f"{what}: rows {wrong}, of entries {[i // 4 for i in wrong]}"
 
 
 def alone_and_among_others(dtype: torch.dtype, hidden: int) -> None:

@@ -1,5 +1,5 @@
-"""A process of its own for tests of the Triton back end. Whether kernels are interpreted is decided when Triton is first imported, for
-a whole process, and the other tests must not notice; nor may they have imported Triton before."""
+"""A process of its own for tests of the Triton back end. Whether kernels are interpreted is decided when Triton is
+first imported, for a whole process, and the other tests must not notice; nor may they have imported Triton before."""
 
 from __future__ import annotations
 

@@ -1,0 +1,265 @@
+"""Runs the interpreted kernels through faststeer.ops. Runs in a process of its own (triton_process.py): a function here
+is one case of test_dispatch.py, and what it finds wrong it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import faststeer.kernels as kernels
+import pytest
+import torch
+from interpreted_cases import arguments, bits, generator, random_slot, rows_of, tables_of, where
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+
+from faststeer import ops
+from faststeer.ops import Rows, Tables
+
+assert kernels.INTERPRETED
+
+NORM = 1e-6, 1.0, True  # eps, weight_offset, fp32_weight
+COLUMNS = 5
+
+
+class Case(NamedTuple):
+    """Rows and all that steers them."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    tables: Tables
+    rows: Rows
+    gates: Tensor
+
+    @property
+    def given(self) -> tuple[Tables, Rows, Tensor]:
+        return self.tables, self.rows, self.gates
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        return arguments(*self.given)
+
+
+def case_of(dtype: torch.dtype, n_rows: int = 5, hidden: int = 48) -> Case:
+    g = generator(dtype, hidden)  # the tables are the same for any number of rows
+    tables = tables_of([random_slot(g, n, hidden, 2, COLUMNS) for n in (4, 0, 2)], hidden)
+    x, residual = (rows_of(g, n_rows, hidden, dtype) for _ in range(2))
+    weight = torch.randn(hidden, generator=g).to(dtype)
+    return Case(x, residual, weight, tables, where(g, n_rows, 3, 4), torch.rand(2, 4, generator=g) < 0.5)
+
+
+@contextmanager
+def launches(expected: int) -> Iterator[None]:
+    """That many kernels are launched inside the block."""
+    launch, seen = GridExecutor.__call__, []
+    GridExecutor.__call__ = lambda self, *args, **options: (seen.append(self), launch(self, *args, **options))[1]
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = launch
+    assert len(seen) == expected, f"{len(seen)} kernels were launched, expected {expected}"
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def through_ops(c: Case, **options: Any) -> list[Tensor]:
+    """What every operator returns or writes, by faststeer.ops."""
+    probes = [torch.zeros(len(c.x), COLUMNS) for _ in range(4)]
+    steered = ops.steer(c.x, *c.given, probes[0], **options)
+    in_place, gates, sparse = c.x.clone(), c.gates.clone(), c.x.clone()
+    ops.steer_(in_place, *c.given, probes[1], **options)
+    added = ops.add_steer(c.x, c.residual, *c.given, probes[2], **options)
+    normed, hidden = ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given, probes[3], **options)
+    ops.latch_(c.x, c.tables, c.rows, gates, residual=c.residual, **options)
+    ops.sparse_add_(sparse, *sparse_of(c), **options)
+    return [steered, in_place, added, normed, hidden, gates, sparse, *probes]
+
+
+def through_kernels(c: Case) -> list[Tensor]:
+    """The same, by calling the kernels."""
+    steered, probe = kernels.steer(c.x, *c.flat, COLUMNS)
+    in_place, gates, sparse, probe_ = c.x.clone(), c.gates.clone(), c.x.clone(), torch.zeros_like(probe)
+    kernels.steer_(in_place, *c.flat, probe_)
+    added, added_probe = kernels.add_steer(c.x, c.residual, *c.flat, COLUMNS)
+    normed, hidden, normed_probe = kernels.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.flat, COLUMNS)
+    kernels.latch_(c.x, c.residual, *c.flat[:-1], gates)
+    kernels.sparse_add_(sparse, *sparse_of(c))
+    return [steered, in_place, added, normed, hidden, gates, sparse, probe, probe_, added_probe, normed_probe]
+
+
+def sparse_of(c: Case) -> tuple[Tensor, ...]:
+    indices, values = torch.tensor([1, 7, 3], dtype=torch.int32), torch.tensor([0.5, -2.0, 3.0])
+    offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
+    return indices, values, offsets, c.rows.slot, torch.linspace(-1, 1, len(c.x))
+
+
+def same_results(dtype: torch.dtype) -> None:
+    """Chosen by the context or by the argument, and not otherwise, the kernels run, and what they compute comes out."""
+    c = case_of(dtype)
+    expected = through_kernels(c)
+    assert ops.states()["triton"].works
+    before = ops.backend_for("cpu")
+    assert before != "triton", "interpreted kernels were chosen unasked"
+    with ops.backend("triton"):
+        assert ops.backend_for("cpu") == "triton"
+        with launches(6):
+            by_context = through_ops(c)
+    assert ops.backend_for("cpu") == before
+    with launches(6):
+        by_argument = through_ops(c, backend="triton")
+    with launches(0):
+        through_ops(c)
+    for found in (by_context, by_argument):
+        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert torch.equal(bits(ours), bits(theirs)), f"result {i} differs"
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Callable[[Case], Case], type[Exception], str]] = {
+    "x dtype": (lambda c: c._replace(x=c.x.double()), TypeError, "x has dtype torch.float64"),
+    "x dimensions": (lambda c: c._replace(x=c.x[None]), ValueError, "x has 3 dimensions"),
+    "x stride": (lambda c: c._replace(x=c.x.T.contiguous().T), ValueError, "x has stride 5"),
+    "x overlap": (lambda c: c._replace(x=c.x[:1].expand(5, -1)), ValueError, "x has row stride 0"),
+    "residual shape": (lambda c: c._replace(residual=c.residual[1:]), ValueError, "residual is .4, 48."),
+    "residual dtype": (lambda c: c._replace(residual=c.residual.half()), ValueError, "residual is .* torch.float16"),
+    "weight shape": (lambda c: c._replace(weight=c.weight[1:]), ValueError, "weight has shape .47."),
+    "weight dtype": (lambda c: c._replace(weight=c.weight.int()), TypeError, "weight has dtype torch.int32"),
+    "bank shape": (
+        lambda c: with_table(c, bank=c.tables.bank[:, :-1].contiguous()),
+        ValueError,
+        "bank has shape .*expected .any, 48.",
+    ),
+    "bank dtype": (lambda c: with_table(c, bank=c.tables.bank.half()), TypeError, "bank has dtype torch.float16"),
+    "bank device": (lambda c: with_table(c, bank=c.tables.bank.to("meta")), ValueError, "bank is on meta, x on cpu"),
+    "bank strided": (lambda c: with_table(c, bank=c.tables.bank[::2]), ValueError, "bank is not contiguous"),
+    "fields dtype": (lambda c: with_table(c, fields=c.tables.fields.long()), TypeError, "fields has dtype torch.int64"),
+    "scalars shape": (lambda c: with_table(c, scalars=c.tables.scalars[1:]), ValueError, "scalars has shape"),
+    "ranges strided": (lambda c: with_table(c, ranges=c.tables.ranges[::2]), ValueError, "ranges is not contiguous"),
+    "row_slot shape": (lambda c: with_row(c, slot=c.rows.slot[1:]), ValueError, "row_slot has shape .4."),
+    "row_position dtype": (
+        lambda c: with_row(c, position=c.rows.position.long()),
+        TypeError,
+        "row_position has dtype torch.int64",
+    ),
+    "row_sequence device": (
+        lambda c: with_row(c, sequence=c.rows.sequence.to("meta")),
+        ValueError,
+        "row_sequence is on meta",
+    ),
+    "gate_state dtype": (lambda c: c._replace(gates=c.gates.int()), TypeError, "gate_state has dtype torch.int32"),
+}
+
+
+def with_table(c: Case, **changes: Tensor) -> Case:
+    return c._replace(tables=c.tables._replace(**changes))
+
+
+def with_row(c: Case, **changes: Tensor) -> Case:
+    return c._replace(rows=c.rows._replace(**changes))
+
+
+def refused(what: str) -> None:
+    """A bad argument is named, by every operator that takes it, before any kernel runs or anything is written."""
+    good = case_of(torch.float32)
+    change, error, message = BAD[what]
+    c = change(good)
+    calls = {
+        "steer": lambda: ops.steer(c.x, *c.given),
+        "steer_": lambda: ops.steer_(c.x, *c.given),
+        "add_steer": lambda: ops.add_steer(c.x, c.residual, *c.given),
+        "add_steer_rmsnorm": lambda: ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given),
+        "latch_": lambda: ops.latch_(c.x, *c.given, residual=c.residual),
+    }
+    if what.startswith(("residual", "weight")):
+        del calls["steer"], calls["steer_"]
+    if what.startswith("weight"):
+        del calls["add_steer"], calls["latch_"]
+    before = [t.clone() for t in (good.x, good.gates)]
+    with ops.backend("triton"), launches(0):
+        for call in calls.values():
+            with pytest.raises(error, match=message):
+                call()
+    assert torch.equal(good.x, before[0]) and torch.equal(good.gates, before[1])
+
+
+def sparse_refused() -> None:
+    c = case_of(torch.float32)
+    names = ("indices", "values", "offsets", "row_vector", "row_coefficient")
+    good = dict(zip(names, sparse_of(c), strict=True))
+    with ops.backend("triton"), launches(0):
+        for name in names:
+            with pytest.raises(TypeError, match=f"{name} has dtype torch.float64"):
+                ops.sparse_add_(c.x, **good | {name: good[name].double()})
+        for name in ("values", "row_vector", "row_coefficient"):
+            with pytest.raises(ValueError, match=f"{name} has shape"):
+                ops.sparse_add_(c.x, **good | {name: good[name][1:]})
+        with pytest.raises(ValueError, match="offsets is empty"):
+            ops.sparse_add_(c.x, **good | {"offsets": good["offsets"][:0]})
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+def opcheck(operator: str) -> None:
+    """PyTorch's own checks of the overload: schema, fake tensors, autograd registration, tracing."""
+    c = case_of(torch.float32, n_rows=2)
+    given = {
+        "steer": (c.x.requires_grad_(), *c.flat, COLUMNS),
+        "steer_": (c.x.detach(), *c.flat, torch.zeros(2, COLUMNS)),
+        "add_steer": (c.x, c.residual.requires_grad_(), *c.flat, COLUMNS),
+        "add_steer_rmsnorm": (c.x, c.residual, c.weight.requires_grad_(), *NORM, *c.flat, COLUMNS),
+        "latch_": (c.x.detach(), None, *c.flat),
+        "sparse_add_": (c.x.detach(), *sparse_of(c)),
+    }[operator]
+    torch.library.opcheck(getattr(torch.ops.faststeer, operator).triton, given)
+
+
+def gradients() -> None:
+    """Those of the reference, to the last bit: backward recomputes with it."""
+    c = case_of(torch.float32)
+    grads = []
+    for name in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (c.x, c.residual, c.weight, c.tables.bank, c.tables.scalars)]
+        x, residual, weight, bank, scalars = leaves
+        given = c.tables._replace(bank=bank, scalars=scalars), c.rows, c.gates
+        normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, *NORM, *given, backend=name)
+        (normed.sin().sum() + (hidden * hidden).sum()).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        # The gradient that comes in is of our forward pass, which is as near to the reference as contract 3 says.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def one_graph(dtype: torch.dtype) -> None:
+    """A function of the operators is one graph for any number of rows, with the kernels in it while they are chosen,
+    and computes what it does uncompiled."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def eager(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("eager")(graph, inputs)
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, tables: Tables, rows: Rows, gates: Tensor) -> Any:
+        normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, *NORM, tables, rows, gates)
+        ops.steer_(normed, tables, rows, gates)
+        return ops.steer(hidden, tables, rows, gates), normed
+
+    compiled = torch.compile(run, fullgraph=True, backend=eager, dynamic=True)
+    with ops.backend("triton"):
+        for n_rows in (5, 7, 9):  # 3 are the slots: PyTorch would take equal sizes for the same
+            c = case_of(dtype, n_rows)
+            with launches(3):
+                found = compiled(*c)
+            for ours, theirs in zip(found, run(*c), strict=True):
+                assert torch.equal(bits(ours), bits(theirs))
+    assert len(graphs) == 1, f"{len(graphs)} graphs"
+    called = {node.target for node in graphs[0].graph.nodes if node.op == "call_function"}
+    triton = {getattr(torch.ops.faststeer, name).triton for name in ("add_steer_rmsnorm", "steer_", "steer")}
+    assert triton <= called
+    with launches(0):
+        compiled(*c)
+    assert len(graphs) == 2, "the back end that was chosen is not what the graph depends on"
