@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_the_demo_figures_are_measured(line, cell):
     assert interval == f"{measured['low']:.0%} to {measured['high']:.0%}"
     assert coherent == f"{measured['coherent']:.1%}"
     assert n == str(measured["n"])
+
+
+def test_the_cpu_figures_are_measured():
+    with (RESULTS / "kernels_cpu.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["how"] == "steer_" and row["rows"] == "512"]
+    ratio = {(r["steering"], r["dtype"]): f"{float(r['times_as_fast_as_eager']):.1f}" for r in rows}
+    ablations = (
+        f"an ablation {ratio['ablate', 'fp32']} times as fast in fp32 and {ratio['ablate', 'bf16']} times in bf16"
+    )
+    assert f"{ablations}, an addition {ratio['add', 'fp32']} and {ratio['add', 'bf16']} times" in README
 
 
 def test_its_pictures_and_pages_are_there():
