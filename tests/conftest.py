@@ -18,4 +18,3 @@ transformers.logging.set_verbosity_error()
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("FASTSTEER_TEST_PROFILE", "default"))
-
