@@ -1,0 +1,73 @@
+"""What the commands share: the application, common options, loading a model, errors.
+
+Results go to stdout, progress and errors to stderr; exit code 0 is success, 1 a problem with the input, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Activation steering for language models at full speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+Model = Annotated[str, typer.Option(help="'demo', a folder saved by transformers, or a name on the Hugging Face hub.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
+System = Annotated[str | None, typer.Option(help="A system prompt before every prompt.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def reports_errors(command: Command) -> Command:
+    """What is wrong with the input is said in one paragraph, without a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return run  # type: ignore[return-value]
+
+
+def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """Model (evaluating) and tokenizer: the demo model, a local folder, or a name on the hub.
+
+    Raises:
+        ValueError: an unknown dtype, or nothing there that transformers can load.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise ValueError(f"unknown --dtype {dtype!r}: expected one of {', '.join(dtypes)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "demo":
+        from faststeer import demo as demonstration
+
+        toy, its_tokenizer = demonstration.load(torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        return toy.to(device), its_tokenizer  # type: ignore[arg-type]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        where = "this folder" if Path(name).is_dir() else "no such folder, and the hub"
+        raise ValueError(f"no model could be loaded from {name!r} ({where}): {error}") from error
+    return model.to(device).eval(), tokenizer
