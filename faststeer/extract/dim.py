@@ -19,22 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from faststeer import hf
 from faststeer.extract.prompts import post_instruction_positions
+from faststeer.extract.reading import SIDES, check_contrast, check_lengths, check_positions, read_batches
 from faststeer.files import write_atomically
-from faststeer.hf.batching import (
-    Prompt,
-    batches,
-    check_evaluating,
-    check_prompts,
-    encode,
-    forward_arguments,
-    model_device,
-    model_name,
-    pad,
-    padding_id,
-    progress_bar,
-)
+from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 FORMAT = "faststeer.candidates/1"
@@ -116,13 +104,8 @@ class Candidates:
         Raises:
             ValueError: a position or layer there is not, no direction at that layer, or at none.
         """
-        if position not in self.positions:
-            raise ValueError(f"no candidates at position {position}: there are {', '.join(map(str, self.positions))}")
-        if layer is not None and not 0 <= layer < self.n_layers:
-            raise ValueError(f"no candidates for layer {layer}: the model has layers 0..{self.n_layers - 1}")
-        index = self.positions.index(position)
+        index, wanted = check_cell(self.positions, self.n_layers, position, layer)
         exists = self.exists()[index]
-        wanted = range(self.n_layers) if layer is None else [layer]
         directions = {number: self.directions[index, number].float() for number in wanted if exists[number]}
         if not directions:
             where = "any layer" if layer is None else f"layer {layer}"
@@ -191,14 +174,15 @@ class Candidates:
             ) from error
 
 
-def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
-    """Return the positions as a tuple if they are distinct negative integers, else raise ValueError."""
-    positions = tuple(positions)
-    if not positions or len(set(positions)) < len(positions) or not all(type(p) is int and p < 0 for p in positions):
-        raise ValueError(
-            f"positions are {list(positions)}: expected distinct negative integers, -1 being the last prompt token"
-        )
-    return positions
+def check_cell(
+    positions: Sequence[int | None], n_layers: int, position: int | None, layer: int | None
+) -> tuple[int, list[int]]:
+    """Return the index of a position in a table and the layers meant by `layer` (None: all), or raise ValueError."""
+    if position not in positions:
+        raise ValueError(f"no candidates at position {position}: there are {', '.join(map(str, positions))}")
+    if layer is not None and not 0 <= layer < n_layers:
+        raise ValueError(f"no candidates for layer {layer}: the model has layers 0..{n_layers - 1}")
+    return list(positions).index(position), list(range(n_layers)) if layer is None else [layer]
 
 
 def candidates(
@@ -225,26 +209,23 @@ def candidates(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: before any forward pass: an empty set, something that is no prompt, an unknown hook point, positions
-            that are not negative or that the shortest prompt does not have, a model in training mode. During it: an
-            activation that is NaN or infinite, with its layer and prompt.
+        ValueError: before any forward pass: sets that cannot be contrasted (empty, fewer than two prompts, the same
+            prompt on both sides, chats of different formats), something that is no prompt, an unknown hook point,
+            positions that are not negative or that the shortest prompt does not have, a model in training mode. During
+            it: an activation that is NaN or infinite, with its layer and prompt.
     """
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
-    sets = {"positive": check_prompts(positive, "positive"), "negative": check_prompts(negative, "negative")}
-    encoded = {name: encode(tokenizer, prompts, system) for name, prompts in sets.items()}
-    for name, rows in encoded.items():
-        for index, ids in enumerate(rows):
-            if len(ids) < -min(positions):
-                raise ValueError(
-                    f"{name}[{index}] has {len(ids)} token(s) and so none at position {min(positions)}: "
-                    "leave the prompt or the position out"
-                )
-    means = {
-        name: _means(model, tokenizer, rows, name, at, positions, batch_size, progress)
-        for name, rows in encoded.items()
-    }
+    sets = check_contrast(tokenizer, positive, negative)
+    rows = {side: encode(tokenizer, prompts, system) for side, prompts in sets.items()}
+    check_lengths(rows, positions)
+    totals: dict[str, Tensor | float] = dict.fromkeys(SIDES, 0.0)
+    for side, _, activations in read_batches(
+        model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress
+    ):
+        totals[side] = totals[side] + activations.double().sum(0)
+    means = {side: cast(Tensor, total) / len(sets[side]) for side, total in totals.items()}
     return Candidates(
         means["positive"],
         means["negative"],
@@ -295,47 +276,3 @@ def dim(
         progress=progress,
     )
     return found.vector(position)
-
-
-@torch.no_grad()
-def _means(
-    model: Any,
-    tokenizer: Any,
-    encoded: list[list[int]],
-    name: str,
-    at: HookPoint,
-    positions: tuple[int, ...],
-    batch_size: int,
-    progress: bool,
-) -> Tensor:
-    """Return the mean activation `[positions, layers, hidden]` fp64 on the CPU."""
-    groups = batches([len(ids) for ids in encoded], batch_size)
-    device, pad_id = model_device(model), padding_id(tokenizer)
-    total: Tensor | float = 0.0
-    with (
-        hf.read(model, at=at, tokens=list(positions)) as taken,
-        progress_bar(f"Reading {name} prompts", len(groups), progress) as advance,
-    ):
-        for group in groups:
-            model(**forward_arguments(model, pad([encoded[index] for index in group], pad_id, device)))
-            layers = range(len(taken))
-            # [positions, layers, hidden]; fp64 on the CPU, since not every accelerator has it.
-            batch = torch.stack([taken[layer].cpu().double().sum(0) for layer in layers], dim=1)
-            if not bool(torch.isfinite(batch).all()):
-                raise ValueError(_overflow([taken[layer] for layer in layers], group, name, at))
-            total = total + batch
-            advance()
-    return cast(Tensor, total) / len(encoded)
-
-
-def _overflow(activations: list[Tensor], group: list[int], name: str, at: HookPoint) -> str:
-    """Say where the first activation `[batch, positions, hidden]` that is not finite came from."""
-    for layer, values in enumerate(activations):
-        bad = ~torch.isfinite(values).flatten(1).all(1)
-        if bool(bad.any()):
-            prompt = group[int(bad.nonzero()[0])]
-            return (
-                f"{name}[{prompt}] has a NaN or infinite activation at {at} of layer {layer}: "
-                "load the model in bfloat16 or float32, or leave the prompt out"
-            )
-    return f"the activations of the {name} prompts at {at} overflow fp64: load the model in float32"

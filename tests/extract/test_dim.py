@@ -118,9 +118,12 @@ def test_attention_output_is_what_attention_adds():
     tiny_chat.assert_no_worse(vector[1], by_hand(MODEL), by_hand(tiny_chat.llama(len(TOKENIZER)).double()))
 
 
+def chats(prompts, system="Be kind."):
+    return [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]
+
+
 def test_chat_prompts_and_system_prompt():
-    chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}] for prompt in POSITIVE]
-    one = candidates(MODEL, TOKENIZER, chats, NEGATIVE, positions=[-1])
+    one = candidates(MODEL, TOKENIZER, chats(POSITIVE), chats(NEGATIVE, "Be rude."), positions=[-1])
     both = candidates(MODEL, TOKENIZER, POSITIVE, NEGATIVE, positions=[-1], system="Be kind.")
     assert torch.equal(one.positive_mean, both.positive_mean)
     assert not torch.equal(one.negative_mean, both.negative_mean)
@@ -154,6 +157,13 @@ class NoForward:
         (POSITIVE, NEGATIVE, {"positions": []}, "distinct negative integers"),
         (POSITIVE, NEGATIVE, {"positions": [-1000]}, r"positive\[0\] has \d+ token\(s\) and so none at position -1000"),
         (POSITIVE, NEGATIVE, {"batch_size": 0}, "batch_size is 0"),
+        (POSITIVE[:1], NEGATIVE, {}, "positive has 1 prompt: a contrast needs at least two a side"),
+        (POSITIVE, NEGATIVE[:1], {}, "negative has 1 prompt"),
+        (POSITIVE, POSITIVE, {}, r"5 prompt\(s\) are on both sides, the first being positive\[0\] = negative\[0\]"),
+        (POSITIVE, [*NEGATIVE, POSITIVE[3]], {}, r"positive\[3\] = negative\[4\]"),
+        (chats(POSITIVE), NEGATIVE, {}, r"positive\[0\] is a chat of system, user, and no negative prompt is"),
+        (POSITIVE, [*NEGATIVE, *chats(["Hi"])], {}, r"negative\[4\] is a chat of system, user"),
+        (POSITIVE, ["ok", "<|im_start|>user\nHi<|im_end|>"], {}, r"negative\[1\] holds '<\|im_.*' *, a token of the chat"),
     ],
 )
 def test_bad_input_is_refused_before_any_forward_pass(positive, negative, options, message):
@@ -161,9 +171,10 @@ def test_bad_input_is_refused_before_any_forward_pass(positive, negative, option
         candidates(NoForward(), TOKENIZER, positive, negative, **options)
 
 
-def test_the_same_prompts_twice_have_no_direction():
+def test_sets_that_the_model_cannot_tell_apart_have_no_direction():
+    tokenizer = tiny_chat.bpe_tokenizer("{{ bos_token }}same for all")
     with pytest.raises(ValueError, match="same mean at any layer"):
-        dim(MODEL, TOKENIZER, POSITIVE, POSITIVE)
+        dim(MODEL, tokenizer, POSITIVE, NEGATIVE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,112 @@
+"""Activations of every prompt, kept: what a probe is fitted to, and what can be looked at again without the model.
+
+A file is safetensors; nothing but the two tensors and the words that say where they were taken is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from faststeer.extract.reading import check_positions
+from faststeer.files import write_atomically
+from faststeer.vector import HookPoint, check_hook_point
+
+FORMAT = "faststeer.activations/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Activations of two sets of prompts.
+
+    Args:
+        positive, negative: `[prompts, positions, layers, hidden]`, the model's dtype, finite, in the prompts' order.
+        positions: token positions counted from the prompt's end.
+        at: hook point.
+        paired: whether positive[i] and negative[i] belong together.
+        model: name of the model they come from.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree, NaN or infinity, pairs of different number.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    positions: tuple[int, ...]
+    at: HookPoint
+    paired: bool = False
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        check_hook_point(self.at)
+        object.__setattr__(self, "positions", check_positions(self.positions))
+        shapes = self.positive.shape, self.negative.shape
+        wrong = any(len(shape) != 4 or shape[1] != len(self.positions) for shape in shapes)
+        if wrong or shapes[0][1:] != shapes[1][1:] or not self.positive.numel() or not self.negative.numel():
+            raise ValueError(
+                f"activations of shapes {list(shapes[0])} and {list(shapes[1])} for {len(self.positions)} position(s): "
+                "expected [prompts, positions, layers, hidden] twice"
+            )
+        if self.positive.dtype != self.negative.dtype or not self.positive.is_floating_point():
+            raise ValueError(f"activations of dtypes {self.positive.dtype} and {self.negative.dtype}: expected one float")
+        if self.paired and shapes[0][0] != shapes[1][0]:
+            raise ValueError(f"pairs have two sides, but there are {shapes[0][0]} positive and {shapes[1][0]} negative")
+        if not bool(torch.isfinite(self.positive).all() and torch.isfinite(self.negative).all()):
+            raise ValueError("the activations hold NaN or infinite values: read them again")
+
+    def cell(self, side: str, position: int, layer: int) -> Tensor:
+        """One side's activations at a position (its index) and layer: `[prompts, hidden]` fp64."""
+        return cast(Tensor, getattr(self, side))[:, position, layer].double()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write them to `path` as safetensors, atomically."""
+        metadata = {
+            "format": FORMAT,
+            "at": self.at,
+            "positions": json.dumps(self.positions),
+            "paired": json.dumps(self.paired),
+        }
+        if self.model is not None:
+            metadata["model"] = self.model
+        tensors = {"positive": self.positive.contiguous(), "negative": self.negative.contiguous()}
+        write_atomically(path, to_safetensors(tensors, metadata))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Activations:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, no safetensors file, or holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no activations at {path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+                if set(file.keys()) != {"positive", "negative"}:
+                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))}, expected positive, negative")
+                return cls(
+                    file.get_tensor("positive"),
+                    file.get_tensor("negative"),
+                    positions=tuple(json.loads(metadata["positions"])),
+                    at=cast(HookPoint, metadata["at"]),
+                    paired=json.loads(metadata["paired"]) is True,
+                    model=metadata.get("model"),
+                )
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} holds no activations ({error}): is it truncated, or another kind of file? Read them again"
+            ) from error

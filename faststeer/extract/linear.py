@@ -1,0 +1,97 @@
+"""The linear algebra of the methods from contrast, in fp64: moments added up batch by batch, top eigenvectors, and
+logistic regression. It knows tensors, no models."""
+
+from __future__ import annotations
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+MAX_STEPS = 200
+
+
+class Scatter:
+    """Second moments of a stream of vectors `[prompts, positions, layers, hidden]`, in memory that does not grow with
+    it.
+
+    About the mean: two groups of n and k vectors whose means differ by e have the scatter S_n + S_k + n k / (n + k) e
+    e^T (Chan, Golub and LeVeque), so that nothing large is ever subtracted. Or, with `centred=False`, about zero.
+    """
+
+    def __init__(self, centred: bool = True) -> None:
+        self._centred = centred
+        self._n = 0
+        self._mean: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add vectors `[prompts, positions, layers, hidden]`, fp64."""
+        k, positions, layers, hidden = values.shape
+        cells = values.permute(1, 2, 0, 3).reshape(positions * layers, k, hidden)
+        mean = cells.mean(1)
+        if self._sum is None or self._mean is None:
+            self._sum = torch.zeros(positions * layers, hidden, hidden, dtype=torch.float64)
+            self._mean, self._shape = torch.zeros_like(mean), (positions, layers, hidden, hidden)
+        if self._centred:
+            cells = cells - mean.unsqueeze(1)
+            step = mean - self._mean
+            self._sum.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=self._n * k / (self._n + k))
+            self._mean = self._mean + step * (k / (self._n + k))
+        self._sum.baddbmm_(cells.transpose(1, 2), cells)
+        self._n += k
+
+    def mean(self) -> Tensor:
+        """The second moment per vector, `[positions, layers, hidden, hidden]`."""
+        assert self._sum is not None
+        return (self._sum / self._n).view(self._shape)
+
+
+def top_of_matrix(matrix: Tensor) -> tuple[Tensor, float]:
+    """The top eigenvector of a positive semidefinite matrix, and its eigenvalue's share of the trace."""
+    last = matrix.shape[0] - 1
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[last, last])
+    return torch.from_numpy(vectors[:, 0].copy()), float(values[0] / matrix.trace())
+
+
+def top_of_factor(factor: Tensor) -> tuple[Tensor, float]:
+    """The same of factor^T factor, `factor` being `[k, hidden]`, without that matrix."""
+    _, sizes, rows = torch.linalg.svd(factor, full_matrices=False)
+    return rows[0], float(sizes[0] ** 2 / (sizes**2).sum())
+
+
+def logistic(positive: Tensor, negative: Tensor, c: float) -> tuple[Tensor, float]:
+    """The weight `[hidden]` of the L2-penalised logistic regression of positive against negative `[n, hidden]`, and its
+    accuracy on them (the objective is in `Contrast.probe`).
+
+    The optimum lies in the span of the centred data, so Newton's method runs in its coordinates, at most as many as
+    prompts; steps are halved until the objective falls, and it ends where the gradient is at rounding level.
+    """
+    x = torch.cat([positive, negative])
+    y = torch.cat([torch.ones(len(positive)), -torch.ones(len(negative))]).double()
+    x = x - x.mean(0)
+    scale = x.pow(2).sum(1).mean().sqrt()
+    u, sizes, rows = torch.linalg.svd(x / scale, full_matrices=False)
+    rank = int((sizes > sizes[0] * torch.finfo(torch.float64).eps * max(x.shape)).sum())
+    z = torch.cat([u[:, :rank] * sizes[:rank], torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    penalty = torch.ones(rank + 1, dtype=torch.float64)
+    penalty[-1] = 0.0  # of the intercept
+
+    def objective(w: Tensor) -> Tensor:
+        return 0.5 * (penalty * w * w).sum() + c * torch.nn.functional.softplus(-y * (z @ w)).sum()
+
+    w = torch.zeros(rank + 1, dtype=torch.float64)
+    for _ in range(MAX_STEPS):
+        wrong = torch.sigmoid(-y * (z @ w))
+        gradient = penalty * w - c * (z.T @ (y * wrong))
+        if gradient.norm() <= 1e-12 * c * len(x):
+            break
+        curvature = torch.diag(penalty) + c * (z.T * (wrong * (1 - wrong))) @ z
+        step = torch.linalg.lstsq(curvature, gradient.unsqueeze(1)).solution.squeeze(1)
+        size, here = 1.0, objective(w)
+        while objective(w - size * step) > here - 1e-4 * size * (gradient @ step) and size > 1e-10:
+            size /= 2
+        if size <= 1e-10:  # nothing lower within rounding
+            break
+        w = w - size * step
+    accuracy = float(((z @ w).sign() == y).double().mean())
+    return rows[:rank].T @ w[:-1] / scale, accuracy

@@ -1,0 +1,196 @@
+"""One pass over two sets of prompts: every layer's activation at chosen tokens, batch by batch, for any number of methods
+at once. And the checks of two sets that are to be contrasted.
+
+Nothing is kept here: what a method does not add up while the batches pass is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from faststeer import hf
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_prompts,
+    forward_arguments,
+    model_device,
+    pad,
+    padding_id,
+    progress_bar,
+)
+from faststeer.vector import HookPoint
+
+SIDES = ("positive", "negative")
+Rows = Mapping[str, Sequence[Sequence[int]]]  # side -> token ids of its prompts
+
+
+class Batch(NamedTuple):
+    """What one forward pass gave of one side: prompt numbers and activations `[prompts, positions, layers, hidden]`, on
+    the CPU, in the model's dtype."""
+
+    side: str
+    numbers: list[int]
+    activations: Tensor
+
+
+def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
+    """Return the positions as a tuple if they are distinct negative integers, else raise ValueError."""
+    positions = tuple(positions)
+    if not positions or len(set(positions)) < len(positions) or not all(type(p) is int and p < 0 for p in positions):
+        raise ValueError(
+            f"positions are {list(positions)}: expected distinct negative integers, -1 being the last prompt token"
+        )
+    return positions
+
+
+def check_contrast(
+    tokenizer: Any, positive: Sequence[Prompt], negative: Sequence[Prompt], *, paired: bool = False
+) -> dict[str, list[Prompt]]:
+    """Return both sets if a direction between them can mean what they differ in.
+
+    Raises:
+        ValueError: an empty set, something that is no prompt, fewer than two prompts a side, a prompt on both sides (at
+            one place, if they are pairs), sides whose chats have different formats (a system prompt on one side only,
+            say: the direction would be that of the format), a prompt that holds tokens of the chat template and so was
+            rendered before; pairs whose sides differ in number.
+    """
+    sets = {
+        side: check_prompts(prompts, side) for side, prompts in zip(SIDES, (positive, negative), strict=True)
+    }
+    for side, prompts in sets.items():
+        if len(prompts) < 2:
+            raise ValueError(
+                f"{side} has 1 prompt: a contrast needs at least two a side, or the direction is that of one prompt"
+            )
+    if paired and len(sets["positive"]) != len(sets["negative"]):
+        raise ValueError(
+            f"pairs have two sides, but there are {len(sets['positive'])} positive and {len(sets['negative'])} "
+            "negative prompts"
+        )
+    _check_overlap(sets)
+    _check_formats(sets)
+    _check_markup(tokenizer, sets)
+    return sets
+
+
+def _check_overlap(sets: Mapping[str, list[Prompt]]) -> None:
+    places = {repr(prompt): number for number, prompt in enumerate(sets["negative"])}
+    shared = [(n, places[repr(prompt)]) for n, prompt in enumerate(sets["positive"]) if repr(prompt) in places]
+    if shared:
+        first, second = shared[0]
+        raise ValueError(
+            f"{len(shared)} prompt(s) are on both sides, the first being positive[{first}] = negative[{second}] "
+            f"{sets['positive'][first]!r}: leave them out, or were the same prompts given twice?"
+        )
+
+
+def prompt_format(prompt: Prompt) -> tuple[str, ...]:
+    """The roles of a prompt's messages; a text is one user message."""
+    return ("user",) if isinstance(prompt, str) else tuple(message["role"] for message in prompt)
+
+
+def _check_formats(sets: Mapping[str, list[Prompt]]) -> None:
+    formats = {side: {prompt_format(prompt) for prompt in prompts} for side, prompts in sets.items()}
+    for side, other in (SIDES, SIDES[::-1]):
+        if only := formats[side] - formats[other]:
+            found = next(n for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
+            raise ValueError(
+                f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} prompt is: "
+                "the direction would be that of the chat format; give both sides the same roles"
+            )
+
+
+def _check_markup(tokenizer: Any, sets: Mapping[str, list[Prompt]]) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    marks = [mark for mark in tokenizer.get_added_vocab() if len(mark.strip()) > 2]
+    for side, prompts in sets.items():
+        for number, prompt in enumerate(prompts):
+            texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+            if mark := next((mark for mark in marks for text in texts if mark in text), None):
+                raise ValueError(
+                    f"{side}[{number}] holds {mark!r}, a token of the chat format: it was rendered already; give the "
+                    "bare text or a list of messages, the chat template is applied here"
+                )
+
+
+def check_lengths(rows: Rows, positions: Sequence[int]) -> None:
+    """Raise ValueError naming the first prompt that has no token at one of the positions."""
+    for side, encoded in rows.items():
+        for index, ids in enumerate(encoded):
+            if len(ids) < -min(positions):
+                raise ValueError(
+                    f"{side}[{index}] has {len(ids)} token(s) and so none at position {min(positions)}: "
+                    "leave the prompt or the position out"
+                )
+
+
+@torch.no_grad()
+def read_batches(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    *,
+    at: HookPoint,
+    positions: Sequence[int],
+    batch_size: int,
+    progress: bool,
+    paired: bool = False,
+) -> Iterator[Batch]:
+    """Yield the activations of every prompt once. With `paired`, both sides of a pair pass together, and a batch of the
+    positive side is followed by that of the negative side with the same numbers.
+
+    Raises:
+        ValueError: an activation that is NaN or infinite, with its layer and prompt.
+    """
+    work = _pair_groups(rows, batch_size) if paired else _side_groups(rows, batch_size)
+    device, pad_id = model_device(model), padding_id(tokenizer)
+    with (
+        hf.read(model, at=at, tokens=list(positions)) as taken,
+        progress_bar("Reading prompts", len(work), progress) as advance,
+    ):
+        for group in work:
+            ids = [rows[side][number] for side, numbers in group for number in numbers]
+            model(**forward_arguments(model, pad(ids, pad_id, device)))
+            # [rows, positions, layers, hidden]
+            found = torch.stack([taken[layer].cpu() for layer in range(len(taken))], dim=2)
+            start = 0
+            for side, numbers in group:
+                part = found[start : start + len(numbers)]
+                start += len(numbers)
+                _check_finite(part, numbers, side, at)
+                yield Batch(side, numbers, part)
+            advance()
+
+
+def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
+    """One side after the other, so that neither's batches depend on the other's prompts."""
+    return [
+        [(side, group)] for side, encoded in rows.items() for group in batches([len(ids) for ids in encoded], batch_size)
+    ]
+
+
+def _pair_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
+    lengths = [max(map(len, pair)) for pair in zip(*rows.values(), strict=True)]
+    # Half a batch of pairs is a batch of prompts; a batch size of 1 still needs both sides.
+    groups = batches(lengths, max(batch_size // 2, 1) if batch_size > 0 else batch_size)
+    return [[(side, group) for side in rows] for group in groups]
+
+
+def _check_finite(activations: Tensor, numbers: list[int], side: str, at: HookPoint) -> None:
+    finite = torch.isfinite(activations)
+    if bool(finite.all()):
+        return
+    bad = ~finite.all(-1).all(1)  # [prompts, layers]
+    # The lowest layer, where it began.
+    layer = int(bad.any(0).nonzero()[0])
+    prompt = numbers[int(bad[:, layer].nonzero()[0])]
+    raise ValueError(
+        f"{side}[{prompt}] has a NaN or infinite activation at {at} of layer {layer}: "
+        "load the model in bfloat16 or float32, or leave the prompt out"
+    )
