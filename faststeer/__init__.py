@@ -7,7 +7,7 @@ in order, `steer` applies a plan, or one per row of the batch, to a whole Huggin
 one hand-written forward hook. docs/design.md has the semantics.
 """
 
-from faststeer import demo, evaluate, extract, hf
+from faststeer import demo, evaluate, extract, hf, observe
 from faststeer.engine import Completion, Engine
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
@@ -41,5 +41,6 @@ __all__ = [
     "extract",
     "hf",
     "hook",
+    "observe",
     "steer",
 ]

@@ -144,6 +144,7 @@ def read(
     at: HookPoint = "resid_pre",
     layers: Iterable[int] | None = None,
     tokens: Sequence[int] | None = None,
+    reduce: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Take activations while the model runs.
 
@@ -153,6 +154,8 @@ def read(
 
     Args:
         at: hook point. layers: which (all). tokens: columns to keep, such as [-1, -2] (all).
+        reduce: `reduce(layer, x)` is kept instead of x, where x itself would be too much. It must not keep a view of x,
+            which may be written in place later.
 
     Yields:
         `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype, overwritten by every forward
@@ -171,7 +174,7 @@ def read(
         def take(x: Tensor) -> Tensor:
             kept = x.detach() if tokens is None else x.detach()[..., list(tokens), :]
             # The middle of a layer may be written in place later.
-            taken[layer] = kept.clone()
+            taken[layer] = kept.clone() if reduce is None else reduce(layer, kept)
             return x
 
         return take

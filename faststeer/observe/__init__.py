@@ -1,0 +1,25 @@
+"""What steering changes, and through which parts: activations, lenses, steering value vectors, frozen attention."""
+
+from faststeer.observe.attention import AttentionCall, attention_modules, exchange_attention
+from faststeer.observe.freeze import Freezing, freeze
+from faststeer.observe.lens import LogitLens
+from faststeer.observe.parts import Norm, Parts, find_parts
+from faststeer.observe.svv import Ablating, Split, SteeringValueVectors, ablate, split, svv
+
+__all__ = [
+    "Ablating",
+    "AttentionCall",
+    "Freezing",
+    "LogitLens",
+    "Norm",
+    "Parts",
+    "Split",
+    "SteeringValueVectors",
+    "ablate",
+    "attention_modules",
+    "exchange_attention",
+    "find_parts",
+    "freeze",
+    "split",
+    "svv",
+]

@@ -1,0 +1,215 @@
+"""Attention as it is computed, of every architecture alike: queries, keys and values as they enter it (projected,
+normed, rotated, from the cache), with the model's own function to compute with others in their place.
+
+transformers computes attention in one exchangeable function per model. Here that function is exchanged, inside a `with`
+block, for one that asks a function of ours at every layer; masks, sliding windows, soft caps, sinks and grouped queries
+stay the model's own. No weights are read here (`observe.parts` does that), and no table of architectures is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from faststeer.hf.hook_points import HookPoints, find_hook_points, quiet, run_four_tokens
+
+PREFIX = "faststeer_"
+OURS = ("sdpa", "eager")  # what takes any mask and values of any width
+
+# Layer number and function of every attention module whose attention is exchanged now.
+_exchanged: weakref.WeakKeyDictionary[nn.Module, tuple[int, Attend]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One layer's attention in one forward pass.
+
+    Attributes:
+        layer: counted from 0.
+        query: `[batch, heads, tokens, head_dim]`, normed and rotated where the model does so.
+        key: `[batch, kv_heads, columns, head_dim]`, those of the cache included.
+        value: `[batch, kv_heads, columns, value_dim]`, likewise.
+        mask: what the model's attention function takes for one; None where it is causal without one.
+        settings: its other arguments: scaling, soft cap, sliding window, ...
+    """
+
+    layer: int
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    settings: Mapping[str, Any]
+    own: Callable[..., tuple[Tensor, Tensor | None]]
+
+    def attend(
+        self,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """What the model's own function gives, with other queries, keys or values where they are given:
+        `[batch, tokens, heads, value_dim]`. `rows`: the rows of the batch that the given tensors are of."""
+        given = [own if other is None else other for own, other in zip(self._tensors, (query, key, value), strict=True)]
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[0] == self.query.shape[0]:
+            mask = mask[rows]
+        return self.own(self.module, *given, mask, **self.settings)[0]
+
+    def weights(self) -> Tensor:
+        """The attention pattern `[batch, heads, tokens, columns]`, from whatever function the model has: what it makes
+        of values that are the unit vectors. Rows of sinks sum to less than 1."""
+        columns = self.key.shape[2]
+        unit = torch.eye(columns, dtype=self.value.dtype, device=self.value.device)
+        return self.attend(value=unit.expand(*self.key.shape[:2], -1, -1)).transpose(1, 2)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+# What takes the place of a layer's attention: given the call, `[batch, tokens, heads, value_dim]`.
+Attend = Callable[[AttentionCall], Tensor]
+
+
+@contextmanager
+def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | None = None) -> Iterator[None]:
+    """Compute every layer's attention by `attend` inside the block.
+
+        with exchange_attention(model, lambda call: call.attend()):      # the model as it is
+            model(**batch)
+
+    An attention kernel that takes neither other values nor any mask (flash attention, flex attention) is exchanged for
+    "sdpa", or "eager" where the model lacks that, with a UserWarning that says so; the model's own is back behind the
+    block.
+
+    Raises:
+        ValueError: an architecture that does not compute attention in transformers' exchangeable function, once per
+            layer. RuntimeError: inside another block of this kind on the same model.
+    """
+    points = points or find_hook_points(model)
+    modules = attention_modules(model, points)
+    with _exchanged_for(model, points, dict(enumerate(modules)), attend):
+        yield
+
+
+def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tuple[nn.Module, ...]:
+    """The module of each layer that computes its attention. One forward pass over four tokens the first time.
+
+    Raises:
+        ValueError: as `exchange_attention`.
+    """
+    points = points or find_hook_points(model)
+    if model not in _found:
+        _found[model] = _find(model, points)
+    return tuple(points.layer(model, i).get_submodule(name) for i, name in enumerate(_found[model]))
+
+
+def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
+    layers = [points.layer(model, i) for i in range(points.n_layers)]
+    names = {module: (i, name) for i, layer in enumerate(layers) for name, module in layer.named_modules()}
+    seen: list[tuple[int, str]] = []
+
+    def note(call: AttentionCall) -> Tensor:
+        seen.append(names[call.module])
+        return call.attend()
+
+    everything = {number: module for number, module in enumerate(names)}
+    with quiet(model), _exchanged_for(model, points, everything, note):
+        run_four_tokens(model)
+    if sorted(layer for layer, _ in seen) != list(range(points.n_layers)):
+        missing = sorted(set(range(points.n_layers)) - {layer for layer, _ in seen})
+        what = f"layer {missing[0]} does not" if missing else "a layer does so more than once"
+        raise ValueError(
+            f"{type(model).__name__}: attention is expected once per layer in transformers' attention function "
+            f"(AttentionInterface), but {what}: attention cannot be read or frozen in this architecture"
+        )
+    return tuple(name for _, name in sorted(seen))
+
+
+@contextmanager
+def _exchanged_for(
+    model: nn.Module, points: HookPoints, modules: Mapping[int, nn.Module], attend: Attend
+) -> Iterator[None]:
+    if any(module in _exchanged for module in modules.values()):
+        raise RuntimeError(
+            f"the attention of this {type(model).__name__} is exchanged already: leave the other freeze(...), "
+            "split(...) or exchange_attention(...) first"
+        )
+    # Masks are made from the configuration of the module that runs the layers, attention is chosen by its own.
+    owners = (points.owner(model), *modules.values())
+    configs: dict[int, Any] = {id(module.config): module.config for module in owners if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    chosen = [(config, _implementation(model, implementation)) for config, implementation in before]
+    try:
+        for config, implementation in chosen:
+            config._attn_implementation_internal = _register(implementation)
+        for number, module in modules.items():
+            _exchanged[module] = number, attend
+        yield
+    finally:
+        for module in modules.values():
+            _exchanged.pop(module, None)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def _implementation(model: nn.Module, implementation: str | None) -> str:
+    """The implementation to compute with: the model's own, or one that takes other values."""
+    if implementation is not None and implementation in OURS:
+        return implementation
+    instead = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    warnings.warn(
+        f"the model's attention is {implementation!r}, whose kernel gives no attention pattern to read or to freeze: "
+        f"computing with {instead!r} here; load the model with attn_implementation={instead!r} to do so everywhere",
+        UserWarning,
+        stacklevel=6,
+    )
+    return instead
+
+
+def _register(implementation: str) -> str:
+    """The name of our attention function over this implementation, with its kind of masks."""
+    name = PREFIX + implementation
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, _attention(implementation))
+        masks: Any = AttentionMaskInterface._global_mapping[implementation]
+        AttentionMaskInterface.register(name, masks)
+    return name
+
+
+def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        own = _own_function(module, implementation)
+        if module not in _exchanged:
+            return own(module, query, key, value, attention_mask, **settings)
+        layer, attend = _exchanged[module]
+        return attend(AttentionCall(layer, module, query, key, value, attention_mask, settings, own)), None
+
+    return attention
+
+
+def _own_function(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that a module computes attention with; each architecture has an eager one of its own."""
+    if implementation != "eager":
+        return AttentionInterface._global_mapping[implementation]
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise ValueError(
+            f"{type(module).__name__} has no eager attention function of its own: load the model with "
+            'attn_implementation="sdpa"'
+        )
+    return own

@@ -1,0 +1,196 @@
+"""Steering with one half of attention frozen: what of its effect goes through where tokens look (QK), what through what
+they carry (OV).
+
+    with freeze(model, plan, "qk"):
+        model.generate(**batch)
+
+Every row runs twice in each forward pass, unsteered and steered, over the same tokens: the unsteered half gives the
+attention pattern (or the values), the steered half the logits. Both halves have their keys and values in the cache, so
+that a token costs one pass of two rows, whatever came before it; the authors' code recomputes both whole sequences for
+every token. Source: arXiv 2604.08524, section on freezing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from faststeer.hf import steering as hf_steering
+from faststeer.hf.hook_points import HookPoints
+from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.observe.attention import AttentionCall, exchange_attention
+from faststeer.program import Capacity
+from faststeer.vector import HookPoint
+
+Frozen = Literal["qk", "ov"]
+
+
+def freeze(
+    model: nn.Module,
+    plans: Plans,
+    what: Frozen,
+    *,
+    hook_points: HookPoints | None = None,
+    capacity: Capacity | None = None,
+    path: Path | None = None,
+) -> Freezing:
+    """Steer a model inside a `with` block, with part of every layer's attention taken from the unsteered run over the
+    same tokens (prompt and completion alike, position by position):
+
+        "qk": softmax(Q_base K_base^T) V_steered      where the model looks stays, what it moves is steered
+        "ov": softmax(Q_steered K_steered^T) V_base   where it looks is steered, what it moves stays
+
+    Everything else is `steer`: plans for all rows or one per row, changed by `assign`; `model(...)` and
+    `model.generate(...)`, greedy or sampled, with any cache, padding on either side, gradients. The model takes and
+    gives B rows; inside, a pass has 2 B: `read` and other observers see the unsteered rows first, then the steered
+    ones. With coefficient 0, or without a plan, a row is as the model gives it (to rounding).
+
+    Cost: two rows per row, one attention pass over [V_base || V_steered] for "qk", and a cache of twice the size.
+
+    Raises:
+        TypeError, ValueError: as `steer`; `what` is none of these; an architecture whose attention cannot be exchanged
+            (see `exchange_attention`, which also says what becomes of flash attention).
+        RuntimeError: on entering, where the model is steered already. ValueError: beam search.
+    """
+    if what not in _ATTENTION:
+        raise ValueError(f"freeze what? {what!r}: expected 'qk' (the attention pattern) or 'ov' (the values)")
+    return Freezing(model, plans, what, hook_points, capacity, path)
+
+
+class Freezing(Steering):
+    """What `freeze` returns: a `Steering` (see there for `assign`, `set_prompt`, `projections`) with part of attention
+    frozen.
+
+    Attributes:
+        frozen: "qk" or "ov".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plans: Plans,
+        what: Frozen,
+        hook_points: HookPoints | None = None,
+        capacity: Capacity | None = None,
+        path: Path | None = None,
+    ) -> None:
+        super().__init__(model, plans, hook_points, capacity, path)
+        self.frozen = what
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Freezing:
+        if hf_steering._active.get(self.model):
+            raise RuntimeError("the model is being steered: leave that context and give its plan to freeze(...)")
+        with ExitStack() as stack:
+            stack.enter_context(exchange_attention(self.model, _ATTENTION[self.frozen], self._points))
+            owner = self._points.owner(self.model)
+            # Before the steering's own hook, which asks how many rows there are.
+            stack.callback(owner.register_forward_pre_hook(self._double, with_kwargs=True).remove)
+            stack.callback(owner.register_forward_hook(_steered_half).remove)
+            super().__enter__()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._stack.close()
+
+    def _double(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
+        tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        rows = tokens.shape[0]
+        return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
+
+    # A pass has twice the rows that plans are for: the first half is not steered.
+
+    def _row_slots(self, batch: int, device: torch.device) -> Tensor:
+        slots = super()._row_slots(batch // 2, device)
+        return torch.cat([torch.full_like(slots, -1), slots])
+
+    def set_prompt(self, columns: int | Sequence[int] | None) -> None:
+        super().set_prompt([*columns, *columns] if isinstance(columns, Sequence) else columns)
+
+    def _forget_decisions(self, before: list[Any] | None) -> None:
+        state = self._gate_state
+        if state is None:
+            return
+        self._gate_state = state[:, state.shape[1] // 2 :]
+        super()._forget_decisions(before)
+        self._gate_state = state
+
+    @property
+    def projections(self) -> dict[tuple[HookPoint, int], Tensor]:
+        return {site: seen[seen.shape[0] // 2 :] for site, seen in super().projections.items()}
+
+    def _generation_begins(self, arguments: dict[str, Any]) -> None:
+        _check_no_beams(self.model, arguments)
+        super()._generation_begins(arguments)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def _qk_frozen(call: AttentionCall) -> Tensor:
+    """The unsteered pattern over the values of both halves: one pass over [V_base || V_steered] for a new token. Of a
+    prompt each half has its own, as fast kernels take no values wider than the keys."""
+    half = call.query.shape[0] // 2
+    base = slice(0, half)
+    query, key = call.query[base], call.key[base]
+    if call.query.shape[2] == 1:
+        both = torch.cat(call.value.chunk(2), dim=-1)
+        return torch.cat(call.attend(query, key, both, rows=base).chunk(2, dim=-1))
+    return call.attend(torch.cat([query, query]), torch.cat([key, key]))
+
+
+def _ov_frozen(call: AttentionCall) -> Tensor:
+    """Each half's own pattern over the unsteered values."""
+    base = call.value[: call.value.shape[0] // 2]
+    return call.attend(value=torch.cat([base, base]))
+
+
+_ATTENTION: dict[str, Callable[[AttentionCall], Tensor]] = {"qk": _qk_frozen, "ov": _ov_frozen}
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _doubled(x: Any, rows: int) -> Any:
+    """An argument of the model's forward pass for twice the rows."""
+    if isinstance(x, Tensor):
+        return torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == rows else x
+    if isinstance(x, Mapping):  # masks by kind of attention
+        return {name: _doubled(value, rows) for name, value in x.items()}
+    return x
+
+
+def _steered_half(owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output[output.shape[0] // 2 :]
+    if isinstance(output, tuple):
+        return tuple(_halved(part) for part in output)
+    for name, part in list(output.items()):
+        output[name] = _halved(part)
+    return output
+
+
+def _halved(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return part[part.shape[0] // 2 :]
+    if isinstance(part, (tuple, list)) and not isinstance(part, Cache):
+        return tuple(_halved(each) for each in part)
+    return part
+
+
+def _check_no_beams(model: Any, arguments: Mapping[str, Any]) -> None:
+    given = {**arguments, **arguments.get("kwargs", {})}
+    configs = [given.get("generation_config"), getattr(model, "generation_config", None)]
+    beams = given.get("num_beams")
+    for config in configs:
+        beams = beams if beams is not None else getattr(config, "num_beams", None)
+    if cast(int, beams or 1) > 1:
+        raise ValueError(f"num_beams is {beams}: frozen generation is greedy or sampled; set num_beams=1")
