@@ -5,8 +5,8 @@ Greedy and through `model.generate`: the plain way to get answers to judge, neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def complete(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
+    within: Callable[[Any, list[Plan | None]], AbstractContextManager[Any]] = steer,
 ) -> list[str]:
     """Return the greedy completion of each prompt, without special tokens, in the order of the prompts.
 
@@ -46,6 +47,7 @@ def complete(
         max_new_tokens: where a completion ends if no end-of-sequence token comes first.
         batch_size: prompts that are generated together; those of similar length are.
         progress: show a progress bar on stderr.
+        within: the context that puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
 
     The end-of-sequence tokens are those of the model's own generation config (else the tokenizer's), and so are
     penalties it may ask for.
@@ -63,15 +65,8 @@ def complete(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     check_evaluating(model)
-    ends = _end_tokens(model, tokenizer)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": padding_id(tokenizer),
-    }
-    if ends:
-        settings["eos_token_id"] = ends
+    settings = generation_settings(model, tokenizer, max_new_tokens)
+    ends = settings.get("eos_token_id", [])
     groups = batches([len(ids) for ids in encoded], batch_size)
     texts = [""] * len(encoded)
     with progress_bar("Generating", len(groups), progress) as advance:
@@ -80,13 +75,26 @@ def complete(
             # generate counts positions itself, from the mask.
             del batch["position_ids"]
             chosen = [per_prompt[index] for index in group]
-            with steer(model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
+            with within(model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
                 output = model.generate(**batch, **settings)
             for index, row in zip(group, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
                 texts[index] = tokenizer.decode(row[:stop], skip_special_tokens=True)
             advance()
     return texts
+
+
+def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+    """The arguments of `model.generate` for greedy completions of at most so many tokens."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": padding_id(tokenizer),
+    }
+    if ends := _end_tokens(model, tokenizer):
+        settings["eos_token_id"] = ends
+    return settings
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -1,6 +1,8 @@
 """What steering changes, and through which parts: activations, lenses, steering value vectors, frozen attention."""
 
 from faststeer.observe.attention import AttentionCall, attention_modules, exchange_attention
+from faststeer.observe.capture import Capture, Captured, capture
+from faststeer.observe.difference import Difference, difference, kept_positions
 from faststeer.observe.freeze import Freezing, freeze
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
@@ -9,6 +11,9 @@ from faststeer.observe.svv import Ablating, Split, SteeringValueVectors, ablate,
 __all__ = [
     "Ablating",
     "AttentionCall",
+    "Capture",
+    "Captured",
+    "Difference",
     "Freezing",
     "LogitLens",
     "Norm",
@@ -17,9 +22,12 @@ __all__ = [
     "SteeringValueVectors",
     "ablate",
     "attention_modules",
+    "capture",
+    "difference",
     "exchange_attention",
     "find_parts",
     "freeze",
+    "kept_positions",
     "split",
     "svv",
 ]

@@ -1,0 +1,376 @@
+"""Activations at any hook points, of prompts and of what is generated or given after them, in memory or streamed to
+safetensors.
+
+One batch is in memory at a time; a folder gets a file per batch, written whole or not at all, and a capture that was
+interrupted goes on where it stopped. Nothing is averaged here: `extract` does that without keeping anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from faststeer.evaluate.generate import generation_settings
+from faststeer.files import write_atomically
+from faststeer.hf.batching import (
+    Prompt,
+    check_evaluating,
+    forward_arguments,
+    model_device,
+    model_name,
+    padding_id,
+)
+from faststeer.hf.hook_points import find_hook_points
+from faststeer.hf.hooks import read
+from faststeer.hf.steering import Plans, steer
+from faststeer.intervention import Positions, position_range
+from faststeer.observe.memory import in_batches
+from faststeer.observe.tokens import Row, batch_of, rows
+from faststeer.plan import Plan
+from faststeer.vector import HookPoint, check_hook_point
+
+FORMAT = "faststeer.capture/1"
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One prompt's activations.
+
+    Attributes:
+        token_ids: prompt and completion, `[tokens]`, without the end-of-sequence token.
+        n_prompt: how many of them are the prompt.
+        positions: `[kept]`: where the kept tokens stand, counted from the prompt's end (-1: its last token). The last
+            generated token has no activation, as the model was not given it again.
+    """
+
+    token_ids: list[int]
+    n_prompt: int
+    positions: Tensor
+    _tensor: Callable[[HookPoint, int], Tensor]
+
+    def __getitem__(self, where: tuple[HookPoint, int]) -> Tensor:
+        """`[kept, hidden]` at (hook point, layer); KeyError where that was not captured."""
+        return self._tensor(*where)
+
+    @property
+    def kept_ids(self) -> list[int]:
+        """The tokens at `positions`."""
+        return [self.token_ids[self.n_prompt + position] for position in self.positions.tolist()]
+
+
+class Capture(Sequence[Captured]):
+    """Activations of every prompt, in the prompts' order: `capture[3]["resid_pre", 14]` is `[kept, hidden]`. From a
+    folder, a tensor is read when it is asked for."""
+
+    def __init__(self, prompts: Sequence[Captured]) -> None:
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Captured: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Captured]: ...
+    def __getitem__(self, index: int | slice) -> Captured | Sequence[Captured]:
+        return self._prompts[index]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Capture:
+        """Open what `capture(..., folder=...)` wrote.
+
+        Raises:
+            FileNotFoundError: no such folder, or no capture in it.
+            ValueError: a file that is truncated or something else; batches are missing; several captures in one folder.
+        """
+        folder = Path(folder)
+        files = _files(folder)
+        if not files:
+            raise FileNotFoundError(f"no capture in {folder}: expected batch-*.safetensors, as capture() writes them")
+        if len(prints := {meta["fingerprint"] for _, meta in files}) > 1:
+            raise ValueError(f"{folder} holds {len(prints)} different captures: give each a folder of its own")
+        total = int(files[0][1]["total"])
+        found = {int(index): path for path, meta in files for index in json.loads(meta["n_prompt"])}
+        if missing := sorted(set(range(total)) - set(found)):
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of {total} prompts (the first is {missing[0]}): the capture was "
+                "interrupted; run it again with the same arguments, it goes on where it stopped"
+            )
+        counts = {int(index): n for _, meta in files for index, n in json.loads(meta["n_prompt"]).items()}
+        return cls([_on_disk(found[index], index, counts[index]) for index in range(total)])
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    plans: Plans | None = None,
+    *,
+    at: HookPoint | Sequence[HookPoint] = "resid_pre",
+    layers: Iterable[int] | None = None,
+    positions: Positions = "all",
+    completions: Sequence[str | Sequence[int]] | None = None,
+    max_new_tokens: int = 0,
+    dtype: torch.dtype | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Capture:
+    """Take activations while the model reads prompts and what follows them, steered or not.
+
+    Args:
+        prompts: texts or chat message lists.
+        plans: one for all prompts or one (or None) per prompt; what is captured is the stream as they leave it.
+        at: hook point or points. layers: which (all).
+        positions: tokens to keep, as in an intervention: "all", "prompt", "generated", "last", a slice counted from the
+            prompt's end, one position.
+        completions: texts or token ids that follow the prompts; or
+        max_new_tokens: so many greedy tokens at most.
+        dtype: of what is kept: float64, float32, bfloat16 or float16; by default the model's.
+        folder: write batches there and keep none in memory. What is there from an interrupted run of the same capture
+            is not computed again.
+        system: a system prompt put before every prompt.
+        batch_size: rows that run together; halved, with a warning, where they do not fit into memory.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: before any forward pass: as `steer`; positions that keep no token of some prompt; another number of
+            plans or completions than prompts; both completions and max_new_tokens; a folder with another capture.
+    """
+    check_evaluating(model)
+    if completions is not None and max_new_tokens:
+        raise ValueError("completions and max_new_tokens are both given: follow the prompts with one of them")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 (none) or more")
+    points: tuple[HookPoint, ...] = (check_hook_point(at),) if isinstance(at, str) else tuple(map(check_hook_point, at))
+    n_layers = find_hook_points(model).n_layers
+    wanted = list(range(n_layers)) if layers is None else [layer % n_layers for layer in check_layers(layers, n_layers)]
+    given = rows(tokenizer, prompts, completions, system)
+    chosen = per_prompt(plans, len(given))
+    low, high = position_range(positions)
+    _check_keeps(given, low, high, max_new_tokens)
+    kept = dtype or next(model.parameters()).dtype
+    if kept not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
+    run = _Reader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept)
+    if folder is None:
+        found: dict[int, Captured] = {}
+        for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
+            found |= zip(group, taken, strict=True)
+        return Capture([found[index] for index in range(len(given))])
+    folder = Path(folder)
+    fingerprint = _fingerprint(model, given, chosen, points, wanted, (low, high), max_new_tokens, kept)
+    done = _done(folder, fingerprint)
+    left = [index for index in range(len(given)) if index not in done]
+
+    def read_and_write(group: list[int]) -> None:
+        numbers = [left[index] for index in group]
+        _write(folder, fingerprint, len(given), dict(zip(numbers, run(numbers), strict=True)), points, wanted)
+
+    for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
+        pass
+    return Capture.load(folder)
+
+
+def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
+    """The layers, if the model has them all (negative ones count from the end), else ValueError."""
+    layers = list(layers)
+    if not layers or not all(-n_layers <= layer < n_layers for layer in layers):
+        raise ValueError(f"layers are {layers}: expected some of 0..{n_layers - 1} (or -{n_layers}..-1)")
+    return layers
+
+
+def per_prompt(plans: Plans | None, n: int) -> list[Plan | None]:
+    """A plan (or None) for each of n prompts.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if plans is None or not isinstance(plans, (list, tuple)):
+        plan = plans if plans is None or isinstance(plans, Plan) else Plan(plans)  # type: ignore[arg-type]
+        return [plan] * n
+    if len(plans) != n:
+        raise ValueError(f"{len(plans)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
+    return [plan if plan is None or isinstance(plan, Plan) else Plan([plan]) for plan in plans]
+
+
+def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int) -> None:
+    """The last generated token is not read by the model, so it cannot be kept."""
+    for index, row in enumerate(given):
+        last = max(max_new_tokens - 2, -1) if max_new_tokens else len(row.completion) - 1
+        if max(low, -len(row.prompt)) > min(high - 1, last):
+            follows = "" if last >= 0 else "; nothing follows it: give completions or max_new_tokens (2 or more)"
+            raise ValueError(
+                f"positions [{low}, {high}) keep no token of prompt {index}, whose tokens stand at "
+                f"{-len(row.prompt)}..{last}, counted from its end{follows}"
+            )
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one batch after the other."""
+
+    model: Any
+    tokenizer: Any
+    given: list[Row]
+    plans: list[Plan | None]
+    points: tuple[HookPoint, ...]
+    layers: list[int]
+    range: tuple[int, int]
+    max_new_tokens: int
+    dtype: torch.dtype
+
+    def __call__(self, group: list[int]) -> list[Captured]:
+        chosen = [self.given[index] for index in group]
+        batch, ends = batch_of(chosen, padding_id(self.tokenizer), model_device(self.model))
+        width = batch["input_ids"].shape[1]
+        first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
+        seen: dict[tuple[HookPoint, int], list[Tensor]] = {
+            (at, layer): [] for at in self.points for layer in self.layers
+        }
+        passed = {key: 0 for key in seen}
+
+        def keeper(at: HookPoint) -> Callable[[int, Tensor], Tensor]:
+            def keep(layer: int, x: Tensor) -> Tensor:
+                key = at, layer
+                column = passed[key]
+                passed[key] += x.shape[1]
+                piece = x[:, max(first - column, 0) : max(behind - column, 0)]
+                seen[key].append(piece.to("cpu", self.dtype, copy=True))
+                return x[:0]
+
+            return keep
+
+        with ExitStack() as stack:
+            plans = [self.plans[index] for index in group]
+            if any(plan is not None for plan in plans):
+                steering = stack.enter_context(steer(self.model, plans))
+                if not self.max_new_tokens:
+                    steering.set_prompt(ends)
+            for at in self.points:
+                stack.enter_context(read(self.model, at, self.layers, reduce=keeper(at)))
+            rows = self._generate(batch, chosen) if self.max_new_tokens else self._forward(batch, chosen)
+        columns = {key: torch.cat(pieces, dim=1) for key, pieces in seen.items()}
+        return [self._row(row, i, ends[i], width, max(first, 0), columns) for i, row in enumerate(rows)]
+
+    def _forward(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+        self.model(**forward_arguments(self.model, batch))
+        return chosen
+
+    def _generate(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+        settings = generation_settings(self.model, self.tokenizer, self.max_new_tokens)
+        given = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
+        output = self.model.generate(**given, **settings)[:, batch["input_ids"].shape[1] :].tolist()
+        stops = settings.get("eos_token_id", [])
+        ends = (next((i for i, token in enumerate(row) if token in stops), len(row)) for row in output)
+        return [Row(row.prompt, out[:end]) for row, out, end in zip(chosen, output, ends, strict=True)]
+
+    def _row(
+        self, row: Row, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
+    ) -> Captured:
+        """Cut a row's own kept tokens from the columns, which begin with the batch's column `first`."""
+        n = next(iter(columns.values())).shape[1]
+        low = max(self.range[0], -len(row.prompt))
+        high = min(self.range[1], len(row.completion), first + n - end)
+        tensors = {key: x[i, end + low - first : max(end + high - first, 0)].clone() for key, x in columns.items()}
+        return Captured(
+            row.ids, len(row.prompt), torch.arange(low, max(high, low)), lambda at, layer: tensors[at, layer]
+        )
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(model: Any, given: list[Row], plans: list[Plan | None], *settings: Any) -> str:
+    """Tells captures apart: SHA-256 of everything that the activations depend on but the weights themselves."""
+    config = getattr(model, "config", None)
+    shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
+    parts = [
+        model_name(model),
+        "" if config is None else config.to_json_string(),
+        [(row.prompt, row.completion) for row in given],
+        [shared.get(id(plan)) for plan in plans],
+        [str(setting) for setting in settings],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    folder: Path,
+    fingerprint: str,
+    total: int,
+    batch: Mapping[int, Captured],
+    points: Sequence[HookPoint],
+    layers: Sequence[int],
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for index, captured in batch.items():
+        tensors[f"{index}.token_ids"] = torch.tensor(captured.token_ids)
+        tensors[f"{index}.positions"] = captured.positions
+        tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at in points for layer in layers}
+    metadata = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "total": str(total),
+        "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
+    }
+    write_atomically(folder / f"batch-{min(batch):07d}.safetensors", to_safetensors(tensors, metadata))
+
+
+def _files(folder: Path) -> list[tuple[Path, dict[str, str]]]:
+    """The batches in a folder and their metadata."""
+    found = []
+    for path in sorted(folder.glob("batch-*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}): delete it and capture again") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is no batch of a capture (format {metadata.get('format')!r}): take another folder"
+            )
+        found.append((path, metadata))
+    return found
+
+
+def _done(folder: Path, fingerprint: str) -> set[int]:
+    """The prompts that a folder holds already."""
+    done: set[int] = set()
+    for path, metadata in _files(folder):
+        if metadata["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} holds another capture ({path.name}: other prompts, plans, layers or settings): take another "
+                "folder or empty this one"
+            )
+        done |= set(map(int, json.loads(metadata["n_prompt"])))
+    return done
+
+
+def _on_disk(path: Path, index: int, n_prompt: int) -> Captured:
+    def tensor(at: HookPoint, layer: int) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            if (name := f"{index}.{at}.{layer}") not in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                raise KeyError(name)
+            return file.get_tensor(name)
+
+    with safe_open(path, framework="pt") as file:
+        ids, positions = file.get_tensor(f"{index}.token_ids"), file.get_tensor(f"{index}.positions")
+    return Captured(ids.tolist(), n_prompt, positions, tensor)

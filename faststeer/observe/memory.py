@@ -1,0 +1,54 @@
+"""Batches that fit into memory: as large as asked for, halved when they do not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from faststeer.hf.batching import batches, progress_bar
+
+T = TypeVar("T")
+
+
+def in_batches(
+    lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], T], what: str, progress: bool
+) -> Iterator[tuple[list[int], T]]:
+    """Yield (indices, run(indices)) over 0..len(lengths) - 1 in batches of similar length, longest first.
+
+    A batch that does not fit into memory is run again in halves, and so are all after it; a UserWarning says so.
+
+    Raises:
+        ValueError: a batch size below 1. torch.OutOfMemoryError (RuntimeError on a CPU): one row alone does not fit.
+    """
+    pending = batches(lengths, batch_size)
+    with progress_bar(what, len(lengths), progress) as advance:
+        while pending:
+            group = pending.pop(0)
+            try:
+                result = run(group)
+            except RuntimeError as error:
+                if len(group) == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                yield group, result
+                for _ in group:
+                    advance()
+                continue
+            # Behind the except block, whose traceback would hold on to what has to be freed.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            size = (len(group) + 1) // 2
+            warnings.warn(f"{what}: {len(group)} rows do not fit into memory, going on with {size}", stacklevel=3)
+            pending = [half for each in [group, *pending] for half in _split(each, size)]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _split(group: list[int], size: int) -> Iterator[list[int]]:
+    return (group[start : start + size] for start in range(0, len(group), size))
