@@ -3,6 +3,8 @@ controls."""
 
 from faststeer.extract.control import random_like
 from faststeer.extract.dim import Candidates, candidates, dim
+from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
+from faststeer.extract.pairs import Pair
 from faststeer.extract.prompts import (
     load_contrast,
     load_prompts,
@@ -13,14 +15,22 @@ from faststeer.extract.select import Filtered, Row, Selection, filter_prompts, s
 __all__ = [
     "Candidates",
     "Filtered",
+    "Pair",
     "Row",
     "Selection",
+    "Training",
+    "TrainingDiverged",
+    "TrainingSettings",
+    "bipo",
     "candidates",
     "dim",
     "filter_prompts",
     "load_contrast",
     "load_prompts",
+    "ntp",
+    "po",
     "post_instruction_positions",
     "random_like",
+    "reps",
     "select",
 ]

@@ -1,0 +1,152 @@
+"""Terms of a loss as rows of a batch: each completion under its own vector's plan, all in the same forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from faststeer.extract.optimise.objectives import Objective, Term, scores_of
+from faststeer.extract.pairs import Text
+from faststeer.hf.batching import Prompt, batches, encode, forward_arguments, model_device, pad, padding_id
+from faststeer.hf.hooks import read
+from faststeer.hf.steering import Steering
+from faststeer.intervention import Add, Clamp, Positions
+from faststeer.plan import Plan
+from faststeer.vector import HookPoint
+
+
+class Work(NamedTuple):
+    """A term of the loss of vector number `vector`, counted `weight` times."""
+
+    vector: int
+    term: Term
+    weight: float
+
+
+@dataclass
+class Plans:
+    """The plans of vectors `[hidden]`, one per vector and coefficient, made once each so that they keep their slots."""
+
+    vectors: Sequence[Tensor]
+    layers: Sequence[int]
+    at: HookPoint
+    positions: Positions
+    made: dict[tuple[int, float | None], Plan] = field(default_factory=dict)
+
+    def of(self, vector: int, coefficient: float | None) -> Plan:
+        key = vector, coefficient
+        if key not in self.made:
+            where: dict[str, Any] = {"layers": self.layers[vector], "at": self.at, "positions": self.positions}
+            values = self.vectors[vector]
+            acts = Clamp(values, high=0.0, **where) if coefficient is None else Add(values, coefficient, **where)
+            self.made[key] = Plan([acts])
+        return self.made[key]
+
+
+def log_probabilities(
+    model: Any, texts: Sequence[Text], pad_id: int, steering: Steering | None = None, plans: Sequence[Plan] = ()
+) -> Tensor:
+    """Return log p(completion | prompt) `[rows]`: the sum over its tokens, in fp32 (fp64 for an fp64 model).
+
+    Every row is steered by its plan where a steering is given; only the completions' logits are computed.
+    """
+    # The last token predicts nothing that is asked for.
+    rows = [[*text.prompt, *text.completion[:-1]] for text in texts]
+    batch = pad(rows, pad_id, model_device(model))
+    width, longest = batch["input_ids"].shape[1], max(len(text.completion) for text in texts)
+    arguments = forward_arguments(model, batch)
+    if "logits_to_keep" in arguments:
+        arguments["logits_to_keep"] = longest
+    if steering is not None:
+        steering.assign(list(plans))
+        steering.set_prompt([width - len(text.completion) + 1 for text in texts])
+    logits = model(**arguments).logits[:, -longest:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nothing = -100
+    labels = torch.tensor([[nothing] * (longest - len(t.completion)) + list(t.completion) for t in texts])
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels.to(logits.device), ignore_index=nothing, reduction="none"
+    )  # [rows, longest]
+    return -losses.sum(1)
+
+
+def reference_log_probabilities(model: Any, texts: Sequence[Text], pad_id: int, rows: int) -> list[float]:
+    """Return log p(completion | prompt) under the unsteered model, at most `rows` in a forward pass."""
+    found = [0.0] * len(texts)
+    with torch.no_grad():
+        for group in batches([length(text) for text in texts], rows):
+            values = log_probabilities(model, [texts[index] for index in group], pad_id).tolist()
+            for index, value in zip(group, values, strict=True):
+                found[index] = value
+    return found
+
+
+def losses(
+    model: Any,
+    steering: Steering,
+    objective: Objective,
+    plans: Plans,
+    work: Sequence[Work],
+    *,
+    pad_id: int,
+    rows: int,
+    backward: bool = False,
+) -> Tensor:
+    """Return the loss of each vector `[vectors]`, fp64: the weighted sum of its terms.
+
+    Terms of all vectors share forward passes of at most `rows` rows (a term's completions stay together); with
+    `backward`, the gradients of the sum of all losses are added to the vectors', which is each vector's own, since no
+    loss depends on another vector.
+    """
+    total = torch.zeros(len(plans.vectors), dtype=torch.float64)
+    per_term = 1 if work[0].term.loser is None else 2
+    with torch.set_grad_enabled(backward):
+        for group in batches([_longest(item.term) for item in work], max(1, rows // per_term)):
+            chunk = [work[index] for index in group]
+            values = objective.losses(_scores(model, steering, plans, [(w.vector, w.term) for w in chunk], pad_id))
+            weighted = values * torch.tensor([w.weight for w in chunk]).to(values)
+            if backward:
+                weighted.sum().backward()
+            total.index_add_(0, torch.tensor([w.vector for w in chunk]), weighted.detach().cpu().double())
+    return total
+
+
+def _scores(model: Any, steering: Steering, plans: Plans, terms: list[tuple[int, Term]], pad_id: int) -> Any:
+    sides = [("winner", vector, term) for vector, term in terms]
+    sides += [("loser", vector, term) for vector, term in terms if term.loser is not None]
+    texts = [getattr(term, side).text for side, _, term in sides]
+    row_plans = [plans.of(vector, term.coefficient) for _, vector, term in sides]
+    found = log_probabilities(model, texts, pad_id, steering, row_plans)
+    return scores_of([term for _, term in terms], found[: len(terms)], found[len(terms) :])
+
+
+@torch.no_grad()
+def residual_sizes(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], layers: Sequence[int], system: str | None, rows: int
+) -> dict[int, float]:
+    """Return for each layer |h| / sqrt(hidden), h the residual stream that leaves it: the median over all tokens of the
+    prompts, which the few tokens of enormous norm that many models have do not move."""
+    encoded = encode(tokenizer, prompts, system)
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with read(model, at="resid_post", layers=layers) as taken:
+        for group in batches([len(ids) for ids in encoded], rows):
+            batch = pad([encoded[index] for index in group], padding_id(tokenizer), model_device(model))
+            model(**forward_arguments(model, batch))
+            for layer in layers:
+                h = taken[layer]
+                real = batch["attention_mask"].to(h.device).bool()
+                norms[layer].append(h[real].double().pow(2).mean(-1).sqrt().cpu())
+    return {layer: float(torch.cat(found).median()) for layer, found in norms.items()}
+
+
+def length(text: Text) -> int:
+    return len(text.prompt) + len(text.completion)
+
+
+def _longest(term: Term) -> int:
+    return max(length(side.text) for side in (term.winner, term.loser) if side is not None)

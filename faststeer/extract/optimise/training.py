@@ -1,0 +1,630 @@
+"""The training loop that all methods share: several vectors at once, each row of a batch under its own vector's plan.
+
+The model's weights are never changed. A vector's batches, factors and starting point are drawn from its seed and the
+step alone, and its gradient is clipped alone, so that a vector trained among others is the one trained by itself, and
+a training that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from faststeer import hf
+from faststeer.extract.optimise import checkpoint as checkpoints
+from faststeer.extract.optimise.checkpoint import State
+from faststeer.extract.optimise.objectives import Example, Objective, Side
+from faststeer.extract.optimise.rows import Plans, Work, losses, reference_log_probabilities, residual_sizes
+from faststeer.extract.pairs import Pair, Text, check_pairs, encode_completions
+from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id
+from faststeer.hf.steering import Steering, steer
+from faststeer.intervention import Add, Positions
+from faststeer.program import Capacity
+from faststeer.vector import HookPoint, SteeringVector, check_hook_point
+
+Layers = int | Iterable[int] | Literal["all"]
+Schedule = Literal["linear", "cosine", "constant"]
+Unit = Literal["residual", "absolute"]
+UNIT_PROMPTS = 64  # at most so many prompts tell the residual stream's size
+# What a random draw is for; the generator's seed is [seed, purpose, number].
+ORDER, FACTOR, SIGN, START = range(4)
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss or gradient became NaN or infinite.
+
+    Attributes:
+        step: the step at which it was found, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What is seldom changed.
+
+    Args:
+        max_tokens: tokens of a completion, its end included, that are trained on.
+        system: a system prompt put before every prompt.
+        positions: tokens at which the vector acts (as in an intervention), the completion's being "generated".
+        schedule: the learning rate from its height to 0 ("linear", "cosine") or "constant".
+        warmup: steps over which it rises first.
+        weight_decay: AdamW's.
+        clip: largest norm of a vector's gradient; None: not clipped.
+        start: standard deviation of the normal numbers a vector starts from; 0 for zeros.
+        unit: of `lr` and `start`: "residual", the root mean square of the residual stream's coordinates where the
+            vector's layer ends (median over the training prompts' tokens), so that the same numbers suit models whose
+            residual streams differ in size by orders of magnitude; or "absolute", as in the methods' sources.
+        rows: at most so many rows in a forward pass.
+        every: steps between evaluations on held-out pairs and between checkpoints; None: once per epoch.
+        patience: stop a vector after so many evaluations in a row without a lower held-out loss; None: never.
+    """
+
+    max_tokens: int = 64
+    system: str | None = None
+    positions: Positions = "all"
+    schedule: Schedule = "linear"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    start: float = 0.01
+    unit: Unit = "residual"
+    rows: int = 64
+    every: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("warmup", 0), ("rows", 1), ("every", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
+        for name in ("weight_decay", "clip", "start"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value!r}: expected a finite number that is not negative")
+        if self.unit not in ("residual", "absolute"):
+            raise ValueError(f"unknown unit {self.unit!r}: expected 'residual' or 'absolute'")
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise ValueError(f"unknown schedule {self.schedule!r}: expected 'linear', 'cosine' or 'constant'")
+        Add(torch.ones(1), positions=self.positions)  # refuses what are no positions
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained vector.
+
+    Args:
+        layer, seed, coefficient: what it was trained with.
+        vector: at its one layer, times coefficient x the mean factor: added with coefficient 1 it has the middle of the
+            strengths that it was trained at. Raw scale, fp32; `provenance` has the method's settings and the losses.
+        losses: of each step's batch, before the step.
+        held_out: loss on the held-out pairs, by the number of steps taken.
+        best_step: the steps after which `vector` was taken: those with the lowest held-out loss, or all.
+    """
+
+    layer: int
+    seed: int
+    coefficient: float
+    vector: SteeringVector
+    losses: tuple[float, ...]
+    held_out: dict[int, float]
+    best_step: int
+
+    @property
+    def loss(self) -> float:
+        """The held-out loss at the best step, or without held-out pairs the last step's."""
+        return self.held_out[self.best_step] if self.held_out else self.losses[-1]
+
+
+@dataclass(frozen=True)
+class Training:
+    """All vectors of a training, in the order layers, seeds, coefficients."""
+
+    method: str
+    runs: tuple[Run, ...]
+
+    def select(
+        self, *, layer: int | None = None, seed: int | None = None, coefficient: float | None = None
+    ) -> Training:
+        """Return the runs with this layer, seed and coefficient. Raises ValueError if there is none."""
+        wanted = {"layer": layer, "seed": seed, "coefficient": coefficient}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        runs = tuple(run for run in self.runs if all(getattr(run, name) == value for name, value in wanted.items()))
+        if not runs:
+            there = [(run.layer, run.seed, run.coefficient) for run in self.runs]
+            raise ValueError(f"no vector was trained with {wanted}: there are (layer, seed, coefficient) {there}")
+        return Training(self.method, runs)
+
+    @property
+    def best(self) -> Run:
+        """The run with the lowest loss (on held-out pairs, where there are some)."""
+        return min(self.runs, key=lambda run: run.loss)
+
+    @property
+    def vector(self) -> SteeringVector:
+        """The vector trained; of several layers, one SteeringVector with all of them.
+
+        Raises:
+            ValueError: there are several for one layer: `select` a seed and a coefficient first.
+        """
+        if len(self.runs) == 1:
+            return self.runs[0].vector
+        directions = {run.layer: run.vector[run.layer] for run in self.runs}
+        if len(directions) < len(self.runs):
+            raise ValueError(
+                "several vectors were trained for one layer: take .select(seed=..., coefficient=...).vector, or .best"
+            )
+        first = self.runs[0].vector
+        provenance = {"layers": {str(run.layer): dict(run.vector.provenance) for run in self.runs}}
+        return SteeringVector(
+            directions, at=first.at, model=first.model, method=self.method, scale="raw", provenance=provenance
+        )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Everything that decides what comes out, checked."""
+
+    objective: Objective
+    layers: tuple[int, ...]
+    at: HookPoint
+    coefficients: tuple[float, ...]
+    factors: tuple[float, ...]
+    steps: int
+    lr: float
+    batch_size: int
+    seeds: tuple[int, ...]
+    settings: TrainingSettings
+    n_pairs: int
+
+    @property
+    def grid(self) -> list[tuple[int, int, float]]:
+        """(layer, seed, coefficient) of each vector."""
+        return [(layer, seed, c) for layer in self.layers for seed in self.seeds for c in self.coefficients]
+
+    @property
+    def every(self) -> int:
+        return self.settings.every or math.ceil(self.n_pairs / self.batch_size)
+
+    @property
+    def middle(self) -> float:
+        return sum(self.factors) / len(self.factors)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step counted from 0, in `TrainingSettings.unit`s; never 0."""
+        warmup = self.settings.warmup
+        if step < warmup:
+            return self.lr * (step + 1) / (warmup + 1)
+        done = (step - warmup) / (self.steps - warmup)
+        heights = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
+        return self.lr * heights[self.settings.schedule]
+
+    def batch(self, seed: int, step: int) -> list[int]:
+        """The pairs of a step: the next ones in a new random order of all pairs for each epoch."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {
+            epoch: np.random.default_rng([seed, ORDER, epoch]).permutation(self.n_pairs)
+            for epoch in {place // self.n_pairs for place in places}
+        }
+        return [int(orders[place // self.n_pairs][place % self.n_pairs]) for place in places]
+
+    def drawn_factors(self, seed: int, step: int) -> list[float]:
+        return np.random.default_rng([seed, FACTOR, step]).choice(self.factors, size=self.batch_size).tolist()
+
+    def drawn_sign(self, seed: int, step: int) -> int:
+        return int(np.random.default_rng([seed, SIGN, step]).choice((1, -1))) if self.objective.draws_sign else 1
+
+    def start(self, layer: int, seed: int, hidden: int) -> Tensor:
+        normal = np.random.default_rng([seed, START, layer]).standard_normal(hidden)
+        return torch.from_numpy(self.settings.start * normal).float()
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-serialisable, without what differs between the vectors of a grid."""
+        return {
+            "method": self.objective.name,
+            "objective": asdict(self.objective),  # type: ignore[call-overload]
+            "at": self.at,
+            "factors": list(self.factors),
+            "steps": self.steps,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "n_pairs": self.n_pairs,
+        } | asdict(self.settings)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    objective: Objective,
+    *,
+    layers: Layers,
+    at: HookPoint,
+    coefficient: float | Sequence[float],
+    factors: Sequence[float],
+    steps: int | None,
+    lr: float,
+    batch_size: int,
+    seed: int | Sequence[int],
+    held_out: Sequence[Pair] | None,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool,
+    settings: TrainingSettings,
+) -> Training:
+    """Train a vector for every layer, seed and coefficient; the methods' functions document the arguments."""
+    check_evaluating(model)
+    pairs = check_pairs(pairs, rejected=objective.needs_rejected)
+    held_out = [] if held_out is None else check_pairs(held_out, "held_out", rejected=objective.needs_rejected)
+    _check_apart(pairs, held_out, settings.patience)
+    recipe = _recipe(model, objective, layers, at, coefficient, factors, steps, lr, batch_size, seed, settings, pairs)
+    with _frozen(model):
+        return _Loop(model, tokenizer, recipe, pairs, held_out, checkpoint, progress).run()
+
+
+@dataclass
+class _Loop:
+    model: Any
+    tokenizer: Any
+    recipe: _Recipe
+    pairs: list[Pair]
+    held_out: list[Pair]
+    checkpoint: str | os.PathLike[str] | None
+    progress: bool
+    states: list[State] = field(init=False)
+    plans: Plans = field(init=False)
+
+    def run(self) -> Training:
+        recipe, grid = self.recipe, self.recipe.grid
+        self.description = self._description()
+        self.path = None if self.checkpoint is None else Path(self.checkpoint)
+        self.units = self._units()
+        self.states, self.step = self._begin()
+        for state in self.states:
+            state.values.requires_grad_()
+        self.plans = Plans([s.values for s in self.states], [g[0] for g in grid], recipe.at, recipe.settings.positions)
+        self.optimizer = self._make_optimizer()
+        if self.step < recipe.steps and not all(state.done for state in self.states):
+            encoded = self._encode([*self.pairs, *self.held_out])
+            self.examples, self.unseen = encoded[: len(self.pairs)], encoded[len(self.pairs) :]
+            self._train()
+        return Training(recipe.objective.name, tuple(self._result(i) for i in range(len(grid))))
+
+    def _begin(self) -> tuple[list[State], int]:
+        device = model_device(self.model)
+        if self.path is not None and self.path.exists():
+            states, step = checkpoints.load(self.path, self.description)
+            for state in states:
+                for name in checkpoints.TENSORS:
+                    setattr(state, name, getattr(state, name).to(device))
+            return states, step
+        hidden = hf.find_hook_points(self.model).hidden_size
+        starts = [
+            self.units[layer] * self.recipe.start(layer, seed, hidden).to(device) for layer, seed, _ in self.recipe.grid
+        ]
+        return [State(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [state.values], "unit": self.units[layer]}
+            for state, (layer, _, _) in zip(self.states, self.recipe.grid, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.settings.weight_decay)
+        for state in self.states:
+            # The optimizer works on the state's own tensors, so that a checkpoint finds them there.
+            optimizer.state[state.values] = {
+                "step": torch.tensor(float(len(state.losses))),
+                "exp_avg": state.first_moment,
+                "exp_avg_sq": state.second_moment,
+            }
+        return optimizer
+
+    def _units(self) -> dict[int, float]:
+        """By layer, what a learning rate of 1 is."""
+        layers, settings = self.recipe.layers, self.recipe.settings
+        if settings.unit == "absolute":
+            return dict.fromkeys(layers, 1.0)
+        prompts = [pair.prompt for pair in self.pairs[:UNIT_PROMPTS]]
+        sizes = residual_sizes(self.model, self.tokenizer, prompts, layers, settings.system, settings.rows)
+        for layer, size in sizes.items():
+            if not (math.isfinite(size) and size > 0):
+                raise ValueError(
+                    f"the residual stream after layer {layer} has size {size} on the training prompts: does the model "
+                    "overflow? Load it in bfloat16 or float32"
+                )
+        return sizes
+
+    def _encode(self, pairs: list[Pair]) -> list[Example]:
+        settings = self.recipe.settings
+
+        def texts(prompts: list[Any], completions: list[str]) -> list[Text]:
+            return encode_completions(
+                self.tokenizer, prompts, completions, system=settings.system, max_tokens=settings.max_tokens
+            )
+
+        with_rejected = pairs if self.recipe.objective.needs_rejected else []
+        both = texts([p.prompt for p in pairs], [p.chosen for p in pairs])
+        if with_rejected:
+            both += texts([p.prompt for p in pairs], [p.rejected for p in pairs if p.rejected is not None])
+        references = [math.nan] * len(both)
+        if self.recipe.objective.needs_reference:
+            references = reference_log_probabilities(self.model, both, padding_id(self.tokenizer), settings.rows)
+        sides = [Side(text, value) for text, value in zip(both, references, strict=True)]
+        others: list[Any] = sides[len(pairs) :] or [None] * len(pairs)
+        return [Example(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
+
+    def _train(self) -> None:
+        recipe = self.recipe
+        first = self.plans.of(0, recipe.middle)
+        rows = max(2, recipe.settings.rows)  # no pass has more plans than rows; a preference has two rows
+        with (
+            # By hooks: one site in a layer is steered, and fused norms compute again in the backward pass what the
+            # model's own keep (1.5 times the CPU time of a step on the demo model).
+            steer(
+                self.model, [first], capacity=Capacity(slots=rows, vectors=rows, entries=1), path="hooks"
+            ) as steering,
+            self._bar() as report,
+        ):
+            while self.step < recipe.steps and not all(state.done for state in self.states):
+                self._step(steering)
+                self.step += 1
+                if self.step % recipe.every == 0 or self.step == recipe.steps:
+                    self._evaluate(steering)
+                    self._save()
+                report()
+        self._save()
+
+    def _step(self, steering: Steering) -> None:
+        recipe, step = self.recipe, self.step
+        work = [
+            Work(number, term, 1 / recipe.batch_size)
+            for number, (_, seed, coefficient) in enumerate(recipe.grid)
+            if not self.states[number].done
+            for pair, factor in zip(recipe.batch(seed, step), recipe.drawn_factors(seed, step), strict=True)
+            for term in recipe.objective.terms(self.examples[pair], coefficient * factor, recipe.drawn_sign(seed, step))
+        ]
+        found = self._losses(steering, work, backward=True)
+        active = [(i, state) for i, state in enumerate(self.states) if not state.done]
+        for number, state in active:
+            gradient = state.values.grad
+            if not math.isfinite(found[number]):
+                self._diverged(number, found[number], "the loss")
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                self._diverged(number, found[number], "a gradient")
+        for number, state in active:
+            if recipe.settings.clip is not None:
+                nn.utils.clip_grad_norm_([state.values], recipe.settings.clip)
+            state.losses.append(found[number])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["unit"] * recipe.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for _, state in active:
+            if not self.held_out:
+                state.best_step, state.best = step + 1, state.values
+
+    def _evaluate(self, steering: Steering) -> None:
+        if not self.held_out:
+            return
+        recipe = self.recipe
+        signs = (1, -1) if recipe.objective.draws_sign else (1,)
+        work = [
+            Work(number, term, 1 / len(self.unseen) / len(signs))
+            for number, (_, _, coefficient) in enumerate(recipe.grid)
+            if not self.states[number].done
+            for example in self.unseen
+            for sign in signs
+            for term in recipe.objective.terms(example, coefficient * recipe.middle, sign)
+        ]
+        found = self._losses(steering, work)
+        for number, state in enumerate(self.states):
+            if state.done:
+                continue
+            if not math.isfinite(found[number]):
+                self._diverged(number, found[number], "the held-out loss")
+            if not state.held_out or found[number] < min(state.held_out.values()):
+                state.best_step, state.best = self.step, state.values.detach().clone()
+            state.held_out[self.step] = found[number]
+            since = sum(at > state.best_step for at in state.held_out)
+            state.done = recipe.settings.patience is not None and since >= recipe.settings.patience
+
+    def _losses(self, steering: Steering, work: list[Work], backward: bool = False) -> list[float]:
+        return losses(
+            self.model,
+            steering,
+            self.recipe.objective,
+            self.plans,
+            work,
+            pad_id=padding_id(self.tokenizer),
+            rows=self.recipe.settings.rows,
+            backward=backward,
+        ).tolist()
+
+    def _save(self) -> None:
+        if self.path is not None:
+            checkpoints.save(self.path, self.states, self.step, self.description)
+
+    def _diverged(self, number: int, loss: float, what: str) -> None:
+        layer, seed, coefficient = self.recipe.grid[number]
+        step = self.step + (what != "the held-out loss")
+        kept = "no checkpoint was kept"
+        if self.path is not None and self.path.exists():
+            kept = f"the checkpoint of step {checkpoints.load(self.path, self.description)[1]} is kept in {self.path}"
+        raise TrainingDiverged(
+            f"{what} of the vector of layer {layer}, seed {seed}, coefficient {coefficient} is not finite at step "
+            f"{step} (loss {loss}); {kept}. Use a lower lr= or smaller factors=, or a model in bfloat16 or float32",
+            step,
+        )
+
+    @contextmanager
+    def _bar(self) -> Iterator[Any]:
+        """Yield what is called after each step; a progress bar on stderr with the mean loss, where asked for."""
+        if not self.progress:
+            yield lambda: None
+            return
+        name = f"Training {len(self.states)} vector(s) by {self.recipe.objective.name}"
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(name, total=self.recipe.steps, completed=self.step)
+
+            def report() -> None:
+                last = [state.losses[-1] for state in self.states]
+                bar.update(task, completed=self.step, description=f"{name}, loss {sum(last) / len(last):.4f}")
+
+            yield report
+
+    def _description(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return recipe.describe() | {
+            "layers": list(recipe.layers),
+            "seeds": list(recipe.seeds),
+            "coefficients": list(recipe.coefficients),
+            "model": model_name(self.model),
+            "weights": _fingerprint(self.model),
+            "pairs": _hash(self.pairs),
+            "held_out": _hash(self.held_out),
+        }
+
+    def _result(self, number: int) -> Run:
+        (layer, seed, coefficient), state = self.recipe.grid[number], self.states[number]
+        scale = coefficient * self.recipe.middle
+        provenance = self.recipe.describe() | {
+            "seed": seed,
+            "coefficient": coefficient,
+            "unit_size": self.units[layer],
+            "scaled_by": scale,
+            "best_step": state.best_step,
+            "losses": state.losses,
+            "held_out": {str(at): loss for at, loss in state.held_out.items()},
+            "pairs_sha256": _hash(self.pairs),
+        }
+        vector = SteeringVector(
+            {layer: (state.best.detach() * scale).cpu()},
+            at=self.recipe.at,
+            model=model_name(self.model),
+            method=self.recipe.objective.name,
+            scale="raw",
+            provenance=provenance,
+        )
+        return Run(layer, seed, coefficient, vector, tuple(state.losses), dict(state.held_out), state.best_step)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Weights need no gradient inside, so that none is computed or kept for them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _recipe(
+    model: Any,
+    objective: Objective,
+    layers: Layers,
+    at: HookPoint,
+    coefficient: float | Sequence[float],
+    factors: Sequence[float],
+    steps: int | None,
+    lr: float,
+    batch_size: int,
+    seed: int | Sequence[int],
+    settings: TrainingSettings,
+    pairs: list[Pair],
+) -> _Recipe:
+    _check_whole("batch_size", batch_size)
+    # A batch never has a pair twice.
+    batch_size = min(batch_size, len(pairs))
+    steps = math.ceil(10 * len(pairs) / batch_size) if steps is None else steps
+    _check_whole("steps", steps)
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr is {lr!r}: expected a positive learning rate")
+    if settings.warmup >= steps:
+        raise ValueError(f"warmup is {settings.warmup}, of {steps} steps: expected fewer than all")
+    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ValueError(f"seed is {seed!r}: expected an integer that is not negative, or several different ones")
+    return _Recipe(
+        objective,
+        _layers(layers, hf.find_hook_points(model).n_layers),
+        check_hook_point(at),
+        _positive("coefficient", coefficient, distinct=True),
+        _positive("factors", factors),
+        steps,
+        float(lr),
+        batch_size,
+        seeds,
+        settings,
+        len(pairs),
+    )
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
+
+
+def _layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
+    if layers == "all":
+        return tuple(range(n_layers))
+    listed = [layers] if isinstance(layers, int) else list(layers)
+    found = tuple(layer + n_layers if type(layer) is int and layer < 0 else layer for layer in listed)
+    if not found or not all(type(layer) is int and 0 <= layer < n_layers for layer in found):
+        raise ValueError(f"layers is {layers!r}: the model has layers 0..{n_layers - 1} (or -1 from the end, or 'all')")
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers is {layers!r}: a layer is named twice")
+    return found
+
+
+def _positive(name: str, value: float | Sequence[float], distinct: bool = False) -> tuple[float, ...]:
+    numbers = (value,) if isinstance(value, (int, float)) else tuple(value)
+    if not numbers or not all(
+        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) and n > 0 for n in numbers
+    ):
+        raise ValueError(f"{name} is {value!r}: expected positive numbers (a Pair's sign says which way)")
+    if distinct and len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} is {value!r}: one is named twice")
+    return tuple(map(float, numbers))
+
+
+def _check_apart(pairs: list[Pair], held_out: list[Pair], patience: int | None) -> None:
+    if patience is not None and not held_out:
+        raise ValueError("patience needs held_out= pairs, on which it is seen whether the loss still falls")
+    seen = {json.dumps(asdict(pair), sort_keys=True) for pair in pairs}
+    both = [i for i, pair in enumerate(held_out) if json.dumps(asdict(pair), sort_keys=True) in seen]
+    if both:
+        raise ValueError(
+            f"held_out[{both[0]}] is among the training pairs ({len(both)} in all are): hold out pairs that are not "
+            "trained on"
+        )
+
+
+def _hash(pairs: list[Pair]) -> str:
+    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs], sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tells models apart, also fine-tuned ones: of each weight its name, shape, dtype and a few of its numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = [] if parameter.is_meta else parameter.detach().flatten()[:8].double().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {few}".encode())
+    return digest.hexdigest()
