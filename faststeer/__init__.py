@@ -7,14 +7,14 @@ in order, `steer` applies a plan, or one per row of the batch, to a whole Huggin
 one hand-written forward hook. docs/design.md has the semantics.
 """
 
-from faststeer import demo, evaluate, extract, hf, observe
+from faststeer import algebra, demo, evaluate, extract, formats, hf, observe
 from faststeer.engine import Completion, Engine
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
 from faststeer.ops import backend
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
-from faststeer.vector import SteeringVector
+from faststeer.vector import SteeringVector, VectorFileError
 
 __version__ = "0.1.0"
 
@@ -35,10 +35,13 @@ __all__ = [
     "Rotate",
     "Steering",
     "SteeringVector",
+    "VectorFileError",
+    "algebra",
     "backend",
     "demo",
     "evaluate",
     "extract",
+    "formats",
     "hf",
     "hook",
     "observe",

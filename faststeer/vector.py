@@ -27,6 +27,11 @@ HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 FORMAT = "faststeer.vector/1"
 LAYER_CONVENTION = "decoder layers counted from 0; the hook point is that layer's own"
+OPS = ("add", "ablate", "project", "clamp", "rotate")
+
+
+class VectorFileError(ValueError):
+    """A file that is no steering vector, is damaged, or leaves unsaid what its numbers mean."""
 
 
 def check_hook_point(at: object) -> HookPoint:
@@ -76,6 +81,7 @@ class SteeringVector:
         method: how they were found, such as "dim".
         scale: "raw" where the length is meaningful (a difference in means), "unit" where only the direction is.
         provenance: anything else worth keeping, JSON-serialisable.
+        op: what it is meant for, where that was said: "add", "ablate", "project", "clamp" or "rotate".
 
     `v[14]` is the direction of layer 14, `v.layers` the layers there are, `14 in v` asks.
 
@@ -90,6 +96,7 @@ class SteeringVector:
     method: str | None = None
     scale: Literal["raw", "unit"] = "raw"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    op: Literal["add", "ablate", "project", "clamp", "rotate"] | None = None
     path: Path | None = field(default=None, repr=False)  # the file it was last read from or written to
     sha256: str | None = field(default=None, repr=False)  # of that file's content then
 
@@ -97,6 +104,8 @@ class SteeringVector:
         check_hook_point(self.at)
         if self.scale not in ("raw", "unit"):
             raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
+        if self.op is not None and self.op not in OPS:
+            raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}, or None where it is open")
         if not self.directions:
             raise ValueError("a SteeringVector needs at least one layer: {layer: direction of shape [hidden]}")
         checked: dict[int, Tensor] = {}
@@ -152,7 +161,7 @@ class SteeringVector:
             "layer_convention": LAYER_CONVENTION,
             "provenance": json.dumps(dict(self.provenance), sort_keys=True),
         }
-        metadata |= {name: value for name in ("model", "method") if (value := getattr(self, name)) is not None}
+        metadata |= {name: value for name in ("model", "method", "op") if (value := getattr(self, name)) is not None}
         tensors = {
             f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
             for layer, d in self.directions.items()
@@ -167,20 +176,22 @@ class SteeringVector:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
-        """Read a vector written by `save`.
+    def load(cls, path: str | os.PathLike[str], **said: Any) -> SteeringVector:
+        """Read a vector's file, whatever its name: one written by `save`, a GGUF control vector of llama.cpp or repeng,
+        or a `.pt` file of steering-vectors, CAA or refusal_direction.
+
+        Args:
+            said: what the file leaves unsaid, see `faststeer.formats.load`: `at`, `layer`, `position`, `op`, `model`,
+                `format`. Files written by `save` leave nothing unsaid.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is no safetensors file, or holds something else than a steering vector.
+            VectorFileError (a ValueError): the file is damaged, holds something else, or its hook point, layer or op
+                cannot be known from it.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no steering vector at {path}: no such file")
-        data = path.read_bytes()
-        vector = cls.from_bytes(data, str(path))
-        vector._belongs_to(path, data)
-        return vector
+        from faststeer import formats  # it builds on this module
+
+        return formats.load(path, **said)
 
     def _belongs_to(self, path: Path, data: bytes) -> None:
         object.__setattr__(self, "path", path)
@@ -188,16 +199,16 @@ class SteeringVector:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
-        """Read what `to_bytes` made; `what` names it in errors (ValueError)."""
+        """Read what `to_bytes` made; `what` names it in errors (VectorFileError)."""
         try:
             tensors, metadata = from_safetensors(data), _metadata(data)
         except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype PyTorch lacks
-            raise ValueError(
+            raise VectorFileError(
                 f"{what} cannot be read as safetensors ({error}): is it truncated, or another kind of file? Copy or "
                 "extract it again"
             ) from error
         if metadata.get("format") != FORMAT:
-            raise ValueError(
+            raise VectorFileError(
                 f"{what} is safetensors but no faststeer vector (format {metadata.get('format')!r}, expected "
                 f"{FORMAT!r}): "
                 "build one with SteeringVector({layer: direction}, at=...).save(path)"
@@ -216,9 +227,10 @@ class SteeringVector:
                 method=metadata.get("method"),
                 scale=metadata.get("scale", "raw"),  # type: ignore[arg-type]
                 provenance=provenance,
+                op=metadata.get("op"),  # type: ignore[arg-type]
             )
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what} is not a valid steering vector: {error}") from error
+            raise VectorFileError(f"{what} is not a valid steering vector: {error}") from error
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:

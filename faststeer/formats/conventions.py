@@ -1,0 +1,103 @@
+"""What a vector's file may leave unsaid, and how saying it is asked for.
+
+A direction without its hook point, layer or op can be applied one layer off, or added where it should be removed, and
+nobody sees it. So what a file does not say is never guessed: it is an argument, and an argument that contradicts the
+file is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from faststeer.vector import OPS, HookPoint, SteeringVector, VectorFileError, check_hook_point
+
+Format = Literal["faststeer", "gguf", "steering-vectors", "caa", "refusal_direction"]
+FORMATS: tuple[Format, ...] = ("faststeer", "gguf", "steering-vectors", "caa", "refusal_direction")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the caller says about a file; None: nothing.
+
+    Args:
+        format: whose convention the file follows, where its content fits several.
+        at: hook point of the directions.
+        layer: decoder layer of a single direction, from 0.
+        position: which token of several (refusal_direction's mean_diffs), counted from the prompt's end (-1: the last).
+        op: what the direction is meant for.
+        model: name of the model it was found in.
+
+    Raises:
+        ValueError: an unknown format, hook point or op, a negative layer, a position that is not negative.
+    """
+
+    format: Format | None = None
+    at: HookPoint | None = None
+    layer: int | None = None
+    position: int | None = None
+    op: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.at is not None:
+            check_hook_point(self.at)
+        if self.op is not None and self.op not in OPS:
+            raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}")
+        for name, value, fits in (("layer", self.layer, _from_zero), ("position", self.position, _from_the_end)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not fits(value)):
+                counted = "counted from 0" if name == "layer" else "negative: -1 is the prompt's last token"
+                raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
+
+    def known(self, name: str, found: Any, what: str) -> Any:
+        """What the file says of `name`, which the caller may repeat but not contradict."""
+        said = getattr(self, name)
+        if said is not None and said != found:
+            raise VectorFileError(f"{what} says {name}={found!r}, the call {name}={said!r}: leave {name} out")
+        return found
+
+    def needed(self, name: str, what: str, why: str) -> Any:
+        """What the caller says of `name`, which the file does not."""
+        said = getattr(self, name)
+        if said is None:
+            raise VectorFileError(f"{what} {why}: say {name}=")
+        return said
+
+    def unused(self, what: str, *names: str) -> None:
+        """Refuse arguments that have no meaning for this file."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise VectorFileError(f"{what} has no choice of {name}: leave {name}={getattr(self, name)!r} out")
+
+
+def _from_zero(value: int) -> bool:
+    return value >= 0
+
+
+def _from_the_end(value: int) -> bool:
+    return value < 0
+
+
+def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> SteeringVector:
+    """A SteeringVector of what a file holds.
+
+    Directions that are all zero are left out (adding or removing nothing is what having none means; other tools write
+    them where two prompts share a token), and their layers are noted in the provenance.
+
+    Raises:
+        VectorFileError: what a SteeringVector refuses, naming the file.
+    """
+    zero = [layer for layer, direction in directions.items() if not bool(direction.any())]
+    kept = {layer: direction for layer, direction in directions.items() if layer not in zero}
+    if directions and not kept:
+        raise VectorFileError(f"{what} holds only zeros: it points nowhere")
+    provenance = dict(fields.pop("provenance", {})) | ({"zero_layers": sorted(zero)} if zero else {})
+    try:
+        return SteeringVector(kept, provenance=provenance, **fields)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise VectorFileError(f"{what} is not a valid steering vector: {error}") from error

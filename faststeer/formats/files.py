@@ -1,0 +1,124 @@
+"""Reading and writing vectors' files: what a file is, is told by its content."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from faststeer.formats import control_vectors, torch_files
+from faststeer.formats.conventions import Said
+from faststeer.vector import SteeringVector, VectorFileError
+
+MAX_BYTES = 2**30  # a direction for each of 1,000 layers of 16,384 columns in fp64 is an eighth of that
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    at: str | None = None,
+    layer: int | None = None,
+    position: int | None = None,
+    op: str | None = None,
+    model: str | None = None,
+) -> SteeringVector:
+    """Read a steering vector of this or another project (docs/vectors.md has the table).
+
+    Args:
+        path: the file; its content says what it is, its name is looked at only where CAA and refusal_direction keep the
+            layer there.
+        format, at, layer, position, op, model: what the file does not say, see `faststeer.formats.Said`. What it does
+            say may be repeated, not contradicted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VectorFileError: damaged, something else, or something left unsaid.
+        ImportError: a GGUF file, and the gguf library is not installed.
+    """
+    path = Path(path)
+    said = Said(format, at, layer, position, op, model)  # type: ignore[arg-type]
+    if not path.is_file():
+        raise FileNotFoundError(f"no steering vector at {path}: no such file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise VectorFileError(f"{path} has {size:,} bytes: no steering vector is so large; is it a model?")
+    data = path.read_bytes()
+    vector = from_bytes(data, str(path), said, path)
+    if said == Said():  # a plan may then name the file instead of holding the values
+        vector._belongs_to(path, data)
+    return vector
+
+
+def from_bytes(
+    data: bytes, what: str = "the data", said: Said | None = None, path: Path | None = None
+) -> SteeringVector:
+    """Read a file's content; `what` names it in errors, `path` is where it lay."""
+    said = said or Said()
+    kind = kind_of(data)
+    if kind == "gguf":
+        _only(said, what, "gguf")
+        return control_vectors.read(data, what, said)
+    if kind == "torch":
+        if said.format in ("faststeer", "gguf"):
+            raise VectorFileError(f"{what} was written by torch.save: it is no {said.format} file")
+        return torch_files.read(data, what, said, path)
+    _only(said, what, "faststeer")
+    return _ours(data, what, said)
+
+
+def kind_of(data: bytes) -> Literal["gguf", "torch", "safetensors"]:
+    """What a file is by its first bytes; what is nothing known is left for safetensors to refuse."""
+    if data.startswith(control_vectors.MAGIC):
+        return "gguf"
+    return "torch" if data.startswith((torch_files.ZIP, torch_files.LEGACY)) else "safetensors"
+
+
+def _only(said: Said, what: str, found: str) -> None:
+    if said.format not in (None, found):
+        raise VectorFileError(f"{what} is no file of {said.format}: by its content it is {found}")
+
+
+def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
+    from faststeer.algebra import SparseVector, is_sparse_file  # it builds on vectors, and reads their sparse form
+
+    sparse = is_sparse_file(data)
+    vector = SparseVector.from_bytes(data, what).dense() if sparse else SteeringVector.from_bytes(data, what)
+    said.unused(what, "position")
+    said.known("at", vector.at, what)
+    for name in ("op", "model"):
+        if getattr(vector, name) is not None:
+            said.known(name, getattr(vector, name), what)
+    if said.layer is not None and said.layer not in vector:
+        raise VectorFileError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
+    kept = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
+    changes: dict[str, Any] = {"op": vector.op or said.op, "model": vector.model or said.model}
+    if kept is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):
+        return vector
+    return SteeringVector(
+        kept, at=vector.at, method=vector.method, scale=vector.scale, provenance=vector.provenance, **changes
+    )
+
+
+def save(
+    vector: SteeringVector,
+    path: str | os.PathLike[str],
+    format: Literal["faststeer", "gguf"] | None = None,
+    model_hint: str | None = None,
+) -> Path:
+    """Write a vector atomically: ours, or a GGUF control vector.
+
+    Args:
+        format: None: gguf where the path ends in .gguf, else ours.
+        model_hint: for gguf, see `faststeer.formats.control_vectors.to_bytes`.
+
+    Raises:
+        ValueError: an unknown format, or a vector that the format cannot express (see `control_vectors.to_bytes`).
+    """
+    format = format or ("gguf" if Path(path).suffix == ".gguf" else "faststeer")
+    if format == "gguf":
+        return control_vectors.save(vector, path, model_hint)
+    if format != "faststeer":
+        raise ValueError(f"cannot write format {format!r}: expected 'faststeer' or 'gguf'")
+    if model_hint is not None:
+        raise ValueError("model_hint is a field of GGUF: leave it out")
+    return vector.save(path)

@@ -1,0 +1,98 @@
+"""Vectors on the Hugging Face hub, through huggingface_hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from faststeer.formats.files import load
+from faststeer.vector import SteeringVector, VectorFileError
+
+FILE = "steering_vector.safetensors"
+
+
+def push(
+    vector: SteeringVector,
+    repo: str,
+    filename: str = FILE,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Upload a vector to the model repository `repo` ("user/name"), which is made if it is not there. Returns the
+    commit's address.
+
+    Args:
+        filename: in the repository.
+        private: for a repository that is made.
+        revision: branch; default: main.
+        token, endpoint: where not those of huggingface_hub's own settings.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError, OSError: refused or not reached.
+        ValueError: a repository name that cannot be one.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint, token=token)
+    api.create_repo(repo, private=private, exist_ok=True)
+    done = api.upload_file(
+        path_or_fileobj=vector.to_bytes(),
+        path_in_repo=filename,
+        repo_id=repo,
+        revision=revision,
+        commit_message=f"Steering vector at {vector.at}, layers {', '.join(map(str, vector.layers))}",
+    )
+    return str(done.commit_url)
+
+
+def pull(
+    repo: str,
+    filename: str = FILE,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+    **said: Any,
+) -> SteeringVector:
+    """Download a vector's file, of any format that `load` reads, and read it.
+
+    Args:
+        said: what the file leaves unsaid, as for `load`.
+
+    Raises:
+        FileNotFoundError: no such repository, revision or file.
+        OSError: the hub cannot be reached and the file is not in the cache.
+        VectorFileError: as for `load`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = hf_hub_download(repo, filename, revision=revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        where = f"{repo}@{revision}" if revision else repo
+        raise FileNotFoundError(f"no {filename} in {where} on the hub: {error}") from error
+    return load(Path(path), **said)
+
+
+def parse(address: str) -> dict[str, str]:
+    """`hub:user/name[@revision][/file]` as the arguments of `push` and `pull`.
+
+    Raises:
+        VectorFileError: not of that form.
+    """
+    owner, _, rest = address.removeprefix("hub:").partition("/")
+    name, _, filename = rest.partition("/")
+    name, _, revision = name.partition("@")
+    if not owner or not name:
+        raise VectorFileError(f"{address!r}: expected hub:user/name, hub:user/name@revision or hub:user/name/file")
+    found = {"repo": f"{owner}/{name}"}
+    if filename:
+        found["filename"] = filename
+    if revision:
+        found["revision"] = revision
+    return found
