@@ -59,9 +59,7 @@ def check_contrast(
             say: the direction would be that of the format), a prompt that holds tokens of the chat template and so was
             rendered before; pairs whose sides differ in number.
     """
-    sets = {
-        side: check_prompts(prompts, side) for side, prompts in zip(SIDES, (positive, negative), strict=True)
-    }
+    sets = {side: check_prompts(prompts, side) for side, prompts in zip(SIDES, (positive, negative), strict=True)}
     for side, prompts in sets.items():
         if len(prompts) < 2:
             raise ValueError(
@@ -171,7 +169,9 @@ def read_batches(
 def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
     """One side after the other, so that neither's batches depend on the other's prompts."""
     return [
-        [(side, group)] for side, encoded in rows.items() for group in batches([len(ids) for ids in encoded], batch_size)
+        [(side, group)]
+        for side, encoded in rows.items()
+        for group in batches([len(ids) for ids in encoded], batch_size)
     ]
 
 

@@ -30,7 +30,9 @@ from faststeer.hf.batching import encode
 
 TOKENIZER = tiny_chat.bpe_tokenizer()
 MODEL = tiny_chat.llama(len(TOKENIZER)).double()
-POSITIVE = [f"{verb} {thing}" for verb in ("Steal", "Forge", "Poison") for thing in ("a cake", "it now", "the boat", "x")]
+POSITIVE = [
+    f"{verb} {thing}" for verb in ("Steal", "Forge", "Poison") for thing in ("a cake", "it now", "the boat", "x")
+]
 NEGATIVE = [f"{verb} {thing}" for verb in ("Bake", "Build", "Name") for thing in ("a kite", "me", "the sea, then 12")]
 POSITIONS = (-3, -1)
 
@@ -137,7 +139,9 @@ def test_probe_is_the_optimum_of_logistic_regression(unpaired, place, layer, c):
 
 
 @settings(max_examples=25)
-@given(st.integers(2, 12), st.integers(2, 12), st.integers(2, 10), st.sampled_from([0.01, 1.0, 100.0]), st.integers(0, 99))
+@given(
+    st.integers(2, 12), st.integers(2, 12), st.integers(2, 10), st.sampled_from([0.01, 1.0, 100.0]), st.integers(0, 99)
+)
 def test_logistic_regression_has_no_gradient_left(n, m, hidden, c, seed):
     draw = torch.Generator().manual_seed(seed)
     positive = torch.randn(n, hidden, generator=draw, dtype=torch.float64) + 1
@@ -152,7 +156,7 @@ def test_logistic_regression_has_no_gradient_left(n, m, hidden, c, seed):
     scale = (both - both.mean(0)).pow(2).sum(1).mean().sqrt()
     w = weight * scale
     low, high = -1e4, 1e4
-    for _ in range(200):
+    for _ in range(80):
         b = (low + high) / 2
         slope = -(y * torch.sigmoid(-y * (x @ w + b))).sum()
         low, high = (b, high) if slope < 0 else (low, b)
@@ -213,7 +217,7 @@ def test_ace_at_the_mean_leaves_no_difference_of_class_means(unpaired):
 
 
 def test_ace_plan_needs_reference_points(unpaired):
-    with pytest.raises(ValueError, match="no reference points: ace_plan takes one from Contrast.ace"):
+    with pytest.raises(ValueError, match=r"no reference points: ace_plan takes one from Contrast\.ace"):
         ace_plan(unpaired["kept"].dim().vector(-1), 0.0)
     with pytest.raises(ValueError, match="no direction with a reference point at layer 7"):
         ace_plan(unpaired["kept"].ace().vector(-1), 0.0, layer=7)

@@ -1,0 +1,90 @@
+"""Contrastive activation addition: the mean difference, over pairs of completions of one prompt, at the answer token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from faststeer.extract.contrast import Directions
+from faststeer.extract.dim import Candidates
+from faststeer.extract.pairs import Pair, check_pairs
+from faststeer.extract.reading import SIDES, read_batches
+from faststeer.hf.batching import check_evaluating, encode, model_name
+from faststeer.vector import HookPoint, SteeringVector, check_hook_point
+
+
+def caa_table(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    at: HookPoint = "resid_post",
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Directions:
+    """Return `caa` as a table of one position, for selection."""
+    check_hook_point(at)
+    check_evaluating(model)
+    rows = answer_rows(tokenizer, pairs, system)
+    n = len(rows["positive"])
+    totals: dict[str, Any] = dict.fromkeys(SIDES, 0.0)
+    for side, _, activations in read_batches(
+        model, tokenizer, rows, at=at, positions=[-1], batch_size=batch_size, progress=progress, paired=True
+    ):
+        totals[side] = totals[side] + activations.double().sum(0)
+    means = Candidates(totals["positive"] / n, totals["negative"] / n, (-1,), at, n, n, model_name(model))
+    directions = means.directions * means.exists().unsqueeze(-1)
+    provenance = {"n_pairs": n, "token": "the first at which the completions of a pair differ"}
+    return Directions(directions, (None,), at, "caa", "raw", model_name(model), provenance=provenance)
+
+
+def caa(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    at: HookPoint = "resid_post",
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> SteeringVector:
+    """Return the mean over pairs of h(prompt + positive completion) - h(prompt + negative completion) at the answer
+    token, a direction for every layer, not normalised.
+
+    The answer token is the first at which the two completions differ: the letter of "(A)" and "(B)", however the
+    tokenizer cuts them; what both share before it is read by the model, what follows is not. Sums are fp64.
+    Source: arXiv 2312.06681.
+
+    Args:
+        pairs: at least two, each with a rejected completion.
+        at: hook point; a block's output is the source's.
+        system, batch_size, progress: as in `faststeer.extract.candidates`; both sides of a pair pass in one batch.
+
+    Raises:
+        ValueError: fewer than two pairs, one without a rejected completion or whose completions have the same first
+            tokens up to the end of one of them; as `candidates`.
+    """
+    return caa_table(model, tokenizer, pairs, at=at, system=system, batch_size=batch_size, progress=progress).vector(
+        None
+    )
+
+
+def answer_rows(tokenizer: Any, pairs: Sequence[Pair], system: str | None = None) -> dict[str, list[list[int]]]:
+    """Return the token ids of every prompt with each completion up to its answer token."""
+    pairs = check_pairs(pairs, rejected=True)
+    if len(pairs) < 2:
+        raise ValueError("pairs has 1 pair: a contrast needs at least two, or the direction is that of one prompt")
+    prompts = encode(tokenizer, [pair.prompt for pair in pairs], system)
+    rows: dict[str, list[list[int]]] = {side: [] for side in SIDES}
+    for number, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
+        both = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (pair.positive, pair.negative)]
+        place = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), None)
+        if place is None:
+            raise ValueError(
+                f"pairs[{number}]: one completion is the beginning of the other ({pair.positive!r}, {pair.negative!r}): "
+                "there is no token at which they differ"
+            )
+        for side, ids in zip(SIDES, both, strict=True):
+            rows[side].append([*prompt, *ids[: place + 1]])
+    return rows
