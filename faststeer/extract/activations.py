@@ -56,7 +56,9 @@ class Activations:
                 "expected [prompts, positions, layers, hidden] twice"
             )
         if self.positive.dtype != self.negative.dtype or not self.positive.is_floating_point():
-            raise ValueError(f"activations of dtypes {self.positive.dtype} and {self.negative.dtype}: expected one float")
+            raise ValueError(
+                f"activations of dtypes {self.positive.dtype} and {self.negative.dtype}: expected one float"
+            )
         if self.paired and shapes[0][0] != shapes[1][0]:
             raise ValueError(f"pairs have two sides, but there are {shapes[0][0]} positive and {shapes[1][0]} negative")
         if not bool(torch.isfinite(self.positive).all() and torch.isfinite(self.negative).all()):

@@ -154,7 +154,7 @@ def attribution(
 
 
 class _Path:
-    """Puts a batch's rows on their points of the path, at one layer; what was put there is the leaf to differentiate."""
+    """Puts a batch's rows on their points of the path, at one layer; what was put there is the leaf."""
 
     def __init__(self, baseline: Candidates, layer: int) -> None:
         self.columns = list(baseline.positions)

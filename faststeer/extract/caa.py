@@ -1,4 +1,4 @@
-"""Contrastive activation addition: the mean difference, over pairs of completions of one prompt, at the answer token."""
+"""Contrastive activation addition: the mean difference, over pairs of completions, at the token where they part."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def answer_rows(tokenizer: Any, pairs: Sequence[Pair], system: str | None = None
         place = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), None)
         if place is None:
             raise ValueError(
-                f"pairs[{number}]: one completion is the beginning of the other ({pair.positive!r}, {pair.negative!r}): "
+                f"pairs[{number}]: one completion begins the other ({pair.positive!r}, {pair.negative!r}): "
                 "there is no token at which they differ"
             )
         for side, ids in zip(SIDES, both, strict=True):

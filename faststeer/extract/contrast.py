@@ -465,7 +465,7 @@ def pca(
     position: int = -1,
     **options: Any,
 ) -> SteeringVector:
-    """Return `Contrast.pca` at one token position, a unit direction for every layer. Options and errors as `contrast`."""
+    """Return `Contrast.pca` at one token position, a unit direction per layer. Options and errors as `contrast`."""
     return _contrast_at(model, tokenizer, positive, negative, position, options).pca().vector(position)
 
 
@@ -478,7 +478,7 @@ def lat(
     position: int = -1,
     **options: Any,
 ) -> SteeringVector:
-    """Return `Contrast.lat` at one token position, a unit direction for every layer. Options and errors as `contrast`."""
+    """Return `Contrast.lat` at one token position, a unit direction per layer. Options and errors as `contrast`."""
     return _contrast_at(model, tokenizer, positive, negative, position, options).lat().vector(position)
 
 

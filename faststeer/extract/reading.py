@@ -1,5 +1,5 @@
-"""One pass over two sets of prompts: every layer's activation at chosen tokens, batch by batch, for any number of methods
-at once. And the checks of two sets that are to be contrasted.
+"""One pass over two sets of prompts: every layer's activation at chosen tokens, batch by batch, for any number of
+methods at once. And the checks of two sets that are to be contrasted.
 
 Nothing is kept here: what a method does not add up while the batches pass is gone.
 """
@@ -98,7 +98,7 @@ def _check_formats(sets: Mapping[str, list[Prompt]]) -> None:
         if only := formats[side] - formats[other]:
             found = next(n for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
             raise ValueError(
-                f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} prompt is: "
+                f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} is one: "
                 "the direction would be that of the chat format; give both sides the same roles"
             )
 

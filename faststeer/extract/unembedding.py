@@ -166,7 +166,7 @@ def _module_before_head(model: nn.Module) -> tuple[str, nn.Module] | None:
         if same(received, seen["last"]) and same(sent, seen["head"]):
             return name, module
     raise ValueError(
-        f"{type(model).__name__} has more than one norm between its last layer and its unembedding: the residual stream "
+        f"{type(model).__name__} has more than one norm between its last layer and its unembedding: the stream "
         "is not read by the unembedding directly, so no direction in it belongs to a token"
     )
 

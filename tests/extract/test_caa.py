@@ -64,7 +64,7 @@ def test_what_follows_the_answer_token_is_not_read():
         (PAIRS[:1], "pairs has 1 pair"),
         ([], "pairs is empty"),
         ([Pair("Hi", "Yes"), PAIRS[0]], r"pairs\[0\] has no rejected completion"),
-        ([PAIRS[0], Pair("Hi", "Yes", "Yes, sir")], r"pairs\[1\]: one completion is the beginning of the other"),
+        ([PAIRS[0], Pair("Hi", "Yes", "Yes, sir")], r"pairs\[1\]: one completion begins the other"),
     ],
 )
 def test_pairs_that_cannot_be_used(pairs, message):

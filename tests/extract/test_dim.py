@@ -161,7 +161,7 @@ class NoForward:
         (POSITIVE, NEGATIVE[:1], {}, "negative has 1 prompt"),
         (POSITIVE, POSITIVE, {}, r"5 prompt\(s\) are on both sides, the first being positive\[0\] = negative\[0\]"),
         (POSITIVE, [*NEGATIVE, POSITIVE[3]], {}, r"positive\[3\] = negative\[4\]"),
-        (chats(POSITIVE), NEGATIVE, {}, r"positive\[0\] is a chat of system, user, and no negative prompt is one"),
+        (chats(POSITIVE), NEGATIVE, {}, r"positive\[0\] is a chat of system, user, and no negative is one"),
         (POSITIVE, [*NEGATIVE, *chats(["Hi"])], {}, r"negative\[4\] is a chat of system, user"),
         (
             POSITIVE,

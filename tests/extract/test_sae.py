@@ -80,7 +80,7 @@ def test_missing_and_truncated_files(tmp_path):
     with pytest.raises(ValueError, match="cannot be used"):
         sae_feature(path, 0)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="has no sae_weights.safetensors and no other"):
+    with pytest.raises(FileNotFoundError, match=r"has no sae_weights\.safetensors and no other"):
         sae_feature(path, 0)
-    with pytest.raises(FileNotFoundError, match="no cfg.json"):
+    with pytest.raises(FileNotFoundError, match=r"no cfg\.json"):
         sae_feature(tmp_path / "nowhere", 0)
