@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 struct RowShape {
   int64_t rows, hidden, stride;  // stride in elements
   Dtype dtype;
+  int32_t device_type, device_index;
 };
 
 // Raise RuntimeError: "<name> must be <expected>; got <got...>".
@@ -51,9 +52,15 @@ inline std::string dtype_name(int32_t dtype) {
   return "another dtype";
 }
 
-inline std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+inline int32_t device_type(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+inline std::string device_name(int32_t type, int32_t index) {
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device ") + std::to_string(index);
 }
 
 template <class Numbers>
@@ -82,13 +89,12 @@ inline RowShape check_rows(const Tensor& x, const char* name) {
   if ((hidden > 1 && strides[1] != 1) || (rows > 1 && strides[0] < hidden)) {
     refuse(name, "contiguous in its last dimension, rows not overlapping", "strides ", shape_text(strides));
   }
-  return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name)};
+  return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name), device_type(x), x.get_device_index()};
 }
 
-inline void check_device(const Tensor& tensor, const char* name, const Tensor& x) {
-  if (tensor.is_cpu() != x.is_cpu() || tensor.is_cuda() != x.is_cuda() ||
-      tensor.get_device_index() != x.get_device_index()) {
-    refuse(name, "on x's device, " + device_name(x), device_name(tensor));
+inline void check_device(int32_t type, int32_t index, const char* name, const RowShape& x) {
+  if (type != x.device_type || index != x.device_index) {
+    refuse(name, "on x's device, " + device_name(x.device_type, x.device_index), device_name(type, index));
   }
 }
 
@@ -99,13 +105,13 @@ inline int64_t check_rows_like(const Tensor& tensor, const char* name, const Ten
     refuse(name, "of x's shape, " + shape_text(x.sizes()), shape_text(tensor.sizes()));
   }
   if (mine.dtype != shape.dtype) refuse(name, "of x's dtype, " + dtype_name(torch_dtype(x)), dtype_name(torch_dtype(tensor)));
-  check_device(tensor, name, x);
+  check_device(mine.device_type, mine.device_index, name, shape);
   return mine.stride;
 }
 
 // A contiguous tensor of exactly this dtype and these sizes (-1: any) on x's device.
 inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
-                        const Tensor& x) {
+                        const RowShape& shape) {
   if (torch_dtype(tensor) != dtype) refuse(name, dtype_name(dtype), dtype_name(torch_dtype(tensor)));
   const auto sizes = tensor.sizes();
   bool fits = sizes.size() == expected.size();
@@ -114,24 +120,24 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   }
   if (!fits) refuse(name, "of shape " + shape_text(expected), shape_text(sizes));
   if (!tensor.is_contiguous()) refuse(name, "contiguous", "strides ", shape_text(tensor.strides()));
-  check_device(tensor, name, x);
+  check_device(device_type(tensor), tensor.get_device_index(), name, shape);
 }
 
 // The tables of one call, once all of them fit x and each other.
-inline Tables make_tables(const Tensor& x, const RowShape& shape, const Tensor& bank, const Tensor& fields,
+inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& fields,
                           const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot,
                           const Tensor& row_position, const Tensor& row_sequence,
                           const std::optional<Tensor>& gate_state) {
   const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(bank, "bank", fp32, {-1, shape.hidden}, x);
-  check_table(fields, "fields", int32, {-1, N_FIELDS}, x);
+  check_table(bank, "bank", fp32, {-1, shape.hidden}, shape);
+  check_table(fields, "fields", int32, {-1, N_FIELDS}, shape);
   const int64_t n_entries = fields.size(0);
-  check_table(scalars, "scalars", fp32, {n_entries, N_SCALARS}, x);
-  check_table(ranges, "ranges", int32, {-1, 2}, x);
-  check_table(row_slot, "row_slot", int32, {shape.rows}, x);
-  check_table(row_position, "row_position", int32, {shape.rows}, x);
-  check_table(row_sequence, "row_sequence", int32, {shape.rows}, x);
-  if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, x);
+  check_table(scalars, "scalars", fp32, {n_entries, N_SCALARS}, shape);
+  check_table(ranges, "ranges", int32, {-1, 2}, shape);
+  check_table(row_slot, "row_slot", int32, {shape.rows}, shape);
+  check_table(row_position, "row_position", int32, {shape.rows}, shape);
+  check_table(row_sequence, "row_sequence", int32, {shape.rows}, shape);
+  if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   Tables tables;
   tables.bank = static_cast<const float*>(bank.data_ptr());
@@ -153,11 +159,9 @@ inline Tables make_tables(const Tensor& x, const RowShape& shape, const Tensor& 
 // An uninitialised contiguous `[rows, columns]` tensor on x's device.
 inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t dtype) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, x.get_device_index(), &handle));
+      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -52,8 +52,9 @@ struct BFloat {
   uint16_t bits;
 };
 
-// One vector of fp32 from and to each dtype: `decode` reads it; `rounded` rounds it to the dtype, to nearest even, a NaN
-// staying a NaN; `encode` writes what is rounded already.
+// One vector of fp32 from and to each dtype: `decode` reads it; `rounded` rounds it to the dtype, to nearest even; `encode`
+// writes what is rounded already. For bf16, `nearest` has what `rounded` has in the upper half of each word, and anything
+// in the lower, which `encode` does not look at. A quiet NaN, the only kind that arithmetic gives, stays a NaN.
 
 FASTSTEER_LANES Floats decode(const float* from) {
   Floats value;
@@ -75,14 +76,12 @@ FASTSTEER_LANES Floats decode(const BFloat* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
+FASTSTEER_LANES Floats nearest(Floats value) {
   const __m512i bits = _mm512_castps_si512(value);
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  __m512i sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
-  sum = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
-  sum = _mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7FC00000));
-  return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(0xFFFF0000)));
+  const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i sum = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+  return _mm512_castsi512_ps(_mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1)));
 }
 
 FASTSTEER_LANES void encode(BFloat* to, Floats value) {
@@ -110,10 +109,9 @@ FASTSTEER_LANES void encode(Half* to, Floats value) {
 
 #else
 
-FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
+FASTSTEER_LANES Floats nearest(Floats value) {
   const Words bits = reinterpret_cast<Words>(value);
-  const Words sum = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
-  return reinterpret_cast<Floats>(value == value ? sum : Words{} + 0x7FC00000);
+  return reinterpret_cast<Floats>(value == value ? bits + 0x7FFF + ((bits >> 16) & 1) : bits);
 }
 
 #if defined(__AVX2__)
@@ -193,6 +191,10 @@ FASTSTEER_LANES void encode(Half* to, Floats value) {
 #endif
 #endif
 
+FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(nearest(value)) & 0xFFFF0000);
+}
+
 // Sixteen at a time.
 
 #define FASTSTEER_EACH_PART for (int i = 0; i < PARTS; ++i)
@@ -235,7 +237,8 @@ FASTSTEER_LANES void store(T* to, Lanes lanes) {
 // Of any values. For fp16 it is the instruction that writes which rounds.
 template <class T>
 FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
-  store(to, std::is_same_v<T, BFloat> ? round_to<T>(lanes) : lanes);
+  if constexpr (std::is_same_v<T, BFloat>) FASTSTEER_EACH_PART lanes.part[i] = nearest(lanes.part[i]);
+  store(to, lanes);
 }
 
 #undef FASTSTEER_EACH_PART

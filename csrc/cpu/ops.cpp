@@ -70,7 +70,7 @@ void add_residual(const Tensor& residual, const Tensor& x, const RowShape& shape
       const Tensor &row_slot, const Tensor &row_position, const Tensor &row_sequence,                    \
       const std::optional<Tensor>&gate_state
 #define FASTSTEER_TABLES \
-  make_tables(x, shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
+  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
 
 Job make_job(const Tensor& x, const RowShape& shape, const Tables& tables) {
   Job job;
@@ -94,7 +94,7 @@ void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Te
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
   if (probe.has_value()) {
-    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, x);
+    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, shape);
     job.probe = static_cast<float*>(probe->data_ptr());
     job.columns = probe->size(1);
   }
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tens
   Job job = make_job(x, shape, FASTSTEER_TABLES);
   add_residual(residual, x, shape, job);
   job.norm.weight_dtype = check_float(weight, "weight");
-  check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, x);
+  check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);
   job.norm.weight = weight.data_ptr();
   job.norm.eps = static_cast<float>(eps);
   job.norm.weight_offset = static_cast<float>(weight_offset);
@@ -148,13 +148,13 @@ void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, c
                  const Tensor& row_vector, const Tensor& row_coefficient) {
   const RowShape shape = check_rows(x, "x");
   const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(indices, "indices", int32, {-1}, x);
+  check_table(indices, "indices", int32, {-1}, shape);
   const int64_t n_values = indices.size(0);
-  check_table(values, "values", fp32, {n_values}, x);
-  check_table(offsets, "offsets", int32, {-1}, x);
+  check_table(values, "values", fp32, {n_values}, shape);
+  check_table(offsets, "offsets", int32, {-1}, shape);
   if (offsets.size(0) < 1) refuse("offsets", "of shape [vectors + 1]", "[0]");
-  check_table(row_vector, "row_vector", int32, {shape.rows}, x);
-  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, x);
+  check_table(row_vector, "row_vector", int32, {shape.rows}, shape);
+  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, shape);
   SparseJob job;
   job.hidden = shape.hidden;
   job.n_vectors = offsets.size(0) - 1;

@@ -3,7 +3,8 @@
 // The row is visited as few times as its entries allow: what an entry adds is noted and added when the row is next
 // looked at, so that loading, adding and the next entry's dot product are one visit, and adding and storing another. An
 // `Add` alone is one visit from memory to memory, an `Ablate` two. Between visits the row waits in a scratch buffer in
-// the nearest cache. Each element sees the same additions in the same order however they are put together.
+// the nearest cache, if anything has been added to what memory has. Each element sees the same additions in the same
+// order however they are put together.
 //
 // Cannot do rows longer than MAX_HIDDEN, nor fp64.
 #pragma once
@@ -34,27 +35,12 @@ class Row {
 
   // h . q
   float dot(const float* q) {
-    float* const h = h_;
-    if (settled_ && n_terms_ == 0) {
-      return sum_blocks(hidden_, [=](int64_t i, auto block) { return load(h + i, block) * load(q + i, block); });
-    }
-    const float result = total([=](int64_t i, auto block, Lanes value) {
-      store(h + i, value, block);
-      return value * load(q + i, block);
-    });
-    settle();
-    return result;
+    return total([=](int64_t i, auto block, Lanes value) { return value * load(q + i, block); });
   }
 
   // |h|^2
   float norm_squared() {
-    float* const h = h_;
-    const float result = total([=](int64_t i, auto block, Lanes value) {
-      store(h + i, value, block);
-      return value * value;
-    });
-    settle();
-    return result;
+    return total([](int64_t, auto, Lanes value) { return value * value; });
   }
 
   void clear() {
@@ -76,6 +62,7 @@ class Row {
   void scale(float factor) {
     float* const h = h_;
     each([=](int64_t i, auto block, Lanes value) { store(h + i, value * all(factor), block); });
+    settle();
   }
 
   // h rounded to T
@@ -86,12 +73,16 @@ class Row {
   // h rounded to T, also in the buffer; returns the sum of its squares.
   float write_rounded(T* out) {
     float* const h = h_;
-    return total([=](int64_t i, auto block, Lanes value) {
-      const Lanes rounded = round_to<T>(value);
-      store(out + i, rounded, block);
-      store(h + i, rounded, block);
-      return rounded * rounded;
+    float result = 0;
+    with_values([&](auto value) {
+      result = sum_blocks(hidden_, [=](int64_t i, auto block) {
+        const Lanes rounded = round_to<T>(value(i, block));
+        store(out + i, rounded, block);
+        store(h + i, rounded, block);
+        return rounded * rounded;
+      });
     });
+    return result;
   }
 
  private:
@@ -100,48 +91,76 @@ class Row {
     const float* q;
   };
   static constexpr int MAX_TERMS = 8;
+  // Elements ahead of which a row is called from memory: the processor's own prefetching stops at every page's end.
+  static constexpr int64_t AHEAD = 1024 / sizeof(T);
 
-  template <class Block>
-  FASTSTEER_METHOD Lanes first_value(int64_t i, Block block) const {
-    const Lanes x = load(x_ + i, block);
-    if constexpr (ADDS) return round_to<T>(x + load(residual_ + i, block));
-    return x;
+  // use(value), where value(first column, Whole or Some) gives h. What it reads are copies, for a compiler that cannot
+  // know that the row's stores leave this object alone; and the few forms a row can have are apart, so that none pays
+  // in its loop for another.
+  template <class Use>
+  FASTSTEER_METHOD void with_values(Use use) const {
+    if (settled_) {
+      const float* const h = h_;
+      with_terms([=](int64_t i, auto block) { return load(h + i, block); }, use);
+    } else {
+      const T *const x = x_, *const residual = residual_;
+      with_terms(
+          [=](int64_t i, auto block) {
+            if constexpr (ADDS) return round_to<T>(load(x + i, block) + load(residual + i, block));
+            __builtin_prefetch(x + i + AHEAD);
+            return load(x + i, block);
+          },
+          use);
+    }
   }
 
   // Each product is rounded before it is added.
-  template <class Block>
-  FASTSTEER_METHOD Lanes with_terms(Lanes value, int64_t i, Block block) const {
-    if (n_terms_ > 0) value = value + all(terms_[0].w) * load(terms_[0].q + i, block);
+  template <class Value, class Use>
+  FASTSTEER_METHOD void with_terms(Value value, Use use) const {
+    if (n_terms_ == 0) {
+      use(value);
+    } else if (n_terms_ == 1) {
+      const Term term = terms_[0];
+      use([=](int64_t i, auto block) { return value(i, block) + all(term.w) * load(term.q + i, block); });
+    } else {
+      const Term* const terms = terms_;
+      const int n_terms = n_terms_;
+      use([=](int64_t i, auto block) {
+        Lanes sum = value(i, block);
 #pragma GCC unroll 1
-    for (int k = 1; k < n_terms_; ++k) value = value + all(terms_[k].w) * load(terms_[k].q + i, block);
-    return value;
+        for (int k = 0; k < n_terms; ++k) sum = sum + all(terms[k].w) * load(terms[k].q + i, block);
+        return sum;
+      });
+    }
   }
 
   // sink(first column, Whole or Some, values of h) for every block.
   template <class Sink>
   FASTSTEER_METHOD void each(Sink sink) const {
-    if (settled_) {
-      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, with_terms(load(h_ + i, block), i, block)); });
-    } else {
-      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, with_terms(first_value(i, block), i, block)); });
-    }
+    with_values([&](auto value) {
+      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, value(i, block)); });
+    });
   }
 
-  // The sum of what the sink returns. The case without terms is apart because it is a row's first visit, from memory,
-  // and the loop over the terms costs it registers.
+  // The sum of what the sink returns. What had to be put together is kept: after this, nothing is left to be added.
   template <class Sink>
-  FASTSTEER_METHOD float total(Sink sink) const {
-    if (settled_) {
-      return sum_blocks(hidden_, [=](int64_t i, auto block) {
-        return sink(i, block, with_terms(load(h_ + i, block), i, block));
-      });
-    }
-    if (n_terms_ == 0) {
-      return sum_blocks(hidden_, [=](int64_t i, auto block) { return sink(i, block, first_value(i, block)); });
-    }
-    return sum_blocks(hidden_, [=](int64_t i, auto block) {
-      return sink(i, block, with_terms(first_value(i, block), i, block));
+  FASTSTEER_METHOD float total(Sink sink) {
+    const bool keeps = n_terms_ > 0 || (ADDS && !settled_);
+    float* const h = h_;
+    float result = 0;
+    with_values([&](auto value) {
+      if (keeps) {
+        result = sum_blocks(hidden_, [=](int64_t i, auto block) {
+          const Lanes kept = value(i, block);
+          store(h + i, kept, block);
+          return sink(i, block, kept);
+        });
+      } else {
+        result = sum_blocks(hidden_, [=](int64_t i, auto block) { return sink(i, block, value(i, block)); });
+      }
     });
+    if (keeps) settle();
+    return result;
   }
 
   void settle() {

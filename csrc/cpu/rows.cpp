@@ -11,11 +11,14 @@
 namespace faststeer {
 namespace {
 
+// Rows are taken last to first: what has just written them went first to last, so the last are still in the nearest
+// cache; and whatever reads the result next, first to last, finds its beginning there.
+
 template <class T>
 void steer(const Job& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
-  for (int64_t row = first; row < end; ++row) {
+  for (int64_t row = end - 1; row >= first; --row) {
     Row<T, false> h(job, row, buffer);
     T* out = row_of<T>(job.out, row);
     if (steer_row(job, row, h, weights)) {
@@ -30,7 +33,7 @@ template <class T>
 void add_steer(const Job& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
-  for (int64_t row = first; row < end; ++row) {
+  for (int64_t row = end - 1; row >= first; --row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
     h.write(row_of<T>(job.out, row));
@@ -72,7 +75,7 @@ void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
     case Dtype::FP32:
       load_weight<float>(job.norm, weight, hidden);
   }
-  for (int64_t row = first; row < end; ++row) {
+  for (int64_t row = end - 1; row >= first; --row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
     const float squares = h.write_rounded(row_of<T>(job.out, row));

@@ -70,7 +70,7 @@ bool rows_on_16_bytes(const void* first, int64_t stride, Dtype dtype) {
   const Tensor &bank, const Tensor &fields, const Tensor &scalars, const Tensor &ranges, const Tensor &row_slot,       \
       const Tensor &row_position, const Tensor &row_sequence, const std::optional<Tensor>&gate_state
 #define FASTSTEER_TABLES \
-  make_tables(x, shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
+  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
 
 RowArguments row_arguments(const Tensor& x, const RowShape& shape, const Tables& tables) {
   if (tables.n_entries > std::numeric_limits<int32_t>::max()) {
@@ -143,7 +143,7 @@ void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Te
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
   if (probe.has_value()) {
-    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, x);
+    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, shape);
     set_probe(*probe, arguments);
   }
   arguments.hidden = x.data_ptr();
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tens
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
   add_residual(residual, x, shape, arguments);
   arguments.weight_dtype = check_float(weight, "weight");
-  check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, x);
+  check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);
   arguments.weight = weight.data_ptr();
   arguments.eps = static_cast<float>(eps);
   arguments.weight_offset = static_cast<float>(weight_offset);
@@ -208,12 +208,12 @@ void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, c
                  const Tensor& row_vector, const Tensor& row_coefficient) {
   const RowShape shape = check_cuda_rows(x);
   const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(indices, "indices", int32, {-1}, x);
-  check_table(values, "values", fp32, {indices.size(0)}, x);
-  check_table(offsets, "offsets", int32, {-1}, x);
+  check_table(indices, "indices", int32, {-1}, shape);
+  check_table(values, "values", fp32, {indices.size(0)}, shape);
+  check_table(offsets, "offsets", int32, {-1}, shape);
   if (offsets.size(0) < 1) refuse("offsets", "of shape [vectors + 1]", "[0]");
-  check_table(row_vector, "row_vector", int32, {shape.rows}, x);
-  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, x);
+  check_table(row_vector, "row_vector", int32, {shape.rows}, shape);
+  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, shape);
   SparseAddArguments arguments{};
   arguments.x = x.data_ptr();
   arguments.x_stride = shape.stride;

@@ -167,7 +167,7 @@ def steer(
     if name == "reference":
         _check("steer", x, tables, rows, gate_state, _columns(probe))
         return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("steer", name, x, *_tensors(tables, rows, gate_state), _columns(probe))
+    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe)))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -193,7 +193,7 @@ def steer_(
         _check("steer_", x, tables, rows, gate_state, probe)
         x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
     else:
-        _run("steer_", name, x, *_tensors(tables, rows, gate_state), _zeroed(probe))
+        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe)))
 
 
 def add_steer(
@@ -211,7 +211,7 @@ def add_steer(
     if name == "reference":
         _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
         return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("add_steer", name, x, residual, *_tensors(tables, rows, gate_state), _columns(probe))
+    hidden, seen = _run("add_steer", name, (x, residual, *tables[:4], *rows, gate_state, _columns(probe)))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -238,7 +238,7 @@ def add_steer_rmsnorm(
         _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
         return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe))
     normed, hidden, seen = _run(
-        "add_steer_rmsnorm", name, x, residual, *norm, *_tensors(tables, rows, gate_state), _columns(probe)
+        "add_steer_rmsnorm", name, (x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe))
     )
     if probe is not None:
         probe.copy_(seen)
@@ -260,7 +260,7 @@ def latch_(
         _check("latch_", x, residual, tables, rows, gate_state)
         reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
     else:
-        _run("latch_", name, x, residual, *_tensors(tables, rows, gate_state))
+        _run("latch_", name, (x, residual, *tables[:4], *rows, gate_state))
 
 
 def sparse_add_(
@@ -281,7 +281,7 @@ def sparse_add_(
         _check("sparse_add_", *arguments)
         x.copy_(reference.sparse_add(*arguments))
     else:
-        _run("sparse_add_", name, *arguments)
+        _run("sparse_add_", name, arguments)
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -306,31 +306,17 @@ def _is_chosen(chosen: str | None) -> bool:
 
 
 _OPS = {
-    (name, overload): getattr(getattr(torch.ops.faststeer, name), overload)
-    for name in schema.SCHEMAS
-    for overload in schema.OVERLOADS
+    backend: {name: getattr(getattr(torch.ops.faststeer, name), overload) for name in schema.SCHEMAS}
+    for backend, overload in (("cpu", "cpp"), ("cuda", "cpp"), ("triton", "triton"))
 }
 
 
-def _run(name: str, backend: Backend, *arguments: Any) -> Any:
+def _run(name: str, backend: Backend, arguments: tuple[Any, ...]) -> Any:
     try:
-        return _OPS[name, "triton" if backend == "triton" else "cpp"](*arguments)
+        return _OPS[backend][name](*arguments)
     except RuntimeError:
         schema.CHECKS[name](*arguments)  # bad arguments get the same error from every back end
         raise
-
-
-def _tensors(tables: Tables, rows: Rows, gate_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (
-        tables.bank,
-        tables.fields,
-        tables.scalars,
-        tables.ranges,
-        rows.slot,
-        rows.position,
-        rows.sequence,
-        gate_state,
-    )
 
 
 def _check(op: str, x: Tensor, *arguments: Any) -> None:
