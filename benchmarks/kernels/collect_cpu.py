@@ -1,10 +1,15 @@
-"""From pytest-benchmark's JSON to benchmarks/results/kernels_cpu.csv, with each time as a ratio to the hook's."""
+"""From pytest-benchmark's JSON to benchmarks/results/kernels_cpu.csv.
+
+A time is the median over the passes of each pass's median; a ratio to a hook is the median over the passes of the
+ratios within one pass, where both were measured within a second of each other."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -12,20 +17,22 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import results
 
+HOOKS = ("eager hook", "in-place hook")
+
 
 def collect(path: Path) -> list[dict[str, object]]:
-    runs = json.loads(path.read_text())["benchmarks"]
-    rows = [
-        dict(run["extra_info"]) | {"median_us": run["stats"]["median"] * 1e6, "rounds": run["stats"]["rounds"]}
-        for run in runs
-    ]
-    key = ("steering", "rows", "hidden", "dtype")
-    medians = {(r["how"], *(r[k] for k in key)): r["median_us"] for r in rows}
-    for row in rows:
-        for hook in ("eager hook", "in-place hook"):
-            median = medians.get((hook, *(row[k] for k in key)))
-            row[f"times_as_fast_as_{hook.split()[0]}"] = round(median / row["median_us"], 2) if median else ""
-        row["median_us"] = round(row["median_us"], 2)
+    passes: dict[tuple[object, ...], list[float]] = defaultdict(list)  # (how, steering, rows, hidden, dtype): in order
+    for run in json.loads(path.read_text())["benchmarks"]:
+        passes[tuple(run["extra_info"].values())].append(run["stats"]["median"] * 1e6)
+    rows = []
+    for (how, *what), times in passes.items():
+        row = dict(zip(("how", "steering", "rows", "hidden", "dtype"), (how, *what), strict=True))
+        row |= {"median_us": round(median(times), 2), "passes": len(times)}
+        for hook in HOOKS:
+            theirs = passes.get((hook, *what))
+            ratios = [t / ours for t, ours in zip(theirs, times, strict=True)] if theirs else None
+            row[f"times_as_fast_as_{hook.split()[0]}"] = round(median(ratios), 2) if ratios else ""
+        rows.append(row)
     return rows
 
 
