@@ -136,7 +136,7 @@ def _like(layer: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Group:
-    """What one plan adds to the same tokens: at each site a vector `[hidden]`."""
+    """What one plan adds to the same tokens: at each site a vector `[hidden]`, fp64 on the CPU."""
 
     slot: int
     low: int
@@ -167,7 +167,7 @@ def _groups(plans: Sequence[Plan | None], slots: Sequence[int], n_layers: int, h
                 )
             key = slot, *entry.position_range
             group = found.setdefault(key, _Group(*key, {}))
-            step = (float(entry.scalars[0]) * entry.basis[0].detach()).cpu()
+            step = float(entry.scalars[0]) * entry.basis[0].detach().cpu().double()
             group.added[entry.site] = group.added[entry.site] + step if entry.site in group.added else step
     return list(found.values())
 
