@@ -98,7 +98,7 @@ class Candidates:
         size = torch.maximum(self.positive_mean.norm(dim=-1), self.negative_mean.norm(dim=-1))
         return self.directions.norm(dim=-1) > rounding * size
 
-    def vector(self, position: int, layer: int | None = None) -> SteeringVector:
+    def vector(self, position: int | None, layer: int | None = None) -> SteeringVector:
         """Return the directions found at `position`: that of `layer`, or of every layer that has one. Scale raw, fp32.
 
         Raises:

@@ -16,17 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from faststeer import hf
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
-from faststeer.extract.dim import Candidates
+from faststeer.extract.sweep import Found, cells, check_coefficients, check_layers
 from faststeer.hf.batching import Prompt, check_prompts
-from faststeer.intervention import Ablate, Add
-from faststeer.plan import Plan
-from faststeer.vector import HookPoint, SteeringVector
+from faststeer.vector import SteeringVector
 
 Rule = Literal["steering", "arditi"]
-ABLATED: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 # In the order in which they are given up. A threshold on the induced score suits models whose answers begin with the
 # refusal; others never reach it, and are asked to come half way to their own refusals. What does not even do that comes
 # last of all: a direction that changes nothing satisfies every other constraint.
@@ -40,24 +36,26 @@ class Row:
 
     Args:
         layer, position: where it was found, and the layer at which it is added.
-        induce: score of harmless prompts with the direction added (+1).
-        bypass: score of harmful prompts with the direction subtracted (-1).
+        induce: score of harmless prompts with the direction added (+ coefficient).
+        bypass: score of harmful prompts with the direction subtracted (- coefficient).
         ablate: score of harmful prompts with the direction ablated from `resid_pre`, `attn_out` and `mlp_out` of every
             layer.
         kl: mean KL in nats of the next token on harmless prompts, from unsteered to ablated.
         violated: the constraints it does not satisfy ("induce", "kl", "layer", "half way"), or "no direction", "not
             finite": such a candidate cannot be chosen at all.
+        coefficient: with which it was added and subtracted.
 
     The numbers are NaN for a candidate without direction.
     """
 
     layer: int
-    position: int
+    position: int | None
     induce: float
     bypass: float
     ablate: float
     kl: float
     violated: tuple[str, ...]
+    coefficient: float = 1.0
 
     @property
     def admissible(self) -> bool:
@@ -81,9 +79,10 @@ class Selection:
     """The chosen direction and the table it was chosen from.
 
     Args:
-        vector: the chosen direction at its one layer, scale raw.
+        vector: the chosen direction at its one layer, as it was found (not multiplied by the chosen coefficient).
         chosen: its row of the table.
-        table: one row per candidate, positions in the order of the candidates, layers ascending within each.
+        table: one row per candidate, positions in the order of the candidates, layers ascending within each,
+            coefficients innermost.
         rule: "steering" or "arditi".
         relaxed: the constraints given up because no candidate satisfied all of them; empty when one did.
         limits: the thresholds: `induce_above`, `kl_below`, `layer_below` (a layer number) and `half_way_above`.
@@ -113,11 +112,12 @@ class Selection:
 def select(
     model: Any,
     tokenizer: Any,
-    candidates: Candidates,
+    candidates: Found,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     *,
     rule: Rule = "steering",
+    coefficients: Sequence[float] = (1.0,),
     token_ids: Sequence[int] | None = None,
     induce_above: float = 0.0,
     kl_below: float = 0.1,
@@ -132,9 +132,10 @@ def select(
     - "induce": score(harmless, +1) > `induce_above`,
     - "kl": mean KL(P || P_ablated) on harmless prompts < `kl_below`,
     - "layer": l < `depth_below` L,
-    where +1 and -1 add the raw direction at its own layer and hook point at every token. Among the admissible, the rule
-    "steering" takes the lowest score(harmful, -1) - score(harmless, +1) (arXiv 2604.08524), "arditi" the lowest
-    score(harmful, ablated) (arXiv 2406.11717); ties go to the earlier layer, then to the earlier position.
+    where +1 and -1 add the direction, times each of `coefficients`, at its own layer and hook point at every token.
+    Among the admissible, the rule "steering" takes the lowest score(harmful, -1) - score(harmless, +1) (arXiv
+    2604.08524), "arditi" the lowest score(harmful, ablated) (arXiv 2406.11717); ties go to the earlier layer, then to
+    the earlier position, then to the smaller coefficient.
 
     If none is admissible, as few constraints as possible are given up; of equally many, "induce" goes before "kl" and
     "kl" before "layer". Without "induce" there is still "half way": score(harmless, +1) must be above the middle of the
@@ -146,32 +147,42 @@ def select(
     part.
 
     Args:
-        candidates: from `faststeer.extract.candidates`.
+        candidates: from `faststeer.extract.candidates`, or any method's table.
         harmful, harmless: validation prompts, not those the candidates were extracted from.
-        token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`.
+        coefficients: which are tried.
+        token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`, which must then tell the two sets apart.
         system, batch_size, progress: as in `candidates`; a batch mixes candidates.
 
     Raises:
-        ValueError: no prompts, an unknown rule, candidates of another model, or no candidate that has a direction and
-            finite scores.
+        ValueError: no prompts, an unknown rule, candidates of another model, no candidate that has a direction and
+            finite scores, or a model that does not begin its refusals with the default refusal tokens.
     """
     if rule not in ("steering", "arditi"):
         raise ValueError(f"unknown rule {rule!r}: expected 'steering' or 'arditi'")
-    if (n_layers := hf.find_hook_points(model).n_layers) != candidates.n_layers:
-        raise ValueError(f"the model has {n_layers} layers, the candidates {candidates.n_layers}: extract them from it")
+    n_layers = check_layers(model, candidates)
+    coefficients = check_coefficients(coefficients)
     harmful, harmless = check_prompts(harmful, "harmful"), check_prompts(harmless, "harmless")
-    token_ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
+    ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
     scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
 
-    numbers, plans = _plans(candidates)
-    n = len(numbers)
-    on_harmful = [None, *plans["subtract"], *plans["ablate"]]
-    on_harmless = [None, *plans["add"]]
-    scores = score_on(model, tokenizer, on_harmful, harmful, token_ids=token_ids, **scoring).mean(1)
-    base_harmful, bypass, ablate = scores.split([1, n, n])
-    scores = score_on(model, tokenizer, on_harmless, harmless, token_ids=token_ids, **scoring).mean(1)
+    tried = cells(candidates, coefficients)
+    ablations = {(cell.layer, cell.position): cell.ablate for cell in tried}
+    n = len(tried)
+    on_harmful = [None, *(cell.subtract for cell in tried), *ablations.values()]
+    on_harmless = [None, *(cell.add for cell in tried)]
+    scores = score_on(model, tokenizer, on_harmful, harmful, token_ids=ids, **scoring).mean(1)
+    base_harmful, bypass, ablate = scores.split([1, n, len(ablations)])
+    scores = score_on(model, tokenizer, on_harmless, harmless, token_ids=ids, **scoring).mean(1)
     base_harmless, induce = scores.split([1, n])
-    kl = kl_on(model, tokenizer, plans["ablate"], harmless, **scoring).mean(1)
+    if token_ids is None and not base_harmful.item() > base_harmless.item():
+        words = ", ".join(repr(tokenizer.decode([token])) for token in ids)
+        seen = f"scores {base_harmful.item():.2f} and {base_harmless.item():.2f}"
+        raise ValueError(
+            f"the refusal tokens of this model cannot be found: it begins answers to harmful prompts no more "
+            f"often with {words} than those to harmless ones ({seen}); "
+            "give token_ids= it refuses with, or select without them by select_cosmic or select_by_judge"
+        )
+    kl = kl_on(model, tokenizer, list(ablations.values()), harmless, **scoring).mean(1)
 
     unsteered = {"harmful": base_harmful.item(), "harmless": base_harmless.item()}
     limits = {
@@ -180,11 +191,16 @@ def select(
         "layer_below": depth_below * n_layers,
         "half_way_above": min(induce_above, sum(unsteered.values()) / 2),
     }
-    measured = dict(zip(numbers, torch.stack([induce, bypass, ablate, kl], dim=1).tolist(), strict=True))
+    ablated = dict(zip(ablations, torch.stack([ablate, kl], dim=1).tolist(), strict=True))
+    measured = {
+        cell[:3]: [*steered, *ablated[cell.layer, cell.position]]
+        for cell, steered in zip(tried, torch.stack([induce, bypass], dim=1).tolist(), strict=True)
+    }
     table = tuple(
-        _row(layer, position, measured.get((layer, position)), limits)
+        _row(layer, position, measured.get((layer, position, c)), limits, c)
         for position in candidates.positions
         for layer in range(n_layers)
+        for c in coefficients
     )
     chosen, relaxed = _choose(table, rule)
     if relaxed:
@@ -197,28 +213,12 @@ def select(
     found = candidates.vector(chosen.position, chosen.layer)
     how = {"rule": rule, "relaxed": list(relaxed), "limits": limits, "n_prompts": n_prompts, "scores": chosen.to_dict()}
     vector = replace(found, provenance={**found.provenance, "selection": how})
-    return Selection(vector, chosen, table, rule, relaxed, limits, unsteered, n_prompts, token_ids)
+    return Selection(vector, chosen, table, rule, relaxed, limits, unsteered, n_prompts, ids)
 
 
-def _plans(candidates: Candidates) -> tuple[list[tuple[int, int]], dict[str, list[Plan]]]:
-    """Return (layer, position) of each candidate that has a direction, and its plans: add, subtract, ablate."""
-    exists, directions = candidates.exists(), candidates.directions.float()
-    numbers: list[tuple[int, int]] = []
-    plans: dict[str, list[Plan]] = {"add": [], "subtract": [], "ablate": []}
-    for index, layer in exists.nonzero().tolist():
-        direction = directions[index, layer]
-        numbers.append((layer, candidates.positions[index]))
-        plans["add"].append(Plan([Add(direction, 1.0, layers=layer, at=candidates.at)]))
-        plans["subtract"].append(Plan([Add(direction, -1.0, layers=layer, at=candidates.at)]))
-        plans["ablate"].append(Plan([Ablate(direction, layers="all", at=ABLATED)]))
-    if not numbers:
-        raise ValueError(
-            "no candidate has a direction: both sets have the same mean everywhere; were the same prompts given twice?"
-        )
-    return numbers, plans
-
-
-def _row(layer: int, position: int, values: list[float] | None, limits: dict[str, float]) -> Row:
+def _row(
+    layer: int, position: int | None, values: list[float] | None, limits: dict[str, float], coefficient: float = 1.0
+) -> Row:
     induce, bypass, ablate, kl = values or [math.nan] * 4
     if values is None:
         violated: tuple[str, ...] = ("no direction",)
@@ -232,7 +232,7 @@ def _row(layer: int, position: int, values: list[float] | None, limits: dict[str
             LAST: induce > limits["half_way_above"],
         }
         violated = tuple(name for name, holds in satisfied.items() if not holds)
-    return Row(layer, position, induce, bypass, ablate, kl, violated)
+    return Row(layer, position, induce, bypass, ablate, kl, violated, coefficient)
 
 
 def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
@@ -241,10 +241,14 @@ def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
     for relaxed in [*fewest_first, *((*some, LAST) for some in fewest_first)]:
         allowed = [row for row in table if set(row.violated) <= set(relaxed)]
         if allowed:
-            return min(allowed, key=lambda row: (row.objective(rule), row.layer, row.position)), relaxed
+            return min(allowed, key=lambda row: _order(row, rule)), relaxed
     raise ValueError(
         "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
     )
+
+
+def _order(row: Row, rule: Rule) -> tuple[float, ...]:
+    return row.objective(rule), row.layer, row.position or 0, row.coefficient
 
 
 @dataclass(frozen=True)

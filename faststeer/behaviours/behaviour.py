@@ -1,0 +1,299 @@
+"""The Behaviour type and its file: one JSON file, or a folder whose behaviour.json names further files.
+
+A behaviour is refused as a whole if its held-out prompts are not held out, or a set of prompts cannot be contrasted;
+nothing is repaired in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faststeer.behaviours.layouts import pairs_of, read_records
+from faststeer.evaluate.judges import coherence, judge
+from faststeer.extract.pairs import Pair
+from faststeer.extract.prompts import load_prompts
+from faststeer.files import write_atomically
+from faststeer.hf.batching import Prompt, check_prompts
+
+FORMAT = "faststeer.behaviour/1"
+DATA = Path(__file__).parent / "data"
+SPLITS = ("train", "validation", "test")
+SETS = ("positive", "negative", "induce", "suppress")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts of one split.
+
+    Args:
+        positive: prompts that show the behaviour; negative: prompts that do not.
+        induce: prompts on which the vector is to bring the behaviour about; by default the negative ones.
+        suppress: prompts on which it is to take it away; by default the positive ones.
+        pairs: prompts with a wanted and an unwanted completion.
+    """
+
+    positive: Sequence[Prompt]
+    negative: Sequence[Prompt]
+    induce: Sequence[Prompt] = ()
+    suppress: Sequence[Prompt] = ()
+    pairs: Sequence[Pair] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative"):
+            object.__setattr__(self, name, check_prompts(getattr(self, name), name))
+        for name, default in (("induce", self.negative), ("suppress", self.positive)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, check_prompts(given, name) if given else default)
+        object.__setattr__(self, "pairs", list(self.pairs))
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a vector is to stand for.
+
+    Args:
+        name, description: what it is.
+        judge: name of a judge (`faststeer.evaluate.judges`), which says 1 of an answer that shows the behaviour and -1
+            of one that shows its opposite.
+        train, validation, test: prompts to extract from, to select on, and to measure on; they share none.
+        paired: whether positive[i] and negative[i] differ in the behaviour alone.
+        coherence: name of a coherence check.
+        about: anything else, such as source and licence.
+
+    Raises:
+        ValueError: an unknown judge or coherence check, fewer than two training prompts a side, a prompt twice in a set
+            or in two splits, pairs of sides that differ in number.
+    """
+
+    name: str
+    description: str
+    judge: str
+    train: Split
+    validation: Split
+    test: Split
+    paired: bool = False
+    coherence: str = "no-loop"
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        judge(self.judge)
+        coherence(self.coherence)
+        for side in ("positive", "negative"):
+            if len(prompts := getattr(self.train, side)) < 2:
+                raise ValueError(
+                    f"behaviour {self.name!r}: train, {side} has {len(prompts)} prompt: a contrast needs at least two"
+                )
+        if self.paired and len(self.train.positive) != len(self.train.negative):
+            raise ValueError(
+                f"behaviour {self.name!r} is paired, but train has {len(self.train.positive)} positive and "
+                f"{len(self.train.negative)} negative prompts"
+            )
+        self._check_twice()
+
+    def _check_twice(self) -> None:
+        """Held-out prompts are to be held out, and a prompt given twice counts twice unasked."""
+        of_split: dict[str, str] = {}
+        for split in SPLITS:
+            here: dict[str, str] = {}
+            for name in SETS:
+                of_set: dict[str, str] = {}
+                for number, prompt in enumerate(getattr(getattr(self, split), name)):
+                    key, place = repr(prompt), f"{split}, {name}[{number}]"
+                    # A split's prompts to induce and suppress on may be its others; its two sides share none.
+                    same_side = here.get(key) if name == "negative" else None
+                    if earlier := of_set.get(key) or of_split.get(key) or same_side:
+                        raise ValueError(
+                            f"behaviour {self.name!r}: {place} is the same prompt as {earlier}: {str(prompt)[:60]!r}; "
+                            "leave one of them out"
+                        )
+                    of_set[key] = place
+                here = of_set | here
+            of_split |= here
+
+    def to_json(self) -> str:
+        """The behaviour as one JSON file, which `load` reads."""
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "name": self.name,
+            "description": self.description,
+            "judge": self.judge,
+            "coherence": self.coherence,
+            "paired": self.paired,
+            **({"about": dict(self.about)} if self.about else {}),
+        }
+        for split in SPLITS:
+            part: Split = getattr(self, split)
+            data[split] = {"positive": part.positive, "negative": part.negative}
+            data[split] |= {name: getattr(part, name) for name in SETS[2:] if not self._is_default(part, name)}
+            if part.pairs:
+                data[split]["pairs"] = [_pair_dict(pair) for pair in part.pairs]
+        return json.dumps(data, ensure_ascii=False, indent=1)
+
+    @staticmethod
+    def _is_default(part: Split, name: str) -> bool:
+        return getattr(part, name) == (part.negative if name == "induce" else part.positive)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the behaviour to one JSON file, atomically."""
+        write_atomically(path, self.to_json() + "\n")
+        return Path(path)
+
+
+def names() -> list[str]:
+    """Return the names of the behaviours that come with the package (for any chat model)."""
+    return sorted(path.stem for path in DATA.glob("*.json"))
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
+    """Return a behaviour that comes with the package, or one from a JSON file or a folder with behaviour.json.
+
+    The file is an object: "format" ("faststeer.behaviour/1"), "name", "description", "judge", optionally "coherence",
+    "paired" and "about", and "train", "validation" and "test", each an object with the lists of prompts "positive" and
+    "negative" and optionally "induce", "suppress" and "pairs" (`Split`). A list may be given as the name of a file
+    beside it: prompts in any format of `load_prompts` or any of the layouts in `faststeer.behaviours`, pairs in one of
+    the layouts that have them.
+
+    Raises:
+        FileNotFoundError: no behaviour of that name and no such file.
+        ValueError: a file that holds no behaviour, with the place in it; what `Behaviour` refuses.
+    """
+    if isinstance(name_or_path, str) and name_or_path in names():
+        path = DATA / f"{name_or_path}.json"
+    else:
+        path = Path(name_or_path)
+        path = path / "behaviour.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no behaviour {str(name_or_path)!r}: expected one of {', '.join(names())}, a JSON file, or a folder with "
+            "behaviour.json"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
+    known = {"format", "name", "description", "judge", "coherence", "paired", "about", *SPLITS}
+    if unknown := set(data) - known:
+        raise ValueError(f"{path} has {', '.join(sorted(unknown))}: a behaviour has {', '.join(sorted(known))}")
+    for name in ("name", "judge", *SPLITS):
+        if name not in data:
+            raise ValueError(f"{path} has no {name!r}")
+    try:
+        splits = {name: _split(data[name], f"{path}, {name}", path.parent) for name in SPLITS}
+        return Behaviour(
+            str(data["name"]),
+            str(data.get("description", "")),
+            str(data["judge"]),
+            splits["train"],
+            splits["validation"],
+            splits["test"],
+            paired=bool(data.get("paired", False)),
+            coherence=str(data.get("coherence", "no-loop")),
+            about=dict(data.get("about", {})),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def of_prompts(
+    name: str,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    judge: str = "refusal",
+    pairs: Sequence[Pair] = (),
+    paired: bool = False,
+    coherence: str = "no-loop",
+) -> Behaviour:
+    """Return a behaviour of two sets of prompts, split 60 : 20 : 20 into train, validation and test.
+
+    Which split a prompt is in depends on its own text alone (for `paired`, on the positive one's), so that it stays
+    there when prompts are added.
+
+    Args:
+        pairs: completions, put into the splits in the same way.
+
+    Raises:
+        ValueError: too few prompts to have two for training and one in each other split a side; as `Behaviour`.
+    """
+    positive, negative = check_prompts(positive, "positive"), check_prompts(negative, "negative")
+    if paired and len(positive) != len(negative):
+        raise ValueError(f"pairs have two sides, but there are {len(positive)} positive and {len(negative)} negative")
+    keys = {"positive": positive, "negative": positive if paired else negative}
+    parts: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
+    for side, prompts in (("positive", positive), ("negative", negative)):
+        order = sorted(range(len(prompts)), key=lambda n: zlib.crc32(repr(keys[side][n]).encode()))
+        held_out = max(len(prompts) // 5, 1)
+        cuts = (order[2 * held_out :], order[:held_out], order[held_out : 2 * held_out])
+        for split, chosen in zip(SPLITS, cuts, strict=True):
+            parts[split][side] = [prompts[n] for n in sorted(chosen)]
+            if len(chosen) < (2 if split == "train" else 1):
+                raise ValueError(
+                    f"{len(prompts)} {side} prompts are too few to hold a fifth out twice and train on two: give at "
+                    "least 4 a side"
+                )
+    where = {repr(p): split for split, sides in parts.items() for listed in sides.values() for p in listed}
+    divided: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for pair in pairs:
+        divided[where.get(repr(pair.prompt), "train")].append(pair)
+    splits = {
+        split: Split(sides["positive"], sides["negative"], pairs=divided[split]) for split, sides in parts.items()
+    }
+    return Behaviour(name, "", judge, **splits, paired=paired, coherence=coherence)
+
+
+def _pair_dict(pair: Pair) -> dict[str, Any]:
+    data: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen}
+    if pair.rejected is not None:
+        data["rejected"] = pair.rejected
+    return data | ({"sign": pair.sign} if pair.sign != 1 else {})
+
+
+def _split(data: Any, where: str, folder: Path) -> Split:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is a {type(data).__name__}: expected an object with positive and negative prompts")
+    if unknown := set(data) - {*SETS, "pairs"}:
+        raise ValueError(f"{where} has {', '.join(sorted(unknown))}: expected {', '.join(SETS)} or pairs")
+    for name in ("positive", "negative"):
+        if name not in data:
+            raise ValueError(f"{where} has no {name!r}")
+    try:
+        sets = {name: _prompts(data[name], folder) for name in SETS if name in data}
+        return Split(**sets, pairs=_pairs(data.get("pairs", []), folder))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _prompts(given: Any, folder: Path) -> list[Prompt]:
+    if not isinstance(given, str):
+        return given
+    path = folder / given
+    try:
+        return [record.prompt for record in read_records(path)]
+    except ValueError:
+        return load_prompts(path)  # no layout of its own: a plain list of prompts
+
+
+def _pairs(given: Any, folder: Path) -> list[Pair]:
+    if isinstance(given, str):
+        return pairs_of(read_records(folder / given))
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        raise ValueError("pairs is no list of objects with prompt, chosen and rejected")
+    made = []
+    for number, item in enumerate(given):
+        if unknown := set(item) - {"prompt", "chosen", "rejected", "sign"}:
+            raise ValueError(
+                f"pairs[{number}] has {', '.join(sorted(unknown))}: expected prompt, chosen, rejected, sign"
+            )
+        try:
+            made.append(Pair(**item))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"pairs[{number}]: {error}") from error
+    return made

@@ -1,0 +1,195 @@
+"""COSMIC: choosing a direction by what it does to activations, without refusal tokens, answers or a judge."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faststeer import hf
+from faststeer.evaluate.divergence import kl_on
+from faststeer.extract.sweep import Found, cells, check_layers
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_evaluating,
+    check_prompts,
+    encode,
+    forward_arguments,
+    model_device,
+    pad,
+    padding_id,
+    progress_bar,
+)
+from faststeer.plan import Plan
+from faststeer.vector import SteeringVector
+
+
+@dataclass(frozen=True)
+class CosmicRow:
+    """What one candidate does to activations.
+
+    Args:
+        layer, position, coefficient: the candidate.
+        suppress: cosine of ablated positive with unsteered negative prompts.
+        induce: cosine of negative prompts with the direction added with unsteered positive prompts.
+        kl: mean KL in nats of the next token on negative prompts, from unsteered to ablated.
+        violated: the constraints it does not satisfy ("kl", "layer"), or "not finite".
+    """
+
+    layer: int
+    position: int | None
+    coefficient: float
+    suppress: float
+    induce: float
+    kl: float
+    violated: tuple[str, ...]
+
+    @property
+    def score(self) -> float:
+        return self.suppress + self.induce
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `score`, ready for JSON: a number that is not finite is None."""
+        data = asdict(self) | {"score": self.score, "violated": list(self.violated)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class CosmicSelection:
+    """The chosen direction at its one layer, its row, the whole table, the layers that were looked at, and the
+    constraints given up because no candidate satisfied all of them."""
+
+    vector: SteeringVector
+    chosen: CosmicRow
+    table: tuple[CosmicRow, ...]
+    layers: tuple[int, ...]
+    relaxed: tuple[str, ...]
+
+
+def select_cosmic(
+    model: Any,
+    tokenizer: Any,
+    found: Found,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    coefficients: Sequence[float] = (1.0,),
+    share: float = 0.1,
+    kl_below: float = 0.1,
+    depth_below: float = 0.8,
+    system: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> CosmicSelection:
+    """Choose the candidate whose steering turns activations of one side into those of the other most nearly.
+
+    Let m(prompts, plan) be the mean activation at the last prompt token after each of the chosen layers (`resid_post`,
+    as steering leaves it), concatenated. The chosen layers are the `share` of all (at least one) at which the unsteered
+    means of the two sides have the lowest cosine, where the behaviour is told apart best. Chosen is the largest
+
+        cos(m(positive, ablated), m(negative)) + cos(m(negative, added), m(positive))
+
+    among candidates of layers below `depth_below` of the depth whose ablation moves the next token on negative prompts
+    by less than `kl_below` nats on average; where there is none, KL is given up first, then the depth, with a warning.
+    Ties go to the earlier layer, then position. Source: arXiv 2506.00085.
+
+    Args:
+        found: candidates that point from negative to positive.
+        positive, negative: validation prompts, not those the candidates were extracted from.
+        coefficients: with which a direction is added.
+        system, batch_size, progress: as in `candidates`; a batch mixes candidates.
+
+    Raises:
+        ValueError: no prompts, candidates of another model or without direction, a share outside (0, 1], or no
+            candidate with finite scores.
+    """
+    check_evaluating(model)
+    n_layers = check_layers(model, found)
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
+    sides = [
+        encode(tokenizer, check_prompts(prompts, name), system)
+        for prompts, name in ((positive, "positive"), (negative, "negative"))
+    ]
+    settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}
+    tried = cells(found, coefficients)
+    plain = [_means(model, encoded, [None], range(n_layers), **settings)[0] for encoded in sides]  # [layers, hidden]
+    cosines = torch.cosine_similarity(plain[0], plain[1], dim=-1)
+    chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
+    base = [means[chosen_layers].flatten() for means in plain]
+    ablations = list({id(cell.ablate): cell.ablate for cell in tried}.values())
+    ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
+    added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
+    options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
+    kl = kl_on(model, tokenizer, ablations, negative, **options).mean(1)
+    of_ablation = {id(plan): number for number, plan in enumerate(ablations)}
+    table = []
+    for number, cell in enumerate(tried):
+        ablation = of_ablation[id(cell.ablate)]
+        suppress = torch.cosine_similarity(ablated[ablation].flatten(), base[1], dim=0).item()
+        induce = torch.cosine_similarity(added[number].flatten(), base[0], dim=0).item()
+        limits = {"kl": kl[ablation].item() < kl_below, "layer": cell.layer < depth_below * n_layers}
+        violated = tuple(name for name, holds in limits.items() if not holds)
+        if not all(map(math.isfinite, (suppress, induce, kl[ablation].item()))):
+            violated = ("not finite",)
+        table.append(
+            CosmicRow(cell.layer, cell.position, cell.coefficient, suppress, induce, kl[ablation].item(), violated)
+        )
+    best, relaxed = _choose(table)
+    if relaxed:
+        warnings.warn(f"no candidate satisfies every constraint; given up: {', '.join(relaxed)}", stacklevel=2)
+    vector = found.vector(best.position, best.layer)
+    how = {"rule": "cosmic", "relaxed": list(relaxed), "layers": chosen_layers, "scores": best.to_dict()}
+    vector = replace(vector, provenance={**vector.provenance, "selection": how})
+    return CosmicSelection(vector, best, tuple(table), tuple(chosen_layers), relaxed)
+
+
+def _choose(table: Sequence[CosmicRow]) -> tuple[CosmicRow, tuple[str, ...]]:
+    for relaxed in ((), ("kl",), ("layer",), ("kl", "layer")):
+        allowed = [row for row in table if set(row.violated) <= set(relaxed)]
+        if allowed:
+            return min(allowed, key=lambda row: (-row.score, row.layer, row.position or 0)), relaxed
+    raise ValueError(
+        "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
+    )
+
+
+@torch.no_grad()
+def _means(
+    model: Any,
+    encoded: list[list[int]],
+    plans: Sequence[Plan | None],
+    layers: Sequence[int],
+    *,
+    pad_id: int,
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    """`[plans, layers, hidden]` fp64: the mean over prompts of the activation after each layer at the last token."""
+    rows = [(plan, prompt) for plan in range(len(plans)) for prompt in range(len(encoded))]
+    total = torch.zeros(len(plans), len(layers), hf.find_hook_points(model).hidden_size, dtype=torch.float64)
+    # As many plans on the model at a time as rows in a batch: their tables take memory.
+    rounds = [range(start, min(start + batch_size, len(plans))) for start in range(0, len(plans), batch_size)]
+    with progress_bar("Comparing", len(rounds), progress) as advance:
+        for some in rounds:
+            here = [row for row in rows if row[0] in some]
+            with (
+                hf.steer(model, [plans[number] for number in some]) as steering,
+                hf.read(model, "resid_post", layers, [-1]) as taken,
+            ):
+                for group in batches([len(encoded[prompt]) for _, prompt in here], batch_size):
+                    chosen = [here[index] for index in group]
+                    steering.assign([plans[plan] for plan, _ in chosen])
+                    batch = pad([encoded[prompt] for _, prompt in chosen], pad_id, model_device(model))
+                    model(**forward_arguments(model, batch))
+                    # [rows, layers, hidden]
+                    values = torch.stack([taken[layer][:, 0].cpu().double() for layer in layers], dim=1)
+                    total.index_add_(0, torch.tensor([plan for plan, _ in chosen]), values)
+            advance()
+    return total / len(encoded)

@@ -1,0 +1,229 @@
+"""Sweeps: every candidate (layer x position x coefficient) as plans, ready to be rows of the same batch, and the choice
+among them by any judge of the answers.
+
+What a candidate does in a mixed batch is what it does alone (contract 2 of docs/design.md); only the number of forward
+passes differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from faststeer import hf
+from faststeer.evaluate.generate import complete
+from faststeer.evaluate.intervals import Rate
+from faststeer.extract.contrast import Directions, ace_plan
+from faststeer.extract.dim import Candidates
+from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.intervention import Ablate, Add
+from faststeer.plan import Plan
+from faststeer.vector import HookPoint, SteeringVector
+
+Found = Candidates | Directions
+Judge = Callable[[str], int]  # 1: the answer shows the behaviour; -1: its opposite; 0: neither
+EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
+
+
+class Cell(NamedTuple):
+    """One candidate and what it does: `add` to induce the behaviour, `subtract` to suppress it, `ablate` from
+    `resid_pre`, `attn_out` and `mlp_out` of every layer (the same for every coefficient)."""
+
+    layer: int
+    position: int | None
+    coefficient: float
+    add: Plan
+    subtract: Plan
+    ablate: Plan
+
+
+def check_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
+    """Return the coefficients as a tuple if they are distinct, positive and finite, else raise ValueError."""
+    given = tuple(float(c) for c in coefficients)
+    if not given or len(set(given)) < len(given) or not all(math.isfinite(c) and c > 0 for c in given):
+        raise ValueError(f"coefficients are {list(given)}: expected distinct positive numbers; both signs are measured")
+    return given
+
+
+def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Iterable[int] | None = None) -> list[Cell]:
+    """Return every candidate that has a direction: positions in their order, layers ascending, coefficients innermost.
+
+    A direction of ACE is not added but sets the projection: to the reference plus `coefficient` lengths to induce, plus
+    `1 - coefficient` to suppress.
+
+    Raises:
+        ValueError: coefficients that are not positive, or no direction anywhere.
+    """
+    coefficients = check_coefficients(coefficients)
+    wanted = set(range(found.n_layers) if layers is None else layers)
+    made: list[Cell] = []
+    exists, directions = found.exists(), found.directions.float()
+    for index, layer in exists.nonzero().tolist():
+        if layer not in wanted:
+            continue
+        position, direction = found.positions[index], directions[index, layer]
+        ablate = Plan([Ablate(direction, layers="all", at=EVERYWHERE)])
+        for c in coefficients:
+            if isinstance(found, Directions) and found.method == "ace":
+                vector = found.vector(position, layer)
+                add, subtract = ace_plan(vector, c), ace_plan(vector, 1.0 - c)
+            else:
+                add, subtract = (Plan([Add(direction, sign * c, layers=layer, at=found.at)]) for sign in (1.0, -1.0))
+            made.append(Cell(layer, position, c, add, subtract, ablate))
+    if not made:
+        raise ValueError(
+            "no candidate has a direction: both sets have the same mean everywhere; were the same prompts given twice?"
+        )
+    return made
+
+
+def check_layers(model: Any, found: Found) -> int:
+    """Return the model's number of layers if the candidates have as many, else raise ValueError."""
+    n_layers = hf.find_hook_points(model).n_layers
+    if n_layers != found.n_layers:
+        raise ValueError(f"the model has {n_layers} layers, the candidates {found.n_layers}: extract them from it")
+    return n_layers
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge says of one candidate.
+
+    Args:
+        layer, position, coefficient: the candidate.
+        induce: share of the inducing prompts whose steered answers show the behaviour.
+        suppress: share of the suppressing prompts whose steered answers show its opposite.
+        coherent: share of all these answers that are coherent; None if nothing was asked that says so.
+        both: the smaller share when only coherent answers count; what is maximised.
+    """
+
+    layer: int
+    position: int | None
+    coefficient: float
+    induce: Rate
+    suppress: Rate
+    coherent: Rate | None
+    both: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return {
+            "layer": self.layer,
+            "position": self.position,
+            "coefficient": self.coefficient,
+            "induce": self.induce.to_dict(),
+            "suppress": self.suppress.to_dict(),
+            "coherent": self.coherent and self.coherent.to_dict(),
+            "both": self.both,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The chosen direction at its one layer (not multiplied by the chosen coefficient), and the table it was chosen
+    from."""
+
+    vector: SteeringVector
+    chosen: Judged
+    cell: Cell
+    table: tuple[Judged, ...]
+
+
+def select_by_judge(
+    model: Any,
+    tokenizer: Any,
+    found: Found,
+    judge: Judge,
+    induce: Sequence[Prompt],
+    suppress: Sequence[Prompt],
+    *,
+    coherent: Callable[[str], bool] | None = None,
+    coefficients: Sequence[float] = (1.0,),
+    layers: Iterable[int] | None = None,
+    max_new_tokens: int = 64,
+    system: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Choice:
+    """Steer with every candidate, let a judge read the answers, and choose the candidate that does most both ways.
+
+    Chosen is the largest min(share of +1 among the answers to `induce`, share of -1 among those to `suppress`), where
+    an answer that is not coherent counts for neither; then the largest sum of the two, then the earlier layer, position
+    and the smaller coefficient.
+
+    Args:
+        found: from `candidates`, a `Contrast` method, or any vector as `Directions.of_vector`.
+        judge: from an answer to 1, -1 or 0.
+        induce: validation prompts that do not show the behaviour by themselves.
+        suppress: validation prompts that do (or the same, for a behaviour with two poles).
+        coherent: whether an answer is one.
+        coefficients, layers: which are tried (1; all).
+        max_new_tokens, system, batch_size, progress: as in `faststeer.evaluate.complete`; a batch mixes candidates.
+
+    Raises:
+        ValueError: no prompts, coefficients that are not positive, candidates of another model or without direction, a
+            judge that says something else.
+    """
+    check_layers(model, found)
+    sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
+    tried = cells(found, coefficients, layers)
+    answers = answer(
+        model,
+        tokenizer,
+        [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)],
+        max_new_tokens=max_new_tokens,
+        system=system,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    table = tuple(
+        judged(cell, judge, coherent, induced, suppressed)
+        for cell, induced, suppressed in zip(tried, answers[::2], answers[1::2], strict=True)
+    )
+    best = max(range(len(table)), key=lambda n: (table[n].both, _sum(table[n]), *_earlier(tried[n])))
+    cell = tried[best]
+    vector = found.vector(cell.position, cell.layer)
+    how = {"rule": "judge", "scores": table[best].to_dict()}
+    vector = replace(vector, provenance={**vector.provenance, "selection": how})
+    return Choice(vector, table[best], cell, table)
+
+
+def answer(
+    model: Any, tokenizer: Any, work: Sequence[tuple[Sequence[Prompt], Plan | None]], **settings: Any
+) -> list[list[str]]:
+    """Answer several lists of prompts, each under its own plan, in mixed batches (`faststeer.evaluate.complete`)."""
+    prompts = [prompt for listed, _ in work for prompt in listed]
+    plans = [plan for listed, plan in work for _ in listed]
+    texts = iter(complete(model, tokenizer, prompts, plans, **settings))
+    return [[next(texts) for _ in listed] for listed, _ in work]
+
+
+def judged(
+    cell: Cell, judge: Judge, coherent: Callable[[str], bool] | None, induced: list[str], suppressed: list[str]
+) -> Judged:
+    """Count what a judge says of a candidate's answers."""
+    verdicts = [[_verdict(judge, text) == sign for text in texts] for sign, texts in ((1, induced), (-1, suppressed))]
+    sound = [[coherent is None or bool(coherent(text)) for text in texts] for texts in (induced, suppressed)]
+    strict = [
+        sum(map(all, zip(said, whole, strict=True))) / len(said) for said, whole in zip(verdicts, sound, strict=True)
+    ]
+    rates = [Rate(sum(said), len(said)) for said in verdicts]
+    whole = None if coherent is None else Rate(sum(map(sum, sound)), sum(map(len, sound)))
+    return Judged(cell.layer, cell.position, cell.coefficient, rates[0], rates[1], whole, min(strict))
+
+
+def _verdict(judge: Judge, text: str) -> int:
+    verdict = judge(text)
+    if verdict not in (-1, 0, 1):
+        raise ValueError(f"the judge said {verdict!r} of {text[:40]!r}: expected 1, -1 or 0")
+    return int(verdict)
+
+
+def _sum(row: Judged) -> float:
+    return row.induce.rate + row.suppress.rate
+
+
+def _earlier(cell: Cell) -> tuple[float, ...]:
+    return -cell.layer, -(cell.position or 0), -cell.coefficient
