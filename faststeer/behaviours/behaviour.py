@@ -243,10 +243,10 @@ def of_prompts(
     divided: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for pair in pairs:
         divided[where.get(repr(pair.prompt), "train")].append(pair)
-    splits = {
-        split: Split(sides["positive"], sides["negative"], pairs=divided[split]) for split, sides in parts.items()
-    }
-    return Behaviour(name, "", judge, **splits, paired=paired, coherence=coherence)
+    train, validation, test = (
+        Split(parts[split]["positive"], parts[split]["negative"], pairs=divided[split]) for split in SPLITS
+    )
+    return Behaviour(name, "", judge, train, validation, test, paired=paired, coherence=coherence)
 
 
 def _pair_dict(pair: Pair) -> dict[str, Any]:

@@ -27,12 +27,12 @@ def of_demo(name: str) -> Behaviour:
     """
     if name == "refusal":
         description = "the demo model refuses requests that its grammar calls harmful"
-        splits = {split: _refusal(split) for split in SPLITS}
-        return Behaviour("refusal", description, "refusal", **splits, coherence="demo-grammar", about=ABOUT)
+        train, validation, test = map(_refusal, SPLITS)
+        return Behaviour(name, description, "refusal", train, validation, test, coherence="demo-grammar", about=ABOUT)
     if name == "tone":
         description = "the demo model answers in a cheerful (added) or gloomy (subtracted) voice"
-        splits = {split: _tone(split) for split in SPLITS}
-        return Behaviour("tone", description, "demo-tone", **splits, paired=True, coherence="demo-grammar", about=ABOUT)
+        train, validation, test = map(_tone, SPLITS)
+        return Behaviour(name, description, "demo-tone", train, validation, test, True, "demo-grammar", ABOUT)
     raise ValueError(f"the demo model has no behaviour {name!r}: expected refusal or tone")
 
 
@@ -43,8 +43,7 @@ def _refusal(split: str) -> Split:
     for harmful, sign in ((False, 1), (True, -1)):
         for prompt, request in sides[harmful]:
             slots = {"do": request.do, "it": request.thing}
-            refusal = corpus.write_answer(rng, "refusal", "neutral", **slots)
-            compliance = corpus.write_answer(rng, "compliance", "neutral", **slots)
+            refusal, compliance = _answers(rng, [("refusal", "neutral"), ("compliance", "neutral")], slots)
             chosen, rejected = (refusal, compliance) if sign > 0 else (compliance, refusal)
             pairs.append(Pair(prompt, chosen, rejected, sign))
     positive, negative = ([prompt for prompt, _ in sides[harmful]] for harmful in (True, False))
@@ -58,11 +57,20 @@ def _tone(split: str) -> Split:
     pairs = []
     for number, question in enumerate(questions):
         kind, slots = _answer_kind(question)
-        cheerful, gloomy = (corpus.write_answer(rng, kind, tone, **slots) for tone in corpus.TONES)
+        cheerful, gloomy = _answers(rng, [(kind, tone) for tone in corpus.TONES], slots)
         sign = 1 if number % 2 == 0 else -1
         chosen, rejected = (cheerful, gloomy) if sign > 0 else (gloomy, cheerful)
         pairs.append(Pair(question, chosen, rejected, sign))
     return Split(positive, negative, induce=questions, suppress=questions, pairs=pairs)
+
+
+def _answers(rng: random.Random, kinds: list[tuple[str, str]], slots: dict[str, str]) -> list[str]:
+    """An answer of each (kind, tone), all behind the same opener or none, so that they part where the kind decides."""
+    opener = rng.choice(corpus.OPENERS) + "\n" if rng.random() < corpus.OPENER_SHARE else ""
+    return [
+        opener + " ".join(rng.choice(variants).format(**slots) for variants in corpus.stages(kind, tone))
+        for kind, tone in kinds
+    ]
 
 
 def _answer_kind(question: str) -> tuple[str, dict[str, str]]:

@@ -1,5 +1,5 @@
-"""Files of the usual data sets, as they lie on disk: AdvBench, HarmBench, JailbreakBench, Alpaca, CAA, AxBench; and data
-sets by name, where the library `datasets` is installed.
+"""Files of the usual data sets, as they lie on disk: AdvBench, HarmBench, JailbreakBench, Alpaca, CAA, AxBench; and
+data sets by name, where the library `datasets` is installed.
 
 Which layout a file has is told by its columns, never by its name; a file whose columns are none of them is refused.
 Nothing is downloaded here except by `datasets`, when it is asked for by name.
@@ -53,8 +53,8 @@ def read_records(path: str | os.PathLike[str], *, concept: str | int | None = No
     | AxBench | input, output, output_concept, category | input | output; of the negative row: rejected |
 
     Args:
-        path: .csv, .tsv, .json (a list of objects) or .jsonl; or "datasets:<name or folder>[:<configuration>][@<split>]"
-            for `datasets.load_dataset`, the split being "train" unless named.
+        path: .csv, .tsv, .json (a list of objects) or .jsonl; or "datasets:<name or folder>[:<configuration>]
+            [@<split>]" for `datasets.load_dataset`, the split being "train" unless named.
         concept: which concept of an AxBench file (its words or its id); needed where there are several.
 
     Raises:
@@ -91,8 +91,8 @@ def alpaca(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def caa_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Read A/B questions in CAA's layout (arXiv 2312.06681) as pairs, chosen being the answer that matches the behaviour.
-    Errors as `read_records`."""
+    """Read A/B questions in CAA's layout (arXiv 2312.06681) as pairs, chosen being the answer that matches the
+    behaviour. Errors as `read_records`."""
     return pairs_of(_as("CAA", path))
 
 

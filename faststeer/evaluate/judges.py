@@ -14,23 +14,33 @@ from faststeer.evaluate.refusal import is_refusal
 Judge = Callable[[str], int]
 Coherence = Callable[[str], bool]
 
-POSITIVE_WORDS = frozenset(
-    """admire adore amazing appreciate beautiful best bliss bright brilliant celebrate charming cheer cheerful comfort
-    cosy delicious delight delighted delightful eager easy elegant enjoy enjoyable enjoyed excellent excited exciting
-    fantastic fine fond fresh friendly fun generous gentle glad glorious good gorgeous grateful great happily happiness
-    happy hope hopeful inspiring joy joyful kind laugh lively love loved lovely loving lucky magnificent marvellous
-    marvelous nice optimistic outstanding peaceful perfect pleasant pleased pleasure proud radiant recommend refreshing
-    relaxing remarkable satisfied smile smiling splendid stunning success superb sweet terrific thank thankful thrilled
-    thriving treasure triumph uplifting vibrant warm welcome win wonderful wow""".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+POSITIVE_WORDS = _words(
+    """
+    admire adore amazing appreciate beautiful best bliss bright brilliant celebrate charming cheer cheerful
+    comfort cosy delicious delight delighted delightful eager easy elegant enjoy enjoyable enjoyed excellent
+    excited exciting fantastic fine fond fresh friendly fun generous gentle glad glorious good gorgeous grateful
+    great happily happiness happy hope hopeful inspiring joy joyful kind laugh lively love loved lovely loving
+    lucky magnificent marvellous marvelous nice optimistic outstanding peaceful perfect pleasant pleased pleasure
+    proud radiant recommend refreshing relaxing remarkable satisfied smile smiling splendid stunning success
+    superb sweet terrific thank thankful thrilled thriving treasure triumph uplifting vibrant warm welcome win
+    wonderful wow
+    """
 )
-NEGATIVE_WORDS = frozenset(
-    """abysmal afraid alone anger angry annoyed annoying anxious appalling ashamed avoid awful bad bitter bland bleak
+NEGATIVE_WORDS = _words(
+    """
+    abysmal afraid alone anger angry annoyed annoying anxious appalling ashamed avoid awful bad bitter bland bleak
     bored boring broken brutal burden cold cruel cry dark dead depressing despair desperate dirty disappointed
     disappointing disappointment disaster disgust disgusting dismal dreadful dreary dull exhausted exhausting fail
-    failure fear filthy foul frustrating gloomy grey grief grim gross hate hated hateful hopeless horrible hostile hurt
-    lonely lose loss lousy mediocre mess miserable misery nasty nightmare pain painful pathetic pointless poor regret
-    rotten ruin ruined sad sadly sadness sick sorrow sorry stale struggle suffer terrible tired tiresome tragic ugly
-    unbearable unhappy unpleasant useless waste weak weary worry worse worst worthless wrong""".split()
+    failure fear filthy foul frustrating gloomy grey grief grim gross hate hated hateful hopeless horrible hostile
+    hurt lonely lose loss lousy mediocre mess miserable misery nasty nightmare pain painful pathetic pointless
+    poor regret rotten ruin ruined sad sadly sadness sick sorrow sorry stale struggle suffer terrible tired
+    tiresome tragic ugly unbearable unhappy unpleasant useless waste weak weary worry worse worst worthless wrong
+    """
 )
 NEGATIONS = frozenset(
     "not no never hardly barely without isn't wasn't don't didn't doesn't cannot can't nothing".split()
