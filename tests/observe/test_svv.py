@@ -234,7 +234,7 @@ def test_what_cannot_be_read_is_refused():
     m = by_hand.build("llama")
     attention = m.model.layers[1].self_attn
     attention.v_proj = NormedValues(attention.v_proj)
-    with pytest.raises(ValueError, match=r"no projection whose output holds the values.*layer 1.*cannot be read"):
+    with pytest.raises(ValueError, match=r"NormedValues, whose weight is no plain matrix.*layer 1.*cannot be read"):
         observe.svv(m, VECTOR)
     with pytest.raises(ValueError, match="Falcon"):
         observe.ablate(models.model("falcon"), fs.Plan([fs.Add(VECTOR)]), "svv")
