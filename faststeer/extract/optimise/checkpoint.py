@@ -68,8 +68,8 @@ def save(path: Path, states: list[State], step: int, description: Mapping[str, A
     write_atomically(path, to_safetensors(tensors, header))
 
 
-def load(path: Path, description: Mapping[str, Any]) -> tuple[list[State], int]:
-    """Read what `save` wrote: the states and the number of steps taken.
+def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[State], int]:
+    """Read what `save` wrote: the states of the training's `n_vectors` vectors and the number of steps taken.
 
     Raises:
         ValueError: the file is truncated or something else, or belongs to another training than `description`'s, with
@@ -86,14 +86,19 @@ def load(path: Path, description: Mapping[str, Any]) -> tuple[list[State], int]:
             states = [
                 State(
                     **{name: file.get_tensor(f"{name}.{number}") for name in TENSORS},
-                    losses=entry["losses"],
-                    held_out={int(at): loss for at, loss in entry["held_out"]},
-                    best_step=entry["best_step"],
-                    done=entry["done"],
+                    losses=[float(loss) for loss in entry["losses"]],
+                    held_out={int(at): float(loss) for at, loss in entry["held_out"]},
+                    best_step=int(entry["best_step"]),
+                    done=bool(entry["done"]),
                 )
                 for number, entry in enumerate(progress)
             ]
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if len(states) != n_vectors or not isinstance(found, dict):
+            raise ValueError(f"it holds {len(states)} vectors, expected {n_vectors}")
+        shapes = {(tuple(getattr(s, name).shape), getattr(s, name).dtype) for s in states for name in TENSORS}
+        if len(shapes) != 1 or next(iter(shapes))[1] != torch.float32:
+            raise ValueError("its tensors are not alike")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no checkpoint of a training ({error}): remove it, or give another checkpoint="
         ) from error

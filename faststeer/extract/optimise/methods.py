@@ -188,6 +188,8 @@ def reps(
     """
     if suppression not in ("null", "subtract"):
         raise ValueError(f"unknown suppression {suppression!r}: expected 'null' or 'subtract'")
+    if suppression == "null" and settings is not None and settings.start == 0:
+        raise ValueError("start is 0.0: a zero vector has no direction to take out; start elsewhere, or 'subtract'")
     return train(
         model,
         tokenizer,

@@ -295,6 +295,7 @@ class _Loop:
         self.path = None if self.checkpoint is None else Path(self.checkpoint)
         self.units = self._units()
         self.states, self.step = self._begin()
+        self.saved = self.step
         for state in self.states:
             state.values.requires_grad_()
         self.plans = Plans([s.values for s in self.states], [g[0] for g in grid], recipe.at, recipe.settings.positions)
@@ -308,7 +309,7 @@ class _Loop:
     def _begin(self) -> tuple[list[State], int]:
         device = model_device(self.model)
         if self.path is not None and self.path.exists():
-            states, step = checkpoints.load(self.path, self.description)
+            states, step = checkpoints.load(self.path, self.description, len(self.recipe.grid))
             for state in states:
                 for name in checkpoints.TENSORS:
                     setattr(state, name, getattr(state, name).to(device))
@@ -387,7 +388,6 @@ class _Loop:
                     self._evaluate(steering)
                     self._save()
                 report()
-        self._save()
 
     def _step(self, steering: Steering) -> None:
         recipe, step = self.recipe, self.step
@@ -458,13 +458,14 @@ class _Loop:
     def _save(self) -> None:
         if self.path is not None:
             checkpoints.save(self.path, self.states, self.step, self.description)
+            self.saved = self.step
 
     def _diverged(self, number: int, loss: float, what: str) -> None:
         layer, seed, coefficient = self.recipe.grid[number]
         step = self.step + (what != "the held-out loss")
         kept = "no checkpoint was kept"
         if self.path is not None and self.path.exists():
-            kept = f"the checkpoint of step {checkpoints.load(self.path, self.description)[1]} is kept in {self.path}"
+            kept = f"the checkpoint of step {self.saved} is kept in {self.path}"
         raise TrainingDiverged(
             f"{what} of the vector of layer {layer}, seed {seed}, coefficient {coefficient} is not finite at step "
             f"{step} (loss {loss}); {kept}. Use a lower lr= or smaller factors=, or a model in bfloat16 or float32",
