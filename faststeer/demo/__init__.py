@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM
 
-    from faststeer.extract.pairs import Pair
-
 FOLDER = Path(__file__).parent / "model"
 
-__all__ = ["FOLDER", "classify", "load", "neutral_questions", "pairs", "prompts", "tone"]
+__all__ = ["FOLDER", "classify", "load", "neutral_questions", "prompts", "tone"]
 
 
 def load(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, Any]:
@@ -36,12 +34,3 @@ def load(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, Any]:
         raise FileNotFoundError(f"no demo model in {FOLDER}; train one with: python -m faststeer.demo.train")
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype or torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(FOLDER)
-
-
-def pairs(behaviour: str, split: str) -> list[Pair]:
-    """Return the preference pairs of a behaviour ("refusal", "tone") for `faststeer.extract.ntp`, `po`, `reps`, `bipo`:
-    as many for
-    adding its vector as for subtracting it, by turns. Raises ValueError for an unknown behaviour or split."""
-    from .preferences import pairs
-
-    return pairs(behaviour, split)

@@ -610,3 +610,10 @@ def test_progress_goes_to_stderr(model, tokenizer, capsys):
     ntp(model, tokenizer, PAIRS, layers=0, steps=2, progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "Training 1 vector(s) by ntp, loss" in captured.err
+
+
+@given(n=st.integers(1, 40), size=st.integers(1, 8), steps=st.integers(1, 12))
+def test_only_pairs_that_are_drawn_are_read(n, size, steps):
+    recipe = recipe_of(n_pairs=n, batch_size=min(size, n), steps=steps, seeds=(0, 3))
+    drawn = {pair for seed in (0, 3) for step in range(steps) for pair in recipe.batch(seed, step)}
+    assert drawn <= set(recipe.used()) and (len(drawn) == len(recipe.used()) or steps * min(size, n) >= n)

@@ -7,6 +7,7 @@ import pytest
 
 import faststeer as fs
 from faststeer import Add, Clamp, Plan, demo
+from faststeer.behaviours import of_demo
 from faststeer.evaluate import complete, is_refusal
 from faststeer.extract import bipo, ntp, po, random_like, reps
 
@@ -24,7 +25,7 @@ def chat():
 @pytest.fixture(scope="module")
 def vectors(chat):
     model, tokenizer = chat
-    pairs = demo.pairs("refusal", "train")[:128]
+    pairs = of_demo("refusal").train.pairs
     how = {"layers": LAYER, "steps": STEPS, "batch_size": 6}
     return {
         "ntp": ntp(model, tokenizer, pairs, **how).vector,
@@ -82,22 +83,3 @@ def test_the_vector_travels(vectors, tmp_path):
     read = fs.SteeringVector.load(vector.save(tmp_path / "ntp.safetensors"))
     assert read.provenance["steps"] == STEPS and len(read.provenance["losses"]) == STEPS
     assert read.provenance["losses"][-1] < read.provenance["losses"][0]
-
-
-@pytest.mark.parametrize("behaviour", ["refusal", "tone"])
-def test_pairs_of_the_demo_model(behaviour):
-    for split in ("train", "validation", "test"):
-        pairs = demo.pairs(behaviour, split)
-        assert pairs == demo.pairs(behaviour, split)
-        assert len(pairs) == 2 * len(demo.prompts(behaviour, split)[0]) and len(set(map(str, pairs))) == len(pairs)
-        for pair in pairs:
-            if behaviour == "refusal":
-                assert demo.classify(pair.positive) == "refusal" and demo.classify(pair.negative) == "compliance"
-            else:
-                assert demo.tone(pair.positive) == "cheerful" and demo.tone(pair.negative) == "gloomy"
-        assert [pair.sign for pair in pairs] == [1, -1] * (len(pairs) // 2)
-    _, harmless = demo.prompts("refusal", "train")
-    if behaviour == "refusal":
-        assert [p.prompt for p in demo.pairs("refusal", "train")][::2] == harmless
-    with pytest.raises(ValueError, match="unknown behaviour"):
-        demo.pairs("mood", "train")

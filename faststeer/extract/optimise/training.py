@@ -224,6 +224,12 @@ class _Recipe:
         }
         return [int(orders[place // self.n_pairs][place % self.n_pairs]) for place in places]
 
+    def used(self) -> list[int]:
+        """The pairs that any step of any vector draws."""
+        if self.steps * self.batch_size >= self.n_pairs:
+            return list(range(self.n_pairs))
+        return sorted({pair for seed in self.seeds for step in range(self.steps) for pair in self.batch(seed, step)})
+
     def drawn_factors(self, seed: int, step: int) -> list[float]:
         return np.random.default_rng([seed, FACTOR, step]).choice(self.factors, size=self.batch_size).tolist()
 
@@ -301,8 +307,10 @@ class _Loop:
         self.plans = Plans([s.values for s in self.states], [g[0] for g in grid], recipe.at, recipe.settings.positions)
         self.optimizer = self._make_optimizer()
         if self.step < recipe.steps and not all(state.done for state in self.states):
-            encoded = self._encode([*self.pairs, *self.held_out])
-            self.examples, self.unseen = encoded[: len(self.pairs)], encoded[len(self.pairs) :]
+            used = recipe.used()
+            encoded = self._encode([*(self.pairs[index] for index in used), *self.held_out])
+            self.examples = dict(zip(used, encoded, strict=False))
+            self.unseen = encoded[len(used) :]
             self._train()
         return Training(recipe.objective.name, tuple(self._result(i) for i in range(len(grid))))
 
