@@ -272,13 +272,21 @@ def _split(data: Any, where: str, folder: Path) -> Split:
 
 
 def _prompts(given: Any, folder: Path) -> list[Prompt]:
-    if not isinstance(given, str):
-        return given
-    path = folder / given
-    try:
-        return [record.prompt for record in read_records(path)]
-    except ValueError:
-        return load_prompts(path)  # no layout of its own: a plain list of prompts
+    return prompts_of_file(folder / given) if isinstance(given, str) else given
+
+
+def prompts_of_file(path: Path, field: str | None = None) -> list[Prompt]:
+    """Read prompts from a file in one of the layouts (`read_records`), or in any format of `load_prompts`.
+
+    A layout says more than a column: an Alpaca instruction has an input, a HarmBench behaviour a context. `field` names
+    the column instead.
+    """
+    if field is None and path.suffix in (".csv", ".tsv", ".json", ".jsonl"):
+        try:
+            return [record.prompt for record in read_records(path)]
+        except ValueError:
+            pass  # none of the layouts: a list of prompts, or what load_prompts says is wrong with it
+    return load_prompts(path, field=field)
 
 
 def _pairs(given: Any, folder: Path) -> list[Pair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,12 +12,30 @@ from rich.table import Table
 
 from faststeer.cli.common import BatchSize, Device, Dtype, Json, Model, System, app, load_model, reports_errors
 
+if TYPE_CHECKING:
+    from faststeer.behaviours import Behaviour
+
+DEMO_STEPS = 24  # a tiny model needs no ten epochs
+
 
 @app.command()
 @reports_errors
 def extract(
-    out: Annotated[Path, typer.Option(help="The vector's file (.safetensors).")],
+    out: Annotated[
+        Path | None, typer.Option(help="The vector's file (.safetensors); with --method, a folder for all of them.")
+    ] = None,
     model: Model = "demo",
+    behaviour: Annotated[
+        str | None,
+        typer.Option(help="refusal, sentiment, tone (the demo model's), or a behaviour's file or folder."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare methods: 'all', or some of dim,pca,lat,probe,ace,caa,attribution,unembedding,ntp,"
+            "po,reps,bipo."
+        ),
+    ] = None,
     positive: Annotated[
         Path | None, typer.Option(help="Prompts that show the behaviour: .txt, .json, .jsonl or .csv.")
     ] = None,
@@ -31,25 +49,72 @@ def extract(
     select: Annotated[
         bool, typer.Option("--select", help="Choose layer and token by refusal score on held-out prompts.")
     ] = False,
+    coefficients: Annotated[str, typer.Option(help="With --method: coefficients to try, such as 0.5,1,2.")] = "1",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="With --method: training steps (10 epochs; 24 on the demo model).")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="With --method: test prompts a side, at most (all).")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --method: longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="With --method: of training and of the random control.")] = 0,
     system: System = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find a direction by difference in means between two sets of prompts.
+    """Find a direction: by difference in means between two sets of prompts, or by several methods side by side.
 
     With --select a fifth of each set is held out, and the direction that best induces and bypasses refusal on it is
-    kept. The demo model brings its own prompts.
+    kept. With --method the behaviour's vector is found by each method, its layer, token and coefficient are chosen on
+    validation prompts, and what it does is measured on test prompts, next to a random vector. The demo model brings its
+    own prompts.
 
     Example: faststeer extract --model ./my-model --positive harmful.txt --negative harmless.txt --select --out
     refusal.safetensors
+
+    Example: faststeer extract --behaviour refusal --method all
     """
+    if method is not None:
+        if select or layer is not None or system is not None or position != -1:
+            raise typer.BadParameter("--method chooses layer and token, and takes no --select, --system or --position")
+        chosen = _behaviour(model, behaviour, positive, negative, field)
+        _compare(
+            chosen, model, method, out, as_json, dtype, device,
+            at=at, coefficients=_numbers(coefficients), n_test=prompts, max_new_tokens=max_new_tokens, seed=seed,
+            batch_size=batch_size, steps=DEMO_STEPS if steps is None and model == "demo" else steps, progress=True,
+        )  # fmt: skip
+        return
+    if out is None:
+        raise typer.BadParameter("--out is needed: the vector's file (or --method, to compare methods)")
+    _one(out, model, behaviour, positive, negative, field, at, position, layer, select, system, batch_size, dtype,
+         device, as_json)  # fmt: skip
+
+
+def _one(
+    out: Path,
+    model: str,
+    behaviour: str | None,
+    positive: Path | None,
+    negative: Path | None,
+    field: str | None,
+    at: str,
+    position: int,
+    layer: int | None,
+    select: bool,
+    system: str | None,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """The difference in means, written to a file."""
     from faststeer import extract as extraction
 
     if select and layer is not None:
         raise typer.BadParameter("--select chooses the layer: leave --layer out")
-    sets = _contrast(model, positive, negative, field, select)
+    sets = _contrast(model, behaviour, positive, negative, field, select)
     loaded, tokenizer = load_model(model, dtype, device)
     settings: dict[str, Any] = {"at": at, "system": system, "batch_size": batch_size, "progress": True}
     report: dict[str, Any] = {"out": str(out), "n_positive": len(sets[0]), "n_negative": len(sets[1])}
@@ -75,24 +140,109 @@ def extract(
 
 
 def _contrast(
-    model: str, positive: Path | None, negative: Path | None, field: str | None, select: bool
+    model: str, behaviour: str | None, positive: Path | None, negative: Path | None, field: str | None, select: bool
 ) -> list[list[Any]]:
     """Positive and negative prompts, and with `select` the held-out ones of both."""
-    if (positive is None) != (negative is None):
-        raise typer.BadParameter("give both --positive and --negative")
+    if behaviour is None and (positive is not None or negative is not None):
+        sets = [list(listed) for listed in _files(positive, negative, field)]
+        if not select:
+            return sets
+        held_out = [listed[::5] for listed in sets]
+        return [[p for i, p in enumerate(listed) if i % 5] for listed in sets] + held_out
+    chosen = _behaviour(model, behaviour, positive, negative, field)
+    return [list(side) for split in (chosen.train, chosen.validation) for side in (split.positive, split.negative)]
+
+
+def _files(positive: Path | None, negative: Path | None, field: str | None) -> list[list[Any]]:
+    from faststeer.behaviours.behaviour import prompts_of_file
+
     if positive is None or negative is None:
-        if model != "demo":
-            raise typer.BadParameter("--positive and --negative are needed: only the demo model brings its own prompts")
-        from faststeer.demo import prompts
+        raise typer.BadParameter("give both --positive and --negative")
+    return [prompts_of_file(path, field) for path in (positive, negative)]
 
-        return [listed for split in ("train", "validation") for listed in prompts("refusal", split)]
-    from faststeer.extract import load_prompts
 
-    sets = [load_prompts(path, field=field) for path in (positive, negative)]
-    if not select:
-        return sets
-    held_out = [listed[::5] for listed in sets]
-    return [[p for i, p in enumerate(listed) if i % 5] for listed in sets] + held_out
+def _behaviour(
+    model: str, name: str | None, positive: Path | None, negative: Path | None, field: str | None
+) -> Behaviour:
+    """The behaviour asked for: by name or path, of two files of prompts, or the demo model's refusal."""
+    from faststeer import behaviours
+
+    if positive is not None or negative is not None:
+        sets = _files(positive, negative, field)
+        if name is None or name in behaviours.names():
+            base = behaviours.load(name or "refusal")
+            return behaviours.of_prompts(base.name, *sets, judge=base.judge, coherence=base.coherence)
+        raise typer.BadParameter(f"--behaviour {name} has prompts of its own: leave --positive and --negative out")
+    if model == "demo" and name in (None, "refusal", "tone"):
+        return behaviours.of_demo(name or "refusal")
+    if name is None:
+        raise typer.BadParameter(
+            "give --behaviour, or --positive and --negative: only the demo model brings its own prompts"
+        )
+    if name == "tone":
+        raise ValueError("tone is the demo model's behaviour: use --model demo, or --behaviour sentiment")
+    return behaviours.load(name)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--coefficients {text!r}: expected numbers with commas between, such as 0.5,1,2"
+        ) from None
+
+
+def _compare(
+    behaviour: Behaviour,
+    model: str,
+    method: str,
+    out: Path | None,
+    as_json: bool,
+    dtype: str,
+    device: str,
+    **options: Any,
+) -> None:
+    """The comparison of methods, printed, and its vectors and figures written to a folder if one is named."""
+    from faststeer.behaviours.compare import METHODS, compare
+    from faststeer.files import write_atomically
+
+    methods = list(METHODS) if method == "all" else [part.strip() for part in method.split(",")]
+    loaded, tokenizer = load_model(model, dtype, device)
+    found = compare(loaded, tokenizer, behaviour, methods, **options)
+    report = found.to_dict()
+    if out is not None:
+        for result in found.results:
+            if result.vector is not None:
+                result.vector.save(out / f"{result.method}.safetensors")
+        write_atomically(out / "comparison.json", json.dumps(report, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    Console().print(_comparison_table(report))
+    for name, why in found.skipped.items():
+        Console().print(f"{name} left out: {why}", highlight=False)
+    if out is not None:
+        Console().print(f"Written to {out}: comparison.json and a vector of each method")
+
+
+def _comparison_table(report: dict[str, Any]) -> Table:
+    columns = ("method", "layer", "token", "coefficient", "induce", "bypass", "KL", "coherent", "cosine with DIM")
+    table = Table(*columns, title=f"{report['behaviour']}: chosen on validation prompts, measured on test prompts")
+    for row in report["results"]:
+        rates = [f"{row[name]['rate']:.1%}" for name in ("induce", "bypass", "coherent")]
+        numbers = [
+            "-" if row[name] is None else f"{row[name]:{form}}" for name, form in (("kl", ".3f"), ("cosine", "+.2f"))
+        ]
+        places = ["-" if row[name] is None else str(row[name]) for name in ("layer", "position")]
+        coefficient = "-" if row["coefficient"] is None else f"{row['coefficient']:g}"
+        table.add_row(row["method"], *places, coefficient, rates[0], rates[1], numbers[0], rates[2], numbers[1])
+    n = report["n_prompts"]
+    table.caption = (
+        f"{n['test_induce']} prompts to induce on, {n['test_suppress']} to suppress on; every vector has the length of "
+        f"the difference in means (at {report['settings']['at']})"
+    )
+    return table
 
 
 def _selection_table(selection: dict[str, Any]) -> Table:

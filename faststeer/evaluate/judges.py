@@ -42,9 +42,7 @@ NEGATIVE_WORDS = _words(
     tiresome tragic ugly unbearable unhappy unpleasant useless waste weak weary worry worse worst worthless wrong
     """
 )
-NEGATIONS = frozenset(
-    "not no never hardly barely without isn't wasn't don't didn't doesn't cannot can't nothing".split()
-)
+NEGATIONS = _words("not no never hardly barely without isn't wasn't don't didn't doesn't cannot can't nothing")
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 

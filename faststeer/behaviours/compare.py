@@ -1,0 +1,419 @@
+"""Methods compared on one behaviour: every vector found on the training prompts, its layer, token and coefficient
+chosen on the validation prompts, what it does measured on the test prompts, next to a random vector.
+
+Nothing is chosen on what is reported. A method that cannot run on a behaviour or model is named with the reason, and
+left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from faststeer.behaviours.behaviour import Behaviour
+from faststeer.evaluate.divergence import kl_on
+from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.judges import coherence, judge
+from faststeer.evaluate.refusal import refusal_tokens
+from faststeer.extract import optimise
+from faststeer.extract.attribution import attribution, logit_difference
+from faststeer.extract.caa import answer_rows, caa_table
+from faststeer.extract.contrast import Contrast, Directions, contrast
+from faststeer.extract.control import random_like
+from faststeer.extract.sweep import Cell, Choice, Found, answer, cells, check_coefficients, judged, select_by_judge
+from faststeer.extract.unembedding import unembedding
+from faststeer.hf import find_hook_points
+from faststeer.hf.batching import model_name
+from faststeer.vector import HookPoint, SteeringVector
+
+CONTRAST = ("dim", "pca", "lat", "probe", "ace")
+FROM_PAIRS = ("caa", "attribution", "unembedding")
+TRAINED: dict[str, Callable[..., optimise.Training]] = {
+    "ntp": optimise.ntp,
+    "po": optimise.po,
+    "reps": optimise.reps,
+    "bipo": optimise.bipo,
+}
+METHODS = (*CONTRAST, *FROM_PAIRS, *TRAINED)
+CONTROLS = ("random", "none")
+ATTRIBUTED_PROMPTS = 32  # whose gradients are averaged; each costs ten forward and backward passes a layer
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one method's vector does to the test prompts at the layer, token and coefficient chosen for it.
+
+    Args:
+        method: its name, "random" for the control, "none" for the unsteered model.
+        vector: at its layer; None for "none".
+        layer, position, coefficient: what was chosen; position None for a method that looks at no prompt token.
+        induce: share of answers that show the behaviour, vector added, on the prompts to induce it on.
+        bypass: share of answers that show its opposite, vector subtracted, on the prompts to suppress it on. (For ACE:
+            the projection set to that of the positive, the negative mean.)
+        coherent: share of all these answers that are coherent.
+        kl: mean KL in nats of the next token on the negative prompts, from unsteered to the direction ablated at
+            `resid_pre`, `attn_out` and `mlp_out` of every layer.
+        cosine: with the difference in means at the same layer and token (without a token: that of "dim").
+        norm: length of what is added, coefficient included.
+        seconds: to find the vector, without choosing and measuring; the pass that methods from contrast share counts
+            for "dim".
+    """
+
+    method: str
+    vector: SteeringVector | None
+    layer: int | None
+    position: int | None
+    coefficient: float | None
+    induce: Rate
+    bypass: Rate
+    coherent: Rate
+    kl: float | None
+    cosine: float | None
+    norm: float | None
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vector's values, ready for JSON."""
+        names = ("method", "layer", "position", "coefficient")
+        rates = {name: getattr(self, name).to_dict() for name in ("induce", "bypass", "coherent")}
+        rest = {name: getattr(self, name) for name in ("kl", "cosine", "norm", "seconds")}
+        return {name: getattr(self, name) for name in names} | rates | rest
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The methods' results in the order asked for, then the controls; `skipped` says which method could not run, and
+    why; `settings` and the counts say what was measured."""
+
+    behaviour: str
+    results: tuple[Result, ...]
+    skipped: dict[str, str]
+    settings: dict[str, Any]
+    n_prompts: dict[str, int]
+    model: str | None = None
+
+    def __getitem__(self, method: str) -> Result:
+        for result in self.results:
+            if result.method == method:
+                return result
+        raise KeyError(f"no result of {method!r}: {self.skipped.get(method, 'it was not asked for')}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vectors' values, ready for JSON."""
+        names = ("behaviour", "model", "settings", "n_prompts", "skipped")
+        return {name: getattr(self, name) for name in names} | {"results": [r.to_dict() for r in self.results]}
+
+
+@dataclass
+class _Job:
+    """What every step of a comparison needs."""
+
+    model: Any
+    tokenizer: Any
+    behaviour: Behaviour
+    at: HookPoint
+    positions: Sequence[int] | None
+    layers: Sequence[int] | None
+    steps: int | None
+    train_layers: int
+    seed: int
+    batch_size: int
+    progress: bool
+    max_new_tokens: int
+    coefficients: tuple[float, ...]
+    n_select: int
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.console.print(text, highlight=False)
+
+    @property
+    def passing(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "progress": self.progress}
+
+    @property
+    def answering(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "progress": self.progress}
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    behaviour: Behaviour,
+    methods: Sequence[str] = METHODS,
+    *,
+    at: HookPoint = "resid_pre",
+    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    coefficients: Sequence[float] = (1.0,),
+    steps: int | None = None,
+    train_layers: int = 3,
+    n_select: int = 16,
+    n_test: int | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Comparison:
+    """Find a behaviour's vector by each method, choose where and how strongly it acts, and measure all of them alike.
+
+    1. One pass over the training prompts serves "dim", "pca", "lat", "probe" and "ace"; "caa", "unembedding",
+       "attribution" and the trained methods use the training pairs.
+    2. Every vector but ACE's gets the length of the difference in means at its layer and token (without a token: at
+       that chosen for "dim"), as in arXiv 2604.08524; what is compared is directions.
+    3. `select_by_judge` on validation prompts chooses layer, token and coefficient. Trained methods are trained at the
+       `train_layers` layers at which "dim" does most on the validation prompts, unless `layers` says otherwise.
+    4. On the test prompts: completions under the vector added and subtracted, read by the behaviour's judge, and the
+       KL. The random control has dim's layer, token, coefficient and length; "none" is the unsteered model.
+
+    Args:
+        methods: of METHODS; "dim" is always found, as the others are measured by it.
+        at: hook point of all methods.
+        positions: prompt tokens, counted from the end, at which methods from contrast look (those after the
+            instruction).
+        layers: which are tried (all).
+        coefficients: which are tried.
+        steps: of training; by default the methods' own 10 epochs.
+        n_select, n_test: validation and test prompts a side (16, all).
+        max_new_tokens: longest answer.
+        seed: of training and of the control.
+        batch_size, progress: as in `faststeer.extract.candidates`.
+
+    Raises:
+        ValueError: an unknown method, an empty list, numbers out of range; what the methods refuse in the behaviour's
+            prompts.
+    """
+    wanted = list(dict.fromkeys(methods))
+    if not wanted or (unknown := [name for name in wanted if name not in METHODS]):
+        raise ValueError(
+            f"unknown method(s) {', '.join(unknown) if wanted else '(none)'}: expected {', '.join(METHODS)}"
+        )
+    if n_select < 1 or train_layers < 1 or (n_test is not None and n_test < 1):
+        raise ValueError("n_select, n_test and train_layers are counts: expected at least 1")
+    n_layers = find_hook_points(model).n_layers
+    if layers is not None and (not layers or not all(0 <= layer < n_layers for layer in layers)):
+        raise ValueError(f"layers are {list(layers)}: the model has layers 0..{n_layers - 1}")
+    job = _Job(
+        model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
+        max_new_tokens, check_coefficients(coefficients), n_select,
+    )  # fmt: skip
+    found, seconds = _timed(lambda: _contrast(job))
+    chosen: dict[str, Choice] = {"dim": _select(job, "dim", found.dim())}
+    times, skipped = {"dim": seconds}, {}
+    norms = found.dim().directions.norm(dim=-1) * found.dim().exists()
+    for method in wanted:
+        if method == "dim":
+            continue
+        job.say(f"[bold]{method}[/]")
+        try:
+            table, times[method] = _timed(lambda method=method: _find(job, method, found, chosen["dim"]))  # type: ignore[misc]
+            chosen[method] = _select(job, method, _scaled(method, table, norms, found, chosen["dim"]))
+        except (ValueError, optimise.TrainingDiverged) as error:
+            skipped[method] = str(error)
+            times.pop(method, None)
+    order = [method for method in wanted if method in chosen]
+    job.say("[bold]measuring on the test prompts[/]")
+    results = _measure(job, {m: chosen[m] for m in order}, chosen["dim"], found, times, n_test)
+    test = behaviour.test
+    settings = {
+        "at": at,
+        "coefficients": list(job.coefficients),
+        "layers": None if layers is None else list(layers),
+        "positions": list(found.candidates.positions),
+        "steps": steps,
+        "train_layers": train_layers,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "judge": behaviour.judge,
+        "coherence": behaviour.coherence,
+    }
+    counts = {
+        "train": len(behaviour.train.positive) + len(behaviour.train.negative),
+        "train_pairs": len(behaviour.train.pairs),
+        "select_induce": len(behaviour.validation.induce[:n_select]),
+        "select_suppress": len(behaviour.validation.suppress[:n_select]),
+        "test_induce": len(test.induce[:n_test]),
+        "test_suppress": len(test.suppress[:n_test]),
+    }
+    return Comparison(behaviour.name, results, skipped, settings, counts, model_name(model))
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return call(), time.perf_counter() - start
+
+
+def _contrast(job: _Job) -> Contrast:
+    job.say("[bold]one pass for all methods from contrast[/]")
+    train = job.behaviour.train
+    return contrast(
+        job.model,
+        job.tokenizer,
+        train.positive,
+        train.negative,
+        at=job.at,
+        positions=job.positions,
+        paired=job.behaviour.paired,
+        keep=True,
+        **job.passing,
+    )
+
+
+def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
+    """The table of a method's directions."""
+    if method in CONTRAST:
+        return getattr(found, method)()
+    pairs = job.behaviour.train.pairs
+    if method == "caa":
+        _need_pairs(job)
+        return caa_table(job.model, job.tokenizer, pairs, at=job.at, **job.passing)
+    if method in ("unembedding", "attribution"):
+        tokens, against = answer_tokens(job.tokenizer, job.behaviour)
+        if method == "unembedding":
+            vector = unembedding(job.model, job.tokenizer, tokens, against or None, at=job.at)
+            return Directions.of_vector(vector, found.candidates.n_layers)
+        rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
+        prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
+        metric = logit_difference(tokens, rest)
+        return attribution(job.model, job.tokenizer, prompts, metric, found.candidates, **job.passing).gradients
+    _need_pairs(job)
+    layers = list(job.layers) if job.layers is not None else _best_layers(dim, job.train_layers)
+    options: dict[str, Any] = {"layers": layers, "at": job.at, "steps": job.steps, "seed": job.seed}
+    if method == "reps":
+        options["suppression"] = "subtract"  # what is measured: the vector subtracted
+    training = TRAINED[method](job.model, job.tokenizer, pairs, **options, progress=job.progress)
+    return Directions.of_vector(training.vector, found.candidates.n_layers)
+
+
+def _need_pairs(job: _Job) -> None:
+    if not job.behaviour.train.pairs:
+        raise ValueError(f"behaviour {job.behaviour.name!r} has no training pairs (prompts with completions)")
+
+
+def _best_layers(dim: Choice, count: int) -> list[int]:
+    """The layers at which the difference in means does most."""
+    best: dict[int, tuple[float, float]] = {}
+    for row in dim.table:
+        best[row.layer] = max(best.get(row.layer, (-1.0, -1.0)), (row.both, row.induce.rate + row.suppress.rate))
+    return sorted(sorted(best, key=lambda layer: (*best[layer], -layer), reverse=True)[:count])
+
+
+def answer_tokens(tokenizer: Any, behaviour: Behaviour) -> tuple[list[int], list[int]]:
+    """Return the tokens with which answers that show a behaviour part from answers that do not, and those of the
+    latter: from the training pairs, else, for refusal, the refusal tokens and none.
+
+    Raises:
+        ValueError: no pairs and another judge than "refusal", or pairs that do not differ in such tokens.
+    """
+    pairs = [pair for pair in behaviour.train.pairs if pair.rejected is not None]
+    if len(pairs) < 2:
+        if behaviour.judge == "refusal":
+            return list(refusal_tokens(tokenizer)), []
+        raise ValueError(f"behaviour {behaviour.name!r} has no training pairs (prompts with completions)")
+    rows = answer_rows(tokenizer, pairs)
+    tokens = {side: {ids[-1] for ids in listed} for side, listed in rows.items()}
+    shared = tokens["positive"] & tokens["negative"]
+    found = sorted(tokens["positive"] - shared), sorted(tokens["negative"] - shared)
+    if not all(found):
+        raise ValueError(f"the completions of behaviour {behaviour.name!r} part with the same tokens on both sides")
+    return found
+
+
+def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: Choice) -> Found:
+    """The directions with the lengths of the difference in means; ACE's are its."""
+    if method == "ace" or not isinstance(table, Directions):
+        return table
+    if table.positions == found.candidates.positions:
+        return table.scaled_like(norms)
+    place = found.candidates.positions.index(dim.cell.position)
+    return table.scaled_like(norms[place : place + 1])
+
+
+def _select(job: _Job, method: str, table: Found) -> Choice:
+    job.say(f"{method}: choosing among its candidates")
+    split = job.behaviour.validation
+    return select_by_judge(
+        job.model,
+        job.tokenizer,
+        table,
+        judge(job.behaviour.judge),
+        split.induce[: job.n_select],
+        split.suppress[: job.n_select],
+        coherent=coherence(job.behaviour.coherence),
+        coefficients=job.coefficients,
+        layers=job.layers,
+        **job.answering,
+    )
+
+
+def _control(job: _Job, dim: Choice) -> Cell:
+    control = random_like(dim.vector, job.seed)
+    table = Directions.of_vector(control, find_hook_points(job.model).n_layers)
+    return next(iter(cells(table, [dim.cell.coefficient])))._replace(position=dim.cell.position)
+
+
+def _measure(
+    job: _Job,
+    chosen: dict[str, Choice],
+    dim: Choice,
+    found: Contrast,
+    times: dict[str, float],
+    n_test: int | None,
+) -> tuple[Result, ...]:
+    test = job.behaviour.test
+    sides = test.induce[:n_test], test.suppress[:n_test]
+    tried = {name: choice.cell for name, choice in chosen.items()} | {"random": _control(job, dim)}
+    plans = {name: (cell.add, cell.subtract) for name, cell in tried.items()} | {"none": (None, None)}
+    work = [(prompts, plan) for both in plans.values() for prompts, plan in zip(sides, both, strict=True)]
+    answers = answer(job.model, job.tokenizer, work, **job.answering)
+    kls = kl_on(job.model, job.tokenizer, [c.ablate for c in tried.values()], test.negative[:n_test], **job.passing)
+    kl = dict(zip(tried, kls.mean(1).tolist(), strict=True))
+    results = []
+    for number, name in enumerate(plans):
+        cell = tried.get(name)
+        read = judged(
+            cell or tried["random"],
+            judge(job.behaviour.judge),
+            coherence(job.behaviour.coherence),
+            answers[2 * number],
+            answers[2 * number + 1],
+        )
+        assert read.coherent is not None
+        vector = None
+        if name in chosen:
+            vector = chosen[name].vector
+        elif name == "random":
+            vector = replace(random_like(dim.vector, job.seed), provenance={"seed": job.seed, "like": "dim"})
+        results.append(
+            Result(
+                name,
+                vector,
+                cell and cell.layer,
+                cell and cell.position,
+                cell and cell.coefficient,
+                read.induce,
+                read.suppress,
+                read.coherent,
+                kl.get(name),
+                None if vector is None or cell is None else _cosine(vector, cell, found, dim),
+                None if vector is None or cell is None else float(vector[cell.layer].norm()) * cell.coefficient,
+                times.get(name),
+            )
+        )
+    return tuple(results)
+
+
+def _cosine(vector: SteeringVector, cell: Cell, found: Contrast, dim: Choice) -> float | None:
+    position = dim.cell.position if cell.position is None else cell.position
+    place = found.candidates.positions.index(position)
+    if not found.candidates.exists()[place, cell.layer]:
+        return None
+    own = vector[cell.layer].detach().double().cpu()
+    return float(torch.cosine_similarity(own, found.candidates.directions[place, cell.layer], dim=0))
