@@ -69,6 +69,15 @@ class RowCache(Cache):
                 store[target, :, :length].copy_(store[source, :, :length])  # type: ignore[index]
 
 
+class FrozenCache(RowCache):
+    """For `hf.freeze(..., "qk")`, whose passes have every row twice, unsteered and steered: the unsteered keys, and
+    [V_base || V_steered] side by side, so that a step reads both values in one attention pass, with no copies."""
+
+    def write(self, layer: _RowLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        base, steered = values.chunk(2)
+        return super().write(layer, keys[: len(base)], torch.cat([base, steered], dim=-1))
+
+
 class _RowLayer(CacheLayerMixin):
     """One layer's share; allocated when its first keys show their shape, dtype and device."""
 

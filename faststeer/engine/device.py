@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.engine.cache import RowCache
+from faststeer.engine.cache import FrozenCache, RowCache
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.hf import Steering, find_hook_points
@@ -28,14 +28,14 @@ class Device:
     temperature, top-p. A row that is not live has slot -1 and length 0, and what a step computes for it is ignored.
     """
 
-    def __init__(self, model: nn.Module, rows: int, length: int) -> None:
+    def __init__(self, model: nn.Module, rows: int, length: int, frozen: bool = False) -> None:
         self.model, self.rows, self.length = model, rows, length
         points = find_hook_points(model)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         self.device = embedding.device
         self.dtype = next(model.parameters()).dtype
         self.steering: Steering | None = None
-        self.cache = RowCache(points.n_layers, rows, length)
+        self.cache = (FrozenCache if frozen else RowCache)(points.n_layers, rows, length)
         with torch.inference_mode():
             self.long = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
             self.int = torch.zeros(3, rows, dtype=torch.int32, device=self.device)

@@ -11,8 +11,8 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ from faststeer.engine.run import Run
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf import steering as hf_steering
 from faststeer.hf.batching import Prompt, check_evaluating
+from faststeer.hf.freeze import freeze as frozen_steering
 from faststeer.intervention import Direction, Probe
 from faststeer.plan import Plan
 from faststeer.program import Capacity
@@ -58,10 +59,12 @@ class Engine:
             if that is less.
         capacity: room for plans that are live together; by default it grows with the plans given. With fewer slots than
             plans, requests wait for a slot.
+        freeze: "qk": every token looks where it would look unsteered, and only what attention moves is steered (see
+            `hf.freeze`). A pass has two rows per request then, its cache half as much again.
 
     Raises:
         ValueError: a model in training mode, on several devices, of another attention; numbers out of range; an
-            architecture whose logits the engine does not reproduce.
+            architecture whose logits the engine does not reproduce, or whose attention cannot be frozen.
     """
 
     def __init__(
@@ -72,8 +75,11 @@ class Engine:
         max_batch: int = 64,
         max_length: int | None = None,
         capacity: Capacity | None = None,
+        freeze: Literal["qk"] | None = None,
     ) -> None:
         check_evaluating(model)
+        if freeze not in (None, "qk"):
+            raise ValueError(f"freeze is {freeze!r}: the Engine freezes 'qk' or nothing; hf.freeze knows more")
         _check_model(model)
         config: Any = model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -86,20 +92,25 @@ class Engine:
         self.max_length = max_length
         self._points = find_hook_points(model)
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
-        self._steering = steer(model, Plan(), capacity=self._capacity)
+        self._frozen = freeze
+        self._steering = self._steering_of(self._capacity)
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
         self._decode = Graphs(self._device).decode if on_gpu else self._device.decode
         self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
 
-    @staticmethod
-    def _fitting(model: nn.Module, rows: int, length: int) -> Device:
+    def _steering_of(self, capacity: Capacity) -> Steering:
+        if self._frozen is None:
+            return steer(self.model, Plan(), capacity=capacity)
+        return frozen_steering(self.model, Plan(), self._frozen, capacity=capacity)
+
+    def _fitting(self, model: nn.Module, rows: int, length: int) -> Device:
         """Rows and their cache, checked; half as many until they fit into memory."""
         while True:
             try:
-                device = Device(model, rows, length)
-                _check_logits(device)
+                device = Device(model, rows, length, self._frozen is not None)
+                _check_logits(device, None if self._frozen is None else self._steering)
                 return device
             except torch.OutOfMemoryError:
                 if rows == 1:
@@ -200,7 +211,7 @@ class Engine:
         have = dataclasses.astuple(self._capacity)
         if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
             self._capacity = Capacity(*map(max, needed, have))
-            self._steering = steer(self.model, Plan(), capacity=self._capacity)
+            self._steering = self._steering_of(self._capacity)
         return self._steering
 
     def _check_free(self) -> None:
@@ -221,7 +232,8 @@ class Engine:
             stack.callback(setattr, self, "_busy", False)
             run = Run(self._device, self._decode, self._ahead, self._steering, requests, stops)
             stack.callback(run.close)
-            if self._steering.path == "fused" or any(request.plan is not None for request in requests):
+            planned = any(request.plan is not None for request in requests)
+            if self._frozen or self._steering.path == "fused" or planned:
                 stack.enter_context(self._steering)
                 self._device.steering = self._steering
             entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
@@ -311,9 +323,9 @@ def _check_model(model: Any) -> None:
 
 
 @torch.inference_mode()
-def _check_logits(device: Device) -> None:
+def _check_logits(device: Device, steering: Steering | None) -> None:
     """Two prompts of different lengths and one more token: the passes over rows give what the model's own forward pass
-    gives for each sequence alone.
+    gives for each sequence alone. `steering`: what passes run in, whatever the plans.
 
     Raises:
         ValueError: they do not; or the model cannot be called as the engine calls it.
@@ -324,14 +336,18 @@ def _check_logits(device: Device) -> None:
     requests = [Request(row, prompt[:-1], None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
     name = type(device.model).__name__
     try:
-        found = [device.read_prompts(requests, 0)]
-        device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)
-        found.append(device.read_tokens(len(ids), max(map(len, ids))))
         alone = [_alone(device, row) for row in ids]
+        with steering or nullcontext():
+            device.steering = steering
+            found = [device.read_prompts(requests, 0)]
+            device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)
+            found.append(device.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
+    finally:
+        device.steering = None
     expected = torch.stack([row[0, -2:] for row in alone], 1).float()
     away = (torch.stack(found).float() - expected).norm() / expected.norm()
     if not away <= (1e-3 if device.dtype == torch.float32 else 0.1):

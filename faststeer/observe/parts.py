@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
 from faststeer.hf.hook_points import HookPoints, _Call, _watch, find_hook_points, quiet
-from faststeer.observe.attention import AttentionCall, attention_modules, exchange_attention
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Parts, ...]] = weakref.WeakKeyDictionary()
 

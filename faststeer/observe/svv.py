@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
-from faststeer.observe.attention import AttentionCall, exchange_attention
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
 from faststeer.ops import Rows

@@ -3,7 +3,7 @@ normed, rotated, from the cache), with the model's own function to compute with 
 
 transformers computes attention in one exchangeable function per model. Here that function is exchanged, inside a `with`
 block, for one that asks a function of ours at every layer; masks, sliding windows, soft caps, sinks and grouped queries
-stay the model's own. No weights are read here (`observe.parts` does that), and no table of architectures is kept.
+stay the model's own. No weights are read here, and no table of architectures is kept.
 """
 
 from __future__ import annotations

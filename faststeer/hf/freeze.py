@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from faststeer.hf import steering as hf_steering
+from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.steering import Path, Plans, Steering
-from faststeer.observe.attention import AttentionCall, exchange_attention
+from faststeer.ops import Rows
 from faststeer.program import Capacity
-from faststeer.vector import HookPoint
 
 Frozen = Literal["qk", "ov"]
 
@@ -115,17 +115,24 @@ class Freezing(Steering):
     def set_prompt(self, columns: int | Sequence[int] | None) -> None:
         super().set_prompt([*columns, *columns] if isinstance(columns, Sequence) else columns)
 
+    def _given_pass(self, rows: Rows, batch: int, length: int) -> hf_steering._Pass:
+        unsteered = rows._replace(slot=torch.full_like(rows.slot, -1))
+        both = Rows(*(torch.cat(pair) for pair in zip(unsteered, rows, strict=True)))
+        return super()._given_pass(both, batch, length)
+
     def _forget_decisions(self, before: list[Any] | None) -> None:
         state = self._gate_state
-        if state is None:
-            return
+        if state is None or self._rows is not None:
+            return super()._forget_decisions(before)
         self._gate_state = state[:, state.shape[1] // 2 :]
         super()._forget_decisions(before)
         self._gate_state = state
 
-    @property
-    def projections(self) -> dict[tuple[HookPoint, int], Tensor]:
-        return {site: seen[seen.shape[0] // 2 :] for site, seen in super().projections.items()}
+    def _keep(self, number: int, probe: Tensor | None, now: hf_steering._Pass) -> None:
+        seen = len(self._history.get(number, ()))
+        super()._keep(number, probe, now)
+        pieces = self._history.get(number, [])
+        pieces[seen:] = [piece[now.batch // 2 :] for piece in pieces[seen:]]
 
     def _generation_begins(self, arguments: dict[str, Any]) -> None:
         _check_no_beams(self.model, arguments)
@@ -137,14 +144,18 @@ class Freezing(Steering):
 
 def _qk_frozen(call: AttentionCall) -> Tensor:
     """The unsteered pattern over the values of both halves: one pass over [V_base || V_steered] for a new token. Of a
-    prompt each half has its own, as fast kernels take no values wider than the keys."""
+    prompt each half has its own, as fast kernels take no values wider than the keys.
+
+    A cache made for it keeps the unsteered keys alone, and the values side by side already (`engine.cache`)."""
     half = call.query.shape[0] // 2
     base = slice(0, half)
     query, key = call.query[base], call.key[base]
+    side_by_side = call.value.shape[0] == half
     if call.query.shape[2] == 1:
-        both = torch.cat(call.value.chunk(2), dim=-1)
+        both = call.value if side_by_side else torch.cat(call.value.chunk(2), dim=-1)
         return torch.cat(call.attend(query, key, both, rows=base).chunk(2, dim=-1))
-    return call.attend(torch.cat([query, query]), torch.cat([key, key]))
+    values = torch.cat(call.value.chunk(2, dim=-1)) if side_by_side else call.value
+    return call.attend(torch.cat([query, query]), torch.cat([key, key]), values)
 
 
 def _ov_frozen(call: AttentionCall) -> Tensor:
