@@ -7,7 +7,7 @@ in order, `steer` applies a plan, or one per row of the batch, to a whole Huggin
 one hand-written forward hook. docs/design.md has the semantics.
 """
 
-from faststeer import algebra, demo, evaluate, extract, formats, hf, observe
+from faststeer import algebra, behaviours, demo, evaluate, extract, formats, hf, observe
 from faststeer.engine import Completion, Engine
 from faststeer.hf import HookPoints, Steering, hook, steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
@@ -38,6 +38,7 @@ __all__ = [
     "VectorFileError",
     "algebra",
     "backend",
+    "behaviours",
     "demo",
     "evaluate",
     "extract",

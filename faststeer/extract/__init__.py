@@ -1,7 +1,22 @@
-"""Finding directions: contrast prompts, difference in means over layers and positions, selection, and random
-controls."""
+"""Finding directions: from contrast in one pass, from pairs, by optimisation, by interpretability; selection among
+layers, positions and coefficients; and random controls."""
 
+from faststeer.extract.activations import Activations
+from faststeer.extract.attribution import Attribution, attribution, logit_difference
+from faststeer.extract.caa import caa, caa_table
+from faststeer.extract.contrast import (
+    Contrast,
+    Directions,
+    ace,
+    ace_plan,
+    contrast,
+    lat,
+    of_activations,
+    pca,
+    probe,
+)
 from faststeer.extract.control import random_like
+from faststeer.extract.cosmic import CosmicSelection, select_cosmic
 from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
 from faststeer.extract.pairs import Pair
@@ -10,10 +25,19 @@ from faststeer.extract.prompts import (
     load_prompts,
     post_instruction_positions,
 )
+from faststeer.extract.sae import sae_feature
 from faststeer.extract.select import Filtered, Row, Selection, filter_prompts, select
+from faststeer.extract.sweep import Choice, select_by_judge
+from faststeer.extract.unembedding import unembedding
 
 __all__ = [
+    "Activations",
+    "Attribution",
     "Candidates",
+    "Choice",
+    "Contrast",
+    "CosmicSelection",
+    "Directions",
     "Filtered",
     "Pair",
     "Row",
@@ -21,16 +45,31 @@ __all__ = [
     "Training",
     "TrainingDiverged",
     "TrainingSettings",
+    "ace",
+    "ace_plan",
+    "attribution",
     "bipo",
+    "caa",
+    "caa_table",
     "candidates",
+    "contrast",
     "dim",
     "filter_prompts",
+    "lat",
     "load_contrast",
     "load_prompts",
+    "logit_difference",
     "ntp",
+    "of_activations",
+    "pca",
     "po",
     "post_instruction_positions",
+    "probe",
     "random_like",
     "reps",
+    "sae_feature",
     "select",
+    "select_by_judge",
+    "select_cosmic",
+    "unembedding",
 ]
