@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from faststeer.hf.hook_points import _watch, find_hook_points, quiet, run_four_tokens
 from faststeer.observe.parts import Norm, is_norm, matrix, norm_form
 
+WIDENED = 16384  # rows of the unembedding that are in fp32 at once
+
 
 class LogitLens:
     """Reads the residual stream of one model through its final norm and unembedding.
@@ -96,7 +98,8 @@ class LogitLens:
         if self.norm is not None:
             stream = x if at is None else at.to(x)
             x = self.norm.linear(self.model, x) * self.norm.scale(stream)
-        return x @ weight.to(x).T * self._scale
+        # Widened piece by piece: the whole in fp32 may be larger than the model.
+        return torch.cat([x @ rows.to(x).T for rows in weight.split(WIDENED)], dim=-1) * self._scale
 
     def difference(self, base: Tensor, steered: Tensor) -> Tensor:
         """The difference lens: lens(steered) - lens(base) `[..., vocabulary]`, fp32 or better: what the model would say

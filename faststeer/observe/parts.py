@@ -7,6 +7,8 @@ is where the values lie in a fused projection. What cannot be seen is refused.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -280,32 +282,31 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def norm_form(holder: nn.Module, path: str) -> Norm:
-    """What a norm computes, found by comparing with the formulas on random rows.
+    """What a norm computes, found by comparing with the formulas, in fp32 and on a copy with a random weight (at its
+    first value two of them are the same).
 
     Raises:
         ValueError: neither RMSNorm nor LayerNorm.
     """
     module = holder.get_submodule(path)
-    eps = _eps(module)
-    weight = getattr(module, "weight", None)
+    eps, weight = _eps(module), getattr(module, "weight", None)
     if eps is not None and isinstance(weight, Tensor) and not weight.is_meta:
-        bias = getattr(module, "bias", None)
-        x = 3 * torch.randn(5, weight.shape[-1], generator=torch.Generator().manual_seed(0)) + 0.5
-        x = x.to(weight)
+        generator = torch.Generator().manual_seed(0)
+        trial = copy.deepcopy(module).float()
+        trial._forward_hooks.clear()
+        trial._forward_pre_hooks.clear()
+        x = (3 * torch.randn(7, weight.shape[-1], generator=generator) + 0.5).to(weight.device)
         with torch.no_grad():
-            expected = _wide(module(x)) - (0 if bias is None else _wide(bias))
-        for centred in (False, True):
-            for offset in (0.0, 1.0):
-                norm = Norm(path, eps, centred, offset)
-                found = norm.scale(x) * norm.linear(holder, x)
-                # Two roundings of the module's own (x times its scale, times the weight) and one of this check.
-                if torch.allclose(found, expected, rtol=8 * torch.finfo(weight.dtype).eps, atol=_slack(expected)):
-                    return norm
+            trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
+            if (bias := getattr(trial, "bias", None)) is not None:
+                bias.zero_()
+            expected = trial(x)
+            for centred in (False, True):
+                for offset in (0.0, 1.0):
+                    norm = Norm("", eps, centred, offset)
+                    if torch.allclose(norm.scale(x) * norm.linear(trial, x), expected, rtol=1e-5, atol=1e-5):
+                        return dataclasses.replace(norm, path=path)
     raise _Unseen(f"{path} is a {type(module).__name__}, neither RMSNorm nor LayerNorm")
-
-
-def _slack(expected: Tensor) -> float:
-    return 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
 
 
 def _eps(module: nn.Module) -> float | None:

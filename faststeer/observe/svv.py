@@ -64,14 +64,11 @@ class SteeringValueVectors:
     ) -> dict[tuple[int, int], list[str]]:
         """The k tokens that each head's vector raises most (lowers most: `largest=False`), by the logit lens:
         `{(layer, head): tokens}`, the strongest heads first."""
-        lens = LogitLens(model)
-        found = {
-            (layer, head): lens.top_tokens(self.vectors[i, head], tokenizer, k, direction=True, largest=largest)
-            for i, layer in enumerate(self.layers)
-            for head in range(self.vectors.shape[1])
-        }
-        norms = {key: float(self.norms[self.layers.index(key[0]), key[1]]) for key in found}
-        return {key: found[key] for key in sorted(found, key=lambda key: -norms[key])}
+        lens, n_heads = LogitLens(model), self.vectors.shape[1]
+        words = [lens.top_tokens(heads, tokenizer, k, direction=True, largest=largest) for heads in self.vectors]
+        order = self.norms.flatten().argsort(descending=True).tolist()
+        cells = ((i // n_heads, i % n_heads) for i in order)
+        return {(self.layers[layer], head): words[layer][head] for layer, head in cells}
 
 
 @torch.no_grad()

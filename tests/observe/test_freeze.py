@@ -92,6 +92,21 @@ def test_in_fp64(what):
     assert error_of(found, exact) < 1e-12
 
 
+@pytest.mark.parametrize("name", by_hand.FAMILIES)
+def test_in_bf16(name):
+    model, (case, _) = by_hand.build(name, torch.bfloat16), CASES[0]
+    ids = models.tokens(1, 12)
+    with observe.freeze(model, plan_of(case), "qk"), torch.no_grad():
+        first = model(input_ids=ids[:, :10], use_cache=True)
+        steps = [model(input_ids=ids[:, t : t + 1], past_key_values=first.past_key_values).logits for t in (10, 11)]
+    found = torch.cat([first.logits, *steps], 1)[0]
+    exact, rough = (
+        by_hand.frozen_logits(by_hand.eager_copy(model, dtype), ids[0], case, 12, "qk")
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert error_of(found, exact) <= 2 * error_of(rough, exact)
+
+
 @pytest.mark.parametrize("what", ["qk", "ov"])
 @pytest.mark.parametrize("name", by_hand.FAMILIES)
 def test_coefficient_zero_is_unsteered(name, what):

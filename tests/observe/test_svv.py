@@ -145,6 +145,19 @@ def test_ablation_is_what_hooks_by_hand_do(name, withheld):
         assert (found - steered).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", by_hand.FAMILIES)
+def test_in_bf16(name):
+    m, ids = by_hand.build(name, torch.bfloat16), models.tokens(1, 9)
+    exactly, roughly = (by_hand.eager_copy(m, dtype) for dtype in (FP64, torch.bfloat16))
+    with observe.ablate(m, fs.Plan([fs.Add(VECTOR, 0.75)]), ["svv", "mlp"]), torch.no_grad():
+        found = m(input_ids=ids).logits[0].double()
+    exact, rough = (by_hand.steered_logits(each, ids[0], CASE, 9, ("svv", "mlp")) for each in (exactly, roughly))
+    assert (found - exact).abs().max() <= 2 * (rough.double() - exact).abs().max()
+    vectors, expected = observe.svv(m, VECTOR), observe.svv(exactly, VECTOR)
+    assert vectors.vectors.dtype == torch.float32  # the weights are bf16, the arithmetic is not
+    torch.testing.assert_close(vectors.vectors.double(), expected.vectors, rtol=1e-4, atol=1e-5)
+
+
 def test_ablation_while_generating_with_a_plan_per_row():
     m = by_hand.build("llama")
     batch = models.left_padded([models.tokens(1, n, seed=n)[0] for n in (5, 9, 7)])
