@@ -27,6 +27,7 @@ from faststeer.extract.prompts import (
 )
 from faststeer.extract.sae import sae_feature
 from faststeer.extract.select import Filtered, Row, Selection, filter_prompts, select
+from faststeer.extract.steered_pairs import steered_pairs
 from faststeer.extract.sweep import Choice, select_by_judge
 from faststeer.extract.unembedding import unembedding
 
@@ -71,5 +72,6 @@ __all__ = [
     "select",
     "select_by_judge",
     "select_cosmic",
+    "steered_pairs",
     "unembedding",
 ]

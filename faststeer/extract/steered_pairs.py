@@ -1,0 +1,80 @@
+"""Preference pairs out of a model's own answers, steered and not: for behaviours without target completions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from faststeer.evaluate.generate import complete
+from faststeer.evaluate.judges import Coherence, Judge, no_loop, refusal
+from faststeer.extract.pairs import Pair
+from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.intervention import Add, Layers
+from faststeer.plan import Plan
+from faststeer.vector import SteeringVector
+
+
+def steered_pairs(
+    model: Any,
+    tokenizer: Any,
+    vector: SteeringVector,
+    induce: Sequence[Prompt],
+    suppress: Sequence[Prompt],
+    *,
+    layers: Layers = None,
+    coefficient: float = 1.0,
+    judge: Judge = refusal,
+    coherence: Coherence = no_loop,
+    system: str | None = None,
+    max_new_tokens: int = 80,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Pair]:
+    """Return a Pair for every prompt on which a vector that is known already does what it is for: the answer with the
+    vector chosen, the one without it rejected.
+
+    A vector from contrast (`dim`) so gives `ntp`, `po`, `reps` and `bipo` their completions; what they find may do what
+    it does with a smaller change, but is taught by it, and cannot know better than it did.
+
+    Args:
+        vector: at the layers where it acts; `layers` picks some of them.
+        induce: prompts on which coefficient x vector is added (sign +1); suppress: on which it is subtracted (-1).
+        judge: 1 for an answer that shows the behaviour, -1 for the opposite (`faststeer.evaluate.judges`). A pair stays
+            if it says the sign of the chosen answer and something else of the rejected one.
+        coherence: of the chosen answer, which goes where it is False.
+        system: a system prompt put before every prompt; give it to the training, too.
+        max_new_tokens: of an answer; more than `TrainingSettings.max_tokens`, so that the end of one that was cut is
+            not taught.
+        batch_size, progress: as in `faststeer.evaluate.complete`.
+
+    Raises:
+        ValueError: no prompts, a vector that does not fit the model, or no pair that stays.
+    """
+    sides = ((1, check_prompts(induce, "induce")), (-1, check_prompts(suppress, "suppress")))
+    prompts = [(sign, prompt) for sign, given in sides for prompt in given]
+    plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign, _ in sides}
+    answers = complete(
+        model,
+        tokenizer,
+        [prompt for _, prompt in prompts] * 2,
+        [plans[sign] for sign, _ in prompts] + [None] * len(prompts),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    chosen, rejected = answers[: len(prompts)], answers[len(prompts) :]
+    pairs = [
+        Pair(prompt, steered, plain, sign)
+        for (sign, prompt), steered, plain in zip(prompts, chosen, rejected, strict=True)
+        if steered.strip() and plain.strip() and judge(steered) == sign != judge(plain) and coherence(steered)
+    ]
+    if not pairs:
+        raise ValueError(
+            f"the vector changes the verdict on none of {len(prompts)} prompts: is it at the right layer, strong "
+            "enough, and does it point from the opposite to the behaviour?"
+        )
+    if 2 * len(pairs) < len(prompts):
+        warnings.warn(f"the vector changes the verdict on only {len(pairs)} of {len(prompts)} prompts", stacklevel=2)
+    return pairs
