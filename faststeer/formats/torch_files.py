@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,8 @@ def _load(data: bytes, what: str) -> Any:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it is compressed, which torch.save never does")
-        with torch.serialization.safe_globals([(_Pickled, PICKLED)]):
+        with torch.serialization.safe_globals([(_Pickled, PICKLED)]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of another protocol, which are refused or read
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and the unpickler raise what their own indexing gives
         reason = " ".join(str(error).split())[:300]
