@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from faststeer.hf import steering as hf_steering
 from faststeer.hf.attention import AttentionCall, exchange_attention
@@ -104,6 +104,7 @@ class Freezing(Steering):
         given = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
         tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         rows = tokens.shape[0]
+        _check_cache(given.get("past_key_values"), rows)
         return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
 
     # A pass has twice the rows that plans are for: the first half is not steered.
@@ -177,6 +178,16 @@ def _doubled(x: Any, rows: int) -> Any:
     if isinstance(x, Mapping):  # masks by kind of attention
         return {name: _doubled(value, rows) for name, value in x.items()}
     return x
+
+
+def _check_cache(cache: Any, rows: int) -> None:
+    """Both halves must be in a cache that is continued."""
+    layer = cache.layers[0] if isinstance(cache, DynamicCache) and cache.layers else None
+    if layer is not None and layer.is_initialized and cast(Tensor, layer.keys).shape[0] != 2 * rows:
+        raise ValueError(
+            f"the cache holds {cast(Tensor, layer.keys).shape[0]} rows, expected {2 * rows} for {rows} frozen rows: it "
+            "was filled outside of freeze(...); read the prompt inside"
+        )
 
 
 def _steered_half(owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

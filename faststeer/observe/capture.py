@@ -33,7 +33,7 @@ from faststeer.hf.batching import (
 )
 from faststeer.hf.hook_points import find_hook_points
 from faststeer.hf.hooks import read
-from faststeer.hf.steering import Plans, steer
+from faststeer.hf.steering import Plans, Steering, steer
 from faststeer.intervention import Positions, position_range
 from faststeer.observe.memory import in_batches
 from faststeer.observe.tokens import Row, batch_of, rows
@@ -129,6 +129,7 @@ def capture(
     system: str | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    within: Callable[[Any, list[Plan | None]], Steering] = steer,
 ) -> Capture:
     """Take activations while the model reads prompts and what follows them, steered or not.
 
@@ -146,6 +147,8 @@ def capture(
         system: a system prompt put before every prompt.
         batch_size: rows that run together; halved, with a warning, where they do not fit into memory.
         progress: show a progress bar on stderr.
+        within: what puts a batch's plans on the model: `steer`, or `freeze` or `ablate` with their other arguments given
+            (functools.partial). Of frozen attention the steered rows are captured.
 
     Raises:
         ValueError: before any forward pass: as `steer`; positions that keep no token of some prompt; another number of
@@ -166,14 +169,15 @@ def capture(
     kept = dtype or next(model.parameters()).dtype
     if kept not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
-    run = _Reader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept)
+    run = _Reader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
     if folder is None:
         found: dict[int, Captured] = {}
         for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
             found |= zip(group, taken, strict=True)
         return Capture([found[index] for index in range(len(given))])
     folder = Path(folder)
-    fingerprint = _fingerprint(model, given, chosen, points, wanted, (low, high), max_new_tokens, kept)
+    way = getattr(within, "func", within).__qualname__, getattr(within, "keywords", None)
+    fingerprint = _fingerprint(model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
     done = _done(folder, fingerprint)
     left = [index for index in range(len(given)) if index not in done]
 
@@ -236,6 +240,7 @@ class _Reader:
     range: tuple[int, int]
     max_new_tokens: int
     dtype: torch.dtype
+    within: Callable[[Any, list[Plan | None]], Steering]
 
     def __call__(self, group: list[int]) -> list[Captured]:
         chosen = [self.given[index] for index in group]
@@ -252,7 +257,7 @@ class _Reader:
                 key = at, layer
                 column = passed[key]
                 passed[key] += x.shape[1]
-                piece = x[:, max(first - column, 0) : max(behind - column, 0)]
+                piece = x[-len(group) :, max(first - column, 0) : max(behind - column, 0)]
                 seen[key].append(piece.to("cpu", self.dtype, copy=True))
                 return x[:0]
 
@@ -261,7 +266,7 @@ class _Reader:
         with ExitStack() as stack:
             plans = [self.plans[index] for index in group]
             if any(plan is not None for plan in plans):
-                steering = stack.enter_context(steer(self.model, plans))
+                steering = stack.enter_context(self.within(self.model, plans))
                 if not self.max_new_tokens:
                     steering.set_prompt(ends)
             for at in self.points:

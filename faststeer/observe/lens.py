@@ -82,6 +82,10 @@ class LogitLens:
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
         """Logits `[..., vocabulary]`, in the model's dtype, of the residual stream `[..., hidden]` at any layer."""
+        return self.logits(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The same, with gradients."""
         x = states.to(matrix(self.head))
         if self.norm is not None:
             x = self.model.get_submodule(self.norm.path)(x)

@@ -145,14 +145,14 @@ class _Group:
         return sum((v for n, v in self.added.items() if n <= number), torch.zeros_like(next(iter(self.added.values()))))
 
 
-def _groups(plans: Sequence[Plan | None], slots: Sequence[int], n_layers: int, hidden_size: int) -> list[_Group]:
-    """The additions of plans in slots.
+def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int) -> list[_Group]:
+    """The additions of plans by the slots they are in.
 
     Raises:
         ValueError: a plan that does something else than add vectors.
     """
     found: dict[tuple[int, int, int], _Group] = {}
-    for slot, plan in dict(zip(slots, plans, strict=True)).items():
+    for slot, plan in by_slot.items():
         for entry in plan.compile(n_layers, hidden_size) if plan is not None else ():
             if entry.kind == Kind.PROBE:
                 continue
@@ -219,6 +219,7 @@ class Ablating(Steering):
         path: Path | None = None,
     ) -> None:
         self.ablated = kinds
+        self._by_slot: dict[int, Plan | None] = {}
         self._groups: list[_Group] = []
         self._withheld: dict[tuple[str, int], Tensor] = {}
         self._parts = find_parts(model)
@@ -227,11 +228,22 @@ class Ablating(Steering):
 
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
         # Refused before anything changes; the slots are known after.
-        size = self._points.n_layers, self._points.hidden_size
-        _groups(plans, range(len(plans)), *size)
+        self._groups_of(dict(enumerate(plans)))
         super()._load(plans, per_row)
-        self._groups = _groups(plans, next(iter(self._slot_table.values())).tolist(), *size)
+        slots = next(iter(self._slot_table.values())).tolist()
+        self._use(dict(zip(slots, plans, strict=True)))
+
+    def load(self, slot: int, plan: Plan | None) -> None:
+        self._groups_of({slot: plan})
+        super().load(slot, plan)
+        self._use({**self._by_slot, slot: plan})
+
+    def _use(self, by_slot: dict[int, Plan | None]) -> None:
+        self._by_slot, self._groups = by_slot, self._groups_of(by_slot)
         self._withheld.clear()
+
+    def _groups_of(self, by_slot: Mapping[int, Plan | None]) -> list[_Group]:
+        return _groups(by_slot, self._points.n_layers, self._points.hidden_size)
 
     def __enter__(self) -> Ablating:
         super().__enter__()

@@ -120,6 +120,22 @@ def test_positions(positions, kept):
         close(same, one["resid_pre", 2])
 
 
+def test_frozen_and_ablated_runs():
+    model, tokenizer = demo()
+    settings = {"layers": [4], "completions": ["Sure, here it is."] * 4}
+    plain = observe.capture(model, tokenizer, PROMPTS, **settings)
+    steered = observe.capture(model, tokenizer, PROMPTS, plan(), **settings)
+    for way, arguments in ((observe.freeze, {"what": "qk"}), (observe.ablate, {"what": "svv"})):
+        within = functools.partial(way, **arguments)
+        found = observe.capture(model, tokenizer, PROMPTS, plan(), within=within, **settings)
+        for i, prompt in enumerate(found):
+            with way(model, plan(), **arguments), fs.hf.read(model, "resid_pre", [4]) as taken, torch.no_grad():
+                model(input_ids=torch.tensor([prompt.token_ids]))
+            close(prompt["resid_pre", 4], taken[4][-1])
+            for other in (plain[i], steered[i]):
+                assert not torch.allclose(prompt["resid_pre", 4], other["resid_pre", 4], atol=0.1)
+
+
 def test_dtype():
     model, tokenizer = demo()
     found = observe.capture(model, tokenizer, PROMPTS[:1], layers=[2], dtype=torch.bfloat16)[0]["resid_pre", 2]

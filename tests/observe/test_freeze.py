@@ -272,6 +272,9 @@ def test_bad_input_is_refused():
             observe.freeze(model, plan, "ov").__enter__()
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="num_beams is 3"):
         model.generate(**batch, max_new_tokens=2, num_beams=3)
+    filled = model(input_ids=models.tokens(2, 5), use_cache=True).past_key_values
+    with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="holds 2 rows, expected 4"):
+        model(input_ids=models.tokens(2, 1), past_key_values=filled)
     with pytest.raises(ValueError, match=r"Falcon.*attention"), observe.freeze(models.model("falcon"), plan, "qk"):
         pass
     assert torch.isfinite(models.model("falcon")(models.tokens(1, 4)).logits).all()
