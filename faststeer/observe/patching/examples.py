@@ -1,0 +1,246 @@
+"""What patching explains: prompts with a completion, and the positions where steering changes the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.evaluate.generate import generation_settings
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_evaluating,
+    encode,
+    model_device,
+    pad,
+    padding_id,
+    progress_bar,
+)
+from faststeer.hf.hook_points import HookPoints
+from faststeer.hf.steering import steer
+from faststeer.observe.difference import difference, kept_positions
+from faststeer.observe.tokens import Row
+from faststeer.ops.tables import GateMode, Kind
+from faststeer.plan import Entry, Plan, site_name
+
+Side = Literal["steered", "base"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One completion, read by the steered and by the unsteered model alike.
+
+    Attributes:
+        prompt, completion: token ids.
+        plan: the steering, added vectors at one place in the residual stream.
+        kept: indices into prompt + completion after which the two models' favourites differ.
+        steered_tokens, base_tokens: their favourites there.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    plan: Plan
+    kept: list[int]
+    steered_tokens: list[int]
+    base_tokens: list[int]
+
+    @property
+    def row(self) -> Row:
+        return Row(self.prompt, self.completion)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def examples(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    *,
+    completions: Sequence[Side] = ("steered", "base"),
+    changed: Callable[[str, str], bool] | None = None,
+    max_new_tokens: int = 64,
+    system: str | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Example]:
+    """Complete prompts greedily, steered and unsteered, and find the positions where the two models, reading the same
+    completion, would go on differently.
+
+    The paper's four data sets are two calls: harmful prompts with the plan that makes the model comply, harmless ones
+    with the plan that makes it refuse, each with both completions; the lists are added. Examples without a position
+    are left out. Source: arXiv 2604.08524.
+
+    Args:
+        prompts: texts or chat message lists.
+        plan: `Add` alone, at `resid_pre` or `resid_post` of one layer.
+        completions: whose: the steered model's, the unsteered one's, or both (two examples per prompt).
+        changed: `changed(base, steered)`: whether the answers (texts) show that steering worked on a prompt; others are
+            left out. With a judge: `lambda base, steered: is_refusal(steered) and not is_refusal(base)`.
+        max_new_tokens: where a completion ends if no end-of-sequence token comes first; that token belongs to it.
+        batch_size: prompts per pass, each of which has two rows.
+
+    Raises:
+        ValueError: a plan that does anything else, nothing changed on any prompt, no position anywhere where the two
+            models differ.
+    """
+    sides = tuple(dict.fromkeys(completions))
+    if not sides or set(sides) - {"steered", "base"}:
+        raise ValueError(f"completions are {list(completions)!r}: expected 'steered', 'base' or both")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    check_evaluating(model)
+    encoded = encode(tokenizer, prompts, system)
+    answers = _answers(model, tokenizer, encoded, plan, max_new_tokens, batch_size, progress)
+    chosen = [i for i in range(len(encoded)) if changed is None or changed(*_texts(tokenizer, answers[i]))]
+    if not chosen:
+        raise ValueError(
+            f"steering changed none of {len(encoded)} answers as changed= asks, so there is nothing to explain: use a "
+            "larger coefficient or another layer, prompts whose answer it changes, or another judge"
+        )
+    pairs = [(index, side) for side in sides for index in chosen]
+    texts = [answers[index][side == "steered"] for index, side in pairs]
+    return with_positions(
+        model,
+        tokenizer,
+        [prompts[index] for index, _ in pairs],
+        texts,
+        plan,
+        system=system,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def with_positions(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str | Sequence[int]],
+    plan: Plan,
+    *,
+    system: str | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Example]:
+    """As `examples`, of completions that are given: texts or token ids.
+
+    Raises:
+        ValueError: as `examples`; another number of completions than prompts, a completion without tokens.
+    """
+    last = [-1]  # only the next tokens are of interest
+    found = difference(
+        model,
+        tokenizer,
+        prompts,
+        plan,
+        completions=completions,
+        layers=last,
+        system=system,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    for index, row in enumerate(found):
+        if len(row.token_ids) == row.n_prompt:
+            raise ValueError(f"completions[{index}] has no tokens: expected at least one")
+    made = []
+    for row, kept in zip(found, kept_positions(found), strict=True):
+        if kept:
+            n = row.n_prompt
+            tokens = row.steered_token[kept].tolist(), row.base_token[kept].tolist()
+            made.append(Example(row.token_ids[:n], row.token_ids[n:], plan, kept, *tokens))
+    return made
+
+
+@torch.no_grad()
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    plan: Plan,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> list[tuple[list[int], list[int]]]:
+    """Of each prompt the unsteered and the steered greedy completion, as token ids."""
+    settings = generation_settings(model, tokenizer, max_new_tokens)
+    ends = settings.get("eos_token_id", [])
+    groups = batches([len(ids) for ids in encoded], batch_size)
+    made: dict[int, tuple[list[int], list[int]]] = {}
+    with progress_bar("Completing", len(groups), progress) as advance:
+        for group in groups:
+            rows = [encoded[index] for index in group]
+            batch = pad([*rows, *rows], padding_id(tokenizer), model_device(model))
+            del batch["position_ids"]  # generate counts positions itself, from the mask
+            with steer(model, [*([None] * len(group)), *([plan] * len(group))]):
+                output = model.generate(**batch, **settings)
+            new = [_cut(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+            made |= {index: (new[i], new[len(group) + i]) for i, index in enumerate(group)}
+            advance()
+    return [made[index] for index in range(len(encoded))]
+
+
+def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
+    stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+    return row[:stop]
+
+
+def _texts(tokenizer: Any, answers: tuple[list[int], list[int]]) -> tuple[str, str]:
+    base, steered = (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
+    return base, steered
+
+
+# What plans add -------------------------------------------------------------------------------------------------------
+
+
+def steered_layer(given: Sequence[Example], points: HookPoints) -> int:
+    """The layer that reads the steered stream first, the same for all examples.
+
+    Raises:
+        ValueError: no examples; a plan that does not add vectors at one place in the residual stream before a layer;
+            examples steered at different places.
+    """
+    if not given:
+        raise ValueError("no examples: make them with examples(model, tokenizer, prompts, plan)")
+    plans = {id(example.plan): example.plan for example in given}.values()
+    sites = {entry.site for plan in plans for entry in _additions(plan, points)}
+    names = [site_name(number, points.n_layers) for number in sorted(sites)]
+    if len(names) != 1 or names[0][0] != "resid_pre":
+        where = ", ".join(f"{at} of layer {layer}" for at, layer in names) or "no place"
+        raise ValueError(
+            f"patching explains vectors added to the residual stream before one layer, but these are added at {where}: "
+            "use Add with at='resid_pre' (or 'resid_post' of the layer before) and one layer"
+        )
+    return names[0][1]
+
+
+def added(group: Sequence[Example], batch: dict[str, Tensor], points: HookPoints, dtype: torch.dtype) -> Tensor:
+    """S `[batch, tokens, hidden]`: what steering adds to each token, nothing to padding."""
+    mask = batch["attention_mask"].bool()
+    width = mask.shape[1]
+    made = torch.zeros(*mask.shape, points.hidden_size, dtype=dtype, device=mask.device)
+    for b, example in enumerate(group):
+        position = torch.arange(width, device=mask.device) - (width - len(example.completion))
+        for entry in _additions(example.plan, points):
+            low, high = entry.position_range
+            here = mask[b] & (position >= low) & (position < high)
+            vector = float(entry.scalars[0]) * entry.basis[0].detach().double()
+            made[b] += here.unsqueeze(-1) * vector.to(made)
+    return made
+
+
+def _additions(plan: Plan, points: HookPoints) -> list[Entry]:
+    entries = [each for each in plan.compile(points.n_layers, points.hidden_size) if each.kind != Kind.PROBE]
+    for entry in entries:
+        if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
+            what = "a gate" if entry.gate_mode != GateMode.NONE else "keep_norm" if entry.keep_norm else entry.kind.name
+            raise ValueError(
+                f"patching explains added vectors: the plan must hold Add alone, without gates and keep_norm; it has "
+                f"{what.capitalize() if what.isupper() else what}"
+            )
+    return entries

@@ -1,0 +1,464 @@
+"""A model as a graph of parts: its layers run one by one from the steered one on, with what each head and MLP writes to
+the residual stream taken out, and what each query, key, value and MLP reads put in.
+
+The model computes everything itself: rotary embeddings, norms of queries and keys, masks, soft caps, experts. Only
+three things are done beside it, each from weights that `find_parts` has confirmed: what one head writes
+(z W_O^h, through the output norm where there is one), what one query, key or value makes of its own input (norm, then
+its rows of the projection), and the derivative of a norm.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.hf import steering as hf_steering
+from faststeer.hf.attention import AttentionCall, exchange_attention
+from faststeer.hf.batching import check_evaluating, forward_arguments
+from faststeer.hf.hook_points import HookPoints, find_hook_points, first_output, first_tensor, quiet, run_four_tokens
+from faststeer.observe.lens import LogitLens
+from faststeer.observe.parts import Norm, Parts, find_parts, matrix
+from faststeer.observe.patching.graph import Graph
+
+SAMPLES = 4  # random directions in which it is felt what a row of a projection moves
+
+_rows: weakref.WeakKeyDictionary[nn.Module, list[list[Rows]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a layer makes its queries (keys, values): outputs `rows` `[heads, size]` of the projection `path`."""
+
+    path: str
+    rows: Tensor
+
+
+@dataclass
+class Taken:
+    """What a layer read and wrote in one pass, `[batch, tokens, ...]`.
+
+    Attributes:
+        stream: the residual stream it read.
+        middle: the stream that its MLP's norm read.
+        mixed: what enters the output projection, head after head.
+        scale: of the output norm, `[..., 1]`; None where there is none.
+        mlp_out: what its MLP wrote.
+    """
+
+    stream: Tensor
+    middle: Tensor
+    mixed: Tensor
+    scale: Tensor | None
+    mlp_out: Tensor
+
+
+@dataclass
+class Gradients:
+    """d metric / d (a layer's tensors), fp32 or better.
+
+    Attributes:
+        stream: `[batch, tokens, hidden]` with respect to what the layer reads, by all ways.
+        attn_out: with respect to what attention writes.
+        readers: `[batch, receivers, tokens, hidden]` with respect to the pre-norm input of each query, key, value and
+            the MLP, by that reader alone.
+    """
+
+    stream: Tensor
+    attn_out: Tensor
+    readers: Tensor
+
+
+@dataclass
+class _Tap:
+    """What the hooks of a layer put in and note during one call."""
+
+    projected: dict[str, Tensor] = field(default_factory=dict)  # noted, or put in place where `putting`
+    putting: bool = False
+    watching: bool = False  # gradients are asked for: the MLP's input gets a node of its own
+    attn_out: Tensor | None = None
+    mixed: Tensor | None = None
+    attended: Tensor | None = None
+    middle: Tensor | None = None
+    mlp_in: Tensor | None = None
+    mlp_out: Tensor | None = None
+    replace_mlp_in: Callable[[], Tensor] | None = None
+
+
+class Network:
+    """A model from one layer on, as a `Graph`. Enter it (`with network:`) before running anything: that sets hooks,
+    which are gone behind the block.
+
+    Raises:
+        ValueError: an architecture whose heads cannot be told apart (`find_parts`), layers with different numbers of
+            heads, a model in training mode or on several devices. RuntimeError: a model that is being steered.
+    """
+
+    def __init__(self, model: nn.Module, start: int) -> None:
+        check_evaluating(model)
+        if hf_steering._active.get(model):
+            raise RuntimeError("the model is being steered: leave that context; patching steers by itself")
+        self.model, self.points = model, find_hook_points(model)
+        parts, rows = find_parts(model), find_rows(model)
+        shapes = {(part.heads, part.kv_heads, part.head_dim) for part in parts[start:]}
+        if len(shapes) > 1:
+            raise ValueError(f"{type(model).__name__}: layers with different heads {sorted(shapes)} make no one graph")
+        devices = {str(parameter.device) for parameter in model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"the model is on several devices {sorted(devices)}: load it on one for patching")
+        parallel = self.points.resid_mid is None
+        self.graph = Graph(start, self.points.n_layers, parts[0].heads, parts[0].kv_heads, parallel)
+        self.parts, self.rows = parts[start:], rows[start:]
+        self.layers = [self.points.layer(model, start + i) for i in range(self.graph.depth)]
+        self.lens = LogitLens(model)
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self._taps = [_Tap() for _ in self.layers]
+        self._callers: list[Callable[[Tensor], Any]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Network:
+        with ExitStack() as stack:
+            for number in range(self.graph.depth):
+                for handle in self._hooks(number):
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._callers = []
+        self._taps = [_Tap() for _ in self.layers]
+
+    # Passes -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def base(self, batch: Mapping[str, Tensor]) -> tuple[list[Taken], Tensor]:
+        """Run the model unsteered over a batch; later runs are over the same tokens. Returns what each layer read and
+        wrote, and the stream that the last one leaves, `[batch, tokens, hidden]`."""
+        self._callers = []
+        streams: list[Tensor] = []
+        ends: list[Tensor] = []
+
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            streams.append(first_tensor(args, kwargs))
+            self._callers.append(_caller(layer, args, kwargs))
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            last = self.layers[-1].register_forward_hook(lambda m, args, output: ends.append(first_output(output)))
+            stack.callback(last.remove)
+            self._reset()
+            self.model(**forward_arguments(self.model, batch))
+        return [self._taken(i, stream) for i, stream in enumerate(streams)], ends[0]
+
+    @torch.no_grad()
+    def run(self, stream: Tensor) -> Iterator[tuple[Taken, Tensor]]:
+        """Run the layers over another stream `[batch, tokens, hidden]`; after each, yield what it read and wrote, and
+        the stream it leaves."""
+        for i in range(self.graph.depth):
+            self._reset()
+            left = self._call(i, stream)
+            yield self._taken(i, stream), left
+            stream = left
+
+    @torch.no_grad()
+    def run_reading(self, i: int, base: Taken, attention: Tensor, mlp: Callable[[Tensor | None], Tensor]) -> Taken:
+        """Run layer i with an input of its own for each reader. Of what is returned, `stream` and `middle` are the
+        base's.
+
+        Args:
+            base: what the layer read and wrote unsteered; says how many rows there are.
+            attention: `[batch, queries + keys + values, tokens, hidden]`: the streams that they read.
+            mlp: from what the heads of this layer write, `[batch, heads, tokens, hidden]` (None where the MLP runs in
+                parallel), to the stream that the MLP reads, `[batch, tokens, hidden]`.
+        """
+        self._reset()
+        tap, part, layer = self._taps[i], self.parts[i], self.layers[i]
+        tap.projected, tap.putting = self._project(i, attention), True
+
+        def stream_of_mlp() -> Tensor:
+            stream = mlp(None if self.graph.parallel else self.writes(i, *self._mixed(i)))
+            return stream if part.mlp_norm is None else layer.get_submodule(part.mlp_norm.path)(stream)
+
+        tap.replace_mlp_in = stream_of_mlp
+        self._call(i, base.stream)
+        mixed = self._mixed(i)
+        assert tap.mlp_out is not None
+        return Taken(base.stream, base.middle, *mixed, tap.mlp_out.view(base.stream.shape))
+
+    def gradients(self, i: int, stream: Tensor, gradient: Tensor) -> Gradients:
+        """The derivatives in layer i, which reads `stream`, of a metric whose derivative with respect to what the layer
+        leaves is `gradient` (both `[batch, tokens, hidden]`). The layer is run again for it; nothing is kept after."""
+        self._reset()
+        tap = self._taps[i]
+        tap.watching = True
+        with torch.enable_grad():
+            leaf = stream.detach().requires_grad_()
+            left = self._call(i, leaf)
+            assert tap.attn_out is not None and tap.mlp_in is not None and tap.middle is not None
+            paths, middle = list(tap.projected), tap.middle
+            wanted = [leaf, tap.attn_out, tap.mlp_in, *(tap.projected[path] for path in paths)]
+            found = torch.autograd.grad(left, wanted, gradient.to(left.dtype))
+        self._reset()
+        projected = dict(zip(paths, found[3:], strict=True))
+        readers = self._back_to_stream(i, stream, projected)
+        mlp = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), found[2])
+        shape = stream.shape
+        made = torch.cat([readers, mlp.view(shape).unsqueeze(1)], dim=1)
+        return Gradients(found[0], found[1].view(shape), made)
+
+    def writes(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
+        """What each head of layer i writes to the residual stream, `[batch, heads, tokens, hidden]` in the model's
+        dtype, from what enters the output projection (and the scale of the output norm)."""
+        part, layer = self.parts[i], self.layers[i]
+        weight = matrix(layer.get_submodule(part.output)).unflatten(1, (part.heads, -1))
+        written = torch.einsum("bthd,ohd->bhto", mixed.unflatten(-1, (part.heads, -1)), weight)
+        if part.output_norm is None:
+            return written
+        bias = part.output_bias(layer)
+        if bias is not None:  # of no head in particular, but scaled with them
+            written = written + bias / part.heads
+        assert scale is not None
+        return (part.output_norm.linear(layer, written) * scale.unsqueeze(1)).to(mixed.dtype)
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        for i in range(len(self._taps)):
+            self._taps[i] = _Tap()
+
+    def _call(self, i: int, stream: Tensor) -> Tensor:
+        return first_output(self._callers[i](stream)).view(stream.shape)
+
+    def _taken(self, i: int, stream: Tensor) -> Taken:
+        tap = self._taps[i]
+        mixed, scale = self._mixed(i)
+        assert tap.middle is not None and tap.mlp_out is not None
+        shape = stream.shape
+        return Taken(stream, tap.middle.reshape(shape), mixed, scale, tap.mlp_out.reshape(shape))
+
+    def _mixed(self, i: int) -> tuple[Tensor, Tensor | None]:
+        tap, norm = self._taps[i], self.parts[i].output_norm
+        assert tap.mixed is not None and tap.attended is not None
+        return tap.mixed, None if norm is None else norm.scale(tap.attended)
+
+    def _project(self, i: int, streams: Tensor) -> dict[str, Tensor]:
+        """The outputs of layer i's projections `[batch, tokens, out]`, where each query, key and value has read a
+        stream of its own."""
+        part, layer = self.parts[i], self.layers[i]
+        if part.attention_norm is not None:
+            streams = layer.get_submodule(part.attention_norm.path)(streams)
+        made: dict[str, Tensor] = {}
+        first = 0
+        for each in self.rows[i]:
+            projection, heads = layer.get_submodule(each.path), each.rows.shape[0]
+            rows = each.rows.to(streams.device)
+            weight, bias = matrix(projection), getattr(projection, "bias", None)
+            out = torch.einsum("bhti,hdi->bthd", streams[:, first : first + heads], weight[rows])
+            out = out if bias is None else out + bias[rows]
+            if each.path not in made:
+                made[each.path] = out.new_zeros(*out.shape[:2], weight.shape[0])
+            made[each.path][..., rows.flatten()] = out.flatten(2)
+            first += heads
+        return made
+
+    def _back_to_stream(self, i: int, stream: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
+        """From derivatives with respect to projections' outputs to those with respect to each reader's own stream,
+        `[batch, readers, tokens, hidden]`."""
+        made = []
+        for each in self.rows[i]:
+            weight = matrix(self.layers[i].get_submodule(each.path))[each.rows.to(stream.device)]
+            wide = torch.promote_types(stream.dtype, torch.float32)
+            heads, size = each.rows.shape
+            g = projected[each.path].view(*stream.shape[:2], -1)[..., each.rows.flatten().to(stream.device)]
+            back = torch.einsum("bthd,hdi->bhti", g.unflatten(-1, (heads, size)).to(wide), weight.to(wide))
+            made.append(norm_gradient(self.parts[i].attention_norm, self.layers[i], stream.unsqueeze(1), back))
+        return torch.cat(made, dim=1)
+
+    def _hooks(self, i: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        part, layer = self.parts[i], self.layers[i]
+        for path in dict.fromkeys(each.path for each in self.rows[i]):
+
+            def projection(module: nn.Module, args: Any, output: Tensor, path: str = path) -> Tensor:
+                tap = self._taps[i]
+                if tap.putting:
+                    return tap.projected[path].view(output.shape)
+                if tap.watching:
+                    tap.projected[path] = output
+                return output
+
+            yield layer.get_submodule(path).register_forward_hook(projection)
+
+        def before_output(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._taps[i].mixed = first_tensor(args, kwargs)
+
+        def after_output(module: nn.Module, args: Any, output: Any) -> None:
+            self._taps[i].attended = first_output(output)
+
+        def attention_out(module: nn.Module, args: Any, output: Any) -> None:
+            self._taps[i].attn_out = first_output(output)
+
+        def mlp_out(module: nn.Module, args: Any, output: Any) -> None:
+            self._taps[i].mlp_out = first_output(output)
+
+        def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # The first reading counts: a norm that is called on streams of our own comes later.
+            if self._taps[i].middle is None:
+                self._taps[i].middle = first_tensor(args, kwargs)
+
+        def mlp_in(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            tap, x = self._taps[i], first_tensor(args, kwargs)
+            if part.mlp_norm is None:
+                tap.middle = x
+            if tap.replace_mlp_in is not None:
+                other = tap.replace_mlp_in().view(x.shape)
+            elif tap.watching:
+                other = tap.mlp_in = x.view_as(x)  # apart from the residual branch, and from attention's reading
+            else:
+                return None
+            return (
+                ((other, *args[1:]), kwargs)
+                if args
+                else (args, {name: other if value is x else value for name, value in kwargs.items()})
+            )
+
+        output = layer.get_submodule(part.output)
+        yield output.register_forward_pre_hook(before_output, with_kwargs=True)
+        yield output.register_forward_hook(after_output)
+        yield layer.get_submodule(self.points.attn_out).register_forward_hook(attention_out)
+        yield layer.get_submodule(self.points.mlp_out).register_forward_hook(mlp_out)
+        if part.mlp_norm is not None:
+            yield layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook(middle, with_kwargs=True)
+        yield layer.get_submodule(part.mlp).register_forward_pre_hook(mlp_in, with_kwargs=True)
+
+
+def _caller(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Any]:
+    """Calls a layer as it was called, on another stream; does not hold the old one."""
+    if args:
+        rest = args[1:]
+        return lambda stream: layer(stream, *rest, **kwargs)
+    old = first_tensor(args, kwargs)
+    name = next(name for name, value in kwargs.items() if value is old)
+    others = {key: value for key, value in kwargs.items() if key != name}
+    return lambda stream: layer(**{name: stream}, **others)
+
+
+def norm_gradient(norm: Norm | None, layer: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+    """The derivative with respect to a norm's input x, from that with respect to its output; broadcast.
+
+    With c = C x, r = (mean(c^2) + eps)^-1/2 and g' = g * w: C (r g' - r^3 c mean(c g'))."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if norm is None:
+        return gradient.to(wide)
+    weight = getattr(layer.get_submodule(norm.path), "weight", None)
+    g = gradient.to(wide)
+    g = g if weight is None else g * (norm.weight_offset + weight.to(wide))
+    c = x.to(wide)
+    c = c - c.mean(-1, keepdim=True) if norm.centred else c
+    r = norm.scale(x)
+    back = r * g - r**3 * c * (c * g).mean(-1, keepdim=True)
+    return back - back.mean(-1, keepdim=True) if norm.centred else back
+
+
+# Where queries, keys and values are made ------------------------------------------------------------------------------
+
+
+def find_rows(model: nn.Module) -> list[list[Rows]]:
+    """Of each layer, the rows of projections that make its queries, keys and values, head by head (one of the three
+    after the other). Felt, not named: a row belongs to the head whose query (key) moves most with it. Two
+    passes over four tokens, once per model.
+
+    Raises:
+        ValueError: no linear projection of what attention reads makes the queries (or keys), or heads share rows.
+    """
+    if model not in _rows:
+        points = find_hook_points(model)
+        _rows[model] = _find_rows(model, points, find_parts(model))
+    return _rows[model]
+
+
+def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> list[list[Rows]]:
+    calls: dict[int, tuple[Tensor, Tensor]] = {}
+    outputs: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in parts]
+
+    def note(call: AttentionCall) -> Tensor:
+        calls[call.layer] = call.query, call.key
+        return call.attend()
+
+    with quiet(model), ExitStack() as stack:
+        for number, part in enumerate(parts):
+            attention = points.layer(model, number).get_submodule(part.attention)
+            prefix = f"{part.attention}." if part.attention else ""
+            for name, module in attention.named_modules():
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.ndim == 2:
+                    keep = _leaf_keeper(outputs[number], prefix + name)
+                    stack.callback(module.register_forward_hook(keep).remove)
+        stack.enter_context(exchange_attention(model, note, points))
+        stack.enter_context(torch.enable_grad())
+        run_four_tokens(model)
+        return [_rows_of(model, number, part, *calls[number], outputs[number]) for number, part in enumerate(parts)]
+
+
+def _leaf_keeper(outputs: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., Tensor]:
+    """Notes a projection's input and output, and begins a new graph behind it."""
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        outputs[name] = args[0].detach(), leaf
+        return leaf
+
+    return keep
+
+
+def _rows_of(
+    model: nn.Module,
+    number: int,
+    part: Parts,
+    query: Tensor,
+    key: Tensor,
+    outputs: Mapping[str, tuple[Tensor, Tensor]],
+) -> list[Rows]:
+    made = []
+    read = outputs[part.value][0]
+    projections = {path: out for path, (received, out) in outputs.items() if torch.equal(received, read)}
+    for what, tensor in (("queries", query), ("keys", key)):
+        found = [Rows(path, rows) for path, x in projections.items() if (rows := _felt(tensor, x)) is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"{type(model).__name__}: layer {number} makes its {what} in {len(found)} linear projections whose "
+                "rows can be told apart by heads, expected one: single edges cannot be patched in this architecture"
+            )
+        made.append(found[0])
+    return [*made, Rows(part.value, part.value_rows.view(part.kv_heads, -1))]
+
+
+def _felt(tensor: Tensor, projection: Tensor) -> Tensor | None:
+    """The outputs `[heads, size]` of a projection that make each head of `tensor` `[1, heads, tokens, head_dim]`; None
+    where it has no part in them or no equal one."""
+    heads = tensor.shape[1]
+    if not tensor.requires_grad:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.zeros(heads, projection.shape[-1], dtype=torch.float64)
+    for _ in range(SAMPLES):
+        direction = torch.randn(tensor.shape[2:], generator=generator).to(tensor)
+        for head in range(heads):
+            (g,) = torch.autograd.grad(
+                (tensor[:, head] * direction).sum(), projection, retain_graph=True, allow_unused=True
+            )
+            if g is None:
+                return None
+            moved[head] += g.double().cpu().square().view(-1, g.shape[-1]).sum(0)
+    owner, own = moved.argmax(0), moved.amax(0) > 0
+    rows = [torch.nonzero(own & (owner == head)).flatten() for head in range(heads)]
+    if len({len(each) for each in rows}) > 1 or not len(rows[0]):
+        return None
+    return torch.stack(rows)

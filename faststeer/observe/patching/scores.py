@@ -1,0 +1,230 @@
+"""Multi-token activation patching: how much of what steering does to the next tokens passes each edge, node and
+dimension, by integrated gradients along the steering coefficient."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from faststeer.files import write_atomically
+from faststeer.hf.hook_points import find_hook_points
+from faststeer.observe.memory import in_batches
+from faststeer.observe.patching.examples import Example, added, steered_layer
+from faststeer.observe.patching.graph import Graph
+from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
+from faststeer.observe.patching.network import Network, Taken
+from faststeer.observe.tokens import batch_of
+
+FORMAT = "faststeer-patching-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Indirect effects on a metric m, fp64 on the CPU, in its units per kept position; m rises from base to steered.
+
+    Attributes:
+        graph: senders and receivers.
+        edges: `[senders, receivers]`; 0 where there is no edge.
+        nodes: `[senders]`. A node's score is the sum of its edges' scores.
+        dimensions: `[hidden]`: the effect of each coordinate of what steering adds; their sum is `nodes[0]`.
+        steered, base: m of the two models.
+        n_positions: kept positions that the means are over.
+        metric, steps: as given.
+    """
+
+    graph: Graph
+    edges: Tensor
+    nodes: Tensor
+    dimensions: Tensor
+    steered: float
+    base: float
+    n_positions: int
+    metric: MetricName
+    steps: int
+
+    @property
+    def completeness_error(self) -> float:
+        """`nodes[0]` - (steered - base): the error of the quadrature, which falls as 1 / steps^2."""
+        return float(self.nodes[0]) - (self.steered - self.base)
+
+    def top(self, k: int = 20) -> list[tuple[str, str, float]]:
+        """The k edges of the largest abs(score): (sender, receiver, score)."""
+        order = self.edges.abs().flatten().topk(min(k, self.edges.numel())).indices.tolist()
+        places = [divmod(index, self.graph.n_receivers) for index in order]
+        return [(self.graph.senders[s], self.graph.receivers[r], float(self.edges[s, r])) for s, r in places]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically."""
+        rest = {name: getattr(self, name) for name in ("steered", "base", "n_positions", "metric", "steps")}
+        tensors = {name: getattr(self, name).contiguous() for name in ("edges", "nodes", "dimensions")}
+        metadata = {"format": FORMAT, "graph": json.dumps(asdict(self.graph)), "rest": json.dumps(rest)}
+        write_atomically(path, to_safetensors(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: another kind of file, or a damaged one. OSError: none.
+        """
+        try:
+            with safe_open(Path(path), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
+                graph, rest = Graph(**json.loads(metadata["graph"])), json.loads(metadata["rest"])
+                tensors = {name: file.get_tensor(name) for name in ("edges", "nodes", "dimensions")}
+            shapes = [list(tensors["edges"].shape), list(tensors["nodes"].shape)]
+            if shapes != [[graph.n_senders, graph.n_receivers], [graph.n_senders]]:
+                raise ValueError(f"edges and nodes {shapes} do not fit the graph")
+            return cls(graph, **tensors, **rest)
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not hold patching scores ({error}): save them with Scores.save") from error
+
+
+def patch(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    metric: MetricName = "logit_difference",
+    steps: int = 10,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Scores:
+    """Score every edge, node and steered dimension at once. With H the unsteered run, S what steering adds, u a
+    sender's output in H + S, u* that in H, and v the stream as one receiver reads it, before its norm:
+
+        IE(u -> v) = (u - u*)^T (1/T) sum_i d m / d v at H + (i + 1/2) / T S,     i = 0 .. T - 1
+
+    summed over tokens, averaged over the kept positions of all examples. m is a position's metric:
+
+        "logit_difference": logit(y) - logit(y*), the steered and the base model's favourite next tokens
+        "directed_kl":      KL(P* || P') - KL(P || P') of their distributions
+
+    Heads of sandwich-norm models write what passes the output norm, at its scale in the run at hand. A query's own
+    gradient, and a key's and a value's (of a key-value head where heads share them), are those of their rows of the
+    projection.
+
+    Layers before the steered one run once. Each step runs the others forward without gradients and then back, one
+    layer at a time; an edge's score is added up where its gradient arises, so that memory does not depend on the
+    number of edges: docs/observe.md says what it takes. Source: arXiv 2604.08524.
+
+    Args:
+        examples: of `examples(...)`; all steered before the same layer. They may have different plans.
+        steps: T of the midpoint rule.
+        batch_size: rows per pass; halved, with a warning, where they do not fit into memory.
+
+    Raises:
+        ValueError: `steps` or `batch_size` below 1, another metric, examples or a model that cannot be patched.
+    """
+    check_metric(metric)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: expected at least 1 point of the midpoint rule")
+    points = find_hook_points(model)
+    network = Network(model, steered_layer(examples, points))
+    graph = network.graph
+    total = _Sums.empty(graph, points.hidden_size)
+
+    def run(group: list[int]) -> _Sums:
+        return _patch_batch(network, [examples[index] for index in group], metric, steps)
+
+    with network:
+        for _, sums in in_batches([len(each) for each in examples], batch_size, run, "Patching", progress):
+            total.add(sums)
+    n = sum(len(example.kept) for example in examples)
+    numbers = float(total.steered) / n, float(total.base) / n
+    edges = (total.edges / n).masked_fill(~graph.edges, 0)
+    return Scores(graph, edges, total.nodes / n, total.dimensions / n, *numbers, n, metric, steps)
+
+
+@dataclass
+class _Sums:
+    """Sums over positions, fp64 on the CPU."""
+
+    edges: Tensor
+    nodes: Tensor
+    dimensions: Tensor
+    steered: Tensor
+    base: Tensor
+
+    @classmethod
+    def empty(cls, graph: Graph, hidden_size: int) -> _Sums:
+        shapes = (graph.n_senders, graph.n_receivers), (graph.n_senders,), (hidden_size,), (), ()
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, other: _Sums) -> None:
+        for name, value in vars(other).items():
+            getattr(self, name).add_(value)
+
+
+def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _Sums:
+    graph = network.graph
+    batch, _ = batch_of([example.row for example in group], 0, network.device)
+    base, base_end = network.base(batch)
+    start = base[0].stream
+    difference, steered_end = _differences(network, base, start + added(group, batch, network.points, start.dtype))
+    steering = difference[:, 0]
+    metric = Metric(name, network.lens, group, base_end, steered_end)
+    sums = _Sums.empty(graph, start.shape[-1])
+    sums.steered, sums.base = metric.of(steered_end).sum(), metric.of(base_end).sum()
+    check_finite(sums.steered, sums.base)
+    del base, base_end, steered_end
+    per_layer = graph.receivers_per_layer
+    for step in range(steps):
+        streams = [start + (step + 0.5) / steps * steering]
+        streams += [left for _, left in network.run(streams[0])]
+        gradient = metric.gradient(streams.pop())
+        sums.edges[:, -1:] += dots(difference, gradient.unsqueeze(1)) / steps
+        for i in reversed(range(graph.depth)):
+            found = network.gradients(i, streams.pop(), gradient)
+            mlp, heads = graph.mlp_of(i), graph.heads_of(i)
+            sums.nodes[mlp] += dots(difference[:, mlp : mlp + 1], gradient.unsqueeze(1))[0, 0] / steps
+            sums.nodes[heads] += dots(difference[:, heads], found.attn_out.unsqueeze(1))[:, 0] / steps
+            upto = graph.before_mlp(i)
+            sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += dots(difference[:, :upto], found.readers) / steps
+            gradient = found.stream
+        effect = (steering.to(_wide(steering)) * gradient).sum((0, 1)).double().cpu()
+        sums.dimensions += effect / steps
+    sums.nodes[0] = sums.dimensions.sum()
+    return sums
+
+
+@torch.no_grad()
+def _differences(network: Network, base: Sequence[Taken], stream: Tensor) -> tuple[Tensor, Tensor]:
+    """u - u* of every sender `[batch, senders, tokens, hidden]`, in the model's dtype, and the stream that the last
+    layer leaves in the steered run."""
+    graph = network.graph
+    rows, *rest = stream.shape
+    made = stream.new_empty(rows, graph.n_senders, *rest)
+    made[:, 0] = stream - base[0].stream
+    left = stream
+    for i, (taken, left) in enumerate(network.run(stream)):  # noqa: B007
+        torch.sub(
+            network.writes(i, taken.mixed, taken.scale),
+            network.writes(i, base[i].mixed, base[i].scale),
+            out=made[:, graph.heads_of(i)],
+        )
+        made[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
+    return made, left
+
+
+@torch.no_grad()
+def dots(differences: Tensor, gradients: Tensor, chunk: int = 16) -> Tensor:
+    """`[senders, receivers]` fp64 on the CPU: inner products over rows, tokens and hidden size of
+    `[batch, senders, tokens, hidden]` with `[batch, receivers, tokens, hidden]`; so many senders in fp32 at once."""
+    wide = _wide(differences)
+    g = gradients.to(wide).flatten(2).transpose(1, 2)
+    made = [(piece.flatten(2).to(wide) @ g).sum(0).double().cpu() for piece in differences.split(chunk, dim=1)]
+    return torch.cat(made)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
