@@ -150,8 +150,9 @@ def _exchanged_for(
     # Masks are made from the configuration of the module that runs the layers, attention is chosen by its own.
     owners = (points.owner(model), *modules.values())
     found: list[Any] = [module.config for module in owners if hasattr(module, "config")]
-    if hasattr(model, "config"):  # by which `generate` makes masks for a static cache
-        found.append(model.config.get_text_config())
+    whole: Any = getattr(model, "config", None)
+    if whole is not None:  # by which `generate` makes masks for a static cache
+        found.append(whole.get_text_config())
     configs = {id(config): config for config in found}
     before = [(config, config._attn_implementation) for config in configs.values()]
     chosen = [(config, _implementation(model, implementation)) for config, implementation in before]

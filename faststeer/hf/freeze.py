@@ -182,11 +182,11 @@ def _doubled(x: Any, rows: int) -> Any:
 
 def _check_cache(cache: Any, rows: int) -> None:
     """Both halves must be in a cache that is continued."""
-    layer = cache.layers[0] if isinstance(cache, DynamicCache) and cache.layers else None
-    if layer is not None and layer.is_initialized and cast(Tensor, layer.keys).shape[0] != 2 * rows:
+    layer: Any = cache.layers[0] if isinstance(cache, DynamicCache) and cache.layers else None
+    if layer is not None and layer.is_initialized and layer.keys.shape[0] != 2 * rows:
         raise ValueError(
-            f"the cache holds {cast(Tensor, layer.keys).shape[0]} rows, expected {2 * rows} for {rows} frozen rows: it "
-            "was filled outside of freeze(...); read the prompt inside"
+            f"the cache holds {layer.keys.shape[0]} rows, expected {2 * rows} for {rows} frozen rows: it was filled "
+            "outside of freeze(...); read the prompt inside"
         )
 
 

@@ -147,8 +147,8 @@ def capture(
         system: a system prompt put before every prompt.
         batch_size: rows that run together; halved, with a warning, where they do not fit into memory.
         progress: show a progress bar on stderr.
-        within: what puts a batch's plans on the model: `steer`, or `freeze` or `ablate` with their other arguments given
-            (functools.partial). Of frozen attention the steered rows are captured.
+        within: what puts a batch's plans on the model: `steer`, or `freeze` or `ablate` with their other arguments
+            given (functools.partial). Of frozen attention the steered rows are captured.
 
     Raises:
         ValueError: before any forward pass: as `steer`; positions that keep no token of some prompt; another number of
@@ -176,7 +176,7 @@ def capture(
             found |= zip(group, taken, strict=True)
         return Capture([found[index] for index in range(len(given))])
     folder = Path(folder)
-    way = getattr(within, "func", within).__qualname__, getattr(within, "keywords", None)
+    way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
     fingerprint = _fingerprint(model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
     done = _done(folder, fingerprint)
     left = [index for index in range(len(given)) if index not in done]

@@ -152,6 +152,25 @@ def test_sliding_window_and_soft_cap_stay_the_models_own():
     assert error_of(found, exact) < 64 * 2**-23
 
 
+def test_return_sequences_and_padding_on_the_right():
+    model, (first, second, _) = small("llama"), prompts()
+    cases = [case for case, _ in CASES[:2]]
+    plans, exactly = [plan_of(case) for case in cases], by_hand.eager_copy(model, torch.float64)
+    with observe.freeze(model, plans, "qk"):
+        out = model.generate(**models.left_padded([first, second]), max_new_tokens=4, do_sample=True,
+                             num_return_sequences=2, output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    for row in range(4):
+        n = (len(first), len(second))[row // 2]
+        ids = out.sequences[row, len(second) - n :]
+        exact = by_hand.frozen_logits(exactly, ids, cases[row // 2], n, "qk")[n - 1 : -1]
+        assert error_of(torch.stack([logits[row] for logits in out.logits]), exact) < 64 * 2**-23
+    with observe.freeze(model, plans, "ov"), torch.no_grad():
+        found = model(**models.right_padded([first, second]), return_dict=False)[0]
+    for row, ids in enumerate((first, second)):
+        exact = by_hand.frozen_logits(exactly, ids, cases[row], len(ids), "ov")
+        assert error_of(found[row, : len(ids)], exact) < 64 * 2**-23
+
+
 def test_static_cache():
     model, batch = small("llama"), models.left_padded(prompts())
     with observe.freeze(model, plan_of(CASES[0][0]), "qk"):
