@@ -1,0 +1,94 @@
+"""Measures of an answer as such: how long it is, how much it repeats itself, how likely the unsteered model finds it.
+
+They have the judges' interface, and a score but no line above which something is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from faststeer.evaluate.judging.interface import Verdict
+from faststeer.evaluate.judging.words import _Plain
+from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
+from faststeer.hf.batching import Prompt, encode, padding_id
+from faststeer.plan import Plan
+
+
+def repetition(units: Sequence[Any], n: int = 4) -> float:
+    """Return the share of n-grams that occurred before, 1 - distinct / all, 0 to 1; 0 for fewer than n + 1 units.
+
+    Source: rep-n, Welleck et al. 2019 (arXiv 1908.04319).
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: expected at least 1")
+    grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class Repetition(_Plain):
+    """rep-n over the answer's tokens (with a tokenizer) or words, see `repetition`."""
+
+    shows = None
+
+    def __init__(self, n: int = 4, tokenizer: Any = None) -> None:
+        repetition([], n)
+        self._n, self._tokenizer = n, tokenizer
+        self.name = "repetition"
+
+    @property
+    def identity(self) -> str:
+        return f"repetition/1 {self._n} {'words' if self._tokenizer is None else 'tokens'}"
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
+    ) -> list[Verdict]:
+        split = str.split if self._tokenizer is None else lambda text: answer_ids(self._tokenizer, text)
+        return [Verdict(None, repetition(split(text), self._n)) for text in completions]
+
+
+class Length(_Plain):
+    """Words of an answer, split at white space."""
+
+    name, shows = "length", None
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
+    ) -> list[Verdict]:
+        return [Verdict(None, float(len(text.split()))) for text in completions]
+
+
+class Perplexity(_Plain):
+    """exp(mean negative log-probability) of the answer's tokens after its prompt, under the model without any plan.
+
+    An empty answer has none, and neither has one that with its prompt is longer than the model has positions: those
+    verdicts fail.
+
+    Args:
+        model, tokenizer: the steered ones (or another pair that is to read the answers).
+    """
+
+    name, shows = "perplexity", None
+
+    def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, batch_size: int = 32) -> None:
+        self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size
+
+    @property
+    def identity(self) -> str:
+        return f"perplexity/1 {self._system!r}"
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
+    ) -> list[Verdict]:
+        contexts = encode(self._tokenizer, prompts, self._system)
+        answers = [answer_ids(self._tokenizer, text) for text in completions]
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        readable = [
+            i for i, (c, a) in enumerate(zip(contexts, answers, strict=True)) if a and len(c) + len(a) <= positions
+        ]
+        verdicts = [Verdict(None, None) for _ in completions]
+        rows = [Row(contexts[i], answers[i]) for i in readable]
+        scored = score_rows(self._model, rows, pad_id=padding_id(self._tokenizer), batch_size=self._batch_size)
+        for i, found in zip(readable, scored, strict=True):
+            verdicts[i] = Verdict(None, float((-found.log_probabilities.mean()).exp()))
+        return verdicts

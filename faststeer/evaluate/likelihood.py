@@ -1,0 +1,109 @@
+"""How likely texts are under a model, steered or not: log-probabilities of given continuations, in fp64.
+
+Perplexity, cross-entropy, KL over a text and multiple choice all come from here; nothing here generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from faststeer.hf.batching import (
+    _rounds,
+    batches,
+    check_evaluating,
+    forward_arguments,
+    model_device,
+    pad,
+    progress_bar,
+)
+from faststeer.hf.steering import steer
+from faststeer.plan import Plan
+
+
+class Scored(NamedTuple):
+    """Log-probabilities of a continuation's tokens `[tokens]`, fp64, and whether each token is the likeliest."""
+
+    log_probabilities: Tensor
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation, in nats."""
+        return float(self.log_probabilities.sum())
+
+
+class Row(NamedTuple):
+    """A context, what follows it (both token ids, not empty), and the plan under which it is read."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    plan: Plan | None = None
+
+
+@torch.no_grad()
+def continuation_logits(
+    model: Any, rows: Sequence[Row], *, pad_id: int = 0, batch_size: int = 32, progress: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (row number, logits `[tokens, vocabulary]` that predict the row's continuation) until every row was seen.
+
+    The rows of a batch may have different plans; rows without a plan pass first, the model untouched. A row's context
+    is its prompt: positions are counted from its end, exactly as they are while a model generates.
+
+    Raises:
+        ValueError: an empty context or continuation, more tokens than the model has positions for, a model in training
+            mode, a plan that does not fit the model.
+    """
+    check_evaluating(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, row in enumerate(rows):
+        if not len(row.context) or not len(row.continuation):
+            raise ValueError(f"row {number} has an empty context or continuation: expected at least one token of each")
+        if positions is not None and len(row.context) + len(row.continuation) > positions:
+            raise ValueError(
+                f"row {number} has {len(row.context)} + {len(row.continuation)} tokens, the model has positions for "
+                f"{positions}: shorten it"
+            )
+    lengths = [len(row.context) + len(row.continuation) for row in rows]
+    work = []
+    for plans, numbers in _rounds([(number, row.plan) for number, row in enumerate(rows)], batch_size):
+        groups = batches([lengths[number] for number in numbers], batch_size)
+        work.append((plans, [[numbers[index] for index in group] for group in groups]))
+    with progress_bar("Reading", sum(len(groups) for _, groups in work), progress) as advance:
+        for plans, groups in work:
+            with steer(model, plans) if plans else nullcontext() as steering:
+                for group in groups:
+                    chosen = [rows[number] for number in group]
+                    width = max(lengths[number] for number in group)
+                    batch = pad([[*row.context, *row.continuation] for row in chosen], pad_id, model_device(model))
+                    if steering is not None:
+                        steering.assign([row.plan for row in chosen])
+                        steering.set_prompt([width - len(row.continuation) for row in chosen])
+                    arguments = forward_arguments(model, batch)
+                    if "logits_to_keep" in arguments:
+                        arguments["logits_to_keep"] = 1 + max(len(row.continuation) for row in chosen)
+                    logits = model(**arguments).logits
+                    for number, row, found in zip(group, chosen, logits, strict=True):
+                        yield number, found[-len(row.continuation) - 1 : -1]
+                    advance()
+
+
+def score_rows(
+    model: Any, rows: Sequence[Row], *, pad_id: int = 0, batch_size: int = 32, progress: bool = False
+) -> list[Scored]:
+    """Return the log-probabilities of every row's continuation, in the rows' order (see `continuation_logits`)."""
+    scored: dict[int, Scored] = {}
+    for number, logits in continuation_logits(model, rows, pad_id=pad_id, batch_size=batch_size, progress=progress):
+        tokens = torch.tensor(list(rows[number].continuation), device=logits.device)
+        chosen = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        scored[number] = Scored(chosen.cpu(), bool((logits.argmax(-1) == tokens).all()))
+    return [scored[number] for number in range(len(rows))]
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what is said after a prompt, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

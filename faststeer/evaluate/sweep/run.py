@@ -1,0 +1,318 @@
+"""Running a sweep: what is missing in the store is claimed unit by unit, done, and written row by row.
+
+Any number of processes may run the same sweep over the same store; each takes what no other works on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from faststeer.engine import Engine
+from faststeer.evaluate.judging import Judge, make
+from faststeer.evaluate.judging.models import fingerprint
+from faststeer.evaluate.multiple_choice import multiple_choice
+from faststeer.evaluate.side_effects import text_effects
+from faststeer.evaluate.sweep.description import Setting, Sweep
+from faststeer.evaluate.sweep.store import LEASE, Store, Unit
+from faststeer.hf import find_hook_points
+from faststeer.hf.batching import check_evaluating, encode
+from faststeer.plan import Plan
+
+CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most
+SETTINGS_PER_UNIT = 16  # of side effects
+JUDGED_AT_ONCE = 256  # answers between two writes of verdicts
+BYTES_PER_TOKEN, BYTES_PER_ROW = 6, 300  # of text; of everything else, a verdict included
+
+
+class Row(NamedTuple):
+    setting: int
+    prompt: int
+
+
+@dataclass
+class Progress:
+    """How far a run is: rows answered by anyone, of how many, and what is being done."""
+
+    answered: int
+    total: int
+    doing: str
+
+
+def run(
+    sweep: Sweep,
+    model: Any,
+    tokenizer: Any,
+    store: Store,
+    *,
+    max_batch: int = 64,
+    progress: bool | Callable[[Progress], None] = True,
+) -> str:
+    """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
+
+    Answers come from one Engine, prompts of one length and every plan mixed in a batch, the longest prompts first;
+    then judges, then side effects. Every answer is on disk before the next is waited for.
+
+    Args:
+        model, tokenizer: the steered ones.
+        store: an open one; several processes may have the same file open.
+        max_batch: rows of the Engine.
+        progress: a bar with the time left on stderr, or a function to call.
+
+    Raises:
+        ValueError: a plan that does not fit the model, a prompt that is too long, an unknown judge, a judge's model
+            that is missing, more than the disk has room for; all before anything runs.
+        OSError: the disk is full; what was finished is kept.
+    """
+    check_evaluating(model)
+    work = _Work(sweep, model, tokenizer, store, max_batch)
+    with _shown(progress, len(work.rows)) as report, _heartbeat(store):
+        try:
+            work.do(report)
+        finally:
+            store.release()
+    return work.run
+
+
+class _Work:
+    """A sweep on a model: its rows in order, its units, and what each of them takes."""
+
+    def __init__(self, sweep: Sweep, model: Any, tokenizer: Any, store: Store, max_batch: int) -> None:
+        self.sweep, self.model, self.tokenizer, self.store, self.max_batch = sweep, model, tokenizer, store, max_batch
+        self.settings: tuple[Setting, ...] = sweep.settings
+        self.prompts = [prompt.prompt for prompt in sweep.prompts]
+        _check_plans(model, self.settings)
+        self.encoded = encode(tokenizer, self.prompts, sweep.system)
+        self.length = _check_lengths(model, self.encoded, [p.id for p in sweep.prompts], sweep.max_new_tokens)
+        self.judges = self._judges()
+        self.rows = _largest_first(len(self.settings), [len(ids) for ids in self.encoded])
+        _check_disk(store, len(self.rows), sweep.max_new_tokens, len(self.judges))
+        self.run = sweep.identity(fingerprint(model))
+        chunk = max(CHUNK_BATCHES * max_batch, 1)
+        chunk = store.begin(self.run, chunk, sweep, _versions())
+        self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
+        for digest, judge in self.judges.items():
+            store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
+        self.units = self._units()
+        store.add_units(self.run, self.units)
+        self._engine: Engine | None = None
+
+    def _judges(self) -> dict[str, Judge]:
+        found: dict[str, Judge] = {}
+        for what in self.sweep.judges:
+            judge = what
+            if isinstance(what, str) or hasattr(what, "keys"):
+                judge = make(what, model=self.model, tokenizer=self.tokenizer, system=self.sweep.system)
+            found[hashlib.sha256(judge.identity.encode()).hexdigest()] = judge
+        return found
+
+    def _units(self) -> list[Unit]:
+        answers = [Unit(f"answers:{n}") for n in range(len(self.chunks))]
+        judges = [Unit(f"judge:{d}:{n}", f"answers:{n}") for n in range(len(self.chunks)) for d in self.judges]
+        blocks = range(-(-len(self.settings) // SETTINGS_PER_UNIT))
+        return answers + judges + [Unit(f"effect:{e}:{n}") for e in self._effects() for n in blocks]
+
+    def _effects(self) -> dict[str, Callable[[list[int]], list[tuple[Any, ...]]]]:
+        """Side effects by name and digest of what they are measured on."""
+        found: dict[str, Callable[[list[int]], list[tuple[Any, ...]]]] = {}
+        if self.sweep.text:
+            found[f"text-{_short(repr(self.sweep.text))}"] = self._text_effects
+        if self.sweep.questions:
+            found[f"questions-{_short(repr(self.sweep.questions))}"] = self._questions
+        return found
+
+    def do(self, report: Callable[[int, str], None]) -> None:
+        """Claim and do units until all are done; wait for those that other processes work on."""
+        names = [unit.name for unit in self.units]
+        answered = self.store._count("answers", self.run)
+        report(answered, "Answering")
+        while not self.store.finished(self.run, names):
+            unit = self.store.claim(self.run, names)
+            if unit is None:
+                report(self.store._count("answers", self.run), "Waiting for other processes")
+                time.sleep(0.2)
+                continue
+            kind, *rest = unit.split(":")
+            if kind == "answers":
+                self._answer(int(rest[0]), report)
+            elif kind == "judge":
+                report(self.store._count("answers", self.run), f"Judging: {self.judges[rest[0]].name}")
+                self._judge(rest[0], int(rest[1]))
+            else:
+                report(self.store._count("answers", self.run), "Side effects")
+                self._effect(rest[0], int(rest[1]))
+            self.store.finish(self.run, unit)
+
+    def _answer(self, number: int, report: Callable[[int, str], None]) -> None:
+        there = self.store.answered(self.run, number)
+        rows = [row for row in self.chunks[number] if row not in there]
+        if not rows:
+            return
+        count = self.store._count("answers", self.run)
+        sweep, engine = self.sweep, self._the_engine()
+        completions = engine.generate(
+            [self.encoded[row.prompt] for row in rows],
+            [self.settings[row.setting].plan for row in rows],
+            max_new_tokens=sweep.max_new_tokens,
+            temperature=sweep.temperature,
+            top_k=sweep.top_k,
+            top_p=sweep.top_p,
+            # The same numbers are drawn for a prompt under every setting: settings differ by what they do, not by luck.
+            seed=[sweep.seed + row.prompt for row in rows],
+            in_order=False,
+            progress=False,
+        )
+        for done, completion in enumerate(completions, 1):
+            row = rows[completion.index]
+            error = None if completion.error is None else str(completion.error)
+            self.store.add_answer(
+                self.run, *row, number, completion.text, len(completion.token_ids), completion.finish_reason, error
+            )
+            report(count + done, "Answering")
+
+    def _the_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = Engine(self.model, self.tokenizer, max_batch=self.max_batch, max_length=self.length)
+        return self._engine
+
+    def _judge(self, digest: str, number: int) -> None:
+        judge = self.judges[digest]
+        left = self.store.unjudged(self.run, digest, number)
+        for start in range(0, len(left), JUDGED_AT_ONCE):
+            some = left[start : start + JUDGED_AT_ONCE]
+            prompts = [self.prompts[prompt] for _, prompt, _ in some]
+            plans = [self.settings[setting].plan for setting, _, _ in some]
+            verdicts = judge(prompts, [text for _, _, text in some], plans)
+            rows = [(setting, prompt, v) for (setting, prompt, _), v in zip(some, verdicts, strict=True)]
+            self.store.add_verdicts(self.run, digest, rows)
+
+    def _effect(self, name: str, block: int) -> None:
+        first = block * SETTINGS_PER_UNIT
+        numbers = list(range(first, min(first + SETTINGS_PER_UNIT, len(self.settings))))
+        self.store.add_effects(self.run, name, self._effects()[name](numbers))
+
+    def _plans(self, numbers: Sequence[int]) -> list[Plan | None]:
+        return [self.settings[number].plan for number in numbers]
+
+    def _text_effects(self, numbers: list[int]) -> list[tuple[Any, ...]]:
+        found = text_effects(self.model, self.tokenizer, self._plans(numbers), self.sweep.text)
+        return [
+            (number, item, effect.kl[item], effect.cross_entropy[item], effect.tokens[item], None)
+            for number, effect in zip(numbers, found, strict=True)
+            for item in range(len(self.sweep.text))
+        ]
+
+    def _questions(self, numbers: list[int]) -> list[tuple[Any, ...]]:
+        questions = self.sweep.questions
+        found: Any = multiple_choice(
+            self.model, self.tokenizer, questions, self._plans(numbers), system=self.sweep.system
+        )
+        return [
+            (number, item, None, None, None, int(choice.chosen == question.answer))
+            for number, accuracy in zip(numbers, found, strict=True)
+            for item, (question, choice) in enumerate(zip(questions, accuracy.choices, strict=True))
+        ]
+
+
+def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[Row]:
+    """Longest prompts first, so that what does not fit into memory fails at the start; a prompt's settings together."""
+    order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
+    return [Row(setting, prompt) for prompt in order for setting in range(n_settings)]
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Checks before anything runs ------------------------------------------------------------------------------------------
+
+
+def _check_plans(model: Any, settings: Sequence[Setting]) -> None:
+    points = find_hook_points(model)
+    for setting in settings:
+        if setting.plan is not None:
+            try:
+                setting.plan.compile(points.n_layers, points.hidden_size)
+            except ValueError as error:
+                raise ValueError(f"the setting {setting.name!r} does not fit the model: {error}") from error
+
+
+def _check_lengths(model: Any, encoded: Sequence[Sequence[int]], ids: Sequence[str], new: int) -> int:
+    """Tokens of the longest prompt and its answer."""
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
+    length = len(encoded[longest]) + new
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"the prompt {ids[longest]!r} has {len(encoded[longest])} tokens, which with max_new_tokens {new} is more "
+            f"than the model's {positions} positions: shorten it, or lower max_new_tokens"
+        )
+    return length
+
+
+def _check_disk(store: Store, rows: int, new: int, judges: int) -> None:
+    needed = rows * (new * BYTES_PER_TOKEN + BYTES_PER_ROW * (1 + judges))
+    free = shutil.disk_usage(store.path.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{rows:,} rows may need {needed / 1e9:.1f} GB, and the disk of {store.path} has {free / 1e9:.1f} GB free: "
+            "make room, name a store on another disk, or sweep less"
+        )
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from faststeer import __version__
+
+    return {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# While it runs --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _heartbeat(store: Store) -> Iterator[None]:
+    """Signs of life from a thread with a connection of its own, since one row may take long."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        with Store(store.path, create=False) as own:
+            own.worker = store.worker
+            while not stop.wait(LEASE / 10):
+                try:
+                    own.beat()
+                except OSError:
+                    continue  # the next row will say it
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _shown(progress: bool | Callable[[Progress], None], total: int) -> Iterator[Callable[[int, str], None]]:
+    if not isinstance(progress, bool):
+        yield lambda answered, doing: progress(Progress(answered, total, doing))
+    elif not progress:
+        yield lambda answered, doing: None
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("Answering", total=total)
+            yield lambda answered, doing: bar.update(task, completed=answered, description=doing)

@@ -1,0 +1,424 @@
+"""Where a sweep's rows are kept: one SQLite file, written row by row, shared by any number of processes of a machine.
+
+Every row is a transaction in a write-ahead log, so that a killed process leaves all rows it had finished and no half of
+one. A run is known by the digest of everything its answers depend on; rows of different runs lie side by side in one
+file and never mix. The tables are described in docs/evaluate.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faststeer.plan import Plan
+from faststeer.vector import SteeringVector
+
+FORMAT = 1
+APPLICATION = 0x66737377  # "fssw", in the file's header
+LEASE = 60.0  # seconds without a sign of life after which another process takes a unit over
+BUSY = 60.0  # seconds to wait for another process's transaction
+
+SCHEMA = """
+CREATE TABLE runs (
+    run TEXT PRIMARY KEY, created REAL NOT NULL, chunk INTEGER NOT NULL, description TEXT NOT NULL,
+    versions TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE vectors (run TEXT, name TEXT, control INTEGER, data BLOB NOT NULL, PRIMARY KEY (run, name, control));
+CREATE TABLE settings (
+    run TEXT, setting INTEGER, name TEXT NOT NULL, kind TEXT NOT NULL, vector TEXT NOT NULL, layers TEXT NOT NULL,
+    coefficient REAL, control INTEGER, plan TEXT, PRIMARY KEY (run, setting)) WITHOUT ROWID;
+CREATE TABLE prompts (
+    run TEXT, prompt INTEGER, id TEXT NOT NULL, tag TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (run, prompt)
+    ) WITHOUT ROWID;
+CREATE TABLE answers (
+    run TEXT, setting INTEGER, prompt INTEGER, chunk INTEGER NOT NULL, text TEXT NOT NULL, tokens INTEGER NOT NULL,
+    finish TEXT NOT NULL, error TEXT, PRIMARY KEY (run, setting, prompt)) WITHOUT ROWID;
+CREATE INDEX answers_by_chunk ON answers (run, chunk);
+CREATE TABLE judges (
+    run TEXT, judge TEXT, name TEXT NOT NULL, shows REAL, identity TEXT NOT NULL, PRIMARY KEY (run, judge)
+    ) WITHOUT ROWID;
+CREATE TABLE verdicts (
+    run TEXT, judge TEXT, setting INTEGER, prompt INTEGER, label TEXT, score REAL, parts TEXT, raw TEXT,
+    PRIMARY KEY (run, judge, setting, prompt)) WITHOUT ROWID;
+CREATE TABLE effects (
+    run TEXT, effect TEXT, setting INTEGER, item INTEGER, kl REAL, cross_entropy REAL, tokens INTEGER, correct INTEGER,
+    PRIMARY KEY (run, effect, setting, item)) WITHOUT ROWID;
+CREATE TABLE units (
+    run TEXT, unit TEXT, number INTEGER NOT NULL, needs TEXT, done INTEGER NOT NULL DEFAULT 0, worker TEXT, host TEXT,
+    pid INTEGER, seen REAL, PRIMARY KEY (run, unit)) WITHOUT ROWID;
+"""
+
+
+class StoreError(ValueError):
+    """The store cannot be used as it is; the message says why and what to do. What was in it is unchanged."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that one process does: "answers:3", "judge:<digest>:3", "effect:<digest>:0"."""
+
+    name: str
+    needs: str | None = None
+
+
+class Store:
+    """An open store. Use it in a `with` block, or close it.
+
+    Args:
+        path: the file; made where there is none (with its folder), unless `create` is False.
+
+    Raises:
+        FileNotFoundError: no such file, with `create=False`.
+        StoreError: another kind of file, a store of another version of faststeer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
+        self.path = Path(path)
+        if not create and not self.path.is_file():
+            raise FileNotFoundError(f"no store at {self.path}: no such file")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.worker = uuid.uuid4().hex
+        self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            if "not a database" in str(error) or "malformed" in str(error):
+                raise StoreError(
+                    f"{self.path} is no store of sweeps ({error}): name another file, or restore it from a copy"
+                ) from error
+            raise _readable(error, self.path) from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA foreign_keys = OFF")
+        found, version = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables and found != APPLICATION:
+            raise StoreError(f"{self.path} is a database of something else: name another file")
+        if tables and version != FORMAT:
+            raise StoreError(
+                f"{self.path} was written by another version of faststeer (store format {version}, this one has "
+                f"{FORMAT}): use that version, or name another file; nothing in it was changed"
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        if not tables:
+            with self.transaction():
+                if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    for statement in SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA application_id = {APPLICATION}")
+                    self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it, or nothing. Raises OSError where the disk is full."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise _readable(error, self.path) from error
+
+    def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _readable(error, self.path) from error
+
+    # Runs
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every run in the file, newest first: its digest, when it began, its description, answers there are and will
+        be."""
+        found = self._all("SELECT * FROM runs ORDER BY created DESC")
+        return [
+            {
+                "run": row["run"],
+                "created": row["created"],
+                "description": json.loads(row["description"]),
+                "versions": json.loads(row["versions"]),
+                "answers": self._count("answers", row["run"]),
+                "expected": self._count("settings", row["run"]) * self._count("prompts", row["run"]),
+                "done": self.finished(row["run"]),
+            }
+            for row in found
+        ]
+
+    def run(self, prefix: str | None = None) -> str:
+        """The digest of the run that begins so; by default of the newest.
+
+        Raises:
+            StoreError: no run, none or several that begin so.
+        """
+        found = [row["run"] for row in self._all("SELECT run FROM runs ORDER BY created DESC")]
+        if not found:
+            raise StoreError(f"{self.path} holds no sweep yet")
+        if prefix is None:
+            return found[0]
+        fitting = [run for run in found if run.startswith(prefix)]
+        if len(fitting) != 1:
+            raise StoreError(f"{self.path}: {len(fitting)} sweeps begin with {prefix!r}; there are {', '.join(found)}")
+        return fitting[0]
+
+    def _count(self, table: str, run: str) -> int:
+        return self._all(f"SELECT count(*) FROM {table} WHERE run = ?", run)[0][0]
+
+    def begin(self, run: str, chunk: int, sweep: Any, versions: Mapping[str, str]) -> int:
+        """Write a run's settings, prompts and vectors, where they are not there yet; return its rows per chunk."""
+        with self.transaction():
+            if not self._all("SELECT 1 FROM runs WHERE run = ?", run):
+                from faststeer.extract.control import random_like
+
+                self._db.execute(
+                    "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",
+                    (run, time.time(), chunk, json.dumps(sweep.to_dict()), json.dumps(versions)),
+                )
+                names: dict[str, SteeringVector] = {}
+                for name, vector in sweep.vectors.items():
+                    names[name] = vector
+                    self._db.execute("INSERT INTO vectors VALUES (?, ?, NULL, ?)", (run, name, vector.to_bytes()))
+                    for n in range(sweep.controls):
+                        data = random_like(vector, sweep.seed + n).to_bytes()
+                        self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", (run, name, n, data))
+                self._db.executemany(
+                    "INSERT INTO settings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(run, i, *_setting_row(setting, names)) for i, setting in enumerate(sweep.settings)],
+                )
+                self._db.executemany(
+                    "INSERT INTO prompts VALUES (?, ?, ?, ?, ?)",
+                    [(run, i, p.id, p.tag, json.dumps(p.prompt)) for i, p in enumerate(sweep.prompts)],
+                )
+        return self._all("SELECT chunk FROM runs WHERE run = ?", run)[0]["chunk"]
+
+    # Units: who does what
+
+    def add_units(self, run: str, units: Sequence[Unit]) -> None:
+        """Add work that is not there yet; it is done in this order."""
+        with self.transaction():
+            known = {row["unit"] for row in self._all("SELECT unit FROM units WHERE run = ?", run)}
+            number = len(known)
+            for unit in units:
+                if unit.name not in known:
+                    self._db.execute(
+                        "INSERT INTO units (run, unit, number, needs) VALUES (?, ?, ?, ?)",
+                        (run, unit.name, number, unit.needs),
+                    )
+                    number += 1
+
+    def claim(self, run: str, units: Iterable[str]) -> str | None:
+        """Take one of these units that nobody works on: the first whose needs are done; None if there is none now.
+
+        A unit whose process has died (on this machine), or has given no sign of life for LEASE seconds, is free.
+        """
+        wanted, now, host = set(units), time.time(), socket.gethostname()
+        with self.transaction():
+            done = {row["unit"] for row in self._all("SELECT unit FROM units WHERE run = ? AND done = 1", run)}
+            for row in self._all("SELECT * FROM units WHERE run = ? AND done = 0 ORDER BY number", run):
+                if row["unit"] not in wanted or (row["needs"] is not None and row["needs"] not in done):
+                    continue
+                if row["worker"] is not None and _alive(row, now, host):
+                    continue
+                self._db.execute(
+                    "UPDATE units SET worker = ?, host = ?, pid = ?, seen = ? WHERE run = ? AND unit = ?",
+                    (self.worker, host, os.getpid(), now, run, row["unit"]),
+                )
+                return row["unit"]
+        return None
+
+    def beat(self) -> None:
+        """Give a sign of life for what is claimed by this store."""
+        with self.transaction():
+            self._db.execute("UPDATE units SET seen = ? WHERE worker = ? AND done = 0", (time.time(), self.worker))
+
+    def release(self) -> None:
+        """Let go of what is claimed and not done."""
+        with self.transaction():
+            self._db.execute("UPDATE units SET worker = NULL WHERE worker = ? AND done = 0", (self.worker,))
+
+    def finish(self, run: str, unit: str) -> None:
+        with self.transaction():
+            self._db.execute("UPDATE units SET done = 1, worker = NULL WHERE run = ? AND unit = ?", (run, unit))
+
+    def finished(self, run: str, units: Iterable[str] | None = None) -> bool:
+        """Whether all units (or these) of a run are done."""
+        left = {row["unit"] for row in self._all("SELECT unit FROM units WHERE run = ? AND done = 0", run)}
+        return not left if units is None else not left & set(units)
+
+    # Rows
+
+    def answered(self, run: str, chunk: int) -> set[tuple[int, int]]:
+        """(setting, prompt) of the chunk's answers."""
+        found = self._all("SELECT setting, prompt FROM answers WHERE run = ? AND chunk = ?", run, chunk)
+        return {(row["setting"], row["prompt"]) for row in found}
+
+    def add_answer(
+        self, run: str, setting: int, prompt: int, chunk: int, text: str, tokens: int, finish: str, error: str | None
+    ) -> None:
+        with self.transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, setting, prompt, chunk, text, tokens, finish, error),
+            )
+
+    def unjudged(self, run: str, judge: str, chunk: int) -> list[tuple[int, int, str]]:
+        """(setting, prompt, text) of the chunk's answers without this judge's verdict, but for those that failed."""
+        found = self._all(
+            "SELECT setting, prompt, text FROM answers a WHERE run = ? AND chunk = ? AND error IS NULL AND NOT EXISTS "
+            "(SELECT 1 FROM verdicts v WHERE v.run = a.run AND v.judge = ? AND v.setting = a.setting AND "
+            "v.prompt = a.prompt) ORDER BY setting, prompt",
+            run,
+            chunk,
+            judge,
+        )
+        return [tuple(row) for row in found]
+
+    def add_judge(self, run: str, judge: str, name: str, shows: float | None, identity: str) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR IGNORE INTO judges VALUES (?, ?, ?, ?, ?)", (run, judge, name, shows, identity))
+
+    def add_verdicts(self, run: str, judge: str, rows: Iterable[tuple[int, int, Any]]) -> None:
+        """Write (setting, prompt, Verdict)."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        run,
+                        judge,
+                        setting,
+                        prompt,
+                        v.label,
+                        v.score,
+                        json.dumps(dict(v.parts)) if v.parts else None,
+                        v.raw,
+                    )
+                    for setting, prompt, v in rows
+                ],
+            )
+
+    def add_effects(self, run: str, effect: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Write (setting, item, kl, cross-entropy, tokens, correct)."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO effects VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [(run, effect, *row) for row in rows]
+            )
+
+    # Reading
+
+    def settings(self, run: str) -> list[dict[str, Any]]:
+        """Every setting: `setting` (its number), `name`, `kind`, `vector`, `layers`, `coefficient`, `control`."""
+        columns = "setting, name, kind, vector, layers, coefficient, control"
+        found = self._all(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
+        return [dict(row) | {"layers": tuple(json.loads(row["layers"]))} for row in found]
+
+    def plan(self, run: str, setting: int) -> Plan | None:
+        """The plan of a setting, with the vectors that the store holds; None for the unsteered one."""
+        row = self._all("SELECT plan, control FROM settings WHERE run = ? AND setting = ?", run, setting)
+        if not row:
+            raise StoreError(f"{self.path}: the sweep {run[:12]} has no setting {setting}")
+        if row[0]["plan"] is None:
+            return None
+        vectors = self._all("SELECT name, data FROM vectors WHERE run = ? AND control IS ?", run, row[0]["control"])
+        names = {v["name"]: SteeringVector.from_bytes(v["data"], f"the vector {v['name']!r}") for v in vectors}
+        return Plan.from_json(row[0]["plan"], names)
+
+    def prompts(self, run: str) -> list[dict[str, Any]]:
+        """Every prompt: `prompt` (its number), `id`, `tag`, `content` (a text or a chat)."""
+        found = self._all("SELECT prompt, id, tag, content FROM prompts WHERE run = ? ORDER BY prompt", run)
+        return [dict(row) | {"content": json.loads(row["content"])} for row in found]
+
+    def answers(self, run: str, setting: int | None = None) -> list[dict[str, Any]]:
+        """Every answer, or a setting's: `setting`, `prompt`, `text`, `tokens`, `finish`, `error`."""
+        columns, which = "setting, prompt, text, tokens, finish, error", "" if setting is None else " AND setting = ?"
+        values = () if setting is None else (setting,)
+        found = self._all(f"SELECT {columns} FROM answers WHERE run = ?{which} ORDER BY setting, prompt", run, *values)
+        return [dict(row) for row in found]
+
+    def judges(self, run: str) -> list[dict[str, Any]]:
+        """The judges: `judge` (digest), `name`, `shows`."""
+        return [
+            dict(row) for row in self._all("SELECT judge, name, shows FROM judges WHERE run = ? ORDER BY name", run)
+        ]
+
+    def verdicts(self, run: str, judge: str) -> list[dict[str, Any]]:
+        """A judge's verdicts: `setting`, `prompt`, `label`, `score` (None: a parse failure), `parts`, `raw`."""
+        columns = "setting, prompt, label, score, parts, raw"
+        query = f"SELECT {columns} FROM verdicts WHERE run = ? AND judge = ? ORDER BY setting, prompt"
+        return [dict(row) | {"parts": json.loads(row["parts"] or "{}")} for row in self._all(query, run, judge)]
+
+    def effects(self, run: str) -> list[dict[str, Any]]:
+        """Side effects per setting and text or question: `effect`, `setting`, `item`, `kl`, `cross_entropy`, `tokens`,
+        `correct`."""
+        columns = "effect, setting, item, kl, cross_entropy, tokens, correct"
+        found = self._all(f"SELECT {columns} FROM effects WHERE run = ? ORDER BY effect, setting, item", run)
+        return [dict(row) for row in found]
+
+
+def _setting_row(setting: Any, names: Mapping[str, SteeringVector]) -> tuple[Any, ...]:
+    layers, plan = json.dumps(list(setting.layers)), setting.plan
+    text = None
+    if plan is not None:
+        inner = {setting.vector: plan.interventions[0].directions()[0]} if setting.kind != "plan" else names
+        text = plan.to_json(inner)
+        if setting.kind == "plan":
+            text = plan.to_json(inline=True)
+    return setting.name, setting.kind, setting.vector, layers, setting.coefficient, setting.control, text
+
+
+def _alive(row: sqlite3.Row, now: float, host: str) -> bool:
+    if now - row["seen"] > LEASE:
+        return False
+    if row["host"] != host:
+        return True
+    try:
+        os.kill(row["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _readable(error: sqlite3.Error, path: Path) -> Exception:
+    text = str(error)
+    if "full" in text or "disk I/O" in text:
+        return OSError(
+            f"the disk of {path} is full or cannot be written ({text}): what was finished is kept; make room and run "
+            "the same command again, it goes on where it stopped"
+        )
+    if "readonly" in text or "unable to open" in text:
+        return OSError(f"{path} cannot be written ({text}): check its permissions")
+    if "locked" in text:
+        return OSError(f"{path} is held by another process for more than {BUSY:g} s ({text})")
+    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text):
+        return StoreError(f"{path} is damaged ({text}): restore it from a copy, or name another file")
+    return error

@@ -1,0 +1,210 @@
+"""What a sweep found: a line per setting, with intervals, and against the unsteered model and the random vectors.
+
+Everything is computed from the store's rows; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import DoseResponse, Estimate, dose_response, mean_interval, paired_bootstrap
+from faststeer.evaluate.sweep.store import Store
+
+RESAMPLES = 1_999  # of the bootstraps of one line; a whole table has thousands
+
+
+@dataclass(frozen=True)
+class Score:
+    """One judge on one setting.
+
+    Args:
+        n, failures: answers judged, and how many verdicts could not be read.
+        mean: mean score with its bootstrap interval; None where nothing could be read.
+        rate: share that shows the behaviour, with Wilson's interval; None for a measure without a line.
+        over_unsteered: mean difference to the unsteered model on the same prompts.
+        over_control: to the mean of the random vectors at the same layers and coefficient, on the same prompts.
+    """
+
+    n: int
+    failures: int
+    mean: Estimate | None
+    rate: Rate | None
+    over_unsteered: Estimate | None
+    over_control: Estimate | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        named = {name: getattr(self, name) for name in ("mean", "rate", "over_unsteered", "over_control")}
+        return {"n": self.n, "failures": self.failures} | {k: v and v.to_dict() for k, v in named.items()}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting: what it is, the judges' scores by name, side effects by name (means over texts or questions)."""
+
+    setting: int
+    name: str
+    kind: str
+    vector: str
+    layers: tuple[int, ...]
+    coefficient: float | None
+    control: int | None
+    answers: int
+    errors: int
+    scores: Mapping[str, Score]
+    effects: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("scores", "layers")}
+        scores = {name: score.to_dict() for name, score in self.scores.items()}
+        return plain | {"layers": list(self.layers), "effects": dict(self.effects), "scores": scores}
+
+
+def table(store: Store, run: str | None = None, *, tag: str | None = None, seed: int = 0) -> list[Line]:
+    """Return a line per setting, in the settings' order.
+
+    Args:
+        run: which sweep (or how its digest begins); by default the newest.
+        tag: count only prompts with this tag.
+        seed: of the bootstraps.
+
+    Raises:
+        StoreError: no such sweep.
+    """
+    run = store.run(run)
+    counted = {p["prompt"] for p in store.prompts(run) if tag is None or p["tag"] == tag}
+    answers: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for answer in store.answers(run):
+        if answer["prompt"] in counted:
+            answers[answer["setting"]].append(answer)
+    settings = store.settings(run)
+    by_judge = {j["name"]: _scores(store, run, j, settings, counted, seed) for j in _named(store.judges(run))}
+    effects = _effects(store, run)
+    return [
+        Line(
+            **setting,
+            answers=len(answers[number]),
+            errors=sum(answer["error"] is not None for answer in answers[number]),
+            scores={name: scores[number] for name, scores in by_judge.items() if number in scores},
+            effects=effects.get(number, {}),
+        )
+        for setting in settings
+        for number in (setting["setting"],)
+    ]
+
+
+def doses(
+    store: Store, judge: str, run: str | None = None, *, seed: int = 0
+) -> dict[tuple[str, int | None, tuple[int, ...]], DoseResponse]:
+    """Return dose and response of a judge's score for every vector (and its controls) and layers: `{(vector, number of
+    the random vector or None, layers): DoseResponse}`, the unsteered model being coefficient 0.
+
+    Prompts that a judge could not judge at every coefficient are left out; fewer than two coefficients: no entry.
+
+    Raises:
+        StoreError: no such sweep. ValueError: no judge of that name.
+    """
+    run = store.run(run)
+    found = [j for j in _named(store.judges(run)) if j["name"] == judge]
+    if not found:
+        raise ValueError(f"there is no judge {judge!r}: there are {', '.join(j['name'] for j in store.judges(run))}")
+    scores = _by_setting(store, run, found[0]["judge"])
+    curves: dict[tuple[str, int | None, tuple[int, ...]], dict[float, dict[int, float]]] = defaultdict(dict)
+    for setting in store.settings(run):
+        if setting["kind"] in ("vector", "control"):
+            key = setting["vector"], setting["control"], setting["layers"]
+            curves[key][setting["coefficient"]] = scores.get(setting["setting"], {})
+    results = {}
+    for key, by_coefficient in curves.items():
+        by_coefficient.setdefault(0.0, scores.get(0, {}))
+        shared = sorted(set.intersection(*(set(values) for values in by_coefficient.values())))
+        if len(by_coefficient) > 1 and shared:
+            values = {c: [found[prompt] for prompt in shared] for c, found in by_coefficient.items()}
+            results[key] = dose_response(values, seed=seed)
+    return results
+
+
+def _named(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Judges with distinct names: a name that several share gets a piece of the digest."""
+    names = [judge["name"] for judge in judges]
+    return [
+        judge | {"name": judge["name"] if names.count(judge["name"]) == 1 else f"{judge['name']}@{judge['judge'][:6]}"}
+        for judge in judges
+    ]
+
+
+def _by_setting(store: Store, run: str, judge: str) -> dict[int, dict[int, float]]:
+    """`{setting: {prompt: score}}`, parse failures left out."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
+    for verdict in store.verdicts(run, judge):
+        if verdict["score"] is not None:
+            found[verdict["setting"]][verdict["prompt"]] = verdict["score"]
+    return found
+
+
+def _scores(
+    store: Store, run: str, judge: Mapping[str, Any], settings: list[dict[str, Any]], counted: set[int], seed: int
+) -> dict[int, Score]:
+    failures: dict[int, int] = defaultdict(int)
+    found: dict[int, dict[int, float]] = defaultdict(dict)
+    for verdict in store.verdicts(run, judge["judge"]):
+        if verdict["prompt"] not in counted:
+            continue
+        if verdict["score"] is None:
+            failures[verdict["setting"]] += 1
+        else:
+            found[verdict["setting"]][verdict["prompt"]] = verdict["score"]
+    controls: dict[tuple[Any, ...], list[dict[int, float]]] = defaultdict(list)
+    for setting in settings:
+        if setting["kind"] == "control":
+            controls[_place(setting)].append(found[setting["setting"]])
+    results = {}
+    for setting in settings:
+        number, kind = setting["setting"], setting["kind"]
+        values, line = found[number], judge["shows"]
+        scores = [values[prompt] for prompt in sorted(values)]
+        steered = kind != "unsteered"
+        results[number] = Score(
+            len(scores) + failures[number],
+            failures[number],
+            mean_interval(scores, seed=seed, resamples=RESAMPLES) if scores else None,
+            Rate(sum(s >= line for s in scores), len(scores)) if scores and line is not None else None,
+            _difference(values, [found[0]], seed) if steered else None,
+            _difference(values, controls.get(_place(setting), []), seed) if kind == "vector" else None,
+        )
+    return results
+
+
+def _place(setting: Mapping[str, Any]) -> tuple[Any, ...]:
+    return setting["vector"], setting["layers"], setting["coefficient"]
+
+
+def _difference(values: Mapping[int, float], others: list[dict[int, float]], seed: int) -> Estimate | None:
+    """Paired by prompt, against the mean of the others."""
+    shared = sorted(set(values).intersection(*others)) if others else []
+    if not shared:
+        return None
+    means = [math.fsum(other[prompt] for other in others) / len(others) for prompt in shared]
+    return paired_bootstrap([values[prompt] for prompt in shared], means, seed=seed, resamples=RESAMPLES)
+
+
+def _effects(store: Store, run: str) -> dict[int, dict[str, float]]:
+    """`{setting: {"kl": ..., "cross_entropy": ..., "accuracy": ...}}`; per token over all texts."""
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in store.effects(run):
+        rows[row["setting"], row["effect"].partition("-")[0]].append(row)
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for (setting, effect), items in rows.items():
+        if effect == "text":
+            tokens = sum(item["tokens"] for item in items)
+            for name in ("kl", "cross_entropy"):
+                found[setting][name] = math.fsum(item[name] * item["tokens"] for item in items) / tokens
+        else:
+            found[setting]["accuracy"] = sum(item["correct"] for item in items) / len(items)
+    return found
