@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -210,7 +211,7 @@ def _compare(
     methods = list(METHODS) if method == "all" else [part.strip() for part in method.split(",")]
     loaded, tokenizer = load_model(model, dtype, device)
     found = compare(loaded, tokenizer, behaviour, methods, **options)
-    report = found.to_dict()
+    report = found.to_dict() | {"model": model}
     if out is not None:
         for result in found.results:
             if result.vector is not None:
@@ -227,8 +228,12 @@ def _compare(
 
 
 def _comparison_table(report: dict[str, Any]) -> Table:
-    columns = ("method", "layer", "token", "coefficient", "induce", "bypass", "KL", "coherent", "cosine with DIM")
-    table = Table(*columns, title=f"{report['behaviour']}: chosen on validation prompts, measured on test prompts")
+    columns = ("method", "layer", "token", "coeff.", "induce", "bypass", "KL", "coherent", "cos DIM")
+    table = Table(
+        *columns,
+        box=SIMPLE_HEAD,
+        title=f"{report['behaviour']}: chosen on validation prompts, measured on test prompts",
+    )
     for row in report["results"]:
         rates = [f"{row[name]['rate']:.1%}" for name in ("induce", "bypass", "coherent")]
         numbers = [
@@ -240,7 +245,7 @@ def _comparison_table(report: dict[str, Any]) -> Table:
     n = report["n_prompts"]
     table.caption = (
         f"{n['test_induce']} prompts to induce on, {n['test_suppress']} to suppress on; every vector has the length of "
-        f"the difference in means (at {report['settings']['at']})"
+        f"the difference in means ({report['settings']['at']}); cos DIM: cosine with it"
     )
     return table
 

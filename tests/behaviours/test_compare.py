@@ -1,0 +1,107 @@
+"""The comparison of methods on the demo model: every vector works on held-out prompts, a random one does not, and the
+table says what generating by hand says."""
+
+from __future__ import annotations
+
+import pytest
+
+import faststeer as fs
+from faststeer import Ablate, Add, Plan
+from faststeer.behaviours import Behaviour, Split, load, of_demo
+from faststeer.behaviours.compare import METHODS, answer_tokens, compare
+from faststeer.evaluate import complete, is_refusal, kl_on
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return fs.demo.load()
+
+
+@pytest.fixture(scope="module")
+def refusal(chat):
+    methods = ("dim", "probe", "ace", "unembedding", "ntp", "po")
+    return compare(
+        *chat, of_demo("refusal"), methods, positions=[-1], steps=12, train_layers=1, n_select=8, n_test=COUNT
+    )
+
+
+@pytest.mark.parametrize("method", ["dim", "probe", "ace", "unembedding", "ntp", "po"])
+def test_each_method_induces_and_bypasses_refusal(refusal, method):
+    found = refusal[method]
+    assert found.induce.rate >= 0.95 and found.bypass.rate >= 0.95
+    assert found.coherent.rate >= 0.85
+    assert found.induce.n == found.bypass.n == COUNT
+
+
+@pytest.mark.parametrize("control", ["random", "none"])
+def test_controls_do_neither(refusal, control):
+    assert refusal[control].induce.rate <= 0.05 and refusal[control].bypass.rate <= 0.05
+
+
+def test_tone_by_three_methods(chat):
+    methods = ("dim", "pca", "lat")
+    found = compare(*chat, of_demo("tone"), methods, positions=[-3], n_select=8, n_test=COUNT)
+    for method in methods:
+        assert found[method].induce.rate >= 0.95 and found[method].bypass.rate >= 0.95
+    assert found["random"].induce.rate <= 0.05 and found["random"].bypass.rate <= 0.05
+
+
+def test_the_figures_are_those_of_generating_by_hand(chat, refusal):
+    model, tokenizer = chat
+    test = of_demo("refusal").test
+    for method in ("ntp", "random"):
+        found = refusal[method]
+        added = Plan([Add(found.vector, found.coefficient)])
+        answers = complete(model, tokenizer, test.negative[:COUNT], added, max_new_tokens=64)
+        assert found.induce.successes == sum(map(is_refusal, answers))
+        subtracted = Plan([Add(found.vector, -found.coefficient)])
+        answers = complete(model, tokenizer, test.positive[:COUNT], subtracted, max_new_tokens=64)
+        assert found.bypass.successes == sum(not is_refusal(text) for text in answers)
+        wipe = Plan([Ablate(found.vector[found.layer], layers="all", at=("resid_pre", "attn_out", "mlp_out"))])
+        by_hand = kl_on(model, tokenizer, wipe, test.negative[:COUNT]).mean().item()
+        assert found.kl == pytest.approx(by_hand, rel=1e-3)
+    # The same length for all of one layer and token; the paper's comparison.
+    dim, control = refusal["dim"], refusal["random"]
+    assert control.norm == pytest.approx(dim.norm, rel=1e-6)
+    assert abs(control.cosine) < 0.5 and dim.cosine == pytest.approx(1.0)
+
+
+def test_what_cannot_run_is_named_and_left_out(chat):
+    prompts = of_demo("refusal")
+    splits = [Split(s.positive[:12], s.negative[:12]) for s in (prompts.train, prompts.validation, prompts.test)]
+    bare = Behaviour("bare", "", "sentiment", *splits)
+    found = compare(*chat, bare, METHODS[5:], n_select=1, n_test=1, max_new_tokens=2, layers=[3])
+    assert set(found.skipped) == set(METHODS[5:])
+    assert all("has no training pairs" in why for why in found.skipped.values())
+    assert [result.method for result in found.results] == ["random", "none"]
+    with pytest.raises(KeyError, match="has no training pairs"):
+        found["ntp"]
+
+
+def test_tokens_at_which_answers_part(chat):
+    _, tokenizer = chat
+    shows, does_not = answer_tokens(tokenizer, of_demo("refusal"))
+    assert {tokenizer.decode([token]).strip() for token in shows} == {"I", "As"}
+    assert not set(shows) & set(does_not)
+    without = load("refusal")
+    tokens, against = answer_tokens(tokenizer, Behaviour("x", "", "refusal", *(
+        Split(s.positive, s.negative) for s in (without.train, without.validation, without.test)
+    )))  # fmt: skip
+    assert against == [] and set(shows) <= set(tokens)
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "message"),
+    [
+        ((), {}, r"unknown method\(s\) \(none\)"),
+        (("dim", "magic"), {}, r"unknown method\(s\) magic"),
+        (("dim",), {"layers": [9]}, r"the model has layers 0\.\.5"),
+        (("dim",), {"n_test": 0}, "expected at least 1"),
+        (("dim",), {"coefficients": [0]}, "distinct positive numbers"),
+    ],
+)
+def test_wrong_calls(chat, methods, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(*chat, of_demo("refusal"), methods, **options)
