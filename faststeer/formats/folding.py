@@ -429,8 +429,7 @@ def fold(
         untied = _untie(target, here)
         for writer in here:
             _write(writer)
-    changed = [part.full_name for writer in here for part in writer.parts]
-    changed += [f"{w.parts[0].path}.bias" for w in here if w.kind == "linear" and w.parts[0].module.bias is not None]
+    changed = [name for writer in here for name in _changed_names(writer)]
     check = expected.compare(target)
     return Folded(target, plan, tuple(changed), untied, switches, check)
 
@@ -500,6 +499,16 @@ def _untie(model: Any, writers: list[Writer]) -> bool:
 def changed_tables(writer: Writer) -> list[Part]:
     """A map changes every table, a constant the last one."""
     return writer.parts if not writer.change.is_identity else writer.parts[-1:]
+
+
+def _changed_names(writer: Writer) -> list[str]:
+    parts = writer.parts if not writer.change.is_identity else []
+    if writer.kind == "embedding":
+        parts = changed_tables(writer)
+    names = [part.full_name for part in parts]
+    if writer.kind == "linear" and writer.parts[0].module.bias is not None:
+        names.append(f"{writer.parts[0].path}.bias")
+    return names
 
 
 def _write(writer: Writer) -> None:
