@@ -120,6 +120,11 @@ def po(
 
     Source: arXiv 2604.08524, phi 0.02 or 1e-5 (b = 1 for nearly all pairs); settings and what differs as in `ntp`.
 
+    A preference is also won by making both completions unlikely, the rejected one more so: the loss goes on falling as
+    the vector grows, past the size at which answers break, and the held-out loss does not show it. Scale the vector to
+    the length of the difference in means, as the source does (`faststeer.algebra.normalise`), or take fewer steps. The
+    same holds of `reps` and `bipo`.
+
     Args:
         pairs: each with a rejected completion.
         phi: how much an unlikely chosen completion is weighted up.
