@@ -36,6 +36,7 @@ from faststeer.vector import (
 )
 
 SPARSE_FORMAT = "faststeer.sparse_vector/1"
+MAX_ELEMENTS = 2**28  # of a sparse file's dense form: what a small file may claim
 Rule = Literal["magnitude", "effect", "paper", "code", "random"]
 RULES: tuple[Rule, ...] = ("magnitude", "effect", "paper", "code", "random")
 Effect = SteeringVector | Mapping[int, Tensor] | Tensor
@@ -222,7 +223,9 @@ class SparseVector:
             inside = int(columns[0]) >= 0 and int(columns[-1]) < self.hidden_size
             if not inside or not bool((columns.diff() > 0).all()):
                 raise ValueError(f"layer {layer}: indices must ascend within 0..{self.hidden_size - 1}")
-        self.dense()
+            if not bool(values.any()):
+                raise ValueError(f"the values of layer {layer} are all zero")
+        SteeringVector(dict.fromkeys(self.indices, torch.ones(1)), **self._words())  # checks layers and words
 
     def _words(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
@@ -331,8 +334,8 @@ class SparseVector:
             if metadata.get("format") != SPARSE_FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {SPARSE_FORMAT!r}")
             hidden_size = int(metadata.get("hidden_size", ""))
-            if not 0 < hidden_size <= 2**20:
-                raise ValueError(f"its hidden size is {hidden_size}")
+            if hidden_size < 1 or hidden_size * len(tensors) > MAX_ELEMENTS:
+                raise ValueError(f"its hidden size is {hidden_size}, with {len(tensors)} tensors")
             parts: dict[str, dict[int, Tensor]] = {"indices": {}, "values": {}}
             for name, tensor in tensors.items():
                 stem, _, part = name.rpartition(".")

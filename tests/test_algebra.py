@@ -269,6 +269,10 @@ class TestSparseVector:
         assert fs.Plan.from_json(fs.Plan([fs.Add(dense)]).to_json()) == fs.Plan([fs.Add(dense)])
         with pytest.raises(FileNotFoundError):
             SparseVector.load(tmp_path / "none")
+        huge = sparse.to_bytes().replace(b'"hidden_size":"16"', b'"hidden_size":"9999999999999"')
+        huge = (int.from_bytes(huge[:8], "little") + 11).to_bytes(8, "little") + huge[8:]
+        with pytest.raises(fs.VectorFileError, match="its hidden size is 9999999999999"):
+            SparseVector.from_bytes(huge)
         with pytest.raises(fs.VectorFileError, match=r"its format is 'faststeer\.vector/1'"):
             SparseVector.from_bytes(vector().to_bytes())
 
@@ -281,7 +285,7 @@ class TestSparseVector:
             ([-1, 2], [1.0, 2.0], "within 0..15"),
             ([0], [1.0, 2.0], "as many as values"),
             ([0, 1], [1.0, math.inf], "NaN or infinite"),
-            ([0], [0.0], "is zero"),
+            ([0], [0.0], "all zero"),
         ],
         ids=["twice", "unsorted", "high", "negative", "lengths", "infinite", "zero"],
     )
