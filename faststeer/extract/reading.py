@@ -54,8 +54,8 @@ def check_contrast(
     """Return both sets if a direction between them can mean what they differ in.
 
     Raises:
-        ValueError: an empty set, something that is no prompt, fewer than two prompts a side, a prompt on both sides (at
-            one place, if they are pairs), sides whose chats have different formats (a system prompt on one side only,
+        ValueError: an empty set, something that is no prompt, fewer than two prompts a side, a prompt on both sides,
+            sides whose chats have different formats (a system prompt on one side only,
             say: the direction would be that of the format), a prompt that holds tokens of the chat template and so was
             rendered before; pairs whose sides differ in number.
     """
