@@ -232,6 +232,9 @@ def _comparison_table(report: dict[str, Any]) -> Table:
     table = Table(
         *columns,
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        collapse_padding=True,
         title=f"{report['behaviour']}: chosen on validation prompts, measured on test prompts",
     )
     for row in report["results"]:

@@ -11,7 +11,7 @@ from faststeer.behaviours import Behaviour, Split, load, of_demo
 from faststeer.behaviours.compare import METHODS, answer_tokens, compare
 from faststeer.evaluate import complete, is_refusal, kl_on
 
-COUNT = 24
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def chat():
 
 @pytest.fixture(scope="module")
 def refusal(chat):
-    methods = ("dim", "probe", "ace", "unembedding", "ntp", "po")
+    methods = ("dim", "ace", "unembedding", "ntp", "po")
     return compare(
-        *chat, of_demo("refusal"), methods, positions=[-1], steps=12, train_layers=1, n_select=8, n_test=COUNT
+        *chat, of_demo("refusal"), methods, positions=[-1], steps=10, train_layers=1, n_select=8, n_test=COUNT
     )
 
 
-@pytest.mark.parametrize("method", ["dim", "probe", "ace", "unembedding", "ntp", "po"])
+@pytest.mark.parametrize("method", ["dim", "ace", "unembedding", "ntp", "po"])
 def test_each_method_induces_and_bypasses_refusal(refusal, method):
     found = refusal[method]
     assert found.induce.rate >= 0.95 and found.bypass.rate >= 0.95
