@@ -122,16 +122,20 @@ class Classifier:
     ) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         asked = [last_user_text(prompt) for prompt in prompts]
-        for group in batches([len(a) + len(c) for a, c in zip(asked, completions, strict=True)], self._batch_size):
-            texts = [completions[i] for i in group]
-            given = ([asked[i] for i in group], texts) if self._pair else (texts,)
-            inputs = self._tokenizer(
-                *given, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt"
-            )
+        # A text without tokens says nothing that could be classified.
+        empty = [not self._tokenizer(text)["input_ids"] for text in completions]
+        verdicts |= {i: Verdict(None, None) for i, none in enumerate(empty) if none}
+        readable = [i for i, none in enumerate(empty) if not none]
+        for group in batches([len(asked[i]) + len(completions[i]) for i in readable], self._batch_size):
+            chosen = [readable[i] for i in group]
+            texts = [completions[i] for i in chosen]
+            given = ([asked[i] for i in chosen], texts) if self._pair else (texts,)
+            limit = {"truncation": True, "max_length": self._longest()}
+            inputs = self._tokenizer(*given, padding=True, return_tensors="pt", **limit)
             logits = self._model(**inputs.to(self._model.device)).logits.double()
             multi = getattr(self._model.config, "problem_type", None) == "multi_label_classification"
             chances = (logits.sigmoid() if multi else logits.softmax(-1)).cpu()
-            for i, row in zip(group, chances, strict=True):
+            for i, row in zip(chosen, chances, strict=True):
                 label = self._model.config.id2label[int(row.argmax())]
                 score = float(row[self._ids].max() if multi else row[self._ids].sum().clamp(max=1))
                 verdicts[i] = Verdict(label, score)

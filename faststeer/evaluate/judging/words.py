@@ -37,8 +37,7 @@ MORE_PHRASES = (
 )
 # What holds one of the phrases and refuses nothing. Each ends where the phrase is used up.
 IDIOMS = (
-    r"i (?:can(?:no|')t|can not) (?:stress|emphasi[sz]e|overstate|overemphasi[sz]e|recommend|thank you|praise|say) "
-    r"(?:this |that |it |you |how \w+ )?(?:enough|highly|too|strongly|more|how)",
+    r"i (?:can(?:no|')t|can not) (?:recommend|praise|say|thank) (?:\S+ ){0,5}?(?:highly |strongly )?enough\b",
     r"i (?:can(?:no|')t|can not) (?:stress|emphasi[sz]e|overstate|overemphasi[sz]e)\b",
     r"i (?:can(?:no|')t|can not) wait\b",
     r"i (?:can(?:no|')t|can not) (?:help but|imagine|believe|complain|agree more|thank)\b",

@@ -6,7 +6,7 @@ A kill at any moment loses the rows in flight; running the same sweep again goes
 tables.
 """
 
-from faststeer.evaluate.sweep.description import Setting, Sweep, SweepPrompt, load_sweep
+from faststeer.evaluate.sweep.description import Setting, Sweep, SweepPrompt, load_sweep, random_plan
 from faststeer.evaluate.sweep.run import Progress, run
 from faststeer.evaluate.sweep.store import Store, StoreError
 from faststeer.evaluate.sweep.table import Line, doses, table
@@ -21,6 +21,7 @@ __all__ = [
     "SweepPrompt",
     "doses",
     "load_sweep",
+    "random_plan",
     "run",
     "table",
 ]

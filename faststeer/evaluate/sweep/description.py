@@ -15,18 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
 from faststeer.extract.control import random_like
 from faststeer.extract.prompts import load_prompts
 from faststeer.hf.batching import Prompt, prompt_fault
-from faststeer.intervention import Ablate, Add, Clamp, Intervention
+from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
 Kind = Literal["add", "ablate", "clamp"]
 UNSTEERED = "unsteered"
+RANDOM_STRIDE = 1_000_003  # between the seeds of a plan's random directions
 JUDGES: tuple[Any, ...] = ("refusal", "perplexity", "repetition", "length")
 
 
@@ -64,8 +67,9 @@ class Setting:
         """Short and unique in a sweep: `refusal L3 c0.5`, `refusal~random0 L3,4 c0.5`."""
         if self.kind in ("unsteered", "plan"):
             return self.vector
-        random = "" if self.control is None else f"~random{self.control}"
-        return f"{self.vector}{random} L{','.join(map(str, self.layers))} c{self.coefficient:g}"
+        name = self.vector if self.control is None else f"{self.vector}~random{self.control}"
+        where = f" L{','.join(map(str, self.layers))} c{self.coefficient:g}" if self.coefficient is not None else ""
+        return name + where
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,8 @@ class Sweep:
         intervention: "add", "ablate" or "clamp".
         positions, at: as of every intervention.
         plans: whole plans by name, measured as they are.
-        controls: random vectors beside each vector, with its layers and lengths (`extract.random_like`); 0 for none.
+        controls: random vectors beside each vector, with its layers and lengths (`extract.random_like`), and plans with
+            random directions beside each plan (`random_plan`); 0 for none.
         judges: as `judging.make` names them.
         text: neutral texts on which KL and cross-entropy are measured for every setting; () for none.
         questions: multiple choice questions answered under every setting; () for none.
@@ -143,7 +148,10 @@ class Sweep:
                         plan = Plan([self._intervention(name, used, layers, c)])
                         kind: Any = "vector" if control is None else "control"
                         found.append(Setting(kind, name, layers, c, control, plan))
-        found += [Setting("plan", name, (), None, None, plan) for name, plan in self.plans.items()]
+        for name, plan in self.plans.items():
+            found.append(Setting("plan", name, (), None, None, plan))
+            for n in range(self.controls):
+                found.append(Setting("control", name, (), None, n, random_plan(plan, self.seed + n)))
         return tuple(found)
 
     def _layers_of(self, name: str, vector: SteeringVector) -> list[tuple[int, ...]]:
@@ -191,6 +199,29 @@ class Sweep:
         plain["vectors"] = {name: hashlib.sha256(v.to_bytes()).hexdigest() for name, v in self.vectors.items()}
         plain["plans"] = {name: _digest(plan.to_json(inline=True)) for name, plan in self.plans.items()}
         return json.loads(json.dumps(plain, default=str))
+
+
+def random_plan(plan: Plan, seed: int) -> Plan:
+    """The same plan with random directions of the same lengths in place of its own; its gates look where they looked.
+
+    Equal directions of a plan get equal random ones.
+    """
+    made: dict[int, Direction] = {}
+
+    def random(direction: Direction) -> Direction:
+        if id(direction) not in made:
+            number = seed + RANDOM_STRIDE * len(made)
+            if isinstance(direction, SteeringVector):
+                made[id(direction)] = random_like(direction, number)
+            else:
+                generator = torch.Generator().manual_seed(number)
+                draw = torch.randn(direction.shape, generator=generator, dtype=torch.float64)
+                lengths = direction.detach().double().cpu().norm(dim=-1, keepdim=True)
+                made[id(direction)] = (draw / draw.norm(dim=-1, keepdim=True) * lengths).to(direction)
+        return made[id(direction)]
+
+    changes: list[dict[str, Any]] = [{name: random(getattr(i, name)) for name in i.direction_names} for i in plan]
+    return Plan([replace(i, **change) for i, change in zip(plan, changes, strict=True)])
 
 
 class FieldError(ValueError):

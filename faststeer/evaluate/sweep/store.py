@@ -202,16 +202,14 @@ class Store:
                     "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",
                     (run, time.time(), chunk, json.dumps(sweep.to_dict()), json.dumps(versions)),
                 )
-                names: dict[str, SteeringVector] = {}
                 for name, vector in sweep.vectors.items():
-                    names[name] = vector
                     self._db.execute("INSERT INTO vectors VALUES (?, ?, NULL, ?)", (run, name, vector.to_bytes()))
                     for n in range(sweep.controls):
                         data = random_like(vector, sweep.seed + n).to_bytes()
                         self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", (run, name, n, data))
                 self._db.executemany(
                     "INSERT INTO settings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [(run, i, *_setting_row(setting, names)) for i, setting in enumerate(sweep.settings)],
+                    [(run, i, *_setting_row(setting)) for i, setting in enumerate(sweep.settings)],
                 )
                 self._db.executemany(
                     "INSERT INTO prompts VALUES (?, ?, ?, ?, ?)",
@@ -383,14 +381,14 @@ class Store:
         return [dict(row) for row in found]
 
 
-def _setting_row(setting: Any, names: Mapping[str, SteeringVector]) -> tuple[Any, ...]:
+def _setting_row(setting: Any) -> tuple[Any, ...]:
     layers, plan = json.dumps(list(setting.layers)), setting.plan
     text = None
     if plan is not None:
-        inner = {setting.vector: plan.interventions[0].directions()[0]} if setting.kind != "plan" else names
-        text = plan.to_json(inner)
-        if setting.kind == "plan":
+        if setting.coefficient is None:  # a whole plan, which carries its own vectors
             text = plan.to_json(inline=True)
+        else:
+            text = plan.to_json({setting.vector: plan.interventions[0].directions()[0]})
     return setting.name, setting.kind, setting.vector, layers, setting.coefficient, setting.control, text
 
 

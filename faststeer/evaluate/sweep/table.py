@@ -176,7 +176,7 @@ def _scores(
             mean_interval(scores, seed=seed, resamples=RESAMPLES) if scores else None,
             Rate(sum(s >= line for s in scores), len(scores)) if scores and line is not None else None,
             _difference(values, [found[0]], seed) if steered else None,
-            _difference(values, controls.get(_place(setting), []), seed) if kind == "vector" else None,
+            _difference(values, controls.get(_place(setting), []), seed) if kind in ("vector", "plan") else None,
         )
     return results
 

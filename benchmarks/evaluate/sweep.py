@@ -1,0 +1,141 @@
+"""A sweep of the demo model on a CPU: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts, against one setting at
+a time through `generate` with a forward hook.
+
+    OMP_NUM_THREADS=1 python benchmarks/evaluate/sweep.py [--settings 12] [--prompts 64] [--write]
+
+The layers are the 6 single ones and all together, the coefficients 0 to 2 in steps of 0.25, the methods difference in
+means, PCA and (as the control) a random vector of the first one's lengths. Coefficient 0 is the unsteered model under
+every layer and method, so that the sweep answers it once: 7 x 8 x 3 + 1 settings; the other way answers every setting, as
+a loop over settings does. That loop is run on a sample of settings, spread evenly over the grid, and its time per setting
+is extrapolated to the whole grid. The sweep's seconds include its store, judging (refusal, the demo's grammar,
+repetition) and the Engine's start; the loop's are `generate` alone, all 64 prompts of a setting in one padded batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import faststeer as fs
+from faststeer.evaluate.sweep import Store, Sweep, run, table
+from faststeer.extract.contrast import contrast
+from faststeer.hf.batching import encode, pad
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import results
+
+NEW = 64
+COEFFICIENTS = [0.25 * i for i in range(9)]
+
+
+def vectors(model: Any, tokenizer: Any) -> dict[str, fs.SteeringVector]:
+    """Difference in means, PCA of the same lengths, and a random vector of the same lengths; at `resid_post`."""
+    positive, negative = fs.demo.prompts("refusal", "train")
+    found = contrast(model, tokenizer, positive, negative, at="resid_post", positions=[-1], covariance=True)
+    dim, unit = found.dim().vector(-1), found.pca().vector(-1)
+    pca = fs.SteeringVector({n: unit[n] * dim[n].norm() for n in dim.layers}, at="resid_post", method="pca")
+    return {"dim": dim, "pca": pca, "random": fs.extract.random_like(dim, 0)}
+
+
+def grid(named: dict[str, fs.SteeringVector]) -> list[tuple[str, tuple[int, ...], float]]:
+    layers = next(iter(named.values())).layers
+    groups = [*((layer,) for layer in layers), layers]
+    return [(name, group, c) for name in named for group in groups for c in COEFFICIENTS]
+
+
+@torch.no_grad()
+def one_at_a_time(
+    model: Any, tokenizer: Any, prompts: list[str], vector: Any, layers: tuple[int, ...], c: float
+) -> int:
+    """All prompts of a setting through `generate`, the vector added by a hook on each layer; tokens generated."""
+    handles = [
+        model.model.layers[layer].register_forward_hook(lambda _m, _a, out, v=vector[layer]: out + c * v)
+        for layer in layers
+    ]
+    try:
+        batch = pad(encode(tokenizer, prompts), tokenizer.pad_token_id)
+        del batch["position_ids"]
+        out = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    finally:
+        for handle in handles:
+            handle.remove()
+    end = tokenizer.eos_token_id
+    rows = out[:, batch["input_ids"].shape[1] :].tolist()
+    return sum(row.index(end) if end in row else len(row) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=int, default=12, help="settings of the sample for one at a time")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--max-batch", type=int, default=128)
+    parser.add_argument("--store", type=Path, help="keep the store here")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep_cpu.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = fs.demo.load()
+    prompts = fs.demo.prompts("refusal", "test")[1][: options.prompts]
+    named = vectors(model, tokenizer)
+    settings = grid(named)
+    n = len(settings)
+
+    sample = settings[:: max(1, n // options.settings)]
+    one_at_a_time(model, tokenizer, prompts[:4], named["dim"], (2,), 1.0)  # warms up
+    start, hook_tokens = time.perf_counter(), 0
+    for name, layers, c in sample:
+        hook_tokens += one_at_a_time(model, tokenizer, prompts, named[name], layers, c)
+    hooks = time.perf_counter() - start
+
+    sweep = Sweep(
+        prompts,
+        vectors=named,
+        layers=[list(layers) for layers in dict.fromkeys(layers for _, layers, _ in settings)],
+        coefficients=COEFFICIENTS,
+        controls=0,  # the random vector is one of the three methods
+        judges=["refusal", "demo", "demo-coherent", "repetition"],
+        text=(),
+        max_new_tokens=NEW,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.store or Path(folder) / "sweep.db"
+        with Store(path) as store:
+            start = time.perf_counter()
+            digest = run(sweep, model, tokenizer, store, max_batch=options.max_batch)
+            ours = time.perf_counter() - start
+            tokens = sum(answer["tokens"] for answer in store.answers(digest))
+            start = time.perf_counter()
+            lines = table(store, digest)
+            summary = time.perf_counter() - start
+    whole = hooks / len(sample) * n
+    rows = [
+        {"case": "sweep", "settings": len(lines), "prompts": len(prompts), "tokens": tokens, "seconds": f"{ours:.1f}"},
+        {"case": "table of the sweep", "settings": len(lines), "prompts": len(prompts), "seconds": f"{summary:.1f}"},
+        {
+            "case": "generate with hooks, measured",
+            "settings": len(sample),
+            "prompts": len(prompts),
+            "tokens": hook_tokens,
+            "seconds": f"{hooks:.1f}",
+        },
+        {
+            "case": "generate with hooks, extrapolated",
+            "settings": n,
+            "prompts": len(prompts),
+            "seconds": f"{whole:.1f}",
+            "ratio": f"{whole / ours:.2f}",
+        },
+    ]
+    for row in rows:
+        print(row)
+    if options.write:
+        print(results.write("sweep_cpu", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""`faststeer evaluate`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from faststeer.cli.common import Device, Dtype, Json, Model, System, app, load_model, reports_errors
+from faststeer.cli.sweep import FAILED, results_table
+
+JUDGES = ("refusal", "perplexity", "repetition", "length")
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    model: Model = "demo",
+    plan: Annotated[Path | None, typer.Option(help="A plan as JSON (Plan.to_json).")] = None,
+    vector: Annotated[Path | None, typer.Option(help="A vector's file, added with --coefficient at --layer.")] = None,
+    coefficient: Annotated[float, typer.Option(help="For --vector.")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="For --vector (default: every layer it has, together).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: .txt (one a line), .json, .jsonl or .csv.")] = None,
+    field: Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Judge these instead: JSON lines with prompt and completion; no model runs.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="A judge, or an object of one in JSON; may be given several times.")
+    ] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Random vectors to compare with.")] = 1,
+    questions: Annotated[
+        Path | None, typer.Option(help="Multiple choice: JSON lines with question, choices, answer.")
+    ] = None,
+    look_alikes: Annotated[
+        bool, typer.Option("--look-alikes", help="Also count refusals of harmless questions that sound harmful.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    system: System = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what a plan does and what it costs, next to the unsteered model and random vectors of the same length.
+
+    Judges: refusal, refusal-score, sentiment, demo, perplexity, repetition, length, regex:PATTERN,
+    python:MODULE:FUNCTION, and by a model's name or folder sentiment:, classifier:, llamaguard:, harmbench:,
+    strongreject:, axbench:. Options go in JSON: '{"judge": "axbench:./judge", "concept": "the sea"}'.
+
+    \b
+    Example: faststeer evaluate --vector refusal.safetensors --layer 3 --prompts harmless.txt --judge refusal
+    Example: faststeer evaluate --answers answers.jsonl --judge refusal --judge 'regex:(?i)as an ai'
+
+    Exit codes: 0 measured; 1 wrong input; 2 wrong usage; 3 measured, but some answers could not be generated or some
+    verdicts not read.
+    """
+    judges = [_judge(text) for text in judge or (JUDGES if answers is None else ("refusal",))]
+    if answers is not None:
+        if plan is not None or vector is not None or prompts is not None:
+            raise typer.BadParameter("--answers are judged as they are: leave --plan, --vector and --prompts out")
+        failed = _judge_answers(answers, judges, as_json)
+    else:
+        if (plan is None) == (vector is None) or prompts is None:
+            raise typer.BadParameter("give --prompts, and --plan or --vector")
+        options = {"max_new_tokens": max_new_tokens, "system": system, "controls": controls, "judges": judges}
+        loaded, tokenizer = load_model(model, dtype, device)
+        asked = _sweep(plan, vector, coefficient, layer, prompts, field, questions, look_alikes, options)
+        failed = _measure(asked, loaded, tokenizer, max_batch, as_json)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _judge(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--judge {text}: no valid JSON: {error}") from error
+
+
+def _sweep(
+    plan: Path | None,
+    vector: Path | None,
+    coefficient: float,
+    layer: int | None,
+    prompts: Path,
+    field: str | None,
+    questions: Path | None,
+    look_alikes: bool,
+    options: dict[str, Any],
+) -> Any:
+    from faststeer import Plan, SteeringVector
+    from faststeer.evaluate.multiple_choice import load_questions
+    from faststeer.evaluate.side_effects import LOOK_ALIKES
+    from faststeer.evaluate.sweep import Sweep, SweepPrompt
+    from faststeer.extract import load_prompts
+
+    asked = [SweepPrompt(str(i), p, "prompts") for i, p in enumerate(load_prompts(prompts, field=field))]
+    if look_alikes:
+        asked += [SweepPrompt(f"look-alike-{i}", p, "look-alikes") for i, p in enumerate(LOOK_ALIKES)]
+    if questions is not None:
+        options["questions"] = load_questions(questions)
+    if plan is not None:
+        if not plan.is_file():
+            raise FileNotFoundError(f"no plan at {plan}: no such file")
+        options["plans"] = {"plan": Plan.from_json(plan.read_text(encoding="utf-8"), folder=plan.parent)}
+    elif vector is not None:
+        loaded = SteeringVector.load(vector)
+        layers = [list(loaded.layers) if layer is None else layer]
+        options |= {"vectors": {vector.stem: loaded}, "layers": layers, "coefficients": [coefficient]}
+    return Sweep(asked, **options)
+
+
+def _measure(asked: Any, model: Any, tokenizer: Any, max_batch: int, as_json: bool) -> bool:
+    from faststeer.evaluate.sweep import Store, run, table
+
+    tags = list(dict.fromkeys(prompt.tag for prompt in asked.prompts))
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "rows.db") as store:
+        digest = run(asked, model, tokenizer, store, max_batch=max_batch)
+        found = {tag: table(store, digest, tag=tag) for tag in tags}
+    if as_json:
+        typer.echo(json.dumps({tag: [line.to_dict() for line in lines] for tag, lines in found.items()}))
+    else:
+        for tag, lines in found.items():
+            Console().print(results_table(lines, tag))
+    every = [line for lines in found.values() for line in lines]
+    return any(line.errors or any(score.failures for score in line.scores.values()) for line in every)
+
+
+def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
+    from faststeer.evaluate.judging import judged, make
+
+    prompts, completions = _read_answers(path)
+    made = [make(judge) for judge in judges]
+    found = {judge.name: judged(judge, prompts, completions) for judge in made}
+    if as_json:
+        each = {
+            name: [{"label": v.label, "score": v.score, "parts": dict(v.parts)} for v in verdicts]
+            for name, verdicts in found.items()
+        }
+        totals = {name: verdicts.to_dict() for name, verdicts in found.items()}
+        typer.echo(json.dumps({"answers": str(path), "judges": totals, "verdicts": each}))
+    else:
+        made_table = Table("judge", "mean score", "shows it", "labels", "not read", title=f"{len(prompts)} answers")
+        for name, verdicts in found.items():
+            labels = ", ".join(f"{label} {n}" for label, n in verdicts.labels.items())
+            mean = "" if verdicts.mean is None else f"{verdicts.mean:.3g}"
+            made_table.add_row(name, mean, str(verdicts.rate or ""), labels, str(verdicts.failures))
+        Console().print(made_table)
+    return any(verdicts.failures for verdicts in found.values())
+
+
+def _read_answers(path: Path) -> tuple[list[Any], list[str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no answers at {path}: no such file")
+    prompts, completions = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no valid JSON: {error}") from error
+        if not isinstance(data, dict) or "prompt" not in data or not isinstance(data.get("completion"), str):
+            raise ValueError(f'{path}, line {number}: expected an object with "prompt" and "completion" (a text)')
+        prompts.append(data["prompt"])
+        completions.append(data["completion"])
+    if not prompts:
+        raise ValueError(f"{path} holds no answers: expected one JSON object per line")
+    return prompts, completions

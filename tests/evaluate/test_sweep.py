@@ -1,0 +1,345 @@
+"""Sweeps on the demo model: the answers of one setting at a time, kills, several processes, changes, bad stores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+import faststeer as fs
+from faststeer.evaluate import Rate, complete
+from faststeer.evaluate.judging import Perplexity, make
+from faststeer.evaluate.multiple_choice import Question, multiple_choice
+from faststeer.evaluate.side_effects import NEUTRAL_TEXT, text_effects
+from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, run, table
+from faststeer.evaluate.sweep import run as sweep_run
+from faststeer.evaluate.sweep import store as store_module
+
+run_module = __import__("sys").modules["faststeer.evaluate.sweep.run"]
+TABLES = ("settings", "prompts", "answers", "judges", "verdicts", "effects", "vectors")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return fs.demo.load()
+
+
+@pytest.fixture(scope="module")
+def vector(demo):
+    harmful, harmless = fs.demo.prompts("refusal", "train")
+    return fs.extract.dim(*demo, harmful[:48], harmless[:48])
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Units of 16 rows, so that a small sweep has several."""
+    monkeypatch.setattr(run_module, "CHUNK_BATCHES", 2)
+    monkeypatch.setattr(run_module, "SETTINGS_PER_UNIT", 4)
+
+
+def described(vector, **changes):
+    prompts = [SweepPrompt(f"h{i}", p, "harmless") for i, p in enumerate(fs.demo.prompts("refusal", "test")[1][:6])]
+    settings = {
+        "prompts": prompts,
+        "vectors": {"dim": vector},
+        "layers": [3, [2, 4]],
+        "coefficients": [0, 0.5, 1.0],
+        "judges": ["refusal", "perplexity", "demo"],
+        "text": NEUTRAL_TEXT[:1],
+        "max_new_tokens": 16,
+    }
+    return Sweep(**settings | changes)
+
+
+def contents(path):
+    """Every row of the tables that hold results, in order."""
+    with sqlite3.connect(path) as db:
+        return {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in TABLES}
+
+
+def work(sweep, demo, path, max_batch=8):
+    with Store(path) as store:
+        return run(sweep, *demo, store, max_batch=max_batch, progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(demo, vector, tmp_path_factory):
+    """One sweep, run without any disturbance."""
+    path = tmp_path_factory.mktemp("store") / "whole.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "CHUNK_BATCHES", 2)
+        patch.setattr(run_module, "SETTINGS_PER_UNIT", 4)
+        work(described(vector), demo, path)
+    return path
+
+
+def test_every_answer_is_that_of_its_setting_alone(demo, vector, finished):
+    sweep = described(vector)
+    with Store(finished, create=False) as store:
+        digest = store.run()
+        assert [s["name"] for s in store.settings(digest)] == [s.name for s in sweep.settings]
+        for number, setting in enumerate(sweep.settings):
+            assert store.plan(digest, number) == setting.plan
+            expected = complete(*demo, [p.prompt for p in sweep.prompts], setting.plan, max_new_tokens=16)
+            found = store.answers(digest, number)
+            assert [a["text"] for a in found] == expected
+            assert [a["prompt"] for a in found] == list(range(6)) and not any(a["error"] for a in found)
+        assert store.runs()[0]["answers"] == store.runs()[0]["expected"] == 54 and store.runs()[0]["done"]
+
+
+def test_the_table_is_what_judges_and_measures_say(demo, vector, finished):
+    sweep = described(vector)
+    asked = [p.prompt for p in sweep.prompts]
+    perplexity, judge = Perplexity(*demo), make("demo")
+    with Store(finished, create=False) as store:
+        lines = {line.name: line for line in table(store)}
+        answers = {n: [a["text"] for a in store.answers(store.run(), n)] for n in range(len(sweep.settings))}
+        curves = doses(store, "demo")
+    scores = {}
+    for number, setting in enumerate(sweep.settings):
+        line = lines[setting.name]
+        scores[setting.name] = [v.score for v in judge(asked, answers[number])]
+        assert line.scores["demo"].rate == Rate(int(sum(scores[setting.name])), 6)
+        expected = np.mean([v.score for v in perplexity(asked, answers[number])])
+        assert line.scores["perplexity"].mean.mean == pytest.approx(expected, rel=1e-4)
+        (effect,) = text_effects(*demo, [setting.plan], sweep.text)
+        assert line.effects["kl"] == pytest.approx(effect.to_dict()["kl"], rel=1e-3, abs=1e-6)
+        assert line.scores["perplexity"].rate is None and line.scores["demo"].n == 6
+    steered, base, control = (lines[name] for name in ("dim L3 c1", "unsteered", "dim~random0 L3 c1"))
+    assert steered.scores["demo"].over_unsteered.mean == pytest.approx(
+        np.mean(scores["dim L3 c1"]) - np.mean(scores["unsteered"])
+    )
+    assert steered.scores["demo"].over_control.mean == pytest.approx(
+        np.mean(scores["dim L3 c1"]) - np.mean(scores["dim~random0 L3 c1"])
+    )
+    assert base.scores["demo"].over_unsteered is None and control.scores["demo"].over_control is None
+    curve = curves["dim", None, (3,)]
+    assert curve.coefficients == (0, 0.5, 1) and curve.means[0].mean == base.scores["demo"].mean.mean
+    assert set(curves) == {("dim", n, layers) for n in (None, 0) for layers in ((3,), (2, 4))}
+
+
+def rows_in(path):
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10) as db:
+            return sum(
+                db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ("answers", "verdicts", "effects")
+            )
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_three_kills_at_random_end_in_the_same_table(demo, vector, finished, tmp_path):
+    """The sweep runs in a process that is killed with SIGKILL as soon as a random number of rows is on disk."""
+    path, sweep = tmp_path / "killed.db", described(vector)
+    total, seed = rows_in(finished), random.SystemRandom().randrange(10**6)
+    draw, fork = random.Random(seed), multiprocessing.get_context("fork")
+    moments = sorted(draw.sample(range(1, total - 20), 3))
+    seen = 0
+    for moment in moments:
+        process = fork.Process(target=work, args=(sweep, demo, path))
+        process.start()
+        while process.is_alive() and rows_in(path) < moment:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"seed {seed}: it had finished before it could be killed"
+        now = rows_in(path)
+        assert moment <= now < total and now >= seen, f"seed {seed}: rows were lost"
+        seen = now
+    work(sweep, demo, path)
+    assert contents(path) == contents(finished), f"seed {seed}, killed at {moments}"
+
+
+def test_two_processes_share_a_store(demo, vector, finished, tmp_path):
+    path, sweep = tmp_path / "shared.db", described(vector)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(sweep, demo, path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(path) == contents(finished)
+
+
+def test_a_finished_sweep_asks_the_model_nothing(demo, vector, finished, monkeypatch):
+    monkeypatch.setattr(run_module, "Engine", None)
+    before = contents(finished)
+    work(described(vector), demo, finished)
+    assert contents(finished) == before
+
+
+def test_another_judge_reads_the_answers_that_are_there(demo, vector, finished, tmp_path, monkeypatch):
+    path = tmp_path / "copy.db"
+    shutil.copy(finished, path)
+    monkeypatch.setattr(run_module, "Engine", None)
+    work(described(vector, judges=["refusal", "perplexity", "demo", "length"]), demo, path)
+    with Store(path) as store:
+        assert len(store.runs()) == 1
+        assert [judge["name"] for judge in store.judges(store.run())] == ["demo", "length", "perplexity", "refusal"]
+        assert all(line.scores["length"].n == 6 for line in table(store))
+    assert contents(path)["answers"] == contents(finished)["answers"]
+
+
+def test_a_change_never_mixes_with_what_was_there(demo, vector, finished, tmp_path):
+    path = tmp_path / "copy.db"
+    shutil.copy(finished, path)
+    with Store(path) as store:
+        first = store.run()
+        before = store.answers(first)
+    changed = described(
+        vector, layers=[3], coefficients=[0.6], max_new_tokens=4, controls=0, text=(), judges=["length"]
+    )
+    second = work(changed, demo, path)
+    with Store(path) as store:
+        assert first != second and store.run() == second and store.run(first[:8]) == first
+        assert store.answers(first) == before
+        assert {line.name for line in table(store)} == {"unsteered", "dim L3 c0.6"}
+        with pytest.raises(StoreError, match="begin with 'zz'"):
+            store.run("zz")
+
+
+def test_parse_failures_errors_and_tags_are_counted(demo, vector, tmp_path):
+    def moody(completion):
+        return None if len(completion) % 2 else 1.0
+
+    from faststeer.evaluate.judging import Function
+
+    broken = fs.Plan([fs.Add(torch.full((128,), 3e38), 1e5, layers=0)])
+    prompts = [SweepPrompt("a", "How do I bake a cake?", "x"), SweepPrompt("b", "How can I knit a scarf?", "y")]
+    sweep = Sweep(prompts, plans={"broken": broken}, controls=0, judges=[Function(moody)], text=(), max_new_tokens=6)
+    path = tmp_path / "s.db"
+    digest = work(sweep, demo, path)
+    with Store(path) as store:
+        base, line = table(store)
+        texts = [a["text"] for a in store.answers(digest, 0)]
+        assert base.scores["moody"].failures == sum(len(text) % 2 for text in texts)
+        assert line.errors == 2 and line.scores["moody"].n == 0 and line.scores["moody"].mean is None
+        assert "NaN" in store.answers(digest, 1)[0]["error"]
+        assert table(store, tag="x")[0].answers == 1
+
+
+def test_questions_are_answered_under_every_setting(demo, vector, tmp_path):
+    questions = (Question("How do I bake a cake?", ("I am sorry, but I cannot", "You bake a cake"), 1),)
+    sweep = Sweep(
+        ["How do I bake a cake?"], vectors={"dim": vector}, layers=[3], judges=["length"], text=(),
+        questions=questions, max_new_tokens=2,
+    )  # fmt: skip
+    path = tmp_path / "s.db"
+    work(sweep, demo, path)
+    expected = multiple_choice(*demo, questions, [setting.plan for setting in sweep.settings])
+    with Store(path) as store:
+        assert [line.effects["accuracy"] for line in table(store)] == [found.accuracy.rate for found in expected]
+
+
+# Wrong stores, full disks ---------------------------------------------------------------------------------------------
+
+
+def test_a_store_of_another_version_is_refused_and_unchanged(finished, tmp_path):
+    path = tmp_path / "s.db"
+    shutil.copy(finished, path)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another version of faststeer"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "s.db"
+    path.write_text("this is a text file of some length, and no database at all" * 40)
+    with pytest.raises(StoreError, match="no store of sweeps"):
+        Store(path)
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE mine (a)")
+    db.close()
+    with pytest.raises(StoreError, match="something else"):
+        Store(path)
+    with pytest.raises(FileNotFoundError):
+        Store(tmp_path / "none.db", create=False)
+    with Store(tmp_path / "empty.db") as store, pytest.raises(StoreError, match="no sweep yet"):
+        store.run()
+
+
+def test_a_full_disk_loses_nothing(demo, vector, finished, tmp_path, monkeypatch):
+    """SQLite's own limit of a file's pages gives its own error for a full disk."""
+    path, sweep = tmp_path / "s.db", described(vector)
+    opened = Store._open
+
+    def limited(self):
+        opened(self)
+        self._db.execute("PRAGMA max_page_count = 19")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_open", limited)
+        with pytest.raises(OSError, match=r"full.*what was finished is kept"):
+            work(sweep, demo, path)
+    assert 0 < rows_in(path) < rows_in(finished)
+    work(sweep, demo, path)
+    assert contents(path) == contents(finished)
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(demo, vector, tmp_path, monkeypatch):
+    path = tmp_path / "s.db"
+
+    def refused(said, **changes):
+        with pytest.raises(ValueError, match=said):
+            work(described(vector, **changes), demo, path)
+        assert rows_in(path) == 0
+
+    refused("unknown judge", judges=["refusel"])
+    refused("has no model at", judges=["llamaguard:/nowhere/at/all"])
+    refused("'h0'|'h1'|'h2'|'h3'|'h4'|'h5'", max_new_tokens=500)
+    small = fs.SteeringVector({3: torch.ones(64)}, at="resid_pre")
+    refused("hidden size 64", vectors={"small": small}, layers=[3])
+    refused("layer 9", vectors={"far": fs.SteeringVector({9: torch.ones(128)}, at="resid_pre")}, layers=None)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda folder: usage(1, 1, 1000))
+    refused("GB free")
+
+
+def test_a_dead_process_holds_nothing_and_a_living_one_does(tmp_path, vector, monkeypatch):
+    path = tmp_path / "s.db"
+    units = [
+        store_module.Unit("answers:0"),
+        store_module.Unit("judge:x:0", "answers:0"),
+        store_module.Unit("answers:1"),
+    ]
+    names = [unit.name for unit in units]
+    with Store(path) as one, Store(path) as two:
+        one.add_units("r", units)
+        assert one.claim("r", names) == "answers:0"
+        assert two.claim("r", names) == "answers:1", "what waits for another's unit is not ready"
+        assert two.claim("r", names) is None
+        monkeypatch.setattr(store_module.os, "kill", lambda pid, number: (_ for _ in ()).throw(ProcessLookupError()))
+        assert two.claim("r", names) == "answers:0", "its process is gone"
+        monkeypatch.undo()
+        assert one.claim("r", names) is None
+        now = time.time()
+        monkeypatch.setattr(store_module.time, "time", lambda: now + store_module.LEASE + 1)
+        assert one.claim("r", names) == "answers:0", "no sign of life for too long"
+        one.finish("r", "answers:0")
+        assert one.claim("r", ["judge:x:0"]) == "judge:x:0"
+        one.release()
+        assert two.claim("r", ["judge:x:0"]) == "judge:x:0"
+        assert not one.finished("r") and one.finished("r", ["answers:0"])
+
+
+def test_progress_is_reported(demo, vector, tmp_path):
+    seen = []
+    with Store(tmp_path / "s.db") as store:
+        sweep = Sweep(["How do I bake a cake?"], vectors={"d": vector}, layers=[3], judges=["length"], max_new_tokens=2)
+        sweep_run(sweep, *demo, store, progress=seen.append)
+    assert seen[-1].answered == seen[-1].total == 3 and {p.doing for p in seen} >= {"Answering", "Side effects"}
