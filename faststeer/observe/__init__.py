@@ -3,9 +3,11 @@
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
 from faststeer.hf.freeze import Freezing, freeze
 from faststeer.observe.capture import Capture, Captured, capture
+from faststeer.observe.circuits import Circuit, Faithfulness, Overlap, faithfulness, overlap, random_circuit, select
 from faststeer.observe.difference import Difference, difference, kept_positions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
+from faststeer.observe.patching import Example, Graph, Scores, examples, patch, patch_bytes, with_positions
 from faststeer.observe.svv import Ablating, Split, SteeringValueVectors, ablate, split, svv
 
 __all__ = [
@@ -13,21 +15,35 @@ __all__ = [
     "AttentionCall",
     "Capture",
     "Captured",
+    "Circuit",
     "Difference",
+    "Example",
+    "Faithfulness",
     "Freezing",
+    "Graph",
     "LogitLens",
     "Norm",
+    "Overlap",
     "Parts",
+    "Scores",
     "Split",
     "SteeringValueVectors",
     "ablate",
     "attention_modules",
     "capture",
     "difference",
+    "examples",
     "exchange_attention",
+    "faithfulness",
     "find_parts",
     "freeze",
     "kept_positions",
+    "overlap",
+    "patch",
+    "patch_bytes",
+    "random_circuit",
+    "select",
     "split",
     "svv",
+    "with_positions",
 ]

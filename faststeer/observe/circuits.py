@@ -9,12 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from faststeer.files import write_atomically
@@ -26,6 +24,10 @@ from faststeer.observe.patching.metrics import Metric, MetricName, check_finite,
 from faststeer.observe.patching.network import Network
 from faststeer.observe.patching.scores import Scores
 from faststeer.observe.tokens import batch_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from matplotlib.figure import Figure
 
 COLOURS: dict[Kind, str] = {
     "q": "tab:blue",
@@ -92,13 +94,17 @@ class Circuit:
         """The circuit between parts of the model: nodes "steering", "L12.H3", "L12.MLP" and "logits" (attributes
         `layer` and `kind`: "steering", "head", "mlp", "logits"), edges with the key "q", "k", "v", "mlp" or "logits",
         and attributes `receiver` and, with scores, `score`. An edge to a shared key or value ends at each head that
-        uses it, so that distinct (source, `receiver`) are the circuit's edges. Edges that go nowhere stay.
+        uses it and goes on (at all that use it where none goes on), so that distinct (source, `receiver`) are the
+        circuit's edges.
         """
+        import networkx as nx
+
         made = nx.MultiDiGraph()
         for s, r in torch.nonzero(self.edges).tolist():
             kind, receiver = self.graph.kind(r), self.graph.receivers[r]
             targets = torch.nonzero(self.graph.passes_on[r]).flatten().tolist()
-            names = [self.graph.senders[t] for t in targets] or ["logits"]
+            going_on = [t for t in targets if bool(self.edges[t].any())]
+            names = [self.graph.senders[t] for t in going_on or targets] or ["logits"]
             for name in (self.graph.senders[s], *names):
                 made.add_node(name, **_attributes(self.graph, name))
             more = {} if scores is None else {"score": float(scores.edges[s, r])}
@@ -402,6 +408,8 @@ def _place(graph: Graph, name: str) -> tuple[float, float]:
 
 
 def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
+    from matplotlib.figure import Figure
+
     graph, network = circuit.graph, circuit.to_networkx(scores)
     for name in ("steering", "logits"):
         network.add_node(name, **_attributes(graph, name))

@@ -2,6 +2,7 @@
 
 from faststeer.observe.patching.examples import Example, examples, with_positions
 from faststeer.observe.patching.graph import Graph
+from faststeer.observe.patching.memory import patch_bytes
 from faststeer.observe.patching.metrics import Metric, MetricName
 from faststeer.observe.patching.network import Network
 from faststeer.observe.patching.scores import Scores, patch
@@ -15,5 +16,6 @@ __all__ = [
     "Scores",
     "examples",
     "patch",
+    "patch_bytes",
     "with_positions",
 ]

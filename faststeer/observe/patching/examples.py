@@ -207,6 +207,9 @@ def steered_layer(given: Sequence[Example], points: HookPoints) -> int:
     """
     if not given:
         raise ValueError("no examples: make them with examples(model, tokenizer, prompts, plan)")
+    for number, example in enumerate(given):
+        if not example.kept:
+            raise ValueError(f"examples[{number}] has no position where steered and base differ: leave it out")
     plans = {id(example.plan): example.plan for example in given}.values()
     sites = {entry.site for plan in plans for entry in _additions(plan, points)}
     names = [site_name(number, points.n_layers) for number in sorted(sites)]

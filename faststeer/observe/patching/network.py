@@ -208,11 +208,11 @@ class Network:
             found = torch.autograd.grad(left, wanted, gradient.to(left.dtype))
         self._reset()
         projected = dict(zip(paths, found[3:], strict=True))
-        readers = self._back_to_stream(i, stream, projected)
-        mlp = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), found[2])
-        shape = stream.shape
-        made = torch.cat([readers, mlp.view(shape).unsqueeze(1)], dim=1)
-        return Gradients(found[0], found[1].view(shape), made)
+        shape, wide = stream.shape, torch.promote_types(stream.dtype, torch.float32)
+        readers = stream.new_empty(shape[0], self.graph.receivers_per_layer, *shape[1:], dtype=wide)
+        self._back_to_stream(i, stream, projected, readers[:, :-1])
+        readers[:, -1] = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), found[2]).view(shape)
+        return Gradients(found[0], found[1].view(shape), readers)
 
     def writes(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
         """What each head of layer i writes to the residual stream, `[batch, heads, tokens, hidden]` in the model's
@@ -269,18 +269,19 @@ class Network:
             first += heads
         return made
 
-    def _back_to_stream(self, i: int, stream: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
+    def _back_to_stream(self, i: int, stream: Tensor, projected: Mapping[str, Tensor], out: Tensor) -> None:
         """From derivatives with respect to projections' outputs to those with respect to each reader's own stream,
         `[batch, readers, tokens, hidden]`."""
-        made = []
+        layer, first = self.layers[i], 0
         for each in self.rows[i]:
-            weight = matrix(self.layers[i].get_submodule(each.path))[each.rows.to(stream.device)]
-            wide = torch.promote_types(stream.dtype, torch.float32)
             heads, size = each.rows.shape
-            g = projected[each.path].view(*stream.shape[:2], -1)[..., each.rows.flatten().to(stream.device)]
-            back = torch.einsum("bthd,hdi->bhti", g.unflatten(-1, (heads, size)).to(wide), weight.to(wide))
-            made.append(norm_gradient(self.parts[i].attention_norm, self.layers[i], stream.unsqueeze(1), back))
-        return torch.cat(made, dim=1)
+            rows = each.rows.to(stream.device)
+            weight = matrix(layer.get_submodule(each.path))[rows].to(out.dtype)
+            g = projected[each.path].view(*stream.shape[:2], -1)[..., rows.flatten()].to(out.dtype)
+            for head in range(heads):  # one at a time: all together take as much memory again
+                back = g[..., head * size : (head + 1) * size] @ weight[head]
+                out[:, first + head] = norm_gradient(self.parts[i].attention_norm, layer, stream, back)
+            first += heads
 
     def _hooks(self, i: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
         part, layer = self.parts[i], self.layers[i]

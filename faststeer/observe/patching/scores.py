@@ -191,6 +191,7 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
             upto = graph.before_mlp(i)
             sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += dots(difference[:, :upto], found.readers) / steps
             gradient = found.stream
+            del found  # before the next layer's are made
         effect = (steering.to(_wide(steering)) * gradient).sum((0, 1)).double().cpu()
         sums.dimensions += effect / steps
     sums.nodes[0] = sums.dimensions.sum()
