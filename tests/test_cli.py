@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from typer.testing import CliRunner
 
 import faststeer as fs
@@ -176,6 +177,16 @@ def test_an_interrupted_extraction_keeps_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_help_shows_an_example():
-    for command in ("demo", "extract", "generate", "info"):
+def test_every_command_shows_an_example_in_its_help():
+    commands = typer.main.get_command(app).commands
+    assert {"demo", "extract", "generate", "info"} <= set(commands)
+    for command in commands:
         assert f"Example: faststeer {command}" in " ".join(succeeds(command, "--help").split())
+
+
+def test_a_vector_meant_to_be_ablated_is_not_added(tmp_path):
+    path = tmp_path / "v.safetensors"
+    fs.SteeringVector({0: torch.ones(128)}, op="ablate").save(path)
+    result = invoke("generate", "--vector", path, "--prompt", "x")
+    assert result.exit_code == 1
+    assert "meant to ablate" in " ".join(result.stderr.split())

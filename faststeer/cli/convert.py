@@ -16,11 +16,13 @@ from faststeer.cli.common import Json, app, reports_errors
 @app.command()
 @reports_errors
 def convert(
-    source: Annotated[str, typer.Argument(help="A vector's file of any format, or hub:user/name[@revision][/file].")],
+    source: Annotated[
+        str, typer.Argument(help="A vector's file of any format, or hub:user/name, with @revision and /file if needed.")
+    ],
     target: Annotated[
         str | None,
         typer.Argument(
-            help="Where to write it, or hub:user/name[/file] to upload; without it the vector is described."
+            help="Where to write it, or hub:user/name to upload, with /file if needed; without it the vector is described."
         ),
     ] = None,
     to: Annotated[str | None, typer.Option(help="faststeer or gguf (default: gguf where the target ends so).")] = None,

@@ -85,5 +85,11 @@ def _plan(plan: Path | None, vector: Path | None, coefficient: float, layer: int
             raise FileNotFoundError(f"no plan at {plan}: no such file")
         return Plan.from_json(plan.read_text(encoding="utf-8"), folder=plan.parent)
     if vector is not None:
-        return Plan([Add(SteeringVector.load(vector), coefficient, layers=layer)])
+        loaded = SteeringVector.load(vector)
+        if loaded.op not in (None, "add"):
+            raise ValueError(
+                f"{vector} says that it is meant to {loaded.op}, and --vector adds: write a plan that does so and give "
+                "it with --plan"
+            )
+        return Plan([Add(loaded, coefficient, layers=layer)])
     return None
