@@ -398,6 +398,10 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     x, residual = (torch.randn(9, hidden, generator=g).to(dtype) for _ in range(2))
     weight = torch.randn(hidden, generator=g).to(dtype)
     results += torch.ops.faststeer.add_steer_rmsnorm.cpp(x, residual, weight, 1e-6, 0.0, False, *arguments)
+    for size in (32, 40):
+        query, mask = torch.randn(2, 4, size, generator=g).to(dtype), torch.randn(2, 150, generator=g).to(dtype)
+        keys, values = (torch.randn(2, 2, 150, size, generator=g).to(dtype) for _ in range(2))
+        results.append(torch.ops.faststeer.decode_attention.cpp(query, keys, values, mask, 0.2, 5.0))
 torch.save(results, sys.argv[1])
 """
     native = build.native()

@@ -168,6 +168,68 @@ void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, c
   over_rows(of_dtype(routines().sparse_add, shape.dtype), job, shape.rows);
 }
 
+// `[rows, heads, size]`, or `[rows, heads, columns, size]` where there are columns; each row of numbers contiguous.
+Heads heads_of(const Tensor& tensor, const char* name, bool has_columns, Dtype dtype) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t last = has_columns ? 3 : 2;
+  const std::string expected = has_columns ? "[rows, heads, columns, size]" : "[rows, heads, size]";
+  if (sizes.size() != last + 1) refuse(name, expected, sizes.size(), " dimensions");
+  if (sizes[last] < 1) refuse(name, expected + " of at least one number", shape_text(sizes));
+  if (sizes[last] > 1 && strides[last] != 1) refuse(name, "contiguous in its last dimension", shape_text(strides));
+  if (check_float(tensor, name) != dtype) refuse(name, "of the query's dtype", dtype_name(torch_dtype(tensor)));
+  return {tensor.data_ptr(), strides[0], strides[1], has_columns ? strides[2] : 0};
+}
+
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& mask,
+                        double scaling, double softcap) {
+  const Dtype dtype = check_float(query, "query");
+  AttentionJob job;
+  job.query = heads_of(query, "query", false, dtype);
+  job.keys = heads_of(keys, "keys", true, dtype);
+  job.values = heads_of(values, "values", true, dtype);
+  const int64_t rows = query.size(0), key_heads = keys.size(1);
+  job.heads = query.size(1);
+  job.columns = keys.size(2);
+  job.key_size = query.size(2);
+  job.value_size = values.size(3);
+  if (key_heads < 1 || job.heads % key_heads != 0) {
+    refuse("keys", "of a number of heads that divides the query's " + std::to_string(job.heads), key_heads);
+  }
+  if (keys.size(0) != rows || keys.size(3) != job.key_size) {
+    refuse("keys", "of as many rows and numbers as the query, " + shape_text(query.sizes()), shape_text(keys.sizes()));
+  }
+  if (values.size(0) != rows || values.size(1) != key_heads || values.size(2) != job.columns) {
+    refuse("values", "of the keys' rows, heads and columns, " + shape_text(keys.sizes()), shape_text(values.sizes()));
+  }
+  if (mask.sizes().size() != 2 || mask.size(0) != rows || mask.size(1) != job.columns) {
+    const int64_t expected[] = {rows, job.columns};
+    refuse("mask", "of shape " + shape_text(expected), shape_text(mask.sizes()));
+  }
+  if (check_float(mask, "mask") != dtype) refuse("mask", "of the query's dtype", dtype_name(torch_dtype(mask)));
+  if (job.columns > 1 && mask.stride(1) != 1) refuse("mask", "contiguous in its last dimension", mask.stride(1));
+  job.group = job.heads / key_heads;
+  job.mask = mask.data_ptr();
+  job.mask_stride = mask.stride(0);
+  job.scaling = static_cast<float>(scaling);
+  job.softcap = static_cast<float>(softcap);
+  const int64_t sizes[] = {rows, job.heads, job.value_size}, strides[] = {job.heads * job.value_size, job.value_size, 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(3, sizes, strides, torch_dtype(query), aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor out(handle);
+  job.out = out.data_ptr();
+  const auto routine = of_dtype(routines().decode_attention, dtype);
+  const int64_t units = rows * key_heads;
+  const int64_t work = std::max<int64_t>(1, job.columns * (job.key_size + job.value_size));
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / work);
+  if (units <= grain) {
+    if (units > 0) routine(job, 0, units);
+  } else {
+    torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t end) { routine(job, first, end); });
+  }
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("steer.cpp", TORCH_BOX(&steer));
   library.impl("steer_.cpp", TORCH_BOX(&steer_));
@@ -175,6 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
   library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
+  library.impl("decode_attention.cpp", TORCH_BOX(&decode_attention));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // never be taken for another's (faststeer/build.py links the levels in ascending order for the same reason).
 #include "rows.h"
 
+#include "attention.h"
 #include "row.h"
 
 #define FASTSTEER_JOIN_(a, b) a##b
@@ -153,6 +154,7 @@ void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
     FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
+    FASTSTEER_BY_DTYPE(decode_attention),
 };
 
 }  // namespace faststeer

@@ -46,12 +46,34 @@ struct SparseJob {
   const float* row_coefficient;
 };
 
+// Numbers of `[rows, heads, ...]`, distances in elements. `column` only where there are columns.
+struct Heads {
+  const void* data = nullptr;
+  int64_t row = 0, head = 0, column = 0;
+
+  template <class T>
+  const T* at(int64_t r, int64_t h) const {
+    return static_cast<const T*>(data) + r * row + h * head;
+  }
+};
+
+struct AttentionJob {
+  int64_t heads, group, columns, key_size, value_size;  // heads of the query; how many share keys and values
+  Heads query, keys, values;
+  const void* mask;  // [rows, columns], of the query's dtype
+  int64_t mask_stride;
+  float scaling, softcap;  // softcap 0: none
+  void* out;               // [rows, heads, value_size], contiguous
+};
+
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
   using Rows = void (*)(const Job&, int64_t first, int64_t end);
   using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
+  using Attention = void (*)(const AttentionJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
+  Attention decode_attention[N_DTYPES];
 };
 
 extern const Routines routines_baseline;

@@ -284,6 +284,34 @@ def sparse_add_(
         _run("sparse_add_", name, arguments)
 
 
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Attention of one new token per row, for inference: see `faststeer.ops.reference.decode_attention`. Only "cpu" has
+    more than the reference: on a GPU, PyTorch's own is the better one.
+
+    Raises:
+        RuntimeError: a gradient would be needed.
+    """
+    _refuse_gradient("decode_attention", query, keys, values, mask)
+    if _backend_of(query, backend) != "cpu":
+        if query.dtype != torch.float64:
+            schema.check_attention(query, keys, values, mask)
+        return reference.decode_attention(query, keys, values, mask, scaling, softcap)
+    try:
+        return torch.ops.faststeer.decode_attention.cpp(query, keys, values, mask, scaling, softcap)
+    except RuntimeError:
+        schema.check_attention(query, keys, values, mask)
+        raise
+
+
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
 
 
@@ -340,4 +368,5 @@ def _zeroed(probe: Tensor | None) -> Tensor | None:
 
 def _refuse_gradient(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        raise RuntimeError(f"{op} writes in place and has no gradient: use {op.rstrip('_')}, or torch.no_grad()")
+        instead = f"use {op.rstrip('_')}, or torch.no_grad()" if op.endswith("_") else "use torch.no_grad()"
+        raise RuntimeError(f"{op} has no gradient: {instead}")

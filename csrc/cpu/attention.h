@@ -1,0 +1,300 @@
+// Attention of one new token per sequence, a group of query heads that share their keys and values at a time.
+//
+// For each sequence and each head of keys:
+//   1. The columns that the mask leaves: what it hides at either end is not read.
+//   2. A tile of columns after the other, keys and values once for the whole group: scores q . k, then their exponents
+//      against the largest score so far, then the values weighted by them; what was summed before is scaled down when a
+//      larger score turns up (Milakov and Gimelshein, 2018).
+//   3. The sum over the sum of weights, rounded to the dtype.
+// All in fp32, sums in an order that depends on nothing but the sizes: the same bits at every instruction set level.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <utility>
+
+#include "lanes.h"
+#include "rows.h"
+
+namespace faststeer {
+namespace {
+
+// Columns of a tile: keys and values of a head of 128 numbers stay in the second cache, scores in the first.
+constexpr int64_t TILE = 128;
+
+// One step of adding up several vectors' lanes side by side: x and y hold groups of 2 W lanes, the result their groups
+// folded to W, x's first.
+template <int W, int... I>
+FASTSTEER_LANES Floats fold(Floats x, Floats y, std::integer_sequence<int, I...>) {
+#define FASTSTEER_FROM(i) (((i) / W < PART / (2 * W) ? 0 : PART / 2) * 2 + ((i) / W % (PART / (2 * W))) * 2 * W + (i) % W)
+  return __builtin_shufflevector(x, y, FASTSTEER_FROM(I)...) + __builtin_shufflevector(x, y, (FASTSTEER_FROM(I) + W)...);
+#undef FASTSTEER_FROM
+}
+
+template <int W>
+FASTSTEER_LANES void fold_all(Floats* vectors, int count) {
+  for (int i = 0; i < count / 2; ++i) {
+    vectors[i] = fold<W>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, PART>());
+  }
+  if constexpr (W > 1) fold_all<W / 2>(vectors, count / 2);
+}
+
+// Lane i is sum(from[i]), added in the same order.
+FASTSTEER_LANES Lanes sums(const Lanes (&from)[LANES]) {
+  Lanes result;
+  for (int part = 0; part < PARTS; ++part) {
+    Floats vectors[PART];
+    for (int i = 0; i < PART; ++i) {
+      Lanes lanes = from[part * PART + i];
+      for (int width = PARTS / 2; width > 0; width /= 2) {
+        for (int k = 0; k < width; ++k) lanes.part[k] += lanes.part[k + width];
+      }
+      vectors[i] = lanes.part[0];
+    }
+    fold_all<PART / 2>(vectors, PART);
+    result.part[part] = vectors[0];
+  }
+  return result;
+}
+
+// e^x for x <= 0, to a few units in the last place; 0 below -87, where it is less than the smallest normal number. NaN
+// stays. x = n log 2 + r with |r| <= log(2) / 2, and e^r by its Taylor polynomial, whose error there is below 2^-27.
+FASTSTEER_LANES Floats exponential(Floats x) {
+  constexpr float SHIFT = 0x1.8p23f;  // adding it rounds to a whole number, which then is in the low bits
+  const Floats shifted = x * 0x1.715476p+0f + SHIFT, n = shifted - SHIFT;
+  const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Floats p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const Words power = (reinterpret_cast<Words>(shifted) << 23) + 0x3F800000;
+  return x < -87.0f ? Floats{} : p * reinterpret_cast<Floats>(power);
+}
+
+FASTSTEER_LANES Lanes exponential(Lanes x) {
+  for (int i = 0; i < PARTS; ++i) x.part[i] = exponential(x.part[i]);
+  return x;
+}
+
+// The larger of each two; of NaN and a number, either.
+FASTSTEER_LANES Lanes larger(Lanes a, Lanes b) {
+  for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+// The query heads that share one head of keys and values.
+template <class T>
+class Group {
+ public:
+  // `scratch`: room for scratch(job) numbers.
+  Group(const AttentionJob& job, float* scratch)
+      : job_(job),
+        query_(scratch),
+        sum_(query_ + job.group * job.key_size),
+        peak_(sum_ + job.group * job.value_size),
+        weight_(peak_ + job.group),
+        mask_(weight_ + job.group) {}
+
+  static int64_t scratch(const AttentionJob& job) {
+    return job.group * (job.key_size + job.value_size + 2) + job.columns + LANES;
+  }
+
+  void attend(int64_t row, int64_t head) {
+    if (row != row_) read_mask(row);
+    begin(row, head);
+    for (int64_t tile = first_; tile < end_; tile += TILE) {
+      const int64_t count = end_ - tile < TILE ? end_ - tile : TILE;
+      const T* keys = job_.keys.at<T>(row, head) + tile * job_.keys.column;
+      const T* values = job_.values.at<T>(row, head) + tile * job_.values.column;
+      for (int64_t g = 0; g < job_.group; ++g) {
+        weigh(g, score(g, keys, mask_ + tile, count), count);
+        add(g, values, count);
+      }
+    }
+    write(row, head);
+  }
+
+ private:
+  static constexpr float INFINITE = std::numeric_limits<float>::infinity();
+  static constexpr float lowest(const float*) { return -std::numeric_limits<float>::max(); }
+  static constexpr float lowest(const BFloat*) { return -0x1.fep127f; }
+  static constexpr float lowest(const Half*) { return -65504.0f; }
+
+  // The row's mask with minus infinity for what is hidden, also behind its end; and where it begins and ends.
+  void read_mask(int64_t row) {
+    row_ = row;
+    const T* from = static_cast<const T*>(job_.mask) + row * job_.mask_stride;
+    float* const mask = mask_;
+    each_block(job_.columns, [=](int64_t i, auto block) {
+      Lanes shift = load(from + i, block);
+      for (int k = 0; k < PARTS; ++k) {
+        shift.part[k] = shift.part[k] <= lowest(from) ? Floats{} - INFINITE : shift.part[k];
+      }
+      store(mask + i, shift, block);
+    });
+    store(mask + job_.columns, all(-INFINITE));
+    for (end_ = job_.columns; end_ > 0 && mask[end_ - 1] == -INFINITE; --end_) {
+    }
+    for (first_ = 0; first_ < end_ && mask[first_] == -INFINITE; ++first_) {
+    }
+  }
+
+  void begin(int64_t row, int64_t head) {
+    const Lanes scaling = all(job_.scaling);
+    for (int64_t g = 0; g < job_.group; ++g) {
+      const T* from = job_.query.at<T>(row, head * job_.group + g);
+      float* const to = query_ + g * job_.key_size;
+      each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(from + i, block) * scaling, block); });
+      peak_[g] = -INFINITE;
+      weight_[g] = 0;
+    }
+    std::memset(sum_, 0, job_.group * job_.value_size * sizeof(float));
+  }
+
+  // The scores of a tile's columns, minus infinity behind them; returns the largest so far.
+  float score(int64_t g, const T* keys, const float* mask, int64_t count) {
+    switch (job_.key_size) {
+      case 32:
+        return score_sized<2>(g, keys, mask, count);
+      case 64:
+        return score_sized<4>(g, keys, mask, count);
+      case 128:
+        return score_sized<8>(g, keys, mask, count);
+      default:
+        return score_sized<0>(g, keys, mask, count);
+    }
+  }
+
+  // BLOCKS of sixteen numbers, known to the compiler: a loop over two of them costs more than what it does. 0: any size.
+  template <int BLOCKS>
+  float score_sized(int64_t g, const T* keys, const float* mask, int64_t count) {
+    const float* const query = query_ + g * job_.key_size;
+    const int64_t size = job_.key_size, column = job_.keys.column;
+    const auto product = [=](const T* key) {
+      Lanes sum = all(0);
+      if constexpr (BLOCKS == 0) {
+        each_block(size, [&](int64_t k, auto block) { sum = sum + load(query + k, block) * load(key + k, block); });
+      } else {
+#pragma GCC unroll 8
+        for (int k = 0; k < BLOCKS; ++k) sum = sum + load(query + k * LANES) * load(key + k * LANES);
+      }
+      return sum;
+    };
+    Lanes peaks = all(peak_[g]);
+    for (int64_t c = 0; c < count; c += LANES) {
+      const int64_t some = count - c;
+      Lanes products[LANES];
+      if (some >= LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) products[i] = product(keys + (c + i) * column);
+      } else {
+        for (int i = 0; i < LANES; ++i) products[i] = i < some ? product(keys + (c + i) * column) : all(0);
+      }
+      Lanes scores = sums(products);
+      if (job_.softcap > 0) scores = capped(scores);
+      scores = scores + (some < LANES ? behind(mask + c, some) : load(mask + c));
+      peaks = larger(scores, peaks);
+      store(scores_ + c, scores);
+    }
+    float each[LANES], peak = peak_[g];
+    store(each, peaks);
+    for (const float one : each) peak = one > peak ? one : peak;
+    return peak;
+  }
+
+  // The mask's first `count` columns, and what hides the others.
+  static Lanes behind(const float* mask, int64_t count) {
+    float some[LANES];
+    for (int64_t i = 0; i < LANES; ++i) some[i] = i < count ? mask[i] : -INFINITE;
+    return load(some);
+  }
+
+  Lanes capped(Lanes scores) const {
+    float each[LANES];
+    store(each, scores);
+    for (float& one : each) one = job_.softcap * std::tanh(one / job_.softcap);
+    return load(each);
+  }
+
+  // From a tile's scores to its weights, unnormalised. What is summed already shrinks where the peak is a new one.
+  void weigh(int64_t g, float peak, int64_t count) {
+    const Lanes below = all(peak == -INFINITE ? 0 : -peak);  // nothing but hidden columns, or NaN, so far
+    Lanes total = all(0);
+    for (int64_t c = 0; c < count; c += LANES) {
+      const Lanes weights = exponential(load(scores_ + c) + below);
+      store(scores_ + c, weights);
+      total = total + weights;
+    }
+    if (peak_[g] < peak && weight_[g] != 0) {
+      const Lanes shrink = exponential(all(peak_[g] - peak));
+      float* const to = sum_ + g * job_.value_size;
+      each_block(job_.value_size, [=](int64_t i, auto block) { store(to + i, load(to + i, block) * shrink, block); });
+      weight_[g] *= shrink.part[0][0];
+    }
+    peak_[g] = peak;
+    weight_[g] += sum(total);
+  }
+
+  // The weighted values of a tile.
+  void add(int64_t g, const T* values, int64_t count) {
+    float* const to = sum_ + g * job_.value_size;
+    const int64_t size = job_.value_size, column = job_.values.column;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) add_blocks<4>(to + i, values + i, count, column, Whole{});
+    for (; i + 2 * LANES <= size; i += 2 * LANES) add_blocks<2>(to + i, values + i, count, column, Whole{});
+    for (; i + LANES <= size; i += LANES) add_blocks<1>(to + i, values + i, count, column, Whole{});
+    if (i < size) add_blocks<1>(to + i, values + i, count, column, Some{size - i});
+  }
+
+  // N blocks of sixteen. Even and odd columns are summed apart: an addition need not wait for the one before.
+  template <int N, class Block>
+  FASTSTEER_METHOD void add_blocks(float* to, const T* values, int64_t count, int64_t column, Block block) const {
+    Lanes even[N], odd[N];
+    for (int i = 0; i < N; ++i) {
+      even[i] = load(to + i * LANES, block);
+      odd[i] = all(0);
+    }
+    const auto add_column = [&](Lanes* sums, int64_t c) {
+      const Lanes weight = all(scores_[c]);
+      for (int i = 0; i < N; ++i) sums[i] = sums[i] + weight * load(values + c * column + i * LANES, block);
+    };
+    int64_t c = 0;
+    for (; c + 2 <= count; c += 2) {
+      add_column(even, c);
+      add_column(odd, c + 1);
+    }
+    if (c < count) add_column(even, c);
+    for (int i = 0; i < N; ++i) store(to + i * LANES, even[i] + odd[i], block);
+  }
+
+  void write(int64_t row, int64_t head) const {
+    for (int64_t g = 0; g < job_.group; ++g) {
+      const float* const from = sum_ + g * job_.value_size;
+      T* const to = static_cast<T*>(job_.out) + (row * job_.heads + head * job_.group + g) * job_.value_size;
+      const Lanes factor = all(weight_[g] == 0 ? 0 : 1 / weight_[g]);  // a row that may look at nothing gets zeros
+      each_block(job_.value_size, [=](int64_t i, auto block) {
+        store_rounded(to + i, load(from + i, block) * factor, block);
+      });
+    }
+  }
+
+  const AttentionJob& job_;
+  float *query_, *sum_, *peak_, *weight_, *mask_;
+  int64_t row_ = -1, first_ = 0, end_ = 0;  // whose mask is read, and the columns it leaves
+  alignas(64) float scores_[TILE];
+};
+
+// Units are heads of keys, of one row after the other.
+template <class T>
+void decode_attention(const AttentionJob& job, int64_t first, int64_t end) {
+  const std::unique_ptr<float[]> scratch(new float[Group<T>::scratch(job)]);
+  Group<T> group(job, scratch.get());
+  const int64_t heads = job.heads / job.group;
+  for (int64_t unit = first; unit < end; ++unit) group.attend(unit / heads, unit % heads);
+}
+
+}  // namespace
+}  // namespace faststeer
