@@ -68,6 +68,13 @@ class RowCache(Cache):
             for store in (layer.keys, layer.values):  # type: ignore[union-attr]
                 store[target, :, :length].copy_(store[source, :, :length])  # type: ignore[index]
 
+    def wipe(self, lengths: Tensor) -> None:
+        """Zeros behind the first `lengths` columns of each row."""
+        behind = torch.arange(self.length, device=lengths.device) >= lengths.unsqueeze(1)
+        for layer in self.layers:
+            for store in (layer.keys, layer.values):  # type: ignore[union-attr]
+                store.masked_fill_(behind[:, None, :, None], 0)  # type: ignore[union-attr]
+
 
 class FrozenCache(RowCache):
     """For `hf.freeze(..., "qk")`, whose passes have every row twice, unsteered and steered: the unsteered keys, and

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from faststeer.engine.attention import DecodeAttention
 from faststeer.engine.cache import FrozenCache, RowCache
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
@@ -41,6 +43,9 @@ class Device:
             self.int = torch.zeros(3, rows, dtype=torch.int32, device=self.device)
             self.real = torch.zeros(2, rows, dtype=torch.float32, device=self.device)
             self.int[0] = -1
+        # What decode steps attend with; None: the model's own. The engine takes that where the operator does not fit.
+        fits = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        self.attention = DecodeAttention(model) if fits and not frozen else None
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
@@ -88,7 +93,8 @@ class Device:
         token, column = self.long[0, :n], self.long[1, :n]
         self._place(*self.int[:, :n])
         self.cache.decode(column, width)
-        kept = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)
+        with self.attention or nullcontext():
+            kept = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)
         if self.probes:
             row = torch.arange(n, device=self.device)
             self.projections[row, :, column] = self._probed()[:, 0]
@@ -159,6 +165,11 @@ class Device:
         self.long[1, row] = 0
         self.int[0, row] = -1
 
+    @torch.inference_mode()
+    def wipe(self, lengths: Sequence[int]) -> None:
+        """Forget what the rows hold behind their first `lengths` tokens: a mask does not hide a NaN."""
+        self.cache.wipe(self._sent(lengths))
+
     def _place(self, slot: Tensor, position: Tensor, sequence: Tensor) -> None:
         if self.steering is not None:
             rows = Rows(*(t.reshape(-1).contiguous() for t in (slot, position, sequence)))
@@ -182,8 +193,8 @@ class Device:
     def _probed(self) -> Tensor:
         """`[batch, tokens, sites, k]` of the pass just made."""
         assert self.steering is not None
-        history, k = self.steering._history, self.projections.shape[-1]
-        found = torch.stack([history[site][-1][..., :k] for site in self.probes], dim=2)
+        k = self.projections.shape[-1]
+        found = torch.stack([self.steering.seen(site)[..., :k] for site in self.probes], dim=2)
         self.steering.clear_projections()
         return found
 
@@ -250,7 +261,7 @@ class Graphs:
     def _now(self) -> Any:
         """What graphs take for constant beside their key."""
         steering = self.device.steering
-        entered = None if steering is None else (id(steering), steering._traced)
+        entered = None if steering is None else (id(steering), steering.fingerprint)
         return entered, self.device.projections.data_ptr(), tuple(self.device.probes)
 
 

@@ -31,9 +31,9 @@ from faststeer.engine.requests import (
 )
 from faststeer.engine.run import Run
 from faststeer.hf import Steering, find_hook_points, steer
-from faststeer.hf import steering as hf_steering
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.freeze import freeze as frozen_steering
+from faststeer.hf.steering import is_steered
 from faststeer.intervention import Direction, Probe
 from faststeer.plan import Plan
 from faststeer.program import Capacity
@@ -110,12 +110,23 @@ class Engine:
         while True:
             try:
                 device = Device(model, rows, length, self._frozen is not None)
-                _check_logits(device, None if self._frozen is None else self._steering)
+                self._check(device)
                 return device
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
                 rows //= 2
+
+    def _check(self, device: Device) -> None:
+        """See `_check_logits`. Steps attend with the model's own attention where only that gives its logits."""
+        steering = None if self._frozen is None else self._steering
+        try:
+            _check_logits(device, steering)
+        except ValueError:
+            if device.attention is None:
+                raise
+            device.attention = None
+            _check_logits(device, steering)
 
     @property
     def max_batch(self) -> int:
@@ -197,7 +208,7 @@ class Engine:
                 continue
             try:
                 sizes[id(plan)] = vectors, entries = _size(plan, self._points.n_layers, self._points.hidden_size)
-                self._steering._check_points([plan])
+                self._steering.check(plan)
             except ValueError as error:
                 raise ValueError(f"plans[{i}]: {error}") from error
             if self._fixed and (vectors > self._capacity.vectors or entries > self._capacity.entries):
@@ -217,7 +228,7 @@ class Engine:
     def _check_free(self) -> None:
         if self._busy:
             raise RuntimeError("this engine is generating already: exhaust or close the other iterator first")
-        if hf_steering._active.get(self.model):
+        if is_steered(self.model):
             raise RuntimeError("the model is being steered: leave that context and give plans= to generate")
         check_evaluating(self.model)
 

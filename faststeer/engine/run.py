@@ -71,8 +71,7 @@ class Run:
         self.device.steering = None
         for row in range(self.device.rows):
             self.device.clear(row)
-        for program in self.steering._programs.values():
-            program.load_all([])
+        self.steering.unload()
         self.steering.clear_projections()
 
     # Rows
@@ -174,7 +173,7 @@ class Run:
         slot = self.slots.get(id(request.plan))
         while slot is None:
             idle = [s for s, users in self.users.items() if not users]
-            fresh = next((s for s in range(self.steering._capacity.slots) if s not in self.users), None)
+            fresh = next((s for s in range(self.steering.capacity.slots) if s not in self.users), None)
             target = fresh if fresh is not None else next(iter(idle), None)
             if target is None:
                 return False
@@ -222,7 +221,10 @@ class Run:
         """Take a request's next token; its completion, if that ends it."""
         if token < 0:
             fault = "the logits hold NaN or infinity: is the steering too strong for the model's dtype?"
-            return self._finish(request, "error", ValueError(fault))
+            completion = self._finish(request, "error", ValueError(fault))
+            lengths = [len(live.prompt) + live.launched - 1 for live in self.live]
+            self.device.wipe(lengths + [0] * (self.device.rows - len(lengths)))
+            return completion
         self.drawn += 1
         if token in self.stops.tokens:
             return self._finish(request, "stop")

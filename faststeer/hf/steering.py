@@ -143,6 +143,17 @@ class Steering:
     def backend(self) -> Backend:
         return backend_for(next(iter(self._programs)))
 
+    @property
+    def capacity(self) -> Capacity:
+        """Room for plans: slots, vectors and entries."""
+        return self._capacity
+
+    @property
+    def fingerprint(self) -> str:
+        """What a compiled or captured graph of the model takes for constant: when it changes, make the graph anew.
+        Plans that change within the sites and sizes in use leave it as it is."""
+        return self._traced
+
     def _why_hooks(self) -> str:
         if self._wanted == "hooks":
             return "path='hooks' was chosen"
@@ -224,7 +235,8 @@ class Steering:
 
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
         wanted = _distinct(plans)
-        self._check_points(wanted)
+        for plan in wanted:
+            self.check(plan)
         found: list[int] = []
         for program in self._programs.values():
             found = program.load_all(wanted)  # equal programs: the first refuses what does not fit, before any changes
@@ -241,8 +253,9 @@ class Steering:
         if per_row and self._gate_state is None:
             self._make_gate_state(len(plans), next(iter(self._programs)))
 
-    def _check_points(self, plans: list[Plan]) -> None:
-        if self._points.resid_mid is None and any("resid_mid" in points_of(i) for plan in plans for i in plan):
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError if the plan names a hook point that the model does not have."""
+        if self._points.resid_mid is None and any("resid_mid" in points_of(intervention) for intervention in plan):
             raise ValueError(no_resid_mid(self.model))
 
     def _install(self) -> None:
@@ -304,11 +317,16 @@ class Steering:
             ValueError: as `Program.load`; nothing is changed then.
         """
         if plan is not None:
-            self._check_points([plan])
+            self.check(plan)
         for program in self._programs.values():
             program.load(slot, plan)
         if self._entered:
             self._install()
+
+    def unload(self) -> None:
+        """Empty every slot."""
+        for program in self._programs.values():
+            program.load_all([])
 
     def forget(self, sequence: int) -> None:
         """A sequence starts anew: it has decided no latched gate."""
@@ -529,6 +547,10 @@ class Steering:
             found[site_name(number, self._points.n_layers)] = torch.cat(padded, dim=1)
         return found
 
+    def seen(self, site: int) -> Tensor:
+        """`[batch, tokens, k]`: what probes saw at a site (a number, as `plan.site` gives it) in the last pass."""
+        return self._history[site][-1]
+
     def clear_projections(self) -> None:
         """Forget what probes have seen."""
         self._history.clear()
@@ -632,6 +654,11 @@ def _as_plan(plan: object, what: str) -> Plan | None:
 def _distinct(plans: Iterable[Plan | None]) -> list[Plan]:
     """The different plan objects, in order."""
     return list({id(plan): plan for plan in plans if plan is not None}.values())
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether the model is inside `with steer(...)`."""
+    return bool(_active.get(model))
 
 
 # Knowing when `generate` runs -----------------------------------------------------------------------------------------

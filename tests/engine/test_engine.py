@@ -333,6 +333,23 @@ def test_logits_that_are_not_finite_end_that_request_alone():
         assert found[i].error is None and found[i].token_ids == generated(model, prompts()[i], plans[i], 6)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["operator", "the model's attention"])
+def test_a_row_that_held_nan_is_clean_for_the_next_request(own):
+    """A mask does not hide a NaN: a row looks at as many columns as the longest row has. The second NaN comes with a
+    request's last token, when its row is another's already."""
+    made = engine("llama", max_batch=2)
+    assert made._device.attention is not None
+    if not own:
+        made._device.attention = None
+    bad = fs.Plan([fs.Add(models.direction(0), 3e38, layers="all", positions="[2:]")])
+    asked, limits = prompts((9, 3, 2, 4, 2, 3)), [20, 6, 4, 4, 5, 4]
+    plans = [None, bad, None, bad, None, None]
+    found = list(made.generate(asked, plans=plans, max_new_tokens=limits))
+    assert [c.finish_reason for c in found] == ["error" if plan else "length" for plan in plans]
+    for i in (0, 2, 4, 5):
+        assert found[i].token_ids == generated(models.model("llama"), asked[i], None, limits[i])
+
+
 def test_a_tokenizer_that_fails_fails_that_request_alone(monkeypatch):
     made = engine("llama")
     decode = made.tokenizer.decode
