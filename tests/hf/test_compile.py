@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_architectures import close, far
 from torch import Tensor
+from transformers import CompileConfig
 
 import faststeer as fs
 from faststeer.hf import read
@@ -107,3 +108,28 @@ def test_through_aot_autograd():
         close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
         steering.assign([None, plan(0)])
         close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("path", ["fused", "hooks"])
+def test_generation_with_a_static_cache_is_one_graph_for_all_plans(path):
+    """`generate` as it compiles by itself: one graph for the decode step, without a break, and no other one when plans
+    change between generations or tokens. The prompt is read without a graph."""
+    model, ids, graphs = one_layer(), models.tokens(2, 5), []
+
+    def backend(graph, _inputs):  # not a Counting: transformers copies the configuration, and what is in it
+        graphs.append(graph)
+        return graph
+
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    compiled = CompileConfig(backend=backend, fullgraph=True, dynamic=False, mode=None)
+    compiled._compile_all_devices = True  # transformers compiles by itself on accelerators only
+    plans = [[plan(0), None], [plan(1), plan(2)], [plan(0), None]]
+    with torch.no_grad(), fs.steer(model, plans[0], path=path) as steering:
+        outputs = []
+        for which in plans:
+            steering.assign(which)
+            expected = model.generate(ids, **settings, disable_compile=True)
+            outputs.append(model.generate(ids, **settings, compile_config=compiled))
+            assert torch.equal(outputs[-1], expected)
+        assert len(graphs) == 1
+    assert not torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
