@@ -11,11 +11,12 @@ importable, kernels/triton as faststeer.kernels. The stages:
     tests        tests/gpu
     memcheck     the small case under compute-sanitizer, where there is one that knows this GPU,
     racecheck    and again for races
-    benchmark    benchmarks/kernels/gpu.py
+    kernels      benchmarks/kernels/gpu.py
+    generation   benchmarks/generation/gpu.py
 
 A stage that fails or runs out of its time does not keep the others from running; the exit code is 0 if all of them
-passed. DIR gets eight files at most: summary.txt with the table that is also printed last, the benchmark's CSV and
-machine JSON, tests.xml, and a log per kind of stage.
+passed. DIR gets ten files at most: summary.txt with the tables that are also printed last, CSV and machine JSON of
+both benchmarks, tests.xml, and a log per kind of stage.
 
 Without a GPU, or with --dry-run, everything runs on the CPU at tiny sizes, to try this program; what it writes is named
 or labelled a dry run, since it says nothing of any GPU.
@@ -224,15 +225,15 @@ def sanitize(runner: Runner, dry: bool, limit: float) -> None:
             runner.note(name, code == 0, since, summary or why(code, said))
 
 
-def benchmark(runner: Runner, limit: float, scratch: Path, commit: str | None, full: bool) -> str:
-    since, table = time.monotonic(), scratch / "table.txt"
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernels" / "gpu.py"), "--out", str(runner.out)]
-    command += ["--seconds", f"{max(limit - 30, 10):.0f}", "--table", str(table)]
-    command += [*(["--commit", commit] if commit else []), *(["--full"] if full else [])]
+def benchmark(runner: Runner, question: str, limit: float, scratch: Path, extra: list[str]) -> str:
+    """benchmarks/`question`/gpu.py; returns its table."""
+    since, table = time.monotonic(), scratch / f"{question}.txt"
+    command = [sys.executable, str(ROOT / "benchmarks" / question / "gpu.py"), "--out", str(runner.out)]
+    command += ["--seconds", f"{max(limit - 30, 10):.0f}", "--table", str(table), *extra]
     code, said = runner.command(command, "benchmark.log", limit)
     stopped = next((line for line in said.splitlines() if line.startswith("out of time")), "")
-    runner.note("benchmark", code == 0, since, stopped or why(code, said))
-    return table.read_text() if table.exists() else ""
+    runner.note(question, code == 0, since, stopped or why(code, said))
+    return table.read_text() if table.exists() else f"no table of {question}\n"
 
 
 def why(code: int | None, said: str) -> str:
@@ -255,7 +256,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; what is in it is replaced")
     parser.add_argument("--seconds", type=float, default=570, help="time for everything together")
     parser.add_argument("--dry-run", action="store_true", help="use no GPU")
-    parser.add_argument("--full", action="store_true", help="the benchmark's larger grid")
+    parser.add_argument("--full", action="store_true", help="the kernels' benchmark's larger grid")
     parser.add_argument("--commit", help="what the results name as the commit, where there is no git")
     arguments = parser.parse_args()
     machine = Machine.look()
@@ -269,7 +270,7 @@ def main() -> int:
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob("*"):  # of an earlier run
-        if path.name in FILES or path.name.startswith(("kernels_gpu.", "dry_run_kernels.")):
+        if path.name in FILES or path.name.startswith(("kernels_gpu.", "generation_gpu.", "dry_run_")):
             path.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         link(Path(scratch) / "links")
@@ -284,9 +285,12 @@ def main() -> int:
         small_case(runner, limit(60, 290))
         tests(runner, dry, limit(180, 230))
         sanitize(runner, dry, limit(100, 150))
-        table = benchmark(runner, limit(220, 0), Path(scratch), arguments.commit, arguments.full)
+        commit = ["--commit", arguments.commit] if arguments.commit else []
+        full = ["--full"] if arguments.full else []
+        tables = benchmark(runner, "kernels", limit(160, 70), Path(scratch), [*commit, *full])
+        tables += "\n" + benchmark(runner, "generation", limit(200, 0), Path(scratch), commit)
     lines = [f"{r.stage:16}{r.verdict:10}{r.seconds:6.0f} s  {r.what}" for r in runner.results]
-    text = "\n".join([label, "", *lines, "", table or "no benchmark\n"])
+    text = "\n".join([label, "", *lines, "", tables])
     (out / "summary.txt").write_text(text)
     print(f"\n{text}\nwritten to {out}")
     return 0 if all(r.verdict != "FAILED" for r in runner.results) else 1
