@@ -1,12 +1,13 @@
 """Tokens per second of the demo model on a CPU, 64 rows: `generate` against the Engine, unsteered, with a vector added
 at every layer, with a direction ablated at every layer, and with another plan in every row.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation/cpu.py [--repeats 7] [--write]
+    OMP_NUM_THREADS=1 python benchmarks/generation/cpu.py [--dtype bf16] [--repeats 4] [--write]
 
 Two workloads of the same prompts, greedy. `answers`: all 256 test prompts (harmful and harmless in turn), each to its
 own end; `generate` takes them 64 at a time. `fixed`: the first 64, each exactly 64 new tokens, so that no method gains
 by rows that end early. What counts as a token: a generated one before the end-of-sequence token, never padding. One
-repeat runs every case once, in turn, so that a machine that slows down slows all of them.
+repeat runs every case once, in turn, so that a machine that slows down slows all of them. The last part says where the
+time of two cases goes: `<results>_shares` has the seconds of one run and, from the profiler, of kinds of operators.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import results
 
 ROWS, NEW = 64, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE = "generate, hooks"
 Count = Callable[[], int]
 
@@ -48,7 +50,8 @@ def hand_written(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 def cases(model: Any, tokenizer: Any, prompts: list[list[int]], end: int | None) -> dict[str, Count]:
     """Each case runs the workload once and returns how many tokens it generated."""
     vector = 0.05 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    unit = vector / vector.norm()
+    unit = (vector / vector.norm()).to(model.dtype)
+    mine = vector.to(model.dtype)  # as the author of a hook would have it: another dtype would change the model's
     add = fs.Plan([fs.Add(vector, 1.0, layers="all")])
     ablate = fs.Plan([fs.Ablate(vector, layers="all")])
     own = [fs.Plan([fs.Add(vector, 1.0 + i / 1000, layers="all")]) for i in range(len(prompts))]
@@ -86,7 +89,7 @@ def cases(model: Any, tokenizer: Any, prompts: list[list[int]], end: int | None)
 
     return {
         "generate, unsteered": generate,
-        BASELINE: hooked(lambda h: h + 1.0 * vector),
+        BASELINE: hooked(lambda h: h + 1.0 * mine),
         "generate, fs.steer": steered,
         "generate, hooks that ablate": hooked(lambda h: h - (h @ unit).unsqueeze(-1) * unit),
         "Engine, unsteered": engine(None),
@@ -108,6 +111,29 @@ def measure(workload: str, runs: dict[str, Count], repeats: int) -> list[dict[st
                     {"workload": workload, "case": case, "repeat": repeat, "tokens": count, "seconds": f"{seconds:.4f}"}
                 )
     return rows
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear"),
+    "attention": ("faststeer::decode_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    "residual add, steering, norm": ("faststeer::add_steer_rmsnorm", "faststeer::add_steer", "faststeer::steer"),
+}
+
+
+def shares(case: str, run: Count) -> list[dict[str, Any]]:
+    """Seconds of a run, and in it of kinds of operators; "rest": small operators and Python."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    own = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    found = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
+    total = min(seconds)
+    found |= {"rest": total - sum(found.values()), "all": total}
+    return [{"case": case, "kind": kind, "seconds": f"{value:.4f}"} for kind, value in found.items()]
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -133,19 +159,26 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/generation_cpu.csv")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/generation_cpu_<dtype>*.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = fs.demo.load()
+    model.to(DTYPES[options.dtype])
     sides = fs.demo.prompts("refusal", "test")
     prompts = encode(tokenizer, [prompt for pair in zip(*sides, strict=True) for prompt in pair])
     end = tokenizer.eos_token_id
     rows = measure("answers", cases(model, tokenizer, prompts, end), options.repeats)
-    rows += measure("fixed", cases(model, tokenizer, prompts[:ROWS], None), options.repeats)
+    fixed = cases(model, tokenizer, prompts[:ROWS], None)
+    rows += measure("fixed", fixed, options.repeats)
+    parts = [row for case in (BASELINE, "Engine, steered") for row in shares(case, fixed[case])]
     print(summary(rows))
+    for part in parts:
+        print(f"{part['case']:32} {part['kind']:32} {part['seconds']} s")
     if options.write:
-        print(results.write("generation_cpu", rows))
+        print(results.write(f"generation_cpu_{options.dtype}", rows))
+        print(results.write(f"generation_cpu_{options.dtype}_shares", parts))
 
 
 if __name__ == "__main__":
