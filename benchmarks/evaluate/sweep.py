@@ -1,14 +1,15 @@
-"""A sweep of the demo model on a CPU: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts, against one setting at
-a time through `generate` with a forward hook.
+"""A sweep of the demo model on a CPU: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts, against one
+setting at a time through `generate` with a forward hook.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluate/sweep.py [--settings 12] [--prompts 64] [--write]
 
 The layers are the 6 single ones and all together, the coefficients 0 to 2 in steps of 0.25, the methods difference in
 means, PCA and (as the control) a random vector of the first one's lengths. Coefficient 0 is the unsteered model under
-every layer and method, so that the sweep answers it once: 7 x 8 x 3 + 1 settings; the other way answers every setting, as
-a loop over settings does. That loop is run on a sample of settings, spread evenly over the grid, and its time per setting
-is extrapolated to the whole grid. The sweep's seconds include its store, judging (refusal, the demo's grammar,
-repetition) and the Engine's start; the loop's are `generate` alone, all 64 prompts of a setting in one padded batch.
+every layer and method, so that the sweep answers it once: 7 x 8 x 3 + 1 settings; the other way answers every setting,
+as a loop over settings does. That loop is run on a sample of settings, spread evenly over the grid, and its time per
+setting is extrapolated to the whole grid. The sweep's seconds include its store, judging (refusal, the demo's grammar,
+repetition) and the Engine's start; the loop's are `generate` alone, all 64 prompts of a setting in one padded batch, and
+again with one prompt at a time, which is how scripts without padding do it (on a smaller sample).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=int, default=12, help="settings of the sample for one at a time")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max-batch", type=int, default=128)
+    parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--store", type=Path, help="keep the store here")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep_cpu.csv")
     options = parser.parse_args()
@@ -91,6 +92,12 @@ def main() -> None:
     for name, layers, c in sample:
         hook_tokens += one_at_a_time(model, tokenizer, prompts, named[name], layers, c)
     hooks = time.perf_counter() - start
+    start = time.perf_counter()
+    singly = sample[:: max(1, len(sample) // 3)]
+    for name, layers, c in singly:
+        for prompt in prompts[:16]:
+            one_at_a_time(model, tokenizer, [prompt], named[name], layers, c)
+    single = (time.perf_counter() - start) / len(singly) / len(prompts[:16]) * len(prompts) * n
 
     sweep = Sweep(
         prompts,
@@ -129,6 +136,13 @@ def main() -> None:
             "prompts": len(prompts),
             "seconds": f"{whole:.1f}",
             "ratio": f"{whole / ours:.2f}",
+        },
+        {
+            "case": "generate with hooks, a prompt at a time, extrapolated",
+            "settings": n,
+            "prompts": len(prompts),
+            "seconds": f"{single:.1f}",
+            "ratio": f"{single / ours:.2f}",
         },
     ]
     for row in rows:

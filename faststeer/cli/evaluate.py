@@ -42,7 +42,7 @@ def evaluate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     system: System = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,

@@ -31,6 +31,7 @@ from faststeer.plan import Plan
 
 CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most
 SETTINGS_PER_UNIT = 16  # of side effects
+BAND = 16  # tokens: prompts whose lengths differ by less run together
 JUDGED_AT_ONCE = 256  # answers between two writes of verdicts
 BYTES_PER_TOKEN, BYTES_PER_ROW = 6, 300  # of text; of everything else, a verdict included
 
@@ -55,12 +56,12 @@ def run(
     tokenizer: Any,
     store: Store,
     *,
-    max_batch: int = 64,
+    max_batch: int = 128,
     progress: bool | Callable[[Progress], None] = True,
 ) -> str:
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
 
-    Answers come from one Engine, prompts of one length and every plan mixed in a batch, the longest prompts first;
+    Answers come from one Engine, rows of any plan mixed in a batch, the longest prompts first;
     then judges, then side effects. Every answer is on disk before the next is waited for.
 
     Args:
@@ -225,9 +226,12 @@ class _Work:
 
 
 def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[Row]:
-    """Longest prompts first, so that what does not fit into memory fails at the start; a prompt's settings together."""
-    order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
-    return [Row(setting, prompt) for prompt in order for setting in range(n_settings)]
+    """Longest prompts first, so that what does not fit into memory fails at the start; among those of a band of similar
+    lengths, a setting's rows together, so that they share a slot and the beginning of their prompts."""
+    bands: dict[int, list[int]] = {}
+    for prompt, length in enumerate(lengths):
+        bands.setdefault(-(length // BAND), []).append(prompt)
+    return [Row(s, prompt) for _, band in sorted(bands.items()) for s in range(n_settings) for prompt in band]
 
 
 def _short(text: str) -> str:
