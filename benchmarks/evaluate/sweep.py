@@ -8,8 +8,8 @@ means, PCA and (as the control) a random vector of the first one's lengths. Coef
 every layer and method, so that the sweep answers it once: 7 x 8 x 3 + 1 settings; the other way answers every setting,
 as a loop over settings does. That loop is run on a sample of settings, spread evenly over the grid, and its time per
 setting is extrapolated to the whole grid. The sweep's seconds include its store, judging (refusal, the demo's grammar,
-repetition) and the Engine's start; the loop's are `generate` alone, all 64 prompts of a setting in one padded batch, and
-again with one prompt at a time, which is how scripts without padding do it (on a smaller sample).
+repetition) and the Engine's start; the loop's are `generate` alone: all 64 prompts of a setting in one padded batch,
+and again one prompt at a time, which is how scripts without padding do it (on a smaller sample).
 """
 
 from __future__ import annotations
