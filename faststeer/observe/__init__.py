@@ -8,6 +8,7 @@ from faststeer.observe.difference import Difference, difference, kept_positions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch, patch_bytes, with_positions
+from faststeer.observe.sparsity import SparsityPoint, plot_sparsity, sparsity_curves
 from faststeer.observe.svv import Ablating, Split, SteeringValueVectors, ablate, split, svv
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Overlap",
     "Parts",
     "Scores",
+    "SparsityPoint",
     "Split",
     "SteeringValueVectors",
     "ablate",
@@ -41,8 +43,10 @@ __all__ = [
     "overlap",
     "patch",
     "patch_bytes",
+    "plot_sparsity",
     "random_circuit",
     "select",
+    "sparsity_curves",
     "split",
     "svv",
     "with_positions",

@@ -285,8 +285,7 @@ def faithfulness(
 
     Completeness is the same of `complement()`: near 0 where nothing that matters is outside the circuit.
 
-    A row of a batch is an example under a circuit, so that many circuits share a pass, which takes about three plain
-    ones.
+    A row of a batch is an example under a circuit, so that many circuits share a pass.
 
     Args:
         examples: as in `patch`. circuits: of the same graph.

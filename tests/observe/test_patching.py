@@ -323,6 +323,12 @@ def _plan_of(size):
     return fs.Plan([fs.Add(models.direction(1, size), 1.0, layers=1, at="resid_pre")])
 
 
+def test_the_bound_that_the_docs_name():
+    """Llama-3.2-3B steered before layer 12: 2.5 GB for 600 tokens, 4.0 GB for 1,000."""
+    found = [patch_bytes(Graph(12, 28, 24, 8), 3072, 8192, 128256, tokens) for tokens in (600, 1000)]
+    assert [f"{size / 1e9:.1f}" for size in found] == ["2.5", "4.0"]
+
+
 # Examples -------------------------------------------------------------------------------------------------------------
 
 
