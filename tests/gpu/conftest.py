@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("ops", "cuda")]  # backend_cases, random_tables
+# backend_cases, random_tables, models, support
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("ops", "cuda", "", "engine")]
 
 from device import BACKENDS, CUDA
 
