@@ -12,7 +12,7 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
-from faststeer.engine import run
+from faststeer.engine import attention, run
 from faststeer.engine.device import Device
 from faststeer.hf import read
 from faststeer.intervention import orthonormal
@@ -159,6 +159,39 @@ def test_demo_model_answers_as_under_generate():
     made = fs.engine.Engine(model, tokenizer, max_batch=5, max_length=128)
     texts = [c.text for c in made.generate(asked, plans=plans, max_new_tokens=40)]
     assert texts == fs.evaluate.generate.complete(model, tokenizer, asked, plans, max_new_tokens=40)
+
+
+# Attention of decode steps --------------------------------------------------------------------------------------------
+
+
+def test_steps_attend_with_the_operator_and_prompts_do_not(monkeypatch):
+    """On the CPU; the model's own attention is back after every step."""
+    model, calls = models.build("llama"), []
+    own = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda *given: (calls.append(given[0].shape), own(*given))[1])
+    made = engine(model, max_batch=8)
+    calls.clear()
+    list(made.generate(prompts((5, 5)), max_new_tokens=4))
+    assert calls == [(2, 4, 8)] * 3 * models.N_LAYERS
+    Interrupted(monkeypatch, made, 3, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        list(made.generate(prompts((5, 5)), max_new_tokens=4))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_attention_the_operator_does_not_know_keeps_its_own(monkeypatch):
+    """It gives something else, or refuses: found when the engine is made."""
+    for operator in (lambda query, *_: torch.zeros_like(query), _raise):
+        monkeypatch.setattr(attention, "decode_attention", operator)
+        made = engine("llama")
+        assert made._device.attention is None
+        assert tokens(made.generate(prompts()[:3], max_new_tokens=4)) == [
+            generated(models.model("llama"), prompt, None, 4) for prompt in prompts()[:3]
+        ]
+
+
+def _raise(*_):
+    raise ValueError("attends in a way that decode_attention does not know")
 
 
 # Contracts 5 and 6 ----------------------------------------------------------------------------------------------------
