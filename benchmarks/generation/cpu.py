@@ -6,7 +6,8 @@ at every layer, with a direction ablated at every layer, and with another plan i
 Two workloads of the same prompts, greedy. `answers`: all 256 test prompts (harmful and harmless in turn), each to its
 own end; `generate` takes them 64 at a time. `fixed`: the first 64, each exactly 64 new tokens, so that no method gains
 by rows that end early. What counts as a token: a generated one before the end-of-sequence token, never padding. One
-repeat runs every case once, in turn, so that a machine that slows down slows all of them. The last part says where the
+repeat runs every case once, in turn, so that a machine that slows down slows all of them. Seconds are processor time of
+the one thread, which other programs on the machine disturb less than the clock's. The last part says where the
 time of two cases goes: `<results>_shares` has the seconds of one run and, from the profiler, of kinds of operators.
 """
 
@@ -103,9 +104,9 @@ def measure(workload: str, runs: dict[str, Count], repeats: int) -> list[dict[st
     rows = []
     for repeat in range(-1, repeats):  # the first warms up
         for case, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             count = run()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             if repeat >= 0:
                 rows.append(
                     {"workload": workload, "case": case, "repeat": repeat, "tokens": count, "seconds": f"{seconds:.4f}"}
@@ -124,9 +125,9 @@ def shares(case: str, run: Count) -> list[dict[str, Any]]:
     """Seconds of a run, and in it of kinds of operators; "rest": small operators and Python."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     own = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
