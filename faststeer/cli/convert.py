@@ -21,9 +21,7 @@ def convert(
     ],
     target: Annotated[
         str | None,
-        typer.Argument(
-            help="Where to write it, or hub:user/name to upload, with /file if needed; without it the vector is described."
-        ),
+        typer.Argument(help="Where to write it, or hub:user/name to upload; without it the vector is described."),
     ] = None,
     to: Annotated[str | None, typer.Option(help="faststeer or gguf (default: gguf where the target ends so).")] = None,
     format: Annotated[
