@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import results
 
 NEW = 64
+FEW = 8  # prompts of a setting that are answered one by one
 COEFFICIENTS = [0.25 * i for i in range(9)]
 
 
@@ -88,16 +89,17 @@ def main() -> None:
 
     sample = settings[:: max(1, n // options.settings)]
     one_at_a_time(model, tokenizer, prompts[:4], named["dim"], (2,), 1.0)  # warms up
-    start, hook_tokens = time.perf_counter(), 0
+    start, cpu, hook_tokens = time.perf_counter(), time.process_time(), 0
     for name, layers, c in sample:
         hook_tokens += one_at_a_time(model, tokenizer, prompts, named[name], layers, c)
-    hooks = time.perf_counter() - start
-    start = time.perf_counter()
+    hooks, hooks_cpu = time.perf_counter() - start, time.process_time() - cpu
+    start, cpu = time.perf_counter(), time.process_time()
     singly = sample[:: max(1, len(sample) // 3)]
     for name, layers, c in singly:
-        for prompt in prompts[:16]:
+        for prompt in prompts[:FEW]:
             one_at_a_time(model, tokenizer, [prompt], named[name], layers, c)
-    single = (time.perf_counter() - start) / len(singly) / len(prompts[:16]) * len(prompts) * n
+    share = len(singly) * len(prompts[:FEW]) / (n * len(prompts))
+    single, single_cpu = (time.perf_counter() - start) / share, (time.process_time() - cpu) / share
 
     sweep = Sweep(
         prompts,
@@ -112,39 +114,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = options.store or Path(folder) / "sweep.db"
         with Store(path) as store:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             digest = run(sweep, model, tokenizer, store, max_batch=options.max_batch)
-            ours = time.perf_counter() - start
+            ours, ours_cpu = time.perf_counter() - start, time.process_time() - cpu
             tokens = sum(answer["tokens"] for answer in store.answers(digest))
             start = time.perf_counter()
             lines = table(store, digest)
             summary = time.perf_counter() - start
-    whole = hooks / len(sample) * n
-    rows = [
-        {"case": "sweep", "settings": len(lines), "prompts": len(prompts), "tokens": tokens, "seconds": f"{ours:.1f}"},
-        {"case": "table of the sweep", "settings": len(lines), "prompts": len(prompts), "seconds": f"{summary:.1f}"},
-        {
-            "case": "generate with hooks, measured",
-            "settings": len(sample),
-            "prompts": len(prompts),
-            "tokens": hook_tokens,
-            "seconds": f"{hooks:.1f}",
-        },
-        {
-            "case": "generate with hooks, extrapolated",
-            "settings": n,
-            "prompts": len(prompts),
-            "seconds": f"{whole:.1f}",
-            "ratio": f"{whole / ours:.2f}",
-        },
-        {
-            "case": "generate with hooks, a prompt at a time, extrapolated",
-            "settings": n,
-            "prompts": len(prompts),
-            "seconds": f"{single:.1f}",
-            "ratio": f"{single / ours:.2f}",
-        },
+    times = n / len(sample)
+    cases = [
+        # case, settings, tokens, seconds, seconds of the processor
+        ("sweep", len(lines), tokens, ours, ours_cpu),
+        ("table of the sweep", len(lines), "", summary, ""),
+        ("generate with hooks, measured", len(sample), hook_tokens, hooks, hooks_cpu),
+        ("generate with hooks, extrapolated", n, "", hooks * times, hooks_cpu * times),
+        ("generate with hooks, a prompt at a time, extrapolated", n, "", single, single_cpu),
     ]
+    rows = []
+    for case, count, generated, seconds, processor in cases:
+        row = {"case": case, "settings": count, "prompts": len(prompts), "tokens": generated}
+        row |= {"seconds": f"{seconds:.1f}", "cpu_seconds": processor and f"{processor:.1f}"}
+        if "extrapolated" in case:
+            row |= {"times_sweep": f"{seconds / ours:.2f}", "cpu_times_sweep": f"{processor / ours_cpu:.2f}"}
+        rows.append(row)
     for row in rows:
         print(row)
     if options.write:
