@@ -122,12 +122,13 @@ KINDS = {
 
 
 def shares(case: str, run: Count) -> list[dict[str, Any]]:
-    """Seconds of a run, and in it of kinds of operators; "rest": small operators and Python."""
+    """Seconds of a run by the clock, as the profiler's are, and in it of kinds of operators; "rest": small operators
+    and Python."""
     seconds = []
     for _ in range(3):
-        start = time.process_time()
+        start = time.perf_counter()
         run()
-        seconds.append(time.process_time() - start)
+        seconds.append(time.perf_counter() - start)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     own = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
