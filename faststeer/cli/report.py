@@ -1,0 +1,75 @@
+"""`faststeer report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from faststeer.cli.common import Json, app, errors, reports_errors
+
+
+@contextmanager
+def _needs_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+@app.command()
+@reports_errors
+def report(
+    store: Annotated[Path, typer.Argument(help="Where `faststeer sweep` keeps its rows.")] = Path("sweep.db"),
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNGs.")] = None,
+    run: Annotated[str, typer.Option(help="Which run of the store: a prefix, or 'newest'.")] = "newest",
+    judge: Annotated[str | None, typer.Option(help="Judge of the behaviour; by default the first with a line.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Count only prompts with this tag.")] = None,
+    goal: Annotated[Literal["more", "less"], typer.Option(help="Whether more or less of it is wanted.")] = "more",
+    price: Annotated[str | None, typer.Option(help="The price: kl, cross_entropy, accuracy or a judge.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the largest effect, good enough to recommend.")] = 0.9,
+    limit: Annotated[float | None, typer.Option(help="Recommend nothing that costs more than this.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one HTML page of a sweep: dose and response, heat maps, the Pareto front with the setting to use, answers.
+
+    The page needs no server and no network. What the options choose is what it shows first; it can be changed there.
+
+    Example: faststeer report sweep.db --out report.html --png figures --judge refusal --tag harmless
+
+    Exit codes: 0 written; 1 wrong input; 2 wrong usage.
+    """
+    from faststeer import report as reports
+    from faststeer.evaluate.sweep import Store
+    from faststeer.files import write_atomically
+
+    with _needs_packages(), Store(store, create=False) as opened, errors.status("Intervals of every setting ..."):
+        found = reports.findings(opened, None if run == "newest" else run)
+        behaviour = found.measure(judge, tag)
+        paid = found.price(behaviour, price)
+        choice = reports.choose(found, behaviour, paid, goal, share=share, limit=limit)
+        html = reports.page(opened, found, behaviour, paid, goal, share=share, limit=limit, title=title)
+    pictures = {} if png is None else reports.figures(found, behaviour, paid, choice)
+    write_atomically(out, html)
+    for name, picture in pictures.items():
+        write_atomically(Path(png or ".") / name, picture)
+    facts: dict[str, Any] = {
+        "run": found.run,
+        "page": str(out),
+        "figures": [str(Path(png or ".") / n) for n in pictures],
+    }
+    facts |= {"behaviour": behaviour.title, "goal": goal, "price": paid and paid.title}
+    facts["recommended"] = None if choice.recommended is None else found.lines[choice.recommended].name
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    said = facts["recommended"] or f"nothing: no setting differs from the {found.versus} (within the limit)"
+    Console().print(f"Recommended: {said}", highlight=False, markup=False)
+    Console().print(f"Written to {out}{f' and {png}' if png else ''}", highlight=False, markup=False)

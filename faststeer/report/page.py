@@ -1,0 +1,190 @@
+"""The page: template, style, script, Plotly and all data in one HTML file.
+
+Data is JSON, gzipped, in base64: no text of a model or a user ever is markup, and 10^5 answers stay a few megabytes.
+The content security policy names the two scripts by their hashes and allows no request at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from faststeer.evaluate.sweep import Store
+from faststeer.report.choice import choose
+from faststeer.report.figures import cost_title
+from faststeer.report.findings import Findings, Goal, Measure
+
+TEMPLATES = Path(__file__).parent / "templates"
+GOALS: tuple[Goal, ...] = ("more", "less")
+
+
+def page(
+    store: Store,
+    found: Findings,
+    behaviour: Measure,
+    price: Measure | None,
+    goal: Goal = "more",
+    *,
+    share: float,
+    limit: float | None,
+    title: str | None = None,
+) -> str:
+    """Return the HTML of a run; `behaviour`, `price`, `goal`, `share` and `limit` are what it shows first.
+
+    Raises:
+        ImportError: Jinja or Plotly is not installed.
+    """
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs, get_plotlyjs_version
+    except ImportError as error:
+        raise ImportError(f"the report needs Jinja and Plotly ({error}): pip install 'faststeer[report]'") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    plotly, script = get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    facts = found.facts
+    start = {
+        "behaviour": behaviour.key,
+        "price": price and price.key,
+        "goal": goal,
+        "share": share,
+        "limit": limit,
+    }
+    return environment.get_template("report.html").render(
+        title=title or f"Sweep of {facts['description'].get('model', 'a model')}",
+        found=found,
+        facts=facts,
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created"])),
+        unfinished=not facts["done"],
+        failed=sum(line.errors for line in found.lines),
+        unread={name: sum(line.scores[name].failures for line in found.lines) for name in found.judges},
+        store=store.path.name,
+        has_vectors=any(line.kind == "vector" for line in found.lines),
+        has_prices=price is not None,
+        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        hashes=[_hash(script), _hash(plotly)],
+        plotly_version=get_plotlyjs_version(),
+        plotly=pack(plotly),
+        summary=pack(json.dumps(_summary(store, found, start), allow_nan=False)),
+        answers=pack(json.dumps(_answers(store, found), allow_nan=False)),
+    )
+
+
+def pack(text: str) -> str:
+    """Gzip, then base64: nothing in it can be read as markup."""
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode()
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, Any]:
+    """Settings, measures and, for every behaviour, goal and price, who is eligible and on the front."""
+    index = {m.key: i for i, m in enumerate(found.measures)}
+    behaviours = found.behaviours
+    prices = {b.key: found.prices(b) for b in behaviours}
+    return {
+        "start": start,
+        "versus": found.versus,
+        "intervention": found.facts["description"].get("intervention"),
+        "prompts": store.prompts(found.run),
+        "judges": [
+            {"name": n, "shows": j["shows"]} for n, j in zip(found.judges, store.judges(found.run), strict=True)
+        ],
+        "settings": [
+            {
+                "name": line.name,
+                "kind": line.kind,
+                "vector": line.vector,
+                "control": line.control,
+                "layers": list(line.layers),
+                "coefficient": line.coefficient,
+                "answers": line.answers,
+                "errors": line.errors,
+                "unread": {name: score.failures for name, score in line.scores.items() if score.failures},
+            }
+            for line in found.lines
+        ],
+        "measures": [_plain(measure) for measure in found.measures],
+        "behaviours": [index[b.key] for b in behaviours],
+        "prices": {b.key: [index[p.key] for p in prices[b.key]] for b in behaviours},
+        "choices": {
+            f"{b.key} {goal} {p.key if p else ''}": _choice(found, b, p, goal)
+            for b in behaviours
+            for goal in GOALS
+            for p in (prices[b.key] or [None])
+        },
+    }
+
+
+def _choice(found: Findings, behaviour: Measure, price: Measure | None, goal: Goal) -> dict[str, Any]:
+    choice = choose(found, behaviour, price, goal)
+    return {"front": choice.front, "eligible": choice.eligible}
+
+
+def _plain(measure: Measure) -> dict[str, Any]:
+    points = measure.points
+    return {
+        "key": measure.key,
+        "title": measure.title,
+        "label": measure.label,
+        "name": measure.name,
+        "tag": measure.tag,
+        "share": measure.share,
+        "price": measure.price,
+        "costs": cost_title(measure),
+        "value": [p and p.value for p in points],
+        "low": [p and p.low for p in points],
+        "high": [p and p.high for p in points],
+        "n": [p and p.n for p in points],
+        "over": [p and p.over for p in points],
+    }
+
+
+def _answers(store: Store, found: Findings) -> dict[str, Any]:
+    """Answers as columns, equal texts once."""
+    rows = store.answers(found.run)
+    at = {(row["setting"], row["prompt"]): i for i, row in enumerate(rows)}
+    texts, text = _numbered(row["text"] for row in rows)
+    finishes, finish = _numbered(row["finish"] for row in rows)
+    judged = []
+    for judge in store.judges(found.run):
+        verdicts = store.verdicts(found.run, judge["judge"])
+        labels, label = _numbered(v["label"] for v in verdicts)
+        judged.append(
+            {
+                "labels": labels,
+                "row": [at[v["setting"], v["prompt"]] for v in verdicts],
+                "label": label,
+                "score": [None if v["score"] is None else float(f"{v['score']:.6g}") for v in verdicts],
+                "parts": {i: v["parts"] for i, v in enumerate(verdicts) if v["parts"]},
+                "raw": {i: v["raw"] for i, v in enumerate(verdicts) if v["raw"] is not None},
+            }
+        )
+    return {
+        "setting": [row["setting"] for row in rows],
+        "prompt": [row["prompt"] for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "texts": texts,
+        "text": text,
+        "finishes": finishes,
+        "finish": finish,
+        "errors": {i: row["error"] for i, row in enumerate(rows) if row["error"] is not None},
+        "verdicts": judged,
+    }
+
+
+def _numbered(values: Iterable[Any]) -> tuple[list[Any], list[int]]:
+    """The distinct values in order of appearance, and each value's number among them."""
+    numbers: dict[Any, int] = {}
+    which = [numbers.setdefault(value, len(numbers)) for value in values]
+    return list(numbers), which

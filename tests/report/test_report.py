@@ -1,0 +1,176 @@
+"""What the report computes and writes, without a browser."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import sqlite3
+from html.parser import HTMLParser
+
+import matplotlib.image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up import NASTY, RUN
+from typer.testing import CliRunner
+
+from faststeer import report
+from faststeer.cli import app
+from faststeer.evaluate.sweep import Store, StoreError
+from faststeer.report.choice import pareto, recommend
+from faststeer.report.figures import file_names
+
+
+@pytest.fixture(scope="module")
+def found(database):
+    with Store(database, create=False) as store:
+        return report.findings(store)
+
+
+def sql(path, query, *values):
+    with sqlite3.connect(path) as db:
+        return db.execute(query, values).fetchall()
+
+
+def test_measures_are_what_the_rows_say(database, found):
+    """Every value against SQL's own counting."""
+    tags = {None: "%"} | {tag: tag for (tag,) in sql(database, "SELECT DISTINCT tag FROM prompts")}
+    assert len(tags) == 3
+    for tag, like in tags.items():
+        share, perplexity = found.measure("refusal", tag), found.measure("perplexity", tag)
+        for line in found.lines:
+            query = (
+                "SELECT avg(score >= 1), count(score), avg(score) FROM verdicts JOIN prompts USING (run, prompt) "
+                "WHERE judge = ? AND setting = ? AND tag LIKE ?"
+            )
+            rate, n, _ = sql(database, query, "j1", line.setting, like)[0]
+            point = share.points[line.setting]
+            assert (point.value, point.n) == (pytest.approx(rate, abs=1e-12), n) and point.low <= rate <= point.high
+            mean = sql(database, query, "j2", line.setting, like)[0][2]
+            assert perplexity.points[line.setting].value == pytest.approx(mean, rel=1e-12)
+    kl = found.price(found.measure(None, None), None)
+    assert kl.name == "kl" and not kl.share
+    for setting, value in sql(database, "SELECT setting, kl FROM effects"):
+        assert kl.points[setting].value == pytest.approx(value, rel=1e-12)
+
+
+def test_the_recommended_setting_is_the_cheapest_strong_one(found):
+    """By brute force over all settings, for every behaviour, goal, price, share and limit."""
+    for behaviour in found.behaviours:
+        for price in (None, *found.prices(behaviour)):
+            for goal, sign in (("more", 1), ("less", -1)):
+                choice = report.choose(found, behaviour, price, goal)
+                for n in choice.front:
+                    for m in choice.eligible:
+                        better = choice.costs[m] <= choice.costs[n] and choice.gains[m] >= choice.gains[n]
+                        assert not better or (choice.costs[m], choice.gains[m]) == (choice.costs[n], choice.gains[n])
+                for share, limit in ((0.9, None), (0.5, 0.15), (1, None)):
+                    strong = {
+                        n: (choice.costs[n], -choice.gains[n])
+                        for n in choice.eligible
+                        if choice.gains[n] > 0 and (limit is None or choice.costs[n] <= limit)
+                    }
+                    top = max((choice.gains[n] for n in strong), default=0)
+                    enough = [n for n in strong if choice.gains[n] >= share * top]
+                    best = min(enough, key=lambda n: (*strong[n], n), default=None)
+                    chosen = report.choose(found, behaviour, price, goal, share=share, limit=limit).recommended
+                    assert chosen == best
+                    if best is not None:
+                        base, at = behaviour.points[0].value, behaviour.points[best]
+                        assert sign * (at.value - base) > 0 and sign * at.over[0] > 0
+    choice = report.choose(found, found.measure(None, None), found.price(found.measure(None, None), "kl"))
+    assert found.lines[choice.recommended].name == "up L2 c1"  # NASTY costs twice as much, (2, 3) more, 0.5 is too weak
+
+
+@given(st.dictionaries(st.integers(0, 30), st.tuples(st.integers(-3, 5), st.integers(-3, 5)), max_size=12))
+def test_pareto_front(measured):
+    front = pareto(measured)
+    points = [measured[n] for n in front]
+    assert points == sorted(set(points)) and [g for _, g in points] == sorted({g for _, g in points})
+    undominated = {
+        (c, g)
+        for c, g in measured.values()
+        if g > 0 and not any(d <= c and h >= g and (d, h) != (c, g) for d, h in measured.values())
+    }
+    assert set(points) == undominated
+
+
+def test_nothing_is_recommended_where_nothing_is_within_the_limit():
+    assert recommend((1,), (0.0, 2.0), (0.0, 3.0), 0.9, 2.9) is None and recommend((), (), (), 0.9, None) is None
+
+
+class Markup(HTMLParser):
+    """Tags and every attribute of a page, as a browser would find them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append(tag)
+        self.attributes += attributes
+
+
+def unpacked(html, name):
+    packed = re.search(rf'id="data-{name}">([A-Za-z0-9+/=]*)</script>', html)[1]
+    return gzip.decompress(base64.b64decode(packed)).decode()
+
+
+@pytest.fixture(scope="module")
+def html(database, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    arguments = ["report", str(database), "--out", f"{out}/r.html", "--png", f"{out}/png", "--json", "--title", NASTY]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["recommended"] == "up L2 c1" and facts["run"] == RUN
+    for name in facts["figures"]:
+        image = matplotlib.image.imread(name)
+        assert image.shape[1] > 1000 and image[..., :3].std() > 0.05
+    assert len(facts["figures"]) == 5
+    return (out / "r.html").read_text(encoding="utf-8")
+
+
+def test_the_page_holds_every_row_and_no_markup_of_others(database, html):
+    plain = Markup(html)
+    assert plain.found.count("script") == 4 and "img" not in plain.found and "iframe" not in plain.found
+    assert not any(name in ("src", "href") or name.startswith("on") for name, _ in plain.attributes)
+    assert "onerror='window.hit" not in html and "&lt;img src=x" in html
+    data = json.loads(unpacked(html, "answers"))
+    rows = [
+        (s, p, data["texts"][t], data["errors"].get(str(i)))
+        for i, (s, p, t) in enumerate(zip(data["setting"], data["prompt"], data["text"], strict=True))
+    ]
+    assert rows == sql(database, "SELECT setting, prompt, text, error FROM answers ORDER BY setting, prompt")
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path, database):
+    def fails(*arguments):
+        result = CliRunner().invoke(app, ["report", *map(str, arguments), "--out", str(tmp_path / "no.html")])
+        assert result.exit_code == 1 and not (tmp_path / "no.html").exists()
+        return " ".join(result.stderr.split())
+
+    assert "no store at" in fails(tmp_path / "nothing.db")
+    Store(tmp_path / "empty.db").close()
+    assert "holds no sweep yet" in fails(tmp_path / "empty.db")
+    assert "there is no judge 'kindness'" in fails(database, "--judge", "kindness")
+    assert "has the tag 'nowhere'" in fails(database, "--tag", "nowhere")
+    assert "nothing called 'gold' was measured" in fails(database, "--price", "gold")
+
+
+def test_a_run_without_verdicts_is_refused(tmp_path):
+    from made_up import described
+
+    with Store(tmp_path / "s.db") as store:
+        store.begin(RUN, 64, described(), {})
+        with pytest.raises(StoreError, match="no verdict yet"):
+            report.findings(store)
+
+
+def test_file_names_are_safe_and_distinct():
+    names = file_names(["../a", "a", "A", "$x$", "", "é"])
+    assert len({name.lower() for name in names.values()}) == 6
+    assert all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names.values())
