@@ -28,7 +28,12 @@ constexpr int64_t TILE = 128;
 template <int W, int... I>
 FASTSTEER_LANES Floats fold(Floats x, Floats y, std::integer_sequence<int, I...>) {
 #define FASTSTEER_FROM(i) (((i) / W < PART / (2 * W) ? 0 : PART / 2) * 2 + ((i) / W % (PART / (2 * W))) * 2 * W + (i) % W)
+#if defined(__clang__)
   return __builtin_shufflevector(x, y, FASTSTEER_FROM(I)...) + __builtin_shufflevector(x, y, (FASTSTEER_FROM(I) + W)...);
+#else  // GCC has the other from version 12 on
+  const Words even = {FASTSTEER_FROM(I)...}, odd = {(FASTSTEER_FROM(I) + W)...};
+  return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, odd);
+#endif
 #undef FASTSTEER_FROM
 }
 
