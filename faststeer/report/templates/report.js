@@ -9,9 +9,16 @@
   };
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x"];
 
+  function decoded(binary) {
+    const bytes = new Uint8Array(binary.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+    return bytes;
+  }
+
   async function unpack(id) {
-    const bytes = Uint8Array.from(atob($(id).textContent), (c) => c.charCodeAt(0));
+    const packed = $(id).textContent;
     $(id).remove();
+    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(packed) : decoded(atob(packed));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   }
 
@@ -276,7 +283,7 @@
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", `${description}. The table of every setting has the numbers.`);
     if (made.yaxis.title.text.length > 44 && made.yaxis.type !== "category") made.yaxis.title.text = made.yaxis.title.text.replace(/(.{20,40}?) /, "$1<br>");
-    if (printing) made.width = id.startsWith("heat-") && price() ? 335 : 680;  // an A4 page between its margins
+    if (printing) made.width = 680;  // an A4 page between its margins
     made.autosize = !printing;
     Plotly.react(place, traces, made, CONFIG);
     if (id === "pareto" && !listening.has(id)) {
