@@ -52,7 +52,7 @@ void check_launched(const char* op, const Launched& launched) {
 // Rows on a CUDA device, few enough for the 32-bit numbers that the kernels count them with.
 RowShape check_cuda_rows(const Tensor& x) {
   const RowShape shape = check_rows(x, "x");
-  if (!x.is_cuda()) refuse("x", "on a CUDA device", device_name(x));
+  if (!x.is_cuda()) refuse("x", "on a CUDA device", device_name(device_type(x), x.get_device_index()));
   constexpr int64_t MOST = std::numeric_limits<int32_t>::max() - MAX_THREADS_PER_ROW;
   if (shape.rows > MOST) refuse("x", "of at most " + std::to_string(MOST) + " rows", shape.rows);
   return shape;
