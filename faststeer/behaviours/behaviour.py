@@ -17,9 +17,9 @@ from typing import Any
 from faststeer.behaviours.layouts import pairs_of, read_records
 from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract.pairs import Pair
-from faststeer.extract.prompts import load_prompts
 from faststeer.files import write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.prompts import load_prompts
 
 FORMAT = "faststeer.behaviour/1"
 DATA = Path(__file__).parent / "data"

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from faststeer.algebra import random_like
 from faststeer.behaviours.behaviour import Behaviour
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.intervals import Rate
@@ -25,7 +26,6 @@ from faststeer.extract import optimise
 from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.extract.caa import answer_rows, caa_table
 from faststeer.extract.contrast import Contrast, Directions, contrast
-from faststeer.extract.control import random_like
 from faststeer.extract.sweep import Cell, Choice, Found, answer, cells, check_coefficients, judged, select_by_judge
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
@@ -41,7 +41,6 @@ TRAINED: dict[str, Callable[..., optimise.Training]] = {
     "bipo": optimise.bipo,
 }
 METHODS = (*CONTRAST, *FROM_PAIRS, *TRAINED)
-CONTROLS = ("random", "none")
 ATTRIBUTED_PROMPTS = 32  # whose gradients are averaged; each costs ten forward and backward passes a layer
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from scipy.stats import binomtest
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -35,6 +33,8 @@ class Rate:
 
     @cached_property
     def _interval(self) -> tuple[float, float]:
+        from scipy.stats import binomtest  # half a second that most programs need not wait
+
         interval = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
         return float(interval.low), float(interval.high)
 

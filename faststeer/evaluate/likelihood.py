@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from faststeer.hf.batching import (
-    _rounds,
     batches,
     check_evaluating,
     forward_arguments,
     model_device,
     pad,
     progress_bar,
+    rounds,
 )
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
@@ -70,7 +70,7 @@ def continuation_logits(
             )
     lengths = [len(row.context) + len(row.continuation) for row in rows]
     work = []
-    for plans, numbers in _rounds([(number, row.plan) for number, row in enumerate(rows)], batch_size):
+    for plans, numbers in rounds([(number, row.plan) for number, row in enumerate(rows)], batch_size):
         groups = batches([lengths[number] for number in numbers], batch_size)
         work.append((plans, [[numbers[index] for index in group] for group in groups]))
     with progress_bar("Reading", sum(len(groups) for _, groups in work), progress) as advance:

@@ -1,6 +1,7 @@
 """Finding directions: from contrast in one pass, from pairs, by optimisation, by interpretability; selection among
 layers, positions and coefficients; and random controls."""
 
+from faststeer.algebra import random_like
 from faststeer.extract.activations import Activations
 from faststeer.extract.attribution import Attribution, attribution, logit_difference
 from faststeer.extract.caa import caa, caa_table
@@ -15,21 +16,20 @@ from faststeer.extract.contrast import (
     pca,
     probe,
 )
-from faststeer.extract.control import random_like
 from faststeer.extract.cosmic import CosmicSelection, select_cosmic
 from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
 from faststeer.extract.pairs import Pair
-from faststeer.extract.prompts import (
-    load_contrast,
-    load_prompts,
-    post_instruction_positions,
-)
 from faststeer.extract.sae import sae_feature
 from faststeer.extract.select import Filtered, Row, Selection, filter_prompts, select
 from faststeer.extract.steered_pairs import steered_pairs
 from faststeer.extract.sweep import Choice, select_by_judge
 from faststeer.extract.unembedding import unembedding
+from faststeer.hf.prompts import (
+    load_contrast,
+    load_prompts,
+    post_instruction_positions,
+)
 
 __all__ = [
     "Activations",

@@ -8,7 +8,7 @@ from typing import Any
 from faststeer.extract.contrast import Directions
 from faststeer.extract.dim import Candidates
 from faststeer.extract.pairs import Pair, check_pairs
-from faststeer.extract.reading import SIDES, read_batches
+from faststeer.extract.reading import SIDES, read_batches, side_means
 from faststeer.hf.batching import check_evaluating, encode, model_name
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -28,13 +28,12 @@ def caa_table(
     check_evaluating(model)
     rows = answer_rows(tokenizer, pairs, system)
     n = len(rows["positive"])
-    totals: dict[str, Any] = dict.fromkeys(SIDES, 0.0)
-    for side, _, activations in read_batches(
+    batches = read_batches(
         model, tokenizer, rows, at=at, positions=[-1], batch_size=batch_size, progress=progress, paired=True
-    ):
-        totals[side] = totals[side] + activations.double().sum(0)
-    means = Candidates(totals["positive"] / n, totals["negative"] / n, (-1,), at, n, n, model_name(model))
-    directions = means.directions * means.exists().unsqueeze(-1)
+    )
+    means = side_means(batches, rows)
+    found = Candidates(means["positive"], means["negative"], (-1,), at, n, n, model_name(model))
+    directions = found.directions * found.exists().unsqueeze(-1)
     provenance = {"n_pairs": n, "token": "the first at which the completions of a pair differ"}
     return Directions(directions, (None,), at, "caa", "raw", model_name(model), provenance=provenance)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from faststeer.extract import linear
 from faststeer.extract.activations import Activations
 from faststeer.extract.dim import Candidates, check_cell
-from faststeer.extract.prompts import post_instruction_positions
 from faststeer.extract.reading import SIDES, Batch, Rows, check_contrast, check_lengths, check_positions, read_batches
 from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
+from faststeer.hf.prompts import post_instruction_positions
 from faststeer.intervention import Add, Clamp
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point

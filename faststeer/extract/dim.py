@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from faststeer.extract.prompts import post_instruction_positions
-from faststeer.extract.reading import SIDES, check_contrast, check_lengths, check_positions, read_batches
+from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
 from faststeer.files import write_atomically
 from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
+from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 FORMAT = "faststeer.candidates/1"
@@ -220,12 +220,8 @@ def candidates(
     sets = check_contrast(tokenizer, positive, negative)
     rows = {side: encode(tokenizer, prompts, system) for side, prompts in sets.items()}
     check_lengths(rows, positions)
-    totals: dict[str, Tensor | float] = dict.fromkeys(SIDES, 0.0)
-    for side, _, activations in read_batches(
-        model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress
-    ):
-        totals[side] = totals[side] + activations.double().sum(0)
-    means = {side: cast(Tensor, total) / len(sets[side]) for side, total in totals.items()}
+    batches = read_batches(model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress)
+    means = side_means(batches, rows)
     return Candidates(
         means["positive"],
         means["negative"],

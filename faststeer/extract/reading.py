@@ -166,6 +166,15 @@ def read_batches(
             advance()
 
 
+def side_means(batches: Iterator[Batch], rows: Rows) -> dict[str, Tensor]:
+    """Mean activation of each side, `[positions, layers, hidden]` fp64."""
+    totals: dict[str, Tensor] = {}
+    for side, _, activations in batches:
+        total = activations.double().sum(0)
+        totals[side] = totals[side] + total if side in totals else total
+    return {side: total / len(rows[side]) for side, total in totals.items()}
+
+
 def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
     """One side after the other, so that neither's batches depend on the other's prompts."""
     return [

@@ -209,7 +209,8 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
 def _own_function(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that a module computes attention with; each architecture has an eager one of its own."""
     if implementation != "eager":
-        return AttentionInterface._global_mapping[implementation]
+        known: Mapping[str, Any] = AttentionInterface._global_mapping
+        return known[implementation]
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise ValueError(

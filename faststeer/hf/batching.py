@@ -229,7 +229,7 @@ def next_token_logits(
     device = model_device(model)
     lengths = [len(encoded[prompt]) for prompt, _ in rows]
     work = []
-    for plans, numbers in _rounds(rows, batch_size):
+    for plans, numbers in rounds(rows, batch_size):
         groups = batches([lengths[number] for number in numbers], batch_size)
         work.append((plans, [[numbers[index] for index in group] for group in groups]))
     with progress_bar("Scoring", sum(len(groups) for _, groups in work), progress) as advance:
@@ -243,15 +243,15 @@ def next_token_logits(
                     advance()
 
 
-def _rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:
+def rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:
     """Split rows into rounds: (at most so many distinct plans, the numbers of their rows); no plan is a round too."""
     by_plan: dict[int, list[int]] = {}
     for number, (_, plan) in enumerate(rows):
         by_plan.setdefault(id(plan), []).append(number)
     bare = by_plan.pop(id(None), [])
-    rounds: list[tuple[list[Plan], list[int]]] = [([], bare)] if bare else []
+    made: list[tuple[list[Plan], list[int]]] = [([], bare)] if bare else []
     members = list(by_plan.values())
     for start in range(0, len(members), max(plans_at_once, 1)):
         chunk = members[start : start + max(plans_at_once, 1)]
-        rounds.append(([cast(Plan, rows[numbers[0]][1]) for numbers in chunk], sorted(chain.from_iterable(chunk))))
-    return rounds
+        made.append(([cast(Plan, rows[numbers[0]][1]) for numbers in chunk], sorted(chain.from_iterable(chunk))))
+    return made

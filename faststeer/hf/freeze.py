@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from faststeer.hf import steering as hf_steering
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.hook_points import HookPoints
-from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.hf.steering import Pass, Path, Plans, Steering, is_steered
 from faststeer.ops import Rows
 from faststeer.program import Capacity
 
@@ -84,7 +83,7 @@ class Freezing(Steering):
         self._stack = ExitStack()
 
     def __enter__(self) -> Freezing:
-        if hf_steering._active.get(self.model):
+        if is_steered(self.model):
             raise RuntimeError("the model is being steered: leave that context and give its plan to freeze(...)")
         with ExitStack() as stack:
             stack.enter_context(exchange_attention(self.model, _ATTENTION[self.frozen], self._points))
@@ -116,7 +115,7 @@ class Freezing(Steering):
     def set_prompt(self, columns: int | Sequence[int] | None) -> None:
         super().set_prompt([*columns, *columns] if isinstance(columns, Sequence) else columns)
 
-    def _given_pass(self, rows: Rows, batch: int, length: int) -> hf_steering._Pass:
+    def _given_pass(self, rows: Rows, batch: int, length: int) -> Pass:
         unsteered = rows._replace(slot=torch.full_like(rows.slot, -1))
         both = Rows(*(torch.cat(pair) for pair in zip(unsteered, rows, strict=True)))
         return super()._given_pass(both, batch, length)
@@ -129,7 +128,7 @@ class Freezing(Steering):
         super()._forget_decisions(before)
         self._gate_state = state
 
-    def _keep(self, number: int, probe: Tensor | None, now: hf_steering._Pass) -> None:
+    def _keep(self, number: int, probe: Tensor | None, now: Pass) -> None:
         seen = len(self._history.get(number, ()))
         super()._keep(number, probe, now)
         pieces = self._history.get(number, [])

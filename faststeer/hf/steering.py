@@ -121,8 +121,8 @@ class Steering:
         self._owner_handles: list[torch.utils.hooks.RemovableHandle | OwnForward] = []
         self._traced = ""  # what a compiled graph takes for constant
         self._owner_arguments = list(inspect.signature(self._points.owner(model).forward).parameters)
-        self._pass: _Pass | None = None  # what the layer under way belongs to
-        self._whole_pass: _Pass | None = None
+        self._pass: Pass | None = None  # what the layer under way belongs to
+        self._whole_pass: Pass | None = None
         self._recorded: OrderedDict[tuple[int, int], _Recorded] = OrderedDict()  # (layer, address of its input)
         self._first_reader: dict[int, str] = {}
         self._prompts = Prompts()
@@ -349,14 +349,14 @@ class Steering:
         if self._gate_state is None or self._gate_state.shape[1] != batch:
             self._make_gate_state(batch, device)
         rows = Rows(slots.repeat_interleave(length), position.reshape(-1), sequence.repeat_interleave(length))
-        self._whole_pass = self._pass = _Pass(rows, batch, length)
+        self._whole_pass = self._pass = Pass(rows, batch, length)
 
-    def _given_pass(self, rows: Rows, batch: int, length: int) -> _Pass:
+    def _given_pass(self, rows: Rows, batch: int, length: int) -> Pass:
         if rows.slot.shape[0] != batch * length:
             raise RuntimeError(
                 f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {batch} x {length} tokens"
             )
-        return _Pass(rows, batch, length)
+        return Pass(rows, batch, length)
 
     def _make_gate_state(self, batch: int, device: torch.device) -> None:
         if self._program_on(device).latching:
@@ -426,7 +426,7 @@ class Steering:
 
         return self._ours(begin)
 
-    def _record(self, number: int, x: Tensor, now: _Pass) -> None:
+    def _record(self, number: int, x: Tensor, now: Pass) -> None:
         if not (torch.is_grad_enabled() or x.requires_grad):
             return
         before = self._recorded.pop((number, x.data_ptr()), None)
@@ -495,7 +495,7 @@ class Steering:
         self._keep(number, given.probe, now)
         return hidden.view_as(branch), normed
 
-    def _given(self, number: int, x: Tensor) -> tuple[_Pass, _Given]:
+    def _given(self, number: int, x: Tensor) -> tuple[Pass, _Given]:
         """What an op is given at a site."""
         # A layer's own input and output lie outside its checkpoint.
         now = self._whole_pass if number % 4 == 0 and not _in_backward() else self._pass
@@ -524,7 +524,7 @@ class Steering:
             probe = torch.zeros(flat.shape[0], program.columns[number], dtype=torch.float32, device=x.device)
         return now, _Given(flat, tables, now.rows_on(x.device), self._gate_state, probe, latches)
 
-    def _keep(self, number: int, probe: Tensor | None, now: _Pass) -> None:
+    def _keep(self, number: int, probe: Tensor | None, now: Pass) -> None:
         if probe is not None and not _in_backward():
             self._history.setdefault(number, []).append(probe.view(now.batch, now.length, -1))
 
@@ -572,7 +572,7 @@ class _Given(NamedTuple):
         return self.state
 
 
-class _Pass:
+class Pass:
     """What is known of the forward pass under way."""
 
     def __init__(self, rows: Rows, batch: int, length: int) -> None:
@@ -585,9 +585,9 @@ class _Pass:
             self._rows[device] = Rows(*(t.to(device) for t in next(iter(self._rows.values()))))
         return self._rows[device]
 
-    def copy(self) -> _Pass:
+    def copy(self) -> Pass:
         """The same pass, with nothing read of what is being trained."""
-        other = _Pass(next(iter(self._rows.values())), self.batch, self.length)
+        other = Pass(next(iter(self._rows.values())), self.batch, self.length)
         other._rows = self._rows
         return other
 
@@ -603,7 +603,7 @@ class _Pass:
 class _Recorded:
     """The pass in which a checkpointed layer saw a tensor."""
 
-    now: _Pass
+    now: Pass
     tensor: weakref.ref[Tensor]
     pending: bool = True  # its backward pass may still come
     ambiguous: bool = False  # an earlier pass gave the same tensor, and its backward pass may still come, too

@@ -32,7 +32,6 @@ SCHEMAS = {
     "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
     "Tensor row_coefficient) -> ()",
 }
-DIFFERENTIABLE = ("steer", "add_steer", "add_steer_rmsnorm")
 
 library = torch.library.Library("faststeer", "DEF")
 

@@ -16,7 +16,6 @@ from typing import Literal
 
 from faststeer.evaluate.judging.interface import Verdict
 
-FIELDS = ("prompt", "completion", "concept")
 PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -79,7 +78,7 @@ class JudgeFormat:
 
     @property
     def needs(self) -> set[str]:
-        """Which of FIELDS its questions mention."""
+        """Which of prompt, completion and concept its questions mention."""
         return {name for question in self.questions for name in PLACE.findall(question.text or "")}
 
     def verdict(self, written: list[str]) -> Verdict:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from faststeer.evaluate.judges import demo_grammar
 from faststeer.evaluate.judging.formats import FORMATS, read_format
 from faststeer.evaluate.judging.interface import Judge
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
@@ -109,11 +110,5 @@ def _demo(kind: str) -> Function:
     from faststeer.demo import classify
 
     if kind == "demo-coherent":
-        return Function(_coherent, name=kind)
+        return Function(demo_grammar, name=kind)
     return Function(lambda text: classify(text) or "incoherent", name=kind, labels=("refusal",))
-
-
-def _coherent(text: str) -> bool:
-    from faststeer.demo import classify
-
-    return classify(text) is not None

@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from faststeer.algebra import random_like
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
-from faststeer.extract.control import random_like
-from faststeer.extract.prompts import load_prompts
 from faststeer.hf.batching import Prompt, prompt_fault
+from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector

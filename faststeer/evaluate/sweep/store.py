@@ -196,7 +196,7 @@ class Store:
         """Write a run's settings, prompts and vectors, where they are not there yet; return its rows per chunk."""
         with self.transaction():
             if not self._all("SELECT 1 FROM runs WHERE run = ?", run):
-                from faststeer.extract.control import random_like
+                from faststeer.algebra import random_like
 
                 self._db.execute(
                     "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf import steering as hf_steering
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.batching import check_evaluating, forward_arguments
 from faststeer.hf.hook_points import HookPoints, find_hook_points, first_output, first_tensor, quiet, run_four_tokens
+from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts, matrix
 from faststeer.observe.patching.graph import Graph
@@ -101,7 +101,7 @@ class Network:
 
     def __init__(self, model: nn.Module, start: int) -> None:
         check_evaluating(model)
-        if hf_steering._active.get(model):
+        if is_steered(model):
             raise RuntimeError("the model is being steered: leave that context; patching steers by itself")
         self.model, self.points = model, find_hook_points(model)
         parts, rows = find_parts(model), find_rows(model)
