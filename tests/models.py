@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 
+from faststeer.hf.cache import cache_argument, cache_in
+
 N_LAYERS, HIDDEN, VOCAB = 2, 32, 101
 
 # What most configurations call their sizes. No token ends a sequence, so every generation has the length asked for.
@@ -159,6 +161,16 @@ def build(name: str, **changes: Any) -> nn.Module:
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """`[rows, length]` token ids, none of them padding."""
     return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that continues a cache, by the name that this model has for it."""
+    return {cache_argument(model): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward pass returned."""
+    return cache_in(dict(output))
 
 
 def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from faststeer.engine.cache import FrozenCache, RowCache
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.hf import Steering, find_hook_points
+from faststeer.hf.cache import cache_argument
 from faststeer.ops import Rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -49,6 +50,7 @@ class Device:
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
+        self._cache_argument = cache_argument(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     # Passes
@@ -119,8 +121,8 @@ class Device:
             input_ids=tokens,
             position_ids=position,
             attention_mask=masks,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self._cache_argument: self.cache},
             **some,
         )
         return out.logits if self._keeps or keep is None else out.logits[:, keep]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from faststeer.hf.attention import AttentionCall, exchange_attention
+from faststeer.hf.cache import cache_in
 from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.steering import Pass, Path, Plans, Steering, is_steered
 from faststeer.ops import Rows
@@ -103,7 +104,7 @@ class Freezing(Steering):
         given = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
         tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         rows = tokens.shape[0]
-        _check_cache(given.get("past_key_values"), rows)
+        _check_cache(cache_in(given), rows)
         return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
 
     # A pass has twice the rows that plans are for: the first half is not steered.

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.cache import cache_in
 from faststeer.hf.fused import Fusion, NormForm, Patch, find_fusion
 from faststeer.hf.hook_points import (
     HookPoints,
@@ -341,7 +342,7 @@ class Steering:
         if self._rows is not None:
             self._whole_pass = self._pass = self._given_pass(self._rows, batch, length)
             return
-        cache = inputs.get("past_key_values")
+        cache = cache_in(inputs)
         past = cache.get_seq_length() if cache is not None else 0
         slots = self._row_slots(batch, device)
         position = self._prompts.positions(inputs.get("attention_mask"), past, batch, length, device)

@@ -303,12 +303,12 @@ def test_a_loop_of_one_s_own_over_chunks(name):
         steering.set_prompt(PROMPT)
         cache, seen, pieces = DynamicCache(config=model.config), 0, []
         for size in (3, 3, 1):
-            pieces.append(logits(model, ids[:, seen : seen + size], past_key_values=cache, use_cache=True))
+            pieces.append(logits(model, ids[:, seen : seen + size], **models.cached(model, cache), use_cache=True))
             seen += size
         last, tokens = pieces[-1][:, -1:], []
         for _ in range(NEW):
             tokens.append(last)
-            last = logits(model, last.argmax(-1), past_key_values=cache, use_cache=True)
+            last = logits(model, last.argmax(-1), **models.cached(model, cache), use_cache=True)
         close(torch.cat(tokens, 1), whole[1])
         steering.set_prompt(None)
         close(torch.cat(pieces, 1), logits(model, ids))
@@ -323,7 +323,7 @@ def test_a_loop_of_one_s_own_over_tokens(name):
         for _ in range(2):  # a second prompt starts anew
             cache, tokens, given = DynamicCache(config=model.config), [], ids
             for _ in range(NEW):
-                tokens.append(logits(model, given, past_key_values=cache, use_cache=True)[:, -1:])
+                tokens.append(logits(model, given, **models.cached(model, cache), use_cache=True)[:, -1:])
                 given = tokens[-1].argmax(-1)
             close(torch.cat(tokens, 1), whole[1])
 

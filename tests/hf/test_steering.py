@@ -138,11 +138,17 @@ def test_positions_after_a_right_padded_prompt(model):
     cache, mask = DynamicCache(config=model.config), batch["attention_mask"]
     with fs.steer(model, fs.Add(d(), positions="[-1:1]", **HERE)):
         touched = Touched(model)
-        logits(model, batch["input_ids"], attention_mask=mask, past_key_values=cache)
+        logits(model, batch["input_ids"], attention_mask=mask, **models.cached(model, cache))
         for step in range(2):
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
             at = mask.sum(1, keepdim=True) - 1
-            logits(model, models.tokens(2, 1, seed=step), attention_mask=mask, past_key_values=cache, position_ids=at)
+            logits(
+                model,
+                models.tokens(2, 1, seed=step),
+                attention_mask=mask,
+                **models.cached(model, cache),
+                position_ids=at,
+            )
     assert touched.tokens()[0].int().tolist() == [0, 0, 0, 0, 0, 1, 1, 0]
     assert touched.tokens()[1, [0, 1, 2, 6, 7]].int().tolist() == [0, 0, 1, 1, 0]
 
@@ -160,10 +166,10 @@ def test_a_conversation_goes_on_with_its_cache(model):
     """The prompt of the second turn ends where its input ends."""
     ids, cache = models.tokens(1, 5), DynamicCache(config=model.config)
     with fs.steer(model, fs.Add(d(), positions="[-1:1]", **HERE)):
-        first = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        first = model.generate(ids, **models.cached(model, cache), max_new_tokens=3, do_sample=False)
         second = torch.cat([first, models.tokens(1, 4, seed=9)], 1)
         touched = Touched(model)
-        model.generate(second, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(second, **models.cached(model, cache), max_new_tokens=3, do_sample=False)
     assert touched.tokens()[0].int().tolist() == [0] * (second.shape[1] - 7 - 1) + [1, 1, 0]
 
 

@@ -98,7 +98,9 @@ def test_in_bf16(name):
     ids = models.tokens(1, 12)
     with observe.freeze(model, plan_of(case), "qk"), torch.no_grad():
         first = model(input_ids=ids[:, :10], use_cache=True)
-        steps = [model(input_ids=ids[:, t : t + 1], past_key_values=first.past_key_values).logits for t in (10, 11)]
+        steps = [
+            model(input_ids=ids[:, t : t + 1], **models.cached(model, models.cache_of(first))).logits for t in (10, 11)
+        ]
     found = torch.cat([first.logits, *steps], 1)[0]
     exact, rough = (
         by_hand.frozen_logits(by_hand.eager_copy(model, dtype), ids[0], case, 12, "qk")
@@ -132,9 +134,9 @@ def test_every_architecture_with_cache_as_without(name):
             with observe.freeze(model, plan, what) as frozen:
                 whole = model(input_ids=ids, use_cache=False).logits
                 first = model(input_ids=ids[:, :5], use_cache=True)
-                cache, pieces = first.past_key_values, [first.logits]
+                cache, pieces = models.cache_of(first), [first.logits]
                 for t in (5, 6):
-                    step = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+                    step = model(input_ids=ids[:, t : t + 1], **models.cached(model, cache), use_cache=True)
                     pieces.append(step.logits)
                 assert frozen.frozen == what
             assert whole.shape == plain.shape
@@ -291,9 +293,9 @@ def test_bad_input_is_refused():
             observe.freeze(model, plan, "ov").__enter__()
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="num_beams is 3"):
         model.generate(**batch, max_new_tokens=2, num_beams=3)
-    filled = model(input_ids=models.tokens(2, 5), use_cache=True).past_key_values
+    filled = models.cache_of(model(input_ids=models.tokens(2, 5), use_cache=True))
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="holds 2 rows, expected 4"):
-        model(input_ids=models.tokens(2, 1), past_key_values=filled)
+        model(input_ids=models.tokens(2, 1), **models.cached(model, filled))
     with pytest.raises(ValueError, match=r"Falcon.*attention"), observe.freeze(models.model("falcon"), plan, "qk"):
         pass
     assert torch.isfinite(models.model("falcon")(models.tokens(1, 4)).logits).all()
