@@ -54,16 +54,17 @@ def check_contrast(
     """Return both sets if a direction between them can mean what they differ in.
 
     Raises:
-        ValueError: an empty set, something that is no prompt, fewer than two prompts a side, a prompt on both sides,
-            sides whose chats have different formats (a system prompt on one side only,
-            say: the direction would be that of the format), a prompt that holds tokens of the chat template and so was
-            rendered before; pairs whose sides differ in number.
+        ValueError: an empty set, something that is no prompt, fewer than two different prompts a side, a
+            prompt on both sides, sides whose chats have different formats (a system prompt on one side only, say: the
+            direction would be that of the format), a prompt that holds tokens of the chat template and so was rendered
+            before; pairs whose sides differ in number.
     """
     sets = {side: check_prompts(prompts, side) for side, prompts in zip(SIDES, (positive, negative), strict=True)}
     for side, prompts in sets.items():
-        if len(prompts) < 2:
+        if len({repr(prompt) for prompt in prompts}) < 2:
+            has = "1 prompt" if len(prompts) == 1 else f"the same prompt {len(prompts)} times"
             raise ValueError(
-                f"{side} has 1 prompt: a contrast needs at least two a side, or the direction is that of one prompt"
+                f"{side} has {has}: a contrast needs at least two a side, or the direction is that of one prompt"
             )
     if paired and len(sets["positive"]) != len(sets["negative"]):
         raise ValueError(

@@ -159,6 +159,7 @@ class NoForward:
         (POSITIVE, NEGATIVE, {"batch_size": 0}, "batch_size is 0"),
         (POSITIVE[:1], NEGATIVE, {}, "positive has 1 prompt: a contrast needs at least two a side"),
         (POSITIVE, NEGATIVE[:1], {}, "negative has 1 prompt"),
+        (POSITIVE, NEGATIVE[:1] * 3, {}, "negative has the same prompt 3 times: a contrast needs at least two"),
         (POSITIVE, POSITIVE, {}, r"5 prompt\(s\) are on both sides, the first being positive\[0\] = negative\[0\]"),
         (POSITIVE, [*NEGATIVE, POSITIVE[3]], {}, r"positive\[3\] = negative\[4\]"),
         (chats(POSITIVE), NEGATIVE, {}, r"positive\[0\] is a chat of system, user, and no negative is one"),
