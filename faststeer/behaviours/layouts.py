@@ -171,32 +171,31 @@ def _caa(rows: list[dict[str, Any]], where: str, concept: object) -> list[Record
 def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) -> list[Record]:
     sides: dict[str, list[dict[str, Any]]] = {"positive": [], "negative": []}
     for n, row in enumerate(rows, 1):
-        label = str(row.get("category", "")).strip().lower()
+        at, label = f"{where}, row {n}", str(row.get("category", "")).strip().lower()
         if label not in sides:
-            raise ValueError(f"{where}, row {n}: its category is {label!r}, expected positive or negative")
-        sides[label].append(row | {"row": n})
-    concepts = list(dict.fromkeys(str(row["output_concept"]) for row in sides["positive"]))
+            raise ValueError(f"{at}: its category is {label!r}, expected positive or negative")
+        for name in ("input", "output", *(("output_concept",) if label == "positive" else ())):
+            _text(row, name, at)
+        sides[label].append(row)
+    concepts = list(dict.fromkeys(row["output_concept"] for row in sides["positive"]))
     if concept is not None:
         named = [
-            row for row in sides["positive"] if str(concept) in (str(row["output_concept"]), str(row.get("concept_id")))
+            row for row in sides["positive"] if str(concept) in (row["output_concept"], str(row.get("concept_id")))
         ]
         if not named:
             raise ValueError(f"{where} has no concept {concept!r}: it has {', '.join(map(repr, concepts[:8]))}")
         sides["positive"] = named
     elif len(concepts) != 1:
         raise ValueError(f"{where} has {len(concepts)} concepts, such as {concepts[:3]}: say which one by concept=")
-    without = {str(row["input"]): row for row in sides["negative"]}
+    without: dict[str, list[str]] = {}
+    for row in sides["negative"]:
+        without.setdefault(row["input"], []).append(row["output"])
     records = []
     for row in sides["positive"]:
-        at = f"{where}, row {row['row']}"
-        prompt = _text(row, "input", at)
-        other = without.pop(prompt, None)
-        rejected = None if other is None else _text(other, "output", f"{where}, row {other['row']}")
-        records.append(Record(prompt, _text(row, "output", at), rejected, "positive"))
-    for row in without.values():
-        at = f"{where}, row {row['row']}"
-        records.append(Record(_text(row, "input", at), _text(row, "output", at), label="negative"))
-    return records
+        others = without.get(row["input"])
+        records.append(Record(row["input"], row["output"], others.pop(0) if others else None, "positive"))
+    left = [(prompt, output) for prompt, outputs in without.items() for output in outputs]
+    return records + [Record(prompt, output, label="negative") for prompt, output in left]
 
 
 def _set(*names: str) -> frozenset[str]:

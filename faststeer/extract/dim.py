@@ -168,7 +168,7 @@ class Candidates:
                     n_negative=int(metadata["n_negative"]),
                     model=metadata.get("model"),
                 )
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} holds no candidates ({error}): is it truncated, or another kind of file? Extract it again"
             ) from error

@@ -100,6 +100,13 @@ def test_axbench(tmp_path):
         axbench(path)
     with pytest.raises(ValueError, match="has no concept 'hills': it has 'the sea', 'trees'"):
         axbench(path, "hills")
+    twice = [*AXBENCH, AXBENCH[2] | {"output": "another"}]  # of two negative answers to a prompt none is lost
+    path.write_text(json.dumps(twice))
+    assert axbench(path) == [*expected[:2], Record("Q1", "another", None, "negative"), expected[2]]
+    for name in ("input", "output", "output_concept"):
+        path.write_text(json.dumps([AXBENCH[0], {key: value for key, value in AXBENCH[1].items() if key != name}]))
+        with pytest.raises(ValueError, match=f"row 2: its {name} is blank"):
+            axbench(path)
     path.write_text(json.dumps([AXBENCH[0] | {"category": "maybe"}]))
     with pytest.raises(ValueError, match="row 1: its category is 'maybe'"):
         axbench(path)
