@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,35 @@ class Scores:
         order = self.edges.abs().flatten().topk(min(k, self.edges.numel())).indices.tolist()
         places = [divmod(index, self.graph.n_receivers) for index in order]
         return [(self.graph.senders[s], self.graph.receivers[r], float(self.edges[s, r])) for s, r in places]
+
+    @classmethod
+    def pooled(cls, several: Sequence[Scores], times: Sequence[float] | None = None) -> Scores:
+        """Scores of several sets of examples as if patched at once: means over the kept positions of all.
+
+        Args:
+            times: how often each set counts (once), for resampling.
+
+        Raises:
+            ValueError: none, none that counts, scores of different graphs, metrics or steps.
+        """
+        counts = [1.0] * len(several) if times is None else [float(each) for each in times]
+        if len(counts) != len(several) or min(counts, default=-1) < 0 or not any(counts):
+            raise ValueError(f"{len(several)} scores that count {counts} times: expected one and a count for each")
+        first = several[0]
+        for one in several[1:]:
+            if (one.graph, one.metric, one.steps) != (first.graph, first.metric, first.steps):
+                raise ValueError(
+                    f"scores of {first.graph}, {first.metric!r}, {first.steps} steps cannot be pooled with those of "
+                    f"{one.graph}, {one.metric!r}, {one.steps} steps"
+                )
+        weights = [times * one.n_positions for times, one in zip(counts, several, strict=True)]
+        total = sum(weights)
+
+        def mean(name: str) -> Any:
+            return sum(w * getattr(one, name) for w, one in zip(weights, several, strict=True)) / total
+
+        means = {name: mean(name) for name in ("edges", "nodes", "dimensions", "steered", "base")}
+        return cls(first.graph, **means, n_positions=round(total), metric=first.metric, steps=first.steps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically."""

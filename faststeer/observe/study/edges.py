@@ -1,0 +1,270 @@
+"""Which edges carry what vectors do: scored on training prompts, tried on test prompts, compared between vectors.
+
+Scores are kept for folds of the prompts, so that every number made of them has an interval from drawing folds again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from faststeer.hf.batching import encode
+from faststeer.observe.circuits import Circuit, faithfulness, overlap, random_circuit, select
+from faststeer.observe.patching import Example, Graph, Scores, examples, patch
+from faststeer.observe.patching.graph import Kind
+from faststeer.observe.study.job import SIDES, Job
+from faststeer.vector import SteeringVector
+
+N_TOP = 20  # strongest edges that are named
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one vector's edges by side and fold."""
+
+    pieces: Mapping[tuple[str, int], Scores]
+
+    def pooled(self, times: Sequence[float] | None = None, sides: Sequence[str] = tuple(SIDES)) -> Scores | None:
+        """Of all folds of some sides, each fold counting `times`; None where nothing counts."""
+        chosen = {at: one for at, one in self.pieces.items() if at[0] in sides and (times is None or times[at[1]])}
+        counts = None if times is None else [times[fold] for _, fold in chosen]
+        return Scores.pooled(list(chosen.values()), counts) if chosen else None
+
+
+class Edges:
+    """Examples, scores, circuits; what is already among the parts is read."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.settings = job, job.settings
+        rng, folds = np.random.default_rng(job.settings.seed), job.settings.folds
+        self.draws = rng.multinomial(folds, np.full(folds, 1 / folds), size=job.settings.resamples)
+
+    # Examples and scores ----------------------------------------------------------------------------------------------
+
+    def examples(self, name: str, vector: SteeringVector, split: str, side: str) -> list[Example]:
+        """Where the vector changes what the judge says, of the prompts of one side.
+
+        Raises:
+            ValueError: it changes nothing.
+        """
+        s = self.settings
+        prompts = self.job.prompts(split, side, s.n_patch if split == "train" else s.n_faithful)
+        plan = self.job.plan(vector, side)
+        depends = [vector, s.coefficient, side, prompts, s.max_new_tokens, self.job.behaviour.judge]
+
+        def make() -> Any:
+            try:
+                found = examples(
+                    self.job.model,
+                    self.job.tokenizer,
+                    prompts,
+                    plan,
+                    changed=lambda base, steered: self.job.shown(side, steered) and not self.job.shown(side, base),
+                    max_new_tokens=s.max_new_tokens,
+                    **self.job.passing,
+                )
+            except ValueError as error:
+                return {"why": str(error)}
+            fields = ("prompt", "completion", "kept", "steered_tokens", "base_tokens")
+            return {"examples": [{field: getattr(each, field) for field in fields} for each in found]}
+
+        made = self.job.parts.json(f"examples-{name}-{split}-{side}", depends, make)
+        if "why" in made:
+            raise ValueError(made["why"])
+        return [Example(plan=plan, **each) for each in made["examples"]]
+
+    def both_sides(
+        self, name: str, vector: SteeringVector, split: str
+    ) -> tuple[dict[str, list[Example]], dict[str, str]]:
+        """Examples by side, and why a side has none."""
+        found, why = {}, {}
+        for side in SIDES:
+            try:
+                found[side] = self.examples(name, vector, split, side)
+            except ValueError as error:
+                why[side] = str(error)
+        return found, why
+
+    def scored(self, name: str, vector: SteeringVector, given: Mapping[str, list[Example]]) -> Scored:
+        """Patch the examples of every side, fold by fold: the prompts are dealt to the folds in turn."""
+        s, pieces = self.settings, {}
+        for side, rows in given.items():
+            prompts = self.job.prompts("train", side, s.n_patch)
+            fold = {tuple(ids): i % s.folds for i, ids in enumerate(encode(self.job.tokenizer, prompts))}
+            for number in range(s.folds):
+                here = [row for row in rows if fold[tuple(row.prompt)] == number]
+                if here:
+                    self.job.say(f"{name}, {side}: patching fold {number + 1} of {s.folds}")
+                    pieces[side, number] = self._patched(f"scores-{name}-{side}-{number}", vector, here)
+        return Scored(pieces)
+
+    def _patched(self, part: str, vector: SteeringVector, rows: list[Example]) -> Scores:
+        s = self.settings
+        run: dict[str, Any] = {"batch_size": self.job.patch_batch, "progress": self.job.progress}
+        return self.job.parts.scores(
+            part,
+            [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]],
+            lambda: patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **run),
+        )
+
+    def again(self, scored: Sequence[Scored], measure: Callable[[list[Scores]], Any]) -> list[Any]:
+        """A measure of pooled scores, folds drawn with replacement, the same ones for all."""
+        drawn = ([one.pooled(times) for one in scored] for times in self.draws.tolist())
+        counted = [measure(cast(list[Scores], each)) for each in drawn if all(one is not None for one in each)]
+        return counted or [measure([_whole(one) for one in scored])]  # nothing was drawn: no width is known
+
+    # What the scores say ----------------------------------------------------------------------------------------------
+
+    def kinds(self, scored: Scored, circuit: Circuit) -> list[dict[str, Any]]:
+        """By what edges enter: how many there are, how many are in a circuit, their share of the sum of abs(score)."""
+        whole = _whole(scored)
+        of_kind = _columns(whole.graph)
+
+        def share(scores: Scores) -> Tensor:
+            return torch.stack([scores.edges[:, columns].abs().sum() for columns in of_kind.values()]) / (
+                scores.edges.abs().sum()
+            )
+
+        again = torch.stack(self.again([scored], lambda pooled: share(pooled[0])))
+        rows = []
+        for i, (kind, columns) in enumerate(of_kind.items()):
+            of_circuit = int(circuit.edges[:, columns].sum())
+            place = {"kind": kind, "edges": whole.graph.counts[kind], "in_circuit": of_circuit}
+            rows.append(place | interval_of(float(share(whole)[i]), again[:, i].tolist()))
+        return rows
+
+    def nodes(self, scored: Scored) -> dict[str, dict[str, Any]]:
+        """Every sender's score, with its interval."""
+        whole = _whole(scored)
+        again = torch.stack(self.again([scored], lambda pooled: pooled[0].nodes))
+        names = whole.graph.senders
+        return {n: interval_of(float(whole.nodes[i]), again[:, i].tolist()) for i, n in enumerate(names)}
+
+    def overlaps(self, scored: Mapping[str, Scored], vectors: Mapping[str, SteeringVector]) -> list[dict[str, Any]]:
+        """Every two vectors' circuits at every size, and each with random ones; at the compared size with intervals."""
+        s, rows = self.settings, []
+        whole = {name: _whole(one) for name, one in scored.items()}
+        for share in self.shares:
+            chosen = {name: select(scores, float(share)) for name, scores in whole.items()}
+            for a, b in combinations(scored, 2):
+                shared = overlap(chosen[a], chosen[b])
+                row = {"a": a, "b": b, "share": share, "edges": list(shared.sizes), "shared": shared.shared}
+                row |= {"fraction": _number(shared.fraction), "iou": _number(shared.iou)}
+                if share == s.compared:
+                    row |= self._compared(scored[a], scored[b], whole[a], whole[b], vectors[a], vectors[b])
+                rows.append(row)
+            for a in scored:
+                found = [overlap(chosen[a], self.random(whole[a].graph, share, seed)) for seed in range(s.controls)]
+                pair = {"a": a, "b": "random", "share": share, "edges": [len(chosen[a])] * 2}
+                rows.append(
+                    pair | {key: _mean(getattr(o, key) for o in found) for key in ("shared", "fraction", "iou")}
+                )
+        return rows
+
+    def _compared(self, a: Scored, b: Scored, of_a: Scores, of_b: Scores, v: SteeringVector, w: SteeringVector) -> Any:
+        share, edges = float(self.settings.compared), of_a.graph.edges
+
+        def alike(pooled: list[Scores]) -> tuple[float, float, float]:
+            both = overlap(*(select(scores, share) for scores in pooled))
+            ranks = spearmanr(*(scores.edges[edges].abs().numpy() for scores in pooled)).statistic
+            return both.fraction, both.iou, float(ranks)
+
+        again = self.again([a, b], alike)
+        found = zip(("fraction", "iou", "spearman"), alike([of_a, of_b]), zip(*again, strict=True), strict=True)
+        intervals = {key: interval_of(value, list(values)) for key, value, values in found}
+        (layer,) = v.layers
+        return {"cosine": float(torch.cosine_similarity(v[layer], w[layer], dim=0)), "intervals": intervals}
+
+    @property
+    def shares(self) -> list[float]:
+        """Sizes of circuits, the compared one among them."""
+        return sorted({*self.settings.shares, self.settings.compared})
+
+    def random(self, graph: Graph, share: float, seed: int) -> Circuit:
+        return random_circuit(graph, float(share), self.settings.seed + seed)
+
+    # Faithfulness -----------------------------------------------------------------------------------------------------
+
+    def curves(
+        self, name: str, rows: list[Example], scored: Mapping[str, Scored], vector: SteeringVector
+    ) -> list[dict[str, Any]]:
+        """How faithful circuits are to one vector, on its test examples: its own, what is outside them, random ones,
+        all at every size, and at the compared size those of the other vectors."""
+        s, own = self.settings, _whole(scored[name])
+        circuits = {share: select(own, float(share)) for share in self.shares}
+        sets: dict[str, list[tuple[float, Circuit]]] = {"own": list(circuits.items())}
+        sets["complement"] = [(share, each.complement()) for share, each in circuits.items()]
+        for seed in range(s.controls):
+            sets[f"random {seed}"] = [(share, self.random(own.graph, share, seed)) for share in self.shares]
+        for other, theirs in scored.items():
+            if other != name:
+                sets[other] = [(s.compared, select(_whole(theirs), float(s.compared)))]
+        return [row for which, chosen in sets.items() for row in self._tried(name, which, chosen, rows, vector)]
+
+    def _tried(
+        self, name: str, which: str, chosen: list[tuple[float, Circuit]], rows: list[Example], vector: SteeringVector
+    ) -> list[dict[str, Any]]:
+        s = self.settings
+
+        def make() -> Any:
+            self.job.say(f"{name}: faithfulness of {len(chosen)} circuits ({which}) on {len(rows)} examples")
+            run: dict[str, Any] = {"batch_size": self.job.patch_batch, "progress": self.job.progress}
+            found = faithfulness(self.job.model, rows, [each for _, each in chosen], metric=s.metric, **run)
+            low, high = found.interval(seed=s.seed, samples=1000).T.tolist()
+            return [found.values.tolist(), low, high]
+
+        examples = [_plain(row) for row in rows]
+        depends = [vector, s.coefficient, s.metric, s.seed, examples, [each.edges for _, each in chosen]]
+        found = self.job.parts.json(f"faithfulness-{name}-{which.replace(' ', '-')}", depends, make)
+        return [
+            {"vector": name, "circuit": which, "share": share, "edges": len(each), "value": v, "low": a, "high": b}
+            for (share, each), v, a, b in zip(chosen, *found, strict=True)
+        ]
+
+
+def summary(scored: Scored) -> dict[str, Any]:
+    """What was scored, and the strongest edges."""
+    whole = _whole(scored)
+    strongest = [{"sender": s, "receiver": r, "score": score} for s, r, score in whole.top(N_TOP)]
+    numbers = {key: getattr(whole, key) for key in ("steered", "base", "n_positions", "completeness_error")}
+    return numbers | {"graph": asdict(whole.graph), "n_edges": whole.graph.n_edges, "top": strongest}
+
+
+def _whole(scored: Scored) -> Scores:
+    pooled = scored.pooled()
+    assert pooled is not None  # a vector without examples is left out before
+    return pooled
+
+
+def interval_of(value: float, drawn: Sequence[float]) -> dict[str, float]:
+    """A number with the 95 % percentile interval of what it was when folds were drawn again."""
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    return {"value": value, "low": low, "high": high}
+
+
+def _columns(graph: Graph) -> dict[Kind, list[int]]:
+    made: dict[Kind, list[int]] = {}
+    for receiver in range(graph.n_receivers):
+        made.setdefault(graph.kind(receiver), []).append(receiver)
+    return made
+
+
+def _plain(row: Example) -> list[Any]:
+    return [row.prompt, row.completion, row.kept, row.steered_tokens, row.base_tokens]
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value == value]  # the overlap with an empty circuit is not defined
+    return float(np.mean(known)) if known else None
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if value != value else value

@@ -1,0 +1,59 @@
+"""What every step of a study needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from faststeer.behaviours import Behaviour
+from faststeer.evaluate import judges
+from faststeer.hf.batching import Prompt
+from faststeer.intervention import Add
+from faststeer.observe.study.parts import Parts
+from faststeer.observe.study.settings import Settings
+from faststeer.plan import Plan
+from faststeer.vector import SteeringVector
+
+# Each side of a study: the sign of the coefficient, and what the judge says of an answer that it is to bring about.
+SIDES: Mapping[str, int] = {"induce": 1, "suppress": -1}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, a behaviour, what is asked, where finished parts are, and how it runs (which no result depends on)."""
+
+    model: Any
+    tokenizer: Any
+    behaviour: Behaviour
+    settings: Settings
+    parts: Parts
+    batch_size: int
+    patch_batch: int
+    progress: bool
+
+    @property
+    def passing(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "progress": self.progress}
+
+    def say(self, text: str) -> None:
+        """On stderr, with the progress bars."""
+        if self.progress:
+            Console(stderr=True).print(text, highlight=False)
+
+    def plan(self, vector: SteeringVector, side: str) -> Plan:
+        """The vector added where the behaviour is to be induced, subtracted where it is to be suppressed."""
+        return Plan([Add(vector, SIDES[side] * self.settings.coefficient)])
+
+    def shown(self, side: str, text: str) -> bool:
+        """Whether an answer shows the behaviour (its opposite, on the side that suppresses it)."""
+        return judges.judge(self.behaviour.judge)(text) == SIDES[side]
+
+    def coherent(self, text: str) -> bool:
+        return bool(judges.coherence(self.behaviour.coherence)(text))
+
+    def prompts(self, split: str, side: str, n: int) -> Sequence[Prompt]:
+        """At most n prompts to induce or to suppress the behaviour on, of "train", "validation" or "test"."""
+        return getattr(getattr(self.behaviour, split), side)[:n]

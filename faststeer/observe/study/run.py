@@ -1,0 +1,197 @@
+"""The study from one end to the other: vectors, answers, circuits, tokens, sparsity; one JSON object comes out.
+
+Every step is a part in a folder (`parts`), so that a study that was interrupted goes on where it stopped, and a setting
+that is changed costs what depends on it. Nothing is chosen on what is reported: layers on validation prompts, edges on
+training prompts, and test prompts are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faststeer.algebra import random_like
+from faststeer.behaviours import Behaviour
+from faststeer.evaluate.judging.models import fingerprint
+from faststeer.files import write_atomically
+from faststeer.hf.batching import check_evaluating, model_name
+from faststeer.observe.circuits import select
+from faststeer.observe.lens import LogitLens
+from faststeer.observe.sparsity import sparsity_curves
+from faststeer.observe.study.answers import Answers
+from faststeer.observe.study.edges import Edges, Scored, summary
+from faststeer.observe.study.job import SIDES, Job
+from faststeer.observe.study.parts import Parts
+from faststeer.observe.study.settings import Settings
+from faststeer.observe.study.vectors import Finder
+from faststeer.observe.svv import svv
+from faststeer.vector import SteeringVector
+
+FORMAT = "faststeer.study/1"
+N_HEADS, N_TOKENS = 10, 10  # heads that are read, and tokens of each
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    behaviour: Behaviour,
+    folder: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    batch_size: int = 32,
+    patch_batch: int = 4,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Make the whole study of arXiv 2604.08524 for one model and behaviour.
+
+    1. Vectors by several methods, before one layer and of one length.
+    2. Answers under each of them, whole and with attention patterns frozen, values frozen, value vectors ablated, MLPs'
+       direct reading ablated, next to the unsteered model and a random vector of the same length.
+    3. Edges scored by activation patching on training prompts whose verdict the vector changes (added and subtracted,
+       steered and unsteered completions); circuits tried on test prompts, next to random ones, to what is outside
+       them, and to the other vectors' circuits; how alike they are.
+    4. The tokens that the steering value vectors of the strongest heads raise, and those of the vector itself.
+    5. The behaviour against the share of the vector's coordinates that are zero.
+
+    What could not be made (a vector that changes no verdict, attention that cannot be frozen) is named in the result
+    with the reason, and left out.
+
+    Args:
+        folder: parts go to `folder/parts`, the result to `folder/observe.json`; both are written atomically.
+        batch_size: prompts that are answered together. patch_batch: examples that are patched together; halved where
+            they do not fit into memory. No result depends on them beyond rounding.
+        progress: progress bars on stderr.
+
+    Raises:
+        ValueError: a model in training mode, a behaviour without difference in means; what extraction refuses.
+    """
+    settings = settings or Settings()
+    check_evaluating(model)
+    versions = {name: version(name) for name in ("faststeer", "torch", "transformers")}
+    parts = Parts(Path(folder) / "parts", [FORMAT, fingerprint(model), versions, tokenizer.chat_template])
+    job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
+    vectors, skipped = Finder(job).find()
+    dim = Finder(job).dim
+    job.say(f"vectors before layer {dim.layers[0]}: {', '.join(vectors)}")
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "model": model_name(model),
+        "behaviour": behaviour.name,
+        "judge": behaviour.judge,
+        "versions": versions,
+        "settings": settings.to_dict(),
+        "layer": dim.layers[0],
+        "position": dim.provenance["position"],
+        "norm": float(dim[dim.layers[0]].double().norm()),
+        "n_prompts": {side: len(job.prompts("test", side, settings.n_test)) for side in SIDES},
+        "methods": list(vectors),
+        "skipped": {"methods": skipped},
+    }
+    answers = Answers(job).table(vectors, random_like(dim, settings.seed))
+    result |= {"answers": answers["rows"]}
+    result["skipped"]["contexts"] = answers["skipped"]
+    scored, circuits = _circuits(job, vectors)
+    result |= circuits
+    result["tokens"] = {name: _tokens(job, vectors[name], scored.get(name)) for name in vectors}
+    result["sparsity"] = [row for name, one in scored.items() for row in _sparsity(job, name, vectors[name], one)]
+    write_atomically(Path(folder) / "observe.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def _circuits(job: Job, vectors: Mapping[str, SteeringVector]) -> tuple[dict[str, Scored], dict[str, Any]]:
+    """Scores by vector, and everything about edges that is reported."""
+    edges, share = Edges(job), float(job.settings.compared)
+    scored: dict[str, Scored] = {}
+    unscored: dict[str, dict[str, str]] = {}
+    for name, vector in vectors.items():
+        given, why = edges.both_sides(name, vector, "train")
+        if why:
+            unscored[name] = why
+        if given:
+            scored[name] = edges.scored(name, vector, given)
+    curves, untried = [], {}
+    for name in scored:
+        given, why = edges.both_sides(name, vectors[name], "test")
+        if why:
+            untried[name] = why
+        rows = [row for side in given.values() for row in side]
+        if rows:
+            curves += edges.curves(name, rows, scored, vectors[name])
+    patching = {}
+    for name, one in scored.items():
+        pooled = one.pooled()
+        assert pooled is not None
+        patching[name] = summary(one) | {"kinds": edges.kinds(one, select(pooled, share))}
+    made = {"patching": patching, "faithfulness": curves, "overlap": edges.overlaps(scored, vectors)}
+    return scored, made | {"without_examples": {"train": unscored, "test": untried}}
+
+
+def _tokens(job: Job, vector: SteeringVector, scored: Scored | None) -> dict[str, Any]:
+    """What the vector itself and, of the heads whose node scores (else value vectors) are largest, the steering value
+    vectors raise and lower by the logit lens."""
+    (layer,) = vector.layers
+    lens = LogitLens(job.model)
+
+    def read(direction: torch.Tensor) -> dict[str, list[str]]:
+        return {
+            side: lens.top_tokens(direction, job.tokenizer, N_TOKENS, direction=True, largest=side == "raises")
+            for side in ("raises", "lowers")
+        }
+
+    own = read(vector[layer])
+    try:
+        found = svv(job.model, vector)
+    except ValueError as error:  # an architecture whose values cannot be read
+        return {"vector": own, "heads": [], "why": str(error)}
+    nodes = {} if scored is None else Edges(job).nodes(scored)
+    heads = [(n, head) for n in found.layers for head in range(found.vectors.shape[1])]
+
+    def strength(place: tuple[int, int]) -> float:
+        node = nodes.get(f"L{place[0]}.H{place[1]}")
+        return abs(node["value"]) if node else float(found[place[0]][place[1]].norm())
+
+    rows: list[dict[str, Any]] = []
+    for n, head in sorted(heads, key=strength, reverse=True)[:N_HEADS]:
+        effect = nodes.get(f"L{n}.H{head}")
+        rows.append({"layer": n, "head": head, "norm": float(found[n][head].norm()), "effect": effect})
+        rows[-1] |= read(found[n][head])
+    return {"vector": own, "heads": rows}
+
+
+def _sparsity(job: Job, name: str, vector: SteeringVector, scored: Scored) -> list[dict[str, Any]]:
+    """Curves of both sides, each by the effects of coordinates on that side."""
+    s, rows = job.settings, []
+    for side, sign in SIDES.items():
+        scores = scored.pooled(sides=[side])
+        if scores is None:
+            continue
+        prompts = job.prompts("test", side, s.n_test)
+        depends = [vector, scores.dimensions, prompts, s.coefficient, s.sparsities, s.controls, s.seed]
+        depends += [s.max_new_tokens, job.behaviour.judge]
+
+        def make(side: str = side, sign: int = sign, effect: torch.Tensor = scores.dimensions) -> Any:
+            job.say(f"{name}, {side}: sparsity")
+            points = sparsity_curves(
+                job.model,
+                job.tokenizer,
+                job.prompts("test", side, s.n_test),
+                vector,
+                effect,
+                lambda text: job.shown(side, text),
+                coefficient=sign * s.coefficient,
+                sparsities=s.sparsities,
+                seeds=[s.seed + i for i in range(s.controls)],
+                max_new_tokens=s.max_new_tokens,
+                **job.passing,
+            )
+            return [point.to_dict() for point in points]
+
+        made = job.parts.json(f"sparsity-{name}-{side}", depends, make)
+        rows += [{"vector": name, "side": side, **row} for row in made]
+    return rows

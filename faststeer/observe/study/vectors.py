@@ -1,0 +1,142 @@
+"""The vectors that a study compares: found by several methods before one layer, all of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from faststeer.algebra import normalise
+from faststeer.evaluate.judges import coherence, judge
+from faststeer.extract import Pair, Training, TrainingDiverged, bipo, ntp, po, reps, select_by_judge, steered_pairs
+from faststeer.extract.contrast import Contrast, contrast
+from faststeer.observe.study.job import SIDES, Job
+from faststeer.observe.study.settings import CONTRAST
+from faststeer.vector import SteeringVector
+
+TRAIN: dict[str, Callable[..., Training]] = {"ntp": ntp, "po": po, "reps": reps, "bipo": bipo}
+
+
+class Finder:
+    """Finds a behaviour's vectors; what is already among the parts is read."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.settings, self.behaviour, self.parts = job, job.settings, job.behaviour, job.parts
+
+    def find(self) -> tuple[dict[str, SteeringVector], dict[str, str]]:
+        """The vectors by method, and why a method has none.
+
+        Raises:
+            ValueError: what extraction refuses; a layer or position without a direction.
+        """
+        found, skipped = {}, {}
+        for method in self.settings.methods:
+            try:
+                found[method] = self.dim if method == "dim" else self._other(method)
+            except (ValueError, TrainingDiverged) as error:
+                if method == "dim":
+                    raise
+                skipped[method] = str(error)
+        return found, skipped
+
+    @cached_property
+    def dim(self) -> SteeringVector:
+        """The difference in means, at the layer and token asked for or chosen."""
+        s, train = self.settings, self.behaviour.train
+        depends = [train.positive, train.negative, self.behaviour.paired, s.layer, s.position]
+        if s.layer is None or s.position is None:
+            depends += [self.job.prompts("validation", side, s.n_select) for side in SIDES]
+            depends += [self.behaviour.judge, self.behaviour.coherence, s.coefficient, s.max_new_tokens]
+        return self.parts.vector("dim", depends, self._dim)
+
+    def _dim(self) -> SteeringVector:
+        s = self.settings
+        table = self._contrast.dim()
+        if s.layer is not None and s.position is not None:
+            return table.vector(s.position, s.layer)
+        return select_by_judge(
+            self.job.model,
+            self.job.tokenizer,
+            table,
+            judge(self.behaviour.judge),
+            *(self.job.prompts("validation", side, s.n_select) for side in SIDES),
+            coherent=coherence(self.behaviour.coherence),
+            coefficients=[s.coefficient],
+            layers=None if s.layer is None else [s.layer],
+            max_new_tokens=s.max_new_tokens,
+            **self.job.passing,
+        ).vector
+
+    @cached_property
+    def _contrast(self) -> Contrast:
+        train, s = self.behaviour.train, self.settings
+        return contrast(
+            self.job.model,
+            self.job.tokenizer,
+            train.positive,
+            train.negative,
+            at="resid_pre",
+            positions=None if s.position is None else [s.position],
+            paired=self.behaviour.paired,
+            keep=any(method in CONTRAST[1:] for method in s.methods),
+            **self.job.passing,
+        )
+
+    def _other(self, method: str) -> SteeringVector:
+        depends: list[Any] = [self.dim, self.behaviour.train.positive, self.behaviour.train.negative]
+        if method in TRAIN:
+            depends += [self.pairs, self.settings.steps, self.settings.seed]
+        return self.parts.vector(method, depends, lambda: self._like_dim(self._found(method, depends)))
+
+    def _found(self, method: str, depends: Any) -> SteeringVector:
+        (layer,) = self.dim.layers
+        if method in CONTRAST:
+            return getattr(self._contrast, method)().vector(self.dim.provenance["position"], layer)
+        options: dict[str, Any] = {"suppression": "subtract"} if method == "reps" else {}
+        training = TRAIN[method](
+            self.job.model,
+            self.job.tokenizer,
+            [Pair(**pair) for pair in self.pairs],
+            layers=layer,
+            at="resid_pre",
+            steps=self.settings.steps,
+            seed=self.settings.seed,
+            checkpoint=self.parts.path(f"{method}-training", depends, ".checkpoint"),
+            progress=self.job.progress,
+            **options,
+        )
+        return training.vector
+
+    def _like_dim(self, vector: SteeringVector) -> SteeringVector:
+        """With the length of the difference in means, as the source compares methods."""
+        (layer,) = self.dim.layers
+        return normalise(vector, float(self.dim[layer].double().norm()))
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Completions to train on: the behaviour's, else what the difference in means makes the model say."""
+        given = self.behaviour.train.pairs
+        if given:
+            return _plain(given)
+        train, s = self.behaviour.train, self.settings
+        depends = [self.dim, train.induce, train.suppress, s.coefficient, self.behaviour.judge]
+        return self.parts.json("pairs", depends, lambda: _plain(self._steered_pairs()))
+
+    def _steered_pairs(self) -> list[Pair]:
+        train = self.behaviour.train
+        return steered_pairs(
+            self.job.model,
+            self.job.tokenizer,
+            self.dim,
+            train.induce,
+            train.suppress,
+            coefficient=self.settings.coefficient,
+            judge=judge(self.behaviour.judge),
+            coherence=coherence(self.behaviour.coherence),
+            **self.job.passing,
+        )
+
+
+def _plain(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    names = ("prompt", "chosen", "rejected", "sign")
+    return [{name: getattr(pair, name) for name in names} for pair in pairs]
