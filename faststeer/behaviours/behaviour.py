@@ -214,8 +214,8 @@ def of_prompts(
 ) -> Behaviour:
     """Return a behaviour of two sets of prompts, split 60 : 20 : 20 into train, validation and test.
 
-    Which split a prompt is in depends on its own text alone (for `paired`, on the positive one's), so that it stays
-    there when prompts are added.
+    Prompts are put in the order of a checksum of their own text (for `paired`, of the positive one's) and cut there, so
+    that the order in which they are given does not matter, and few change their split when some are added.
 
     Args:
         pairs: completions, put into the splits in the same way.

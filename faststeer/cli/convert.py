@@ -58,9 +58,8 @@ def convert(
         "provenance": dict(vector.provenance),
     }
     if target is not None and target.startswith("hub:"):
-        if to == "gguf":
-            raise typer.BadParameter("the hub gets safetensors: write a .gguf file and upload that")
-        report["written"] = formats.push(vector, **hub.parse(target), private=private)
+        place: dict[str, Any] = hub.parse(target)
+        report["written"] = formats.push(vector, **place, format=to, model_hint=model_hint, private=private)  # type: ignore[arg-type]
     elif target is not None:
         report["written"] = str(formats.save(vector, Path(target), to, model_hint))  # type: ignore[arg-type]
     if as_json:

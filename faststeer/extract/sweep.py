@@ -8,13 +8,14 @@ passes differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from faststeer import hf
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.judges import Coherence, Judge
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
 from faststeer.hf.batching import Prompt, check_prompts
@@ -23,7 +24,6 @@ from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
 
 Found = Candidates | Directions
-Judge = Callable[[str], int]  # 1: the answer shows the behaviour; -1: its opposite; 0: neither
 EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 
 
@@ -139,7 +139,7 @@ def select_by_judge(
     induce: Sequence[Prompt],
     suppress: Sequence[Prompt],
     *,
-    coherent: Callable[[str], bool] | None = None,
+    coherent: Coherence | None = None,
     coefficients: Sequence[float] = (1.0,),
     layers: Iterable[int] | None = None,
     max_new_tokens: int = 64,
@@ -200,9 +200,7 @@ def answer(
     return [[next(texts) for _ in listed] for listed, _ in work]
 
 
-def judged(
-    cell: Cell, judge: Judge, coherent: Callable[[str], bool] | None, induced: list[str], suppressed: list[str]
-) -> Judged:
+def judged(cell: Cell, judge: Judge, coherent: Coherence | None, induced: list[str], suppressed: list[str]) -> Judged:
     """Count what a judge says of a candidate's answers."""
     verdicts = [[_verdict(judge, text) == sign for text in texts] for sign, texts in ((1, induced), (-1, suppressed))]
     sound = [[coherent is None or bool(coherent(text)) for text in texts] for texts in (induced, suppressed)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 import tempfile
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faststeer.files import write_atomically
 from faststeer.formats.conventions import Said, built
 from faststeer.vector import SteeringVector, VectorFileError
 
@@ -113,13 +111,6 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
-
-
-def save(vector: SteeringVector, path: str | os.PathLike[str], model_hint: str | None = None) -> Path:
-    """Write `to_bytes` to `path` atomically."""
-    data = to_bytes(vector, model_hint)
-    write_atomically(path, data)
-    return Path(path)
 
 
 def _library() -> ModuleType:

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from faststeer.files import write_atomically
 from faststeer.formats import control_vectors, torch_files
 from faststeer.formats.conventions import Said
 from faststeer.vector import SteeringVector, VectorFileError
 
+Written = Literal["faststeer", "gguf"]  # formats that are written
 MAX_BYTES = 2**30  # a direction for each of 1,000 layers of 16,384 columns in fp64 is an eighth of that
 
 
@@ -45,7 +47,7 @@ def load(
     data = path.read_bytes()
     vector = from_bytes(data, str(path), said, path)
     if said == Said():  # a plan may then name the file instead of holding the values
-        vector._belongs_to(path, data)
+        vector.belongs_to(path, data)
     return vector
 
 
@@ -102,7 +104,7 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
 def save(
     vector: SteeringVector,
     path: str | os.PathLike[str],
-    format: Literal["faststeer", "gguf"] | None = None,
+    format: Written | None = None,
     model_hint: str | None = None,
 ) -> Path:
     """Write a vector atomically: ours, or a GGUF control vector.
@@ -114,11 +116,20 @@ def save(
     Raises:
         ValueError: an unknown format, or a vector that the format cannot express (see `control_vectors.to_bytes`).
     """
-    format = format or ("gguf" if Path(path).suffix == ".gguf" else "faststeer")
+    path, data = Path(path), to_bytes(vector, str(path), format, model_hint)
+    write_atomically(path, data)
+    if kind_of(data) == "safetensors":  # the other may read back at another hook point: no plan is to name it
+        vector.belongs_to(path, data)
+    return path
+
+
+def to_bytes(vector: SteeringVector, name: str, format: Written | None = None, model_hint: str | None = None) -> bytes:
+    """What `save` writes to a file of this name. Errors as there."""
+    format = format or ("gguf" if name.endswith(".gguf") else "faststeer")
     if format == "gguf":
-        return control_vectors.save(vector, path, model_hint)
+        return control_vectors.to_bytes(vector, model_hint)
     if format != "faststeer":
         raise ValueError(f"cannot write format {format!r}: expected 'faststeer' or 'gguf'")
     if model_hint is not None:
         raise ValueError("model_hint is a field of GGUF: leave it out")
-    return vector.save(path)
+    return vector.to_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from faststeer.formats.files import load
+from faststeer.formats.files import Written, load, to_bytes
 from faststeer.vector import SteeringVector, VectorFileError
 
 FILE = "steering_vector.safetensors"
@@ -16,6 +16,8 @@ def push(
     repo: str,
     filename: str = FILE,
     *,
+    format: Written | None = None,
+    model_hint: str | None = None,
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -26,20 +28,22 @@ def push(
 
     Args:
         filename: in the repository.
+        format, model_hint: as for `save`: a control vector of llama.cpp where the name ends in .gguf.
         private: for a repository that is made.
         revision: branch; default: main.
         token, endpoint: where not those of huggingface_hub's own settings.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError, OSError: refused or not reached.
-        ValueError: a repository name that cannot be one.
+        ValueError: a repository name that cannot be one; what `save` refuses, before anything is made.
     """
     from huggingface_hub import HfApi
 
+    data = to_bytes(vector, filename, format, model_hint)
     api = HfApi(endpoint=endpoint, token=token)
     api.create_repo(repo, private=private, exist_ok=True)
     done = api.upload_file(
-        path_or_fileobj=vector.to_bytes(),
+        path_or_fileobj=data,
         path_in_repo=filename,
         repo_id=repo,
         revision=revision,

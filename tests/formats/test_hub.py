@@ -101,6 +101,11 @@ def test_what_is_pushed_is_pulled(server, tmp_path):
     at = {"endpoint": server.address, "token": "hf_none"}
     url = push(vector(), "user/refusal", **at)
     assert url.endswith(COMMIT) and server.repositories["user/refusal"][hub.FILE] == vector().to_bytes()
+    push(fs.SteeringVector({2: randn(2, 8)}), "user/refusal", "v.gguf", model_hint="llama", **at)
+    assert server.repositories["user/refusal"]["v.gguf"].startswith(b"GGUF")
+    with pytest.raises(ValueError, match="meant to ablate"):
+        push(vector(), "user/none", "v.gguf", **at)
+    assert "user/none" not in server.repositories
     back = pull("user/refusal", cache_dir=tmp_path, **at)
     assert torch.equal(back[1], vector()[1]) and (back.at, back.method, back.op) == ("resid_mid", "dim", "ablate")
 
