@@ -1,0 +1,125 @@
+"""What a server was started with: whether faststeer is on in it, and its limits. Checked once, when the server starts;
+this module imports no vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from faststeer.vector import HOOK_POINTS, check_hook_point
+
+SWITCH = "FASTSTEER_VLLM"
+CONFIG_KEY = "faststeer"
+OFF, ON = ("", "0", "false", "off"), ("1", "true", "on")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How faststeer runs in a vLLM server.
+
+    Args:
+        folder: where requests may name files, and where names that are not registered are looked for; None: no files.
+        default_plan: name of the plan of requests that say nothing; it lies in the folder, or is registered before the
+            first request.
+        http_registration: whether vectors and plans may be registered and removed over HTTP.
+        max_plan_bytes: of a request's JSON, inline vectors included.
+        max_vector_bytes: of a file, and of what is registered under one name.
+        max_registered_bytes: of everything registered.
+        max_interventions: of a plan.
+        max_directions: of one subspace.
+        hook_points: those that the model is built with: fewer cost less. "all": all five.
+        max_plans: different plans at one time, more wait; None: as many as sequences, so that none ever waits.
+        max_entries: of a plan: its interventions, counted once per hook point and layer; None: four per hook point and
+            layer.
+        max_vectors: of a plan, counted like entries, k for a subspace of k; None: two per layer and 8 more.
+        probe_columns: most values that a plan may watch at one hook point; 0: none.
+        latched_gates: most latched gates of a plan; 0: none.
+
+    Raises:
+        ValueError: a value of another kind or out of range.
+    """
+
+    folder: Path | None = None
+    default_plan: str | None = None
+    http_registration: bool = False
+    max_plan_bytes: int = 2**22
+    max_vector_bytes: int = 2**26
+    max_registered_bytes: int = 2**30
+    max_interventions: int = 32
+    max_directions: int = 16
+    hook_points: tuple[str, ...] = ("resid_pre", "resid_post")
+    max_plans: int | None = None
+    max_entries: int | None = None
+    max_vectors: int | None = None
+    probe_columns: int = 4
+    latched_gates: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in _WHOLE.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"faststeer's setting {name} is {value!r}: expected a whole number from {low}")
+        if not isinstance(self.http_registration, bool):
+            raise ValueError(f"faststeer's setting http_registration is {self.http_registration!r}: true or false")
+        if self.default_plan is not None and not isinstance(self.default_plan, str):
+            raise ValueError(f"faststeer's setting default_plan is {self.default_plan!r}: expected a plan's name")
+        object.__setattr__(self, "hook_points", _points(self.hook_points))
+        if self.folder is not None:
+            if not isinstance(self.folder, str | os.PathLike) or not Path(self.folder).is_dir():
+                raise ValueError(f"faststeer's setting folder is {self.folder!r}: there is no such folder")
+            object.__setattr__(self, "folder", Path(self.folder).resolve())
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Settings | None:
+        """The settings of a server: `additional_config["faststeer"]` (true, false or an object), or else the
+        environment's FASTSTEER_VLLM (1, 0 or a JSON object). None: faststeer is off.
+
+        Raises:
+            ValueError: settings that are wrong.
+        """
+        config = getattr(vllm_config, "additional_config", None)
+        if isinstance(config, Mapping) and CONFIG_KEY in config:
+            return cls.read(config[CONFIG_KEY])
+        text = os.environ.get(SWITCH, "").strip()
+        if text.lower() in (*OFF, *ON):
+            return cls() if text.lower() in ON else None
+        try:
+            return cls.read(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{SWITCH} is {text[:200]!r}: expected 1, 0, or a JSON object of settings") from error
+
+    @classmethod
+    def read(cls, given: Any) -> Settings | None:
+        """Settings as plain data: true, false, or an object of fields."""
+        if isinstance(given, bool):
+            return cls() if given else None
+        if not isinstance(given, Mapping):
+            raise ValueError(f"faststeer's settings are {given!r}: expected true, false, or an object")
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"faststeer has no setting {unknown[0]!r}: it has {', '.join(known)}")
+        return cls(**given)
+
+
+_OPTIONAL = ("max_plans", "max_entries", "max_vectors")
+_WHOLE = {
+    "max_plan_bytes": 1, "max_vector_bytes": 1, "max_registered_bytes": 0, "max_interventions": 1, "max_directions": 1,
+    "max_plans": 1, "max_entries": 1, "max_vectors": 1, "probe_columns": 0, "latched_gates": 0,
+}  # fmt: skip
+
+
+def _points(given: Any) -> tuple[str, ...]:
+    if given == "all":
+        return HOOK_POINTS
+    if isinstance(given, str) or not isinstance(given, tuple | list) or not given:
+        raise ValueError(f"faststeer's setting hook_points is {given!r}: expected a list of hook points, or 'all'")
+    try:
+        return tuple(point for point in HOOK_POINTS if point in [check_hook_point(one) for one in given])
+    except ValueError as error:
+        raise ValueError(f"faststeer's setting hook_points: {error}") from error
