@@ -8,10 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from faststeer.behaviours import Behaviour
+
+DEMO_STEPS = 24  # of training: a tiny model needs no ten epochs
 
 app = typer.Typer(
     help="Activation steering for language models at full speed.",
@@ -71,3 +76,43 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         where = "this folder" if Path(name).is_dir() else "no such folder, and the hub"
         raise ValueError(f"no model could be loaded from {name!r} ({where}): {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def two_sides(positive: Path | None, negative: Path | None, field: str | None) -> list[list[Any]]:
+    """Positive and negative prompts out of their files."""
+    from faststeer.behaviours.behaviour import prompts_of_file
+
+    if positive is None or negative is None:
+        raise typer.BadParameter("give both --positive and --negative")
+    return [prompts_of_file(path, field) for path in (positive, negative)]
+
+
+def behaviour_of(
+    model: str, name: str | None, positive: Path | None, negative: Path | None, field: str | None
+) -> Behaviour:
+    """The behaviour asked for: by name or path, of two files of prompts, or the demo model's refusal."""
+    from faststeer import behaviours
+
+    if positive is not None or negative is not None:
+        sets = two_sides(positive, negative, field)
+        if name is None or name in behaviours.names():
+            base = behaviours.load(name or "refusal")
+            return behaviours.of_prompts(base.name, *sets, judge=base.judge, coherence=base.coherence)
+        raise typer.BadParameter(f"--behaviour {name} has prompts of its own: leave --positive and --negative out")
+    if model == "demo" and name in (None, "refusal", "tone"):
+        return behaviours.of_demo(name or "refusal")
+    if name is None:
+        raise typer.BadParameter(
+            "give --behaviour, or --positive and --negative: only the demo model brings its own prompts"
+        )
+    if name == "tone":
+        raise ValueError("tone is the demo model's behaviour: use --model demo, or --behaviour sentiment")
+    return behaviours.load(name)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers of an option's text, with commas between."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: expected numbers with commas between, such as 0.5,1,2") from None

@@ -11,12 +11,24 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import BatchSize, Device, Dtype, Json, Model, System, app, load_model, reports_errors
+from faststeer.cli.common import (
+    DEMO_STEPS,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    System,
+    app,
+    behaviour_of,
+    load_model,
+    numbers,
+    reports_errors,
+    two_sides,
+)
 
 if TYPE_CHECKING:
     from faststeer.behaviours import Behaviour
-
-DEMO_STEPS = 24  # a tiny model needs no ten epochs
 
 
 @app.command()
@@ -80,11 +92,12 @@ def extract(
     if method is not None:
         if select or layer is not None or system is not None or position != -1:
             raise typer.BadParameter("--method chooses layer and token, and takes no --select, --system or --position")
-        chosen = _behaviour(model, behaviour, positive, negative, field)
+        chosen = behaviour_of(model, behaviour, positive, negative, field)
         _compare(
             chosen, model, method, out, as_json, dtype, device,
-            at=at, coefficients=_numbers(coefficients), n_test=prompts, max_new_tokens=max_new_tokens, seed=seed,
-            batch_size=batch_size, steps=DEMO_STEPS if steps is None and model == "demo" else steps, progress=True,
+            at=at, coefficients=numbers(coefficients, "--coefficients"), n_test=prompts, seed=seed,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
+            steps=DEMO_STEPS if steps is None and model == "demo" else steps,
         )  # fmt: skip
         return
     if out is None:
@@ -145,53 +158,13 @@ def _contrast(
 ) -> list[list[Any]]:
     """Positive and negative prompts, and with `select` the held-out ones of both."""
     if behaviour is None and (positive is not None or negative is not None):
-        sets = [list(listed) for listed in _files(positive, negative, field)]
+        sets = [list(listed) for listed in two_sides(positive, negative, field)]
         if not select:
             return sets
         held_out = [listed[::5] for listed in sets]
         return [[p for i, p in enumerate(listed) if i % 5] for listed in sets] + held_out
-    chosen = _behaviour(model, behaviour, positive, negative, field)
+    chosen = behaviour_of(model, behaviour, positive, negative, field)
     return [list(side) for split in (chosen.train, chosen.validation) for side in (split.positive, split.negative)]
-
-
-def _files(positive: Path | None, negative: Path | None, field: str | None) -> list[list[Any]]:
-    from faststeer.behaviours.behaviour import prompts_of_file
-
-    if positive is None or negative is None:
-        raise typer.BadParameter("give both --positive and --negative")
-    return [prompts_of_file(path, field) for path in (positive, negative)]
-
-
-def _behaviour(
-    model: str, name: str | None, positive: Path | None, negative: Path | None, field: str | None
-) -> Behaviour:
-    """The behaviour asked for: by name or path, of two files of prompts, or the demo model's refusal."""
-    from faststeer import behaviours
-
-    if positive is not None or negative is not None:
-        sets = _files(positive, negative, field)
-        if name is None or name in behaviours.names():
-            base = behaviours.load(name or "refusal")
-            return behaviours.of_prompts(base.name, *sets, judge=base.judge, coherence=base.coherence)
-        raise typer.BadParameter(f"--behaviour {name} has prompts of its own: leave --positive and --negative out")
-    if model == "demo" and name in (None, "refusal", "tone"):
-        return behaviours.of_demo(name or "refusal")
-    if name is None:
-        raise typer.BadParameter(
-            "give --behaviour, or --positive and --negative: only the demo model brings its own prompts"
-        )
-    if name == "tone":
-        raise ValueError("tone is the demo model's behaviour: use --model demo, or --behaviour sentiment")
-    return behaviours.load(name)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"--coefficients {text!r}: expected numbers with commas between, such as 0.5,1,2"
-        ) from None
 
 
 def _compare(

@@ -1,13 +1,26 @@
-"""A sweep's store as one self-contained HTML page, and its figures as PNGs.
+"""A sweep's store, or a study's JSON, as one self-contained HTML page, and its figures as PNGs.
 
     Store -> findings -> choose -> page, figures
+    JSON of a study -> study_page, study_figures
 
-The page needs no server and asks nothing of the network: its content security policy forbids it.
+A page needs no server and asks nothing of the network: its content security policy forbids it.
 """
 
 from faststeer.report.choice import Choice, choose
 from faststeer.report.figures import figures
 from faststeer.report.findings import Findings, Measure, Point, findings
 from faststeer.report.page import page
+from faststeer.report.study import study_figures, study_page
 
-__all__ = ["Choice", "Findings", "Measure", "Point", "choose", "figures", "findings", "page"]
+__all__ = [
+    "Choice",
+    "Findings",
+    "Measure",
+    "Point",
+    "choose",
+    "figures",
+    "findings",
+    "page",
+    "study_figures",
+    "study_page",
+]

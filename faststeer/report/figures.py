@@ -106,13 +106,13 @@ def _heat_maps(found: Findings, behaviour: Measure, price: Measure | None, vecto
         image = axes.imshow(table, cmap="cividis", aspect="auto", origin="lower", **span)
         axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axes.set_yticks(range(len(curves)), [",".join(map(str, layers)) for layers in curves])
-        axes.set_title(_plain(_wrapped(measure.title)), fontsize=9)
+        axes.set_title(plain(_wrapped(measure.title)), fontsize=9)
         axes.set(xlabel="coefficient", ylabel="layer")
         if len(xs) * len(curves) <= IN_CELLS:
             _numbers(axes, table, image)
         figure.colorbar(image, ax=axes)
     figure.suptitle(_short(vector), fontsize=11)
-    return _saved(figure)
+    return saved(figure)
 
 
 def _numbers(axes: Axes, table: list[list[float]], image: Any) -> None:
@@ -161,7 +161,7 @@ def cost_title(price: Measure) -> str:
 def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=_plain(_wrapped(x)), ylabel=_plain(_wrapped(y)), title=title)
+    axes.set(xlabel=plain(_wrapped(x)), ylabel=plain(_wrapped(y)), title=title)
     axes.grid(alpha=0.25)
     return figure, axes
 
@@ -170,13 +170,13 @@ def _colour(i: int, n: int) -> Any:
     return COLOURS[i % len(COLOURS)] if n <= len(COLOURS) else mpl.colormaps["viridis"](0.92 * i / (n - 1))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text of others is never read as mathematics."""
     return text.replace("$", r"\$")
 
 
 def _short(name: str) -> str:
-    return _plain(name if len(name) <= 40 else name[:39] + "…")
+    return plain(name if len(name) <= 40 else name[:39] + "…")
 
 
 def _wrapped(text: str) -> str:
@@ -188,14 +188,15 @@ def _png(figure: Figure, axes: Axes) -> bytes:
     for handle, label in _legend(axes):
         labels.setdefault(label, handle)
     axes.legend(labels.values(), labels.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _saved(figure)
+    return saved(figure)
 
 
 def _legend(axes: Axes) -> Iterator[tuple[Any, str]]:
     yield from zip(*axes.get_legend_handles_labels(), strict=True)
 
 
-def _saved(figure: Figure) -> bytes:
+def saved(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()

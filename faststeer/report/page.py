@@ -1,26 +1,19 @@
-"""The page: template, style, script, Plotly and all data in one HTML file.
-
-Data is JSON, gzipped, in base64: no text of a model or a user ever is markup, and 10^5 answers stay a few megabytes.
-The content security policy names the two scripts by their hashes and allows no request at all.
-"""
+"""The page of a sweep: all settings, measures and answers as data of one HTML file, so that 10^5 answers stay a few
+megabytes and no text of a model or a user ever is markup."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
 import json
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from faststeer.evaluate.sweep import Store
 from faststeer.report.choice import choose
+from faststeer.report.document import render
 from faststeer.report.figures import cost_title
 from faststeer.report.findings import Findings, Goal, Measure
 
-TEMPLATES = Path(__file__).parent / "templates"
 GOALS: tuple[Goal, ...] = ("more", "less")
 
 
@@ -40,15 +33,6 @@ def page(
     Raises:
         ImportError: Jinja or Plotly is not installed.
     """
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs, get_plotlyjs_version
-    except ImportError as error:
-        raise ImportError(f"the report needs Jinja and Plotly ({error}): pip install 'faststeer[report]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    plotly, script = get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")
     facts = found.facts
     start = {
         "behaviour": behaviour.key,
@@ -57,34 +41,21 @@ def page(
         "share": share,
         "limit": limit,
     }
-    return environment.get_template("report.html").render(
-        title=title or f"Sweep of {facts['description'].get('model', 'a model')}",
-        found=found,
-        facts=facts,
-        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created"])),
-        unfinished=not facts["done"],
-        failed=sum(line.errors for line in found.lines),
-        unread={name: sum(line.scores[name].failures for line in found.lines) for name in found.judges},
-        store=store.path.name,
-        has_vectors=any(line.kind == "vector" for line in found.lines),
-        has_prices=price is not None,
-        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        hashes=[_hash(script), _hash(plotly)],
-        plotly_version=get_plotlyjs_version(),
-        plotly=pack(plotly),
-        summary=pack(json.dumps(_summary(store, found, start), allow_nan=False)),
-        answers=pack(json.dumps(_answers(store, found), allow_nan=False)),
-    )
-
-
-def pack(text: str) -> str:
-    """Gzip, then base64: nothing in it can be read as markup."""
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode()
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    context = {
+        "title": title or f"Sweep of {facts['description'].get('model', 'a model')}",
+        "found": found,
+        "facts": facts,
+        "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created"])),
+        "unfinished": not facts["done"],
+        "failed": sum(line.errors for line in found.lines),
+        "unread": {name: sum(line.scores[name].failures for line in found.lines) for name in found.judges},
+        "store": store.path.name,
+        "has_vectors": any(line.kind == "vector" for line in found.lines),
+        "has_prices": price is not None,
+    }
+    summary, answers = _summary(store, found, start), _answers(store, found)
+    data = {"summary": json.dumps(summary, allow_nan=False), "answers": json.dumps(answers, allow_nan=False)}
+    return render("report", context, data)
 
 
 def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, Any]:

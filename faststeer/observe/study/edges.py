@@ -101,18 +101,18 @@ class Edges:
             for number in range(s.folds):
                 here = [row for row in rows if fold[tuple(row.prompt)] == number]
                 if here:
-                    self.job.say(f"{name}, {side}: patching fold {number + 1} of {s.folds}")
-                    pieces[side, number] = self._patched(f"scores-{name}-{side}-{number}", vector, here)
+                    pieces[side, number] = self._patched(f"scores-{name}-{side}-{number + 1}", vector, here)
         return Scored(pieces)
 
     def _patched(self, part: str, vector: SteeringVector, rows: list[Example]) -> Scores:
         s = self.settings
-        run: dict[str, Any] = {"batch_size": self.job.patch_batch, "progress": self.job.progress}
-        return self.job.parts.scores(
-            part,
-            [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]],
-            lambda: patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **run),
-        )
+
+        def make() -> Scores:
+            self.job.say(f"{part} of {s.folds}: {len(rows)} examples")
+            return patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **self.job.patching)
+
+        depends = [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]]
+        return self.job.parts.scores(part, depends, make)
 
     def again(self, scored: Sequence[Scored], measure: Callable[[list[Scores]], Any]) -> list[Any]:
         """A measure of pooled scores, folds drawn with replacement, the same ones for all."""
@@ -215,8 +215,8 @@ class Edges:
 
         def make() -> Any:
             self.job.say(f"{name}: faithfulness of {len(chosen)} circuits ({which}) on {len(rows)} examples")
-            run: dict[str, Any] = {"batch_size": self.job.patch_batch, "progress": self.job.progress}
-            found = faithfulness(self.job.model, rows, [each for _, each in chosen], metric=s.metric, **run)
+            circuits = [each for _, each in chosen]
+            found = faithfulness(self.job.model, rows, circuits, metric=s.metric, **self.job.patching)
             low, high = found.interval(seed=s.seed, samples=1000).T.tolist()
             return [found.values.tolist(), low, high]
 

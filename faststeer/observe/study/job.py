@@ -38,6 +38,10 @@ class Job:
     def passing(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "progress": self.progress}
 
+    @property
+    def patching(self) -> dict[str, Any]:
+        return {"batch_size": self.patch_batch, "progress": self.progress}
+
     def say(self, text: str) -> None:
         """On stderr, with the progress bars."""
         if self.progress:

@@ -44,6 +44,7 @@ def run(
     folder: str | os.PathLike[str],
     settings: Settings | None = None,
     *,
+    name: str | None = None,
     batch_size: int = 32,
     patch_batch: int = 4,
     progress: bool = False,
@@ -64,6 +65,7 @@ def run(
 
     Args:
         folder: parts go to `folder/parts`, the result to `folder/observe.json`; both are written atomically.
+        name: what the result calls the model (its own name).
         batch_size: prompts that are answered together. patch_batch: examples that are patched together; halved where
             they do not fit into memory. No result depends on them beyond rounding.
         progress: progress bars on stderr.
@@ -81,7 +83,7 @@ def run(
     job.say(f"vectors before layer {dim.layers[0]}: {', '.join(vectors)}")
     result: dict[str, Any] = {
         "format": FORMAT,
-        "model": model_name(model),
+        "model": name or model_name(model),
         "behaviour": behaviour.name,
         "judge": behaviour.judge,
         "versions": versions,

@@ -1,26 +1,7 @@
-"use strict";
 // Everything the data says reaches the page as text nodes, never as markup; Plotly's own labels go through `label`.
 (async () => {
   const $ = (id) => document.getElementById(id);
   const PAGE = { settings: 25, answers: 10 };
-  const COLOURS = {
-    light: ["#0072B2", "#D55E00", "#009E73", "#B4568F", "#B07C00", "#2E8BC0", "#444444"],
-    dark: ["#56B4E9", "#F58A45", "#2FC79A", "#E29BC6", "#E6B43C", "#9AD0F2", "#D0D0D0"],
-  };
-  const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x"];
-
-  function decoded(binary) {
-    const bytes = new Uint8Array(binary.length);
-    for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-    return bytes;
-  }
-
-  async function unpack(id) {
-    const packed = $(id).textContent;
-    $(id).remove();
-    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(packed) : decoded(atob(packed));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-  }
 
   function element(tag, properties = {}, ...children) {
     const made = Object.assign(document.createElement(tag), properties);
@@ -35,8 +16,6 @@
   }
   const percent = (value) => (value === null || value === undefined ? "–" : `${number(100 * value)} %`);
   const shown = (measure, value) => (measure.share ? percent(value) : number(value));
-  // Plotly reads a few tags in its labels.
-  const label = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const short = (text, n = 48) => (text.length > n ? text.slice(0, n - 1) + "…" : text);
   const unique = (values) => [...new Set(values)];
 
@@ -565,17 +544,10 @@
   addEventListener("beforeprint", () => { printing = true; drawFigures(); });
   addEventListener("afterprint", () => { printing = false; drawFigures(); });
   update();
-  const plotly = document.createElement("script");
-  plotly.textContent = await unpack("data-plotly");
-  document.head.append(plotly);
-  if (!window.Plotly) throw new Error("Plotly did not start");
+  await startPlotly();
   drawFigures();
   loadAnswers(JSON.parse(await unpack("data-answers")));
   if (state.recommended !== null) chooseAnswers(state.recommended);
   filterAnswers();
   document.documentElement.dataset.ready = "true";
-})().catch((error) => {
-  const place = document.getElementById("fault");
-  place.hidden = false;
-  place.textContent = `This page could not be drawn (${error}). It needs a browser from 2023 or later.`;
-});
+})().catch(undrawn);
