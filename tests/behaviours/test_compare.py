@@ -23,7 +23,7 @@ def chat():
 def refusal(chat):
     methods = ("dim", "ace", "unembedding", "ntp", "po")
     return compare(
-        *chat, of_demo("refusal"), methods, positions=[-1], steps=10, train_layers=1, n_select=8, n_test=COUNT
+        *chat, of_demo("refusal"), methods, positions=[-1], steps=6, train_layers=1, n_select=4, n_test=COUNT
     )
 
 
@@ -42,7 +42,7 @@ def test_controls_do_neither(refusal, control):
 
 def test_tone_by_three_methods(chat):
     methods = ("dim", "pca", "lat")
-    found = compare(*chat, of_demo("tone"), methods, positions=[-3], n_select=8, n_test=COUNT)
+    found = compare(*chat, of_demo("tone"), methods, positions=[-3], layers=[1, 3], n_select=8, n_test=COUNT)
     for method in methods:
         assert found[method].induce.rate >= 0.95 and found[method].bypass.rate >= 0.95
     assert found["random"].induce.rate <= 0.05 and found["random"].bypass.rate <= 0.05

@@ -86,12 +86,13 @@ def length_judge(text):
 
 def test_a_judges_choice_is_that_of_answers_generated_one_at_a_time():
     sound = lambda text: len(text) % 5 != 0  # noqa: E731
-    options = {"coherent": sound, "coefficients": COEFFICIENTS, "max_new_tokens": 6}
-    found = select_by_judge(MODEL, TOKENIZER, FOUND, length_judge, HARMLESS, HARMFUL, **options)
-    tried, expected = cells(FOUND, COEFFICIENTS), []
+    options = {"coherent": sound, "coefficients": (0.5, 2.0), "max_new_tokens": 6}
+    induce, suppress = HARMLESS[:3], HARMFUL[:2]
+    found = select_by_judge(MODEL, TOKENIZER, FOUND, length_judge, induce, suppress, **options)
+    tried, expected = cells(FOUND, (0.5, 2.0)), []
     for cell, row in zip(tried, found.table, strict=True):
-        induced = [complete(MODEL, TOKENIZER, [p], cell.add, max_new_tokens=6)[0] for p in HARMLESS]
-        suppressed = [complete(MODEL, TOKENIZER, [p], cell.subtract, max_new_tokens=6)[0] for p in HARMFUL]
+        induced = [complete(MODEL, TOKENIZER, [p], cell.add, max_new_tokens=6)[0] for p in induce]
+        suppressed = [complete(MODEL, TOKENIZER, [p], cell.subtract, max_new_tokens=6)[0] for p in suppress]
         assert row.induce.rate == np.mean([length_judge(t) == 1 for t in induced])
         assert row.suppress.rate == np.mean([length_judge(t) == -1 for t in suppressed])
         assert row.coherent.rate == np.mean([sound(t) for t in induced + suppressed])

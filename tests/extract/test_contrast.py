@@ -61,7 +61,8 @@ def close(ours, oracle, tolerance=1e-8):
 
 
 def same_line(ours, oracle, tolerance=1e-8):
-    close(np.asarray(ours) * np.sign(np.dot(ours, oracle)), np.asarray(oracle), tolerance)
+    ours = np.asarray(ours)
+    close(ours * np.sign(ours @ oracle), oracle, tolerance)
 
 
 @pytest.fixture(scope="module")

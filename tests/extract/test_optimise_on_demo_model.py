@@ -9,12 +9,13 @@ import faststeer as fs
 from faststeer import Add, Clamp, Plan, demo
 from faststeer.behaviours import of_demo
 from faststeer.evaluate import complete, is_refusal
-from faststeer.extract import bipo, ntp, po, random_like, reps
+from faststeer.extract import TrainingSettings, bipo, ntp, po, random_like, reps
 
 pytestmark = pytest.mark.skipif(
     not (demo.FOLDER / "model.safetensors").is_file(), reason="the demo model has not been trained"
 )
-COUNT, LAYER, STEPS = 48, 2, 20
+COUNT, LAYER, STEPS = 32, 2, 20
+TOKENS = 12  # of a completion that are trained on: its opener, and where refusal and compliance part
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,13 @@ def chat():
 def vectors(chat):
     model, tokenizer = chat
     pairs = of_demo("refusal").train.pairs
-    how = {"layers": LAYER, "steps": STEPS, "batch_size": 6}
+    how = {"layers": LAYER, "steps": STEPS, "batch_size": 6, "settings": TrainingSettings(max_tokens=TOKENS)}
+    from_zero = TrainingSettings(max_tokens=TOKENS, schedule="cosine", warmup=STEPS // 10, start=0.0)
     return {
         "ntp": ntp(model, tokenizer, pairs, **how).vector,
         "po": po(model, tokenizer, pairs, **{**how, "steps": 15}).vector,
         "reps": reps(model, tokenizer, pairs, **how, lr=0.02).vector,
-        "bipo": bipo(model, tokenizer, pairs, **how, lr=0.05).vector,
+        "bipo": bipo(model, tokenizer, pairs, **{**how, "settings": from_zero}, lr=0.05).vector,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -63,9 +64,10 @@ def score(log_p):
     return (logsumexp(log_p[:, IDS], axis=-1) - logsumexp(log_p[:, outside], axis=-1)).mean()
 
 
-def measured_by_hand(model, direction, layer):
+@functools.cache
+def measured_by_hand(model, position, layer):
     """induce, bypass, ablate, kl of one candidate, and the unsteered scores of harmful and harmless prompts."""
-    direction = direction.float().to(next(model.parameters()).dtype)
+    direction = FOUND.directions[FOUND.positions.index(position), layer].float().to(next(model.parameters()).dtype)
     unit = direction / direction.norm()
 
     def adding(sign):
@@ -101,11 +103,10 @@ def test_every_figure_of_the_table(batch_size):
             assert row.violated == ("no direction",)
             assert all(math.isnan(x) for x in (row.induce, row.bypass, row.ablate, row.kl))
             continue
-        direction = FOUND.directions[FOUND.positions.index(row.position), row.layer]
         unsteered = found.unsteered["harmful"], found.unsteered["harmless"]
         ours.append((row.induce, row.bypass, row.ablate, row.kl, *unsteered))
-        plain.append(measured_by_hand(MODEL, direction, row.layer))
-        exact.append(measured_by_hand(EXACT, direction, row.layer))
+        plain.append(measured_by_hand(MODEL, row.position, row.layer))
+        exact.append(measured_by_hand(EXACT, row.position, row.layer))
     assert len(ours) == 4
     tiny_chat.assert_no_worse(ours, plain, exact)
 

@@ -21,15 +21,15 @@ def chat():
 @pytest.fixture(scope="module")
 def vector(chat):
     model, tokenizer = chat
-    found = dim(model, tokenizer, *(side[:64] for side in demo.prompts("refusal", "train")))
+    found = dim(model, tokenizer, *(side[:32] for side in demo.prompts("refusal", "train")))
     return SteeringVector({2: found[2]}, at=found.at, model=found.model, method="dim")
 
 
 def test_chosen_answers_are_steered_and_rejected_ones_are_not(chat, vector):
     model, tokenizer = chat
-    harmful, harmless = (side[:12] for side in demo.prompts("refusal", "validation"))
+    harmful, harmless = (side[:8] for side in demo.prompts("refusal", "validation"))
     pairs = steered_pairs(model, tokenizer, vector, harmless, harmful)
-    assert len(pairs) >= 20
+    assert len(pairs) >= 13
     assert {pair.prompt for pair in pairs if pair.sign == 1} <= set(harmless)
     for pair in pairs:
         assert is_refusal(pair.positive) and not is_refusal(pair.negative)
