@@ -29,10 +29,11 @@ from faststeer.vector import (
     HookPoint,
     SteeringVector,
     VectorFileError,
-    _layer_of,
-    _metadata,
-    _sorted_header,
     check_direction,
+    check_words,
+    file_metadata,
+    layer_of_tensor,
+    with_sorted_header,
 )
 
 SPARSE_FORMAT = "faststeer.sparse_vector/1"
@@ -327,7 +328,7 @@ class SparseVector:
         }
         tensors = {f"layers.{n}.indices": self.indices[n].cpu().contiguous().clone() for n in self.layers}
         tensors |= {f"layers.{n}.values": self.values[n].cpu().float().contiguous().clone() for n in self.layers}
-        return _sorted_header(to_safetensors(tensors, metadata))
+        return with_sorted_header(to_safetensors(tensors, metadata))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it atomically; `SteeringVector.load` reads it too, as a dense vector."""
@@ -350,7 +351,7 @@ class SparseVector:
     def from_bytes(cls, data: bytes, what: str = "the data") -> SparseVector:
         """Read what `to_bytes` made; `what` names it in errors (VectorFileError)."""
         try:
-            tensors, metadata = from_safetensors(data), _metadata(data)
+            tensors, metadata = from_safetensors(data), file_metadata(data)
             if metadata.get("format") != SPARSE_FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {SPARSE_FORMAT!r}")
             hidden_size = int(metadata.get("hidden_size", ""))
@@ -361,10 +362,8 @@ class SparseVector:
                 stem, _, part = name.rpartition(".")
                 if part not in parts:
                     raise ValueError(f"it holds a tensor {name!r}")
-                parts[part][_layer_of(stem)] = tensor
-            provenance = json.loads(metadata.get("provenance", "{}"))
-            if not isinstance(provenance, dict):
-                raise ValueError("its provenance is not an object")
+                parts[part][layer_of_tensor(stem)] = tensor
+            provenance = check_words(metadata)
             names = ("at", "scale", "model", "method", "op")
             words: dict[str, Any] = {name: metadata[name] for name in names if name in metadata}
             if "at" not in words:
@@ -377,7 +376,7 @@ class SparseVector:
 def is_sparse_file(data: bytes) -> bool:
     """Whether safetensors bytes say that they hold a sparse vector."""
     try:
-        return _metadata(data).get("format") == SPARSE_FORMAT
+        return file_metadata(data).get("format") == SPARSE_FORMAT
     except (ValueError, AttributeError, RecursionError):
         return False
 

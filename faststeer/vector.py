@@ -166,13 +166,13 @@ class SteeringVector:
             f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
             for layer, d in self.directions.items()
         }
-        return _sorted_header(to_safetensors(tensors, metadata))
+        return with_sorted_header(to_safetensors(tensors, metadata))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
         path, data = Path(path), self.to_bytes()
         write_atomically(path, data)
-        self._belongs_to(path, data)
+        self.belongs_to(path, data)
         return path
 
     @classmethod
@@ -193,7 +193,8 @@ class SteeringVector:
 
         return formats.load(path, **said)
 
-    def _belongs_to(self, path: Path, data: bytes) -> None:
+    def belongs_to(self, path: Path, data: bytes) -> None:
+        """Note the file that holds this vector, for plans that name it instead of holding the values."""
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "sha256", hashlib.sha256(data).hexdigest())
 
@@ -201,7 +202,7 @@ class SteeringVector:
     def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
         """Read what `to_bytes` made; `what` names it in errors (VectorFileError)."""
         try:
-            tensors, metadata = from_safetensors(data), _metadata(data)
+            tensors, metadata = from_safetensors(data), file_metadata(data)
         except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype PyTorch lacks
             raise VectorFileError(
                 f"{what} cannot be read as safetensors ({error}): is it truncated, or another kind of file? Copy or "
@@ -214,10 +215,8 @@ class SteeringVector:
                 "build one with SteeringVector({layer: direction}, at=...).save(path)"
             )
         try:
-            provenance = json.loads(metadata.get("provenance", "{}"))
-            if not isinstance(provenance, dict):
-                raise ValueError("its provenance is not an object")
-            layers = [_layer_of(name) for name in tensors]
+            provenance = check_words(metadata)
+            layers = [layer_of_tensor(name) for name in tensors]
             if len(set(layers)) < len(layers):
                 raise ValueError(f"it holds a layer twice: {', '.join(tensors)}")
             return cls(
@@ -239,11 +238,12 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def file_metadata(data: bytes) -> dict[str, str]:
+    """The words in the header of safetensors bytes."""
     return _split(data)[0].get("__metadata__") or {}
 
 
-def _sorted_header(data: bytes) -> bytes:
+def with_sorted_header(data: bytes) -> bytes:
     """The same file with its header's keys in order: equal vectors are equal bytes, which safetensors does not promise
     for metadata."""
     header, tensors = _split(data)
@@ -252,7 +252,19 @@ def _sorted_header(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
-def _layer_of(name: str) -> int:
+def check_words(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the provenance that a vector's file holds, or raise ValueError if it is none, or if the file counts its
+    layers otherwise than here."""
+    if (counted := metadata.get("layer_convention")) != LAYER_CONVENTION:
+        raise ValueError(f"its layer convention is {counted!r}, expected {LAYER_CONVENTION!r}")
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    if not isinstance(provenance, dict):
+        raise ValueError("its provenance is not an object")
+    return provenance
+
+
+def layer_of_tensor(name: str) -> int:
+    """The layer of a tensor `layers.<number>`; ValueError for any other name."""
     prefix, _, number = name.partition(".")
     if prefix != "layers" or not number.isdecimal():
         raise ValueError(f"it holds a tensor {name!r}: a faststeer vector holds only tensors named layers.<number>")

@@ -275,6 +275,8 @@ class TestSparseVector:
             SparseVector.from_bytes(huge)
         with pytest.raises(fs.VectorFileError, match=r"its format is 'faststeer\.vector/1'"):
             SparseVector.from_bytes(vector().to_bytes())
+        with pytest.raises(fs.VectorFileError, match=r"its layer convention is .decoder layers counted from 1"):
+            SparseVector.from_bytes(sparse.to_bytes().replace(b"counted from 0", b"counted from 1"))
 
     @pytest.mark.parametrize(
         ("indices", "values", "message"),

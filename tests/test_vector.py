@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import POINTS, randn, seeds
 
 import faststeer as fs
+from faststeer.vector import LAYER_CONVENTION
 
 
 def vector(**changes) -> fs.SteeringVector:
@@ -200,7 +201,8 @@ def written_by_hand(
     """A safetensors file: {name: (dtype, shape, bytes)} and metadata, by default those of a valid vector."""
     header: dict[str, object] = {}
     if metadata is None:
-        metadata = {"format": "faststeer.vector/1", "at": "resid_post", "scale": "raw", "provenance": "{}"} | changes
+        metadata = {"format": "faststeer.vector/1", "at": "resid_post", "scale": "raw", "provenance": "{}"}
+        metadata |= {"layer_convention": LAYER_CONVENTION} | changes
     header["__metadata__"] = (
         {k: v for k, v in metadata.items() if v is not None} if isinstance(metadata, dict) else metadata
     )
@@ -250,6 +252,11 @@ class TestHostileFile:
             (lambda: written_by_hand(at="resid"), "unknown hook point 'resid'"),
             (lambda: written_by_hand(at=None), "unknown hook point None"),
             (lambda: written_by_hand(scale="huge"), "unknown scale 'huge'"),
+            (
+                lambda: written_by_hand(layer_convention="from 1"),
+                "layer convention is 'from 1', expected ",
+            ),
+            (lambda: written_by_hand(layer_convention=None), "layer convention is None"),
             (lambda: written_by_hand(provenance="[]"), "provenance is not an object"),
             (lambda: written_by_hand(provenance="{"), "not a valid steering vector"),
             (lambda: written_by_hand(provenance="[" * 100_000), "the data"),
@@ -270,6 +277,8 @@ class TestHostileFile:
             "hook_point",
             "no_hook_point",
             "scale",
+            "layers_from_1",
+            "layers_unsaid",
             "provenance_list",
             "provenance_cut",
             "provenance_deep",
