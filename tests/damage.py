@@ -9,7 +9,26 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-STRANGE = (None, True, 0, -1, 1, 2.5, 2**70, float("nan"), "", " ", "x", "layers.0", [], {}, [[]], [None], {"": 0})
+STRANGE = (
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2.5,
+    2**70,
+    float("nan"),
+    "",
+    " ",
+    "x",
+    "x" * 300,
+    "layers.0",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": 0},
+)
 
 
 @st.composite

@@ -198,7 +198,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
             coherence=str(data.get("coherence", "no-loop")),
             about=dict(data.get("about", {})),
         )
-    except (TypeError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, TypeError, ValueError) as error:  # OSError: what is named beside it can be no file's name
         raise ValueError(f"{path}: {error}") from error
 
 

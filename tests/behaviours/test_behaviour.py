@@ -136,6 +136,7 @@ GOOD = {"format": "faststeer.behaviour/1", "name": "x", "judge": "refusal"} | {
         ),
         ({"train": GOOD["train"] | {"pairs": 3}}, "pairs is no list"),
         ({"train": GOOD["train"] | {"positive": "none.csv"}}, "none.csv"),
+        ({"train": GOOD["train"] | {"positive": f"{'x' * 300}.csv"}}, "File name too long"),
     ],
 )
 def test_files_that_hold_no_behaviour(tmp_path, change, message):
