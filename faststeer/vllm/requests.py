@@ -214,8 +214,8 @@ def _data(payload: Any, limits: Limits) -> Any:
 def _read(data: Any, registry: Registry, limits: Limits, files: list[Stamp]) -> Plan:
     """A plan of plain data, which is consumed."""
     if isinstance(data, list) or (isinstance(data, dict) and set(data) & set(SHORT)):
-        listed = data if isinstance(data, list) else [data]
-        data = {"format": FORMAT, "interventions": [_long(item, n) for n, item in enumerate(listed)]}
+        short = data if isinstance(data, list) else [data]
+        data = {"format": FORMAT, "interventions": [_long(item, n) for n, item in enumerate(short)]}
     listed = data.get("interventions") if isinstance(data, dict) else None
     if not isinstance(listed, list):
         raise ValueError(f"this JSON is no plan: expected {EXPECTED}")

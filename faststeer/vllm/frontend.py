@@ -1,0 +1,188 @@
+"""What happens to a request before it reaches the engine: its plan is read, checked and made self-contained, or the
+request is refused. Where faststeer is off, a request with a plan is refused, and all else is left alone.
+
+This is the only place where names and files are looked up; engine and workers get values.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from faststeer.vllm.registry import NONE, Registry, Stamp
+from faststeer.vllm.requests import PAYLOAD_KEY, Limits, parse
+from faststeer.vllm.settings import SWITCH, Settings
+from faststeer.vllm.tables import check_fits
+
+OFF = (
+    f"the request carries a plan of faststeer, and this server does not steer: start it with {SWITCH}=1 in its "
+    "environment, or take the plan out of the request"
+)
+CACHED_PLANS, CACHED_BYTES = 1024, 2**26
+
+
+class FrontEnd:
+    """The plans of one server, or of one `LLM`.
+
+    Args:
+        settings: of the server.
+        n_layers, hidden_size: of the model.
+
+    Raises:
+        ValueError: the folder has a file for the default plan, and it does not fit the model.
+    """
+
+    def __init__(self, settings: Settings, n_layers: int, hidden_size: int) -> None:
+        self.settings = settings
+        self.registry = Registry(settings.folder, settings.max_vector_bytes, settings.max_registered_bytes)
+        self.limits = Limits(
+            n_layers,
+            hidden_size,
+            settings.max_plan_bytes,
+            settings.max_interventions,
+            settings.max_directions,
+            functools.partial(check_fits, settings=settings, n_layers=n_layers),
+        )
+        self._lock = threading.Lock()
+        self._read: OrderedDict[str, tuple[int, tuple[Stamp, ...], dict[str, Any] | None]] = OrderedDict()
+        self._read_bytes = 0
+        if settings.default_plan in self.registry.plans():
+            self.wire(settings.default_plan)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> FrontEnd | None:
+        """None where faststeer is off."""
+        settings = Settings.of(vllm_config)
+        if settings is None:
+            return None
+        config = vllm_config.model_config.hf_text_config
+        return cls(settings, config.num_hidden_layers, config.hidden_size)
+
+    def wire(self, payload: Any) -> dict[str, Any] | None:
+        """What a request carries to the engine instead of its payload; None: it is not steered.
+
+        Raises:
+            ValueError: see `requests.parse`.
+        """
+        if payload is None:
+            payload = NONE if self.settings.default_plan is None else self.settings.default_plan
+        if not isinstance(payload, str) or payload == NONE:
+            found = parse(payload, self.registry, self.limits)
+            return found and found.wire()
+        with self._lock:
+            if (known := self._read.get(payload)) is not None:
+                version, files, wire = known
+                if version == self.registry.version and all(stamp.holds() for stamp in files):
+                    self._read.move_to_end(payload)
+                    return wire
+        version = self.registry.version  # before, so that what changes meanwhile is read again
+        found = parse(payload, self.registry, self.limits)
+        wire = found and found.wire()
+        self._keep(payload, version, found.files if found else (), wire)
+        return wire
+
+    def _keep(self, payload: str, version: int, files: tuple[Stamp, ...], wire: dict[str, Any] | None) -> None:
+        with self._lock:
+            self._forget(payload)
+            self._read[payload] = (version, files, wire)
+            self._read_bytes += _size(payload, wire)
+            while len(self._read) > CACHED_PLANS or self._read_bytes > CACHED_BYTES:
+                self._forget(next(iter(self._read)))
+
+    def _forget(self, payload: str) -> None:
+        if payload in self._read:
+            self._read_bytes -= _size(payload, self._read.pop(payload)[2])
+
+    def register_plan(self, name: str, payload: Any) -> None:
+        """Register a plan as a request would give it, checked against the model (ValueError)."""
+        found = parse(payload, self.registry, self.limits)
+        if found is None:
+            raise ValueError("the plan does nothing: a request that is not to be steered says 'none'")
+        self.registry.register_plan(name, found.plan)
+
+    def register_vector(self, name: str, vector: Any) -> None:
+        """Register a vector, checked against the model (ValueError)."""
+        if (size := getattr(vector, "hidden_size", self.limits.hidden_size)) != self.limits.hidden_size:
+            raise ValueError(f"the vector has hidden size {size}, the model has {self.limits.hidden_size}")
+        self.registry.register_vector(name, vector)
+
+    def about(self) -> dict[str, Any]:
+        """What a client may want to know of the server."""
+        return {
+            "vectors": self.registry.vectors(),
+            "plans": self.registry.plans(),
+            "default_plan": self.settings.default_plan,
+            "registration": self.settings.http_registration,
+            "hook_points": list(self.settings.hook_points),
+            "n_layers": self.limits.n_layers,
+            "hidden_size": self.limits.hidden_size,
+        }
+
+
+def _size(payload: str, wire: dict[str, Any] | None) -> int:
+    return len(payload) + len(wire["plan"] if wire else "")
+
+
+def front_end(engine: Any) -> FrontEnd:
+    """The front end of an `LLM`, an `LLMEngine` or an `AsyncLLM`: to register vectors and plans from Python.
+
+    Raises:
+        RuntimeError: faststeer is off in it.
+    """
+    engine = getattr(engine, "llm_engine", engine)
+    found = getattr(getattr(engine, "input_processor", None), "faststeer", None)
+    if found is None:
+        raise RuntimeError(f"faststeer is off in this engine: set {SWITCH}=1 before vLLM is imported")
+    return found
+
+
+# vLLM -----------------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Wrap vLLM's input processing, and where there is a server, the making of its routes; once per process."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if not hasattr(InputProcessor.process_inputs, "faststeer"):
+        _wrap(InputProcessor)
+    from faststeer.vllm.server import install as install_routes
+
+    install_routes()
+
+
+def _wrap(processor: Any) -> None:
+    made, process = processor.__init__, processor.process_inputs
+
+    @functools.wraps(made)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, vllm_config, *args, **kwargs)
+        self.faststeer = FrontEnd.of(vllm_config)
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        return process(self, request_id, prompt, _checked(self.faststeer, params), *args, **kwargs)
+
+    process_inputs.faststeer = True  # type: ignore[attr-defined]
+    processor.__init__, processor.process_inputs = init, process_inputs
+
+
+def _checked(front: FrontEnd | None, params: Any) -> Any:
+    """The request's parameters as the engine may have them, the caller's own left alone."""
+    if not hasattr(params, "extra_args"):  # of a pooling request
+        return params
+    given = (params.extra_args or {}).get(PAYLOAD_KEY)
+    if front is None:
+        if given not in (None, NONE):
+            raise ValueError(OFF)
+        return params
+    wire = front.wire(given)
+    if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
+        return params
+    params = copy.copy(params)
+    params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != PAYLOAD_KEY}
+    if wire is not None:
+        params.extra_args[PAYLOAD_KEY] = wire
+    return params

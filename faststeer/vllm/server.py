@@ -1,0 +1,98 @@
+"""faststeer's routes in a vLLM server: what there is, registering and removing. All under /v1, which is what vLLM
+guards with its API key; registering and removing only where the server's settings allow them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from faststeer.vllm.frontend import FrontEnd
+from faststeer.vllm.registry import read_vector
+from faststeer.vllm.settings import Settings
+
+PREFIX = "/v1/faststeer"
+# Modules that call build_app by their own name for it, in one version or another; the server has imported them by the
+# time that vLLM loads plugins.
+BUILDERS = (
+    "vllm.entrypoints.openai.api_server",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.entry",
+)
+
+
+def install() -> None:
+    """Let the servers of this process have the routes, those in which faststeer is on."""
+    for name in BUILDERS:
+        module = sys.modules.get(name)
+        build = getattr(module, "build_app", None)
+        if build is not None and not hasattr(build, "faststeer"):
+            module.build_app = _with_routes(build)  # type: ignore[union-attr]
+
+
+def _with_routes(build: Any) -> Any:
+    @functools.wraps(build)
+    def build_app(args: Any, *more: Any, **named: Any) -> Any:
+        app = build(args, *more, **named)
+        if Settings.of(args) is not None:
+            app.router.routes.extend(routes())
+        return app
+
+    build_app.faststeer = True  # type: ignore[attr-defined]
+    return build_app
+
+
+def routes() -> list[Any]:
+    """What a client may ask (GET), register (PUT: a vector's safetensors file, a plan's JSON) and remove (DELETE)."""
+    # Here and not above: Starlette comes with vLLM.
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    async def about(request: Any) -> Any:
+        return JSONResponse(_front_end(request).about())
+
+    async def change(request: Any) -> Any:
+        kind, name = request.path_params["kind"], request.path_params["name"]
+        front = _front_end(request)
+        if kind not in ("vectors", "plans"):
+            raise HTTPException(404, f"there are no {kind[:40]!r}: expected vectors or plans")
+        if not front.settings.http_registration:
+            raise HTTPException(403, 'registration is off: start the server with the setting "http_registration": true')
+        if _front_ends(request) > 1:
+            raise HTTPException(
+                409, "this server has several front ends, and only one would know: put the file into its folder"
+            )
+        try:
+            if request.method == "DELETE":
+                (front.registry.remove_vector if kind == "vectors" else front.registry.remove_plan)(name)
+                return JSONResponse({"removed": name})
+            if kind == "vectors":
+                front.register_vector(name, read_vector(await _body(request, front.settings.max_vector_bytes)))
+            else:
+                front.register_plan(name, (await _body(request, front.settings.max_plan_bytes)).decode())
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise HTTPException(404 if request.method == "DELETE" else 400, str(error)) from error
+        return JSONResponse({"registered": name})
+
+    return [
+        Route(PREFIX, about, methods=["GET"]),
+        Route(PREFIX + "/{kind}/{name}", change, methods=["PUT", "DELETE"]),
+    ]
+
+
+def _front_end(request: Any) -> FrontEnd:
+    return request.app.state.engine_client.input_processor.faststeer
+
+
+def _front_ends(request: Any) -> int:
+    return getattr(request.app.state.engine_client.vllm_config.parallel_config, "_api_process_count", 1)
+
+
+async def _body(request: Any, most: int) -> bytes:
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > most:
+            raise ValueError(f"more than the {most:,} bytes that are allowed")
+    return bytes(data)
