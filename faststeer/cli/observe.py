@@ -53,6 +53,7 @@ def observe(
     metric: Annotated[
         Literal["logit_difference", "directed_kl"], typer.Option(help="What edges are scored by.")
     ] = "logit_difference",
+    points: Annotated[int, typer.Option(min=1, help="Of the quadrature along the coefficient.")] = 10,
     shares: Annotated[
         str, typer.Option(help="Sizes of circuits, as shares of the edges.")
     ] = "0.01,0.02,0.05,0.1,0.15,0.2,0.3,0.5,1",
@@ -98,6 +99,7 @@ def observe(
         n_faithful=tried,
         n_test=prompts,
         metric=metric,
+        quadrature=points,
         shares=numbers(shares, "--shares"),
         sparsities=numbers(sparsities, "--sparsities"),
         controls=controls,

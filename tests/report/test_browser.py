@@ -4,57 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sqlite3
 import time
 
 import pytest
+from browsers import opened
 from made_up import NASTY
 from typer.testing import CliRunner
 
 from faststeer.cli import app
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with chromedriver here: apt-get install chromium chromium-driver"
-)
-FLAGS = [
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "hide-scrollbars",
-    "window-size=1280,1000",
-]
-
 
 @pytest.fixture(scope="module")
 def browser(database, tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.support.wait import WebDriverWait
-
     folder = tmp_path_factory.mktemp("browser")
     made = CliRunner().invoke(app, ["report", str(database), "--out", str(folder / "report.html"), "--title", NASTY])
     assert made.exit_code == 0, made.output
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"user-data-dir={folder / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        driver.get(f"file://{folder}/report.html")
-        WebDriverWait(driver, 60).until(lambda d: d.execute_script("return document.documentElement.dataset.ready"))
+    with opened(folder / "report.html", folder / "profile") as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 def sql(path, query, *values):

@@ -176,9 +176,13 @@ class Edges:
             ranks = spearmanr(*(scores.edges[edges].abs().numpy() for scores in pooled)).statistic
             return both.fraction, both.iou, float(ranks)
 
-        again = self.again([a, b], alike)
-        found = zip(("fraction", "iou", "spearman"), alike([of_a, of_b]), zip(*again, strict=True), strict=True)
-        intervals = {key: interval_of(value, list(values)) for key, value, values in found}
+        def make() -> Any:
+            again = zip(*self.again([a, b], alike), strict=True)
+            found = zip(("fraction", "iou", "spearman"), alike([of_a, of_b]), again, strict=True)
+            return {key: interval_of(value, list(values)) for key, value, values in found}
+
+        pieces = [[list(at), scores] for one in (a, b) for at, scores in sorted(one.pieces.items())]
+        intervals = self.job.parts.json("overlap", [share, self.draws.tolist(), pieces], make)
         (layer,) = v.layers
         return {"cosine": float(torch.cosine_similarity(v[layer], w[layer], dim=0)), "intervals": intervals}
 
