@@ -1,0 +1,335 @@
+"""Steering inside vLLM's decoder layers: their `forward` on the instances calls our ops, as part of what vLLM compiles
+and captures. Nothing here decides anything per request: ops read tables and rows that others write.
+
+vLLM's layers hand on a pair (hidden, residual) whose sum, which the next norm takes, is the residual stream. A steered
+row becomes (0, h): exactly h after that sum, in every dtype. Other rows keep their pair, and so their bits.
+
+How steering gets into the layers was measured (docs/vllm.md): our ops are called as operators that return new tensors,
+with tensors for every argument, so that all layers stay one compiled piece; choosing rows is left to the compiler,
+which puts it into the kernel of the next norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.ops import backend_for, reference
+from faststeer.ops.schema import DTYPES, SCHEMAS, host_tables
+from faststeer.ops.tables import Rows
+from faststeer.plan import site
+from faststeer.program import Program
+from faststeer.vector import HookPoint
+
+LAYER_LISTS = ("layers", "h", "blocks")
+
+# The reference as opaque operators, where nothing compiled is there (traced, it would be fixed to the plans of now).
+_library = torch.library.Library("faststeer_vllm", "DEF")
+
+
+def _reference_steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *tables, slot, position, sequence, gate_state, columns = rest
+    probe = x.new_zeros(x.shape[0], columns, dtype=torch.float32)
+    rows = Rows(slot, position, sequence)
+    return reference.steer(x, host_tables(*tables), rows, gate_state, probe if columns else None), probe
+
+
+def _reference_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _reference_steer(x + residual, *rest)
+
+
+def _reference_latch(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
+    *tables, slot, position, sequence, gate_state = rest
+    reference.latch(
+        x if residual is None else x + residual, host_tables(*tables), Rows(slot, position, sequence), gate_state
+    )
+
+
+def _fake_steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], rest[-1], dtype=torch.float32)
+
+
+for _name, _run, _fake in (
+    ("steer", _reference_steer, _fake_steer),
+    ("add_steer", _reference_add_steer, _fake_steer),
+    ("latch_", _reference_latch, lambda *arguments: None),
+):
+    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"faststeer_vllm::{_name}", _fake, lib=_library)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The ops of the back end for a device."""
+
+    steer: Callable[..., Any]
+    add_steer: Callable[..., Any]
+    latch: Callable[..., Any]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Operators:
+        backend = backend_for(device)
+        if backend == "reference":
+            ops = torch.ops.faststeer_vllm
+            return cls(ops.steer.default, ops.add_steer.default, ops.latch_.default)
+        overload = "triton" if backend == "triton" else "cpp"
+        steer, add_steer, latch = (getattr(torch.ops.faststeer, name) for name in ("steer", "add_steer", "latch_"))
+        return cls(getattr(steer, overload), getattr(add_steer, overload), getattr(latch, overload))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What ops read and write beside the program's tables; addresses never change.
+
+    Attributes:
+        rows: `[3, max_rows]` int32: slot, position, sequence of every row of a step.
+        gate_state: `[gates, sequences]` bool; None where no plan may have latched gates.
+        probes: per site that is built in, `[max_rows, columns]` fp32; empty where nothing may be probed.
+    """
+
+    program: Program
+    rows: Tensor
+    gate_state: Tensor | None
+    probes: dict[int, Tensor]
+
+
+class Site(nn.Module):
+    """One site in the model. Its tensors are buffers, so that the compiler takes them for inputs of a layer."""
+
+    slot: Tensor
+    position: Tensor
+    sequence: Tensor
+    ranges: Tensor
+    gate_state: Tensor | None
+    probe: Tensor | None
+
+    def __init__(self, number: int, device: Device, operators: Operators) -> None:
+        super().__init__()
+        program = device.program
+        probe = device.probes.get(number)
+        tensors = {
+            "bank": program.bank, "fields": program.fields, "scalars": program.scalars,
+            "ranges": program.ranges[number], "slot": device.rows[0], "position": device.rows[1],
+            "sequence": device.rows[2], "gate_state": device.gate_state, "probe": probe,
+        }  # fmt: skip
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.operators, self.columns = operators, 0 if probe is None else probe.shape[1]
+
+    def tables(self, n_rows: int) -> tuple[Tensor | None, ...]:
+        rows = self.slot[:n_rows], self.position[:n_rows], self.sequence[:n_rows]
+        return self.bank, self.fields, self.scalars, self.ranges, *rows, self.gate_state  # type: ignore[return-value]
+
+    def one(self, x: Tensor) -> Tensor:
+        """Steer a tensor that is the hook point's."""
+        tables = self.tables(x.shape[0])
+        if self.gate_state is not None:
+            self.operators.latch(x, None, *tables)
+        steered, seen = self.operators.steer(x, *tables, self.columns)
+        self._keep(seen)
+        return steered
+
+    def pair(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Steer the sum of a pair: (0, h) for the rows of plans that have an entry here, other rows as they are."""
+        tables = self.tables(hidden.shape[0])
+        if self.gate_state is not None:
+            self.operators.latch(hidden, residual, *tables)
+        steered, seen = self.operators.add_steer(hidden, residual, *tables, self.columns)
+        self._keep(seen)
+        slot = self.slot[: hidden.shape[0]]
+        acts = ((slot >= 0) & (self.ranges[:, 1][slot.clamp(min=0)] > 0)).unsqueeze(1)
+        return torch.where(acts, 0, hidden), torch.where(acts, steered, residual)
+
+    def _keep(self, seen: Tensor) -> None:
+        if self.probe is not None:
+            self.probe[: seen.shape[0]].copy_(seen)
+
+
+def find_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The decoder layers on this rank, by their number in the whole model.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    language = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
+    lists = [
+        module
+        for name, module in language.named_modules()
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LAYER_LISTS
+    ]
+    if not lists:
+        raise RuntimeError(
+            f"{type(model).__name__} has no list of layers called {', '.join(LAYER_LISTS)}: faststeer cannot steer it"
+        )
+    longest = max(lists, key=len)
+    return {i: layer for i, layer in enumerate(longest) if type(layer).__name__ != "PPMissingLayer"}
+
+
+def patch_layers(
+    layers: dict[int, nn.Module], device: Device, hook_points: tuple[HookPoint, ...], n_layers: int
+) -> None:
+    """Build steering at these hook points into the layers.
+
+    Raises:
+        RuntimeError: layers of another form than (hidden, residual) -> (hidden, residual); a hook point that they do
+            not have. Nothing is changed then.
+    """
+    operators = Operators.of(device.program.device)
+    kinds = {number: check_layer(layer, device) for number, layer in layers.items()}
+    inside = {"attn_out", "resid_mid", "mlp_out"} & set(hook_points)
+    for number, parts in kinds.items():
+        if inside and parts is None:
+            raise RuntimeError(
+                f"layer {number}, {type(layers[number]).__name__}, keeps no {', '.join(sorted(inside))} that could be "
+                'steered: start with "hook_points": ["resid_pre", "resid_post"]'
+            )
+    for number, layer in layers.items():
+        wanted = {at: site(at, number) for at in hook_points}
+        if number > 0:  # what enters a layer is what left the one before, and is steered there
+            wanted.pop("resid_pre", None)
+        if number < n_layers - 1 and "resid_pre" in hook_points:
+            wanted["resid_post"] = site("resid_post", number)
+        sites = {at: Site(number_, device, operators) for at, number_ in wanted.items()}
+        for at, built in sites.items():
+            layer.add_module(f"faststeer_{at}", built)
+        _patch_layer(layer, sites)
+        parts = kinds[number]
+        if parts is not None:
+            _patch_parts(parts, sites)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a layer that give attn_out and mlp_out, and the norm that sums up resid_mid."""
+
+    attention: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+
+
+def _patch_layer(layer: nn.Module, sites: dict[Any, Site]) -> None:
+    original, before, after = layer.forward, sites.get("resid_pre"), sites.get("resid_post")
+
+    def forward(
+        positions: Tensor, hidden_states: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if before is not None:
+            if residual is None:
+                hidden_states = before.one(hidden_states)
+            else:
+                hidden_states, residual = before.pair(hidden_states, residual)
+        hidden_states, residual = original(positions, hidden_states, residual, *args, **kwargs)
+        return after.pair(hidden_states, residual) if after is not None else (hidden_states, residual)
+
+    layer.forward = forward
+
+
+def _patch_parts(parts: Parts, sites: dict[Any, Site]) -> None:
+    for module, at in ((parts.attention, "attn_out"), (parts.mlp, "mlp_out")):
+        if at in sites:
+            module.forward = _steered(module.forward, sites[at].one)
+    if "resid_mid" in sites:
+        parts.norm.forward = _norm_of_steered(parts.norm.forward, sites["resid_mid"].pair)
+
+
+def _steered(original: Callable[..., Any], steer: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return steer(original(*args, **kwargs))
+
+    return forward
+
+
+def _norm_of_steered(original: Callable[..., Any], steer: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, residual = steer(x, residual)
+        return original(x, residual, *args, **kwargs)
+
+    return forward
+
+
+# What a layer computes, found out ------------------------------------------------------------------------------------
+
+
+def find_parts(layer: nn.Module) -> Parts | None:
+    """The parts of a layer with norms before its branches (Llama, Qwen) or around them (Gemma 2 and 3)."""
+    children = dict(layer.named_children())
+    attention, mlp = children.get("self_attn") or children.get("attn"), children.get("mlp")
+    if attention is None or mlp is None:
+        return None
+    names = "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    sandwich = [children.get(name) for name in names]
+    if all(module is not None for module in sandwich):
+        return Parts(*sandwich)  # type: ignore[arg-type]
+    norm = children.get("post_attention_layernorm") or children.get("ln_2")
+    return None if norm is None else Parts(attention, norm, mlp)
+
+
+@torch.no_grad()
+def check_layer(layer: nn.Module, device: Device) -> Parts | None:
+    """Run a layer with its attention replaced by a fixed tensor: it must take and give a pair whose sum is the stream.
+
+    Returns:
+        Its parts; None where they do not give attn_out, resid_mid and mlp_out as tensors of their own.
+
+    Raises:
+        RuntimeError: it does not work with such pairs.
+    """
+    refused = (
+        f"{type(layer).__name__} does not hand on a pair (hidden, residual) whose sum is the residual stream: "
+        "in vLLM, faststeer steers models with fused residual additions (Llama, Mistral, Qwen, Phi-3, Gemma, ...)"
+    )
+    attention = layer._modules.get("self_attn") or layer._modules.get("attn")
+    weights = [p for p in layer.parameters() if p.dtype in DTYPES]
+    if attention is None or not weights:
+        raise RuntimeError(refused)
+    dtype, hidden_size = weights[0].dtype, device.program.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(3, hidden_size, generator=generator).to(weights[0].device, dtype) for _ in range(3)]
+    hidden, residual, attended = made
+    positions = torch.zeros(3, dtype=torch.long, device=hidden.device)
+    seen: dict[str, Any] = {}
+    parts = find_parts(layer)
+    watched = {} if parts is None else {"attention": parts.attention, "norm": parts.norm, "mlp": parts.mlp}
+    handles = [
+        module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args, out)))
+        for name, module in watched.items()
+    ]
+    # LoRA's layers look up which adapters a step uses, and there is no step yet.
+    stand_ins = {attention: lambda *args, **kwargs: attended.clone()}
+    stand_ins |= {m: m.base_layer.forward for m in layer.modules() if hasattr(m, "base_layer")}  # type: ignore[union-attr]
+    before = {module: module.__dict__.get("forward") for module in stand_ins}
+    for module, forward in stand_ins.items():
+        module.forward = forward
+    try:
+        results = [
+            layer(positions, h.clone(), r.clone())
+            for h, r in ((torch.zeros_like(hidden), hidden + residual), (hidden, residual))
+        ]
+    except Exception as error:
+        raise RuntimeError(f"{refused} (a trial run failed: {error})") from error
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+        for handle in handles:
+            handle.remove()
+    if not all(isinstance(r, tuple) and len(r) == 2 and all(isinstance(t, Tensor) for t in r) for r in results):
+        raise RuntimeError(refused)
+    (h0, r0), (h1, r1) = results
+    tolerance = 64 * torch.finfo(dtype).eps
+    if not torch.allclose((h0 + r0).float(), (h1 + r1).float(), rtol=tolerance, atol=tolerance * float(r0.abs().max())):
+        raise RuntimeError(refused)
+    if not {"attention", "norm", "mlp"} <= set(seen):
+        return None
+    (x, *_), summed = seen["norm"]
+    one = isinstance(summed, tuple) and len(summed) == 2
+    if not one or x is not seen["attention"][1] or h1 is not seen["mlp"][1] or r1 is not summed[1]:
+        return None
+    return parts

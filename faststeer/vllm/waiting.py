@@ -1,0 +1,65 @@
+"""Requests whose plan has no slot wait. Only where a server has room for fewer plans than sequences; runs in the
+engine's process, around the scheduler's decision on the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from faststeer.vllm.requests import received
+from faststeer.vllm.settings import Settings
+
+
+@contextmanager
+def held_back(scheduler: Any) -> Iterator[None]:
+    """Take from the scheduler's queues, while it decides, the requests whose plan would be one too many."""
+    slots = slots_of(scheduler)
+    if slots is None:
+        yield
+        return
+    queues = [scheduler.waiting, *([scheduler.skipped_waiting] if hasattr(scheduler, "skipped_waiting") else [])]
+    late = too_many((request for queue in queues for request in queue), scheduler.running, slots)
+    taken = [[request for request in queue if request in late] for queue in queues]
+    for queue, requests in zip(queues, taken, strict=True):
+        if requests:
+            queue.remove_requests(requests)
+    try:
+        yield
+    finally:
+        for queue, requests in zip(queues, taken, strict=True):
+            for request in requests:
+                queue.add_request(request)
+
+
+def slots_of(scheduler: Any) -> int | None:
+    """How many plans fit at one time; None where there is a slot for every sequence, or faststeer is off."""
+    if not hasattr(scheduler, "faststeer_slots"):
+        settings = Settings.of(scheduler.vllm_config)
+        sequences = scheduler.scheduler_config.max_num_seqs
+        few = settings is not None and settings.max_plans is not None and settings.max_plans < sequences
+        scheduler.faststeer_slots = settings.max_plans if settings is not None and few else None
+    return scheduler.faststeer_slots
+
+
+def too_many(waiting: Iterable[Any], running: Iterable[Any], slots: int) -> set[Any]:
+    """The waiting requests, in their order, whose plan finds no slot beside those of the running ones."""
+    taken = {digest for request in running if (digest := digest_of(request)) is not None}
+    late = set()
+    for request in waiting:
+        digest = digest_of(request)
+        if digest is None or digest in taken:
+            continue
+        if len(taken) < slots:
+            taken.add(digest)
+        else:
+            late.add(request)
+    return late
+
+
+def digest_of(request: Any) -> str | None:
+    """Of the request's plan, if it has one."""
+    parameters = request.sampling_params
+    wire = received(parameters.extra_args) if parameters is not None else None
+    return None if wire is None else wire.digest

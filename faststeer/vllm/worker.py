@@ -1,0 +1,348 @@
+"""One worker's steering: which requests have which plan, which plan is in which slot, and which row of a step belongs
+to which request. Attached to vLLM's worker and model runner on their instances; all of it is host work between two
+steps, and no step waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faststeer.ops import backend_for
+from faststeer.ops.tables import Kind
+from faststeer.plan import Entry, Plan, site_name
+from faststeer.program import Program
+from faststeer.vllm.layers import Device, find_layers, patch_layers
+from faststeer.vllm.requests import Wire, received
+from faststeer.vllm.settings import CONFIG_KEY, Settings
+from faststeer.vllm.tables import Room, make_program
+
+VERSION = 1  # of what is built into a model: part of the key of vLLM's compiled artefacts
+KEPT_PROJECTIONS = 1024  # requests
+KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
+
+Projections = dict[str, dict[str, list[Any]]]
+
+
+@dataclass
+class Running:
+    """A request with a plan."""
+
+    plan: LoadedPlan
+    prompt_length: int
+    computed: int  # tokens before this step's
+    sequence: int  # its column of gate_state, -1 where its plan has no latched gate
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    digest: str
+    plan: Plan
+    probed: dict[int, int]  # site -> columns
+    latches: bool
+
+    @classmethod
+    def of(cls, wire: Wire, n_layers: int, hidden_size: int) -> LoadedPlan:
+        plan = Plan.from_json(wire.plan)
+        entries: list[Entry] = plan.compile(n_layers, hidden_size)
+        probed: dict[int, int] = {}
+        for entry in entries:
+            if entry.probe_column >= 0:
+                probed[entry.site] = max(probed.get(entry.site, 0), entry.probe_column + len(entry.basis))
+        return cls(wire.digest, plan, probed, any(entry.kind == Kind.LATCH for entry in entries))
+
+
+class Steering:
+    """The steering of one worker.
+
+    Attributes:
+        requests: those with a plan that the worker knows, by id.
+        slots: the digest of the plan in each slot in use, the one used longest ago first.
+    """
+
+    def __init__(self, worker: Any, settings: Settings) -> None:
+        config = worker.vllm_config
+        self.worker, self.settings = worker, settings
+        text = config.model_config.hf_text_config
+        self.n_layers, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
+        scheduler = config.scheduler_config
+        sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
+        self.max_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *sizes)
+        self.n_slots = min(settings.max_plans or scheduler.max_num_seqs, scheduler.max_num_seqs)
+        self.n_sequences = 2 * scheduler.max_num_seqs  # those that run, and those that were preempted
+        self.requests: dict[str, Running] = {}
+        self.slots: OrderedDict[str, int] = OrderedDict()
+        self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
+        self.device: Device
+        self.probes: Probes
+        self._free_slots = list(range(self.n_slots))
+        self._free_sequences = list(range(self.n_sequences))
+        self._rows_in_use = 0  # rows of the device's table that may hold a slot
+        self._stepping: set[str] = set()  # requests with a plan in this step
+
+    # Building in
+
+    def build(self, runner: Any) -> None:
+        """Allocate the tables and build steering into the model that the runner has loaded."""
+        target = self.worker.device or torch.device("cpu")
+        program = make_program(self.settings, self.n_layers, self.hidden_size, self.n_slots, target)
+        room = Room.of(self.settings, self.n_layers)
+        layers = find_layers(runner.get_model())
+        rows = torch.zeros(3, self.max_rows, dtype=torch.int32, device=target)
+        rows[0] = -1
+        gate_state = None
+        if room.latched_gates:
+            gate_state = torch.zeros(room.latched_gates, self.n_sequences, dtype=torch.bool, device=target)
+        probes = {}
+        if room.probe_columns:
+            here = [s for s in sorted(room.sites) if site_name(s, self.n_layers)[1] in layers]
+            probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
+        self.device = Device(program, rows, gate_state, probes)
+        self.probes = Probes(self.device, self.n_layers)
+        patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
+        if hasattr(runner, "model_memory_usage"):
+            runner.model_memory_usage += self.bytes
+        self._wrap(runner)
+
+    @property
+    def bytes(self) -> int:
+        """Of the tables."""
+        program = self.device.program
+        tensors = [program.bank, program.fields, program.scalars, program.ranges, self.device.rows]
+        tensors += [*self.device.probes.values(), *([] if self.device.gate_state is None else [self.device.gate_state])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _wrap(self, runner: Any) -> None:
+        """Learn the order of rows from the runner, and forget them before it runs without requests."""
+        if hasattr(runner, "_prepare_inputs"):  # V1
+            prepare = runner._prepare_inputs
+
+            @functools.wraps(prepare)
+            def prepare_v1(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+                prepared = prepare(scheduler_output, *args, **kwargs)
+                ids = list(runner.input_batch.req_ids)
+                self.map_rows(ids, [scheduler_output.num_scheduled_tokens[i] for i in ids])
+                return prepared
+
+            runner._prepare_inputs = prepare_v1
+        elif hasattr(runner, "prepare_inputs"):  # V2
+            prepare_batch = runner.prepare_inputs
+
+            @functools.wraps(prepare_batch)
+            def prepare_v2(*args: Any, **kwargs: Any) -> Any:
+                batch = prepare_batch(*args, **kwargs)
+                self.map_rows(batch.req_ids, batch.num_scheduled_tokens)
+                return batch
+
+            runner.prepare_inputs = prepare_v2
+        else:
+            raise RuntimeError(f"{type(runner).__name__} is no model runner that faststeer knows")
+        dummy = runner._dummy_run
+
+        @functools.wraps(dummy)
+        def dummy_run(*args: Any, **kwargs: Any) -> Any:
+            self.map_rows([], [])
+            return dummy(*args, **kwargs)
+
+        runner._dummy_run = dummy_run
+
+    # A step
+
+    def begin_step(self, step: Any) -> None:
+        """Take notice of what the scheduler decided: who is gone, who is new, how far each one is; and put the plans
+        of this step into slots."""
+        for request_id in step.finished_req_ids:
+            self._drop(request_id)
+        for new in step.scheduled_new_reqs:
+            self._add(new)
+        cached = step.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if request_id in self.requests:
+                self.requests[request_id].computed = computed
+        self._stepping = self.requests.keys() & step.num_scheduled_tokens.keys()
+        self._load({self.requests[request_id].plan.digest for request_id in self._stepping})
+
+    def end_step(self) -> None:
+        """The step's passes are under way: keep what its probes see."""
+        self.probes.take()
+
+    def _add(self, new: Any) -> None:
+        before = self.requests.pop(new.req_id, None)  # V2 sends preempted requests again as new ones
+        wire = received(None if new.sampling_params is None else new.sampling_params.extra_args)
+        if wire is None:
+            return
+        plan = self._plan(wire)
+        sequence = -1
+        if plan.latches:
+            sequence = before.sequence if before is not None else self._free_sequences.pop()
+            if before is None:
+                self.device.gate_state[:, sequence].zero_()  # type: ignore[index]
+        prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
+        self.requests[new.req_id] = Running(plan, prompt, new.num_computed_tokens, sequence)
+        if plan.probed and before is None:
+            self.probes.begin(new.req_id, plan.probed)
+
+    def _drop(self, request_id: str) -> None:
+        gone = self.requests.pop(request_id, None)
+        if gone is not None and gone.sequence >= 0:
+            self._free_sequences.append(gone.sequence)
+
+    def _plan(self, wire: Wire) -> LoadedPlan:
+        plan = self.plans.get(wire.digest)
+        if plan is None:
+            plan = self.plans[wire.digest] = LoadedPlan.of(wire, self.n_layers, self.hidden_size)
+            while len(self.plans) > KEPT_PLANS:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(wire.digest)
+        return plan
+
+    def _load(self, digests: set[str]) -> None:
+        """See that these plans have slots, at the cost of those used longest ago."""
+        for digest in digests & self.slots.keys():
+            self.slots.move_to_end(digest)
+        missing = {r.plan.digest: r.plan.plan for r in self.requests.values() if r.plan.digest in digests}
+        for digest in sorted(digests - self.slots.keys()):
+            if not self._free_slots:
+                gone, slot = self.slots.popitem(last=False)
+                assert gone not in digests, "more plans in a step than slots"  # the scheduler holds requests back
+                self.device.program.load(slot, None)
+                self._free_slots.append(slot)
+            slot = self._free_slots.pop()
+            self.slots[digest] = slot
+            _put(self.device.program, slot, missing[digest])
+
+    def map_rows(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
+        """Say what the rows of the coming pass are: each request's tokens, one request after the other.
+
+        Rows behind them, which graphs may run for padding, belong to nobody. What is sent to the device is a tensor of
+        its own in every step: the one before may still be under way.
+        """
+        self.probes.rows = []
+        if not self._stepping.intersection(request_ids):
+            if self._rows_in_use:
+                self.device.rows[0, : self._rows_in_use].fill_(-1)
+                self._rows_in_use = 0
+            return
+        total = int(sum(counts))
+        table = np.zeros((3, max(total, self._rows_in_use)), dtype=np.int32)
+        table[0] = -1
+        start = 0
+        for request_id, count in zip(request_ids, counts, strict=True):
+            running = self.requests.get(request_id)
+            stop = start + int(count)
+            if running is not None and request_id in self._stepping:
+                first = running.computed - running.prompt_length
+                table[0, start:stop] = self.slots[running.plan.digest]
+                table[1, start:stop] = np.arange(first, first + stop - start)
+                table[2, start:stop] = running.sequence
+                if running.plan.probed:
+                    self.probes.rows.append((request_id, start, stop, running.computed))
+            start = stop
+        host = torch.from_numpy(table)
+        if self.device.rows.is_cuda:
+            host = host.pin_memory()
+        self.device.rows[:, : table.shape[1]].copy_(host, non_blocking=True)
+        self._rows_in_use = total
+
+
+def _put(program: Program, slot: int, plan: Plan) -> None:
+    """Load a plan. Where rows of the bank are free, but not side by side, everything moves together first."""
+    try:
+        program.load(slot, plan)
+    except ValueError:
+        held = {number: held for number, held in enumerate(program.plans) if held is not None}
+        for number in held:
+            program.load(number, None)
+        for number, other in {**held, slot: plan}.items():
+            program.load(number, other)
+
+
+class Probes:
+    """What probes saw, per request, kept on the device until somebody asks."""
+
+    def __init__(self, device: Device, n_layers: int) -> None:
+        self.device, self.n_layers = device, n_layers
+        self.rows: list[tuple[str, int, int, int]] = []  # this step's: request, rows from, to, the first row's token
+        self._columns: OrderedDict[str, dict[int, int]] = OrderedDict()
+        self._seen: dict[str, list[tuple[int, dict[int, Tensor]]]] = {}
+
+    def begin(self, request_id: str, columns: dict[int, int]) -> None:
+        self._columns[request_id] = {s: n for s, n in columns.items() if s in self.device.probes}
+        self._seen[request_id] = []
+        while len(self._columns) > KEPT_PROJECTIONS:
+            oldest, _ = self._columns.popitem(last=False)
+            del self._seen[oldest]
+
+    def take(self) -> None:
+        """Copy this step's rows, behind the pass on the device's stream."""
+        for request_id, start, stop, token in self.rows:
+            if request_id in self._columns:
+                columns = self._columns[request_id].items()
+                part = {s: self.device.probes[s][start:stop, :n].clone() for s, n in columns}
+                self._seen[request_id].append((token, part))
+        self.rows = []
+
+    def give(self, request_id: str) -> Projections | None:
+        """Everything seen for a request on this worker, which is forgotten with that; None if nothing was.
+
+        A request is known by the id that its answer has, or by the engine's own, which begins with it. Tokens that were
+        computed twice (a preempted request's) count as the second time.
+        """
+        known = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
+        if not known:
+            return None
+        columns, seen = self._columns.pop(known[0]), self._seen.pop(known[0])
+        found: Projections = {}
+        for number in columns:
+            by_token: dict[int, list[float]] = {}
+            for token, part in seen:
+                by_token.update(enumerate(part[number].tolist(), start=token))
+            at, layer = site_name(number, self.n_layers)
+            found[f"{at}.{layer}"] = {"tokens": sorted(by_token), "values": [by_token[t] for t in sorted(by_token)]}
+        return found
+
+
+def attach(worker: Any, settings: Settings) -> Steering:
+    """Steer in this worker, which has been made and has loaded nothing yet."""
+    steering = Steering(worker, settings)
+    config = worker.vllm_config
+    # vLLM finds compiled artefacts again by this: one made without steering must not be taken for one with it.
+    extra = dict(config.additional_config or {})
+    sizes = steering.n_slots, steering.max_rows, settings.probe_columns, settings.latched_gates
+    built = f"{VERSION} {backend_for(config.device_config.device_type)} {settings.hook_points} {sizes}"
+    config.additional_config = {**extra, f"{CONFIG_KEY}.built": built}
+    load, execute = worker.load_model, worker.execute_model
+
+    @functools.wraps(load)
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        steering.build(worker.model_runner)
+        return loaded
+
+    @functools.wraps(execute)
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        steering.begin_step(scheduler_output)
+        output = execute(scheduler_output, *args, **kwargs)
+        steering.end_step()
+        return output
+
+    worker.load_model, worker.execute_model = load_model, execute_model
+    worker.faststeer_projections = steering_projections(steering)
+    worker.faststeer = steering
+    return steering
+
+
+def steering_projections(steering: Steering) -> Callable[[str], Projections | None]:
+    """The worker's method that `collective_rpc` calls by name."""
+
+    def projections(request_id: str) -> Projections | None:
+        return steering.probes.give(request_id)
+
+    return projections
