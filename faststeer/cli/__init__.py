@@ -1,6 +1,19 @@
 """The command line. One module per command; what they share is in `common`."""
 
-from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, report, sweep
+from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, report, sweep, ui
 from faststeer.cli.common import app
 
-__all__ = ["app", "convert", "demo", "evaluate", "extract", "fold", "generate", "info", "observe", "report", "sweep"]
+__all__ = [
+    "app",
+    "convert",
+    "demo",
+    "evaluate",
+    "extract",
+    "fold",
+    "generate",
+    "info",
+    "observe",
+    "report",
+    "sweep",
+    "ui",
+]
