@@ -23,8 +23,9 @@ BUILDERS = (
 
 def install() -> None:
     """Let the servers of this process have the routes, those in which faststeer is on."""
-    for name in BUILDERS:
-        module = sys.modules.get(name)
+    main = sys.modules.get("__main__")
+    ran = getattr(getattr(main, "__spec__", None), "name", None)  # python -m vllm.entrypoints.openai.api_server
+    for module in (*map(sys.modules.get, BUILDERS), main if ran in BUILDERS else None):
         build = getattr(module, "build_app", None)
         if build is not None and not hasattr(build, "faststeer"):
             module.build_app = _with_routes(build)  # type: ignore[union-attr]

@@ -94,6 +94,8 @@ class Sweep:
         system: a system prompt before every prompt.
         max_new_tokens, temperature, top_k, top_p: as of `Engine.generate`.
         seed: of sampling (a prompt draws the same numbers under every setting) and of the random vectors.
+        engine: what generates the answers: "faststeer" (`fs.Engine`), or "vllm", which must be installed and loads the
+            model's files itself (docs/vllm.md). Judges and side effects use the model that `run` is given.
 
     Raises:
         ValueError, TypeError: everything that can be told without a model: what was wrong, what was expected.
@@ -120,6 +122,7 @@ class Sweep:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    engine: Literal["faststeer", "vllm"] = "faststeer"
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -188,6 +191,8 @@ class Sweep:
             "system": self.system,
             "generation": [self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed],
         }
+        if self.engine != "faststeer":  # stores from before there was another one keep their digests
+            content["engine"] = self.engine
         return _digest(json.dumps(content, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -352,6 +357,7 @@ _CHECKS: dict[str, Any] = {
     "top_k": _at_least(0, True),
     "top_p": _at_least(1e-9, False, 1),
     "seed": _at_least(0, True),
+    "engine": _one_of("faststeer", "vllm"),
 }
 
 

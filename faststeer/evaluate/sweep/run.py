@@ -62,7 +62,8 @@ def run(
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
 
     Answers come from one Engine, rows of any plan mixed in a batch, the longest prompts first;
-    then judges, then side effects. Every answer is on disk before the next is waited for.
+    then judges, then side effects. Every answer is on disk before the next is waited for (with `engine: vllm` every
+    group of four batches).
 
     Args:
         model, tokenizer: the steered ones.
@@ -71,6 +72,7 @@ def run(
         progress: a bar with the time left on stderr, or a function to call.
 
     Raises:
+        ImportError: the sweep asks for vLLM, and it is not installed.
         ValueError: a plan that does not fit the model, a prompt that is too long, an unknown judge, a judge's model
             that is missing, more than the disk has room for; all before anything runs.
         OSError: the disk is full; what was finished is kept.
@@ -106,7 +108,7 @@ class _Work:
             store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
         self.units = self._units()
         store.add_units(self.run, self.units)
-        self._engine: Engine | None = None
+        self._engine: Any = None
 
     def _judges(self) -> dict[str, Judge]:
         found: dict[str, Judge] = {}
@@ -181,9 +183,17 @@ class _Work:
             )
             report(count + done, "Answering")
 
-    def _the_engine(self) -> Engine:
+    def _the_engine(self) -> Any:
+        """An Engine, or vLLM in its place: what is asked of it here both have."""
         if self._engine is None:
-            self._engine = Engine(self.model, self.tokenizer, max_batch=self.max_batch, max_length=self.length)
+            size = {"max_batch": self.max_batch, "max_length": self.length}
+            if self.sweep.engine == "vllm":
+                from faststeer.vllm.runner import VllmEngine
+
+                plans = [setting.plan for setting in self.settings]
+                self._engine = VllmEngine(self.model, self.tokenizer, plans, **size)
+            else:
+                self._engine = Engine(self.model, self.tokenizer, **size)
         return self._engine
 
     def _judge(self, digest: str, number: int) -> None:

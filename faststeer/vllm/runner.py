@@ -1,0 +1,130 @@
+"""vLLM in the Engine's place, for a sweep: the same `generate`, every row under its own plan.
+
+It loads the model's files itself, so a model that was changed in memory is not the one that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from faststeer.engine import Completion
+from faststeer.hf import find_hook_points
+from faststeer.ops.tables import Kind
+from faststeer.plan import Entry, Plan, site_name
+from faststeer.vllm.client import plan as payload_of
+
+GROUP_BATCHES = 4  # batches that are handed to vLLM at once: its last one, which runs half empty, costs a quarter
+MARGIN = 0.9  # of the GPU memory that is free beside the model that judges
+
+
+class VllmEngine:
+    """A vLLM engine for the plans of one sweep.
+
+    Args:
+        model: the Hugging Face model; its files are what vLLM loads.
+        tokenizer: decodes the answers.
+        plans: all that will be asked for: the tables are made for them.
+        max_batch, max_length: as of `faststeer.Engine`.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: the model does not say which files it was loaded from.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, plans: Sequence[Plan | None], *, max_batch: int, max_length: int
+    ) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("engine: vllm needs vLLM: pip install vllm") from error
+        path = getattr(model.config, "_name_or_path", "")
+        if not path:
+            raise ValueError("engine: vllm loads the model's files, and this model was not loaded from any")
+        points = find_hook_points(model)
+        used = [plan.compile(points.n_layers, points.hidden_size) for plan in plans if plan is not None]
+        memory: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            memory["gpu_memory_utilization"] = MARGIN * free / total
+        self._tokenizer, self._group = tokenizer, GROUP_BATCHES * max_batch
+        self._payloads: dict[int, tuple[Plan | None, dict[str, str]]] = {}
+        self._llm = LLM(
+            model=path,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=max_length + 1,
+            max_num_seqs=max_batch,
+            additional_config={"faststeer": settings_for(used, points.n_layers)},
+            **memory,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        plans: Sequence[Plan | None],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: Sequence[int],
+        **_: Any,
+    ) -> Iterator[Completion]:
+        """The completions in order, a group of batches at a time (see `faststeer.Engine.generate`).
+
+        vLLM draws other numbers for a seed than the Engine does.
+        """
+        from vllm import SamplingParams
+
+        for start in range(0, len(prompts), self._group):
+            numbers = range(start, min(start + self._group, len(prompts)))
+            parameters = [
+                SamplingParams(
+                    max_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seed=seed[i],
+                    extra_args=self._payload(plans[i]),
+                )
+                for i in numbers
+            ]
+            asked: Any = [{"prompt_token_ids": list(prompts[i])} for i in numbers]
+            answers = self._llm.generate(asked, parameters, use_tqdm=False)
+            for i, answer in zip(numbers, answers, strict=True):
+                yield self._completion(i, list(prompts[i]), answer.outputs[0])
+
+    def _payload(self, plan: Plan | None) -> dict[str, str]:
+        """Made once for each plan, which is kept, so that its id stays its own."""
+        if id(plan) not in self._payloads:
+            self._payloads[id(plan)] = (plan, payload_of(plan))
+        return self._payloads[id(plan)][1]
+
+    def _completion(self, index: int, prompt: list[int], output: Any) -> Completion:
+        ids, stopped = list(output.token_ids), output.finish_reason == "stop"
+        if stopped:  # by an end-of-sequence token, which vLLM counts and the Engine does not
+            ids = ids[:-1]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(index, text, ids, prompt, None, "stop" if stopped else "length")
+
+
+def settings_for(plans: Sequence[Sequence[Entry]], n_layers: int) -> Mapping[str, Any]:
+    """Settings of an engine that has room for these plans, compiled, and builds in what they use."""
+    points = {site_name(entry.site, n_layers)[0] for entries in plans for entry in entries}
+    probed = [e.probe_column + len(e.basis) for entries in plans for e in entries if e.probe_column >= 0]
+    vectors = [
+        sum(len(rows) for e in entries for rows in (e.basis, e.gate_vector) if rows is not None) for entries in plans
+    ]
+    return {
+        "hook_points": sorted(points) or ["resid_post"],
+        "max_entries": max([1, *map(len, plans)]),
+        "max_vectors": max([1, *vectors]),
+        "probe_columns": max([0, *probed]),
+        "latched_gates": max([0, *(sum(e.kind == Kind.LATCH for e in entries) for entries in plans)]),
+        "max_interventions": max([1, *map(len, plans)]),
+        "max_directions": max([1, *(len(e.basis) for entries in plans for e in entries)]),
+        "max_plan_bytes": 2**30,  # these plans are nobody else's
+    }

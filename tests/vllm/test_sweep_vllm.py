@@ -1,0 +1,26 @@
+"""A sweep answered by vLLM holds the answers that the Engine gives."""
+
+from typing import Any
+
+import torch
+
+import faststeer as fs
+from faststeer.evaluate.sweep import Store, Sweep, run
+
+
+def test_the_same_answers_as_the_engine(tmp_path: Any) -> None:
+    model, tokenizer = fs.demo.load()
+    vector = fs.SteeringVector({n: torch.randn(128, generator=torch.Generator().manual_seed(n)) for n in (2, 3)})
+    gated = fs.Plan([fs.Ablate(vector, at="resid_mid", when=fs.Gate(vector))])
+    found = {}
+    for engine in ("faststeer", "vllm"):
+        sweep = Sweep(
+            fs.demo.prompts("refusal", "test")[0][:3], {"v": vector}, coefficients=(0.5, 2.0), plans={"gated": gated},
+            judges=["refusal"], text=(), max_new_tokens=12, engine=engine,
+        )  # fmt: skip
+        with Store(tmp_path / f"{engine}.db") as store:
+            identity = run(sweep, model, tokenizer, store, max_batch=8, progress=False)
+            rows = store.answers(identity)
+        found[engine] = sorted(map(tuple, rows))
+    assert len(found["vllm"]) == 3 * len(sweep.settings)
+    assert found["vllm"] == found["faststeer"]
