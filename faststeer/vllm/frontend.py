@@ -70,8 +70,7 @@ class FrontEnd:
         if payload is None:
             payload = NONE if self.settings.default_plan is None else self.settings.default_plan
         if not isinstance(payload, str) or payload == NONE:
-            found = parse(payload, self.registry, self.limits)
-            return found and found.wire()
+            return self._fresh(payload)[0]
         with self._lock:
             if (known := self._read.get(payload)) is not None:
                 version, files, wire = known
@@ -79,10 +78,13 @@ class FrontEnd:
                     self._read.move_to_end(payload)
                     return wire
         version = self.registry.version  # before, so that what changes meanwhile is read again
-        found = parse(payload, self.registry, self.limits)
-        wire = found and found.wire()
-        self._keep(payload, version, found.files if found else (), wire)
+        wire, files = self._fresh(payload)
+        self._keep(payload, version, files, wire)
         return wire
+
+    def _fresh(self, payload: Any) -> tuple[dict[str, Any] | None, tuple[Stamp, ...]]:
+        found = parse(payload, self.registry, self.limits)
+        return (found.wire(), found.files) if found else (None, ())
 
     def _keep(self, payload: str, version: int, files: tuple[Stamp, ...], wire: dict[str, Any] | None) -> None:
         with self._lock:

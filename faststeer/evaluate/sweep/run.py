@@ -176,7 +176,7 @@ class _Work:
             progress=False,
         )
         for done, completion in enumerate(completions, 1):
-            row = rows[completion.index]
+            row: Row = rows[completion.index]
             error = None if completion.error is None else str(completion.error)
             self.store.add_answer(
                 self.run, *row, number, completion.text, len(completion.token_ids), completion.finish_reason, error
@@ -186,14 +186,15 @@ class _Work:
     def _the_engine(self) -> Any:
         """An Engine, or vLLM in its place: what is asked of it here both have."""
         if self._engine is None:
-            size = {"max_batch": self.max_batch, "max_length": self.length}
             if self.sweep.engine == "vllm":
                 from faststeer.vllm.runner import VllmEngine
 
                 plans = [setting.plan for setting in self.settings]
-                self._engine = VllmEngine(self.model, self.tokenizer, plans, **size)
+                self._engine = VllmEngine(
+                    self.model, self.tokenizer, plans, max_batch=self.max_batch, max_length=self.length
+                )
             else:
-                self._engine = Engine(self.model, self.tokenizer, **size)
+                self._engine = Engine(self.model, self.tokenizer, max_batch=self.max_batch, max_length=self.length)
         return self._engine
 
     def _judge(self, digest: str, number: int) -> None:
