@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from faststeer.behaviours import Behaviour
@@ -44,7 +45,7 @@ def reports_errors(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run  # type: ignore[return-value]

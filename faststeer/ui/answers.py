@@ -179,10 +179,10 @@ class Playground:
 
     def _steering(self, controls: Mapping[str, Control], n_prompt: int) -> Steering:
         """Row 0 unsteered, row 1 steered, both watched. The probe comes last, so that it sees what is steered."""
-        watched = self.watched(controls)
+        plan, watched = self.plan(controls), self.watched(controls)
         directions = torch.stack([self.vectors[name][layer] for name, layer in watched.items()])
         probe = Probe(directions, layers="all", at="resid_post")
-        steering = steer(self.model, [Plan([probe]), Plan([*self.plan(controls), probe])])
+        steering = steer(self.model, [Plan([probe]), Plan([*plan, probe])])
         steering.set_prompt(n_prompt)
         return steering
 

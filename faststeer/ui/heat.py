@@ -19,12 +19,11 @@ def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
         from plotly.subplots import make_subplots
     except ImportError as error:
         raise ImportError("the heat map needs plotly: pip install 'faststeer[ui]'") from error
-    figure = make_subplots(
-        rows=2, cols=1, shared_xaxes=False, vertical_spacing=0.27, subplot_titles=("unsteered", "steered")
-    )
+    figure = make_subplots(rows=2, cols=1, vertical_spacing=0.27, subplot_titles=("unsteered", "steered"))
     figure.update_layout(
         title={"text": title, "font": {"size": 14}, "x": 0.01},
-        height=520,
+        height=480,
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#808894"},
         margin={"l": 55, "r": 10, "t": 70, "b": 60},
         coloraxis={"colorscale": "RdBu_r", "cmid": 0, "colorbar": {"thickness": 12, "outlinewidth": 0}},
         paper_bgcolor="rgba(0,0,0,0)",
@@ -36,6 +35,7 @@ def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
     values = answers.projections[..., vector].numpy()  # [2, layers, tokens]
     reach = float(np.nanmax(np.abs(values))) or 1.0
     figure.update_layout(coloraxis={"cmin": -reach, "cmax": reach})
+    figure.update_xaxes(range=[-0.5, values.shape[2] - 0.5])  # a column is the same token of the prompt in both
     for row, (name, tokens) in enumerate(zip(("unsteered", "steered"), answers.tokens, strict=True)):
         _add(figure, row + 1, name, values[row, :, : len(tokens)], tokens, answers.n_prompt)
     return figure

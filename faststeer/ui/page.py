@@ -72,15 +72,16 @@ def page(playground: Playground, *, max_new_tokens: int = 64, system: str | None
                     gr.Examples(playground.examples, prompt, label="Examples")
                 with gr.Row():
                     unsteered, steered = (
-                        gr.Textbox(label=label, lines=7, max_lines=20, interactive=False, elem_id=label.lower())
+                        gr.Textbox(label=label, lines=6, max_lines=20, interactive=False, elem_id=label.lower())
                         for label in ("Unsteered", "Steered")
                     )
                 status = gr.Markdown("", elem_id="status")
         watch = gr.Dropdown(
             [(name, number) for number, name in enumerate(names)],
             value=0,
-            label="Projection heat map: what each token's residual stream (after each layer, after steering) has "
-            "along this vector",
+            label="Heat map",
+            info="What the residual stream has along this vector, after every layer (steering included) and at every "
+            "token",
             elem_id="watch",
         )
         plot = gr.Plot(show_label=False, elem_id="heat")
@@ -114,7 +115,7 @@ def _vector(playground: Playground, number: int) -> tuple[Any, Any, Any]:
             layers = gr.Dropdown(
                 list(vector.layers), value=list(start.layers), multiselect=True, label="Layers", scale=3, min_width=120
             )
-            op = gr.Dropdown(list(OPS), value=start.op, label="How", scale=1, min_width=90)
+            op = gr.Dropdown(list(OPS), value=start.op, label="How", scale=1, min_width=110)
     return slider, layers, op
 
 
