@@ -21,7 +21,7 @@ from faststeer.files import write_atomically
 
 FOLDER = results.FOLDER / "observe"
 ASKED = ["--prompts", "48", "--patched", "16", "--tried", "8", "--controls", "5"]
-FIGURES = ("answers-induce", "faithfulness-own", "overlap", "sparsity-dim-induce")
+FIGURES = ("faithfulness-own", "overlap", "sparsity-dim-induce")
 
 
 def main() -> None:

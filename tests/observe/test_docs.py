@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 from pathlib import Path
@@ -51,3 +52,54 @@ def test_the_figures_are_measured():
         assert f"| {line} | {statistics.median(seconds[case]):.1f} |" in PAGE
     slowest = max(seconds["with caches"])
     assert min(*seconds["recomputing, one pass"], *seconds["recomputing, two passes"]) >= 5 * slowest
+
+
+def test_the_studys_figures_are_those_of_its_file():
+    found = json.loads((ROOT / "benchmarks" / "results" / "observe" / "refusal.json").read_text(encoding="utf-8"))
+    assert f"`{found['command']}`" in PAGE
+    assert (found["layer"], found["position"], found["n_prompts"]) == (3, -1, {"induce": 48, "suppress": 48})
+    for row in found["answers"]:  # the table has one line for all vectors
+        steered = row["vector"] in found["methods"]
+        shown = [round(100 * row["shown"][key]) for key in ("rate", "low", "high")]
+        assert shown == ([100, 93, 100] if steered else [0, 0, 7])
+    curves = {(r["vector"], r["circuit"], r["share"]): r for r in found["faithfulness"]}
+
+    def line(name, cells):
+        assert f"| {name} | " + " | ".join(cells) + " |" in PAGE, (name, cells)
+
+    def share(row, digits=0):
+        value, low, high = (f"{100 * row[key]:.{digits}f}" for key in ("value", "low", "high"))
+        return f"{value} % [{low}, {high}]"
+
+    names = found["methods"]
+    line("faithfulness of the one edge steering -> logits", [share(curves[n, "own", 0.01]) for n in names])
+    line("of all edges but that one", [share(curves[n, "complement", 0.01], 1) for n in names])
+    line("of 10 % of the edges", [share(curves[n, "own", 0.1]) for n in names])
+    kinds = {name: {row["kind"]: row for row in found["patching"][name]["kinds"]} for name in names}
+    line("share of abs(score) that enters the logits", [share(kinds[n]["logits"]) for n in names])
+    line("... values", [share(kinds[n]["v"], 1) for n in names])
+    line("... queries and keys", [f"{100 * (kinds[n]['q']['value'] + kinds[n]['k']['value']):.1f} %" for n in names])
+    for name in names:
+        (top, *_) = found["patching"][name]["top"]
+        assert (top["sender"], top["receiver"], curves[name, "own", 0.01]["edges"]) == ("steering", "logits", 1)
+        assert found["patching"][name]["n_edges"] == 190
+    overlaps = {(r["a"], r["b"]): r for r in found["overlap"] if r["share"] == 0.1}
+    for (a, b), row in overlaps.items():
+        if b != "random":
+            random = ", ".join(f"{100 * overlaps[each, 'random']['iou']:.0f} %" for each in (a, b))
+            ours = [f"{row['cosine']:.2f}", *(share(row["intervals"][key]) for key in ("fraction", "iou")), random]
+            line(f"{a.upper()}, {b.upper()}", ours)
+            assert all(2.5 < row["shared"] / overlaps[each, "random"]["shared"] <= 5 for each in (a, b))
+    crossed = [100 * r["value"] for r in found["faithfulness"] if r["circuit"] in names]
+    assert (round(min(crossed)), round(max(crossed))) == (95, 101)
+    rates = {(r["vector"], r["side"], r["rule"], r["sparsity"], r["seed"]): r for r in found["sparsity"]}
+    assert (
+        rates["dim", "induce", "effect", 0.9, 0]["rate"] == 1 and rates["dim", "induce", "effect", 0.9, 0]["kept"] == 13
+    )
+    assert rates["dim", "suppress", "effect", 0.9, 0]["rate"] < 0.5
+    assert not any(rates["dim", "induce", "random", 0.9, seed]["rate"] for seed in range(5))
+    assert not any(row["rate"] for (_, _, rule, zeros, _), row in rates.items() if rule and zeros >= 0.95)
+    for rule in ("paper", "code"):
+        assert rates["dim", "induce", rule, 0.9, 0]["high"] < rates["dim", "induce", "effect", 0.9, 0]["low"]
+    words = {word for head in found["tokens"]["dim"]["heads"] for word in head["raises"]}
+    assert {" sorry", " unable", " unsafe", " law"} <= words - set(found["tokens"]["dim"]["vector"]["raises"])

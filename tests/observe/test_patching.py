@@ -215,6 +215,15 @@ def test_batches_do_not_matter():
     for name in ("edges", "nodes", "dimensions"):
         expected = sum(getattr(one, name) * one.n_positions for one in alone) / n
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=slack("qwen3"))
+        torch.testing.assert_close(getattr(patching.Scores.pooled(alone), name), expected, rtol=1e-12, atol=1e-15)
+    twice, counted = patching.Scores.pooled([*alone, alone[0]]), [2.0, *[1.0] * (len(alone) - 1)]
+    torch.testing.assert_close(patching.Scores.pooled(alone, counted).edges, twice.edges, rtol=1e-12, atol=1e-15)
+    assert patching.Scores.pooled(alone, counted).n_positions == n + alone[0].n_positions
+    for several, times in (([], None), (alone, [0.0] * len(alone)), (alone, [1.0])):
+        with pytest.raises(ValueError, match="expected one and a count for each"):
+            patching.Scores.pooled(several, times)
+    with pytest.raises(ValueError, match="cannot be pooled"):
+        patching.Scores.pooled([together, patching.patch(m, rows[:1], steps=2)])
     single = patching.patch(model("qwen3", torch.float32), rows, steps=3, batch_size=4)
     scale = float(together.edges.abs().max())
     torch.testing.assert_close(single.edges, together.edges, rtol=0, atol=64 * 2**-23 * scale * 8)
