@@ -13,7 +13,7 @@ PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu clean
+.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu gpu-vllm clean
 
 demo: build
 	$(BIN)/faststeer demo --out $(OUT)
@@ -52,6 +52,12 @@ bench-cpu: $(VENV)/.ready-dev build
 # Without a GPU, a dry run of all but the device.
 gpu:
 	$(PYTHON) benchmarks/kernels/run_gpu.py --out $(OUT)
+
+# vLLM on a machine with a GPU. CARRY: a folder with vllm.tar.xz and whl/, where vLLM is not installed. Without a GPU, a
+# dry run.
+CARRY ?=
+gpu-vllm:
+	$(PYTHON) benchmarks/vllm/gpu.py --out $(OUT) $(if $(CARRY),--carry $(CARRY))
 
 $(VENV)/.ready: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

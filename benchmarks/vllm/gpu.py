@@ -1,0 +1,255 @@
+"""Tokens per second of vLLM on a GPU, on random models of real shape: unsteered, one layer steered, every layer, 256
+plans, and forward hooks with eager, which is what one has without faststeer.
+
+    python benchmarks/vllm/gpu.py --out DIR [--carry .carry] [--seconds 540]
+
+It needs no network. Where vLLM is not installed, `--carry` names a folder that holds it for this machine's Python and
+PyTorch: `vllm.tar.xz` (the package) and `whl/` (the wheels that it needs); both are unpacked beside the PyTorch that
+is there, into a folder of their own, and nothing that is installed is touched. Each engine runs in a process of its
+own, since memory and patches are per process; the one without faststeer comes first and last, and the ratio is to the
+mean of both. Every request generates 128 tokens, greedily, with prefix caching off.
+
+Without a GPU this is a dry run: tiny models on the CPU. It measures nothing, and everything that it writes says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS, PROMPT, NEW, REPEATS = 256, 128, 128, 3
+# What the published configurations say.
+_QWEN = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+    "max_position_embeddings": 32768, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+}  # fmt: skip
+_LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+}  # fmt: skip
+MODELS = {"Qwen2.5-1.5B": _QWEN, "Llama-3.1-8B": _LLAMA}
+_TINY = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TINY |= {"num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256}
+STEERED = ("unsteered", "one layer", "every layer", "256 plans")
+# (engine, the cases it runs), in the order in which engines start.
+ENGINES = (("off", ("vLLM",)), ("on", STEERED), ("hooks, eager", ("every layer",)), ("off", ("vLLM",)))
+
+
+# One engine -----------------------------------------------------------------------------------------------------------
+
+
+def serve(kind: str, model: str, options: argparse.Namespace) -> None:
+    """The process of one engine: prints a line of JSON per repeat of each of its cases."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    cuda = torch.cuda.is_available()
+    rows, prompt, new = (ROWS, PROMPT, NEW) if cuda else (4, 8, 4)
+    config = json.loads((Path(model) / "config.json").read_text())
+    start = time.perf_counter()
+    more: dict[str, Any] = {"gpu_memory_utilization": 0.85} if cuda else {"block_size": 32}
+    if options.attention and cuda:
+        more["attention_backend"] = options.attention
+    llm = LLM(
+        model=model, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16" if cuda else "float32",
+        max_model_len=prompt + new + 1, max_num_seqs=rows, enable_prefix_caching=False,
+        enforce_eager=kind == "hooks, eager" or not cuda, **more,
+    )  # fmt: skip
+    loaded = time.perf_counter() - start
+    if kind == "hooks, eager":
+        llm.apply_model(add_hooks)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, config["vocab_size"], (rows, prompt), generator=generator).tolist()
+    prompts = [{"prompt_token_ids": one} for one in ids]
+    for case in dict(ENGINES)[kind]:
+        parameters = [
+            SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
+            for extra in payloads(kind, case, config, rows)
+        ]
+        for repeat in range(-1, REPEATS if cuda else 1):  # the first warms up
+            start = time.perf_counter()
+            answers = llm.generate(prompts, parameters, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            count = sum(len(answer.outputs[0].token_ids) for answer in answers)
+            if repeat >= 0:
+                found = {"engine": kind, "case": case, "repeat": repeat, "rows": rows, "tokens": count}
+                print("ROW", json.dumps(found | {"seconds": round(seconds, 4), "start": round(loaded, 1)}), flush=True)
+
+
+def payloads(kind: str, case: str, config: dict[str, Any], rows: int) -> list[Any]:
+    if kind != "on" or case == "unsteered":
+        return [None] * rows
+    import torch
+
+    import faststeer as fs
+    from faststeer.vllm import plan
+
+    vector = torch.randn(config["hidden_size"], generator=torch.Generator().manual_seed(0))
+    vector /= vector.norm()
+    if case == "one layer":
+        return [plan(fs.Add(vector, 0.01, layers=config["num_hidden_layers"] // 2))] * rows
+    if case == "every layer":
+        return [plan(fs.Add(vector, 0.01, layers="all"))] * rows
+    return [plan(fs.Add(vector, 0.01 + i / 10_000, layers="all")) for i in range(rows)]
+
+
+def add_hooks(model: Any) -> None:
+    """What a person writes: a forward hook on every layer, on the half of the residual stream that it returns."""
+    import torch
+
+    layers = model.model.layers
+    parameter = next(model.parameters())
+    vector = torch.ones(model.config.hidden_size, device=parameter.device, dtype=parameter.dtype)
+    vector = 0.01 * vector / vector.norm()
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, _a, out: (out[0] + vector, *out[1:]))
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+def unpack(carry: Path, site: Path) -> None:
+    """vLLM and what it needs, from wheels in a folder, into a folder of their own. Two packages that only structured
+    output needs are empty modules."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target"]
+    subprocess.run([*command, str(site), *map(str, sorted((carry / "whl").glob("*.whl")))], check=True)
+    with tarfile.open(carry / "vllm.tar.xz") as packed:
+        packed.extractall(site, filter="data")
+    empty = (
+        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
+        "    return type(name, (), {})\n"
+    )
+    for name in ("xgrammar", "llguidance"):
+        (site / f"{name}.py").write_text(empty)
+
+
+def link(site: Path) -> None:
+    """A package `faststeer` of links into the checkout, with the entry point by which vLLM finds it."""
+    package = site / "faststeer"
+    package.mkdir(parents=True)
+    for path in (ROOT / "faststeer").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(ROOT / "kernels" / "triton")
+    about = site / "faststeer-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: faststeer\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nfaststeer = faststeer.vllm.plugin:register\n")
+
+
+def run_engine(kind: str, model: Path, options: argparse.Namespace, path: str, limit: float) -> tuple[list[Any], str]:
+    """The rows that one engine measured, and what went wrong."""
+    environment = dict(os.environ) | {
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model is given a function
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "FASTSTEER_VLLM": "1" if kind == "on" else "0",
+    }
+    command = [sys.executable, __file__, "--serve", kind, "--model", str(model), "--attention", options.attention]
+    log = options.out / "vllm_gpu.log"
+    with tempfile.TemporaryFile("w+") as out, log.open("a") as file:
+        file.write(f"\n$ {kind} {model.name}\n")
+        file.flush()
+        try:
+            code: Any = subprocess.run(
+                command, env=environment, stdout=out, stderr=file, timeout=max(limit, 1), check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+        out.seek(0)
+        lines = out.read().splitlines()
+        file.write("\n".join(lines) + f"\n(exit code {code})\n")
+    rows = [json.loads(line.removeprefix("ROW ")) for line in lines if line.startswith("ROW ")]
+    return rows, "" if code == 0 else f"ended with {code}, see {log.name}"
+
+
+def measure(options: argparse.Namespace, path: str, cuda: bool) -> list[dict[str, Any]]:
+    end, rows = time.monotonic() + options.seconds, []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, config) in enumerate(MODELS.items()):
+            model = Path(folder) / name
+            model.mkdir()
+            settings = config if cuda else config | _TINY
+            (model / "config.json").write_text(json.dumps(settings | {"torch_dtype": "bfloat16"}))
+            share = (end - time.monotonic()) / (len(MODELS) - number)
+            until = time.monotonic() + share
+            for kind, _ in ENGINES if cuda else ENGINES[:-1]:
+                found, wrong = run_engine(kind, model, options, path, until - time.monotonic())
+                rows += [{"model": name} | row for row in found]
+                if wrong:
+                    rows.append({"model": name, "engine": kind, "error": wrong})
+                print(f"{name}, {kind}: {wrong or 'done'}", flush=True)
+    return with_ratios(rows)
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`to_off`: tokens per second against the mean of the engines without faststeer."""
+    found = []
+    for row in rows:
+        plain = [
+            r["tokens"] / r["seconds"]
+            for r in rows
+            if (r["model"], r["engine"]) == (row["model"], "off") and "tokens" in r
+        ]
+        if plain and "tokens" in row:
+            rate = row["tokens"] / row["seconds"]
+            row = row | {"tokens_per_second": round(rate, 1), "to_off": round(rate * len(plain) / sum(plain), 4)}
+        found.append(row)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu-vllm"))
+    parser.add_argument("--carry", type=Path, help="folder with vllm.tar.xz and whl/, where vLLM is not installed")
+    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so long")
+    parser.add_argument("--attention", default="FLASH_ATTN", help="vLLM's attention backend")
+    parser.add_argument("--commit", help="what to write down as the commit, where there is no git")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.model, options)
+        return 0
+    import torch
+
+    cuda = torch.cuda.is_available()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        site = Path(temporary)
+        if options.carry is not None:
+            unpack(options.carry, site)
+        link(site)
+        inherited = os.environ.get("PYTHONPATH")
+        rows = measure(options, os.pathsep.join([str(site), *([inherited] if inherited else [])]), cuda)
+    label = "gpu" if cuda else "dry run on the CPU, measures nothing"
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    import results
+
+    path = results.write("vllm_gpu" if cuda else "dry_run_vllm", [{"run": label} | row for row in rows], options.out)
+    beside = path.with_name(f"{path.stem}.machine.json")
+    known = json.loads(beside.read_text()) | {"run": label} | ({"commit": options.commit} if options.commit else {})
+    beside.write_text(json.dumps(known, indent=2) + "\n")
+    for row in rows:
+        what = f"{row['model']}, {row['engine']}, {row.get('case', '')}"
+        print(f"{what:50} {row.get('tokens_per_second', row.get('error', ''))!s:>12} {row.get('to_off', '')!s:>8}")
+    print(f"written to {path}")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
