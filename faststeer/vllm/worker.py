@@ -346,3 +346,19 @@ def steering_projections(steering: Steering) -> Callable[[str], Projections | No
         return steering.probes.give(request_id)
 
     return projections
+
+
+def projections(llm: Any, request_id: str) -> Projections | None:
+    """What a finished request's probes saw, as an `LLM` knows it: {"resid_pre.3": {"tokens": numbers of the tokens
+    from the prompt's first, "values": one list per token}}; None where nothing was probed. It is given once.
+
+    Tokens that were read from the prefix cache were not computed, and are missing. Of a resid_post, the name is that of
+    the next layer's resid_pre, which is the same.
+    """
+    return merged(llm.collective_rpc("faststeer_projections", args=(request_id,)))
+
+
+def merged(found: Sequence[Projections | None]) -> Projections | None:
+    """The answers of all workers: pipeline stages have layers of their own, tensor-parallel ranks the same."""
+    parts = [part for part in found if part]
+    return {name: seen for part in parts for name, seen in part.items()} or None
