@@ -176,11 +176,9 @@ def _checked(front: FrontEnd | None, params: Any) -> Any:
     if not hasattr(params, "extra_args"):  # of a pooling request
         return params
     given = (params.extra_args or {}).get(PAYLOAD_KEY)
-    if front is None:
-        if given not in (None, NONE):
-            raise ValueError(OFF)
-        return params
-    wire = front.wire(given)
+    if front is None and given not in (None, NONE):
+        raise ValueError(OFF)
+    wire = front and front.wire(given)
     if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
         return params
     params = copy.copy(params)
