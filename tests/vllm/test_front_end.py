@@ -1,0 +1,56 @@
+"""Plans on their way into an `LLM`: refused where faststeer is off, defaults, names and values where it is on."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import faststeer as fs
+import faststeer.vllm
+from faststeer.vllm.frontend import front_end
+
+STRONG = fs.SteeringVector({3: 40.0 * torch.nn.functional.normalize(torch.ones(128), dim=0)})
+
+
+def answer(llm: Any, payload: Any, prompts: int = 1) -> list[tuple[int, ...]]:
+    from vllm import SamplingParams
+
+    extra = payload if payload is None or isinstance(payload, dict) else {"faststeer": payload}
+    parameters = SamplingParams(max_tokens=12, temperature=0, extra_args=extra)
+    asked = [{"prompt_token_ids": list(range(20, 60))}] * prompts
+    answers = llm.generate(asked, parameters, use_tqdm=False)
+    assert parameters.extra_args is extra  # the caller's stay the caller's
+    return [tuple(a.outputs[0].token_ids) for a in answers]
+
+
+def test_off_is_vllm_as_it_was_but_for_plans(start: Any) -> None:
+    llm = start(None)
+    plain = answer(llm, None)
+    with pytest.raises(ValueError, match="this server does not steer: start it with FASTSTEER_VLLM=1"):
+        answer(llm, fs.Plan([fs.Add(STRONG)]))
+    with pytest.raises(ValueError, match="does not steer"):
+        answer(llm, faststeer.vllm.plan("calm"))
+    assert answer(llm, faststeer.vllm.plan(None)) == answer(llm, {"other": 1}) == plain
+    with pytest.raises(RuntimeError, match="faststeer is off in this engine"):
+        front_end(llm)
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert not hasattr(worker, "faststeer")
+    assert all("forward" not in vars(module) for module in worker.model_runner.get_model().modules())
+
+
+def test_on(start: Any, tmp_path: Any) -> None:
+    STRONG.save(tmp_path / "strong.safetensors")
+    (tmp_path / "usual.json").write_text('{"add": "strong"}')
+    llm = start({"folder": str(tmp_path), "default_plan": "usual"})
+    unsteered, steered = answer(llm, faststeer.vllm.plan(None)), answer(llm, fs.Plan([fs.Add(STRONG)]))
+    assert unsteered != steered
+    assert answer(llm, None) == answer(llm, "usual") == answer(llm, '{"add": "strong"}') == steered
+    front_end(llm).register_vector("mine", fs.SteeringVector({3: -STRONG[3]}))
+    front_end(llm).register_plan("back", '{"add": "mine", "coefficient": -1.0}')
+    assert answer(llm, "back") == answer(llm, {"faststeer": {"add": "mine", "coefficient": -1}}) == steered
+    front_end(llm).registry.remove_vector("mine")
+    assert answer(llm, "back", prompts=3) == 3 * steered
+    for bad in ("gone", '{"add": "mine"}', fs.Plan([fs.Add(torch.ones(7), layers=0)]), 7, {"plan": "", "digest": ""}):
+        with pytest.raises(ValueError, match=r"registered|hidden size|expected|no plan"):
+            answer(llm, {"faststeer": bad})
+        assert answer(llm, "none") == unsteered

