@@ -19,6 +19,8 @@ from faststeer import behaviours, observe
 from faststeer.cli import app
 from faststeer.evaluate import complete, is_refusal
 from faststeer.observe import study
+from faststeer.observe.study import answers
+from faststeer.observe.study.answers import Answers
 from faststeer.observe.study.job import Job
 from faststeer.observe.study.parts import Parts, digest
 from faststeer.observe.study.vectors import Finder
@@ -269,6 +271,28 @@ def test_a_vector_that_changes_nothing_is_said_so(tmp_path):
     assert "nothing to explain" in result["without_examples"]["train"]["dim"]["induce"]
     assert result["tokens"]["dim"]["heads"][0]["effect"] is None  # by length, as nothing was patched
     assert "no examples among the train prompts" in (tmp_path / "observe.html").read_text(encoding="utf-8")
+
+
+def test_without_pairs_what_the_difference_in_means_makes_it_say_is_taught(demo, tmp_path):
+    model, tokenizer, behaviour = demo
+    train = behaviour.train
+    bare = behaviours.of_prompts("refusal", train.positive[:5], train.negative[:5])
+    finder = Finder(Job(model, tokenizer, bare, study.Settings(**TINY), Parts(tmp_path, "base"), 32, 4, False))
+    assert len(finder.pairs) > 3 and {pair["sign"] for pair in finder.pairs} == {1, -1}
+    for pair in finder.pairs:
+        assert is_refusal(pair["chosen"]) == (pair["sign"] > 0) != is_refusal(pair["rejected"])
+
+
+def test_attention_that_cannot_be_frozen_is_left_out(demo, tmp_path, monkeypatch):
+    def refused(model, plans):
+        raise ValueError("no exchangeable attention")
+
+    monkeypatch.setitem(answers.CONTEXTS, "qk", refused)
+    job = Job(*demo, study.Settings(**TINY | {"n_test": 1}), Parts(tmp_path, "base"), 32, 4, False)
+    dim = Finder(job).dim
+    table = Answers(job).table({"dim": dim}, fs.extract.random_like(dim, 0))
+    assert table["skipped"] == {"qk": "no exchangeable attention"}
+    assert [row["context"] for row in table["rows"]][4::2] == ["steered", "ov", "svv", "mlp"]
 
 
 @pytest.mark.parametrize(

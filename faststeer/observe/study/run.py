@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from faststeer import __version__
 from faststeer.algebra import random_like
 from faststeer.behaviours import Behaviour
 from faststeer.evaluate.judging.models import fingerprint
@@ -75,8 +76,10 @@ def run(
     """
     settings = settings or Settings()
     check_evaluating(model)
-    versions = {name: version(name) for name in ("faststeer", "torch", "transformers")}
-    parts = Parts(Path(folder) / "parts", [FORMAT, fingerprint(model), versions, tokenizer.chat_template])
+    versions = {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    parts = Parts(
+        Path(folder) / "parts", [FORMAT, fingerprint(model), versions, getattr(tokenizer, "chat_template", None)]
+    )
     job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
     vectors, skipped = Finder(job).find()
     dim = Finder(job).dim
