@@ -23,7 +23,7 @@ inline const Level* levels() {
   static const Level all[N_LEVELS] = {
       {"baseline", true},
 #if defined(__x86_64__)
-      {"avx2", __builtin_cpu_supports("avx2") != 0},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
 #endif

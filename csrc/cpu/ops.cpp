@@ -18,6 +18,7 @@ namespace {
 
 // A thread is worth waking for this many elements: waking takes some microseconds, which is what steering them takes.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
+constexpr int64_t SIXTEEN = 16;  // outputs of a unit of `linear`
 
 const Routines& routines() {
   static const Routines* const by_level[N_LEVELS] = {
@@ -36,14 +37,20 @@ Routine of_dtype(Routine const (&by_dtype)[N_DTYPES], Dtype dtype) {
   return by_dtype[static_cast<int32_t>(dtype)];
 }
 
+// A routine over units of about `work` elements each, shared among the threads where that pays.
 template <class Job>
-void over_rows(void (*routine)(const Job&, int64_t, int64_t), const Job& job, int64_t rows) {
-  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / job.hidden);
-  if (rows <= grain) {
-    if (rows > 0) routine(job, 0, rows);
+void over_units(void (*routine)(const Job&, int64_t, int64_t), const Job& job, int64_t units, int64_t work) {
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, work));
+  if (units <= grain) {
+    if (units > 0) routine(job, 0, units);
     return;
   }
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t end) { routine(job, first, end); });
+  torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t end) { routine(job, first, end); });
+}
+
+template <class Job>
+void over_rows(void (*routine)(const Job&, int64_t, int64_t), const Job& job, int64_t rows) {
+  over_units(routine, job, rows, job.hidden);
 }
 
 Rows rows_of(const Tensor& tensor, int64_t stride) { return {tensor.data_ptr(), stride}; }
@@ -219,14 +226,38 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   const Tensor out(handle);
   job.out = out.data_ptr();
   const auto routine = of_dtype(routines().decode_attention, dtype);
-  const int64_t units = rows * key_heads;
-  const int64_t work = std::max<int64_t>(1, job.columns * (job.key_size + job.value_size));
-  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / work);
-  if (units <= grain) {
-    if (units > 0) routine(job, 0, units);
-  } else {
-    torch::stable::parallel_for(0, units, grain, [&](int64_t first, int64_t end) { routine(job, first, end); });
+  over_units(routine, job, rows * key_heads, job.columns * (job.key_size + job.value_size));
+  return out;
+}
+
+// `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
+void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
+  if (matrix.sizes().size() != 2 || (columns >= 0 && matrix.size(1) != columns)) {
+    const int64_t expected[] = {-1, columns};
+    refuse(name, "of shape " + shape_text(expected), shape_text(matrix.sizes()));
   }
+  if (check_float(matrix, name) != dtype) refuse(name, "of x's dtype", dtype_name(torch_dtype(matrix)));
+  if (matrix.size(1) > 1 && matrix.stride(1) != 1) refuse(name, "contiguous in its last dimension", matrix.stride(1));
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Dtype dtype = check_float(x, "x");
+  check_matrix(x, "x", -1, dtype);
+  const int64_t rows = x.size(0), inputs = x.size(1), strip = routines().strip;
+  check_matrix(weight, "weight", inputs, dtype);
+  const int64_t outputs = weight.size(0);
+  const RowShape shape{rows, inputs, x.stride(0), dtype, device_type(x), x.get_device_index()};
+  if (bias.has_value()) check_table(*bias, "bias", torch_dtype(x), {outputs}, shape);
+  const Tensor out = new_rows(x, rows, outputs, torch_dtype(x));
+  if (rows == 0) return out;
+  const int64_t strips = (rows + strip - 1) / strip;
+  const Tensor room = new_rows(x, strips, strip * inputs, aoti_torch_dtype_float32());
+  float* const to = static_cast<float*>(room.data_ptr());
+  const StripsJob writing{x.data_ptr(), x.stride(0), rows, inputs, to};
+  over_units(of_dtype(routines().write_strips, dtype), writing, strips, strip * inputs);
+  const LinearJob job{rows, inputs, outputs, to, weight.data_ptr(), weight.stride(0),
+                      bias.has_value() ? bias->data_ptr() : nullptr, out.data_ptr()};
+  over_units(of_dtype(routines().linear, dtype), job, (outputs + SIXTEEN - 1) / SIXTEEN, rows * inputs);
   return out;
 }
 
@@ -238,6 +269,7 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
   library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
   library.impl("decode_attention.cpp", TORCH_BOX(&decode_attention));
+  library.impl("linear.cpp", TORCH_BOX(&linear));
 }
 
 }  // namespace

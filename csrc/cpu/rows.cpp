@@ -4,6 +4,7 @@
 #include "rows.h"
 
 #include "attention.h"
+#include "linear.h"
 #include "row.h"
 
 #define FASTSTEER_JOIN_(a, b) a##b
@@ -155,6 +156,7 @@ const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
     FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
     FASTSTEER_BY_DTYPE(decode_attention),
+    FASTSTEER_BY_DTYPE(write_strips), FASTSTEER_BY_DTYPE(linear), HEIGHT,
 };
 
 }  // namespace faststeer

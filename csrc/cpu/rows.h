@@ -66,14 +66,36 @@ struct AttentionJob {
   void* out;               // [rows, heads, value_size], contiguous
 };
 
+// x `[rows, inputs]`, at a distance of `stride` elements, to strips of Routines::strip rows, fp32.
+struct StripsJob {
+  const void* x;
+  int64_t stride, rows, inputs;
+  float* to;
+};
+
+// out = x weight^T + bias.
+struct LinearJob {
+  int64_t rows, inputs, outputs;
+  const float* strips;  // x, as write_strips leaves it
+  const void* weight;   // [outputs, inputs], at a distance of weight_stride elements
+  int64_t weight_stride;
+  const void* bias;  // [outputs], or null
+  void* out;         // [rows, outputs], contiguous, of the weights' dtype
+};
+
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
   using Rows = void (*)(const Job&, int64_t first, int64_t end);
   using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
   using Attention = void (*)(const AttentionJob&, int64_t first, int64_t end);
+  using Strips = void (*)(const StripsJob&, int64_t first, int64_t end);
+  using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
   Attention decode_attention[N_DTYPES];
+  Strips write_strips[N_DTYPES];
+  Linear linear[N_DTYPES];
+  int64_t strip;  // rows
 };
 
 extern const Routines routines_baseline;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from faststeer.engine.attention import DecodeAttention
 from faststeer.engine.cache import FrozenCache, RowCache
+from faststeer.engine.linear import Linears
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.hf import Steering, find_hook_points
@@ -47,6 +48,7 @@ class Device:
         # What decode steps attend with; None: the model's own. The engine takes that where the operator does not fit.
         fits = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
         self.attention = DecodeAttention(model) if fits and not frozen else None
+        self._linears = Linears(model)
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
@@ -117,14 +119,15 @@ class Device:
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
         """Logits of the columns `keep` of a prompt, or of the one token of a step."""
         some = {"logits_to_keep": 1 if keep is None else keep} if self._keeps else {}
-        out = self.model(
-            input_ids=tokens,
-            position_ids=position,
-            attention_mask=masks,
-            use_cache=True,
-            **{self._cache_argument: self.cache},
-            **some,
-        )
+        with self._linears:
+            out = self.model(
+                input_ids=tokens,
+                position_ids=position,
+                attention_mask=masks,
+                use_cache=True,
+                **{self._cache_argument: self.cache},
+                **some,
+            )
         return out.logits if self._keeps or keep is None else out.logits[:, keep]
 
     def _masks(self, column: Tensor, width: int) -> Any:

@@ -2,6 +2,7 @@
 model, no plan and no hook."""
 
 from faststeer.ops import reference
+from faststeer.ops.decode import decode_attention, linear
 from faststeer.ops.dispatch import (
     Backend,
     State,
@@ -9,7 +10,6 @@ from faststeer.ops.dispatch import (
     add_steer_rmsnorm,
     backend,
     backend_for,
-    decode_attention,
     latch_,
     sparse_add_,
     states,
@@ -33,6 +33,7 @@ __all__ = [
     "backend_for",
     "decode_attention",
     "latch_",
+    "linear",
     "reference",
     "sparse_add_",
     "states",

@@ -163,7 +163,7 @@ def steer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    name = _backend_of(x, backend)
+    name = backend_of(x, backend)
     if name == "reference":
         _check("steer", x, tables, rows, gate_state, _columns(probe))
         return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
@@ -187,8 +187,8 @@ def steer_(
     Raises:
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
-    _refuse_gradient("steer_", x, tables.bank, tables.scalars)
-    name = _backend_of(x, backend)
+    refuse_gradient("steer_", x, tables.bank, tables.scalars)
+    name = backend_of(x, backend)
     if name == "reference":
         _check("steer_", x, tables, rows, gate_state, probe)
         x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
@@ -207,7 +207,7 @@ def add_steer(
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    name = _backend_of(x, backend)
+    name = backend_of(x, backend)
     if name == "reference":
         _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
         return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
@@ -232,7 +232,7 @@ def add_steer_rmsnorm(
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
-    name = _backend_of(x, backend)
+    name = backend_of(x, backend)
     norm = weight, eps, weight_offset, fp32_weight
     if name == "reference":
         _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
@@ -255,7 +255,7 @@ def latch_(
     backend: Backend | None = None,
 ) -> None:
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
-    name = _backend_of(x, backend)
+    name = backend_of(x, backend)
     if name == "reference":
         _check("latch_", x, residual, tables, rows, gate_state)
         reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
@@ -274,8 +274,8 @@ def sparse_add_(
     backend: Backend | None = None,
 ) -> None:
     """Add sparse vectors in place, for inference: see `faststeer.ops.reference.sparse_add`."""
-    _refuse_gradient("sparse_add_", x, values, row_coefficient)
-    name = _backend_of(x, backend)
+    refuse_gradient("sparse_add_", x, values, row_coefficient)
+    name = backend_of(x, backend)
     arguments = x, indices, values, offsets, row_vector, row_coefficient
     if name == "reference":
         _check("sparse_add_", *arguments)
@@ -284,38 +284,10 @@ def sparse_add_(
         _run("sparse_add_", name, arguments)
 
 
-def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float = 0.0,
-    *,
-    backend: Backend | None = None,
-) -> Tensor:
-    """Attention of one new token per row, for inference: see `faststeer.ops.reference.decode_attention`. Only "cpu" has
-    more than the reference: on a GPU, PyTorch's own is the better one.
-
-    Raises:
-        RuntimeError: a gradient would be needed.
-    """
-    _refuse_gradient("decode_attention", query, keys, values, mask)
-    if _backend_of(query, backend) != "cpu":
-        if query.dtype != torch.float64:
-            schema.check_attention(query, keys, values, mask)
-        return reference.decode_attention(query, keys, values, mask, scaling, softcap)
-    try:
-        return torch.ops.faststeer.decode_attention.cpp(query, keys, values, mask, scaling, softcap)
-    except RuntimeError:
-        schema.check_attention(query, keys, values, mask)
-        raise
-
-
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
 
 
-def _backend_of(x: Tensor, backend: Backend | None) -> Backend:
+def backend_of(x: Tensor, backend: Backend | None) -> Backend:
     kind = "cpu" if x.is_cpu else x.device.type
     chosen = backend or _chosen
     if torch.compiler.is_compiling():
@@ -366,7 +338,7 @@ def _zeroed(probe: Tensor | None) -> Tensor | None:
     return None if probe is None else probe.zero_()
 
 
-def _refuse_gradient(op: str, *tensors: Tensor) -> None:
+def refuse_gradient(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
         instead = f"use {op.rstrip('_')}, or torch.no_grad()" if op.endswith("_") else "use torch.no_grad()"
         raise RuntimeError(f"{op} has no gradient: {instead}")

@@ -129,35 +129,6 @@ def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
         gate_state.copy_(torch.where(decided, opened, gate_state))
 
 
-def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float = 0.0
-) -> Tensor:
-    """Attention of one new token per row: softmax(softcap tanh(scaling q . k / softcap) + mask) v, in fp32 (fp64 for
-    fp64 rows), rounded once. A column whose mask is the dtype's least number, or less, is not looked at; a row that may
-    look at none gets zeros.
-
-    Args:
-        query: `[rows, heads, size]`.
-        keys, values: `[rows, key heads, columns, size]` and `[..., value size]`; each of the key heads serves
-            heads / key heads heads of the query, which stand side by side.
-        mask: `[rows, columns]`, added to the scores.
-        softcap: 0 for none.
-
-    Returns:
-        `[rows, heads, value size]`.
-    """
-    kind = _compute_dtype(query)
-    rows, heads, _ = query.shape
-    grouped = query.to(kind).view(rows, keys.shape[1], -1, query.shape[2])
-    scores = scaling * grouped @ keys.to(kind).transpose(2, 3)
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    hidden = mask <= torch.finfo(mask.dtype).min
-    scores = scores + mask.to(kind).masked_fill(hidden, -torch.inf)[:, None, None]
-    weights = scores.softmax(-1).masked_fill(hidden.all(1)[:, None, None, None], 0)
-    return (weights @ values.to(kind)).reshape(rows, heads, -1).to(query.dtype)
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -179,49 +179,6 @@ def _fake(name: str) -> Callable[..., Any]:
     return run
 
 
-# Attention of one new token per row, on the CPU, where PyTorch has nothing that reads keys and values once only.
-
-ATTENTION = "(Tensor query, Tensor keys, Tensor values, Tensor mask, float scaling, float softcap) -> Tensor"
-
-
-def check_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> None:
-    """Check the arguments of `decode_attention`."""
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query has dtype {query.dtype}: expected float32, float16 or bfloat16")
-    wanted = {"query": "[rows, heads, size]", "keys": (same := "[rows, heads, columns, size]"), "values": same}
-    for name, tensor in {"query": query, "keys": keys, "values": values, "mask": mask}.items():
-        expected = wanted.get(name, "[rows, columns]")
-        if tensor.dim() != expected.count(",") + 1 or tensor.shape[-1] < 1:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {expected}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, the query {query.dtype} on {query.device}: expected the "
-                "same"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension: expected 1")
-    rows, heads, size = query.shape
-    if keys.shape[0] != rows or keys.shape[3] != size or heads % keys.shape[1]:
-        raise ValueError(
-            f"keys is {list(keys.shape)}, the query {list(query.shape)}: expected the same rows and size, and a number "
-            "of heads that divides the query's"
-        )
-    if values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"values is {list(values.shape)}, keys {list(keys.shape)}: expected the same but for the size")
-    if mask.shape != (rows, keys.shape[2]):
-        raise ValueError(f"mask has shape {list(mask.shape)}: expected {[rows, keys.shape[2]]}")
-
-
-def _fake_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float
-) -> Tensor:
-    check_attention(query, keys, values, mask)
-    return query.new_empty(query.shape[0], query.shape[1], values.shape[3])
-
-
-library.define(f"decode_attention.cpp{ATTENTION}", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.register_fake(torch.ops.faststeer.decode_attention.cpp, _fake_attention, lib=library)
-
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 _BACKWARD = (

@@ -12,7 +12,8 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
-from faststeer.engine import attention, run
+from faststeer import ops
+from faststeer.engine import attention, linear, run
 from faststeer.engine.device import Device
 from faststeer.hf import read
 from faststeer.intervention import orthonormal
@@ -192,6 +193,26 @@ def test_a_model_whose_attention_the_operator_does_not_know_keeps_its_own(monkey
 
 def _raise(*_):
     raise ValueError("attends in a way that decode_attention does not know")
+
+
+@pytest.mark.skipif(not ops.states()["cpu"].works, reason="the C++ is not built here")
+def test_linear_layers_of_16_bits_compute_with_the_operator_where_that_is_faster(monkeypatch):
+    """Only they, only while the engine runs, and never one that is more than a linear layer."""
+    calls, own = [], linear.linear
+    monkeypatch.setattr(linear, "linear", lambda x, *given: (calls.append(x.shape), own(x, *given))[1])
+    for slow in (False, True):
+        monkeypatch.setattr(linear, "slow_here", lambda dtype, slow=slow: slow and dtype == torch.bfloat16)
+        assert tokens(engine("llama").generate(prompts((5, 5)), max_new_tokens=3)) and not calls
+        model = models.build("llama").to(torch.bfloat16)
+        special = model.model.layers[0].mlp.up_proj
+        special.__class__ = type("Special", (torch.nn.Linear,), {})
+        made = engine(model, max_batch=8)
+        calls.clear()
+        found = list(made.generate(prompts((5, 5)), max_new_tokens=3))
+        # Seven a layer but for the special one, and the head; a prompt and two steps.
+        per_pass = 7 * models.N_LAYERS - 1 + 1
+        assert len(calls) == (3 * per_pass if slow else 0) and all(len(c.token_ids) == 3 for c in found)
+        assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 # Contracts 5 and 6 ----------------------------------------------------------------------------------------------------
