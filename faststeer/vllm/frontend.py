@@ -156,7 +156,7 @@ def install() -> None:
 
 
 def _wrap(processor: Any) -> None:
-    made, process = processor.__init__, processor.process_inputs
+    made, process, refused = processor.__init__, processor.process_inputs, _refusal()
 
     @functools.wraps(made)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -165,10 +165,27 @@ def _wrap(processor: Any) -> None:
 
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        return process(self, request_id, prompt, _checked(self.faststeer, params), *args, **kwargs)
+        try:
+            checked = _checked(self.faststeer, params)
+        except ValueError as error:
+            raise refused(str(error)) from error
+        return process(self, request_id, prompt, checked, *args, **kwargs)
 
     process_inputs.faststeer = True  # type: ignore[attr-defined]
     processor.__init__, processor.process_inputs = init, process_inputs
+
+
+def _refusal() -> type[ValueError]:
+    """The error that this vLLM answers with HTTP 400; for who calls an `LLM`, a ValueError in every version."""
+    from vllm.exceptions import VLLMValidationError
+
+    if issubclass(VLLMValidationError, ValueError):
+        return VLLMValidationError
+
+    class PlanRefused(VLLMValidationError, ValueError):
+        """A request's plan is wrong; the message says how."""
+
+    return PlanRefused
 
 
 def _checked(front: FrontEnd | None, params: Any) -> Any:
