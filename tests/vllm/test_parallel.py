@@ -1,0 +1,28 @@
+"""Two tensor-parallel ranks in processes of their own, and the engine in another: plans reach every rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from requests_mixed import by_engine, by_hugging_face, token_ids, tokens
+
+import faststeer as fs
+
+
+def test_two_ranks_give_what_hugging_face_gives(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faststeer.vllm.worker import projections
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model, tokenizer = fs.demo.load()
+    prompts, generator = token_ids(tokenizer), torch.Generator().manual_seed(5)
+    directions = 80 * torch.nn.functional.normalize(torch.randn(8, 128, generator=generator), dim=1)
+    plans: list[fs.Plan | None] = [fs.Plan([fs.Add(d, layers=i % 6)]) for i, d in enumerate(directions)]
+    plans[2] = fs.Plan([fs.Ablate(directions[:3], layers="all", at=("resid_pre", "attn_out", "mlp_out"))])
+    plans[3], plans[4] = None, fs.Plan([fs.Probe(directions[4], layers=[1, 4])])
+    requests = list(zip(prompts, plans, strict=True))
+    engine = start({"hook_points": "all"}, tensor_parallel_size=2, distributed_executor_backend="mp")
+    answers = by_engine(engine, requests)
+    assert tokens(answers) == by_hugging_face(model, requests)
+    seen = projections(engine, answers[4].request_id)
+    assert seen is not None and set(seen) == {"resid_pre.2", "resid_pre.5"}
+    assert seen["resid_pre.2"]["tokens"][-1] == len(prompts[4]) + 18
