@@ -22,7 +22,7 @@ except ImportError as error:
 from faststeer.ui.answers import OPS, Answers, Control, Playground
 from faststeer.ui.heat import heat_map
 
-FIGURE_EVERY = 0.7  # seconds between two heat maps while answers stream: one takes the browser longer than a token
+FIGURE_EVERY = 2.0  # seconds between heat maps while answers stream: one takes the browser longer than many tokens
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #unsteered textarea, #steered textarea { font-size: 1.02rem; line-height: 1.5; }
@@ -145,7 +145,7 @@ class _Asks:
         self._newest[session] = number = next(self._numbers)
         try:
             chosen = _read(self._playground, controls)
-            begun, drawn_at = time.perf_counter(), 0.0
+            drawn_at = time.perf_counter()
             for answers in self._playground.stream(
                 prompt,
                 chosen,
@@ -163,7 +163,7 @@ class _Asks:
                     # The title's layers are those of this ask, also when another vector is looked at later.
                     titles = _titles(self._playground, chosen)
                     figure, kept = heat_map(answers, watch, titles[watch]), (answers, titles)
-                yield answers.unsteered, answers.steered, _status(answers, now - begun), figure, kept
+                yield answers.unsteered, answers.steered, _status(answers), figure, kept
         except ValueError as error:
             yield "", "", f"**{error}**", gr.skip(), gr.skip()
 
@@ -184,6 +184,7 @@ def _titles(playground: Playground, controls: dict[str, Control]) -> list[str]:
     return [f"projection on {name} (its direction at layer {layer})" for name, layer in watched.items()]
 
 
-def _status(answers: Answers, seconds: float) -> str:
-    same = " The answers are the same." if answers.done and answers.unsteered == answers.steered else ""
-    return f"{answers.drawn} tokens, {answers.drawn / max(seconds, 1e-9):.0f} tokens/s.{same}"
+def _status(answers: Answers) -> str:
+    if not answers.done:
+        return f"{answers.drawn} tokens ..."
+    return f"{answers.drawn} tokens." + (" The answers are the same." if answers.unsteered == answers.steered else "")

@@ -32,7 +32,7 @@ FLAGS = [
     "disable-component-update",
     "disable-sync",
     "hide-scrollbars",
-    "window-size=1280,1300",
+    "window-size=1280,1430",
 ]
 
 
@@ -62,6 +62,7 @@ def browser(address, tmp_path_factory):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(180)  # gradio's copy of Plotly takes a busy machine a while to begin
     try:
         driver.get(address)
         yield driver
@@ -76,7 +77,7 @@ def box(browser, name):
 def wait(browser, condition):
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(browser, 60).until(lambda _: condition())
+    return WebDriverWait(browser, 180).until(lambda _: condition())
 
 
 def answers(browser, *expected):
@@ -161,7 +162,8 @@ def test_two_vectors_another_prompt_and_no_stray_request(browser, playground, ad
     answers(browser, unsteered, unsteered)
 
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert any(url.startswith(address) for url in asked)
-    assert not [url for url in asked if not url.startswith((address, "data:", "blob:", "chrome:", "about:"))]
+    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    # The browser's own first page asks for its parts; what counts is what this page asks for.
+    asked = [request["request"]["url"] for request in requests if request["documentURL"].startswith(address)]
+    assert len(asked) > 10 and not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
