@@ -95,6 +95,7 @@ WRONG = [
     (GOOD + "layers: [0, -1]", 3, "whole numbers from 0"),
     (GOOD + "max_new_tokens: 0", 3, "from 1"),
     (GOOD + "top_p: 1.5", 3, "to 1"),
+    (GOOD + "engine: sglang", 3, "expected one of faststeer, vllm"),
     (GOOD + "controls: some", 3, "no finite number"),
     (GOOD + "intervention: adding", 3, "add, ablate, clamp"),
     (GOOD + "seed: 1\nseed: 2", 4, "given twice"),
@@ -154,7 +155,7 @@ def test_every_change_that_matters_changes_the_identity():
         {"prompts": ["x", "z"]}, {"prompts": ["y", "x"]}, {"vectors": {"v": other}}, {"vectors": {"w": VECTOR}},
         {"coefficients": [0, 1.1]}, {"layers": [0]}, {"positions": "last"}, {"at": "resid_post"}, {"controls": 2},
         {"intervention": "ablate"}, {"system": "s"}, {"max_new_tokens": 63}, {"temperature": 0.5}, {"seed": 1},
-        {"top_p": 0.5}, {"top_k": 3},
+        {"top_p": 0.5}, {"top_k": 3}, {"engine": "vllm"},
     ]  # fmt: skip
     found = [sweep(**change).identity("m") for change in ({}, *changed)] + [sweep().identity("other model")]
     assert len(set(found)) == len(found)
