@@ -4,9 +4,9 @@ and captures. Nothing here decides anything per request: ops read tables and row
 vLLM's layers hand on a pair (hidden, residual) whose sum, which the next norm takes, is the residual stream. A steered
 row becomes (0, h): exactly h after that sum, in every dtype. Other rows keep their pair, and so their bits.
 
-How steering gets into the layers was measured (docs/vllm.md): our ops are called as operators that return new tensors,
-with tensors for every argument, so that all layers stay one compiled piece; choosing rows is left to the compiler,
-which puts it into the kernel of the next norm.
+Our ops are called as operators that return new tensors, with tensors for every argument, so that all layers are one
+compiled piece; choosing rows is left to the compiler, which can put it into the kernel of the next norm. That this is
+the fastest way has not been measured.
 """
 
 from __future__ import annotations
