@@ -97,6 +97,14 @@ class VllmEngine:
             for i, answer in zip(numbers, answers, strict=True):
                 yield self._completion(i, list(prompts[i]), answer.outputs[0])
 
+    def close(self) -> None:
+        """End the engine and its processes, and free its memory."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+
     def _payload(self, plan: Plan | None) -> dict[str, str]:
         """Made once for each plan, which is kept, so that its id stays its own."""
         if id(plan) not in self._payloads:

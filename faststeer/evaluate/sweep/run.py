@@ -84,6 +84,7 @@ def run(
             work.do(report)
         finally:
             store.release()
+            work.close()
     return work.run
 
 
@@ -196,6 +197,11 @@ class _Work:
             else:
                 self._engine = Engine(self.model, self.tokenizer, max_batch=self.max_batch, max_length=self.length)
         return self._engine
+
+    def close(self) -> None:
+        """End what runs in processes of its own."""
+        if self._engine is not None and self.sweep.engine == "vllm":
+            self._engine.close()
 
     def _judge(self, digest: str, number: int) -> None:
         judge = self.judges[digest]
