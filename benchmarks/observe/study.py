@@ -1,9 +1,10 @@
 """The paper's study on the demo model: what `faststeer observe` finds, kept with the machine it ran on.
 
-    OMP_NUM_THREADS=1 python benchmarks/observe/study.py [folder for the parts]
+    OMP_NUM_THREADS=1 python benchmarks/observe/study.py [name] [folder for the parts]
 
-Writes benchmarks/results/observe/refusal.json and, of its figures, those that docs/observe.md shows. Named the same
-folder, it goes on where it stopped.
+Writes benchmarks/results/observe/refusal.json and, of its figures, those that docs/observe.md shows; with the name
+"half", refusal-half.json: one vector at half the strength, where answers tip. Named the same folder, it goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -20,23 +21,30 @@ import results
 from faststeer.files import write_atomically
 
 FOLDER = results.FOLDER / "observe"
-ASKED = ["--prompts", "48", "--patched", "16", "--tried", "8", "--controls", "5"]
+HALF = "--method dim --layer 3 --position -1 --coefficient 0.5 --prompts 48 --patched 8 --tried 4 --controls 1"
+ASKED = {
+    "refusal": "--prompts 48 --patched 16 --tried 8 --controls 5",
+    "half": f"{HALF} --shares 0.01,0.1 --sparsities 0.5",
+}
 FIGURES = ("faithfulness-own", "overlap", "sparsity-dim-induce")
 
 
 def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "refusal"
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
-        command = ["observe", *ASKED]
+        folder = Path(sys.argv[2] if len(sys.argv) > 2 else temporary)
+        command = ["observe", *ASKED[name].split()]
         places = ["--out", str(folder), "--png", str(folder / "figures"), "--batch-size", "64"]
         program = [sys.executable, "-c", "from faststeer.cli import app; app()", *command, *places]
-        subprocess.run(program, check=True)
+        if subprocess.run(program).returncode not in (0, 3):  # 3: something is left out, and named in the result
+            sys.exit(1)
         found = json.loads((folder / "observe.json").read_text(encoding="utf-8"))
         report = {"command": " ".join(["faststeer", *command]), "machine": results.machine()} | found
-        write_atomically(FOLDER / "refusal.json", json.dumps(report, indent=1) + "\n")
-        for name in FIGURES:
-            write_atomically(FOLDER / f"{name}.png", (folder / "figures" / f"{name}.png").read_bytes())
-    print(FOLDER)
+        path = FOLDER / ("refusal.json" if name == "refusal" else f"refusal-{name}.json")
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        for figure in FIGURES if name == "refusal" else ():
+            write_atomically(FOLDER / f"{figure}.png", (folder / "figures" / f"{figure}.png").read_bytes())
+    print(path)
 
 
 if __name__ == "__main__":

@@ -103,3 +103,17 @@ def test_the_studys_figures_are_those_of_its_file():
         assert rates["dim", "induce", rule, 0.9, 0]["high"] < rates["dim", "induce", "effect", 0.9, 0]["low"]
     words = {word for head in found["tokens"]["dim"]["heads"] for word in head["raises"]}
     assert {" sorry", " unable", " unsafe", " law"} <= words - set(found["tokens"]["dim"]["vector"]["raises"])
+
+
+def test_half_the_strength():
+    found = json.loads((ROOT / "benchmarks" / "results" / "observe" / "refusal-half.json").read_text(encoding="utf-8"))
+    assert f"`{found['command']}`" in PAGE
+    rows = {(r["context"], r["side"]): r for r in found["answers"] if r["vector"] == "dim"}
+    names = {"steered": "it answers", "qk": "QK frozen", "ov": "OV frozen", "svv": "SVV ablated"}
+    names["mlp"] = "MLP-direct ablated"
+    for context, name in names.items():
+        value, low, high = (f"{100 * rows[context, 'suppress']['shown'][key]:.0f}" for key in ("rate", "low", "high"))
+        assert f"{name} {value} % [{low}, {high}]" in PAGE
+        assert rows[context, "induce"]["shown"]["rate"] == 1
+        change = rows[context, "suppress"]["change"]
+        assert context == "steered" or change["low"] <= 0 <= change["high"]

@@ -58,7 +58,7 @@ def whole(demo, tmp_path_factory):
 
 def parts(folder):
     """Finished parts: {file name: when it was written}."""
-    files = (path for path in (folder / "parts").glob("*-*") if path.suffix != ".checkpoint")
+    files = (path for path in (folder / "parts").glob("[!.]*-*") if path.suffix != ".checkpoint")
     return {path.name: path.stat().st_mtime_ns for path in files}
 
 
