@@ -5,6 +5,7 @@ other versions of vLLM, and modes in which rows are not where the scheduler says
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -15,21 +16,22 @@ VERSIONS = ("0.24", "0.25", "0.32", "0.33")  # whose worker, scheduler and runne
 
 
 def register() -> None:
-    """Install the wrappers, once per process. With FASTSTEER_VLLM=0 nothing but the front end's refusal of plans.
+    """Install the wrappers, once per process.
 
     Raises:
         RuntimeError: FASTSTEER_VLLM switches faststeer on, and this version of vLLM is not supported.
     """
-    switched = os.environ.get(SWITCH, "").strip().lower()
     why_not = unsupported()
-    if why_not and switched not in OFF:
+    if why_not and os.environ.get(SWITCH, "").strip().lower() not in OFF:
         raise RuntimeError(why_not)
-    if not why_not:
-        from faststeer.vllm import frontend
+    if why_not:
+        with contextlib.suppress(ImportError):  # a vLLM without such a worker, and it is not to be steered
+            install(why_not)
+        return
+    from faststeer.vllm import frontend
 
-        frontend.install()
-    if switched == "" or switched not in OFF:
-        install(why_not)
+    frontend.install()
+    install()
 
 
 def unsupported() -> str:

@@ -6,6 +6,7 @@ steps, and no step waits for it.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from faststeer.vllm.layers import Device, find_layers, patch_layers
 from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.settings import CONFIG_KEY, Settings
 from faststeer.vllm.tables import Room, make_program
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
@@ -76,7 +79,7 @@ class Steering:
         sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
         self.max_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *sizes)
         self.n_slots = min(settings.max_plans or scheduler.max_num_seqs, scheduler.max_num_seqs)
-        self.n_sequences = 2 * scheduler.max_num_seqs  # those that run, and those that were preempted
+        self.n_sequences = 8 * scheduler.max_num_seqs  # those that run, and those that were preempted
         self.requests: dict[str, Running] = {}
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
@@ -102,7 +105,8 @@ class Steering:
             gate_state = torch.zeros(room.latched_gates, self.n_sequences, dtype=torch.bool, device=target)
         probes = {}
         if room.probe_columns:
-            here = [s for s in sorted(room.sites) if site_name(s, self.n_layers)[1] in layers]
+            # What enters a layer is what left the one before, and is seen there.
+            here = [s for s in sorted(room.sites) if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
             probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
         self.device = Device(program, rows, gate_state, probes)
         self.probes = Probes(self.device, self.n_layers)
@@ -181,13 +185,19 @@ class Steering:
         plan = self._plan(wire)
         sequence = -1
         if plan.latches:
-            sequence = before.sequence if before is not None else self._free_sequences.pop()
-            if before is None:
-                self.device.gate_state[:, sequence].zero_()  # type: ignore[index]
+            sequence = before.sequence if before is not None else self._new_sequence()
         prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
         self.requests[new.req_id] = Running(plan, prompt, new.num_computed_tokens, sequence)
         if plan.probed and before is None:
             self.probes.begin(new.req_id, plan.probed)
+
+    def _new_sequence(self) -> int:
+        if not self._free_sequences:
+            logger.error("faststeer: so many requests are preempted that a latched gate has no place, and stays closed")
+            return -1
+        sequence = self._free_sequences.pop()
+        self.device.gate_state[:, sequence].zero_()  # type: ignore[index]
+        return sequence
 
     def _drop(self, request_id: str) -> None:
         gone = self.requests.pop(request_id, None)
