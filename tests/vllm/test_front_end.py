@@ -9,7 +9,7 @@ import faststeer as fs
 import faststeer.vllm
 from faststeer.vllm.frontend import front_end
 
-STRONG = fs.SteeringVector({3: 40.0 * torch.nn.functional.normalize(torch.ones(128), dim=0)})
+STRONG = fs.SteeringVector({3: 400.0 * torch.nn.functional.normalize(torch.ones(128), dim=0)})
 
 
 def answer(llm: Any, payload: Any, prompts: int = 1) -> list[tuple[int, ...]]:
