@@ -38,7 +38,7 @@ def ui(
     """A page to try vectors on: a slider each, the unsteered and the steered answer beside each other, and what every
     layer and token has along a vector. Runs until Ctrl-C, and asks the network for nothing.
 
-    Examples: faststeer ui
+    Example: faststeer ui, which takes the demo model, or
 
     \b
         faststeer ui --model ./my-model --vector refusal.safetensors --vector calm=pca.safetensors --port 8000
