@@ -159,6 +159,8 @@ def run_engine(kind: str, model: Path, options: argparse.Namespace, path: str, l
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "FASTSTEER_VLLM": "1" if kind == "on" else "0",
     }
+    if kind == "hooks, eager":  # in one process, since its engine cannot be sent this file's function
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, __file__, "--serve", kind, "--model", str(model), "--attention", options.attention]
     log = options.out / "vllm_gpu.log"
     with tempfile.TemporaryFile("w+") as out, log.open("a") as file:
