@@ -80,13 +80,13 @@ FASTSTEER_LANES Floats exponential(Floats x) {
 }
 
 FASTSTEER_LANES Lanes exponential(Lanes x) {
-  for (int i = 0; i < PARTS; ++i) x.part[i] = exponential(x.part[i]);
+  FASTSTEER_PARTS(x.part[i] = exponential(x.part[i]));
   return x;
 }
 
 // The larger of each two; of NaN and a number, either.
 FASTSTEER_LANES Lanes larger(Lanes a, Lanes b) {
-  for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  FASTSTEER_PARTS(a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i]);
   return a;
 }
 
@@ -133,12 +133,10 @@ class Group {
     row_ = row;
     const T* from = static_cast<const T*>(job_.mask) + row * job_.mask_stride;
     float* const mask = mask_;
-    each_block(job_.columns, [=](int64_t i, auto block) {
-      Lanes shift = load(from + i, block);
-      for (int k = 0; k < PARTS; ++k) {
-        shift.part[k] = shift.part[k] <= lowest(from) ? Floats{} - INFINITE : shift.part[k];
-      }
-      store(mask + i, shift, block);
+    each_block(job_.columns, [=](int64_t c, auto block) {
+      Lanes shift = load(from + c, block);
+      FASTSTEER_PARTS(shift.part[i] = shift.part[i] <= lowest(from) ? Floats{} - INFINITE : shift.part[i]);
+      store(mask + c, shift, block);
     });
     store(mask + job_.columns, all(-INFINITE));
     for (end_ = job_.columns; end_ > 0 && mask[end_ - 1] == -INFINITE; --end_) {

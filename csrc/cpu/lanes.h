@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)  // such a machine has fp16 conversion too; the build asks for both
 #pragma GCC diagnostic push
@@ -197,51 +198,60 @@ FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
 
 // Sixteen at a time.
 
-#define FASTSTEER_EACH_PART for (int i = 0; i < PARTS; ++i)
+// body(i) for every part, written out: in a loop, GCC 12 would keep lanes of more than one part in memory.
+template <class Body, int... I>
+FASTSTEER_LANES void each_part(Body body, std::integer_sequence<int, I...>) {
+  (body(I), ...);
+}
+
+template <class Body>
+FASTSTEER_LANES void each_part(Body body) {
+  each_part(body, std::make_integer_sequence<int, PARTS>());
+}
+
+#define FASTSTEER_PARTS(statement) each_part([&](int i) __attribute__((always_inline)) { statement; })
 
 FASTSTEER_LANES Lanes operator+(Lanes a, Lanes b) {
-  FASTSTEER_EACH_PART a.part[i] += b.part[i];
+  FASTSTEER_PARTS(a.part[i] += b.part[i]);
   return a;
 }
 
 FASTSTEER_LANES Lanes operator*(Lanes a, Lanes b) {
-  FASTSTEER_EACH_PART a.part[i] *= b.part[i];
+  FASTSTEER_PARTS(a.part[i] *= b.part[i]);
   return a;
 }
 
 FASTSTEER_LANES Lanes all(float value) {
   Lanes lanes;
-  FASTSTEER_EACH_PART lanes.part[i] = Floats{} + value;
+  FASTSTEER_PARTS(lanes.part[i] = Floats{} + value);
   return lanes;
 }
 
 template <class T>
 FASTSTEER_LANES Lanes load(const T* from) {
   Lanes lanes;
-  FASTSTEER_EACH_PART lanes.part[i] = decode(from + i * PART);
+  FASTSTEER_PARTS(lanes.part[i] = decode(from + i * PART));
   return lanes;
 }
 
 template <class T>
 FASTSTEER_LANES Lanes round_to(Lanes lanes) {
-  FASTSTEER_EACH_PART lanes.part[i] = rounded(static_cast<const T*>(nullptr), lanes.part[i]);
+  FASTSTEER_PARTS(lanes.part[i] = rounded(static_cast<const T*>(nullptr), lanes.part[i]));
   return lanes;
 }
 
 // Of values that are rounded to T already.
 template <class T>
 FASTSTEER_LANES void store(T* to, Lanes lanes) {
-  FASTSTEER_EACH_PART encode(to + i * PART, lanes.part[i]);
+  FASTSTEER_PARTS(encode(to + i * PART, lanes.part[i]));
 }
 
 // Of any values. For fp16 it is the instruction that writes which rounds.
 template <class T>
 FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
-  if constexpr (std::is_same_v<T, BFloat>) FASTSTEER_EACH_PART lanes.part[i] = nearest(lanes.part[i]);
+  if constexpr (std::is_same_v<T, BFloat>) FASTSTEER_PARTS(lanes.part[i] = nearest(lanes.part[i]));
   store(to, lanes);
 }
-
-#undef FASTSTEER_EACH_PART
 
 FASTSTEER_LANES float sum(Lanes lanes) {
   float value[LANES];

@@ -82,24 +82,21 @@ void pack(float* panel, const T* weight, int64_t stride, int64_t count, int64_t 
 // sums `[ROWS][16]` += (or = where FIRST) a strip's first ROWS rows `[depth][HEIGHT]` times the panel.
 template <int ROWS, bool FIRST>
 void multiply(float* sums, const float* strip, const float* panel, int64_t depth) {
-  Floats total[ROWS][PARTS];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int p = 0; p < PARTS; ++p) total[r][p] = Floats{};
-  }
+  Lanes total[ROWS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) total[r] = all(0);
   for (int64_t k = 0; k < depth; ++k, strip += HEIGHT, panel += LANES) {
-    Floats weights[PARTS];
-    for (int p = 0; p < PARTS; ++p) weights[p] = decode(panel + p * PART);
+    const Lanes weights = load(panel);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Floats one = Floats{} + strip[r];
-      for (int p = 0; p < PARTS; ++p) total[r][p] = multiply_add(one, weights[p], total[r][p]);
+      FASTSTEER_PARTS(total[r].part[i] = multiply_add(one, weights.part[i], total[r].part[i]));
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
-    for (int p = 0; p < PARTS; ++p) {
-      float* const to = sums + r * LANES + p * PART;
-      encode(to, FIRST ? total[r][p] : decode(to) + total[r][p]);
-    }
+    float* const to = sums + r * LANES;
+    store(to, FIRST ? total[r] : load(to) + total[r]);
   }
 }
 
