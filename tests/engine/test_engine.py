@@ -128,7 +128,9 @@ def test_latched_gates_belong_to_requests_not_rows():
         with torch.no_grad(), read(model, "resid_pre", layers=[0]) as taken:
             model(torch.tensor([prompt]))
             values.append(float(taken[0][0, -1] @ d))
-    middle = sorted(values)[len(values) // 2]
+    # Between two of them: a product's last bit must not decide.
+    below, above = sorted(values)[len(values) // 2 - 1 :][:2]
+    middle = (below + above) / 2
     steered = fs.Plan(
         [fs.Add(models.direction(4), 3.0, when=fs.Gate(d, middle, latched=True), layers="all", at="resid_pre")]
     )

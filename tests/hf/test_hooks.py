@@ -235,7 +235,9 @@ class TestRead:
     def test_what_steering_left_there(self, model, ids):
         with read(model, at="resid_post", layers=[0]) as plain:
             logits(model, ids)
-        with fs.steer(model, fs.Add(V, 2.0, layers=0)), read(model, at="resid_post", layers=[0]) as inside:
+        # By hooks: fused layers norm to rounding.
+        steering = fs.steer(model, fs.Add(V, 2.0, layers=0), path="hooks")
+        with steering, read(model, at="resid_post", layers=[0]) as inside:
             logits(model, ids)
         assert torch.equal(inside[0], plain[0] + 2.0 * V)
         with read(model, at="resid_post", layers=[0]) as outside, fs.steer(model, fs.Add(V, 2.0, layers=0)):
