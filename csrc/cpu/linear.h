@@ -1,5 +1,5 @@
 // y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand. What it is for: 16-bit
-// weights on machines without instructions for them, which PyTorch multiplies one number at a time.
+// weights on machines without AVX-512, where PyTorch's product of them is slow.
 //
 // x is first written in strips of HEIGHT rows side by side, `[inputs][HEIGHT]` fp32. Then, for every sixteen outputs:
 //   1. DEPTH inputs at a time, the weights of the sixteen are written side by side, `[inputs][16]` fp32, into the first

@@ -33,6 +33,9 @@ Model = Annotated[str, typer.Option(help="'demo', a folder saved by transformers
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
 System = Annotated[str | None, typer.Option(help="A system prompt before every prompt.")]
+Positive = Annotated[Path | None, typer.Option(help="Prompts that show the behaviour: .txt, .json, .jsonl or .csv.")]
+Negative = Annotated[Path | None, typer.Option(help="Prompts that do not.")]
+Field = Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 

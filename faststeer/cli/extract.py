@@ -16,8 +16,11 @@ from faststeer.cli.common import (
     BatchSize,
     Device,
     Dtype,
+    Field,
     Json,
     Model,
+    Negative,
+    Positive,
     System,
     app,
     behaviour_of,
@@ -49,11 +52,9 @@ def extract(
             "po,reps,bipo."
         ),
     ] = None,
-    positive: Annotated[
-        Path | None, typer.Option(help="Prompts that show the behaviour: .txt, .json, .jsonl or .csv.")
-    ] = None,
-    negative: Annotated[Path | None, typer.Option(help="Prompts that do not.")] = None,
-    field: Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")] = None,
+    positive: Positive = None,
+    negative: Negative = None,
+    field: Field = None,
     at: Annotated[
         str, typer.Option(help="Hook point: resid_pre, attn_out, resid_mid, mlp_out or resid_post.")
     ] = "resid_pre",

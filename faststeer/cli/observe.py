@@ -15,8 +15,11 @@ from faststeer.cli.common import (
     BatchSize,
     Device,
     Dtype,
+    Field,
     Json,
     Model,
+    Negative,
+    Positive,
     app,
     behaviour_of,
     errors,
@@ -35,11 +38,9 @@ def observe(
     behaviour: Annotated[
         str | None, typer.Option(help="refusal, sentiment, tone (the demo model's), or a behaviour's file or folder.")
     ] = None,
-    positive: Annotated[
-        Path | None, typer.Option(help="Prompts that show the behaviour: .txt, .json, .jsonl or .csv.")
-    ] = None,
-    negative: Annotated[Path | None, typer.Option(help="Prompts that do not.")] = None,
-    field: Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")] = None,
+    positive: Positive = None,
+    negative: Negative = None,
+    field: Field = None,
     method: Annotated[str, typer.Option(help="Some of dim,pca,lat,probe,ntp,po,reps,bipo.")] = "dim,ntp,po",
     layer: Annotated[int | None, typer.Option(min=0, help="Steer before it (chosen on validation prompts).")] = None,
     position: Annotated[

@@ -1,5 +1,5 @@
 """Linear layers of 16-bit weights on a CPU without instructions for them: `ops.linear` in place of PyTorch's product,
-which there takes one number at a time. Only while a pass of the Engine runs.
+which is slow there. Only while a pass of the Engine runs.
 """
 
 from __future__ import annotations
