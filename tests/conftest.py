@@ -9,7 +9,7 @@ import hypothesis
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracle.py and models.py
+sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, models.py and the like
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

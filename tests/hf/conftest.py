@@ -1,13 +1,8 @@
 """Steering by hooks and steering in fused layers mean the same, bit for bit, where the arithmetic is PyTorch's."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 import faststeer as fs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate"))  # tiny_chat.py
 
 BOTH_WAYS = {"test_architectures", "test_steering"}
 # Architectures that have no fused layers (test_fused.py says so of each): both ways are the same hooks, with another
