@@ -165,7 +165,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 # Fake implementations -------------------------------------------------------------------------------------------------
 
 
-def _fake(name: str) -> Callable[..., Any]:
+def fake(name: str) -> Callable[..., Any]:
     """The op's checks, then outputs without values: contiguous hidden-like tensors, and the probe behind them."""
     n_outputs = {"steer": 1, "add_steer": 1, "add_steer_rmsnorm": 2}.get(name)
 
@@ -308,7 +308,7 @@ def _define() -> None:
         for overload in OVERLOADS:
             library.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             op = getattr(getattr(torch.ops.faststeer, name), overload)
-            torch.library.register_fake(op, _fake(name), lib=library)
+            torch.library.register_fake(op, fake(name), lib=library)
             if name in _GRADIENTS:
                 backward, setup = _GRADIENTS[name]
                 torch.library.register_autograd(op, backward, setup_context=setup, lib=library)

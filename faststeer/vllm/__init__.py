@@ -2,9 +2,22 @@
 
     client.plan -> request -> front end (checks; names and files become values) -> engine -> tables in the layers
 
-Importing this package imports no vLLM.
+Importing this package imports no vLLM, and nothing else before it is used.
 """
 
-from faststeer.vllm.client import plan
+from typing import TYPE_CHECKING
 
-__all__ = ["plan"]
+if TYPE_CHECKING:
+    from faststeer.vllm.client import plan, projections
+
+__all__ = ["plan", "projections"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from faststeer.vllm import client
+
+        found = globals()[name] = getattr(client, name)
+        return found

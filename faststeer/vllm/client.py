@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,8 +13,7 @@ from typing import Any
 from faststeer.intervention import Direction, Intervention
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
-from faststeer.vllm.registry import NONE
-from faststeer.vllm.requests import PAYLOAD_KEY
+from faststeer.vllm.switch import NONE, PAYLOAD_KEY
 
 
 def plan(
@@ -39,6 +42,41 @@ def plan(
     if not isinstance(what, Plan):
         raise TypeError(f"expected a Plan, an intervention, a plan's name or None, got {type(what).__name__}")
     return {PAYLOAD_KEY: _by_value(what, names or {})}
+
+
+def projections(
+    base_url: str, answer: str, *, api_key: str | None = None, timeout: float = 60.0
+) -> list[dict[str, dict[str, list[Any]]]]:
+    """What the probes of a completion or chat saw, asked of the server that gave the answer, once it is complete.
+
+    Args:
+        base_url: of the server, such as "http://localhost:8000/v1".
+        answer: its id, such as "cmpl-..." or "chatcmpl-...".
+        api_key: the server's.
+        timeout: in seconds.
+
+    Returns:
+        One for each choice of the answer, in its order: {"resid_pre.3": {"tokens": numbers of the tokens from the
+        prompt's first, "values": one list of probed values per token}}. A resid_post has the name of the next layer's
+        resid_pre, which is the same. Tokens whose keys and values the server had in its prefix cache were not computed,
+        and are missing.
+
+    Raises:
+        LookupError: the server knows none: the plan has no probes, or they were forgotten for newer ones.
+        RuntimeError: the server refuses, or is no vLLM server with faststeer; the message is its own.
+    """
+    request = urllib.request.Request(
+        f"{base_url.rstrip('/')}/faststeer/projections/{urllib.parse.quote(answer, safe='')}",
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as found:
+            return [choice["projections"] for choice in json.load(found)["choices"]]
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        if error.code == 404 and "no probes of an answer" in said:
+            raise LookupError(said) from error
+        raise RuntimeError(f"{base_url} answers {error.code}: {said[:1000]}") from error
 
 
 def _by_value(plan: Plan, names: Mapping[str, SteeringVector]) -> str:

@@ -1,26 +1,20 @@
-"""What happens to a request before it reaches the engine: its plan is read, checked and made self-contained, or the
-request is refused. Where faststeer is off, a request with a plan is refused, and all else is left alone.
-
-This is the only place where names and files are looked up; engine and workers get values.
+"""What a server makes of the plan that a request names or holds: it is read, checked and made self-contained. This is
+the only place where names and files are looked up; engine and workers get values.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 from collections import OrderedDict
 from typing import Any
 
-from faststeer.vllm.registry import NONE, Registry, Stamp
-from faststeer.vllm.requests import PAYLOAD_KEY, Limits, parse
-from faststeer.vllm.settings import SWITCH, Settings
+from faststeer.vllm.registry import Registry, Stamp
+from faststeer.vllm.requests import Limits, parse
+from faststeer.vllm.settings import Settings
+from faststeer.vllm.switch import NONE, SWITCH
 from faststeer.vllm.tables import check_fits
 
-OFF = (
-    f"the request carries a plan of faststeer, and this server does not steer: start it with {SWITCH}=1 in its "
-    "environment, or take the plan out of the request"
-)
 CACHED_PLANS, CACHED_BYTES = 1024, 2**26
 
 
@@ -139,67 +133,3 @@ def front_end(engine: Any) -> FrontEnd:
     if found is None:
         raise RuntimeError(f"faststeer is off in this engine: set {SWITCH}=1 before vLLM is imported")
     return found
-
-
-# vLLM -----------------------------------------------------------------------------------------------------------------
-
-
-def install() -> None:
-    """Wrap vLLM's input processing, and where there is a server, the making of its routes; once per process."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if not hasattr(InputProcessor.process_inputs, "faststeer"):
-        _wrap(InputProcessor)
-    from faststeer.vllm.server import install as install_routes
-
-    install_routes()
-
-
-def _wrap(processor: Any) -> None:
-    made, process, refused = processor.__init__, processor.process_inputs, _refusal()
-
-    @functools.wraps(made)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, vllm_config, *args, **kwargs)
-        self.faststeer = FrontEnd.of(vllm_config)
-
-    @functools.wraps(process)
-    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            checked = _checked(self.faststeer, params)
-        except ValueError as error:
-            raise refused(str(error)) from error
-        return process(self, request_id, prompt, checked, *args, **kwargs)
-
-    process_inputs.faststeer = True  # type: ignore[attr-defined]
-    processor.__init__, processor.process_inputs = init, process_inputs
-
-
-def _refusal() -> type[ValueError]:
-    """The error that this vLLM answers with HTTP 400; for who calls an `LLM`, a ValueError in every version."""
-    from vllm.exceptions import VLLMValidationError
-
-    if issubclass(VLLMValidationError, ValueError):
-        return VLLMValidationError
-
-    class PlanRefused(VLLMValidationError, ValueError):
-        """A request's plan is wrong; the message says how."""
-
-    return PlanRefused
-
-
-def _checked(front: FrontEnd | None, params: Any) -> Any:
-    """The request's parameters as the engine may have them, the caller's own left alone."""
-    if not hasattr(params, "extra_args"):  # of a pooling request
-        return params
-    given = (params.extra_args or {}).get(PAYLOAD_KEY)
-    if front is None and given not in (None, NONE):
-        raise ValueError(OFF)
-    wire = front and front.wire(given)
-    if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
-        return params
-    params = copy.copy(params)
-    params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != PAYLOAD_KEY}
-    if wire is not None:
-        params.extra_args[PAYLOAD_KEY] = wire
-    return params

@@ -18,49 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.ops import backend_for, reference
-from faststeer.ops.schema import DTYPES, SCHEMAS, host_tables
-from faststeer.ops.tables import Rows
+import faststeer.ops.opaque  # noqa: F401  (it registers operators)
+from faststeer.ops import backend_for
+from faststeer.ops.schema import DTYPES
 from faststeer.plan import site
 from faststeer.program import Program
 from faststeer.vector import HookPoint
 
 LAYER_LISTS = ("layers", "h", "blocks")
-
-# The reference as opaque operators, where nothing compiled is there (traced, it would be fixed to the plans of now).
-_library = torch.library.Library("faststeer_vllm", "DEF")
-
-
-def _reference_steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *tables, slot, position, sequence, gate_state, columns = rest
-    probe = x.new_zeros(x.shape[0], columns, dtype=torch.float32)
-    rows = Rows(slot, position, sequence)
-    return reference.steer(x, host_tables(*tables), rows, gate_state, probe if columns else None), probe
-
-
-def _reference_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _reference_steer(x + residual, *rest)
-
-
-def _reference_latch(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
-    *tables, slot, position, sequence, gate_state = rest
-    reference.latch(
-        x if residual is None else x + residual, host_tables(*tables), Rows(slot, position, sequence), gate_state
-    )
-
-
-def _fake_steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], rest[-1], dtype=torch.float32)
-
-
-for _name, _run, _fake in (
-    ("steer", _reference_steer, _fake_steer),
-    ("add_steer", _reference_add_steer, _fake_steer),
-    ("latch_", _reference_latch, lambda *arguments: None),
-):
-    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"faststeer_vllm::{_name}", _fake, lib=_library)
 
 
 @dataclass(frozen=True)
@@ -73,13 +38,10 @@ class Operators:
 
     @classmethod
     def of(cls, device: torch.device) -> Operators:
-        backend = backend_for(device)
-        if backend == "reference":
-            ops = torch.ops.faststeer_vllm
-            return cls(ops.steer.default, ops.add_steer.default, ops.latch_.default)
-        overload = "triton" if backend == "triton" else "cpp"
-        steer, add_steer, latch = (getattr(torch.ops.faststeer, name) for name in ("steer", "add_steer", "latch_"))
-        return cls(getattr(steer, overload), getattr(add_steer, overload), getattr(latch, overload))
+        overload = {"reference": "reference", "triton": "triton"}.get(backend_for(device), "cpp")
+        return cls(
+            *(getattr(getattr(torch.ops.faststeer, name), overload) for name in ("steer", "add_steer", "latch_"))
+        )
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,36 @@
-"""vLLM's entry point: `register` is called in every process of a server. It puts four functions of vLLM's behind
-wrappers that do nothing unless a server's settings switch faststeer on, and refuses what it cannot steer rightly:
-other versions of vLLM, and modes in which rows are not where the scheduler says.
+"""vLLM's entry point: `register` is called in every process of a server. It puts functions of vLLM's behind wrappers
+that do nothing unless a server's settings switch faststeer on, and refuses what it cannot steer rightly: other versions
+of vLLM, and modes in which rows are not where the scheduler says. Imports nothing heavy (see `switch`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import Any
 
-from faststeer.vllm.settings import OFF, SWITCH, Settings
+from faststeer.vllm.switch import OFF, PAYLOAD_KEY, SWITCH, environment, is_on
 
 VERSIONS = ("0.24", "0.25", "0.32", "0.33")  # whose worker, scheduler and runners were read (docs/vllm.md)
 
 
 def register() -> None:
-    """Install the wrappers, once per process.
+    """Install the wrappers, each once per process.
 
     Raises:
         RuntimeError: FASTSTEER_VLLM switches faststeer on, and this version of vLLM is not supported.
     """
     why_not = unsupported()
-    if why_not and os.environ.get(SWITCH, "").strip().lower() not in OFF:
+    if why_not and environment().lower() not in OFF:
         raise RuntimeError(why_not)
     if why_not:
         with contextlib.suppress(ImportError):  # a vLLM without such a worker, and it is not to be steered
-            install(why_not)
+            _wrap_worker(why_not)
         return
-    from faststeer.vllm import frontend
-
-    frontend.install()
-    install()
+    _wrap_worker()
+    _wrap_front_end()
+    _wrap_hashing()
+    _wrap_scheduler()
 
 
 def unsupported() -> str:
@@ -47,32 +46,44 @@ def unsupported() -> str:
     )
 
 
-def install(why_not: str = "") -> None:
-    """Wrap the worker, the hashing of blocks and the scheduler."""
+def _wrap_worker(why_not: str = "") -> None:
+    """A worker is told when it is made, before it loads a model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    if hasattr(WorkerBase.__init__, "faststeer"):
-        return
     made = WorkerBase.__init__
+    if hasattr(made, "faststeer"):
+        return
 
     @functools.wraps(made)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        settings = Settings.of(self.vllm_config)
-        if settings is None:
+        if not is_on(self.vllm_config):
             return
         if why_not:
             raise RuntimeError(why_not)
-        check_modes(self.vllm_config)
+        from faststeer.vllm.modes import check_modes
+        from faststeer.vllm.settings import Settings
         from faststeer.vllm.worker import attach
 
-        attach(self, settings)
+        if (settings := Settings.of(self.vllm_config)) is not None:
+            check_modes(self.vllm_config)
+            attach(self, settings)
 
     init.faststeer = True  # type: ignore[attr-defined]
     WorkerBase.__init__ = init
-    if not why_not:
-        _wrap_hashing()
-        _wrap_scheduler()
+
+
+def _wrap_front_end() -> None:
+    """Requests are checked on their way in; a server has faststeer's routes. What a server has imported of vLLM may
+    grow between two calls."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from faststeer.vllm import server
+    from faststeer.vllm.admission import wrap_input
+
+    if not hasattr(InputProcessor.process_inputs, "faststeer"):
+        wrap_input(InputProcessor)
+    server.install()
 
 
 def _wrap_hashing() -> None:
@@ -80,15 +91,20 @@ def _wrap_hashing() -> None:
     are hashed as ever."""
     from vllm.v1.core import kv_cache_utils
 
-    from faststeer.vllm.prefix_cache import with_block_key
-
     extra_keys_of = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(extra_keys_of, "faststeer"):
+        return
 
     @functools.wraps(extra_keys_of)
     def generate_block_hash_extra_keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
         extra_keys, *rest = extra_keys_of(request, start, end, *args, **kwargs)
-        return with_block_key(extra_keys, request, start, end), *rest
+        if PAYLOAD_KEY in (getattr(request.sampling_params, "extra_args", None) or {}):
+            from faststeer.vllm.prefix_cache import with_block_key
 
+            extra_keys = with_block_key(extra_keys, request, start, end)
+        return extra_keys, *rest
+
+    generate_block_hash_extra_keys.faststeer = True  # type: ignore[attr-defined]
     kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
 
 
@@ -96,37 +112,18 @@ def _wrap_scheduler() -> None:
     """Where a server has room for fewer plans than requests, requests whose plan finds none wait."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from faststeer.vllm.waiting import held_back
-
     schedule = Scheduler.schedule
+    if hasattr(schedule, "faststeer"):
+        return
 
     @functools.wraps(schedule)
     def scheduled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_on(self.vllm_config):
+            return schedule(self, *args, **kwargs)
+        from faststeer.vllm.waiting import held_back
+
         with held_back(self):
             return schedule(self, *args, **kwargs)
 
+    scheduled.faststeer = True  # type: ignore[attr-defined]
     Scheduler.schedule = scheduled
-
-
-def check_modes(config: Any) -> None:
-    """Raise RuntimeError for ways of running vLLM in which steering would be wrong."""
-    parallel, compilation = config.parallel_config, config.compilation_config
-    passes = getattr(compilation, "pass_config", None)
-    refused = {
-        "dual batch overlap (--enable-dbo) and micro-batching": getattr(parallel, "enable_dbo", False)
-        or getattr(parallel, "use_ubatching", False),
-        "sequence parallelism (pass_config.enable_sp)": getattr(passes, "enable_sp", False)
-        or getattr(passes, "enable_sequence_parallelism", False),
-        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "kv_sharing_fast_prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
-        "speculative decoding": config.speculative_config is not None,
-        "KV connectors (kv_transfer_config), which know blocks by their tokens alone": config.kv_transfer_config
-        is not None,
-        "encoder-decoder models": getattr(config.model_config, "is_encoder_decoder", False),
-        "pooling models": getattr(config.model_config, "runner_type", "generate") not in ("generate", "draft"),
-    }
-    for what, used in refused.items():
-        if used:
-            raise RuntimeError(
-                f"faststeer cannot steer with {what}: switch that off, or start without faststeer ({SWITCH}=0)"
-            )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from faststeer.vllm.requests import PAYLOAD_KEY, Wire, received
+from faststeer.vllm.requests import Wire, received
+from faststeer.vllm.switch import PAYLOAD_KEY
 
 BlockKey = tuple[str, str, tuple[tuple[int, int], ...]]
 

@@ -18,9 +18,9 @@ from faststeer.formats.files import from_bytes as vector_from_bytes
 from faststeer.formats.files import kind_of
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
+from faststeer.vllm.switch import NONE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-NONE = "none"  # what a request says that wants no plan, also where the server has a default one
 VECTOR_ENDING, PLAN_ENDING = ".safetensors", ".json"
 CACHED_FILES = 256
 

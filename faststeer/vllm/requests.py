@@ -23,9 +23,9 @@ from faststeer.intervention import KINDS, Intervention
 from faststeer.ops.tables import Kind
 from faststeer.plan import FORMAT, Entry, Plan
 from faststeer.vector import SteeringVector
-from faststeer.vllm.registry import NONE, Registry, Stamp, read_vector
+from faststeer.vllm.registry import Registry, Stamp, read_vector
+from faststeer.vllm.switch import NONE, PAYLOAD_KEY
 
-PAYLOAD_KEY = "faststeer"
 SHORT = {kind.lower(): kind for kind in KINDS}  # {"add": "refusal", "coefficient": 2} for an Add of that vector
 EXPECTED = (
     "the name of a registered plan, JSON of plan.to_json(), or the short form "

@@ -1,15 +1,20 @@
-"""faststeer's routes in a vLLM server: what there is, registering and removing. All under /v1, which is what vLLM
-guards with its API key; registering and removing only where the server's settings allow them."""
+"""faststeer's routes in a vLLM server: what there is, registering and removing, and what probes saw. All under /v1,
+which is what vLLM guards with its API key; registering and removing only where the server's settings allow them.
+Imports nothing heavy (see `switch`).
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from faststeer.vllm.frontend import FrontEnd
-from faststeer.vllm.registry import read_vector
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.admission import refuse_beams
+from faststeer.vllm.switch import is_on
+
+if TYPE_CHECKING:
+    from faststeer.vllm.frontend import FrontEnd
 
 PREFIX = "/v1/faststeer"
 # Modules that call build_app by their own name for it, in one version or another; the server has imported them by the
@@ -35,7 +40,8 @@ def _with_routes(build: Any) -> Any:
     @functools.wraps(build)
     def build_app(args: Any, *more: Any, **named: Any) -> Any:
         app = build(args, *more, **named)
-        if Settings.of(args) is not None:
+        refuse_beams()
+        if is_on(args):
             app.router.routes.extend(routes())
         return app
 
@@ -49,6 +55,8 @@ def routes() -> list[Any]:
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse
     from starlette.routing import Route
+
+    from faststeer.vllm.registry import read_vector
 
     async def about(request: Any) -> Any:
         return JSONResponse(_front_end(request).about())
@@ -76,14 +84,43 @@ def routes() -> list[Any]:
             raise HTTPException(404 if request.method == "DELETE" else 400, str(error)) from error
         return JSONResponse({"registered": name})
 
+    async def projections(request: Any) -> Any:
+        answer = request.path_params["answer"]
+        choices = joined(await _from_workers(request.app.state.engine_client, "faststeer_projections_of", answer))
+        if not choices:
+            raise HTTPException(
+                404,
+                f"no probes of an answer with the id {answer[:200]!r} are known: its plan has none, or they were "
+                'forgotten for newer ones; the setting "max_projection_bytes" says how many are kept',
+            )
+        return JSONResponse({"id": answer, "choices": choices})
+
     return [
         Route(PREFIX, about, methods=["GET"]),
+        Route(PREFIX + "/projections/{answer}", projections, methods=["GET"]),
         Route(PREFIX + "/{kind}/{name}", change, methods=["PUT", "DELETE"]),
     ]
 
 
 def _front_end(request: Any) -> FrontEnd:
     return request.app.state.engine_client.input_processor.faststeer
+
+
+async def _from_workers(client: Any, method: str, *arguments: Any) -> list[Any]:
+    """What every worker of every engine (data parallel ranks are engines of their own) says."""
+    core = client.engine_core
+    if len(getattr(core, "core_engines", ())) > 1:
+        asked = await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        return [answer for engine in asked for answer in engine]
+    return await client.collective_rpc(method, args=arguments)
+
+
+def joined(answers: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The choices of an answer out of what workers know of them (`worker.Probes.of_answer`), in the answer's order."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for choice in (choice for answer in answers for choice in answer):
+        found.setdefault((choice["prompt"], choice["sample"]), {}).update(choice["projections"])
+    return [{"prompt": p, "sample": s, "projections": found[p, s]} for p, s in sorted(found)]
 
 
 def _front_ends(request: Any) -> int:

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.vector import HOOK_POINTS, check_hook_point
-
-SWITCH = "FASTSTEER_VLLM"
-CONFIG_KEY = "faststeer"
-OFF, ON = ("", "0", "false", "off"), ("1", "true", "on")
+from faststeer.vllm.switch import OFF, ON, SWITCH, configured, environment
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class Settings:
         max_vectors: of a plan, counted like entries, k for a subspace of k; None: two per layer and 8 more.
         probe_columns: most values that a plan may watch at one hook point; 0: none.
         latched_gates: most latched gates of a plan; 0: none.
+        max_projection_bytes: of what probes saw that a worker keeps in the host's memory for who asks; the oldest
+            request's is forgotten first.
 
     Raises:
         ValueError: a value of another kind or out of range.
@@ -57,6 +56,7 @@ class Settings:
     max_vectors: int | None = None
     probe_columns: int = 4
     latched_gates: int = 0
+    max_projection_bytes: int = 2**28
 
     def __post_init__(self) -> None:
         for name, low in _WHOLE.items():
@@ -83,10 +83,10 @@ class Settings:
         Raises:
             ValueError: settings that are wrong.
         """
-        config = getattr(vllm_config, "additional_config", None)
-        if isinstance(config, Mapping) and CONFIG_KEY in config:
-            return cls.read(config[CONFIG_KEY])
-        text = os.environ.get(SWITCH, "").strip()
+        speaks, said = configured(vllm_config)
+        if speaks:
+            return cls.read(said)
+        text = environment()
         if text.lower() in (*OFF, *ON):
             return cls() if text.lower() in ON else None
         try:
@@ -111,6 +111,7 @@ _OPTIONAL = ("max_plans", "max_entries", "max_vectors")
 _WHOLE = {
     "max_plan_bytes": 1, "max_vector_bytes": 1, "max_registered_bytes": 0, "max_interventions": 1, "max_directions": 1,
     "max_plans": 1, "max_entries": 1, "max_vectors": 1, "probe_columns": 0, "latched_gates": 0,
+    "max_projection_bytes": 0,
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import re
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,13 @@ from faststeer.plan import Entry, Plan, site_name
 from faststeer.program import Program
 from faststeer.vllm.layers import Device, find_layers, patch_layers
 from faststeer.vllm.requests import Wire, received
-from faststeer.vllm.settings import CONFIG_KEY, Settings
+from faststeer.vllm.settings import Settings
+from faststeer.vllm.switch import CONFIG_KEY
 from faststeer.vllm.tables import Room, make_program
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is built into a model: part of the key of vLLM's compiled artefacts
+VERSION = 2  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
 KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
 
@@ -109,7 +111,7 @@ class Steering:
             here = [s for s in sorted(room.sites) if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
             probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
         self.device = Device(program, rows, gate_state, probes)
-        self.probes = Probes(self.device, self.n_layers)
+        self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
         patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
@@ -275,48 +277,121 @@ def _put(program: Program, slot: int, plan: Plan) -> None:
 
 
 class Probes:
-    """What probes saw, per request, kept on the device until somebody asks."""
+    """What probes saw, per request, in the host's memory until somebody asks; the oldest are forgotten first.
 
-    def __init__(self, device: Device, n_layers: int) -> None:
-        self.device, self.n_layers = device, n_layers
+    Args:
+        device: whose probe tensors a pass fills.
+        n_layers: of the model.
+        max_bytes: of all that is kept.
+    """
+
+    def __init__(self, device: Device, n_layers: int, max_bytes: int) -> None:
+        self.device, self.n_layers, self.max_bytes = device, n_layers, max_bytes
         self.rows: list[tuple[str, int, int, int]] = []  # this step's: request, rows from, to, the first row's token
-        self._columns: OrderedDict[str, dict[int, int]] = OrderedDict()
-        self._seen: dict[str, list[tuple[int, dict[int, Tensor]]]] = {}
+        self._columns: OrderedDict[str, dict[int, int]] = OrderedDict()  # site -> number of values
+        self._seen: dict[str, list[tuple[int, list[int], np.ndarray]]] = {}  # first token, sites, [site, token, value]
+        self._bytes = 0
+        self._coming: deque[Coming] = deque()
 
     def begin(self, request_id: str, columns: dict[int, int]) -> None:
         self._columns[request_id] = {s: n for s, n in columns.items() if s in self.device.probes}
         self._seen[request_id] = []
         while len(self._columns) > KEPT_PROJECTIONS:
-            oldest, _ = self._columns.popitem(last=False)
-            del self._seen[oldest]
+            self._forget(next(iter(self._columns)))
 
     def take(self) -> None:
-        """Copy this step's rows, behind the pass on the device's stream."""
-        for request_id, start, stop, token in self.rows:
-            if request_id in self._columns:
-                columns = self._columns[request_id].items()
-                part = {s: self.device.probes[s][start:stop, :n].clone() for s, n in columns}
-                self._seen[request_id].append((token, part))
-        self.rows = []
+        """Copy this step's rows to the host, behind the pass on the device's stream; nobody waits for it."""
+        rows, self.rows = [row for row in self.rows if row[0] in self._columns], []
+        sites = sorted({number for row in rows for number in self._columns[row[0]]})
+        if sites:
+            first, last = rows[0][1], rows[-1][2]
+            seen, ready = torch.stack([self.device.probes[number][first:last] for number in sites]), None
+            if seen.is_cuda:
+                host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+                seen, ready = host.copy_(seen, non_blocking=True), torch.cuda.Event()
+                ready.record()
+            self._coming.append(Coming(rows, sites, first, seen, ready))
+        self._receive()
+
+    def _receive(self, wait: bool = False) -> None:
+        """Keep what has arrived, or all that is on its way."""
+        while self._coming and self._coming[0].arrived(wait):
+            step = self._coming.popleft()
+            values = step.values.numpy()
+            for request_id, start, stop, token in step.rows:
+                if request_id in self._columns:
+                    own = values[:, start - step.first : stop - step.first].copy()
+                    self._seen[request_id].append((token, step.sites, own))
+                    self._bytes += own.nbytes
+        while self._bytes > self.max_bytes:
+            self._forget(next(iter(self._columns)))
+
+    def _forget(self, request_id: str) -> None:
+        del self._columns[request_id]
+        self._bytes -= sum(values.nbytes for _, _, values in self._seen.pop(request_id))
 
     def give(self, request_id: str) -> Projections | None:
         """Everything seen for a request on this worker, which is forgotten with that; None if nothing was.
 
-        A request is known by the id that its answer has, or by the engine's own, which begins with it. Tokens that were
-        computed twice (a preempted request's) count as the second time.
+        A request is known by the id that its answer has, or by the engine's own, which begins with it.
         """
         known = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
         if not known:
             return None
-        columns, seen = self._columns.pop(known[0]), self._seen.pop(known[0])
+        found = self._of(known[0])
+        self._forget(known[0])
+        return found
+
+    def of_answer(self, answer: str) -> list[dict[str, Any]]:
+        """What was seen so far for the choices of a server's answer, which stays known: their prompt's number, their
+        number among the samples of that prompt, and the projections.
+
+        vLLM calls the request of a choice "2_cmpl-ab-1-0123abcd" for the third sample of the second prompt of cmpl-ab.
+        """
+        own = re.compile(rf"(?:(\d+)_)?{re.escape(answer)}(?:[-_](\d+))?(?:-[0-9a-f]{{8}})?")
+        found = [(match, name) for name in list(self._columns) if (match := own.fullmatch(name))]
+        return [
+            {"prompt": int(match[2] or 0), "sample": int(match[1] or 0), "projections": self._of(name)}
+            for match, name in found
+        ]
+
+    def _of(self, request_id: str) -> Projections:
+        """Tokens that were computed twice (a preempted request's) count as the second time."""
+        self._receive(wait=True)
         found: Projections = {}
-        for number in columns:
+        for number, columns in self._columns.get(request_id, {}).items():
             by_token: dict[int, list[float]] = {}
-            for token, part in seen:
-                by_token.update(enumerate(part[number].tolist(), start=token))
+            for token, sites, values in self._seen[request_id]:
+                by_token.update(enumerate(values[sites.index(number), :, :columns].tolist(), start=token))
             at, layer = site_name(number, self.n_layers)
             found[f"{at}.{layer}"] = {"tokens": sorted(by_token), "values": [by_token[t] for t in sorted(by_token)]}
         return found
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A step's probed rows on their way to the host.
+
+    Attributes:
+        rows: as `Probes.rows`.
+        sites: those that are among the values.
+        first: the row of the pass that the values begin with.
+        values: `[sites, rows, columns]` fp32.
+        ready: tells when they are there; None: they are.
+    """
+
+    rows: list[tuple[str, int, int, int]]
+    sites: list[int]
+    first: int
+    values: Tensor
+    ready: Any
+
+    def arrived(self, wait: bool) -> bool:
+        if self.ready is None or self.ready.query():
+            return True
+        if wait:
+            self.ready.synchronize()
+        return wait
 
 
 def attach(worker: Any, settings: Settings) -> Steering:
@@ -344,18 +419,11 @@ def attach(worker: Any, settings: Settings) -> Steering:
         return output
 
     worker.load_model, worker.execute_model = load_model, execute_model
-    worker.faststeer_projections = steering_projections(steering)
+    # What `collective_rpc` calls by name; the probes are made when the model is loaded.
+    worker.faststeer_projections = lambda request_id: steering.probes.give(request_id)
+    worker.faststeer_projections_of = lambda answer: steering.probes.of_answer(answer)
     worker.faststeer = steering
     return steering
-
-
-def steering_projections(steering: Steering) -> Callable[[str], Projections | None]:
-    """The worker's method that `collective_rpc` calls by name."""
-
-    def projections(request_id: str) -> Projections | None:
-        return steering.probes.give(request_id)
-
-    return projections
 
 
 def projections(llm: Any, request_id: str) -> Projections | None:

@@ -1,0 +1,119 @@
+"""What vLLM's front end does with a request that carries a plan, or should: it is checked and made self-contained where
+faststeer is on, and refused where it is off or where steering would be wrong. Imports nothing heavy (see `switch`)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from faststeer.vllm.switch import NONE, PAYLOAD_KEY, SWITCH, is_on
+
+if TYPE_CHECKING:
+    from faststeer.vllm.frontend import FrontEnd
+
+IS_OFF = (
+    f"the request carries a plan of faststeer, and this server does not steer: start it with {SWITCH}=1 in its "
+    "environment, or take the plan out of the request"
+)
+BEAMS = (
+    "beam search asks for every token by a request of its own, in which a plan cannot tell prompt from answer: leave "
+    'out use_beam_search, or send {"faststeer": "none"} in vllm_xargs'
+)
+DEFAULT_BEAMS = (
+    "beam search asks for every token by a request of its own, in which this server's default plan cannot tell prompt "
+    "from answer: leave out use_beam_search, or start the server without default_plan"
+)
+RESUMABLE = "a request whose prompt grows while it runs (resumable) cannot be steered: positions count from its end"
+BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for one token of one beam
+PROTOCOLS = ("vllm.entrypoints.openai.completion.protocol", "vllm.entrypoints.openai.chat_completion.protocol")
+
+
+def wrap_input(processor: Any) -> None:
+    """Let vLLM's InputProcessor, which every request passes, check plans."""
+    made, process, refused = processor.__init__, processor.process_inputs, refusal()
+
+    @functools.wraps(made)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, vllm_config, *args, **kwargs)
+        self.faststeer = None
+        if is_on(vllm_config):
+            from faststeer.vllm.frontend import FrontEnd
+            from faststeer.vllm.modes import check_modes
+
+            check_modes(vllm_config)
+            self.faststeer = FrontEnd.of(vllm_config)
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            admitted = admit(self.faststeer, params, str(request_id), bool(kwargs.get("resumable")))
+        except ValueError as error:
+            raise refused(str(error)) from error
+        return process(self, request_id, prompt, admitted, *args, **kwargs)
+
+    process_inputs.faststeer = True  # type: ignore[attr-defined]
+    processor.__init__, processor.process_inputs = init, process_inputs
+
+
+def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: bool = False) -> Any:
+    """The request's parameters as the engine may have them, the caller's own left alone.
+
+    Raises:
+        ValueError: its plan is wrong, or cannot act in it.
+    """
+    if not hasattr(params, "extra_args"):  # of a pooling request
+        return params
+    given = (params.extra_args or {}).get(PAYLOAD_KEY)
+    if front is None and given not in (None, NONE):
+        raise ValueError(IS_OFF)
+    wire = front and front.wire(given)
+    if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
+        return params
+    if wire is not None and BEAM.fullmatch(request_id):
+        raise ValueError(DEFAULT_BEAMS)
+    if wire is not None and resumable:
+        raise ValueError(RESUMABLE)
+    params = copy.copy(params)
+    params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != PAYLOAD_KEY}
+    if wire is not None:
+        params.extra_args[PAYLOAD_KEY] = wire
+    return params
+
+
+def refusal() -> type[ValueError]:
+    """The error that this vLLM answers with HTTP 400; for who calls an `LLM`, a ValueError in every version."""
+    from vllm.exceptions import VLLMValidationError
+
+    if issubclass(VLLMValidationError, ValueError):
+        return VLLMValidationError
+
+    class PlanRefused(VLLMValidationError, ValueError):
+        """A request's plan is wrong; the message says how."""
+
+    return PlanRefused
+
+
+def refuse_beams() -> None:
+    """vLLM drops the extra arguments of a request for beam search; one with a plan is refused."""
+    refused = refusal()
+    for protocol in PROTOCOLS:
+        for kind in ("CompletionRequest", "ChatCompletionRequest"):
+            request = getattr(sys.modules.get(protocol), kind, None)
+            made = getattr(request, "to_beam_search_params", None)
+            if made is None or hasattr(made, "faststeer"):
+                continue
+            request.to_beam_search_params = _without_plan(made, refused)  # type: ignore[union-attr]
+
+
+def _without_plan(made: Any, refused: type[ValueError]) -> Any:
+    @functools.wraps(made)
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (self.vllm_xargs or {}).get(PAYLOAD_KEY) not in (None, NONE):
+            raise refused(BEAMS)
+        return made(self, *args, **kwargs)
+
+    to_beam_search_params.faststeer = True  # type: ignore[attr-defined]
+    return to_beam_search_params

@@ -1,0 +1,42 @@
+"""The reference as operators, in graphs that outlive plans."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_cases import steered
+
+import faststeer.ops.opaque  # noqa: F401  (it registers operators)
+from faststeer.ops import reference
+
+MIXES = [["Add", "Ablate"], ["Clamp", "Rotate"], ["Probe", "Project"], ["Gated"]]
+
+
+def arguments(seed: int):
+    case = steered(MIXES, 9, 48, torch.float32, "cpu", seed=seed)
+    t, r = case.tables, case.rows
+    return case, [t.bank, t.fields, t.scalars, t.ranges, r.slot, r.position, r.sequence, case.gate_state]
+
+
+@pytest.mark.parametrize("op", ["steer", "add_steer", "latch_"])
+def test_opcheck(op):
+    case, tables = arguments(1)
+    given = {
+        "steer": (case.x, *tables, case.columns),
+        "add_steer": (case.x, case.residual, *tables, 0),
+        "latch_": (case.x, case.residual, *tables),
+    }[op]
+    torch.library.opcheck(getattr(torch.ops.faststeer, op).reference, given)
+    with pytest.raises(ValueError, match=r"residual is|bank has shape"):
+        getattr(torch.ops.faststeer, op).reference(given[0], given[1][:, :-1], *given[2:])
+
+
+def test_a_compiled_graph_follows_the_tables():
+    graph = torch.compile(torch.ops.faststeer.add_steer.reference, backend="aot_eager", fullgraph=True)
+    for seed in (2, 3):
+        case, tables = arguments(seed)
+        probe = torch.zeros(9, case.columns)
+        expected = reference.add_steer(case.x, case.residual, case.tables, case.rows, case.gate_state, probe)
+        found, seen = graph(case.x, case.residual, *tables, case.columns)
+        assert torch.equal(found, expected) and torch.equal(seen, probe)
+        assert not torch.equal(found, case.x + case.residual)
