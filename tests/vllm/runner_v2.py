@@ -1,0 +1,83 @@
+"""An engine with vLLM's second model runner, in a process of its own: python runner_v2.py ANSWERS.json
+
+vLLM takes that runner where Triton has a back end for the device. A CPU has none: here Triton interprets its kernels,
+and is given a back end that says it is there.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+import torch
+import triton.backends
+from requests_mixed import SPECIAL, by_engine, mixed, token_ids, tokens
+from triton.backends.driver import DriverBase
+
+import faststeer as fs
+
+
+class Interpreted(DriverBase):
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+
+def direction(seed: int) -> torch.Tensor:
+    return 80 * torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(seed)), dim=0)
+
+
+def waiting(prompts: list[list[int]]) -> list[tuple[list[int], fs.Plan | None]]:
+    """More plans than slots, and more requests than their keys and values have room."""
+    plans = [fs.Plan([fs.Add(direction(i), layers=i % 6, positions=("all", "generated")[i % 2])]) for i in range(8)]
+    return [(prompts[i % 8], plans[i % 8] if i % 4 else None) for i in range(12)]
+
+
+def probing(prompts: list[list[int]]) -> tuple[list[int], fs.Plan]:
+    watched = torch.stack([direction(7), direction(8)])
+    return prompts[6], fs.Plan([fs.Add(direction(9), layers=1), fs.Probe(watched, layers=[0, 2, 5])])
+
+
+def main() -> None:
+    from vllm import LLM
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from faststeer.vllm.worker import projections
+
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = counted
+    prompts, found = token_ids(fs.demo.load()[1]), {}
+    for settings, more in ((SPECIAL, {}), ({"max_plans": 3}, {"num_gpu_blocks_override": 14})):
+        engine = LLM(
+            str(fs.demo.FOLDER), dtype="float32", max_model_len=256, block_size=32, max_num_batched_tokens=64,
+            max_num_seqs=32, enforce_eager=True, additional_config={"faststeer": settings}, **more,
+        )  # fmt: skip
+        runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        assert isinstance(runner, GPUModelRunner)
+        if more:
+            found["waiting"] = tokens(by_engine(engine, waiting(prompts), 50))
+            found["preempted"] = len(preempted)
+        else:
+            for name in ("mixed", "cached"):
+                answers = by_engine(engine, mixed(prompts, 16))
+                found[name] = tokens(answers)
+                found[f"{name} tokens"] = sum(answer.num_cached_tokens for answer in answers)
+            (answer,) = by_engine(engine, [probing(prompts)])
+            found |= {"probed": tokens([answer])[0], "seen": projections(engine, answer.request_id)}
+        engine.llm_engine.engine_core.shutdown()
+        del engine, runner
+    Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Interpreted)
+    main()
