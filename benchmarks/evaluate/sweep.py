@@ -109,6 +109,7 @@ def main() -> None:
         controls=0,  # the random vector is one of the three methods
         judges=["refusal", "demo", "demo-coherent", "repetition"],
         text=(),
+        projections=0,
         max_new_tokens=NEW,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -115,7 +115,7 @@ def _sweep(
         loaded = SteeringVector.load(vector)
         layers = [list(loaded.layers) if layer is None else layer]
         options |= {"vectors": {vector.stem: loaded}, "layers": layers, "coefficients": [coefficient]}
-    return Sweep(asked, **options)
+    return Sweep(asked, projections=0, **options)
 
 
 def _measure(asked: Any, model: Any, tokenizer: Any, max_batch: int, as_json: bool) -> bool:

@@ -38,7 +38,8 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make one HTML page of a sweep: dose and response, heat maps, the Pareto front with the setting to use, answers.
+    """Make one HTML page of a sweep: dose and response, heat maps, the Pareto front with the setting to use, answers,
+    and what they project on the vectors.
 
     The page needs no server and no network. What the options choose is what it shows first; it can be changed there.
 
@@ -56,7 +57,9 @@ def report(
         paid = found.price(behaviour, price)
         choice = reports.choose(found, behaviour, paid, goal, share=share, limit=limit)
         html = reports.page(opened, found, behaviour, paid, goal, share=share, limit=limit, title=title)
-    pictures = {} if png is None else reports.figures(found, behaviour, paid, choice)
+        best = choice.recommended
+        shown = None if png is None or best is None else reports.projected(opened, found.run, best, tag)
+    pictures = {} if png is None else reports.figures(found, behaviour, paid, choice, shown)
     write_atomically(out, html)
     for name, picture in pictures.items():
         write_atomically(Path(png or ".") / name, picture)
@@ -66,7 +69,7 @@ def report(
         "figures": [str(Path(png or ".") / n) for n in pictures],
     }
     facts |= {"behaviour": behaviour.title, "goal": goal, "price": paid and paid.title}
-    facts["recommended"] = None if choice.recommended is None else found.lines[choice.recommended].name
+    facts["recommended"] = None if best is None else found.lines[best].name
     if as_json:
         typer.echo(json.dumps(facts))
         return

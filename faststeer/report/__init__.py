@@ -10,6 +10,7 @@ from faststeer.report.choice import Choice, choose
 from faststeer.report.figures import figures
 from faststeer.report.findings import Findings, Measure, Point, findings
 from faststeer.report.page import page
+from faststeer.report.projections import Projected, projected
 from faststeer.report.study import study_figures, study_page
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Findings",
     "Measure",
     "Point",
+    "Projected",
     "choose",
     "figures",
     "findings",
     "page",
+    "projected",
     "study_figures",
     "study_page",
 ]

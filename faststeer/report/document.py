@@ -14,7 +14,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(name: str, context: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """Return the page of the template `name.html`, with `name.js` behind `common.js` as its script.
+    """Return the page of the template `name.html` in `base.html`, with `name.js` behind `common.js` as its script.
 
     Args:
         context: what the template is given; markup in it is escaped.
@@ -40,7 +40,7 @@ def render(name: str, context: Mapping[str, Any], data: Mapping[str, str]) -> st
         hashes=[_hash(script), _hash(plotly)],
         plotly_version=get_plotlyjs_version(),
         plotly=pack(plotly),
-        **{key: pack(text) for key, text in data.items()},
+        data={key: pack(text) for key, text in data.items()},
     )
 
 

@@ -15,15 +15,24 @@ from matplotlib.figure import Figure
 from faststeer.evaluate.sweep import Line
 from faststeer.report.choice import Choice
 from faststeer.report.findings import Findings, Measure
+from faststeer.report.projections import Projected, colour_range
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 GREY = "#8a8a8a"
 IN_CELLS = 80  # more cells than these get no number
+TOKENS_NAMED = 60  # at most, along an axis
 
 
-def figures(found: Findings, behaviour: Measure, price: Measure | None, choice: Choice) -> dict[str, bytes]:
-    """Return PNGs by file name: `dose-response-NAME.png` and `heatmap-NAME.png` for every vector, `pareto.png`.
+def figures(
+    found: Findings,
+    behaviour: Measure,
+    price: Measure | None,
+    choice: Choice,
+    projections: Projected | None = None,
+) -> dict[str, bytes]:
+    """Return PNGs by file name: `dose-response-NAME.png` and `heatmap-NAME.png` for every vector, `pareto.png`, and
+    `projections.png` of an answer where one is given (`projected`).
 
     Without a price there is no front, and the heat map shows the behaviour alone.
     """
@@ -34,6 +43,8 @@ def figures(found: Findings, behaviour: Measure, price: Measure | None, choice: 
         made[f"heatmap-{name}.png"] = _heat_maps(found, behaviour, price, vector)
     if price is not None:
         made["pareto.png"] = _pareto(found, behaviour, price, choice)
+    if projections is not None:
+        made["projections.png"] = _projections(projections)
     return made
 
 
@@ -150,6 +161,47 @@ def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: Choice)
         name = found.lines[choice.recommended].name
         axes.scatter(*at([choice.recommended]), s=150, marker="*", color="black", label=f"use {_short(name)}", zorder=5)
     return _png(figure, axes)
+
+
+def _projections(shown: Projected) -> bytes:
+    """Layers by tokens, the unsteered answer above the steered one, on one scale; the line is the prompt's end."""
+    n_tokens, low_high = max(len(texts) for texts in shown.texts), colour_range(*shown.values)
+    height = 0.16 * len(shown.values[0]) + 1.5
+    figure = Figure(figsize=(min(max(6.0, 0.16 * n_tokens + 1.6), 14.0), 2 * height), layout="constrained")
+    panels = figure.subplots(2, 1)
+    for axes, name, texts, values in zip(panels, ("unsteered", "steered"), shown.texts, shown.values, strict=True):
+        image = axes.imshow(
+            values,
+            cmap="cividis",
+            aspect="auto",
+            origin="lower",
+            interpolation="none",
+            vmin=low_high[0],
+            vmax=low_high[1],
+        )
+        every = -(-n_tokens // TOKENS_NAMED)
+        labels = [plain(token_label(text)) for text in texts]
+        axes.set_xticks(range(0, len(texts), every), labels[::every], rotation=90, fontsize=6)
+        axes.set_xlim(-0.5, n_tokens - 0.5)
+        axes.axvline(shown.of_prompt - 0.5, color="white", lw=1.2, ls=":")
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks(*_site_ticks(len(values)), fontsize=7)
+        axes.set_ylabel("enters layer", fontsize=8)
+    figure.colorbar(image, ax=panels)
+    figure.suptitle(plain("\n".join(textwrap.wrap(shown.title, 80)[:3])), fontsize=10)
+    return saved(figure)
+
+
+def _site_ticks(n: int) -> tuple[list[int], list[str]]:
+    """Up to 16 of the layers that are entered, and what leaves the last one."""
+    places = [*range(0, n - 1, -(-n // 16)), n - 1]
+    return places, [*map(str, places[:-1]), "out"]
+
+
+def token_label(text: str) -> str:
+    """A token as a label: line ends and lone spaces are seen."""
+    text = text.replace("\n", "⏎").strip() or "␣"
+    return text if len(text) <= 14 else f"{text[:13]}…"
 
 
 def cost_title(price: Measure) -> str:

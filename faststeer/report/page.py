@@ -13,6 +13,7 @@ from faststeer.report.choice import choose
 from faststeer.report.document import render
 from faststeer.report.figures import cost_title
 from faststeer.report.findings import Findings, Goal, Measure
+from faststeer.report.projections import page_data
 
 GOALS: tuple[Goal, ...] = ("more", "less")
 
@@ -41,6 +42,7 @@ def page(
         "share": share,
         "limit": limit,
     }
+    projections = page_data(store, found.run)
     context = {
         "title": title or f"Sweep of {facts['description'].get('model', 'a model')}",
         "found": found,
@@ -52,10 +54,12 @@ def page(
         "store": store.path.name,
         "has_vectors": any(line.kind == "vector" for line in found.lines),
         "has_prices": price is not None,
+        "has_projections": bool(projections["setting"]),
     }
     summary, answers = _summary(store, found, start), _answers(store, found)
-    data = {"summary": json.dumps(summary, allow_nan=False), "answers": json.dumps(answers, allow_nan=False)}
-    return render("report", context, data)
+    summary["projected"] = context["has_projections"]
+    parts = {"summary": summary, "answers": answers, "projections": projections}
+    return render("report", context, {name: json.dumps(part, allow_nan=False) for name, part in parts.items()})
 
 
 def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def study_page(study: Mapping[str, Any], title: str | None = None) -> str:
         "share": _share,
         "high": HIGH,
     }
-    return render("study", context, {"drawn": json.dumps([asdict(chart) for chart in drawn], allow_nan=False)})
+    return render("study", context, {"charts": json.dumps([asdict(chart) for chart in drawn], allow_nan=False)})
 
 
 def reached(study: Mapping[str, Any], vector: str) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import multiprocessing
-import os
 import random
 import shutil
-import signal
 import sqlite3
 import time
 from collections import namedtuple
@@ -14,18 +15,21 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sweeps import contents, killed, rows_in, run_module, watched_by_hooks, work
 
 import faststeer as fs
+from faststeer.algebra import random_like
 from faststeer.evaluate import Rate, complete
 from faststeer.evaluate.judging import Perplexity, make
 from faststeer.evaluate.multiple_choice import Question, multiple_choice
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT, text_effects
-from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, run, table
+from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, table
 from faststeer.evaluate.sweep import run as sweep_run
 from faststeer.evaluate.sweep import store as store_module
-
-run_module = __import__("sys").modules["faststeer.evaluate.sweep.run"]
-TABLES = ("settings", "prompts", "answers", "judges", "verdicts", "effects", "vectors")
+from faststeer.evaluate.sweep.projections import packed, unpacked
+from faststeer.hf.batching import encode
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +59,10 @@ def described(vector, **changes):
         "coefficients": [0, 0.5, 1.0],
         "judges": ["refusal", "perplexity", "demo"],
         "text": NEUTRAL_TEXT[:1],
+        "projections": 2,
         "max_new_tokens": 16,
     }
     return Sweep(**settings | changes)
-
-
-def contents(path):
-    """Every row of the tables that hold results, in order."""
-    with sqlite3.connect(path) as db:
-        return {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in TABLES}
-
-
-def work(sweep, demo, path, max_batch=8):
-    with Store(path) as store:
-        return run(sweep, *demo, store, max_batch=max_batch, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -127,34 +121,116 @@ def test_the_table_is_what_judges_and_measures_say(demo, vector, finished):
     assert set(curves) == {("dim", n, layers) for n in (None, 0) for layers in ((3,), (2, 4))}
 
 
-def rows_in(path):
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10) as db:
-            return sum(
-                db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ("answers", "verdicts", "effects")
-            )
-    except sqlite3.OperationalError:
-        return 0
+def test_projections_are_what_hooks_see(demo, vector, finished):
+    """Every map in the store, against `generate` and a forward pass with hooks written here."""
+    assert vector.at == "resid_pre"  # as the hooks here add it
+    sweep = described(vector)
+    with Store(finished, create=False) as store:
+        digest = store.run()
+        directions = store.directions(digest)
+        found = list(store.projections(digest))
+        answers = {(a["setting"], a["prompt"]): a["text"] for a in store.answers(digest)}
+        alone = list(store.projections(digest, setting=3, prompt=1))
+    assert [tuple(d.values()) for d in directions] == [
+        (0, "dim", None, 3), (1, "dim", None, 2), (2, "dim", 0, 3), (3, "dim", 0, 2),
+    ]  # fmt: skip
+    used = {None: vector, 0: random_like(vector, sweep.seed)}
+    expected = {(0, p, d) for p in range(2) for d in range(4)}
+    for number, setting in enumerate(sweep.settings[1:], 1):
+        place = [
+            d["direction"] for d in directions if (d["control"], d["layer"]) == (setting.control, setting.layers[0])
+        ]
+        expected |= {(number, p, place[0]) for p in range(2)}
+    assert {(row["setting"], row["prompt"], row["direction"]) for row in found} == expected
+    assert len(found) == len(expected)
+    for row in found:
+        watched, setting = directions[row["direction"]], sweep.settings[row["setting"]]
+        at = setting.layers
+        add = [setting.coefficient * used[setting.control][layer] for layer in at]
+        v = used[watched["control"]][watched["layer"]]
+        prompt = sweep.prompts[row["prompt"]].prompt
+        values, text = watched_by_hooks(demo, prompt, v, at, add, 16)
+        assert text == answers[row["setting"], row["prompt"]]
+        assert row["of_prompt"] == len(encode(demo[1], [prompt])[0]) and row["values"].shape == values.shape
+        assert "".join(row["texts"][row["of_prompt"] :]).split() == text.split()
+        # Half precision: 11 bits.
+        torch.testing.assert_close(torch.from_numpy(row["values"]), values, rtol=2**-10, atol=1e-3)
+    assert [(row["setting"], row["prompt"]) for row in alone] == [(3, 1)]
+
+
+def test_projections_of_plans_and_of_none(demo, vector, tmp_path):
+    """A plan is watched by the first direction of its first intervention; a bare tensor's has no layer."""
+    tensor = torch.stack([vector[3], vector[2]])
+    plans = {
+        "wipe": fs.Plan([fs.Ablate(tensor, layers="all", at="resid_pre"), fs.Add(vector, 1.0, layers=4)]),
+        "late": fs.Plan([fs.Add(vector, 1.0, layers=[-1, -2])]),
+        "idle": fs.Plan([]),
+    }
+    sweep = Sweep(["How do I bake a cake?"], plans=plans, controls=0, judges=["length"], text=(), max_new_tokens=3)
+    path = tmp_path / "s.db"
+    digest = work(sweep, demo, path)
+    with Store(path) as store:
+        assert [tuple(d.values()) for d in store.directions(digest)] == [(0, "wipe", None, None), (1, "late", None, 4)]
+        found = {(row["setting"], row["direction"]): row["values"] for row in store.projections(digest)}
+    assert found.keys() == {(0, 0), (0, 1), (1, 0), (2, 1)}
+    assert abs(found[1, 0][:4]).max() < 1e-5 < abs(found[0, 0][:4]).max()  # ablated; layer 4 adds to it again
+    off = dataclasses.replace(sweep, projections=0, max_new_tokens=2)
+    digest = work(off, demo, path)
+    with Store(path) as store:
+        assert not list(store.projections(digest)) and store.answers(digest)
+
+
+def test_more_projections_later_leave_the_answers_alone(demo, vector, finished, tmp_path, monkeypatch):
+    path = tmp_path / "copy.db"
+    shutil.copy(finished, path)
+    monkeypatch.setattr(run_module, "Engine", None)
+    work(described(vector, projections=100), demo, path)
+    before, after = contents(finished), contents(path)
+    assert before["answers"] == after["answers"] and set(before["projections"]) < set(after["projections"])
+    assert len(after["projections"]) == 3 * len(before["projections"])  # six prompts instead of two
+
+
+NUMBERS = st.floats(-(2.0**126), 2.0**126, width=32) | st.sampled_from([math.inf, -math.inf, math.nan])
+
+
+@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(NUMBERS, min_size=n, max_size=n), min_size=1, max_size=3)))
+def test_packed_projections(rows):
+    values = np.array(rows, dtype=np.float32)
+    scale, data = packed(values)
+    found = unpacked(scale, data, values.shape[1])
+    assert found.shape == values.shape and len(data) == 2 * values.size and math.log2(scale) % 1 == 0
+    whole = np.isfinite(values)
+    assert np.array_equal(found[~whole], values[~whole], equal_nan=True)
+    # 11 bits of a number, and of the small ones what is left beside the largest.
+    assert np.all(np.abs(found[whole] - values[whole]) <= np.abs(values[whole]) * 2.0**-11 + scale * 2.0**-25)
+    again = unpacked(*packed(found), values.shape[1])
+    assert np.array_equal(again, found, equal_nan=True)
+
+
+def test_more_settings_than_slots(demo, vector, finished, tmp_path, monkeypatch):
+    """Two slots, eight plans: rows wait for a slot, and every answer is what it was with a slot for each."""
+    slots = []
+
+    class Small(run_module.Engine):
+        def generate(self, prompts, plans, **options):
+            slots.append((self._steering.capacity.slots, len({id(plan) for plan in plans if plan is not None})))
+            return super().generate(prompts, plans, **options)
+
+    capacity = fs.Capacity(slots=2, vectors=4, entries=2)
+    monkeypatch.setattr(run_module, "Engine", functools.partial(Small, capacity=capacity))
+    monkeypatch.setattr(run_module, "CHUNK_BATCHES", 100)
+    path = tmp_path / "slots.db"
+    work(described(vector), demo, path)
+    assert slots == [(2, 8)]
+    with Store(path) as ours, Store(finished) as whole:
+        assert ours.answers(ours.run()) == whole.answers(whole.run())
 
 
 def test_three_kills_at_random_end_in_the_same_table(demo, vector, finished, tmp_path):
-    """The sweep runs in a process that is killed with SIGKILL as soon as a random number of rows is on disk."""
     path, sweep = tmp_path / "killed.db", described(vector)
     total, seed = rows_in(finished), random.SystemRandom().randrange(10**6)
-    draw, fork = random.Random(seed), multiprocessing.get_context("fork")
-    moments = sorted(draw.sample(range(1, total - 20), 3))
-    seen = 0
-    for moment in moments:
-        process = fork.Process(target=work, args=(sweep, demo, path))
-        process.start()
-        while process.is_alive() and rows_in(path) < moment:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"seed {seed}: it had finished before it could be killed"
-        now = rows_in(path)
-        assert moment <= now < total and now >= seen, f"seed {seed}: rows were lost"
-        seen = now
+    moments = random.Random(seed).sample(range(1, total - 20), 3)
+    killed(sweep, demo, path, moments, total)
     work(sweep, demo, path)
     assert contents(path) == contents(finished), f"seed {seed}, killed at {moments}"
 
@@ -244,11 +320,12 @@ def test_questions_are_answered_under_every_setting(demo, vector, tmp_path):
 # Wrong stores, full disks ---------------------------------------------------------------------------------------------
 
 
-def test_a_store_of_another_version_is_refused_and_unchanged(finished, tmp_path):
+@pytest.mark.parametrize("version", [1, store_module.FORMAT + 1])
+def test_a_store_of_another_version_is_refused_and_unchanged(finished, tmp_path, version):
     path = tmp_path / "s.db"
     shutil.copy(finished, path)
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute(f"PRAGMA user_version = {version}")
     db.close()
     before = path.read_bytes()
     with pytest.raises(StoreError, match="another version of faststeer"):

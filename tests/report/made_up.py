@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import faststeer as fs
 from faststeer.evaluate.judging.interface import Verdict
 from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt
+from faststeer.evaluate.sweep.projections import watched
 
 NASTY = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'> $x_1$ {{ 7*7 }} \u2028 \U0001f600"
 RUN = "ab" * 32
@@ -39,11 +41,20 @@ def strength(setting) -> float:
     return {-1.0: 0.0, 0.5: 0.6, 1.0: 0.95 if setting["layers"] == (2, 3) else 0.9}[setting["coefficient"]]
 
 
+def projected(setting, prompt, direction) -> np.ndarray:
+    """`[layers + 1, tokens]` that half precision holds, of setting 2 with a scale; one number is not finite."""
+    values = np.arange(30, dtype=np.float32).reshape(6, 5) * (1 + setting) - 7 * prompt + direction
+    values[2, 3] = np.nan
+    return values * 2.0**15 if setting == 2 else values
+
+
 def written(path, sweep: Sweep, run: str = RUN) -> None:
     with Store(path) as store:
         store.begin(run, 64, sweep, {"faststeer": NASTY})
         store.add_judge(run, "j1", "refusal", 1.0, "refusal")
         store.add_judge(run, "j2", "perplexity", None, "perplexity")
+        directions, of_setting = watched(sweep.settings, 5)
+        store.add_directions(run, [direction[:3] for direction in directions])
         settings, prompts = store.settings(run), store.prompts(run)
         refusals, perplexities, effects = [], [], []
         with store.transaction():
@@ -54,8 +65,18 @@ def written(path, sweep: Sweep, run: str = RUN) -> None:
                     shows = (7 * n + 5) % len(prompts) < round(strength(s) * len(prompts))
                     text = f"{'I cannot' if shows else 'Sure'} {n} {NASTY if n == 3 else ''}"
                     failed = s["kind"] == "control" and n == 5
-                    row = (run, s["setting"], n, 0, "" if failed else text, 3, "stop", NASTY if failed else None)
-                    store._db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                    row = (
+                        run,
+                        s["setting"],
+                        n,
+                        0,
+                        "" if failed else text,
+                        3,
+                        bytes(12),
+                        "stop",
+                        NASTY if failed else None,
+                    )
+                    store._db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                     if failed:
                         continue
                     label = NASTY if n == 3 else "refusal" if shows else "answer"
@@ -64,6 +85,15 @@ def written(path, sweep: Sweep, run: str = RUN) -> None:
                     refusals.append((s["setting"], n, verdict))
                     perplexities.append((s["setting"], n, Verdict(None, 5 + cost + n / 7, {NASTY: 1.0})))
                 effects.append((s["setting"], 0, 0.1 * cost, 2 + cost, 10, None))
+        tokens = ["a", NASTY, "\n", " b", "c"]
+        store.add_projections(
+            run,
+            [
+                (s, p, 2, tokens, {d: projected(s, p, d) for d in ([of_setting[s]] if s else range(len(directions)))})
+                for s in range(len(settings))
+                for p in range(2)
+            ],
+        )
         store.add_verdicts(run, "j1", refusals)
         store.add_verdicts(run, "j2", perplexities)
         store.add_effects(run, "text-x", effects)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 
+import made_up
 import pytest
-from browsers import opened
+from browsers import drawn
 from made_up import NASTY
+from on_the_page import cards, choose, count, maps, rows, sql, text, toggle, write
 from typer.testing import CliRunner
 
 from faststeer.cli import app
@@ -20,50 +21,8 @@ def browser(database, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     made = CliRunner().invoke(app, ["report", str(database), "--out", str(folder / "report.html"), "--title", NASTY])
     assert made.exit_code == 0, made.output
-    with opened(folder / "report.html", folder / "profile") as driver:
+    with drawn(folder / "report.html", folder / "profile") as driver:
         yield driver
-
-
-def sql(path, query, *values):
-    with sqlite3.connect(path) as db:
-        return db.execute(query, values).fetchall()
-
-
-def text(browser, id):
-    return browser.execute_script("return document.getElementById(arguments[0]).textContent", id)
-
-
-def choose(browser, id, value):
-    """Choose an option by value, as a person would; it must be there."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import Select
-
-    Select(browser.find_element(By.ID, id)).select_by_value(value)
-
-
-def write(browser, id, value):
-    """Type into a field, and wait for what it does."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    field = browser.find_element(By.ID, id)
-    field.send_keys(Keys.CONTROL, "a", Keys.DELETE)
-    field.send_keys(value, Keys.TAB)
-    time.sleep(0.3)  # it waits 0.15 s for the next key
-
-
-def rows(browser):
-    """The settings' table: {setting: [cells]}, of all its pages."""
-    found = {}
-    while True:
-        found |= browser.execute_script(
-            "return Object.fromEntries([...document.querySelectorAll('#settings tbody tr')]"
-            ".map((r) => [r.dataset.setting, [...r.cells].map((c) => c.textContent)]))"
-        )
-        following = "return [...document.querySelectorAll('#settings-pager button')].at(-1)"
-        if not browser.execute_script(f"{following}?.disabled === false"):
-            return {int(number): cells for number, cells in found.items()}
-        browser.execute_script(f"{following}.click()".removeprefix("return "))
 
 
 def test_the_table_of_settings_is_the_stores(browser, database):
@@ -136,18 +95,6 @@ def test_figures_draw_the_stores_values(browser, database):
         assert (x, y) == (pytest.approx(kl[n] - kl[0], abs=1e-12), pytest.approx(shares[n], abs=1e-12))
 
 
-def cards(browser):
-    return browser.execute_script(
-        "return [...document.querySelectorAll('#answers article')].map((a) => [+a.dataset.setting, +a.dataset.prompt,"
-        " ...[...a.querySelectorAll('.side')].map((s) => [s.querySelector('.text')?.textContent,"
-        " s.querySelector('li:nth-child(2)')?.textContent])])"
-    )
-
-
-def count(browser):
-    return int(browser.execute_script("return document.getElementById('answers-count').dataset.count"))
-
-
 def test_answers_are_filtered_and_searched(browser, database):
     for name in ("vector", "layers", "coefficient", "tag", "verdict"):
         choose(browser, f"answers-{name}", "")
@@ -190,6 +137,27 @@ def test_answers_are_filtered_and_searched(browser, database):
     choose(browser, "answers-tag", "")
     choose(browser, "answers-verdict", "failed")
     assert count(browser) == 1 and "could not be generated" in text(browser, "answers")
+
+
+def test_projections_of_any_size(browser, database):
+    """Numbers beyond half precision's, one that is none, and tokens that try to be markup."""
+    for name in ("vector", "layers", "coefficient", "tag", "verdict"):
+        choose(browser, f"answers-{name}", "")
+    (setting,) = sql(database, "SELECT vector, layers, coefficient FROM settings WHERE setting = 2")
+    for name, value in zip(("vector", "layers", "coefficient"), setting, strict=True):
+        choose(browser, f"answers-{name}", value.strip("[]") if name == "layers" else str(value))
+    toggle(browser, 2, 1)
+    found = maps(browser)
+    assert found.keys() == {(2, 0), (2, 1)}
+    scale = sql(database, "SELECT max(scale), min(scale) FROM projections")[0]
+    assert scale[0] > scale[1] == 1
+    for (number, prompt), sides in found.items():
+        direction = sql(database, "SELECT direction FROM projections WHERE setting = 2 AND prompt = ?", prompt)[0][0]
+        for side, of in zip(sides, (0, number), strict=True):
+            expected = made_up.projected(of, prompt, direction).tolist()
+            expected[2][3] = None
+            assert side["z"] == expected and side["end"] == 1.5
+            assert side["tokens"][2:] == ["⏎", "b", "c"] and side["tokens"][1].startswith("&lt;/script&gt;")
 
 
 def test_answers_come_in_pages(browser):

@@ -6,7 +6,6 @@ import base64
 import gzip
 import json
 import re
-import sqlite3
 from html.parser import HTMLParser
 
 import matplotlib.image
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import NASTY, RUN
+from on_the_page import sql
 from typer.testing import CliRunner
 
 from faststeer import report
@@ -27,11 +27,6 @@ from faststeer.report.figures import file_names
 def found(database):
     with Store(database, create=False) as store:
         return report.findings(store)
-
-
-def sql(path, query, *values):
-    with sqlite3.connect(path) as db:
-        return db.execute(query, values).fetchall()
 
 
 def test_measures_are_what_the_rows_say(database, found):
@@ -130,13 +125,13 @@ def html(database, tmp_path_factory):
     for name in facts["figures"]:
         image = matplotlib.image.imread(name)
         assert image.shape[1] > 1000 and image[..., :3].std() > 0.05
-    assert len(facts["figures"]) == 5
+    assert len(facts["figures"]) == 6
     return (out / "r.html").read_text(encoding="utf-8")
 
 
 def test_the_page_holds_every_row_and_no_markup_of_others(database, html):
     plain = Markup(html)
-    assert plain.found.count("script") == 4 and "img" not in plain.found and "iframe" not in plain.found
+    assert plain.found.count("script") == 5 and "img" not in plain.found and "iframe" not in plain.found
     assert not any(name in ("src", "href") or name.startswith("on") for name, _ in plain.attributes)
     assert "onerror='window.hit" not in html and "&lt;img src=x" in html
     data = json.loads(unpacked(html, "answers"))

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browsers import opened
+from browsers import drawn
 from made_up import NASTY
 
 from faststeer import report
@@ -102,14 +102,14 @@ def test_charts_hold_the_studys_numbers(study):
 
 def test_in_a_browser(study, tmp_path):
     (tmp_path / "observe.html").write_text(report.study_page(study), encoding="utf-8")
-    with opened(tmp_path / "observe.html", tmp_path / "profile") as browser:
+    with drawn(tmp_path / "observe.html", tmp_path / "profile") as browser:
         for chart in charts(study):
-            drawn = browser.execute_script(
+            shown = browser.execute_script(
                 "return document.getElementById(arguments[0]).data.filter((t) => t.hoverinfo !== 'skip')"
                 ".map((t) => [t.name, t.y])",
                 f"chart-{chart.name}",
             )
-            assert drawn == [[series.name, list(series.y)] for series in chart.series]
+            assert shown == [[series.name, list(series.y)] for series in chart.series]
         assert browser.execute_script(
             "return window.hit === undefined && document.querySelectorAll('img').length === 0"
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import threading
 import time
 
+import browsers
 import pytest
 
 from faststeer import demo, evaluate
@@ -16,24 +16,7 @@ from faststeer.intervention import Add
 from faststeer.plan import Plan
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'faststeer[ui]'")
-pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with chromedriver here: apt-get install chromium chromium-driver"
-)
-FLAGS = [
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "no-first-run",
-    "no-proxy-server",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "hide-scrollbars",
-    "window-size=1280,1430",
-]
+pytestmark = pytest.mark.skipif(bool(browsers.MISSING), reason=browsers.MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +36,9 @@ def address(playground):
 
 @pytest.fixture(scope="module")
 def browser(address, tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(180)  # gradio's copy of Plotly takes a busy machine a while to begin
-    try:
-        driver.get(address)
+    with browsers.opened(address, tmp_path_factory.mktemp("profile"), height=1430) as driver:
+        driver.set_script_timeout(180)  # gradio's copy of Plotly takes a busy machine a while to begin
         yield driver
-    finally:
-        driver.quit()
 
 
 def box(browser, name):
@@ -75,9 +46,7 @@ def box(browser, name):
 
 
 def wait(browser, condition):
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    return WebDriverWait(browser, 180).until(lambda _: condition())
+    return browsers.wait(browser, condition, 180)
 
 
 def answers(browser, *expected):

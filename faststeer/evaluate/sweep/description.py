@@ -90,6 +90,9 @@ class Sweep:
         judges: as `judging.make` names them.
         text: neutral texts on which KL and cross-entropy are measured for every setting; () for none.
         questions: multiple choice questions answered under every setting; () for none.
+        projections: of this many prompts, the first of the list, each setting's answers are projected on the vector
+            that steered them, token by token at every layer, and the unsteered answers on every vector; 0 for none. An
+            answer takes a forward pass, and 2 bytes x (layers + 1) x tokens in the store.
         model, dtype, device: of the command line's `faststeer sweep`; `run` is given a model.
         system: a system prompt before every prompt.
         max_new_tokens, temperature, top_k, top_p: as of `Engine.generate`.
@@ -113,6 +116,7 @@ class Sweep:
     judges: Sequence[Any] = JUDGES
     text: Sequence[str] = NEUTRAL_TEXT
     questions: Sequence[Question] = ()
+    projections: int = 4
     model: str = "demo"
     dtype: str = "auto"
     device: str = "auto"
@@ -187,7 +191,10 @@ class Sweep:
             "faststeer": __version__,
             "model": model,
             "prompts": [[p.id, p.tag, p.prompt] for p in self.prompts],
-            "settings": [[s.name, s.kind, s.plan and _digest(s.plan.to_json(inline=True))] for s in self.settings],
+            "settings": [
+                [s.name, s.kind, None if s.plan is None else _digest(s.plan.to_json(inline=True))]
+                for s in self.settings
+            ],
             "system": self.system,
             "generation": [self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed],
         }
@@ -352,6 +359,7 @@ _CHECKS: dict[str, Any] = {
     "judges": _judges,
     "text": _texts,
     "questions": tuple,
+    "projections": _at_least(0, True),
     "max_new_tokens": _at_least(1, True),
     "temperature": _at_least(0, False),
     "top_k": _at_least(0, True),

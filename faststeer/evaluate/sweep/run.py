@@ -9,11 +9,13 @@ import hashlib
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -24,16 +26,18 @@ from faststeer.evaluate.judging.models import fingerprint
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep
+from faststeer.evaluate.sweep.projections import project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store, Unit
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import check_evaluating, encode
+from faststeer.hf.batching import check_evaluating, encode, padding_id
 from faststeer.plan import Plan
 
 CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most
 SETTINGS_PER_UNIT = 16  # of side effects
 BAND = 16  # tokens: prompts whose lengths differ by less run together
 JUDGED_AT_ONCE = 256  # answers between two writes of verdicts
-BYTES_PER_TOKEN, BYTES_PER_ROW = 6, 300  # of text; of everything else, a verdict included
+READ_AT_ONCE = 32  # answers of a setting that are projected in one pass
+BYTES_PER_TOKEN, BYTES_PER_ROW = 10, 300  # of text and token ids; of everything else, a verdict included
 
 
 class Row(NamedTuple):
@@ -62,8 +66,8 @@ def run(
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
 
     Answers come from one Engine, rows of any plan mixed in a batch, the longest prompts first;
-    then judges, then side effects. Every answer is on disk before the next is waited for (with `engine: vllm` every
-    group of four batches).
+    then judges, then side effects and projections. Every answer is on disk before the next is waited for (with
+    `engine: vllm` every group of four batches).
 
     Args:
         model, tokenizer: the steered ones.
@@ -100,13 +104,19 @@ class _Work:
         self.length = _check_lengths(model, self.encoded, [p.id for p in sweep.prompts], sweep.max_new_tokens)
         self.judges = self._judges()
         self.rows = _largest_first(len(self.settings), [len(ids) for ids in self.encoded])
-        _check_disk(store, len(self.rows), sweep.max_new_tokens, len(self.judges))
+        self.projected = min(sweep.projections, len(self.prompts))
+        n_layers = find_hook_points(model).n_layers
+        self.watched, self.direction = watched(self.settings, n_layers)
+        maps = self.projected * (len(self.direction) + len(self.watched))
+        room = maps * 2 * (n_layers + 1) * self.length
+        _check_disk(store, len(self.rows), sweep.max_new_tokens, len(self.judges), room)
         self.run = sweep.identity(fingerprint(model))
         chunk = max(CHUNK_BATCHES * max_batch, 1)
         chunk = store.begin(self.run, chunk, sweep, _versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
         for digest, judge in self.judges.items():
             store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
+        store.add_directions(self.run, [direction[:3] for direction in self.watched])
         self.units = self._units()
         store.add_units(self.run, self.units)
         self._engine: Any = None
@@ -124,7 +134,13 @@ class _Work:
         answers = [Unit(f"answers:{n}") for n in range(len(self.chunks))]
         judges = [Unit(f"judge:{d}:{n}", f"answers:{n}") for n in range(len(self.chunks)) for d in self.judges]
         blocks = range(-(-len(self.settings) // SETTINGS_PER_UNIT))
-        return answers + judges + [Unit(f"effect:{e}:{n}") for e in self._effects() for n in blocks]
+        effects = [Unit(f"effect:{e}:{n}") for e in self._effects() for n in blocks]
+        projections = [
+            Unit(f"projections:{self.projected}:{n}", f"answers:{n}")
+            for n, rows in enumerate(self.chunks)
+            if any(row.prompt < self.projected for row in rows)
+        ]
+        return answers + judges + effects + projections
 
     def _effects(self) -> dict[str, Callable[[list[int]], list[tuple[Any, ...]]]]:
         """Side effects by name and digest of what they are measured on."""
@@ -152,17 +168,23 @@ class _Work:
             elif kind == "judge":
                 report(self.store._count("answers", self.run), f"Judging: {self.judges[rest[0]].name}")
                 self._judge(rest[0], int(rest[1]))
+            elif kind == "projections":
+                report(self.store._count("answers", self.run), "Projections")
+                self._project(int(rest[1]))
             else:
                 report(self.store._count("answers", self.run), "Side effects")
                 self._effect(rest[0], int(rest[1]))
             self.store.finish(self.run, unit)
 
     def _answer(self, number: int, report: Callable[[int, str], None]) -> None:
-        there = self.store.answered(self.run, number)
-        rows = [row for row in self.chunks[number] if row not in there]
-        if not rows:
+        """Answer a chunk. One that was begun is answered again from its start until nothing of it is missing: rows
+        round as the rows beside them make them, and so the same rows stand beside each other whatever was killed."""
+        rows, there = self.chunks[number], self.store.answered(self.run, number)
+        missing = {i for i, row in enumerate(rows) if row not in there}
+        if not missing:
             return
         count = self.store._count("answers", self.run)
+        total = count + len(missing)
         sweep, engine = self.sweep, self._the_engine()
         completions = engine.generate(
             [self.encoded[row.prompt] for row in rows],
@@ -176,13 +198,19 @@ class _Work:
             in_order=False,
             progress=False,
         )
-        for done, completion in enumerate(completions, 1):
-            row: Row = rows[completion.index]
-            error = None if completion.error is None else str(completion.error)
-            self.store.add_answer(
-                self.run, *row, number, completion.text, len(completion.token_ids), completion.finish_reason, error
-            )
-            report(count + done, "Answering")
+        with closing(completions):
+            for completion in completions:
+                if completion.index not in missing:
+                    continue
+                row: Row = rows[completion.index]
+                error = None if completion.error is None else str(completion.error)
+                self.store.add_answer(
+                    self.run, *row, number, completion.text, completion.token_ids, completion.finish_reason, error
+                )
+                missing.remove(completion.index)
+                report(total - len(missing), "Answering")
+                if not missing:
+                    break
 
     def _the_engine(self) -> Any:
         """An Engine, or vLLM in its place: what is asked of it here both have."""
@@ -213,6 +241,34 @@ class _Work:
             verdicts = judge(prompts, [text for _, _, text in some], plans)
             rows = [(setting, prompt, v) for (setting, prompt, _), v in zip(some, verdicts, strict=True)]
             self.store.add_verdicts(self.run, digest, rows)
+
+    def _project(self, number: int) -> None:
+        """Setting by setting, so that what rounds together is the same whatever came before."""
+        left = self.store.unprojected(self.run, number, self.projected)
+        by_setting: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        for setting, prompt, ids in left:
+            if setting == 0 or setting in self.direction:
+                by_setting[setting].append((prompt, ids))
+        found = []
+        for setting, answers in by_setting.items():
+            numbers = [self.direction[setting]] if setting else list(range(len(self.watched)))
+            if not numbers:
+                continue
+            rows = [(self.encoded[prompt], ids) for prompt, ids in answers]
+            directions = torch.stack([self.watched[n].direction for n in numbers])
+            seen = project(
+                self.model,
+                self.settings[setting].plan,
+                rows,
+                directions,
+                pad_id=padding_id(self.tokenizer),
+                batch_size=READ_AT_ONCE,
+            )
+            for (prompt, ids), values in zip(answers, seen, strict=True):
+                texts = [self.tokenizer.decode([token]) for token in (*self.encoded[prompt], *ids)]
+                maps = {n: values[..., k] for k, n in enumerate(numbers)}
+                found.append((setting, prompt, len(self.encoded[prompt]), texts, maps))
+        self.store.add_projections(self.run, found)
 
     def _effect(self, name: str, block: int) -> None:
         first = block * SETTINGS_PER_UNIT
@@ -281,8 +337,8 @@ def _check_lengths(model: Any, encoded: Sequence[Sequence[int]], ids: Sequence[s
     return length
 
 
-def _check_disk(store: Store, rows: int, new: int, judges: int) -> None:
-    needed = rows * (new * BYTES_PER_TOKEN + BYTES_PER_ROW * (1 + judges))
+def _check_disk(store: Store, rows: int, new: int, judges: int, more: int) -> None:
+    needed = rows * (new * BYTES_PER_TOKEN + BYTES_PER_ROW * (1 + judges)) + more
     free = shutil.disk_usage(store.path.parent).free
     if needed > free:
         raise ValueError(
@@ -292,7 +348,6 @@ def _check_disk(store: Store, rows: int, new: int, judges: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    import torch
     import transformers
 
     from faststeer import __version__

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from faststeer.evaluate.sweep.projections import packed, unpacked
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
-FORMAT = 1
+FORMAT = 2
 APPLICATION = 0x66737377  # "fssw", in the file's header
 LEASE = 60.0  # seconds without a sign of life after which another process takes a unit over
 BUSY = 60.0  # seconds to wait for another process's transaction
@@ -40,7 +43,7 @@ CREATE TABLE prompts (
     ) WITHOUT ROWID;
 CREATE TABLE answers (
     run TEXT, setting INTEGER, prompt INTEGER, chunk INTEGER NOT NULL, text TEXT NOT NULL, tokens INTEGER NOT NULL,
-    finish TEXT NOT NULL, error TEXT, PRIMARY KEY (run, setting, prompt)) WITHOUT ROWID;
+    ids BLOB NOT NULL, finish TEXT NOT NULL, error TEXT, PRIMARY KEY (run, setting, prompt)) WITHOUT ROWID;
 CREATE INDEX answers_by_chunk ON answers (run, chunk);
 CREATE TABLE judges (
     run TEXT, judge TEXT, name TEXT NOT NULL, shows REAL, identity TEXT NOT NULL, PRIMARY KEY (run, judge)
@@ -51,6 +54,15 @@ CREATE TABLE verdicts (
 CREATE TABLE effects (
     run TEXT, effect TEXT, setting INTEGER, item INTEGER, kl REAL, cross_entropy REAL, tokens INTEGER, correct INTEGER,
     PRIMARY KEY (run, effect, setting, item)) WITHOUT ROWID;
+CREATE TABLE directions (
+    run TEXT, direction INTEGER, vector TEXT NOT NULL, control INTEGER, layer INTEGER, PRIMARY KEY (run, direction)
+    ) WITHOUT ROWID;
+CREATE TABLE tokens (
+    run TEXT, setting INTEGER, prompt INTEGER, of_prompt INTEGER NOT NULL, texts TEXT NOT NULL,
+    PRIMARY KEY (run, setting, prompt)) WITHOUT ROWID;
+CREATE TABLE projections (
+    run TEXT, setting INTEGER, prompt INTEGER, direction INTEGER, scale REAL NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (run, setting, prompt, direction));
 CREATE TABLE units (
     run TEXT, unit TEXT, number INTEGER NOT NULL, needs TEXT, done INTEGER NOT NULL DEFAULT 0, worker TEXT, host TEXT,
     pid INTEGER, seen REAL, PRIMARY KEY (run, unit)) WITHOUT ROWID;
@@ -63,7 +75,8 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work that one process does: "answers:3", "judge:<digest>:3", "effect:<digest>:0"."""
+    """A piece of work that one process does: "answers:3", "judge:<digest>:3", "effect:<digest>:0", "projections:4:3"
+    (of the first 4 prompts, in chunk 3)."""
 
     name: str
     needs: str | None = None
@@ -279,12 +292,21 @@ class Store:
         return {(row["setting"], row["prompt"]) for row in found}
 
     def add_answer(
-        self, run: str, setting: int, prompt: int, chunk: int, text: str, tokens: int, finish: str, error: str | None
+        self,
+        run: str,
+        setting: int,
+        prompt: int,
+        chunk: int,
+        text: str,
+        ids: Sequence[int],
+        finish: str,
+        error: str | None,
     ) -> None:
+        data = np.asarray(ids, dtype="<i4").tobytes()
         with self.transaction():
             self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (run, setting, prompt, chunk, text, tokens, finish, error),
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, setting, prompt, chunk, text, len(ids), data, finish, error),
             )
 
     def unjudged(self, run: str, judge: str, chunk: int) -> list[tuple[int, int, str]]:
@@ -329,6 +351,42 @@ class Store:
             self._db.executemany(
                 "INSERT OR IGNORE INTO effects VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [(run, effect, *row) for row in rows]
             )
+
+    def add_directions(self, run: str, directions: Iterable[tuple[str, int | None, int | None]]) -> None:
+        """Write (vector, control, layer) of each direction that answers are projected on, in the order of their
+        numbers."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO directions VALUES (?, ?, ?, ?, ?)",
+                [(run, number, *direction) for number, direction in enumerate(directions)],
+            )
+
+    def unprojected(self, run: str, chunk: int, prompts: int) -> list[tuple[int, int, list[int]]]:
+        """(setting, prompt, the answer's token ids) of the chunk's answers to the first so many prompts that are not
+        projected yet, but for those that failed."""
+        found = self._all(
+            "SELECT setting, prompt, ids FROM answers a WHERE run = ? AND chunk = ? AND prompt < ? AND error IS NULL "
+            "AND NOT EXISTS (SELECT 1 FROM tokens t WHERE t.run = a.run AND t.setting = a.setting AND "
+            "t.prompt = a.prompt) ORDER BY setting, prompt",
+            run,
+            chunk,
+            prompts,
+        )
+        return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in found]
+
+    def add_projections(self, run: str, rows: Iterable[tuple[int, int, int, Sequence[str], Mapping[int, Any]]]) -> None:
+        """Write (setting, prompt, how many tokens are the prompt's, the tokens as text, `{direction: [layers + 1,
+        tokens]}`), all of them or none."""
+        with self.transaction():
+            for setting, prompt, of_prompt, texts, found in rows:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?)",
+                    (run, setting, prompt, of_prompt, json.dumps(list(texts))),
+                )
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO projections VALUES (?, ?, ?, ?, ?, ?)",
+                    [(run, setting, prompt, number, *packed(values)) for number, values in found.items()],
+                )
 
     # Reading
 
@@ -379,6 +437,34 @@ class Store:
         columns = "effect, setting, item, kl, cross_entropy, tokens, correct"
         found = self._all(f"SELECT {columns} FROM effects WHERE run = ? ORDER BY effect, setting, item", run)
         return [dict(row) for row in found]
+
+    def directions(self, run: str) -> list[dict[str, Any]]:
+        """What answers are projected on: `direction` (its number), `vector`, `control`, `layer`."""
+        columns = "direction, vector, control, layer"
+        return [
+            dict(row) for row in self._all(f"SELECT {columns} FROM directions WHERE run = ? ORDER BY direction", run)
+        ]
+
+    def projections(self, run: str, setting: int | None = None, prompt: int | None = None) -> Iterator[dict[str, Any]]:
+        """Projected answers, all or of one setting, one prompt: `setting`, `prompt`, `direction`, `of_prompt` (tokens
+        of the prompt), `texts` (of the tokens), `values` `[layers + 1, tokens]` fp32.
+
+        The unsteered answer is there once for every direction, a steered one for its own.
+        """
+        columns = "p.setting, p.prompt, p.direction, t.of_prompt, t.texts, p.scale, p.data"
+        asked = {"p.setting = ?": setting, "p.prompt = ?": prompt}
+        given = {text: value for text, value in asked.items() if value is not None}
+        found = self._all(
+            f"SELECT {columns} FROM projections p JOIN tokens t USING (run, setting, prompt) WHERE "
+            f"{' AND '.join(['p.run = ?', *given])} ORDER BY p.setting, p.prompt, p.direction",
+            run,
+            *given.values(),
+        )
+        for row in found:
+            texts = json.loads(row["texts"])
+            values = unpacked(row["scale"], row["data"], len(texts))
+            plain = {name: row[name] for name in ("setting", "prompt", "direction", "of_prompt")}
+            yield plain | {"texts": texts, "values": values}
 
 
 def _setting_row(setting: Any) -> tuple[Any, ...]:

@@ -196,7 +196,7 @@
     const made = layout("coefficient", m.title, { yaxis: axisOf(m) });
     if (m.value[0] !== null) made.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: m.value[0], y1: m.value[0],
       line: { color: soft(), dash: "dash", width: 1 } }];
-    draw("dose", traces, made, `${m.title} against the coefficient of ${vector}, a line per layer`);
+    draw($("dose"), traces, made, `${m.title} against the coefficient of ${vector}, a line per layer`);
   }
 
   function drawHeat(id, m) {
@@ -222,7 +222,7 @@
       made.shapes = [{ type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: "#D81B60", width: 3 } }];
       made.annotations = [{ x: x + 0.5, y: y + 0.5, xanchor: "center", yanchor: "middle", text: "★", showarrow: false, font: { size: 20, color: "#D81B60" } }];
     }
-    draw(id, traces, made, `${m.title} of ${vector} by layer and coefficient`);
+    draw($(id), traces, made, `${m.title} of ${vector} by layer and coefficient`);
   }
 
   function drawPareto() {
@@ -252,27 +252,26 @@
     trace([0], "unsteered", { marker: { symbol: "pentagon", color: dark() ? "#e9ebee" : "#16191d", size: 10 } });
     if (state.recommended !== null)
       trace([state.recommended], `use ${settings[state.recommended].name}`, { marker: { symbol: "star", color: "#D81B60", size: 17, line: { color: dark() ? "#fff" : "#000", width: 1 } } });
-    draw("pareto", traces, layout(p.costs, b.title, { yaxis: axisOf(b) }), `${b.title} against ${p.title}`);
+    draw($("pareto"), traces, layout(p.costs, b.title, { yaxis: axisOf(b) }), `${b.title} against ${p.title}`);
   }
 
   const listening = new Set();
-  function draw(id, traces, made, description) {
-    const place = $(id);
-    if (!place) return;
+  function draw(place, traces, made, description, source = "The table of every setting has the numbers.") {
     place.setAttribute("role", "img");
-    place.setAttribute("aria-label", `${description}. The table of every setting has the numbers.`);
+    place.setAttribute("aria-label", `${description}. ${source}`);
     if (made.yaxis.title.text.length > 44 && made.yaxis.type !== "category") made.yaxis.title.text = made.yaxis.title.text.replace(/(.{20,40}?) /, "$1<br>");
     if (printing) made.width = 680;  // an A4 page between its margins
     made.autosize = !printing;
     Plotly.react(place, traces, made, CONFIG);
-    if (id === "pareto" && !listening.has(id)) {
-      listening.add(id);
+    if (place.id === "pareto" && !listening.has(place.id)) {
+      listening.add(place.id);
       place.on("plotly_click", (event) => event.points[0].customdata && showAnswers(event.points[0].customdata[0]));
     }
   }
 
   function drawFigures() {
     if (!window.Plotly) return;
+    for (const redraw of opened) redraw();
     if (price()) drawPareto();
     if (!vectors.length) return;
     drawDose();
@@ -399,6 +398,7 @@
       if (settings.some((s) => s.unread[name])) options.push({ value: `${j} unread`, text: `${name}: could not be read`, group: name });
     });
     if (settings.some((s) => s.errors)) options.push({ value: "failed", text: "could not be generated" });
+    if (data.projected) options.push({ value: "projected", text: "with projections" });
     fill($("answers-verdict"), options);
   }
 
@@ -417,7 +417,7 @@
       if (!allowed[s]) return;
       const prompt = asking.get(answers.prompt[row]), base = answers.base.get(answers.prompt[row]);
       if (!prompt.tag) return;
-      if (asked === "failed" ? answers.errors[row] === undefined : asked !== "" && !TESTS[test](verdict(judge, row), verdict(judge, base))) return;
+      if (asked === "projected" ? !steeredMap(row) : asked === "failed" ? answers.errors[row] === undefined : asked !== "" && !TESTS[test](verdict(judge, row), verdict(judge, base))) return;
       if (wanted !== "" && !prompt.found && !reads(answers.text[row]) && !(base !== undefined && reads(answers.text[base]))) return;
       matching.push(row);
     });
@@ -428,7 +428,10 @@
     const wanted = $("answers-search").value.trim(), rows = matching.slice(page * PAGE.answers, (page + 1) * PAGE.answers);
     $("answers-count").textContent = `${matching.length.toLocaleString("en")} of ${(answers.setting.length - answers.base.size).toLocaleString("en")} steered answers`;
     $("answers-count").dataset.count = matching.length;
+    for (const place of document.querySelectorAll("#answers .js-plotly-plot")) Plotly.purge(place);
+    opened = [];
     $("answers").replaceChildren(...rows.map((row) => card(row, wanted)));
+    document.querySelector("#answers .projections > button")?.click();
     pager($("answers-pager"), Math.ceil(matching.length / PAGE.answers), page, showPage);
   }
 
@@ -456,7 +459,7 @@
     head.append(element("div", { className: "meta", textContent: `prompt ${prompt.id}${prompt.tag ? `, ${prompt.tag}` : ""}` }));
     const sides = element("div", { className: "sides" }, side(answers.base.get(answers.prompt[row]), "unsteered", wanted),
       side(row, settings[answers.setting[row]].name, wanted));
-    const made = element("article", {}, head, sides);
+    const made = element("article", {}, head, sides, ...projections(row));
     made.dataset.setting = answers.setting[row];
     made.dataset.prompt = answers.prompt[row];
     return made;
@@ -484,6 +487,96 @@
     });
     made.append(list, ...read, element("div", { className: "meta", textContent: `${answers.tokens[row]} tokens, ended by ${answers.finishes[answers.finish[row]]}` }));
     return made;
+  }
+
+  // Projections: halves, read when they are drawn ---------------------------------------------------------------------
+
+  let maps = null, opened = [];
+
+  function loadProjections(packed) {
+    const bytes = decoded(atob(packed.data));
+    maps = { ...packed, halves: new DataView(bytes.buffer), at: new Map(), of: new Map() };
+    for (const answer of packed.answers) maps.of.set(`${answer.setting} ${answer.prompt}`, answer);
+    let from = 0;
+    packed.setting.forEach((setting, i) => {
+      const key = `${setting} ${packed.prompt[i]}`, tokens = maps.of.get(key).text.length;
+      const found = { direction: packed.direction[i], scale: packed.scale[i], sites: packed.sites[i], tokens, from };
+      maps.at.set(setting === 0 ? `${key} ${found.direction}` : key, found);
+      from += 2 * found.sites * tokens;
+    });
+  }
+  const steeredMap = (row) => maps.at.get(`${answers.setting[row]} ${answers.prompt[row]}`);
+
+  function half(at) {
+    const bits = maps.halves.getUint16(at, true), exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    const size = exponent === 0 ? fraction * 2 ** -24 : (1 + fraction / 1024) * 2 ** (exponent - 15);
+    return exponent === 31 ? null : bits >> 15 ? -size : size;  // null: not finite
+  }
+
+  function read(found, key) {
+    const { of_prompt, text } = maps.of.get(key), { scale, sites, tokens, from } = found;
+    const z = Array.from({ length: sites }, (_, site) => Array.from({ length: tokens }, (_, token) => {
+      const value = half(from + 2 * (site * tokens + token));
+      return value === null ? null : value * scale;
+    }));
+    return { z, of_prompt, texts: text.map((number) => maps.texts[number]) };
+  }
+
+  // A button, and below it the maps of the unsteered and the steered answer, where there are any.
+  function projections(row) {
+    const prompt = answers.prompt[row], steered = steeredMap(row);
+    const base = steered && maps.at.get(`0 ${prompt} ${steered.direction}`);
+    if (!base) return [];
+    const title = maps.titles[steered.direction], box = element("div", { className: "projections" });
+    const button = element("button", { type: "button", textContent: title[0].toUpperCase() + title.slice(1), ariaExpanded: "false" });
+    box.append(button);
+    box.dataset.closed = "";
+    let redraw = null;
+    button.addEventListener("click", () => {
+      if (redraw) {
+        opened = opened.filter((other) => other !== redraw);
+        for (const place of box.querySelectorAll(".plot")) Plotly.purge(place);
+        box.lastChild.remove();
+        redraw = null;
+        box.dataset.closed = "";
+        button.ariaExpanded = "false";
+        return;
+      }
+      const both = [read(base, `0 ${prompt}`), read(steered, `${answers.setting[row]} ${prompt}`)];
+      const names = ["unsteered", settings[answers.setting[row]].name], places = names.map(() => element("div", { className: "plot" }));
+      box.append(element("div", { className: "sides" }, ...places.map((place) => element("div", { className: "side" }, place))));
+      redraw = () => places.forEach((place, i) => drawMap(place, both[i], names[i], title, both));
+      delete box.dataset.closed;
+      button.ariaExpanded = "true";
+      opened.push(redraw);
+      redraw();
+    });
+    return [box];
+  }
+
+  function drawMap(place, { z, of_prompt, texts }, name, title, both) {
+    let low = Infinity, high = -Infinity;
+    for (const side of both) for (const line of side.z) line.forEach((value, token) => {
+      if (value === null || (token === 0 && line.length > 1)) return;
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    });
+    const width = Math.max(...both.map((side) => side.texts.length)), sites = z.length;
+    const token = (text) => label(short(text.replace(/\n/g, "⏎").trim() || "␣", 14));
+    const every = Math.ceil(width / (printing ? 60 : narrow() ? 26 : 34)), rows = Math.ceil(sites / 16);
+    const columns = texts.map((_, i) => i).filter((i) => i % every === 0);
+    const lines = z.map((_, i) => i).filter((i) => i % rows === 0 || i === sites - 1);
+    const traces = [{ type: "heatmap", x: texts.map((_, i) => i), y: z.map((_, i) => i), z, colorscale: "Cividis", zmin: low, zmax: high,
+      colorbar: { thickness: 10 }, customdata: z.map(() => texts.map(token)),
+      hovertemplate: "%{customdata}<br>layer %{y}: %{z:.3~g}<extra></extra>" }];
+    const made = layout("", "enters layer", { showlegend: false,
+      xaxis: { tickvals: columns, ticktext: columns.map((i) => token(texts[i])), tickangle: -90, tickfont: { size: narrow() ? 9 : 10 }, range: [-0.5, width - 0.5], showgrid: false, zeroline: false },
+      yaxis: { tickvals: lines, ticktext: lines.map((i) => (i === sites - 1 ? "out" : String(i))), showgrid: false, zeroline: false } });
+    made.title = { text: label(short(name, narrow() ? 40 : 56)), font: { size: 14 }, x: 0.02, y: 0.98, yanchor: "top" };
+    made.margin.t = 34;
+    if (printing) made.height = Math.min(420, 150 + 14 * sites);
+    made.shapes = [{ type: "line", x0: of_prompt - 0.5, x1: of_prompt - 0.5, yref: "paper", y0: 0, y1: 1, line: { color: "#fff", width: 2, dash: "dot" } }];
+    draw(place, traces, made, `${title}, by token and layer: ${name}`, "");
   }
 
   function chooseAnswers(n) {
@@ -547,6 +640,7 @@
   await startPlotly();
   drawFigures();
   loadAnswers(JSON.parse(await unpack("data-answers")));
+  loadProjections(JSON.parse(await unpack("data-projections")));
   if (state.recommended !== null) chooseAnswers(state.recommended);
   filterAnswers();
   document.documentElement.dataset.ready = "true";
