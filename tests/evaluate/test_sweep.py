@@ -235,6 +235,34 @@ def test_three_kills_at_random_end_in_the_same_table(demo, vector, finished, tmp
     assert contents(path) == contents(finished), f"seed {seed}, killed at {moments}"
 
 
+def test_a_unit_that_was_begun_is_asked_for_as_a_whole(demo, vector, finished, tmp_path, monkeypatch):
+    """The same rows in the same order, so that they round alike; what was there is neither written nor counted anew."""
+    asked, counted = [], []
+
+    class Stop(Exception):
+        pass
+
+    class Spy(run_module.Engine):
+        def generate(self, prompts, plans, **options):
+            asked.append((prompts, plans, options))
+            return super().generate(prompts, plans, **options)
+
+    def stopped(progress):
+        counted.append(progress.answered)
+        if progress.answered == 21:  # the second unit, of 16 rows, is under way
+            raise Stop
+
+    monkeypatch.setattr(run_module, "Engine", Spy)
+    path, sweep = tmp_path / "s.db", described(vector)
+    with Store(path) as store, pytest.raises(Stop):
+        sweep_run(sweep, *demo, store, max_batch=8, progress=stopped)
+    with Store(path) as store:
+        sweep_run(sweep, *demo, store, max_batch=8, progress=lambda progress: counted.append(progress.answered))
+    assert len(asked) == 2 + 3 and asked[1] == asked[2] and len(asked[1][0]) == 16
+    assert [n for n in counted if n] == sorted(n for n in counted if n) and counted[-1] == 54
+    assert contents(path) == contents(finished)
+
+
 def test_two_processes_share_a_store(demo, vector, finished, tmp_path):
     path, sweep = tmp_path / "shared.db", described(vector)
     fork = multiprocessing.get_context("fork")

@@ -8,7 +8,9 @@ import json
 import re
 from html.parser import HTMLParser
 
+import made_up
 import matplotlib.image
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from faststeer.cli import app
 from faststeer.evaluate.sweep import Store, StoreError
 from faststeer.report.choice import pareto, recommend
 from faststeer.report.figures import file_names
+from faststeer.report.projections import colour_range
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,21 @@ def test_the_page_holds_every_row_and_no_markup_of_others(database, html):
         for i, (s, p, t) in enumerate(zip(data["setting"], data["prompt"], data["text"], strict=True))
     ]
     assert rows == sql(database, "SELECT setting, prompt, text, error FROM answers ORDER BY setting, prompt")
+
+
+def test_the_projected_answer_of_a_setting(database):
+    with Store(database, create=False) as store:
+        directions = {d["direction"]: d for d in store.directions(RUN)}
+        (row,) = store.projections(RUN, 2, 1)
+        first, tagged = report.projected(store, RUN, 2), report.projected(store, RUN, 2, NASTY)
+        assert report.projected(store, RUN, 0) is None and report.projected(store, RUN, 10**6) is None
+    assert directions[row["direction"]]["vector"] == "up" and tagged.title.startswith("projection on up (its direction")
+    for found, prompt in ((first, 0), (tagged, 1)):  # every second prompt has the nasty tag
+        for values, setting in zip(found.values, (0, 2), strict=True):
+            assert np.array_equal(values, made_up.projected(setting, prompt, row["direction"]), equal_nan=True)
+        assert found.of_prompt == 2 and found.texts[0] == found.texts[1] and NASTY in found.texts[0]
+        shown = np.concatenate([values[:, 1:].ravel() for values in found.values])
+        assert colour_range(*found.values) == (np.nanmin(shown), np.nanmax(shown))
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path, database):
