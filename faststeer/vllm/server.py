@@ -97,7 +97,7 @@ def routes() -> list[Any]:
 
     return [
         Route(PREFIX, about, methods=["GET"]),
-        Route(PREFIX + "/projections/{answer}", projections, methods=["GET"]),
+        Route(PREFIX + "/projections/{answer:path}", projections, methods=["GET"]),
         Route(PREFIX + "/{kind}/{name}", change, methods=["PUT", "DELETE"]),
     ]
 

@@ -1,4 +1,5 @@
-"""Two tensor-parallel ranks in processes of their own, and the engine in another: plans reach every rank."""
+"""Two tensor-parallel ranks, or two pipeline stages, in processes of their own, and the engine in another: plans reach
+all of them, and what probes saw comes back from all."""
 
 from typing import Any
 
@@ -9,7 +10,16 @@ from requests_mixed import by_engine, by_hugging_face, token_ids, tokens
 import faststeer as fs
 
 
-def test_two_ranks_give_what_hugging_face_gives(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"tensor_parallel_size": 2},
+        # Eager, vLLM 0.32's first runner has no pipeline on a CPU: it makes the stages' tensors when it compiles.
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks_give_what_hugging_face_gives(start: Any, monkeypatch: pytest.MonkeyPatch, split: Any) -> None:
     from faststeer.vllm.worker import projections
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -18,11 +28,11 @@ def test_two_ranks_give_what_hugging_face_gives(start: Any, monkeypatch: pytest.
     directions = 80 * torch.nn.functional.normalize(torch.randn(8, 128, generator=generator), dim=1)
     plans: list[fs.Plan | None] = [fs.Plan([fs.Add(d, layers=i % 6)]) for i, d in enumerate(directions)]
     plans[2] = fs.Plan([fs.Ablate(directions[:3], layers="all", at=("resid_pre", "attn_out", "mlp_out"))])
-    plans[3], plans[4] = None, fs.Plan([fs.Probe(directions[4], layers=[1, 4])])
+    plans[3], plans[4] = None, fs.Plan([fs.Probe(directions[4], layers=[1, 2, 4])])
     requests = list(zip(prompts, plans, strict=True))
-    engine = start({"hook_points": "all"}, tensor_parallel_size=2, distributed_executor_backend="mp")
+    engine = start({"hook_points": "all"}, distributed_executor_backend="mp", **split)
     answers = by_engine(engine, requests)
     assert tokens(answers) == by_hugging_face(model, requests)
     seen = projections(engine, answers[4].request_id)
-    assert seen is not None and set(seen) == {"resid_pre.2", "resid_pre.5"}
-    assert seen["resid_pre.2"]["tokens"][-1] == len(prompts[4]) + 18
+    assert seen is not None and set(seen) == {"resid_pre.2", "resid_pre.3", "resid_pre.5"}
+    assert all(of_site["tokens"][-1] == len(prompts[4]) + 18 for of_site in seen.values())

