@@ -23,8 +23,8 @@ BEAMS = (
     'out use_beam_search, or send {"faststeer": "none"} in vllm_xargs'
 )
 DEFAULT_BEAMS = (
-    "beam search asks for every token by a request of its own, in which this server's default plan cannot tell prompt "
-    "from answer: leave out use_beam_search, or start the server without default_plan"
+    "beam search asks for every token by a request of its own, in which the default plan cannot tell prompt from "
+    "answer: do without beam search, or start without default_plan"
 )
 RESUMABLE = "a request whose prompt grows while it runs (resumable) cannot be steered: positions count from its end"
 BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for one token of one beam
@@ -97,8 +97,12 @@ def refusal() -> type[ValueError]:
 
 
 def refuse_beams() -> None:
-    """vLLM drops the extra arguments of a request for beam search; one with a plan is refused."""
+    """vLLM drops the extra arguments of a request for beam search; one with a plan is refused. `LLM.beam_search` has no
+    such arguments; there a default plan is refused."""
     refused = refusal()
+    offline = getattr(sys.modules.get("vllm.entrypoints.llm"), "LLM", None)
+    if offline is not None and not hasattr(offline.beam_search, "faststeer"):
+        offline.beam_search = _without_default(offline.beam_search, refused)
     for protocol in PROTOCOLS:
         for kind in ("CompletionRequest", "ChatCompletionRequest"):
             request = getattr(sys.modules.get(protocol), kind, None)
@@ -106,6 +110,18 @@ def refuse_beams() -> None:
             if made is None or hasattr(made, "faststeer"):
                 continue
             request.to_beam_search_params = _without_plan(made, refused)  # type: ignore[union-attr]
+
+
+def _without_default(search: Any, refused: type[ValueError]) -> Any:
+    @functools.wraps(search)
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        front: FrontEnd | None = getattr(self.llm_engine.input_processor, "faststeer", None)
+        if front is not None and front.settings.default_plan is not None:
+            raise refused(DEFAULT_BEAMS)
+        return search(self, *args, **kwargs)
+
+    beam_search.faststeer = True  # type: ignore[attr-defined]
+    return beam_search
 
 
 def _without_plan(made: Any, refused: type[ValueError]) -> Any:

@@ -79,10 +79,11 @@ def _wrap_front_end() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from faststeer.vllm import server
-    from faststeer.vllm.admission import wrap_input
+    from faststeer.vllm.admission import refuse_beams, wrap_input
 
     if not hasattr(InputProcessor.process_inputs, "faststeer"):
         wrap_input(InputProcessor)
+    refuse_beams()
     server.install()
 
 

@@ -39,12 +39,16 @@ def test_off_is_vllm_as_it_was_but_for_plans(start: Any) -> None:
 
 
 def test_on(start: Any, tmp_path: Any) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
     STRONG.save(tmp_path / "strong.safetensors")
     (tmp_path / "usual.json").write_text('{"add": "strong"}')
     llm = start({"folder": str(tmp_path), "default_plan": "usual"})
     unsteered, steered = answer(llm, faststeer.vllm.plan(None)), answer(llm, fs.Plan([fs.Add(STRONG)]))
     assert unsteered != steered
     assert answer(llm, None) == answer(llm, "usual") == answer(llm, '{"add": "strong"}') == steered
+    with pytest.raises(ValueError, match="do without beam search, or start without default_plan"):
+        llm.beam_search([{"prompt_token_ids": [20, 21]}], BeamSearchParams(beam_width=2, max_tokens=2))
     front_end(llm).register_vector("mine", fs.SteeringVector({3: -STRONG[3]}))
     front_end(llm).register_plan("back", '{"add": "mine", "coefficient": -1.0}')
     assert answer(llm, "back") == answer(llm, {"faststeer": {"add": "mine", "coefficient": -1}}) == steered

@@ -148,7 +148,7 @@ class TestAdmission:
         usual = FrontEnd(Settings(default_plan="usual"), 2, 8)
         usual.registry = front.registry
         beam, plain = "cmpl-1-0-77-beam-3", SimpleNamespace(extra_args=None)
-        with pytest.raises(ValueError, match="leave out use_beam_search, or start the server without default_plan"):
+        with pytest.raises(ValueError, match="do without beam search, or start without default_plan"):
             admit(usual, plain, beam)
         assert admit(front, plain, beam, resumable=True) is plain and admit(usual, plain, "cmpl-1-0") is not plain
         assert admit(usual, SimpleNamespace(extra_args=plan(None)), beam).extra_args == {}
