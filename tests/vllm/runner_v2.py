@@ -10,20 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
 import torch
-import triton.backends
 from requests_mixed import SPECIAL, by_engine, mixed, token_ids, tokens
-from triton.backends.driver import DriverBase
 
 import faststeer as fs
-
-
-class Interpreted(DriverBase):
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
 
 
 def direction(seed: int) -> torch.Tensor:
@@ -39,6 +29,20 @@ def waiting(prompts: list[list[int]]) -> list[tuple[list[int], fs.Plan | None]]:
 def probing(prompts: list[list[int]]) -> tuple[list[int], fs.Plan]:
     watched = torch.stack([direction(7), direction(8)])
     return prompts[6], fs.Plan([fs.Add(direction(9), layers=1), fs.Probe(watched, layers=[0, 2, 5])])
+
+
+def interpret() -> None:
+    """Before vLLM is imported."""
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    import triton.backends
+    from triton.backends.driver import DriverBase
+
+    class Interpreted(DriverBase):
+        @classmethod
+        def is_active(cls) -> bool:
+            return False
+
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Interpreted)
 
 
 def main() -> None:
@@ -79,5 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Interpreted)
+    interpret()
     main()
