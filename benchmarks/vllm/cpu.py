@@ -1,17 +1,19 @@
 """Tokens per second of vLLM on a CPU with the demo model (a toy) at batch 64: without faststeer, with it and unsteered,
 one layer steered, every layer, and 64 different plans.
 
-    python benchmarks/vllm/cpu.py [--repeats 8] [--write]      in the environment of `make test-vllm`
+    python benchmarks/vllm/cpu.py [--repeats 8] [--forms] [--write]      in the environment of `make test-vllm`
 
 Two engines live side by side, each in a process of its own that waits while the other runs: `off` is vLLM as it is,
-`on` has faststeer. One repeat runs every case once, in turn, in an order that goes backwards every second time, so that
-a machine that slows down slows all of them. Every request generates exactly `--new` tokens, greedily; prefix caching is
-off, so that every repeat does the same work. Ratios are taken within a repeat, against `off`.
+`on` has faststeer. With `--forms` there is a third, `fused`, whose op is one with the next norm (forms.py). One repeat
+runs every case once, in turn, in an order that goes backwards every second time, so that a machine that slows down
+slows all of them. Every request generates exactly `--new` tokens, greedily; prefix caching is off, so that every repeat
+does the same work. Ratios are taken within a repeat, against `off`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -29,6 +31,7 @@ CASES = {
     "on, every layer": "on",
     "on, 64 plans": "on",
 }
+FORMS = {f"fused, {what}": "fused" for what in ("unsteered", "one layer", "every layer", "64 plans")}
 
 
 class Engine:
@@ -41,9 +44,9 @@ class Engine:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "FASTSTEER_VLLM": "1" if kind == "on" else "0",
+            "FASTSTEER_VLLM": "0" if kind == "off" else "1",
         }
-        command = [sys.executable, __file__, "--serve", "--new", str(options.new), "--dtype", options.dtype]
+        command = [sys.executable, __file__, "--serve", kind, "--new", str(options.new), "--dtype", options.dtype]
         command += ["--eager"] if options.eager else []
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -76,6 +79,10 @@ def serve(options: argparse.Namespace) -> None:
 
     _, tokenizer = fs.demo.load()
     sides = fs.demo.prompts("refusal", "test")
+    if options.serve == "fused":
+        import forms
+
+        forms.fuse()
     chats = [prompt for pair in zip(*sides, strict=True) for prompt in pair][:ROWS]
     prompts = [{"prompt_token_ids": ids} for ids in encode(tokenizer, chats)]
     vector = 0.05 * torch.randn(128, generator=torch.Generator().manual_seed(0))
@@ -86,32 +93,35 @@ def serve(options: argparse.Namespace) -> None:
     every = [plan(fs.Add(vector, 1.0, layers="all"))] * ROWS
     given: dict[str, list[Any]] = {
         "off": [None] * ROWS,
-        "on, unsteered": [None] * ROWS,
-        "on, one layer": [plan(fs.Add(vector, 1.0, layers=3))] * ROWS,
-        "on, every layer": every,
-        "on, 64 plans": [plan(fs.Add(vector, 1.0 + i / 1000, layers="all")) for i in range(ROWS)],
+        "unsteered": [None] * ROWS,
+        "one layer": [plan(fs.Add(vector, 1.0, layers=3))] * ROWS,
+        "every layer": every,
+        "64 plans": [plan(fs.Add(vector, 1.0 + i / 1000, layers="all")) for i in range(ROWS)],
     }
     for line in sys.stdin:
         found: dict[str, Any] = {}
         if line.strip() != "start":
             parameters = [
                 SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True, extra_args=extra)
-                for extra in given[line.strip()]
+                for extra in given[line.strip().rpartition(", ")[2]]
             ]
             start = time.perf_counter()
             answers = llm.generate(prompts, parameters, use_tqdm=False)
             seconds = time.perf_counter() - start
-            found = {"tokens": sum(len(a.outputs[0].token_ids) for a in answers), "seconds": round(seconds, 4)}
+            ids = [list(answer.outputs[0].token_ids) for answer in answers]
+            answered = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]  # the same for the same answers
+            found = {"tokens": sum(map(len, ids)), "seconds": round(seconds, 4), "answers": answered}
         print("ANSWER", json.dumps(found), flush=True)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    engines = {kind: Engine(kind, options) for kind in ("off", "on")}
+    cases = CASES | (FORMS if options.forms else {})
+    engines = {kind: Engine(kind, options) for kind in dict.fromkeys(cases.values())}
     try:
         for repeat in range(-1, options.repeats):  # the first warms up
-            for case in list(CASES) if repeat % 2 else list(CASES)[::-1]:
-                found = engines[CASES[case]].ask(case)
+            for case in list(cases) if repeat % 2 else list(cases)[::-1]:
+                found = engines[cases[case]].ask(case)
                 if repeat >= 0:
                     rows.append({"case": case, "repeat": repeat, "dtype": options.dtype} | found)
     finally:
@@ -123,7 +133,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'case':20} tokens/s   to off (median, lowest, highest)"]
-    for case in CASES:
+    for case in (case for case in CASES | FORMS if any(row["case"] == case for row in rows)):
         here = [r for r in rows if r["case"] == case]
         ratios = [r["to_off"] for r in here]
         rate = statistics.median(r["tokens"] / r["seconds"] for r in here)
@@ -138,7 +148,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/vllm_cpu.csv")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--forms", action="store_true", help="also the op that is one with the next norm")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options)

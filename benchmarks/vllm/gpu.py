@@ -1,13 +1,14 @@
 """Tokens per second of vLLM on a GPU, on random models of real shape: unsteered, one layer steered, every layer, 256
 plans, and forward hooks with eager, which is what one has without faststeer.
 
-    python benchmarks/vllm/gpu.py --out DIR [--carry .carry] [--seconds 540]
+    python benchmarks/vllm/gpu.py --out DIR [--carry .carry] [--seconds 540] [--forms]
 
 It needs no network. Where vLLM is not installed, `--carry` names a folder that holds it for this machine's Python and
 PyTorch: `vllm.tar.xz` (the package) and `whl/` (the wheels that it needs); both are unpacked beside the PyTorch that
 is there, into a folder of their own, and nothing that is installed is touched. Each engine runs in a process of its
 own, since memory and patches are per process; the one without faststeer comes first and last, and the ratio is to the
-mean of both. Every request generates 128 tokens, greedily, with prefix caching off.
+mean of both. `--forms` adds an engine whose op is one with the next norm (forms.py). Every request generates 128
+tokens, greedily, with prefix caching off.
 
 Without a GPU this is a dry run: tiny models on the CPU. It measures nothing, and everything that it writes says so.
 """
@@ -44,6 +45,7 @@ _TINY |= {"num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings"
 STEERED = ("unsteered", "one layer", "every layer", "256 plans")
 # (engine, the cases it runs), in the order in which engines start.
 ENGINES = (("off", ("vLLM",)), ("on", STEERED), ("hooks, eager", ("every layer",)), ("off", ("vLLM",)))
+FUSED = ("fused", STEERED)
 
 
 # One engine -----------------------------------------------------------------------------------------------------------
@@ -61,6 +63,10 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
     more: dict[str, Any] = {"gpu_memory_utilization": 0.85} if cuda else {"block_size": 32}
     if options.attention and cuda:
         more["attention_backend"] = options.attention
+    if kind == "fused":
+        import forms
+
+        forms.fuse()
     llm = LLM(
         model=model, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16" if cuda else "float32",
         max_model_len=prompt + new + 1, max_num_seqs=rows, enable_prefix_caching=False,
@@ -72,7 +78,7 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, config["vocab_size"], (rows, prompt), generator=generator).tolist()
     prompts = [{"prompt_token_ids": one} for one in ids]
-    for case in dict(ENGINES)[kind]:
+    for case in dict((*ENGINES, FUSED))[kind]:
         parameters = [
             SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
             for extra in payloads(kind, case, config, rows)
@@ -88,7 +94,7 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
 
 
 def payloads(kind: str, case: str, config: dict[str, Any], rows: int) -> list[Any]:
-    if kind != "on" or case == "unsteered":
+    if kind not in ("on", "fused") or case == "unsteered":
         return [None] * rows
     import torch
 
@@ -157,9 +163,9 @@ def run_engine(kind: str, model: Path, options: argparse.Namespace, path: str, l
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model is given a function
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "FASTSTEER_VLLM": "1" if kind == "on" else "0",
+        "FASTSTEER_VLLM": "1" if kind in ("on", "fused") else "0",
     }
-    if kind == "hooks, eager":  # in one process, since its engine cannot be sent this file's function
+    if kind in ("hooks, eager", "fused"):  # in one process, since its engine cannot be sent these files' functions
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, __file__, "--serve", kind, "--model", str(model), "--attention", options.attention]
     log = options.out / "vllm_gpu.log"
@@ -189,7 +195,8 @@ def measure(options: argparse.Namespace, path: str, cuda: bool) -> list[dict[str
             (model / "config.json").write_text(json.dumps(settings | {"torch_dtype": "bfloat16"}))
             share = (end - time.monotonic()) / (len(MODELS) - number)
             until = time.monotonic() + share
-            for kind, _ in ENGINES if cuda else ENGINES[:-1]:
+            kinds = [kind for kind, _ in (ENGINES if cuda else ENGINES[:-1])]
+            for kind in [*kinds[:2], *(["fused"] if options.forms else []), *kinds[2:]]:
                 found, wrong = run_engine(kind, model, options, path, until - time.monotonic())
                 rows += [{"model": name} | row for row in found]
                 if wrong:
@@ -220,6 +227,7 @@ def main() -> int:
     parser.add_argument("--carry", type=Path, help="folder with vllm.tar.xz and whl/, where vLLM is not installed")
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so long")
     parser.add_argument("--attention", default="FLASH_ATTN", help="vLLM's attention backend")
+    parser.add_argument("--forms", action="store_true", help="also the op that is one with the next norm")
     parser.add_argument("--commit", help="what to write down as the commit, where there is no git")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
