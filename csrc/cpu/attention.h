@@ -1,6 +1,7 @@
 // Attention of one new token per sequence, a group of query heads that share their keys and values at a time.
 //
 // For each sequence and each head of keys:
+//   0. rotary_attention_ only: the query and the new key turn to their position, and key and value go to the cache.
 //   1. The columns that the mask leaves: what it hides at either end is not read.
 //   2. A tile of columns after the other, keys and values once for the whole group: scores q . k, then their exponents
 //      against the largest score so far, then the values weighted by them; what was summed before is scaled down when a
@@ -15,6 +16,7 @@
 #include <utility>
 
 #include "lanes.h"
+#include "row.h"
 #include "rows.h"
 
 namespace faststeer {
@@ -22,6 +24,9 @@ namespace {
 
 // Columns of a tile: keys and values of a head of 128 numbers stay in the second cache, scores in the first.
 constexpr int64_t TILE = 128;
+
+// Heads whose values are added up together, read once: as many as the registers hold sums for.
+constexpr int TOGETHER = PARTS == 1 ? 2 : 1;
 
 // One step of adding up several vectors' lanes side by side: x and y hold groups of 2 W lanes, the result their groups
 // folded to W, x's first.
@@ -101,23 +106,33 @@ class Group {
         sum_(query_ + job.group * job.key_size),
         peak_(sum_ + job.group * job.value_size),
         weight_(peak_ + job.group),
-        mask_(weight_ + job.group) {}
+        scores_(weight_ + job.group),
+        turned_(scores_ + job.group * TILE),
+        mask_(turned_ + 2 * job.key_size) {
+    std::memset(mask_, 0, (job.columns + LANES) * sizeof(float));
+  }
 
   static int64_t scratch(const AttentionJob& job) {
-    return job.group * (job.key_size + job.value_size + 2) + job.columns + LANES;
+    return job.group * (job.key_size + job.value_size + 2 + TILE) + 2 * job.key_size + job.columns + LANES;
   }
 
   void attend(int64_t row, int64_t head) {
-    if (row != row_) read_mask(row);
+    if (row != row_) {
+      row_ = row;
+      job_.mask == nullptr ? make_mask(row) : read_mask(row);
+    }
+    if (job_.column != nullptr) keep_new(row, head);
     begin(row, head);
     for (int64_t tile = first_; tile < end_; tile += TILE) {
       const int64_t count = end_ - tile < TILE ? end_ - tile : TILE;
       const T* keys = job_.keys.at<T>(row, head) + tile * job_.keys.column;
       const T* values = job_.values.at<T>(row, head) + tile * job_.values.column;
-      for (int64_t g = 0; g < job_.group; ++g) {
-        weigh(g, score(g, keys, mask_ + tile, count), count);
-        add(g, values, count);
-      }
+      // Each step for the whole group: none of its heads waits for another.
+      for (int64_t g = 0; g < job_.group; ++g) score(g, keys, mask_ + tile, count);
+      for (int64_t g = 0; g < job_.group; ++g) weigh(g, count);
+      int64_t g = 0;
+      for (; g + TOGETHER <= job_.group; g += TOGETHER) add<TOGETHER>(g, values, count);
+      for (; g < job_.group; ++g) add<1>(g, values, count);
     }
     write(row, head);
   }
@@ -130,7 +145,6 @@ class Group {
 
   // The row's mask with minus infinity for what is hidden, also behind its end; and where it begins and ends.
   void read_mask(int64_t row) {
-    row_ = row;
     const T* from = static_cast<const T*>(job_.mask) + row * job_.mask_stride;
     float* const mask = mask_;
     each_block(job_.columns, [=](int64_t c, auto block) {
@@ -145,20 +159,56 @@ class Group {
     }
   }
 
+  // The same where a row looks at its own column and those before, as far as its window: only what stands behind the end
+  // is ever read with them.
+  void make_mask(int64_t row) {
+    std::memset(mask_ + end_, 0, LANES * sizeof(float));
+    end_ = job_.column[row] + 1;
+    first_ = job_.window > 0 && end_ > job_.window ? end_ - job_.window : 0;
+    store(mask_ + end_, all(-INFINITE));
+  }
+
   void begin(int64_t row, int64_t head) {
     const Lanes scaling = all(job_.scaling);
     for (int64_t g = 0; g < job_.group; ++g) {
-      const T* from = job_.query.at<T>(row, head * job_.group + g);
       float* const to = query_ + g * job_.key_size;
-      each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(from + i, block) * scaling, block); });
+      turn(job_.query.at<T>(row, head * job_.group + g), row, to);
+      each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(to + i, block) * scaling, block); });
       peak_[g] = -INFINITE;
       weight_[g] = 0;
     }
     std::memset(sum_, 0, job_.group * job_.value_size * sizeof(float));
   }
 
-  // The scores of a tile's columns, minus infinity behind them; returns the largest so far.
-  float score(int64_t g, const T* keys, const float* mask, int64_t count) {
+  // The first `rotary` numbers, in two halves (a, b), turned by their angles: (a cos - b sin, b cos + a sin), each
+  // product and sum rounded to the dtype, as PyTorch's operators do; the others as they are.
+  void turn(const T* from, int64_t row, float* to) {
+    each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(from + i, block), block); });
+    if (job_.rotary == 0) return;
+    const int64_t half = job_.rotary / 2;
+    float* const across = turned_ + job_.key_size;
+    for (int64_t i = 0; i < half; ++i) across[i] = -to[half + i];
+    std::memcpy(across + half, to, half * sizeof(float));
+    const T *cosine = row_of<const T>(job_.cosine, row), *sine = row_of<const T>(job_.sine, row);
+    each_block(job_.rotary, [=](int64_t i, auto block) {
+      const Lanes along = round_to<T>(load(to + i, block) * load(cosine + i, block));
+      const Lanes other = round_to<T>(load(across + i, block) * load(sine + i, block));
+      store(to + i, round_to<T>(along + other), block);
+    });
+  }
+
+  void keep_new(int64_t row, int64_t head) {
+    const int64_t column = job_.column[row];
+    T* const key = const_cast<T*>(job_.keys.at<T>(row, head)) + column * job_.keys.column;
+    T* const value = const_cast<T*>(job_.values.at<T>(row, head)) + column * job_.values.column;
+    float* const turned = turned_;
+    turn(job_.key.at<T>(row, head), row, turned);
+    each_block(job_.key_size, [=](int64_t i, auto block) { store(key + i, load(turned + i, block), block); });
+    std::memcpy(value, job_.value.at<T>(row, head), job_.value_size * sizeof(T));
+  }
+
+  // The scores of a tile's columns, minus infinity behind them.
+  void score(int64_t g, const T* keys, const float* mask, int64_t count) {
     switch (job_.key_size) {
       case 32:
         return score_sized<2>(g, keys, mask, count);
@@ -173,7 +223,7 @@ class Group {
 
   // BLOCKS of sixteen numbers, known to the compiler: a loop over two of them costs more than what it does. 0: any size.
   template <int BLOCKS>
-  float score_sized(int64_t g, const T* keys, const float* mask, int64_t count) {
+  void score_sized(int64_t g, const T* keys, const float* mask, int64_t count) {
     const float* const query = query_ + g * job_.key_size;
     const int64_t size = job_.key_size, column = job_.keys.column;
     const auto product = [=](const T* key) {
@@ -186,33 +236,20 @@ class Group {
       }
       return sum;
     };
-    Lanes peaks = all(peak_[g]);
+    float* const to = scores_ + g * TILE;
     for (int64_t c = 0; c < count; c += LANES) {
-      const int64_t some = count - c;
       Lanes products[LANES];
-      if (some >= LANES) {
+      if (count - c >= LANES) {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i) products[i] = product(keys + (c + i) * column);
-      } else {
-        for (int i = 0; i < LANES; ++i) products[i] = i < some ? product(keys + (c + i) * column) : all(0);
+      } else {  // the last column again: the mask hides what lies behind it
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) products[i] = product(keys + (c + i < count ? c + i : count - 1) * column);
       }
       Lanes scores = sums(products);
       if (job_.softcap > 0) scores = capped(scores);
-      scores = scores + (some < LANES ? behind(mask + c, some) : load(mask + c));
-      peaks = larger(scores, peaks);
-      store(scores_ + c, scores);
+      store(to + c, scores + load(mask + c));
     }
-    float each[LANES], peak = peak_[g];
-    store(each, peaks);
-    for (const float one : each) peak = one > peak ? one : peak;
-    return peak;
-  }
-
-  // The mask's first `count` columns, and what hides the others.
-  static Lanes behind(const float* mask, int64_t count) {
-    float some[LANES];
-    for (int64_t i = 0; i < LANES; ++i) some[i] = i < count ? mask[i] : -INFINITE;
-    return load(some);
   }
 
   Lanes capped(Lanes scores) const {
@@ -223,12 +260,17 @@ class Group {
   }
 
   // From a tile's scores to its weights, unnormalised. What is summed already shrinks where the peak is a new one.
-  void weigh(int64_t g, float peak, int64_t count) {
+  void weigh(int64_t g, int64_t count) {
+    float* const scores = scores_ + g * TILE;
+    Lanes peaks = all(peak_[g]);
+    for (int64_t c = 0; c < count; c += LANES) peaks = larger(load(scores + c), peaks);
+    const float peak =
+        reduced(peaks, [](Floats a, Floats b) __attribute__((always_inline)) { return a > b ? a : b; });
     const Lanes below = all(peak == -INFINITE ? 0 : -peak);  // nothing but hidden columns, or NaN, so far
     Lanes total = all(0);
     for (int64_t c = 0; c < count; c += LANES) {
-      const Lanes weights = exponential(load(scores_ + c) + below);
-      store(scores_ + c, weights);
+      const Lanes weights = exponential(load(scores + c) + below);
+      store(scores + c, weights);
       total = total + weights;
     }
     if (peak_[g] < peak && weight_[g] != 0) {
@@ -241,28 +283,35 @@ class Group {
     weight_[g] += sum(total);
   }
 
-  // The weighted values of a tile.
+  // The weighted values of a tile, for G heads from g on.
+  template <int G>
   void add(int64_t g, const T* values, int64_t count) {
     float* const to = sum_ + g * job_.value_size;
-    const int64_t size = job_.value_size, column = job_.values.column;
+    const int64_t size = job_.value_size;
     int64_t i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES) add_blocks<4>(to + i, values + i, count, column, Whole{});
-    for (; i + 2 * LANES <= size; i += 2 * LANES) add_blocks<2>(to + i, values + i, count, column, Whole{});
-    for (; i + LANES <= size; i += LANES) add_blocks<1>(to + i, values + i, count, column, Whole{});
-    if (i < size) add_blocks<1>(to + i, values + i, count, column, Some{size - i});
+    for (; i + 4 * LANES <= size; i += 4 * LANES) add_blocks<4, G>(to + i, g, values + i, count, Whole{});
+    for (; i + 2 * LANES <= size; i += 2 * LANES) add_blocks<2, G>(to + i, g, values + i, count, Whole{});
+    for (; i + LANES <= size; i += LANES) add_blocks<1, G>(to + i, g, values + i, count, Whole{});
+    if (i < size) add_blocks<1, G>(to + i, g, values + i, count, Some{size - i});
   }
 
   // N blocks of sixteen. Even and odd columns are summed apart: an addition need not wait for the one before.
-  template <int N, class Block>
-  FASTSTEER_METHOD void add_blocks(float* to, const T* values, int64_t count, int64_t column, Block block) const {
-    Lanes even[N], odd[N];
-    for (int i = 0; i < N; ++i) {
-      even[i] = load(to + i * LANES, block);
-      odd[i] = all(0);
+  template <int N, int G, class Block>
+  FASTSTEER_METHOD void add_blocks(float* to, int64_t g, const T* values, int64_t count, Block block) const {
+    const float* const weights = scores_ + g * TILE;
+    const int64_t size = job_.value_size, column = job_.values.column;
+    Lanes even[G][N], odd[G][N];
+    for (int h = 0; h < G; ++h) {
+      for (int i = 0; i < N; ++i) {
+        even[h][i] = load(to + h * size + i * LANES, block);
+        odd[h][i] = all(0);
+      }
     }
-    const auto add_column = [&](Lanes* sums, int64_t c) {
-      const Lanes weight = all(scores_[c]);
-      for (int i = 0; i < N; ++i) sums[i] = sums[i] + weight * load(values + c * column + i * LANES, block);
+    const auto add_column = [&](Lanes (&sums)[G][N], int64_t c) __attribute__((always_inline)) {
+      for (int i = 0; i < N; ++i) {
+        const Lanes value = load(values + c * column + i * LANES, block);
+        for (int h = 0; h < G; ++h) sums[h][i] = sums[h][i] + all(weights[h * TILE + c]) * value;
+      }
     };
     int64_t c = 0;
     for (; c + 2 <= count; c += 2) {
@@ -270,7 +319,9 @@ class Group {
       add_column(odd, c + 1);
     }
     if (c < count) add_column(even, c);
-    for (int i = 0; i < N; ++i) store(to + i * LANES, even[i] + odd[i], block);
+    for (int h = 0; h < G; ++h) {
+      for (int i = 0; i < N; ++i) store(to + h * size + i * LANES, even[h][i] + odd[h][i], block);
+    }
   }
 
   void write(int64_t row, int64_t head) const {
@@ -285,9 +336,8 @@ class Group {
   }
 
   const AttentionJob& job_;
-  float *query_, *sum_, *peak_, *weight_, *mask_;
+  float *query_, *sum_, *peak_, *weight_, *scores_, *turned_, *mask_;
   int64_t row_ = -1, first_ = 0, end_ = 0;  // whose mask is read, and the columns it leaves
-  alignas(64) float scores_[TILE];
 };
 
 // Units are heads of keys, of one row after the other.

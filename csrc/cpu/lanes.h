@@ -223,7 +223,7 @@ FASTSTEER_LANES Lanes operator*(Lanes a, Lanes b) {
 
 FASTSTEER_LANES Lanes all(float value) {
   Lanes lanes;
-  FASTSTEER_PARTS(lanes.part[i] = Floats{} + value);
+  FASTSTEER_PARTS(lanes.part[i] = value - Floats{});  // adding zero would be an addition
   return lanes;
 }
 
@@ -253,13 +253,38 @@ FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
   store(to, lanes);
 }
 
-FASTSTEER_LANES float sum(Lanes lanes) {
-  float value[LANES];
-  store(value, lanes);
-  for (int width = LANES / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+// Lane i of the result is lane i + W of x, for i < W.
+template <int W, int... I>
+FASTSTEER_LANES Floats upper(Floats x, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, ((I + W) % PART)...);
+#else  // GCC has the other from version 12 on
+  const Words from = {((I + W) % PART)...};
+  return __builtin_shuffle(x, from);
+#endif
+}
+
+// All lanes by `both(a, b)`: first those sixteen, eight, ... apart, in registers throughout.
+template <int W = PART / 2, class Both>
+FASTSTEER_LANES float reduced(Floats x, Both both) {
+  x = both(x, upper<W>(x, std::make_integer_sequence<int, PART>()));
+  if constexpr (W > 1) {
+    return reduced<W / 2>(x, both);
+  } else {
+    return x[0];
   }
-  return value[0];
+}
+
+template <class Both>
+FASTSTEER_LANES float reduced(Lanes lanes, Both both) {
+  for (int width = PARTS / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes.part[i] = both(lanes.part[i], lanes.part[i + width]);
+  }
+  return reduced(lanes.part[0], both);
+}
+
+FASTSTEER_LANES float sum(Lanes lanes) {
+  return reduced(lanes, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
 }
 
 // How much of a block of sixteen there is: all of it, or the first `count` lanes at a row's end, the rest reading zero

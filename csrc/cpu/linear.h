@@ -1,12 +1,13 @@
-// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand. What it is for: 16-bit
-// weights on machines without AVX-512, where PyTorch's product of them is slow.
+// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand; and the first half of a
+// gated MLP, act(x G^T) * (x U^T).
 //
-// x is first written in strips of HEIGHT rows side by side, `[inputs][HEIGHT]` fp32. Then, for every sixteen outputs:
-//   1. DEPTH inputs at a time, the weights of the sixteen are written side by side, `[inputs][16]` fp32, into the first
-//      cache: little work beside the products as long as there are some rows to share it.
-//   2. HEIGHT rows at a time stay in registers, sixteen sums each, while the inputs go by: one load of weights and one
-//      broadcast of x an input.
-//   3. Sums of DEPTH inputs are added up in fp32; the bias is added and the result rounded, once.
+// A panel is the weights of WIDTH outputs side by side, `[inputs][WIDTH]` fp32: of a linear layer WIDTH outputs, of a
+// gated one PART gates and what they are multiplied with. For every panel:
+//   1. DEPTH inputs at a time are written to scratch: little work beside the products as long as there are some rows to
+//      share it.
+//   2. HEIGHT rows at a time stay in registers, WIDTH sums each, while the inputs go by: two loads of weights an input,
+//      and for each row one broadcast and two multiply-adds.
+//   3. Sums of DEPTH inputs are added up in fp32; bias or activation follow, and the result is rounded, once.
 // A result depends on its own row and weights alone, never on which rows and outputs are computed beside it. Products
 // are fused multiply-adds where the machine has them: the baseline level rounds otherwise.
 #pragma once
@@ -14,15 +15,19 @@
 #include <memory>
 #include <utility>
 
+#include "attention.h"
 #include "lanes.h"
 #include "rows.h"
 
 namespace faststeer {
 namespace {
 
-constexpr int64_t DEPTH = 256;  // 16 KB of weights, half of a first cache
-// As many rows as there are registers for, beside a block of weights and what is broadcast.
-constexpr int HEIGHT = PART == 16 ? 14 : PART == 8 ? 6 : 2;
+constexpr int64_t DEPTH = 512;  // 64 KB of weights at most: every HEIGHT rows they come from the second cache
+constexpr int WIDTH = 2 * PART;
+constexpr int64_t CALLED = 2;  // outputs of the next panel whose weights are called from memory, every HEIGHT rows
+// Rows of which two sums each leave room for two vectors of weights and what is broadcast. 24 sums of 12 rows would fit
+// AVX-512's registers and are no faster, and fewer batches are a multiple of 12.
+constexpr int HEIGHT = PART == 16 ? 8 : PART == 8 ? 6 : 4;
 
 FASTSTEER_LANES Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -56,110 +61,159 @@ FASTSTEER_LANES void transpose(Floats* vectors) {
   if constexpr (W > 1) transpose<W / 2>(vectors);
 }
 
-// Weights `[count outputs][depth inputs]` at a distance of `stride`, to panel `[depth][16]`; outputs behind `count` zero.
+// Weights `[count outputs][depth inputs]` at a distance of `stride`, to half a panel `[depth][first PART of WIDTH]`;
+// outputs behind `count` zero.
 template <class T>
-void pack(float* panel, const T* weight, int64_t stride, int64_t count, int64_t depth) {
-  for (int64_t first = 0; first < LANES; first += PART) {
-    int64_t k = 0;
-    for (; k + PART <= depth; k += PART) {
-      Floats block[PART];
-      for (int i = 0; i < PART; ++i) {
-        block[i] = first + i < count ? decode(weight + (first + i) * stride + k) : Floats{};
-      }
-      transpose(block);
-      for (int i = 0; i < PART; ++i) encode(panel + (k + i) * LANES + first, block[i]);
-    }
-    for (; k < depth; ++k) {
-      for (int i = 0; i < PART; ++i) {
-        T one[PART] = {};
-        if (first + i < count) one[0] = weight[(first + i) * stride + k];
-        panel[k * LANES + first + i] = decode(one)[0];
-      }
+void pack_half(float* panel, const T* weight, int64_t stride, int64_t count, int64_t depth) {
+  int64_t k = 0;
+  for (; k + PART <= depth; k += PART) {
+    Floats block[PART];
+    for (int i = 0; i < PART; ++i) block[i] = i < count ? decode(weight + i * stride + k) : Floats{};
+    transpose(block);
+    for (int i = 0; i < PART; ++i) encode(panel + (k + i) * WIDTH, block[i]);
+  }
+  for (; k < depth; ++k) {
+    for (int i = 0; i < PART; ++i) {
+      T one[PART] = {};
+      if (i < count) one[0] = weight[i * stride + k];
+      panel[k * WIDTH + i] = decode(one)[0];
     }
   }
 }
 
-// sums `[ROWS][16]` += (or = where FIRST) a strip's first ROWS rows `[depth][HEIGHT]` times the panel.
+// One panel of the inputs from `k` on.
+template <class T>
+void pack(float* panel, const LinearJob& job, int64_t unit, int64_t k, int64_t depth) {
+  const bool gated = job.up.data != nullptr;
+  const int64_t first = unit * (gated ? PART : WIDTH), next = gated ? first : first + PART;
+  const Rows& second = gated ? job.up : job.weight;
+  pack_half(panel, row_of<const T>(job.weight, first) + k, job.weight.stride, job.outputs - first, depth);
+  pack_half(panel + PART, row_of<const T>(second, next) + k, second.stride, job.outputs - next, depth);
+}
+
+// sums `[ROWS][WIDTH]` += (or = where FIRST) ROWS rows of x times the panel.
 template <int ROWS, bool FIRST>
-void multiply(float* sums, const float* strip, const float* panel, int64_t depth) {
-  Lanes total[ROWS];
+void multiply(float* sums, const float* x, int64_t stride, const float* panel, int64_t depth) {
+  Floats total[ROWS][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) total[r] = all(0);
-  for (int64_t k = 0; k < depth; ++k, strip += HEIGHT, panel += LANES) {
-    const Lanes weights = load(panel);
+  for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = Floats{};
+  for (int64_t k = 0; k < depth; ++k, panel += WIDTH) {
+    const Floats low = decode(panel), high = decode(panel + PART);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const Floats one = Floats{} + strip[r];
-      FASTSTEER_PARTS(total[r].part[i] = multiply_add(one, weights.part[i], total[r].part[i]));
+      const Floats one = x[r * stride + k] - Floats{};  // broadcast; adding zero would be an addition
+      total[r][0] = multiply_add(one, low, total[r][0]);
+      total[r][1] = multiply_add(one, high, total[r][1]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
-    float* const to = sums + r * LANES;
-    store(to, FIRST ? total[r] : load(to) + total[r]);
+    float* const to = sums + r * WIDTH;
+    encode(to, FIRST ? total[r][0] : decode(to) + total[r][0]);
+    encode(to + PART, FIRST ? total[r][1] : decode(to + PART) + total[r][1]);
   }
 }
 
 template <bool FIRST, int ROWS = HEIGHT>
-FASTSTEER_LANES void multiply_some(int64_t rows, float* sums, const float* strip, const float* panel, int64_t depth) {
+FASTSTEER_LANES void multiply_some(int64_t rows, float* sums, const float* x, int64_t stride, const float* panel,
+                                   int64_t depth) {
   if (rows == ROWS) {
-    multiply<ROWS, FIRST>(sums, strip, panel, depth);
+    multiply<ROWS, FIRST>(sums, x, stride, panel, depth);
   } else if constexpr (ROWS > 1) {
-    multiply_some<FIRST, ROWS - 1>(rows, sums, strip, panel, depth);
+    multiply_some<FIRST, ROWS - 1>(rows, sums, x, stride, panel, depth);
   }
 }
 
-// The sums `[rows][16]` of the outputs from `first` on, of which there are `count`.
+// Ask for the weights of one output in each half of a panel to be brought from memory: packing reads too many rows at
+// once for the processor to see them coming.
 template <class T>
-void products(const LinearJob& job, int64_t first, int64_t count, float* panel, float* sums) {
+FASTSTEER_LANES void call(const LinearJob& job, int64_t unit, int64_t output, int64_t k, int64_t depth) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const bool gated = job.up.data != nullptr;
+  const int64_t first = unit * (gated ? PART : WIDTH) + output, next = gated ? first : first + PART;
+  const Rows& second = gated ? job.up : job.weight;
+  for (int64_t i = 0; i < depth; i += LINE) {
+    if (first < job.outputs) __builtin_prefetch(row_of<const T>(job.weight, first) + k + i);
+    if (next < job.outputs) __builtin_prefetch(row_of<const T>(second, next) + k + i);
+  }
+}
+
+// The sums `[rows][WIDTH]` of a panel, which has room for DEPTH inputs.
+template <class T>
+void products(const LinearJob& job, int64_t unit, float* panel, float* sums) {
   for (int64_t k = 0; k < job.inputs; k += DEPTH) {
     const int64_t depth = job.inputs - k < DEPTH ? job.inputs - k : DEPTH;
-    pack(panel, static_cast<const T*>(job.weight) + first * job.weight_stride + k, job.weight_stride, count, depth);
+    pack<T>(panel, job, unit, k, depth);
+    int64_t called = 0;
     for (int64_t row = 0; row < job.rows; row += HEIGHT) {
       const int64_t rows = job.rows - row < HEIGHT ? job.rows - row : HEIGHT;
-      const float* const strip = job.strips + row * job.inputs + k * HEIGHT;
-      float* const to = sums + row * LANES;
+      for (int64_t i = 0; i < CALLED && called < PART; ++i, ++called) call<T>(job, unit + 1, called, k, depth);
+      const float* const x = row_of<const float>(job.x, row) + k;
       if (k == 0) {
-        multiply_some<true>(rows, to, strip, panel, depth);
+        multiply_some<true>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);
       } else {
-        multiply_some<false>(rows, to, strip, panel, depth);
+        multiply_some<false>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);
       }
     }
   }
 }
 
-// Units are sixteens of outputs.
+// The first `count` of PART values, rounded.
+template <class T>
+FASTSTEER_LANES void write_some(T* to, Floats value, int64_t count) {
+  T copy[LANES] = {};
+  Lanes lanes = all(0);
+  lanes.part[0] = value;
+  if (count >= PART && PARTS == 1) return store_rounded(to, lanes);
+  store_rounded(copy, lanes);
+  std::memcpy(to, copy, (count < PART ? count : PART) * sizeof(T));
+}
+
+FASTSTEER_LANES Floats sigmoid(Floats x) {
+  const Floats e = exponential(x > 0.0f ? -x : x);
+  return (x > 0.0f ? Floats{} + 1.0f : e) / (e + 1.0f);
+}
+
+// x sigmoid(x), and GELU by its tanh: (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+FASTSTEER_LANES Floats activate(Floats x, int32_t activation) {
+  if (activation == SILU) return x * sigmoid(x);
+  return x * sigmoid((x + x * x * x * 0.044715f) * 1.5957691216f);
+}
+
+// Units are panels.
 template <class T>
 void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
-  const std::unique_ptr<float[]> scratch(new float[(DEPTH + job.rows) * LANES]);
-  float *const panel = scratch.get(), *const sums = panel + DEPTH * LANES;
+  const std::unique_ptr<float[]> scratch(new float[(DEPTH + job.rows) * WIDTH]);
+  float *const panel = scratch.get(), *const sums = panel + DEPTH * WIDTH;
+  const bool gated = job.up.data != nullptr;
   for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-    const int64_t first = unit * LANES, count = job.outputs - first < LANES ? job.outputs - first : LANES;
-    const Some some{count};
-    products<T>(job, first, count, panel, sums);
-    const Lanes bias = job.bias == nullptr ? all(0) : load(static_cast<const T*>(job.bias) + first, some);
+    products<T>(job, unit, panel, sums);
+    const int64_t first = unit * (gated ? PART : WIDTH), count = job.outputs - first;
+    T bias[WIDTH] = {};
+    if (job.bias != nullptr) {
+      std::memcpy(bias, static_cast<const T*>(job.bias) + first, (count < WIDTH ? count : WIDTH) * sizeof(T));
+    }
+    const Floats low = decode(bias), high = decode(bias + PART);
     for (int64_t row = 0; row < job.rows; ++row) {
-      T* const to = static_cast<T*>(job.out) + row * job.outputs + first;
-      store_rounded(to, load(sums + row * LANES) + bias, some);
+      const Floats a = decode(sums + row * WIDTH), b = decode(sums + row * WIDTH + PART);
+      T* const to = row_of<T>(job.out, row) + first;
+      if (gated) {
+        write_some(to, activate(a, job.activation) * b, count);
+      } else {
+        write_some(to, a + low, count);
+        if (count > PART) write_some(to + PART, b + high, count - PART);
+      }
     }
   }
 }
 
-// Units are strips of HEIGHT rows of x; rows behind the last are zero.
+// x to fp32. Units are rows.
 template <class T>
-void write_strips(const StripsJob& job, int64_t first_unit, int64_t end_unit) {
-  for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-    float* const to = job.to + unit * HEIGHT * job.inputs;
-    for (int64_t r = 0; r < HEIGHT; ++r) {
-      const int64_t row = unit * HEIGHT + r;
-      const T* const from = static_cast<const T*>(job.x) + row * job.stride;
-      each_block(row < job.rows ? job.inputs : 0, [=](int64_t k, auto block) {
-        float values[LANES];
-        store(values, load(from + k, block));
-        for (int64_t i = 0; i < LANES && k + i < job.inputs; ++i) to[(k + i) * HEIGHT + r] = values[i];
-      });
-      for (int64_t k = row < job.rows ? job.inputs : 0; k < job.inputs; ++k) to[k * HEIGHT + r] = 0;
-    }
+void widen(const WidenJob& job, int64_t first, int64_t end) {
+  for (int64_t row = first; row < end; ++row) {
+    const T* const from = static_cast<const T*>(job.x) + row * job.stride;
+    float* const to = job.to + row * job.inputs;
+    each_block(job.inputs, [=](int64_t k, auto block) { store(to + k, load(from + k, block), block); });
   }
 }
 

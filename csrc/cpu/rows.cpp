@@ -156,7 +156,7 @@ const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
     FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
     FASTSTEER_BY_DTYPE(decode_attention),
-    FASTSTEER_BY_DTYPE(write_strips), FASTSTEER_BY_DTYPE(linear), HEIGHT,
+    FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };
 
 }  // namespace faststeer

@@ -60,27 +60,35 @@ struct Heads {
 struct AttentionJob {
   int64_t heads, group, columns, key_size, value_size;  // heads of the query; how many share keys and values
   Heads query, keys, values;
-  const void* mask;  // [rows, columns], of the query's dtype
-  int64_t mask_stride;
+  const void* mask = nullptr;  // [rows, columns], of the query's dtype; null: as `column` and `window` say
+  int64_t mask_stride = 0;
   float scaling, softcap;  // softcap 0: none
   void* out;               // [rows, heads, value_size], contiguous
+  // rotary_attention_ only: each row's own key and value `[rows, key heads, size]`, written to this column of its keys
+  // and values first, the columns up to it that it looks at (0: all), and the angles `[rows, rotary]` by which the query and the key are turned.
+  const int64_t* column = nullptr;
+  Heads key, value;
+  Rows cosine, sine;
+  int64_t rotary = 0, window = 0;
 };
 
-// x `[rows, inputs]`, at a distance of `stride` elements, to strips of Routines::strip rows, fp32.
-struct StripsJob {
+// x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
+struct WidenJob {
   const void* x;
   int64_t stride, rows, inputs;
   float* to;
 };
 
-// out = x weight^T + bias.
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+
+// out = x weight^T + bias; with a second weight, act(x weight^T) * (x up^T).
 struct LinearJob {
   int64_t rows, inputs, outputs;
-  const float* strips;  // x, as write_strips leaves it
-  const void* weight;   // [outputs, inputs], at a distance of weight_stride elements
-  int64_t weight_stride;
-  const void* bias;  // [outputs], or null
-  void* out;         // [rows, outputs], contiguous, of the weights' dtype
+  Rows x;           // fp32
+  Rows weight, up;  // [outputs, inputs] each; up: no data where there is none
+  const void* bias = nullptr;  // [outputs], or null
+  int32_t activation = SILU;
+  Rows out;  // [rows, outputs]
 };
 
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
@@ -88,14 +96,14 @@ struct Routines {
   using Rows = void (*)(const Job&, int64_t first, int64_t end);
   using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
   using Attention = void (*)(const AttentionJob&, int64_t first, int64_t end);
-  using Strips = void (*)(const StripsJob&, int64_t first, int64_t end);
+  using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
   Attention decode_attention[N_DTYPES];
-  Strips write_strips[N_DTYPES];
+  Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
-  int64_t strip;  // rows
+  int64_t panel;  // outputs of a panel
 };
 
 extern const Routines routines_baseline;

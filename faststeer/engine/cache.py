@@ -24,7 +24,7 @@ class RowCache(Cache):
         self.rows, self.length = rows, length
         self._prompts: Tensor | None = None
         self._prefix, self._source = 0, 0
-        self._column, self._width = torch.empty(0), 0
+        self.column, self._width = torch.empty(0), 0
         self._flat: dict[int, Tensor] = {}  # heads -> where a step writes, in rows of head_dim numbers
 
     def prefill(self, rows: Tensor, prefix: int = 0, source: int = 0) -> None:
@@ -35,8 +35,13 @@ class RowCache(Cache):
     def decode(self, column: Tensor, width: int) -> None:
         """The next pass reads one token for each of the first `len(column)` rows, writes it at that row's `column`
         and looks at the first `width` columns."""
-        self._prompts, self._column, self._width = None, column, width
+        self._prompts, self.column, self._width = None, column, width
         self._flat.clear()
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the pass under way reads one token per row, which belongs at its `column`."""
+        return self._prompts is None
 
     def write(self, layer: _RowLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep `[batch, heads, tokens, head_dim]`; return what the pass attends to."""
@@ -51,7 +56,7 @@ class RowCache(Cache):
         n, heads = keys.shape[:2]
         if heads not in self._flat:
             first = torch.arange(0, n * heads * self.length, self.length, device=keys.device).view(n, heads)
-            self._flat[heads] = (first + self._column.unsqueeze(1)).view(-1)
+            self._flat[heads] = (first + self.column.unsqueeze(1)).view(-1)
         for store, new in ((layer.keys, keys), (layer.values, values)):
             store.view(-1, store.shape[3]).index_copy_(0, self._flat[heads], new.reshape(-1, store.shape[3]))
         return layer.keys[:n, :, : self._width], layer.values[:n, :, : self._width]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from faststeer.engine.attention import DecodeAttention
 from faststeer.engine.cache import FrozenCache, RowCache
-from faststeer.engine.linear import Linears
+from faststeer.engine.layers import Layers
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
+from faststeer.engine.step import Step
 from faststeer.hf import Steering, find_hook_points
 from faststeer.hf.cache import cache_argument
 from faststeer.ops import Rows
@@ -45,17 +46,30 @@ class Device:
             self.int = torch.zeros(3, rows, dtype=torch.int32, device=self.device)
             self.real = torch.zeros(2, rows, dtype=torch.float32, device=self.device)
             self.int[0] = -1
-        # What decode steps attend with; None: the model's own. The engine takes that where the operator does not fit.
+        # What passes are to run in, and what decode steps attend with where they still have the model's own attention.
         fits = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        self.layers = Layers(model, whole=fits and not frozen)
         self.attention = DecodeAttention(model) if fits and not frozen else None
-        self._linears = Linears(model)
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
+        self.step = Step.find(model, self.layers.parts, self._windows) if self.layers.parts else None
         self._cache_argument = cache_argument(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    # Passes
+    def leave_to_model(self) -> bool:
+        """Compute less of a pass by means of our own, more as the model does; False: nothing is left to leave."""
+        if self.step is not None:
+            self.step = None
+        elif self.layers.parts:
+            self.layers.parts.clear()
+        elif self.attention is not None:
+            self.attention = None
+        else:
+            return False
+        return True
+
+    # Passes, to be made inside `layers`
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], first: int, prefix: int = 0, source: int = 0) -> Tensor:
@@ -97,14 +111,18 @@ class Device:
         token, column = self.long[0, :n], self.long[1, :n]
         self._place(*self.int[:, :n])
         self.cache.decode(column, width)
-        with self.attention or nullcontext():
-            kept = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)
+        if self.step is not None and self.layers.intact and self.step.fits(self.steering):
+            logits = self.step(token, column, self.cache, self.steering)  # type: ignore[arg-type]
+        else:
+            masks = self._masks(column, width)
+            with self.attention or nullcontext():
+                logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), masks, None)[:, -1]
         if self.probes:
             row = torch.arange(n, device=self.device)
             self.projections[row, :, column] = self._probed()[:, 0]
         # A row that is not live must not run out of the cache.
         column.add_(1).clamp_(max=self.length - 1)
-        return kept[:, -1]
+        return logits
 
     def _choose(self, logits: Tensor, rows: slice, mode: Mode) -> Tensor:
         position = self.int[1, rows]
@@ -119,15 +137,14 @@ class Device:
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
         """Logits of the columns `keep` of a prompt, or of the one token of a step."""
         some = {"logits_to_keep": 1 if keep is None else keep} if self._keeps else {}
-        with self._linears:
-            out = self.model(
-                input_ids=tokens,
-                position_ids=position,
-                attention_mask=masks,
-                use_cache=True,
-                **{self._cache_argument: self.cache},
-                **some,
-            )
+        out = self.model(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=masks,
+            use_cache=True,
+            **{self._cache_argument: self.cache},
+            **some,
+        )
         return out.logits if self._keeps or keep is None else out.logits[:, keep]
 
     def _masks(self, column: Tensor, width: int) -> Any:

@@ -118,15 +118,14 @@ class Engine:
                 rows //= 2
 
     def _check(self, device: Device) -> None:
-        """See `_check_logits`. Steps attend with the model's own attention where only that gives its logits."""
-        steering = None if self._frozen is None else self._steering
-        try:
-            _check_logits(device, steering)
-        except ValueError:
-            if device.attention is None:
-                raise
-            device.attention = None
-            _check_logits(device, steering)
+        """See `_check_logits`. Layers compute as the model has them where only that gives its logits."""
+        steering = self._steering if self._frozen or self._steering.path == "fused" else None
+        while True:
+            try:
+                return _check_logits(device, steering)
+            except ValueError:
+                if not device.leave_to_model():
+                    raise
 
     @property
     def max_batch(self) -> int:
@@ -247,6 +246,7 @@ class Engine:
             if self._frozen or self._steering.path == "fused" or planned:
                 stack.enter_context(self._steering)
                 self._device.steering = self._steering
+            stack.enter_context(self._device.layers)
             entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
             sites = [entry.site for entry in entries]
             self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
@@ -348,7 +348,7 @@ def _check_logits(device: Device, steering: Steering | None) -> None:
     name = type(device.model).__name__
     try:
         alone = [_alone(device, row) for row in ids]
-        with steering or nullcontext():
+        with steering or nullcontext(), device.layers:
             device.steering = steering
             found = [device.read_prompts(requests, 0)]
             device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)

@@ -132,7 +132,8 @@ class Run:
         self.pending.append(_Launched(tokens, ready, list(requests)))
         for request in requests:
             request.launched += 1
-        for request in [request for request in requests if request.launched >= request.limit]:
+        # From the last row on: a row that is the last leaves no gap to be filled.
+        for request in reversed([request for request in requests if request.launched >= request.limit]):
             self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -213,7 +214,7 @@ class Run:
             launched = self.pending.popleft()
             if launched.ready is not None:
                 launched.ready.synchronize()
-            for request, token in zip(launched.requests, launched.tokens.tolist(), strict=True):
+            for request, token in reversed(list(zip(launched.requests, launched.tokens.tolist(), strict=True))):
                 if not request.done and (completion := self._read(request, token)) is not None:
                     yield completion
 

@@ -192,7 +192,7 @@ class Steering:
             owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True),
         ]
         if self._fusion is not None and not why:
-            self._patch = Patch(self.model, self._points, self._fusion, self._add)
+            self._patch = Patch(self.model, self._points, self._fusion, self.add_at)
         self._install()
         _watch_generate(self.model, self)
         return self
@@ -474,7 +474,28 @@ class Steering:
         self._keep(number, given.probe, now)
         return steered.view_as(x)
 
-    def _add(
+    # For a loop of one's own over layers that were fused: `begin_tokens`, then every site in order.
+
+    @property
+    def n_hooks(self) -> int:
+        """How many hooks the model has from this steering."""
+        return len(self._handles) + 1  # and the one that begins a pass
+
+    def begin_tokens(self, n: int) -> None:
+        """A pass over one token for each of the n rows that `set_rows` was given."""
+        if self._rows is None:
+            raise RuntimeError("begin_tokens is for passes whose rows were given by set_rows")
+        self._whole_pass = self._pass = self._given_pass(self._rows, n, 1)
+
+    def acts_at(self, number: int) -> bool:
+        """Whether a hook would steer at this site."""
+        return number in self._handles
+
+    def at(self, number: int, x: Tensor) -> Tensor:
+        """x, steered at a site."""
+        return self._steer(number, x)
+
+    def add_at(
         self, number: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
     ) -> tuple[Tensor, Tensor | None]:
         """`fused.Add`."""

@@ -2,7 +2,14 @@
 model, no plan and no hook."""
 
 from faststeer.ops import reference
-from faststeer.ops.decode import decode_attention, linear
+from faststeer.ops.decode import (
+    attention_branch_,
+    decode_attention,
+    gated_linear,
+    gated_mlp,
+    linear,
+    rotary_attention_,
+)
 from faststeer.ops.dispatch import (
     Backend,
     State,
@@ -29,12 +36,16 @@ __all__ = [
     "Tables",
     "add_steer",
     "add_steer_rmsnorm",
+    "attention_branch_",
     "backend",
     "backend_for",
     "decode_attention",
+    "gated_linear",
+    "gated_mlp",
     "latch_",
     "linear",
     "reference",
+    "rotary_attention_",
     "sparse_add_",
     "states",
     "steer",

@@ -13,8 +13,9 @@ from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
 from faststeer import ops
-from faststeer.engine import attention, linear, run
+from faststeer.engine import attention, layers, linear, run
 from faststeer.engine.device import Device
+from faststeer.engine.step import Step
 from faststeer.hf import read
 from faststeer.intervention import orthonormal
 
@@ -167,27 +168,35 @@ def test_demo_model_answers_as_under_generate():
 # Attention of decode steps --------------------------------------------------------------------------------------------
 
 
+def plain(made):
+    """An engine whose passes are the model's own, but for attention and linear layers."""
+    while made._device.layers.parts:
+        assert made._device.leave_to_model()
+    return made
+
+
 def test_steps_attend_with_the_operator_and_prompts_do_not(monkeypatch):
     """On the CPU; the model's own attention is back after every step."""
     model, calls = models.build("llama"), []
     own = attention.decode_attention
     monkeypatch.setattr(attention, "decode_attention", lambda *given: (calls.append(given[0].shape), own(*given))[1])
-    made = engine(model, max_batch=8)
+    made = plain(engine(model, max_batch=8))
     calls.clear()
     list(made.generate(prompts((5, 5)), max_new_tokens=4))
     assert calls == [(2, 4, 8)] * 3 * models.N_LAYERS
-    Interrupted(monkeypatch, made, 3, ZeroDivisionError())
+    before_passes(monkeypatch, made, Raises(3, ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         list(made.generate(prompts((5, 5)), max_new_tokens=4))
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_whose_attention_the_operator_does_not_know_keeps_its_own(monkeypatch):
-    """It gives something else, or refuses: found when the engine is made."""
+def test_a_model_whose_attention_the_operators_do_not_know_keeps_its_own(monkeypatch):
+    """They give something else, or refuse: found when the engine is made."""
     for operator in (lambda query, *_: torch.zeros_like(query), _raise):
         monkeypatch.setattr(attention, "decode_attention", operator)
+        monkeypatch.setattr(layers.Attention, "attend", lambda self, x, *_, operator=operator: operator(x))
         made = engine("llama")
-        assert made._device.attention is None
+        assert made._device.step is None and not made._device.layers.parts and made._device.attention is None
         assert tokens(made.generate(prompts()[:3], max_new_tokens=4)) == [
             generated(models.model("llama"), prompt, None, 4) for prompt in prompts()[:3]
         ]
@@ -198,40 +207,116 @@ def _raise(*_):
 
 
 @pytest.mark.skipif(not ops.states()["cpu"].works, reason="the C++ is not built here")
-def test_linear_layers_of_16_bits_compute_with_the_operator_where_that_is_faster(monkeypatch):
+@pytest.mark.parametrize("faster", [False, True])
+def test_linear_layers_compute_with_the_operator_where_that_is_faster(faster, monkeypatch):
     """Only they, only while the engine runs, and never one that is more than a linear layer."""
     calls, own = [], linear.linear
     monkeypatch.setattr(linear, "linear", lambda x, *given: (calls.append(x.shape), own(x, *given))[1])
-    for slow in (False, True):
-        monkeypatch.setattr(linear, "slow_here", lambda dtype, slow=slow: slow and dtype == torch.bfloat16)
-        assert tokens(engine("llama").generate(prompts((5, 5)), max_new_tokens=3)) and not calls
-        model = models.build("llama").to(torch.bfloat16)
-        special = model.model.layers[0].mlp.up_proj
-        special.__class__ = type("Special", (torch.nn.Linear,), {})
-        made = engine(model, max_batch=8)
-        calls.clear()
-        found = list(made.generate(prompts((5, 5)), max_new_tokens=3))
-        # Seven a layer but for the special one, and the head; a prompt and two steps.
-        per_pass = 7 * models.N_LAYERS - 1 + 1
-        assert len(calls) == (3 * per_pass if slow else 0) and all(len(c.token_ids) == 3 for c in found)
-        assert not any("forward" in module.__dict__ for module in model.modules())
+    monkeypatch.setattr(linear, "ours_is_faster", lambda weight: faster)
+    model = models.build("llama")
+    special = model.model.layers[0].mlp.up_proj
+    special.__class__ = type("Special", (torch.nn.Linear,), {})
+    made = plain(engine(model, max_batch=8))
+    calls.clear()
+    found = list(made.generate(prompts((5,) * 5), max_new_tokens=3))
+    # Seven a layer but for the special one, and the head; a prompt and two steps.
+    per_pass = 7 * models.N_LAYERS - 1 + 1
+    assert len(calls) == (3 * per_pass if faster else 0) and all(len(c.token_ids) == 3 for c in found)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_which_models_take_steps_without_their_own_python():
+    known = {name for name in models.ARCHITECTURES if engine(name)._device.step is not None}
+    assert known == {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    "where",
+    ["model", "model.layers.1", "model.layers.0.self_attn", "model.layers.1.mlp", "model.layers.0.mlp.down_proj",
+     "model.layers.1.self_attn.q_proj", "model.layers.1.post_attention_layernorm", "model.norm", "lm_head",
+     "model.embed_tokens", "model.rotary_emb"],
+)  # fmt: skip
+def test_hooks_of_others_are_called_in_every_pass(name, where):
+    model = models.build(name)
+    made, calls = engine(model), []
+    handle = model.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    found = tokens(made.generate(prompts()[:3], plan(name), max_new_tokens=5))
+    handle.remove()
+    assert len(calls) >= 5
+    assert found == tokens(made.generate(prompts()[:3], plan(name), max_new_tokens=5))
+
+
+def test_a_hook_that_changes_a_projection_is_heeded():
+    """And one that comes while completions are being read."""
+    model = models.build("llama")
+    made, down = engine(model, max_batch=2), model.model.layers[0].mlp.down_proj
+
+    def hook():
+        return down.register_forward_hook(lambda _m, _a, out: out + 1.0)
+
+    plainly = [generated(model, prompt, None, 6) for prompt in prompts()[:4]]
+    handle = hook()
+    hooked = [generated(model, prompt, None, 6) for prompt in prompts()[:4]]
+    assert tokens(made.generate(prompts()[:4], max_new_tokens=6)) == hooked != plainly
+    handle.remove()
+    running = made.generate(prompts()[:4], max_new_tokens=6)
+    first = [next(running), next(running)]  # two rows: the others have not begun
+    handle = hook()
+    assert tokens([*first, *running]) == plainly[:2] + hooked[2:]
+    handle.remove()
+
+
+def test_an_adapter_that_comes_later_is_not_passed_by():
+    model = models.build("llama")
+    made = engine(model)
+    plainly = tokens(made.generate(prompts()[:2], max_new_tokens=5))
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return self.base_layer(x) + 1.0
+
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = Adapted(mlp.down_proj)
+    expected = [generated(model, prompt, None, 5) for prompt in prompts()[:2]]
+    assert tokens(made.generate(prompts()[:2], max_new_tokens=5)) == expected != plainly
+
+
+def test_weights_that_change_are_seen():
+    model = models.build("llama")
+    made = engine(model)
+    list(made.generate(prompts()[:2], max_new_tokens=3))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(-1)
+            layer.self_attn.k_proj.weight = torch.nn.Parameter(layer.self_attn.k_proj.weight.flip(0))
+    expected = [generated(model, prompt, None, 5) for prompt in prompts()[:2]]
+    assert tokens(made.generate(prompts()[:2], max_new_tokens=5)) == expected
 
 
 # Contracts 5 and 6 ----------------------------------------------------------------------------------------------------
 
 
-class Interrupted:
-    """A model whose n-th forward pass raises."""
+def before_passes(monkeypatch, made, call) -> None:
+    """`call(rows)` at every forward pass of an engine, when the rows' tables are written already."""
+    forward, step = made._device._forward, Step.__call__
+    monkeypatch.setattr(made._device, "_forward", lambda ids, *more: (call(len(ids)), forward(ids, *more))[1])
+    monkeypatch.setattr(Step, "__call__", lambda self, ids, *more: (call(len(ids)), step(self, ids, *more))[1])
 
-    def __init__(self, monkeypatch, made, after: int, error: BaseException) -> None:
-        forward, count = made._device._forward, itertools.count(1)
 
-        def failing(*arguments):
-            if next(count) == after:
-                raise error
-            return forward(*arguments)
+class Raises:
+    """At the n-th call."""
 
-        monkeypatch.setattr(made._device, "_forward", failing)
+    def __init__(self, n: int, error: BaseException) -> None:
+        self.n, self.error, self.count = n, error, itertools.count(1)
+
+    def __call__(self, rows: int) -> None:
+        if next(self.count) == self.n:
+            raise self.error
 
 
 def state(model) -> tuple:
@@ -253,7 +338,8 @@ def test_leaving_restores_every_bit(name, how, monkeypatch):
     assert unchanged(state(model), before)
     with monkeypatch.context() as patch:
         if how in ("error", "interrupt"):
-            Interrupted(patch, made, 8, ZeroDivisionError() if how == "error" else KeyboardInterrupt())
+            error = ZeroDivisionError() if how == "error" else KeyboardInterrupt()
+            before_passes(patch, made, Raises(8, error))
         running = made.generate(prompts(), plans=mixed(name), max_new_tokens=LIMITS)
         if how == "exhausted":
             list(running)
@@ -272,7 +358,7 @@ def test_leaving_restores_every_bit(name, how, monkeypatch):
 def test_what_has_finished_is_delivered_at_an_interrupt(monkeypatch):
     """Also what waited for its turn: the second finishes long before the first."""
     made = engine("llama")
-    Interrupted(monkeypatch, made, 6, KeyboardInterrupt())
+    before_passes(monkeypatch, made, Raises(6, KeyboardInterrupt()))
     found = []
     with pytest.raises(KeyboardInterrupt):
         for completion in made.generate(prompts((5, 5, 5)), max_new_tokens=[20, 2, 3]):
@@ -339,23 +425,26 @@ def test_out_of_memory_lowers_the_batch_and_goes_on(monkeypatch):
     made = engine("llama", max_batch=8)
     settings = {"plans": mixed("llama"), "max_new_tokens": 6, "probe": models.direction(1)}
     expected = list(made.generate(prompts(), **settings))
-    forward, sizes = made._device._forward, []
+    sizes = []
 
-    def small(ids, *arguments):
-        sizes.append(len(ids))
-        if len(ids) > 2 and len(sizes) > 3:
+    def small(rows):
+        sizes.append(rows)
+        if rows > 2 and len(sizes) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(ids, *arguments)
 
-    monkeypatch.setattr(made._device, "_forward", small)
+    before_passes(monkeypatch, made, small)
     found = list(made.generate(prompts(), **settings))
     assert max(sizes) == 8 and sizes[-1] <= 2
     for a, b in zip(found, expected, strict=True):
         assert a.token_ids == b.token_ids
         torch.testing.assert_close(a.projections, b.projections, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(made._device, "_forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    before_passes(monkeypatch, made, lambda rows: _raise_memory())
     with pytest.raises(torch.OutOfMemoryError):
         list(made.generate(prompts(), **settings))
+
+
+def _raise_memory():
+    raise torch.OutOfMemoryError("CUDA")
 
 
 def test_rows_that_do_not_fit_into_memory_at_the_start(monkeypatch):
