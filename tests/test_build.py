@@ -398,6 +398,13 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     x, residual = (torch.randn(9, hidden, generator=g).to(dtype) for _ in range(2))
     weight = torch.randn(hidden, generator=g).to(dtype)
     results += torch.ops.faststeer.add_steer_rmsnorm.cpp(x, residual, weight, 1e-6, 0.0, False, *arguments)
+    # Any bits at all, and a vector of such: a NaN keeps neither its payload nor its sign at every level.
+    patterns = torch.randint(-(2**31), 2**31, (10, 1111), generator=g, dtype=torch.int64).int().view(torch.float32)
+    rows = patterns[:9].view(dtype)[:, -hidden:].clone()
+    strange = t.bank.clone()
+    strange[:, ::3] = patterns[9, ::3]
+    torch.ops.faststeer.steer_.cpp(rows, strange, *arguments[1:-1], None)
+    results.append(rows.nan_to_num(nan=1.25))
     for size in (32, 40):
         query, mask = torch.randn(2, 4, size, generator=g).to(dtype), torch.randn(2, 150, generator=g).to(dtype)
         keys, values = (torch.randn(2, 2, 150, size, generator=g).to(dtype) for _ in range(2))

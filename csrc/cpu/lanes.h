@@ -54,8 +54,10 @@ struct BFloat {
 };
 
 // One vector of fp32 from and to each dtype: `decode` reads it; `rounded` rounds it to the dtype, to nearest even; `encode`
-// writes what is rounded already. For bf16, `nearest` has what `rounded` has in the upper half of each word, and anything
-// in the lower, which `encode` does not look at. A quiet NaN, the only kind that arithmetic gives, stays a NaN.
+// writes what is rounded already. A quiet NaN, the only kind that arithmetic gives, stays a NaN.
+//
+// bf16 has no `rounded` but `rounding`: what to add to a number's bits for their upper half to be the nearest bf16. That
+// is 0x7FFF, or 0x8000 where the upper half is odd. `encode` writes the upper halves and does not look at the lower.
 
 FASTSTEER_LANES Floats decode(const float* from) {
   Floats value;
@@ -74,24 +76,34 @@ FASTSTEER_LANES void encode(float* to, Floats value) { std::memcpy(to, &value, s
 FASTSTEER_LANES Floats decode(const BFloat* from) {
   __m256i bits;
   std::memcpy(&bits, from, sizeof(bits));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  // Short i becomes the upper half of word i.
+  const __m512i up = _mm512_set_epi32(0xF0000, 0xE0000, 0xD0000, 0xC0000, 0xB0000, 0xA0000, 0x90000, 0x80000, 0x70000,
+                                      0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, up, _mm512_castsi256_si512(bits)));
 }
 
-FASTSTEER_LANES Floats nearest(Floats value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
-  const __m512i sum = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
-  return _mm512_castsi512_ps(_mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1)));
+// Short i of two vectors' upper halves is short 2 i + 1 of the two.
+FASTSTEER_LANES void encode(BFloat* to, Floats first, Floats second) {
+  const __m512i upper = _mm512_set_epi32(0x3F003D, 0x3B0039, 0x370035, 0x330031, 0x2F002D, 0x2B0029, 0x270025, 0x230021,
+                                         0x1F001D, 0x1B0019, 0x170015, 0x130011, 0xF000D, 0xB0009, 0x70005, 0x30001);
+  const __m512i bits = _mm512_permutex2var_epi16(_mm512_castps_si512(first), upper, _mm512_castps_si512(second));
+  std::memcpy(to, &bits, sizeof(bits));
 }
 
 FASTSTEER_LANES void encode(BFloat* to, Floats value) {
-  // Short i of the result is the upper half of word i, short 2 i + 1.
   const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1F001D, 0x1B0019, 0x170015, 0x130011, 0xF000D,
                                          0xB0009, 0x70005, 0x30001);
   const __m256i bits = _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, _mm512_castps_si512(value)));
   std::memcpy(to, &bits, sizeof(bits));
 }
+
+FASTSTEER_LANES Words rounding(Words bits) {
+  const __m512 by_last_bit = _mm512_castsi512_ps(_mm512_set1_epi64(0x800000007FFF));
+  const __m512i upper = _mm512_srli_epi32(reinterpret_cast<__m512i>(bits), 16);
+  return reinterpret_cast<Words>(_mm512_permutevar_ps(by_last_bit, upper));
+}
+
+FASTSTEER_LANES bool any_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
 
 FASTSTEER_LANES Floats decode(const Half* from) {
   __m256i bits;
@@ -110,23 +122,32 @@ FASTSTEER_LANES void encode(Half* to, Floats value) {
 
 #else
 
-FASTSTEER_LANES Floats nearest(Floats value) {
-  const Words bits = reinterpret_cast<Words>(value);
-  return reinterpret_cast<Floats>(value == value ? bits + 0x7FFF + ((bits >> 16) & 1) : bits);
-}
-
 #if defined(__AVX2__)
 
 FASTSTEER_LANES Floats decode(const BFloat* from) {
   __m128i bits;
   std::memcpy(&bits, from, sizeof(bits));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  // Short i becomes the upper half of word i, of the lower four words in the vector's lower half.
+  const __m256i up = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
+                                      11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits), up));
 }
 
-FASTSTEER_LANES void encode(BFloat* to, Floats value) {
-  const __m256i words = _mm256_srli_epi32(_mm256_castps_si256(value), 16);
-  const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+FASTSTEER_LANES void encode(BFloat* to, Floats first, Floats second) {
+  const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(first), 16),
+                                             _mm256_srli_epi32(_mm256_castps_si256(second), 16));
+  const __m256i bits = _mm256_permute4x64_epi64(packed, 0xD8);  // it packs half a vector at a time
   std::memcpy(to, &bits, sizeof(bits));
+}
+
+FASTSTEER_LANES Words rounding(Words bits) {
+  const __m256 by_last_bit = _mm256_castsi256_ps(_mm256_set1_epi64x(0x800000007FFF));
+  const __m256i upper = _mm256_srli_epi32(reinterpret_cast<__m256i>(bits), 16);
+  return reinterpret_cast<Words>(_mm256_permutevar_ps(by_last_bit, upper));
+}
+
+FASTSTEER_LANES bool any_nan(Floats a, Floats b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
 }
 
 FASTSTEER_LANES Floats decode(const Half* from) {
@@ -156,6 +177,10 @@ FASTSTEER_LANES void encode(BFloat* to, Floats value) {
   const Shorts bits = __builtin_convertvector(reinterpret_cast<Words>(value) >> 16, Shorts);
   std::memcpy(to, &bits, sizeof(bits));
 }
+
+FASTSTEER_LANES Words rounding(Words bits) { return 0x7FFF + ((bits >> 16) & 1); }
+
+FASTSTEER_LANES bool any_nan(Floats, Floats) { return true; }  // looking costs as much as being careful
 
 FASTSTEER_LANES Floats from_half(Words bits) {
   const Words magnitude = bits & 0x7FFF;
@@ -191,10 +216,6 @@ FASTSTEER_LANES void encode(Half* to, Floats value) {
 
 #endif
 #endif
-
-FASTSTEER_LANES Floats rounded(const BFloat*, Floats value) {
-  return reinterpret_cast<Floats>(reinterpret_cast<Words>(nearest(value)) & 0xFFFF0000);
-}
 
 // Sixteen at a time.
 
@@ -234,22 +255,79 @@ FASTSTEER_LANES Lanes load(const T* from) {
   return lanes;
 }
 
+// The upper half of each word becomes the nearest bf16, the lower half anything. A NaN keeps its bits, since a carry
+// could turn it into a zero: it is looked for in two vectors at once, for a branch that is all but never taken.
+FASTSTEER_LANES void make_nearest(Floats& a, Floats& b) {
+  const Words a_bits = reinterpret_cast<Words>(a), b_bits = reinterpret_cast<Words>(b);
+  Words to_a = rounding(a_bits), to_b = rounding(b_bits);
+  if (__builtin_expect(any_nan(a, b), 0)) {
+    to_a &= reinterpret_cast<Words>(a == a);
+    to_b &= reinterpret_cast<Words>(b == b);
+  }
+  a = reinterpret_cast<Floats>(a_bits + to_a);
+  b = reinterpret_cast<Floats>(b_bits + to_b);
+}
+
+FASTSTEER_LANES Lanes nearest(Lanes lanes) {
+  if constexpr (PARTS == 1) {
+    Floats same = lanes.part[0];
+    make_nearest(lanes.part[0], same);
+  } else {
+    FASTSTEER_PARTS(if (i % 2 == 0) make_nearest(lanes.part[i], lanes.part[i + 1]));
+  }
+  return lanes;
+}
+
+// Bf16 values of 2 PART columns, those at even and those at odd ones: what costs least to take apart and put together.
+struct Apart {
+  Floats even, odd;
+};
+
+FASTSTEER_LANES Apart take_apart(const BFloat* from) {
+  Words pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  return {reinterpret_cast<Floats>(pairs << 16), reinterpret_cast<Floats>(pairs & 0xFFFF0000)};
+}
+
+// Rounds, without care for a NaN with anything in its lower half.
+FASTSTEER_LANES void put_together(BFloat* to, Apart values) {
+  Words even = reinterpret_cast<Words>(values.even), odd = reinterpret_cast<Words>(values.odd);
+  even += rounding(even);
+  odd += rounding(odd);
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 does not find this instruction either
+  const __m256i upper = _mm256_srli_epi32(reinterpret_cast<__m256i>(even), 16);
+  const __m256i pairs = _mm256_blend_epi16(upper, reinterpret_cast<__m256i>(odd), 0xAA);
+#else
+  const Words pairs = (even >> 16) | (odd & 0xFFFF0000);
+#endif
+  std::memcpy(to, &pairs, sizeof(pairs));
+}
+
 template <class T>
 FASTSTEER_LANES Lanes round_to(Lanes lanes) {
-  FASTSTEER_PARTS(lanes.part[i] = rounded(static_cast<const T*>(nullptr), lanes.part[i]));
+  if constexpr (std::is_same_v<T, BFloat>) {
+    lanes = nearest(lanes);
+    FASTSTEER_PARTS(lanes.part[i] = reinterpret_cast<Floats>(reinterpret_cast<Words>(lanes.part[i]) & 0xFFFF0000));
+  } else {
+    FASTSTEER_PARTS(lanes.part[i] = rounded(static_cast<const T*>(nullptr), lanes.part[i]));
+  }
   return lanes;
 }
 
 // Of values that are rounded to T already.
 template <class T>
 FASTSTEER_LANES void store(T* to, Lanes lanes) {
-  FASTSTEER_PARTS(encode(to + i * PART, lanes.part[i]));
+  if constexpr (std::is_same_v<T, BFloat> && PARTS == 2) {
+    encode(to, lanes.part[0], lanes.part[1]);
+  } else {
+    FASTSTEER_PARTS(encode(to + i * PART, lanes.part[i]));
+  }
 }
 
 // Of any values. For fp16 it is the instruction that writes which rounds.
 template <class T>
 FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
-  if constexpr (std::is_same_v<T, BFloat>) FASTSTEER_PARTS(lanes.part[i] = nearest(lanes.part[i]));
+  if constexpr (std::is_same_v<T, BFloat>) lanes = nearest(lanes);
   store(to, lanes);
 }
 
@@ -330,11 +408,35 @@ FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Some some) {
   std::memcpy(to, copy, some.count * sizeof(T));
 }
 
+// Two blocks side by side.
+template <class T>
+FASTSTEER_LANES void store_rounded(T* to, Lanes first, Lanes second) {
+  if constexpr (std::is_same_v<T, BFloat> && PARTS == 1) {
+    make_nearest(first.part[0], second.part[0]);
+    encode(to, first.part[0], second.part[0]);
+  } else {
+    store_rounded(to, first);
+    store_rounded(to + LANES, second);
+  }
+}
+
 // body(first column, Whole or Some) for every block of sixteen of a row.
 template <class Body>
 FASTSTEER_LANES void each_block(int64_t hidden, Body body) {
   int64_t i = 0;
   for (; i + LANES <= hidden; i += LANES) body(i, Whole{});
+  if (i < hidden) body(i, Some{hidden - i});
+}
+
+// The same, but two(first column) for two whole blocks side by side as long as there are such.
+template <class Two, class Body>
+FASTSTEER_LANES void each_two_blocks(int64_t hidden, Two two, Body body) {
+  int64_t i = 0;
+  for (; i + 2 * LANES <= hidden; i += 2 * LANES) two(i);
+  if (i + LANES <= hidden) {
+    body(i, Whole{});
+    i += LANES;
+  }
   if (i < hidden) body(i, Some{hidden - i});
 }
 

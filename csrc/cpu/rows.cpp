@@ -13,18 +13,20 @@
 namespace faststeer {
 namespace {
 
-// Rows are taken last to first: what has just written them went first to last, so the last are still in the nearest
-// cache; and whatever reads the result next, first to last, finds its beginning there.
+// Rows are taken first to last, as their columns are: one stream, which the processor's own prefetching follows from
+// row to row. Last to first would find the end of what was just written in a nearer cache, and costs more than that
+// saves: a twentieth in place, a quarter into other memory (512 fp32 rows of 4096, Zen 5).
 
 template <class T>
 void steer(const Job& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
-  for (int64_t row = end - 1; row >= first; --row) {
+  Addend addend;
+  for (int64_t row = first; row < end; ++row) {
     Row<T, false> h(job, row, buffer);
     T* out = row_of<T>(job.out, row);
     if (steer_row(job, row, h, weights)) {
-      h.write(out);
+      if (!h.write_sum(out, addend)) h.write(out);
     } else if (job.out.data != job.x.data) {
       std::memcpy(out, row_of<T>(job.x, row), job.hidden * sizeof(T));
     }
@@ -35,7 +37,7 @@ template <class T>
 void add_steer(const Job& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
-  for (int64_t row = end - 1; row >= first; --row) {
+  for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
     h.write(row_of<T>(job.out, row));
@@ -77,7 +79,7 @@ void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
     case Dtype::FP32:
       load_weight<float>(job.norm, weight, hidden);
   }
-  for (int64_t row = end - 1; row >= first; --row) {
+  for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
     const float squares = h.write_rounded(row_of<T>(job.out, row));

@@ -48,6 +48,53 @@ def test_a_row_in_a_batch_is_that_row_alone_bit_for_bit(backend, dtype):
         assert torch.equal(bits(alone), bits(whole[i : i + 1]))
 
 
+@pytest.mark.parametrize("plans", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_is_rounded_to_nearest_even(backend, dtype, plans):
+    """Every 16-bit number, or as many fp32 ones, plus powers of two (which makes ties), the largest and the smallest
+    number, infinity and NaN of any payload: as PyTorch adds in fp32 and rounds. Rows share a plan, or take turns."""
+    hidden, rows = 1000, 65
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(2**16, generator=generator)[: rows * hidden].view(rows, hidden)
+    if dtype == "fp32":
+        x = (shuffled * 65537 - 2**31).int().view(torch.float32)
+    else:
+        x = (shuffled - 2**15).short().view(DTYPES[dtype])
+    powers = torch.ldexp(torch.ones(2, 277), torch.arange(-149, 128)) * torch.tensor([[1.0], [-1.0]])
+    some = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, 0x7FFF8000, 0x7F800000, -0x800000, 0x7F7FFFFF, 0x7FFFFF, -(2**31)])
+    vector = torch.cat([powers.flatten(), some.int().view(torch.float32), torch.randn(437, generator=generator)])
+    vector = vector[torch.randperm(hidden, generator=generator)]
+    case = steered([["Add"]] * plans, rows, hidden, DTYPES[dtype], "cpu", seed=0)
+    scalars = case.tables.scalars.clone()
+    scalars[:, ops.Scalar.A] = 1.0
+    tables = case.tables._replace(bank=vector.expand_as(case.tables.bank).contiguous(), scalars=scalars)
+    where = case.rows._replace(slot=(torch.arange(rows) % plans).int())
+    expected = (x.float() + vector).to(DTYPES[dtype])
+    changed = x.clone()
+    ops.steer_(changed, tables, where, backend=backend)
+    for found in (ops.steer(x, tables, where, backend=backend), changed):
+        number = ~expected.isnan()
+        assert torch.equal(found.isnan(), ~number)
+        assert torch.equal(bits(found)[number], bits(expected)[number])
+
+
+@pytest.mark.parametrize("hidden", [7, 47, 96, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_in_runs_of_one_addition(backend, dtype, hidden):
+    case = steered([["Add"], ["Add"], ["Ablate"]], 13, hidden, DTYPES[dtype], "cpu", seed=11)
+    slot = torch.tensor([0, 0, 0, 1, 1, -1, 1, 0, 2, 0, 0, 1, 1], dtype=torch.int32)
+    where = case.rows._replace(slot=slot)
+    first = case.tables.ranges[:2, 0].long()
+    coefficients = case.tables.scalars[first, ops.Scalar.A].unsqueeze(1)
+    sums = coefficients * case.tables.bank[case.tables.fields[first, ops.Field.VECTOR].long()]
+    expected = (case.x.float() + sums[slot.clamp(0, 1).long()]).to(DTYPES[dtype])
+    expected[5] = case.x[5]
+    found = ops.steer(case.x, case.tables, where, backend=backend)
+    added = slot != 2
+    assert torch.equal(bits(found)[added], bits(expected)[added])
+    assert not torch.equal(found[8], case.x[8])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_and_unaligned_rows(backend, dtype):
     case = steered(MIXES, 13, 111, DTYPES[dtype], "cpu", seed=4)
