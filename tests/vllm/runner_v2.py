@@ -1,11 +1,10 @@
-"""An engine with vLLM's second model runner, in a process of its own: python runner_v2.py ANSWERS.json
+"""An engine with vLLM's second model runner, in a process and an `ENVIRONMENT` of its own: python runner_v2.py OUT.json
 
 vLLM takes that runner where Triton has a back end for the device. A CPU has none: here Triton interprets its kernels,
 and is given a back end that says it is there.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from requests_mixed import SPECIAL, by_engine, mixed, token_ids, tokens
 
 import faststeer as fs
+
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def direction(seed: int) -> torch.Tensor:
@@ -32,8 +33,7 @@ def probing(prompts: list[list[int]]) -> tuple[list[int], fs.Plan]:
 
 
 def interpret() -> None:
-    """Before vLLM is imported."""
-    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    """To be called before vLLM is imported."""
     import triton.backends
     from triton.backends.driver import DriverBase
 

@@ -2,6 +2,7 @@
 that wait, requests that are preempted and sent again as new ones, probes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ import faststeer as fs
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("v2") / "answers.json"
     ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("runner_v2.py")), str(path)], capture_output=True, text=True
-    )
+        [sys.executable, str(Path(__file__).with_name("runner_v2.py")), str(path)],
+        env=dict(os.environ) | runner_v2.ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-5000:]
     return json.loads(path.read_text())
 

@@ -169,6 +169,37 @@ def test_plans_beyond_the_slots_wait(complete: Any, demo: Any, prompt: list[int]
     assert found == [(200, text) for text in wanted]
 
 
+@pytest.mark.parametrize(
+    ("path", "request_of", "text_of"),
+    [
+        (
+            "/v1/responses",
+            lambda question: {"input": question, "max_output_tokens": TOKENS},
+            lambda answer: answer["output"][0]["content"][0]["text"],
+        ),
+        (
+            "/v1/messages",
+            lambda question: {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS},
+            lambda answer: answer["content"][0]["text"],
+        ),
+    ],
+    ids=["responses", "messages"],
+)
+def test_other_ways_to_ask(ask: Any, address: str, vector: Any, path: str, request_of: Any, text_of: Any) -> None:
+    """They steer as a chat does, and what probes saw is asked for in the same way."""
+    question, common = "How do I bake bread?", {"model": "demo", "temperature": 0}
+    chat = common | {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS}
+    for plan in (None, fs.Plan([fs.Add(vector, 8.0), fs.Probe(vector)])):
+        asked = {"vllm_xargs": client_plan(plan)}
+        wanted = ask("/v1/chat/completions", chat | asked)[1]["choices"][0]["message"]["content"]
+        status, answer = ask(path, common | request_of(question) | asked)
+        assert status == 200, answer
+        assert text_of(answer) == wanted
+        if plan is not None:
+            (seen,) = faststeer.vllm.projections(f"{address}/v1", answer["id"], api_key=KEY)
+            assert len(seen[f"resid_pre.{LAYER + 1}"]["tokens"]) >= TOKENS - 1
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_beam_search_under_a_plan_is_refused(ask: Any, path: str) -> None:
     data = {"model": "demo", "max_tokens": 4, "n": 2, "temperature": 0, "use_beam_search": True}
