@@ -121,12 +121,12 @@ class Group {
       row_ = row;
       job_.mask == nullptr ? make_mask(row) : read_mask(row);
     }
-    if (job_.column != nullptr) keep_new(row, head);
+    if (job_.column != nullptr && job_.tokens == 1) keep_new(row, head);
     begin(row, head);
     for (int64_t tile = first_; tile < end_; tile += TILE) {
       const int64_t count = end_ - tile < TILE ? end_ - tile : TILE;
-      const T* keys = job_.keys.at<T>(row, head) + tile * job_.keys.column;
-      const T* values = job_.values.at<T>(row, head) + tile * job_.values.column;
+      const T* keys = job_.keys.at<T>(row / job_.tokens, head) + tile * job_.keys.column;
+      const T* values = job_.values.at<T>(row / job_.tokens, head) + tile * job_.values.column;
       // Each step for the whole group: none of its heads waits for another.
       for (int64_t g = 0; g < job_.group; ++g) score(g, keys, mask_ + tile, count);
       for (int64_t g = 0; g < job_.group; ++g) weigh(g, count);
@@ -135,6 +135,17 @@ class Group {
       for (; g < job_.group; ++g) add<1>(g, values, count);
     }
     write(row, head);
+  }
+
+  // A row's own key and value go to the cache.
+  void keep_new(int64_t row, int64_t head) {
+    const int64_t column = job_.column[row];
+    T* const key = const_cast<T*>(job_.keys.at<T>(row / job_.tokens, head)) + column * job_.keys.column;
+    T* const value = const_cast<T*>(job_.values.at<T>(row / job_.tokens, head)) + column * job_.values.column;
+    float* const turned = turned_;
+    turn(job_.key.at<T>(row, head), row, turned);
+    each_block(job_.key_size, [=](int64_t i, auto block) { store(key + i, load(turned + i, block), block); });
+    std::memcpy(value, job_.value.at<T>(row, head), job_.value_size * sizeof(T));
   }
 
  private:
@@ -195,16 +206,6 @@ class Group {
       const Lanes other = round_to<T>(load(across + i, block) * load(sine + i, block));
       store(to + i, round_to<T>(along + other), block);
     });
-  }
-
-  void keep_new(int64_t row, int64_t head) {
-    const int64_t column = job_.column[row];
-    T* const key = const_cast<T*>(job_.keys.at<T>(row, head)) + column * job_.keys.column;
-    T* const value = const_cast<T*>(job_.values.at<T>(row, head)) + column * job_.values.column;
-    float* const turned = turned_;
-    turn(job_.key.at<T>(row, head), row, turned);
-    each_block(job_.key_size, [=](int64_t i, auto block) { store(key + i, load(turned + i, block), block); });
-    std::memcpy(value, job_.value.at<T>(row, head), job_.value_size * sizeof(T));
   }
 
   // The scores of a tile's columns, minus infinity behind them.
@@ -347,6 +348,15 @@ void decode_attention(const AttentionJob& job, int64_t first, int64_t end) {
   Group<T> group(job, scratch.get());
   const int64_t heads = job.heads / job.group;
   for (int64_t unit = first; unit < end; ++unit) group.attend(unit / heads, unit % heads);
+}
+
+// The same units; before attention where a row looks at what others of them write.
+template <class T>
+void keep_new(const AttentionJob& job, int64_t first, int64_t end) {
+  const std::unique_ptr<float[]> scratch(new float[Group<T>::scratch(job)]);
+  Group<T> group(job, scratch.get());
+  const int64_t heads = job.heads / job.group;
+  for (int64_t unit = first; unit < end; ++unit) group.keep_new(unit / heads, unit % heads);
 }
 
 }  // namespace

@@ -188,7 +188,8 @@ Heads heads_of(const Tensor& tensor, const char* name, bool has_columns, Dtype d
 
 // What both attentions are given, checked; `rows` of the keys' and values' rows are used (the first, of a cache).
 AttentionJob attention_job(const Tensor& query, const Tensor& keys, const Tensor& values,
-                           const std::optional<Tensor>& mask, double scaling, double softcap, Dtype dtype, bool whole_cache) {
+                           const std::optional<Tensor>& mask, double scaling, double softcap, Dtype dtype, bool whole_cache,
+                           int64_t tokens = 1) {
   AttentionJob job;
   job.query = heads_of(query, "query", false, dtype);
   job.keys = heads_of(keys, "keys", true, dtype);
@@ -200,7 +201,9 @@ AttentionJob attention_job(const Tensor& query, const Tensor& keys, const Tensor
   if (key_heads < 1 || job.heads % key_heads != 0) {
     refuse("keys", "of a number of heads that divides the query's " + std::to_string(job.heads), key_heads);
   }
-  if ((whole_cache ? keys.size(0) < rows : keys.size(0) != rows) || keys.size(3) != job.key_size) {
+  if (tokens < 1 || rows % tokens != 0) refuse("tokens", "a divisor of the " + std::to_string(rows) + " rows", tokens);
+  job.tokens = tokens;
+  if ((whole_cache ? keys.size(0) < rows / tokens : keys.size(0) != rows) || keys.size(3) != job.key_size) {
     const std::string rows_wanted = whole_cache ? "at least as many rows and as many numbers as" : "as many rows and numbers as";
     refuse("keys", "of " + rows_wanted + " the query, " + shape_text(query.sizes()), shape_text(keys.sizes()));
   }
@@ -234,8 +237,9 @@ Tensor attend(const Tensor& query, AttentionJob& job, Dtype dtype) {
       aoti_torch_empty_strided(3, sizes, strides, torch_dtype(query), aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor out(handle);
   job.out = out.data_ptr();
-  const auto routine = of_dtype(routines().decode_attention, dtype);
-  over_units(routine, job, rows * (job.heads / job.group), job.columns * (job.key_size + job.value_size));
+  const int64_t units = rows * (job.heads / job.group);
+  if (job.tokens > 1) over_units(of_dtype(routines().keep_new, dtype), job, units, job.key_size + job.value_size);
+  over_units(of_dtype(routines().decode_attention, dtype), job, units, job.columns * (job.key_size + job.value_size));
   return out;
 }
 
@@ -269,9 +273,10 @@ Rows angles(const Tensor& tensor, const char* name, int64_t rows, int64_t rotary
 
 Tensor rotary_attention_(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys,
                          const Tensor& values, const Tensor& cosine, const Tensor& sine, const Tensor& column,
-                         const std::optional<Tensor>& mask, int64_t window, double scaling, double softcap) {
+                         const std::optional<Tensor>& mask, int64_t tokens, int64_t window, double scaling,
+                         double softcap) {
   const Dtype dtype = check_float(query, "query");
-  AttentionJob job = attention_job(query, keys, values, mask, scaling, softcap, dtype, true);
+  AttentionJob job = attention_job(query, keys, values, mask, scaling, softcap, dtype, true, tokens);
   if (window < 0) refuse("window", "0 (none) or more", window);
   job.window = window;
   const int64_t rows = query.size(0);
@@ -385,8 +390,8 @@ Tensor attention_branch_(const Tensor& x, const Tensor& query, const Tensor& key
                          const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
                          const std::optional<Tensor>& value_bias, const Tensor& output,
                          const std::optional<Tensor>& output_bias, const Tensor& keys, const Tensor& values,
-                         const Tensor& cosine, const Tensor& sine, const Tensor& column, int64_t window, double scaling,
-                         double softcap) {
+                         const Tensor& cosine, const Tensor& sine, const Tensor& column, int64_t tokens,
+                         int64_t window, double scaling, double softcap) {
   const Multiplied multiplied(x);
   const Dtype dtype = check_float(x, "x");
   check_matrix(query, "query", x.size(1), dtype);
@@ -413,7 +418,7 @@ Tensor attention_branch_(const Tensor& x, const Tensor& query, const Tensor& key
   }
   const Tensor attended = rotary_attention_(heads(0, queries / size, size), heads(queries, keys.size(1), size),
                                             heads(queries + n_keys, values.size(1), values.size(3)), keys, values,
-                                            cosine, sine, column, std::nullopt, window, scaling, softcap);
+                                            cosine, sine, column, std::nullopt, tokens, window, scaling, softcap);
   const int64_t sizes[] = {rows, attended.size(1) * attended.size(2)}, strides[] = {sizes[1], 1};
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(attended.get(), 2, sizes, strides, 0, &handle));

@@ -157,7 +157,7 @@ void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
     FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
-    FASTSTEER_BY_DTYPE(decode_attention),
+    FASTSTEER_BY_DTYPE(decode_attention), FASTSTEER_BY_DTYPE(keep_new),
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };
 

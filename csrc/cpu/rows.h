@@ -64,12 +64,13 @@ struct AttentionJob {
   int64_t mask_stride = 0;
   float scaling, softcap;  // softcap 0: none
   void* out;               // [rows, heads, value_size], contiguous
-  // rotary_attention_ only: each row's own key and value `[rows, key heads, size]`, written to this column of its keys
-  // and values first, the columns up to it that it looks at (0: all), and the angles `[rows, rotary]` by which the query and the key are turned.
+  // rotary_attention_ only: `tokens` rows after another share keys and values. Each row's own key and value
+  // `[rows, key heads, size]`, written to this column of them first, the columns up to it that it looks at (0: all), and
+  // the angles `[rows, rotary]` by which the query and the key are turned.
   const int64_t* column = nullptr;
   Heads key, value;
   Rows cosine, sine;
-  int64_t rotary = 0, window = 0;
+  int64_t rotary = 0, window = 0, tokens = 1;
 };
 
 // x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
@@ -100,7 +101,7 @@ struct Routines {
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
-  Attention decode_attention[N_DTYPES];
+  Attention decode_attention[N_DTYPES], keep_new[N_DTYPES];
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t panel;  // outputs of a panel

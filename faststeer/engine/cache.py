@@ -22,15 +22,15 @@ class RowCache(Cache):
     def __init__(self, n_layers: int, rows: int, length: int) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(n_layers)])
         self.rows, self.length = rows, length
-        self._prompts: Tensor | None = None
+        self._prompts: range | None = None
         self._prefix, self._source = 0, 0
         self.column, self._width = torch.empty(0), 0
         self._flat: dict[int, Tensor] = {}  # heads -> where a step writes, in rows of head_dim numbers
 
-    def prefill(self, rows: Tensor, prefix: int = 0, source: int = 0) -> None:
-        """The next pass reads prompts, into these rows `[batch]`; their first `prefix` tokens are those of the row
-        `source`, and are copied from there instead."""
-        self._prompts, self._prefix, self._source = rows, prefix, source
+    def prefill(self, first: int, count: int, prefix: int = 0, source: int = 0) -> None:
+        """The next pass reads prompts, into `count` rows from `first` on; their first `prefix` tokens are those of the
+        row `source`, and are copied from there instead."""
+        self._prompts, self._prefix, self._source = range(first, first + count), prefix, source
 
     def decode(self, column: Tensor, width: int) -> None:
         """The next pass reads one token for each of the first `len(column)` rows, writes it at that row's `column`
@@ -51,7 +51,7 @@ class RowCache(Cache):
         if self._prompts is not None:
             keys, values = (self._behind_prefix(*each) for each in ((layer.keys, keys), (layer.values, values)))
             for store, new in ((layer.keys, keys), (layer.values, values)):
-                store[:, :, : new.shape[2]].index_copy_(0, self._prompts, new)
+                store[self._prompts.start : self._prompts.stop, :, : new.shape[2]] = new
             return keys, values
         n, heads = keys.shape[:2]
         if heads not in self._flat:
@@ -60,6 +60,21 @@ class RowCache(Cache):
         for store, new in ((layer.keys, keys), (layer.values, values)):
             store.view(-1, store.shape[3]).index_copy_(0, self._flat[heads], new.reshape(-1, store.shape[3]))
         return layer.keys[:n, :, : self._width], layer.values[:n, :, : self._width]
+
+    def rows_of(self, number: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values in the rows that the pass under way writes, for an operator that writes them
+        itself. `like`: dtype and device."""
+        layer: Any = self.layers[number]
+        if layer.keys is None:
+            shape = like.new_empty(0, heads, 0, size)
+            layer.lazy_initialization(shape, shape)
+        if self._prompts is None:
+            return layer.keys, layer.values
+        keys, values = (store[self._prompts.start : self._prompts.stop] for store in (layer.keys, layer.values))
+        if self._prefix:
+            for rows, store in ((keys, layer.keys), (values, layer.values)):
+                rows[:, :, : self._prefix] = store[self._source, :, : self._prefix]
+        return keys, values
 
     def _behind_prefix(self, store: Tensor, new: Tensor) -> Tensor:
         if not self._prefix:

@@ -23,6 +23,9 @@ from faststeer.hf.cache import cache_argument
 from faststeer.ops import Rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Tokens up to which prompts are read as steps are, each token by itself; longer ones share keys in the model's own
+# attention.
+SHORT = 128
 
 
 class Device:
@@ -97,22 +100,29 @@ class Device:
         column = torch.arange(prefix, prefix + width, device=self.device).expand(len(ids), -1)
         slot, _, sequence = (t.unsqueeze(1).expand(-1, width) for t in self.int[:, first : first + len(ids)])
         self._place(torch.where(column < length, slot, -1), (column - prompt).int(), sequence)
-        self.cache.prefill(rows, prefix, source)
-        ends = sorted(set(lengths))
-        kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in ends]))
+        self.cache.prefill(first, len(ids), prefix, source)
+        ends = torch.arange(len(ids), device=self.device)
+        if width <= SHORT and self._steps():
+            last = ends * width + length.squeeze(1) - prefix - 1
+            flat = tokens.reshape(-1), column.reshape(-1)
+            logits = self.step(*flat, self.cache, self.steering, width, last)  # type: ignore[misc, arg-type]
+        else:
+            distinct = sorted(set(lengths))
+            kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
+            logits = kept[ends, self._sent([distinct.index(n) for n in lengths])]
         if self.probes:
             known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
             seen = torch.cat([known, self._probed().transpose(1, 2)], 2)
             self.projections[:, :, : prefix + width].index_copy_(0, rows, seen)
-        return kept[torch.arange(len(ids), device=self.device), self._sent([ends.index(n) for n in lengths])]
+        return logits
 
     def read_tokens(self, n: int, width: int) -> Tensor:
         """`[n, vocabulary]`: logits at each row's last token, which is written at its column."""
         token, column = self.long[0, :n], self.long[1, :n]
         self._place(*self.int[:, :n])
         self.cache.decode(column, width)
-        if self.step is not None and self.layers.intact and self.step.fits(self.steering):
-            logits = self.step(token, column, self.cache, self.steering)  # type: ignore[arg-type]
+        if self._steps():
+            logits = self.step(token, column, self.cache, self.steering)  # type: ignore[misc, arg-type]
         else:
             masks = self._masks(column, width)
             with self.attention or nullcontext():
@@ -123,6 +133,10 @@ class Device:
         # A row that is not live must not run out of the cache.
         column.add_(1).clamp_(max=self.length - 1)
         return logits
+
+    def _steps(self) -> bool:
+        """Whether a pass can be made by `step`."""
+        return self.step is not None and self.layers.intact and self.step.fits(self.steering)
 
     def _choose(self, logits: Tensor, rows: slice, mode: Mode) -> Tensor:
         position = self.int[1, rows]

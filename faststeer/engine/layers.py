@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faststeer.engine.cache import RowCache
-from faststeer.engine.linear import FEW, fast_forward, is_plain, ours_is_faster, product_for
+from faststeer.engine.linear import FEW, fast_forward, is_plain, most_rows, product_for
 from faststeer.hf.cache import cache_in
 from faststeer.ops import attention_branch_, gated_mlp, rotary_attention_
 from faststeer.ops.decode import Activation
@@ -111,34 +111,40 @@ class Attention(_Part):
         self._scaling = float(module.scaling)
         self._softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
         self._norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None), None)
-        self._whole = not together and not any(self._norms) and ours_is_faster(module.o_proj.weight)
+        self._whole = 0 if together or any(self._norms) else most_rows(module.o_proj.weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache, x = cache_in(kwargs), kwargs.get("hidden_states")
         if args or x is None or type(cache) is not RowCache or not cache.decoding or not self._takes(x):
             return self._own(self.module, *args, **kwargs)
         cosine, sine = (t[:, 0] for t in kwargs["position_embeddings"])
-        return self.attend(x[:, 0], cosine, sine, kwargs["attention_mask"][:, 0, 0], cache).unsqueeze(1), None
+        mask = kwargs["attention_mask"][:, 0, 0]
+        return self.attend(x[:, 0], cosine, sine, cache.column, mask, cache).unsqueeze(1), None
 
     def attend(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None, cache: RowCache, window: int = 0
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        column: Tensor,
+        mask: Tensor | None,
+        cache: RowCache,
+        window: int = 0,
+        tokens: int = 1,
     ) -> Tensor:
-        """One token per row `[n, hidden]`, cosine and sine `[n, rotary]`; mask `[n, width]`, or None and a window, as
+        """Of `[rows, hidden]`; cosine and sine `[rows, rotary]`, column `[rows]`, mask, window and tokens as
         `rotary_attention_` takes them."""
-        store: Any = cache.layers[self._layer]
-        if self._whole and mask is None and len(x) >= FEW:
+        stored = cache.rows_of(self._layer, self._sizes[1] // self._size, self._size, x)
+        angles = cosine, sine, column
+        how: dict[str, Any] = {"softcap": self._softcap, "window": window, "tokens": tokens}
+        if FEW <= len(x) <= self._whole and mask is None:
             query, key, value, output = ((linear.weight, linear.bias) for linear in self.linears)
-            stored = store.keys, store.values
-            angles = cosine, sine, cache.column
-            how: dict[str, Any] = {"softcap": self._softcap, "window": window}
             return attention_branch_(x, query, key, value, output, *stored, *angles, self._scaling, **how)
         read: Sequence[Tensor] = [self._linear(reader, x) for reader in self._readers]
         if len(read) == 1:
             read = read[0].split(self._sizes, -1)
         q, k, v = map(self._heads, read, self._norms)
-        stored = store.keys, store.values
-        angles = cosine, sine, cache.column
-        attended = rotary_attention_(q, k, v, *stored, *angles, mask, self._scaling, self._softcap, window)
+        attended = rotary_attention_(q, k, v, *stored, *angles, mask, self._scaling, **how)
         return self._linear(self._last, attended.flatten(1))
 
     def _heads(self, x: Tensor, norm: Any) -> Tensor:
@@ -158,7 +164,8 @@ class MLP(_Part):
         self._readers, self._last = readers, module.down_proj
         self._act = module.act_fn if "act_fn" in children else module.activation_fn
         plain = not any(reader.bias is not None for reader in readers)
-        self._fused = _activation(self._act) if plain and ours_is_faster(module.down_proj.weight) else None
+        self._fused = _activation(self._act) if plain else None
+        self._whole = most_rows(module.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._takes(x):
@@ -167,7 +174,7 @@ class MLP(_Part):
 
     def compute(self, flat: Tensor) -> Tensor:
         """Of `[rows, hidden]`."""
-        if self._fused is not None and len(flat) >= FEW and not self._act._forward_hooks:
+        if self._fused is not None and FEW <= len(flat) <= self._whole and not self._act._forward_hooks:
             weights = [reader.weight for reader in self._readers]
             gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
             return gated_mlp(flat, gate, up, self._last.weight, self._last.bias, self._fused)

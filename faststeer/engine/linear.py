@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,31 +15,39 @@ from faststeer.ops import backend_for, linear
 # x `[rows, inputs]`, weight `[outputs, inputs]`, bias `[outputs]` -> `[rows, outputs]`.
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-FEW = 4  # rows, below which weights pass by so fast that PyTorch's product is as good or better
+# Rows below which weights pass by so fast that PyTorch's product is as good or better.
+FEW = 4
+# Where PyTorch has instructions for 16-bit products and ours are of fp32, the smaller price of a call decides: up to so
+# many rows and weights.
+MANY, SMALL = 256, 1 << 16
 
 
-def product_for(weight: Tensor) -> Product:
-    """x W^T + b: PyTorch's own, or `ops.linear` where that is faster: for fp32 on a CPU with AVX2 or AVX-512, and for
-    16-bit weights where PyTorch has no fast product of them (oneDNN's, which needs AVX-512)."""
-    if not ours_is_faster(weight):
-        return F.linear
-    return _ours
+def most_rows(weight: Tensor) -> int:
+    """For how many rows at most `ops.linear` is the faster product of a weight; 0: for none.
 
-
-def ours_is_faster(weight: Tensor) -> bool:
+    For fp32, on a CPU with AVX2 or AVX-512, for any number; for 16-bit weights too where PyTorch has no fast product of
+    them (oneDNN's, which needs AVX-512)."""
     if not weight.is_cpu or backend_for("cpu") != "cpu":
-        return False
-    if weight.dtype == torch.float32:
-        return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return 0
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return 0
     known: dict[torch.dtype, Any] = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return weight.dtype in known and not known[weight.dtype]()
+    if weight.dtype in known and known[weight.dtype]():
+        return MANY if weight.numel() <= SMALL else 0
+    return sys.maxsize if weight.dtype == torch.float32 or weight.dtype in known else 0
 
 
-def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(x, weight, bias) if x.shape[0] >= FEW else F.linear(x, weight, bias)
+def product_for(weight: Tensor) -> Product:
+    """x W^T + b, by the faster product for each number of rows."""
+    most = most_rows(weight)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias) if FEW <= x.shape[0] <= most else F.linear(x, weight, bias)
+
+    return product if most else F.linear
 
 
 def is_plain(module: nn.Module) -> bool:

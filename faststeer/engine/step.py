@@ -1,4 +1,4 @@
-"""A decode step without the model's own Python: one loop over the layers, for models that are nothing but
+"""Passes over tokens without the model's own Python: one loop over the layers, for models that are nothing but
 
     x = embed(token);  for every layer: x += attention(norm(x)), x += mlp(norm(x));  logits = W norm(x)
 
@@ -108,17 +108,25 @@ class Step:
         """Whether the steering acts by fused sums, and nobody else hooks what is passed by."""
         return steering is not None and steering.path == "fused" and sum(map(len, self._hooks)) == steering.n_hooks
 
-    def __call__(self, token: Tensor, column: Tensor, cache: RowCache, steering: Steering) -> Tensor:
-        """Logits `[n, vocabulary]` of rows' last tokens `[n]`, which stand at their columns `[n]`."""
-        steering.begin_tokens(len(token))
-        position = column.unsqueeze(1)
+    def __call__(
+        self,
+        token: Tensor,
+        column: Tensor,
+        cache: RowCache,
+        steering: Steering,
+        tokens: int = 1,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits `[n, vocabulary]` of the tokens `last` `[n]`, by default of all, where `token` `[rows]` is `tokens`
+        after another of each sequence, at their columns `[rows]`."""
+        steering.begin_tokens(len(token) // tokens, tokens)
         x = self._body.embed_tokens(token)
-        cosine, sine = (t[:, 0] for t in self._body.rotary_emb(x.unsqueeze(1), position_ids=position))
+        cosine, sine = (t[:, 0] for t in self._body.rotary_emb(x.unsqueeze(1), position_ids=column.unsqueeze(1)))
         if steering.acts_at(0):
             x = steering.at(0, x)
         normed = x if self._first_norm is None else self._first_norm.module(x)
         for i, layer in enumerate(self._layers):
-            branch = layer.attention.attend(normed, cosine, sine, None, cache, layer.window)
+            branch = layer.attention.attend(normed, cosine, sine, column, None, cache, layer.window, tokens)
             if self._attn_out and steering.acts_at(4 * i + 1):
                 branch = steering.at(4 * i + 1, branch)
             for module in layer.after_attention:
@@ -130,6 +138,7 @@ class Step:
             for module in layer.after_mlp:
                 branch = module(branch)
             x, normed = self._sum(steering, 4 * i + 4, branch, x, layer.next_norm)
+        normed = normed if last is None else normed[last]
         return self._product(normed, self._head.weight, self._head.bias)
 
     @staticmethod

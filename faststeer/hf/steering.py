@@ -481,11 +481,11 @@ class Steering:
         """How many hooks the model has from this steering."""
         return len(self._handles) + 1  # and the one that begins a pass
 
-    def begin_tokens(self, n: int) -> None:
-        """A pass over one token for each of the n rows that `set_rows` was given."""
+    def begin_tokens(self, batch: int, length: int) -> None:
+        """A pass over the `batch x length` tokens of which `set_rows` was given the rows."""
         if self._rows is None:
             raise RuntimeError("begin_tokens is for passes whose rows were given by set_rows")
-        self._whole_pass = self._pass = self._given_pass(self._rows, n, 1)
+        self._whole_pass = self._pass = self._given_pass(self._rows, batch, length)
 
     def acts_at(self, number: int) -> bool:
         """Whether a hook would steer at this site."""

@@ -28,11 +28,11 @@ _DEFINITIONS = {
     "gated_mlp": "(Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? bias, int activation) -> Tensor",
     "attention_branch_": "(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? query_bias, Tensor? key_bias, "
     "Tensor? value_bias, Tensor output, Tensor? output_bias, Tensor(a!) keys, Tensor(b!) values, Tensor cosine, "
-    "Tensor sine, Tensor column, int window, float scaling, float softcap) -> Tensor",
+    "Tensor sine, Tensor column, int tokens, int window, float scaling, float softcap) -> Tensor",
     "decode_attention": "(Tensor query, Tensor keys, Tensor values, Tensor mask, float scaling, float softcap) "
     "-> Tensor",
     "rotary_attention_": "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor cosine, "
-    "Tensor sine, Tensor column, Tensor? mask, int window, float scaling, float softcap) -> Tensor",
+    "Tensor sine, Tensor column, Tensor? mask, int tokens, int window, float scaling, float softcap) -> Tensor",
 }
 
 
@@ -162,10 +162,12 @@ def rotary_attention_(
     scaling: float,
     softcap: float = 0.0,
     window: int = 0,
+    tokens: int = 1,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """One new token per row: turn its query and key to their position, write key and value into the cache, attend.
+    """New tokens, one or more of each sequence: turn queries and keys to their positions, write keys and values into
+    the cache, attend.
 
     The first `rotary` numbers of a head, in two halves (a, b), turn to (a cos - b sin, b cos + a sin), rounded after
     each product and sum as PyTorch's operators round. Then `keys[row, :, column[row]]` and the values there are
@@ -173,11 +175,13 @@ def rotary_attention_(
 
     Args:
         query: `[rows, heads, size]`; key: `[rows, key heads, size]`; value: `[rows, key heads, value size]`.
-        keys, values: the cache, `[at least rows, key heads, columns, size]` and `[..., value size]`; written to.
+        keys, values: the cache, `[at least rows / tokens, key heads, columns, size]` and `[..., value size]`.
         cosine, sine: `[rows, rotary]`, rotary even and at most `size`.
         column: `[rows]`, int64.
         mask: `[rows, columns that are looked at]`, as for `decode_attention`; None: each row looks at its own column
             and those before it, with a window at the last `window` of them.
+        tokens: rows that share keys and values: rows r `tokens`, r `tokens` + 1, ... are tokens of one sequence, whose
+            keys and values are row r of the cache.
 
     Returns:
         `[rows, heads, value size]`.
@@ -189,18 +193,18 @@ def rotary_attention_(
     refuse_gradient("rotary_attention_", *(t for t in (query, key, value, keys, values, mask) if t is not None))
     if backend_of(query, backend) == "cpu":
         arguments = query, key, value, keys, values, cosine, sine, column, mask
-        return _run("rotary_attention_", *arguments, window, scaling, softcap)
+        return _run("rotary_attention_", *arguments, tokens, window, scaling, softcap)
     if query.dtype != torch.float64:
-        _check_rotary(query, key, value, keys, values, cosine, sine, column, mask, window)
+        _check_rotary(query, key, value, keys, values, cosine, sine, column, mask, tokens, window)
     if mask is None:
         behind = column.unsqueeze(1) - torch.arange(keys.shape[2], device=query.device)
         hidden = (behind < 0) | (behind >= (window or keys.shape[2]))
         mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
     n, width = mask.shape
-    row = torch.arange(n, device=query.device)
+    row = torch.arange(n, device=query.device) // tokens
     keys[row, :, column] = _turned(key, cosine, sine)
     values[row, :, column] = value
-    seen = keys[:n, :, :width], values[:n, :, :width]
+    seen = keys[row, :, :width], values[row, :, :width]
     return decode_attention(_turned(query, cosine, sine), *seen, mask, scaling, softcap, backend=backend)
 
 
@@ -218,6 +222,7 @@ def attention_branch_(
     scaling: float,
     softcap: float = 0.0,
     window: int = 0,
+    tokens: int = 1,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -228,12 +233,14 @@ def attention_branch_(
     refuse_gradient("attention_branch_", x, *(t for t in read if t is not None))
     if backend_of(x, backend) == "cpu":
         weights = query[0], key[0], value[0], query[1], key[1], value[1], *output
-        return _run("attention_branch_", x, *weights, keys, values, cosine, sine, column, window, scaling, softcap)
+        return _run(
+            "attention_branch_", x, *weights, keys, values, cosine, sine, column, tokens, window, scaling, softcap
+        )
     sizes = keys.shape[3], keys.shape[3], values.shape[3]
     projections = zip((query, key, value), sizes, strict=True)
     q, k, v = (linear(x, *p, backend=backend).unflatten(1, (-1, size)) for p, size in projections)
     stored = keys, values, cosine, sine, column, None
-    attended = rotary_attention_(q, k, v, *stored, scaling, softcap, window, backend=backend)
+    attended = rotary_attention_(q, k, v, *stored, scaling, softcap, window, tokens, backend=backend)
     return linear(attended.flatten(1), *output, backend=backend)
 
 
@@ -307,6 +314,7 @@ def _check_rotary(
     sine: Tensor,
     column: Tensor,
     mask: Tensor | None,
+    tokens: int,
     window: int,
     *_: float,
 ) -> None:
@@ -323,8 +331,10 @@ def _check_rotary(
         sine=(sine, (rows, cosine.shape[-1])),
         mask=(mask, (rows, None)),
     )
+    if tokens < 1 or rows % tokens:
+        raise ValueError(f"tokens is {tokens}: expected a divisor of the {rows} rows")
     looks = columns if mask is None else mask.shape[1]
-    if n_rows < rows or looks > columns:
+    if n_rows < rows // tokens or looks > columns:
         raise ValueError(
             f"keys is {list(keys.shape)}, for {rows} rows that look at {looks} columns: expected a cache of at least "
             "as many rows and columns"
@@ -337,7 +347,9 @@ def _check_rotary(
         raise ValueError(f"column is on {column.device}, the query on {query.device}: expected the same")
     if column.is_cpu and rows and not 0 <= int(column.min()) <= int(column.max()) < columns:
         raise ValueError(f"column has {column.tolist()}: expected columns of the keys, 0 to {columns - 1}")
-    _check_attention(query, keys[:rows], values[:rows], query.new_empty(rows, columns))
+    _check_attention(
+        query[::tokens], keys[: rows // tokens], values[: rows // tokens], query.new_empty(rows // tokens, columns)
+    )
 
 
 def _check_branch(
@@ -354,7 +366,7 @@ def _check_branch(
     values: Tensor,
     *others: Any,
 ) -> None:
-    cosine, sine, column, window = others[:4]
+    cosine, sine, column, tokens, window = others[:5]
     _check(x, x=(x, (None, None)), keys=(keys, (None,) * 4), values=(values, (None,) * 4))
     inputs, (_, heads, _, size), value_size = x.shape[1], keys.shape, values.shape[3]
     _check(
@@ -371,7 +383,7 @@ def _check_branch(
         raise ValueError(f"query has {query.shape[0]} outputs: expected a multiple of the keys' size {size}")
     n, n_heads = len(x), query.shape[0] // size
     made = x.new_empty(n, n_heads, size), x.new_empty(n, heads, size), x.new_empty(n, heads, value_size)
-    _check_rotary(*made, keys, values, cosine, sine, column, None, window)
+    _check_rotary(*made, keys, values, cosine, sine, column, None, tokens, window)
     _check(x, x=(x, (None, None)), output=(output, (None, n_heads * value_size)))
     _check(x, x=(x, (None, None)), output_bias=(output_bias, (output.shape[0],)))
 

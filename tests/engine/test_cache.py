@@ -24,13 +24,13 @@ def test_rows_read_what_was_written(actions, random):
         made = torch.tensor([[float(next(counter)) for _ in range(tokens)] for _ in range(rows)])
         return made.view(rows, 1, tokens, 1).expand(-1, HEADS, -1, SIZE)
 
-    cache.prefill(torch.arange(ROWS))
+    cache.prefill(0, ROWS)
     for layer in range(2):
         cache.update(torch.zeros(ROWS, HEADS, 1, SIZE), torch.zeros(ROWS, HEADS, 1, SIZE), layer)
     for action, row, n in actions:
         if action == "p":  # a prompt, padded on the right
             new, length = numbers(1, n), random.randint(1, n)
-            cache.prefill(torch.tensor([row]))
+            cache.prefill(row, 1)
             found = [cache.update(new + layer, -new - layer, layer) for layer in range(2)]
             assert torch.equal(found[1][0], new + 1)
             kept[row] = new[0, 0, :length, 0].tolist()

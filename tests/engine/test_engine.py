@@ -212,7 +212,7 @@ def test_linear_layers_compute_with_the_operator_where_that_is_faster(faster, mo
     """Only they, only while the engine runs, and never one that is more than a linear layer."""
     calls, own = [], linear.linear
     monkeypatch.setattr(linear, "linear", lambda x, *given: (calls.append(x.shape), own(x, *given))[1])
-    monkeypatch.setattr(linear, "ours_is_faster", lambda weight: faster)
+    monkeypatch.setattr(linear, "most_rows", lambda weight: 99 if faster else 0)
     model = models.build("llama")
     special = model.model.layers[0].mlp.up_proj
     special.__class__ = type("Special", (torch.nn.Linear,), {})
@@ -302,10 +302,19 @@ def test_weights_that_change_are_seen():
 
 
 def before_passes(monkeypatch, made, call) -> None:
-    """`call(rows)` at every forward pass of an engine, when the rows' tables are written already."""
+    """`call(sequences, tokens of each)` at every forward pass of an engine, when the rows' tables are written."""
     forward, step = made._device._forward, Step.__call__
-    monkeypatch.setattr(made._device, "_forward", lambda ids, *more: (call(len(ids)), forward(ids, *more))[1])
-    monkeypatch.setattr(Step, "__call__", lambda self, ids, *more: (call(len(ids)), step(self, ids, *more))[1])
+
+    def own(ids, *more):
+        call(*ids.shape)
+        return forward(ids, *more)
+
+    def ours(self, ids, column, cache, steering, tokens=1, last=None):
+        call(len(ids) // tokens, tokens)
+        return step(self, ids, column, cache, steering, tokens, last)
+
+    monkeypatch.setattr(made._device, "_forward", own)
+    monkeypatch.setattr(Step, "__call__", ours)
 
 
 class Raises:
@@ -314,7 +323,7 @@ class Raises:
     def __init__(self, n: int, error: BaseException) -> None:
         self.n, self.error, self.count = n, error, itertools.count(1)
 
-    def __call__(self, rows: int) -> None:
+    def __call__(self, *sizes: int) -> None:
         if next(self.count) == self.n:
             raise self.error
 
@@ -427,7 +436,7 @@ def test_out_of_memory_lowers_the_batch_and_goes_on(monkeypatch):
     expected = list(made.generate(prompts(), **settings))
     sizes = []
 
-    def small(rows):
+    def small(rows, length):
         sizes.append(rows)
         if rows > 2 and len(sizes) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -438,7 +447,7 @@ def test_out_of_memory_lowers_the_batch_and_goes_on(monkeypatch):
     for a, b in zip(found, expected, strict=True):
         assert a.token_ids == b.token_ids
         torch.testing.assert_close(a.projections, b.projections, rtol=1e-4, atol=1e-4)
-    before_passes(monkeypatch, made, lambda rows: _raise_memory())
+    before_passes(monkeypatch, made, lambda *_: _raise_memory())
     with pytest.raises(torch.OutOfMemoryError):
         list(made.generate(prompts(), **settings))
 
@@ -539,14 +548,12 @@ def test_a_shared_prefix_is_read_once(name, monkeypatch):
     asked = [begin + prompt for prompt in prompts((4, 5, 4, 7, 6, 4, 9))]
     monkeypatch.setattr(run, "PADDING", 8)
     made, read_tokens = engine(model, max_batch=4), 0
-    forward = made._device._forward
 
-    def counting(ids, *arguments):
+    def count(rows, length):
         nonlocal read_tokens
-        read_tokens += ids.numel() if ids.shape[1] > 1 else 0
-        return forward(ids, *arguments)
+        read_tokens += rows * length if length > 1 else 0
 
-    made._device._forward = counting  # type: ignore[method-assign]
+    before_passes(monkeypatch, made, count)
     limits, read = [3, 6, 4, 2, 5, 1, 4], {}
     for what, steered in of_every_position(3).items():
         read_tokens = 0

@@ -87,6 +87,28 @@ def test_turns_keeps_and_attends(backend, seed, rows, heads, columns, sizes, dty
 
 
 @BACKENDS
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_of_a_prompt_are_tokens_one_after_the_other(backend, dtype, window):
+    """To the bit, on the C++: what it computes of a row depends on that row alone."""
+    query, key, value, keys, values, *angles, column = drawn(1, 3 * 7, (2, 2), 30, 32, 16, DTYPES[dtype])
+    keys, values = keys[:4], values[:4]
+    column = torch.tensor([2, 0, 20]).repeat_interleave(7) + torch.arange(7).repeat(3)
+    stores = [(keys.clone(), values.clone()) for _ in range(2)]
+    how = {"window": window, "backend": backend}
+    given = query, key, value, *stores[0], *angles, column, None
+    together = ops.rotary_attention_(*given, 0.2, tokens=7, **how)
+    for i in range(7):
+        each = [t[i::7].contiguous() for t in (query, key, value, *angles, column)]
+        found = ops.rotary_attention_(*each[:3], *stores[1], *each[3:], None, 0.2, **how)
+        if backend == "cpu":
+            assert torch.equal(found, together[i::7])
+        else:
+            torch.testing.assert_close(found, together[i::7])
+    assert all(map(torch.equal, *stores))
+
+
+@BACKENDS
 def test_a_mask_says_the_same_as_none(backend):
     given = drawn(1, 5, (2, 2), 30, 32, 32, torch.float32)
     behind = given[-1].unsqueeze(1) - torch.arange(30)
@@ -179,18 +201,19 @@ def test_gated_is_right_at_the_ends(activation):
         (7, torch.zeros(5, dtype=torch.int32), "column"),
         (8, torch.zeros(5, 31), "keys|mask"),
         (8, torch.zeros(4, 30), "mask"),
-        (10, -1, "window"),
+        (10, {"window": -1}, "window"),
+        (10, {"tokens": 2}, "tokens"),
     ],
 )
 def test_refuses(backend, position, worse, message):
     """Before anything is written to the cache."""
-    arguments = [*drawn(1, 5, (2, 2), 30, 32, 32, torch.float32), None, 0.2, 0]
+    arguments = [*drawn(1, 5, (2, 2), 30, 32, 32, torch.float32), None, 0.2, {}]
     before = arguments[3].clone()
     kept = arguments[3]
     arguments[position] = worse
-    *most, window = arguments
+    *most, more = arguments
     with pytest.raises((TypeError, ValueError), match=message):
-        ops.rotary_attention_(*most, window=window, backend=backend)
+        ops.rotary_attention_(*most, **more, backend=backend)
     assert torch.equal(kept, before)
 
 
