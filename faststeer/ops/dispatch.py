@@ -311,9 +311,13 @@ _OPS = {
 }
 
 
+# What calling an operator's overload calls, without a Python frame between; a compiler must see the overload.
+_CALLS = {backend: {name: op._op for name, op in ops.items()} for backend, ops in _OPS.items()}
+
+
 def _run(name: str, backend: Backend, arguments: tuple[Any, ...]) -> Any:
     try:
-        return _OPS[backend][name](*arguments)
+        return (_OPS if torch.compiler.is_compiling() else _CALLS)[backend][name](*arguments)
     except RuntimeError:
         schema.CHECKS[name](*arguments)  # bad arguments get the same error from every back end
         raise
