@@ -4,12 +4,16 @@ engine's process, around the scheduler's decision on the next step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from faststeer.vllm.requests import received
 from faststeer.vllm.settings import Settings
+
+QUEUES = ("waiting", "skipped_waiting", "kv_holding_waiting")  # of one version of vLLM or another
+PATIENCE = 10.0  # seconds that a request is overtaken by later ones whose plans have slots
 
 
 @contextmanager
@@ -19,8 +23,8 @@ def held_back(scheduler: Any) -> Iterator[None]:
     if slots is None:
         yield
         return
-    queues = [scheduler.waiting, *([scheduler.skipped_waiting] if hasattr(scheduler, "skipped_waiting") else [])]
-    late = too_many((request for queue in queues for request in queue), scheduler.running, slots)
+    queues = [getattr(scheduler, name) for name in QUEUES if hasattr(scheduler, name)]
+    late = too_many((request for queue in queues for request in queue), scheduler.running, slots, time.time())
     taken = [[request for request in queue if request in late] for queue in queues]
     for queue, requests in zip(queues, taken, strict=True):
         if requests:
@@ -29,8 +33,8 @@ def held_back(scheduler: Any) -> Iterator[None]:
         yield
     finally:
         for queue, requests in zip(queues, taken, strict=True):
-            for request in requests:
-                queue.add_request(request)
+            for request in reversed(requests):  # to the front, so that they keep their order and their turn
+                queue.prepend_request(request)
 
 
 def slots_of(scheduler: Any) -> int | None:
@@ -43,18 +47,23 @@ def slots_of(scheduler: Any) -> int | None:
     return scheduler.faststeer_slots
 
 
-def too_many(waiting: Iterable[Any], running: Iterable[Any], slots: int) -> set[Any]:
-    """The waiting requests, in their order, whose plan finds no slot beside those of the running ones."""
+def too_many(waiting: Iterable[Any], running: Iterable[Any], slots: int, now: float) -> set[Any]:
+    """The waiting requests, in their order, whose plan finds no slot beside those of the running ones.
+
+    Behind one that has waited for longer than `PATIENCE`, all others with plans wait, too: running ones end, and their
+    slots come free, however many arrive under the plans that have slots now.
+    """
     taken = {digest for request in running if (digest := digest_of(request)) is not None}
-    late = set()
+    late, closed = set(), False
     for request in waiting:
         digest = digest_of(request)
-        if digest is None or digest in taken:
+        if digest is None:
             continue
-        if len(taken) < slots:
+        if not closed and (digest in taken or len(taken) < slots):
             taken.add(digest)
         else:
             late.add(request)
+            closed = closed or now - request.arrival_time > PATIENCE
     return late
 
 

@@ -82,6 +82,8 @@ class Steering:
         self.max_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *sizes)
         self.n_slots = min(settings.max_plans or scheduler.max_num_seqs, scheduler.max_num_seqs)
         self.n_sequences = 8 * scheduler.max_num_seqs  # those that run, and those that were preempted
+        # Tensor-parallel ranks have the same residual stream, and see the same.
+        self.keeps_projections = worker.rank % config.parallel_config.tensor_parallel_size == 0
         self.requests: dict[str, Running] = {}
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
@@ -190,7 +192,7 @@ class Steering:
             sequence = before.sequence if before is not None else self._new_sequence()
         prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
         self.requests[new.req_id] = Running(plan, prompt, new.num_computed_tokens, sequence)
-        if plan.probed and before is None:
+        if plan.probed and before is None and self.keeps_projections:
             self.probes.begin(new.req_id, plan.probed)
 
     def _new_sequence(self) -> int:
@@ -437,6 +439,6 @@ def projections(llm: Any, request_id: str) -> Projections | None:
 
 
 def merged(found: Sequence[Projections | None]) -> Projections | None:
-    """The answers of all workers: pipeline stages have layers of their own, tensor-parallel ranks the same."""
+    """The answers of all workers: each pipeline stage knows of its own layers."""
     parts = [part for part in found if part]
     return {name: seen for part in parts for name, seen in part.items()} or None

@@ -33,6 +33,8 @@ def test_two_ranks_give_what_hugging_face_gives(start: Any, monkeypatch: pytest.
     engine = start({"hook_points": "all"}, distributed_executor_backend="mp", **split)
     answers = by_engine(engine, requests)
     assert tokens(answers) == by_hugging_face(model, requests)
+    told = engine.collective_rpc("faststeer_projections_of", args=(answers[4].request_id,))
+    assert [len(choices) for choices in told] == ([1, 0] if "tensor_parallel_size" in split else [1, 1])
     seen = projections(engine, answers[4].request_id)
     assert seen is not None and set(seen) == {"resid_pre.2", "resid_pre.3", "resid_pre.5"}
     assert all(of_site["tokens"][-1] == len(prompts[4]) + 18 for of_site in seen.values())

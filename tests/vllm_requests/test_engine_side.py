@@ -2,6 +2,7 @@
 share, and which requests wait."""
 
 import json
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from faststeer.vllm.prefix_cache import block_key, with_block_key
 from faststeer.vllm.requests import PAYLOAD_KEY, Wire
 from faststeer.vllm.settings import Settings
 from faststeer.vllm.tables import check_fits, make_program
-from faststeer.vllm.waiting import too_many
+from faststeer.vllm.waiting import PATIENCE, held_back, too_many
 
 BLOCK = 4
 
@@ -78,16 +79,53 @@ def test_keys_join_those_of_the_engine() -> None:
     assert with_block_key(("lora",), request, 4, 8) == ("lora",)
 
 
-def test_requests_wait_whose_plan_would_be_one_too_many() -> None:
-    def request(digest: str | None) -> Any:
+class Request(SimpleNamespace):
+    """A request as the scheduler has it, as far as waiting is concerned."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, digest: str | None, arrival_time: float = 0.0) -> None:
         wire = {"plan": json.dumps({}), "digest": digest, "ranges": []}
-        return SimpleNamespace(
-            name=digest, sampling_params=SimpleNamespace(extra_args={PAYLOAD_KEY: wire} if digest else None)
-        )
+        parameters = SimpleNamespace(extra_args={PAYLOAD_KEY: wire} if digest else None)
+        super().__init__(name=digest, arrival_time=arrival_time, sampling_params=parameters)
 
-    class Hashable(SimpleNamespace):
-        __hash__ = object.__hash__  # type: ignore[assignment]
 
-    waiting = [Hashable(**vars(request(d))) for d in ("b", None, "c", "a", "b", "d")]
-    late = too_many(waiting, [request("a"), request(None)], 2)
+def test_requests_wait_whose_plan_would_be_one_too_many() -> None:
+    waiting = [Request(digest) for digest in ("b", None, "c", "a", "b", "d")]
+    late = too_many(waiting, [Request("a"), Request(None)], 2, now=0.0)
     assert sorted(r.name for r in late) == ["c", "d"]
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    """Requests under the plan that runs keep arriving; the other one gets its turn."""
+    queue, running, turn = [Request("other", 0.0)], [Request("usual", 0.0)], None
+    for now in range(60):
+        queue.append(Request("usual", float(now)))
+        late = too_many(queue, running, 1, float(now))
+        running = [*running[1:], *(r for r in queue if r not in late)]  # one ends in each step
+        queue = [r for r in queue if r in late]
+        if turn is None and any(r.name == "other" for r in running):
+            turn = now
+        assert len({r.name for r in running}) <= 1
+    assert turn is not None and turn > PATIENCE
+    assert all(r.name == "usual" for r in queue)
+
+
+@pytest.mark.parametrize("name", ["waiting", "kv_holding_waiting"])
+def test_those_that_wait_keep_their_turn(name: str) -> None:
+    class Queue(list):  # type: ignore[type-arg]
+        def remove_requests(self, requests: Any) -> None:
+            self[:] = [r for r in self if r not in requests]
+
+        def prepend_request(self, request: Any) -> None:
+            self.insert(0, request)
+
+    requests = [Request(digest, time.time()) for digest in ("a", "b", None, "b", "c")]
+    scheduler = SimpleNamespace(**({"running": [], "faststeer_slots": 1, "waiting": Queue()} | {name: Queue(requests)}))
+    with held_back(scheduler):
+        assert getattr(scheduler, name) == [requests[0], requests[2]]
+        scheduler.running += [getattr(scheduler, name).pop(0)]
+    assert getattr(scheduler, name) == [requests[1], requests[3], requests[4], requests[2]]
+    scheduler.running.clear()
+    with held_back(scheduler):
+        assert getattr(scheduler, name) == [requests[1], requests[3], requests[2]]
