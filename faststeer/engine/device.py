@@ -25,7 +25,7 @@ from faststeer.ops import Rows
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Tokens up to which prompts are read as steps are, each token by itself; longer ones share keys in the model's own
 # attention.
-SHORT = 128
+SHORT = 512
 
 
 class Device:

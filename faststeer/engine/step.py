@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from faststeer.engine.cache import RowCache
@@ -71,6 +72,7 @@ class Step:
         passed = [model, self._body, self._head, *self._body.layers, *(norm.module for norm in norms if norm)]
         for layer in layers:
             passed += [m for part in (layer.attention, layer.mlp) for m in (part.module, *part.linears)]
+        self._zeros = torch.zeros(0, 0)
         self._product = product_for(self._head.weight)
         self._hooks = [hooks for module in passed for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
@@ -122,9 +124,7 @@ class Step:
         steering.begin_tokens(len(token) // tokens, tokens)
         x = self._body.embed_tokens(token)
         cosine, sine = (t[:, 0] for t in self._body.rotary_emb(x.unsqueeze(1), position_ids=column.unsqueeze(1)))
-        if steering.acts_at(0):
-            x = steering.at(0, x)
-        normed = x if self._first_norm is None else self._first_norm.module(x)
+        x, normed = self._sum(steering, 0, x, self._nothing(x), self._first_norm)
         for i, layer in enumerate(self._layers):
             branch = layer.attention.attend(normed, cosine, sine, column, None, cache, layer.window, tokens)
             if self._attn_out and steering.acts_at(4 * i + 1):
@@ -140,6 +140,12 @@ class Step:
             x, normed = self._sum(steering, 4 * i + 4, branch, x, layer.next_norm)
         normed = normed if last is None else normed[last]
         return self._product(normed, self._head.weight, self._head.bias)
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """Zeros like x, to be added where only steering and norm are wanted."""
+        if self._zeros.shape[0] < x.shape[0] or self._zeros.dtype != x.dtype:
+            self._zeros = torch.zeros_like(x)
+        return self._zeros[: x.shape[0]]
 
     @staticmethod
     def _sum(steering: Steering, number: int, branch: Tensor, x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor]:

@@ -250,3 +250,17 @@ def test_a_branch_refuses(position, worse, message):
     arguments[position] = worse
     with pytest.raises((TypeError, ValueError), match=message):
         ops.attention_branch_(*arguments, 0.25)
+
+
+@cpp
+def test_opcheck():
+    read = projections(0, 48, 6, 2, 16, True, torch.float32)
+    _, key, value, *rest = drawn(2, 3, (2, 3), 25, 16, 16, torch.float32)
+    query, x = torch.randn(3, 6, 16), torch.randn(3, 48)
+    weights = *(weight for weight, _ in read[:3]), *(bias for _, bias in read[:3]), *read[3]
+    up, down = torch.randn(9, 48), torch.randn(5, 9)
+    checked = torch.ops.faststeer
+    torch.library.opcheck(checked.attention_branch_.cpp, (x, *weights, *rest, 1, 0, 0.25, 0.0))
+    torch.library.opcheck(checked.rotary_attention_.cpp, (query, key, value, *rest, None, 1, 0, 0.25, 0.0))
+    torch.library.opcheck(checked.gated_linear.cpp, (x, up, up, 0))
+    torch.library.opcheck(checked.gated_mlp.cpp, (x, up, up, down, None, 1))
