@@ -5,9 +5,10 @@ Imports nothing heavy (see `switch`).
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import json
 import sys
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from faststeer.vllm.admission import refuse_beams
@@ -53,10 +54,11 @@ def routes() -> list[Any]:
     """What a client may ask (GET), register (PUT: a vector's safetensors file, a plan's JSON) and remove (DELETE)."""
     # Here and not above: Starlette comes with vLLM.
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     from faststeer.vllm.registry import read_vector
+    from faststeer.vllm.seen import choices
 
     async def about(request: Any) -> Any:
         return JSONResponse(_front_end(request).about())
@@ -86,14 +88,16 @@ def routes() -> list[Any]:
 
     async def projections(request: Any) -> Any:
         answer = request.path_params["answer"]
-        choices = joined(await _from_workers(request.app.state.engine_client, "faststeer_projections_of", answer))
-        if not choices:
+        found = await _from_workers(request.app.state.engine_client, "faststeer_projections_of", answer)
+        if not any(found):
             raise HTTPException(
                 404,
                 f"no probes of an answer with the id {answer[:200]!r} are known: its plan has none, or they were "
                 'forgotten for newer ones; the setting "max_projection_bytes" says how many are kept',
             )
-        return JSONResponse({"id": answer, "choices": choices})
+        # In a thread of its own: of long answers these are millions of numbers.
+        text = await asyncio.to_thread(lambda: json.dumps({"id": answer, "choices": choices(found)}))
+        return Response(text, media_type="application/json")
 
     return [
         Route(PREFIX, about, methods=["GET"]),
@@ -113,14 +117,6 @@ async def _from_workers(client: Any, method: str, *arguments: Any) -> list[Any]:
         asked = await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
         return [answer for engine in asked for answer in engine]
     return await client.collective_rpc(method, args=arguments)
-
-
-def joined(answers: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The choices of an answer out of what workers know of them (`worker.Probes.of_answer`), in the answer's order."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    for choice in (choice for answer in answers for choice in answer):
-        found.setdefault((choice["prompt"], choice["sample"]), {}).update(choice["projections"])
-    return [{"prompt": p, "sample": s, "projections": found[p, s]} for p, s in sorted(found)]
 
 
 def _front_ends(request: Any) -> int:

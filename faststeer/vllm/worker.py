@@ -23,6 +23,7 @@ from faststeer.plan import Entry, Plan, site_name
 from faststeer.program import Program
 from faststeer.vllm.layers import Device, find_layers, patch_layers
 from faststeer.vllm.requests import Wire, received
+from faststeer.vllm.seen import Packed, Projections, merged, pack
 from faststeer.vllm.settings import Settings
 from faststeer.vllm.switch import CONFIG_KEY
 from faststeer.vllm.tables import Room, make_program
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 VERSION = 2  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
 KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
-
-Projections = dict[str, dict[str, list[Any]]]
 
 
 @dataclass
@@ -81,7 +80,8 @@ class Steering:
         sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
         self.max_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *sizes)
         self.n_slots = min(settings.max_plans or scheduler.max_num_seqs, scheduler.max_num_seqs)
-        self.n_sequences = 8 * scheduler.max_num_seqs  # those that run, and those that were preempted
+        # Those that run, and those that were preempted: with priorities they may be many, and a byte each is little.
+        self.n_sequences = 256 * scheduler.max_num_seqs if settings.latched_gates else 0
         # Tensor-parallel ranks have the same residual stream, and see the same.
         self.keeps_projections = worker.rank % config.parallel_config.tensor_parallel_size == 0
         self.requests: dict[str, Running] = {}
@@ -332,15 +332,16 @@ class Probes:
         del self._columns[request_id]
         self._bytes -= sum(values.nbytes for _, _, values in self._seen.pop(request_id))
 
-    def give(self, request_id: str) -> Projections | None:
+    def give(self, request_id: str) -> Packed | None:
         """Everything seen for a request on this worker, which is forgotten with that; None if nothing was.
 
         A request is known by the id that its answer has, or by the engine's own, which begins with it.
         """
+        self._receive(wait=True)
         known = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
         if not known:
             return None
-        found = self._of(known[0])
+        found = self._packed(known[0])
         self._forget(known[0])
         return found
 
@@ -350,24 +351,18 @@ class Probes:
 
         vLLM calls the request of a choice "2_cmpl-ab-1-0123abcd" for the third sample of the second prompt of cmpl-ab.
         """
+        self._receive(wait=True)
         own = re.compile(rf"(?:(\d+)_)?{re.escape(answer)}(?:[-_](\d+))?(?:-[0-9a-f]{{8}})?")
-        found = [(match, name) for name in list(self._columns) if (match := own.fullmatch(name))]
+        found = [(match, name) for name in self._columns if (match := own.fullmatch(name))]
         return [
-            {"prompt": int(match[2] or 0), "sample": int(match[1] or 0), "projections": self._of(name)}
+            {"prompt": int(match[2] or 0), "sample": int(match[1] or 0), "projections": self._packed(name)}
             for match, name in found
         ]
 
-    def _of(self, request_id: str) -> Projections:
-        """Tokens that were computed twice (a preempted request's) count as the second time."""
-        self._receive(wait=True)
-        found: Projections = {}
-        for number, columns in self._columns.get(request_id, {}).items():
-            by_token: dict[int, list[float]] = {}
-            for token, sites, values in self._seen[request_id]:
-                by_token.update(enumerate(values[sites.index(number), :, :columns].tolist(), start=token))
-            at, layer = site_name(number, self.n_layers)
-            found[f"{at}.{layer}"] = {"tokens": sorted(by_token), "values": [by_token[t] for t in sorted(by_token)]}
-        return found
+    def _packed(self, request_id: str) -> Packed:
+        columns = self._columns[request_id]
+        named = [site_name(number, self.n_layers) for number in sorted(columns)]
+        return pack(self._seen[request_id], columns, [f"{at}.{layer}" for at, layer in named])
 
 
 @dataclass(frozen=True)
@@ -436,9 +431,3 @@ def projections(llm: Any, request_id: str) -> Projections | None:
     the next layer's resid_pre, which is the same.
     """
     return merged(llm.collective_rpc("faststeer_projections", args=(request_id,)))
-
-
-def merged(found: Sequence[Projections | None]) -> Projections | None:
-    """The answers of all workers: each pipeline stage knows of its own layers."""
-    parts = [part for part in found if part]
-    return {name: seen for part in parts for name, seen in part.items()} or None

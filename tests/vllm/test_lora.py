@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from requests_mixed import by_hugging_face, plans, token_ids, tokens
 from safetensors.torch import save_file
@@ -33,7 +34,8 @@ def make_adapter(model: Any, folder: Path, seed: int) -> Any:
     return folded
 
 
-def test_adapters_and_plans_in_one_batch(start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_adapters_and_plans_in_one_batch(start: Any, tmp_path: Path, eager: bool) -> None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -45,7 +47,7 @@ def test_adapters_and_plans_in_one_batch(start: Any, tmp_path: Path) -> None:
     wanted = [by_hugging_face(models[which], [(prompt, plan)])[0] for which, prompt, plan in asked]
     assert len({tuple(one) for one in wanted}) == len(wanted)  # neither adapters nor plans come to nothing
     # A third place, which stays empty: on a CPU, vLLM 0.32 computes requests without an adapter with the last one.
-    engine = start({"hook_points": "all"}, enable_lora=True, max_lora_rank=8, max_loras=3)
+    engine = start({"hook_points": "all"}, enforce_eager=eager, enable_lora=True, max_lora_rank=8, max_loras=3)
     parameters = [
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, extra_args=plan and {"faststeer": plan})
         for _, _, plan in asked

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from faststeer.vllm.server import _from_workers, joined
+from faststeer.vllm.seen import choices, unpack
+from faststeer.vllm.server import _from_workers
 from faststeer.vllm.worker import Probes
 
 SITES, ROWS, COLUMNS = (4, 8), 16, 3
@@ -29,25 +31,29 @@ def step(probes, rows, base=0.0):
         tensor.fill_(-1)  # what was taken is a copy
 
 
+def given(probes, request_id):
+    return unpack(probes.give(request_id))
+
+
 def test_each_request_has_its_own_rows(probes):
     probes.begin("a-0badc0de", {4: 2, 8: 1})
     probes.begin("b-0badc0de", {8: 3})
     step(probes, [("a-0badc0de", 1, 3, 0), ("b-0badc0de", 5, 6, 7), ("unknown", 6, 9, 0)])
     step(probes, [("b-0badc0de", 0, 1, 8), ("a-0badc0de", 4, 5, 2)], base=1000.0)
-    assert probes.give("a") == {
+    assert given(probes, "a") == {
         "resid_pre.1": {"tokens": [0, 1, 2], "values": [[403.0, 404.0], [406.0, 407.0], [1412.0, 1413.0]]},
         "resid_pre.2": {"tokens": [0, 1, 2], "values": [[803.0], [806.0], [1812.0]]},
     }
     assert probes.give("a") is None
     expected = {"resid_pre.2": {"tokens": [7, 8], "values": [[815.0, 816.0, 817.0], [1800.0, 1801.0, 1802.0]]}}
-    assert probes.of_answer("b")[0]["projections"] == probes.give("b-0badc0de") == expected
+    assert unpack(probes.of_answer("b")[0]["projections"]) == given(probes, "b-0badc0de") == expected
 
 
 def test_a_token_computed_twice_counts_as_the_second_time(probes):
     probes.begin("a", {4: 1})
     step(probes, [("a", 0, 3, 0)])
     step(probes, [("a", 0, 2, 1)], base=1000.0)
-    assert probes.give("a") == {"resid_pre.1": {"tokens": [0, 1, 2], "values": [[400.0], [1400.0], [1403.0]]}}
+    assert given(probes, "a") == {"resid_pre.1": {"tokens": [0, 1, 2], "values": [[400.0], [1400.0], [1403.0]]}}
 
 
 def test_the_oldest_are_forgotten(probes):
@@ -58,7 +64,7 @@ def test_the_oldest_are_forgotten(probes):
         step(probes, [(name, 0, 2, 0)])
     assert probes._bytes == 4 * row and probes.give("a") is None
     step(probes, [("b", 0, 1, 2), ("c", 1, 2, 2), ("a", 2, 9, 2)])  # b runs on, and is the oldest
-    assert probes.give("b") is None and len(probes.give("c")["resid_pre.1"]["tokens"]) == 3
+    assert probes.give("b") is None and len(given(probes, "c")["resid_pre.1"]["tokens"]) == 3
     assert probes._bytes == 0 and not probes._seen and not probes._columns
     for number in range(1100):
         probes.begin(str(number), {4: 1})
@@ -76,17 +82,27 @@ class TestAnswers:
         assert [(c["prompt"], c["sample"]) for c in probes.of_answer("chatcmpl-a")] == [(0, 0)]
         assert probes.of_answer("cmpl-.") == probes.of_answer("") == []
 
+    def test_nothing_seen_yet(self, probes):
+        probes.begin("cmpl-a-0-0badc0de", {4: 1, 8: 2})
+        (choice,) = choices([probes.of_answer("cmpl-a")])
+        nothing = {"tokens": [], "values": []}
+        assert choice == {"prompt": 0, "sample": 0, "projections": {"resid_pre.1": nothing, "resid_pre.2": nothing}}
+
     def test_workers_are_joined(self):
-        stages = [
-            [{"prompt": 0, "sample": 1, "projections": {"a": 1}}, {"prompt": 0, "sample": 0, "projections": {"a": 0}}],
-            [{"prompt": 0, "sample": 1, "projections": {"b": 1}}],
-            [],
+        def choice(sample, name, value):
+            packed = {"tokens": b"\1\0\0\0", "sites": {name: [1, np.float32(value).tobytes()]}}
+            return {"prompt": 0, "sample": sample, "projections": packed}
+
+        stages = [[choice(1, "a", 2.5), choice(0, "a", 0.5)], [choice(1, "b", 1.5)], []]
+        assert choices(stages) == [
+            {"prompt": 0, "sample": 0, "projections": {"a": {"tokens": [1], "values": [[0.5]]}}},
+            {
+                "prompt": 0,
+                "sample": 1,
+                "projections": {n: {"tokens": [1], "values": [[v]]} for n, v in (("a", 2.5), ("b", 1.5))},
+            },
         ]
-        assert joined(stages) == [
-            {"prompt": 0, "sample": 0, "projections": {"a": 0}},
-            {"prompt": 0, "sample": 1, "projections": {"a": 1, "b": 1}},
-        ]
-        assert joined([[], []]) == []
+        assert choices([[], []]) == []
 
     def test_every_engine_is_asked(self):
         import asyncio
