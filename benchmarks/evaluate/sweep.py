@@ -76,11 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=int, default=12, help="settings of the sample for one at a time")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max-batch", type=int, default=256)
+    parser.add_argument("--max-batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--store", type=Path, help="keep the store here")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep_cpu.csv")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     model, tokenizer = fs.demo.load()
     prompts = fs.demo.prompts("refusal", "test")[1][: options.prompts]
     named = vectors(model, tokenizer)
@@ -133,7 +134,7 @@ def main() -> None:
     ]
     rows = []
     for case, count, generated, seconds, processor in cases:
-        row = {"case": case, "settings": count, "prompts": len(prompts), "tokens": generated}
+        row = {"case": case, "threads": options.threads, "settings": count, "prompts": len(prompts), "tokens": generated}
         row |= {"seconds": f"{seconds:.1f}", "cpu_seconds": processor and f"{processor:.1f}"}
         if "extrapolated" in case:
             row |= {"times_sweep": f"{seconds / ours:.2f}", "cpu_times_sweep": f"{processor / ours_cpu:.2f}"}

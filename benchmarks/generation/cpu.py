@@ -115,8 +115,9 @@ def measure(workload: str, runs: dict[str, Count], repeats: int) -> list[dict[st
 
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear"),
-    "attention": ("faststeer::decode_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "faststeer::linear"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "faststeer::rotary_attention_"),
+    "attention with its projections, MLPs": ("faststeer::attention_branch_", "faststeer::gated_mlp"),
     "residual add, steering, norm": ("faststeer::add_steer_rmsnorm", "faststeer::add_steer", "faststeer::steer"),
 }
 

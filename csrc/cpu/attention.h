@@ -127,6 +127,7 @@ class Group {
       const int64_t count = end_ - tile < TILE ? end_ - tile : TILE;
       const T* keys = job_.keys.at<T>(row / job_.tokens, head) + tile * job_.keys.column;
       const T* values = job_.values.at<T>(row / job_.tokens, head) + tile * job_.values.column;
+      call(values, count);
       // Each step for the whole group: none of its heads waits for another.
       for (int64_t g = 0; g < job_.group; ++g) score(g, keys, mask_ + tile, count);
       for (int64_t g = 0; g < job_.group; ++g) weigh(g, count);
@@ -153,6 +154,13 @@ class Group {
   static constexpr float lowest(const float*) { return -std::numeric_limits<float>::max(); }
   static constexpr float lowest(const BFloat*) { return -0x1.fep127f; }
   static constexpr float lowest(const Half*) { return -65504.0f; }
+
+  // Ask for the values of some columns while their scores are computed: each head's are too few, and too far from the
+  // next one's, for the processor to see them coming.
+  void call(const T* values, int64_t count) const {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t i = 0; i < count * job_.values.column; i += LINE) __builtin_prefetch(values + i);
+  }
 
   // The row's mask with minus infinity for what is hidden, also behind its end; and where it begins and ends.
   void read_mask(int64_t row) {
