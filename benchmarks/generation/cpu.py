@@ -1,14 +1,15 @@
 """Tokens per second of the demo model on a CPU, 64 rows: `generate` against the Engine, unsteered, with a vector added
 at every layer, with a direction ablated at every layer, and with another plan in every row.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation/cpu.py [--dtype bf16] [--repeats 4] [--write]
+    python benchmarks/generation/cpu.py [--dtype bf16] [--threads 1 2] [--repeats 4] [--write]
 
 Two workloads of the same prompts, greedy. `answers`: all 256 test prompts (harmful and harmless in turn), each to its
 own end; `generate` takes them 64 at a time. `fixed`: the first 64, each exactly 64 new tokens, so that no method gains
 by rows that end early. What counts as a token: a generated one before the end-of-sequence token, never padding. One
-repeat runs every case once, in turn, so that a machine that slows down slows all of them. Seconds are processor time of
-the one thread, which other programs on the machine disturb less than the clock's. The last part says where the
-time of two cases goes: `<results>_shares` has the seconds of one run and, from the profiler, of kinds of operators.
+repeat runs every case once, in turn, so that a machine that slows down slows all of them. Threads: PyTorch's, by
+default one and as many as it takes by itself. Seconds are the clock's; of one thread, processor time, which other
+programs on the machine disturb less. The last part says where the time of two cases goes, on one thread:
+`<results>_shares` has the seconds of one run and, from the profiler, of kinds of operators.
 """
 
 from __future__ import annotations
@@ -101,16 +102,16 @@ def cases(model: Any, tokenizer: Any, prompts: list[list[int]], end: int | None)
 
 
 def measure(workload: str, runs: dict[str, Count], repeats: int) -> list[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    clock = time.process_time if threads == 1 else time.perf_counter
     rows = []
     for repeat in range(-1, repeats):  # the first warms up
         for case, run in runs.items():
-            start = time.process_time()
+            start = clock()
             count = run()
-            seconds = time.process_time() - start
+            row = {"workload": workload, "threads": threads, "case": case, "repeat": repeat, "tokens": count}
             if repeat >= 0:
-                rows.append(
-                    {"workload": workload, "case": case, "repeat": repeat, "tokens": count, "seconds": f"{seconds:.4f}"}
-                )
+                rows.append(row | {"seconds": f"{clock() - start:.4f}"})
     return rows
 
 
@@ -143,12 +144,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """Median tokens/s of each case, and the median over repeats of its ratio to hand-written hooks (to ablating ones,
     for ablation) and to the unsteered case of its kind."""
     lines = []
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        here = [row for row in rows if row["workload"] == workload]
+    for workload, threads in dict.fromkeys((row["workload"], row["threads"]) for row in rows):
+        here = [row for row in rows if (row["workload"], row["threads"]) == (workload, threads)]
         rates: dict[str, list[float]] = {}
         for row in here:
             rates.setdefault(row["case"], []).append(row["tokens"] / float(row["seconds"]))
-        lines.append(f"{workload:32} tokens/s   to hooks   to unsteered   tokens")
+        name = f"{workload}, {threads} thread{'s' * (threads > 1)}"
+        lines.append(f"{name:32} tokens/s   to hooks   to unsteered   tokens")
         for case, rate in rates.items():
             hooks = rates["generate, hooks that ablate" if "ablat" in case else BASELINE]
             plain = rates["Engine, unsteered" if case.startswith("Engine") else "generate, unsteered"]
@@ -163,18 +165,23 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    default = sorted({1, torch.get_num_threads()})
+    parser.add_argument("--threads", type=int, nargs="+", default=default)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/generation_cpu_<dtype>*.csv")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     model, tokenizer = fs.demo.load()
     model.to(DTYPES[options.dtype])
     sides = fs.demo.prompts("refusal", "test")
     prompts = encode(tokenizer, [prompt for pair in zip(*sides, strict=True) for prompt in pair])
     end = tokenizer.eos_token_id
-    rows = measure("answers", cases(model, tokenizer, prompts, end), options.repeats)
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        rows += measure("answers", cases(model, tokenizer, prompts, end), options.repeats)
+        rows += measure("fixed", cases(model, tokenizer, prompts[:ROWS], None), options.repeats)
+    torch.set_num_threads(1)
     fixed = cases(model, tokenizer, prompts[:ROWS], None)
-    rows += measure("fixed", fixed, options.repeats)
     parts = [row for case in (BASELINE, "Engine, steered") for row in shares(case, fixed[case])]
     print(summary(rows))
     for part in parts:

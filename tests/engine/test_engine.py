@@ -13,7 +13,7 @@ from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
 from faststeer import ops
-from faststeer.engine import attention, layers, linear, run
+from faststeer.engine import attention, device, layers, linear, run
 from faststeer.engine.device import Device
 from faststeer.engine.step import Step
 from faststeer.hf import read
@@ -265,6 +265,19 @@ def test_a_hook_that_changes_a_projection_is_heeded():
     handle = hook()
     assert tokens([*first, *running]) == plainly[:2] + hooked[2:]
     handle.remove()
+
+
+def test_long_prompts_are_read_by_the_models_own_attention(monkeypatch):
+    """And steps go on behind them by ours."""
+    monkeypatch.setattr(device, "SHORT", 5)
+    made, passes = engine("llama"), []
+    before_passes(monkeypatch, made, lambda *sizes: passes.append(sizes))
+    own, read = made._device._forward, []
+    monkeypatch.setattr(made._device, "_forward", lambda ids, *more: (read.append(ids.shape[1]), own(ids, *more))[1])
+    found = tokens(made.generate(prompts(), plans=mixed("llama"), max_new_tokens=LIMITS))
+    asked = zip(prompts(), mixed("llama"), LIMITS, strict=True)
+    assert found == [generated(models.model("llama"), *each) for each in asked]
+    assert read and min(read) > 5 and len(passes) > len(read)
 
 
 def test_an_adapter_that_comes_later_is_not_passed_by():
