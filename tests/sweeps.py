@@ -12,13 +12,32 @@ import time
 
 import torch
 
+import faststeer as fs
 import faststeer.evaluate.sweep as sweeps
+from faststeer.extract.contrast import contrast
 from faststeer.hf.batching import encode
 
 run_module = sys.modules["faststeer.evaluate.sweep.run"]  # its package has a function of that name
 TABLES = (
     "settings", "prompts", "answers", "judges", "verdicts", "effects", "vectors", "directions", "tokens", "projections",
 )  # fmt: skip
+
+
+def of_thousands(demo):
+    """A sweep of the size it is made for: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts."""
+    positive, negative = fs.demo.prompts("refusal", "train")
+    means = contrast(*demo, positive, negative, at="resid_post", positions=[-1], covariance=True)
+    dim, unit = means.dim().vector(-1), means.pca().vector(-1)
+    pca = fs.SteeringVector({n: unit[n] * dim[n].norm() for n in dim.layers}, at="resid_post", method="pca")
+    return sweeps.Sweep(
+        fs.demo.prompts("refusal", "test")[1][:64],
+        vectors={"dim": dim, "pca": pca, "random": fs.extract.random_like(dim, 0)},
+        layers=[*dim.layers, dim.layers],
+        coefficients=[0.25 * i for i in range(9)],
+        controls=0,  # the random vector is one of the three methods
+        judges=["refusal", "demo", "perplexity"],
+        text=("Water boils at a lower temperature in the mountains.",),
+    )
 
 
 def contents(path):

@@ -1,7 +1,7 @@
 """A sweep of the demo model on a CPU: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts, against one
 setting at a time through `generate` with a forward hook.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluate/sweep.py [--settings 12] [--prompts 64] [--write]
+    python benchmarks/evaluate/sweep.py [--threads 1 2] [--settings 12] [--prompts 64] [--write]
 
 The layers are the 6 single ones and all together, the coefficients 0 to 2 in steps of 0.25, the methods difference in
 means, PCA and (as the control) a random vector of the first one's lengths. Coefficient 0 is the unsteered model under
@@ -9,7 +9,8 @@ every layer and method, so that the sweep answers it once: 7 x 8 x 3 + 1 setting
 as a loop over settings does. That loop is run on a sample of settings, spread evenly over the grid, and its time per
 setting is extrapolated to the whole grid. The sweep's seconds include its store, judging (refusal, the demo's grammar,
 repetition) and the Engine's start; the loop's are `generate` alone: all 64 prompts of a setting in one padded batch,
-and again one prompt at a time, which is how scripts without padding do it (on a smaller sample).
+and again one prompt at a time, which is how scripts without padding do it (on a smaller sample). Threads: PyTorch's, by
+default one and as many as it takes by itself.
 """
 
 from __future__ import annotations
@@ -77,11 +78,20 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=12, help="settings of the sample for one at a time")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", type=Path, help="keep the store here")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep_cpu.csv")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for row in measure(options):
+            rows.append({"threads": threads} | row)
+            print(rows[-1])
+    if options.write:
+        print(results.write("sweep_cpu", rows))
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = fs.demo.load()
     prompts = fs.demo.prompts("refusal", "test")[1][: options.prompts]
     named = vectors(model, tokenizer)
@@ -114,8 +124,7 @@ def main() -> None:
         max_new_tokens=NEW,
     )
     with tempfile.TemporaryDirectory() as folder:
-        path = options.store or Path(folder) / "sweep.db"
-        with Store(path) as store:
+        with Store(Path(folder) / "sweep.db") as store:
             start, cpu = time.perf_counter(), time.process_time()
             digest = run(sweep, model, tokenizer, store, max_batch=options.max_batch)
             ours, ours_cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -134,15 +143,12 @@ def main() -> None:
     ]
     rows = []
     for case, count, generated, seconds, processor in cases:
-        row = {"case": case, "threads": options.threads, "settings": count, "prompts": len(prompts), "tokens": generated}
+        row = {"case": case, "settings": count, "prompts": len(prompts), "tokens": generated}
         row |= {"seconds": f"{seconds:.1f}", "cpu_seconds": processor and f"{processor:.1f}"}
         if "extrapolated" in case:
             row |= {"times_sweep": f"{seconds / ours:.2f}", "cpu_times_sweep": f"{processor / ours_cpu:.2f}"}
         rows.append(row)
-    for row in rows:
-        print(row)
-    if options.write:
-        print(results.write("sweep_cpu", rows))
+    return rows
 
 
 if __name__ == "__main__":
