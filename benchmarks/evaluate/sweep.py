@@ -123,15 +123,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         projections=0,
         max_new_tokens=NEW,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        with Store(Path(folder) / "sweep.db") as store:
-            start, cpu = time.perf_counter(), time.process_time()
-            digest = run(sweep, model, tokenizer, store, max_batch=options.max_batch)
-            ours, ours_cpu = time.perf_counter() - start, time.process_time() - cpu
-            tokens = sum(answer["tokens"] for answer in store.answers(digest))
-            start = time.perf_counter()
-            lines = table(store, digest)
-            summary = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "sweep.db") as store:
+        start, cpu = time.perf_counter(), time.process_time()
+        digest = run(sweep, model, tokenizer, store, max_batch=options.max_batch)
+        ours, ours_cpu = time.perf_counter() - start, time.process_time() - cpu
+        tokens = sum(answer["tokens"] for answer in store.answers(digest))
+        start = time.perf_counter()
+        lines = table(store, digest)
+        summary = time.perf_counter() - start
     times = n / len(sample)
     cases = [
         # case, settings, tokens, seconds, seconds of the processor
