@@ -44,6 +44,7 @@ build: $(VENV)/.ready
 # Alone on the machine, or the numbers mean nothing. The C library keeps freed memory, as it does in a process that has
 # run for a while: else the hooks' times would be those of the kernel handing out zeroed pages.
 bench-cpu: $(VENV)/.ready-dev build
+	mkdir -p out
 	MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000 \
 	$(BIN)/python -m pytest benchmarks/kernels/test_cpu.py -p no:xdist -o addopts= -q --benchmark-json=out/bench-cpu.json
 	$(BIN)/python benchmarks/kernels/collect_cpu.py out/bench-cpu.json
