@@ -22,10 +22,25 @@ class RowCache(Cache):
     def __init__(self, n_layers: int, rows: int, length: int) -> None:
         super().__init__(layers=[_RowLayer(self) for _ in range(n_layers)])
         self.rows, self.length = rows, length
+        self._stores: list[Tensor] = []  # keys and values of all layers, `[layers, rows, heads, length, head_dim]`
         self._prompts: range | None = None
         self._prefix, self._source = 0, 0
         self.column, self._width = torch.empty(0), 0
         self._flat: dict[int, Tensor] = {}  # heads -> where a step writes, in rows of head_dim numbers
+
+    def allocate(self, layer: _RowLayer, *like: Tensor) -> list[Tensor]:
+        """Zeros for a layer's keys and values, in one tensor with those of the other layers: where all of them are
+        alike, a row moves in two copies."""
+        shapes = [(self.rows, t.shape[1], self.length, t.shape[3]) for t in like]
+        begun: list[Any] = [other for other in self.layers if other.is_initialized]  # type: ignore[union-attr]
+        if not begun:
+            self._stores = [t.new_zeros(len(self.layers), *shape) for t, shape in zip(like, shapes, strict=True)]
+        if [store.shape[1:] for store in self._stores] == shapes and self._stores[0].dtype == like[0].dtype:
+            return [store[self.layers.index(layer)] for store in self._stores]
+        for other in begun if self._stores else ():
+            other.keys, other.values = other.keys.clone(), other.values.clone()
+        self._stores = []
+        return [t.new_zeros(shape) for t, shape in zip(like, shapes, strict=True)]
 
     def prefill(self, first: int, count: int, prefix: int = 0, source: int = 0) -> None:
         """The next pass reads prompts, into `count` rows from `first` on; their first `prefix` tokens are those of the
@@ -84,9 +99,12 @@ class RowCache(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one row to another."""
-        for layer in self.layers:
-            for store in (layer.keys, layer.values):  # type: ignore[union-attr]
-                store[target, :, :length].copy_(store[source, :, :length])  # type: ignore[index]
+        for store in self._stores:
+            store[:, target, :, :length] = store[:, source, :, :length]
+        apart: list[Any] = [] if self._stores else self.layers
+        for layer in apart:
+            for store in (layer.keys, layer.values):
+                store[target, :, :length] = store[source, :, :length]
 
     def wipe(self, lengths: Tensor) -> None:
         """Zeros behind the first `lengths` columns of each row."""
@@ -115,10 +133,7 @@ class _RowLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def store(like: Tensor) -> Tensor:
-            return like.new_zeros(self._cache.rows, like.shape[1], self._cache.length, like.shape[3])
-
-        self.keys, self.values = store(key_states), store(value_states)
+        self.keys, self.values = self._cache.allocate(self, key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

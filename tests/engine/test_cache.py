@@ -59,3 +59,20 @@ def test_rows_read_what_was_written(actions, random):
 def expected_shift(tokens: list[float]) -> torch.Tensor:
     """Layer 1 holds the numbers plus one, but for the zeros that were there at the beginning."""
     return (torch.tensor(tokens) != 0).float().view(1, -1, 1)
+
+
+def test_layers_of_different_sizes():
+    """A row moves in each of them; nothing is lost when the second turns out to be another."""
+    cache = RowCache(3, ROWS, LENGTH)
+    cache.prefill(1, 1)
+    written = []
+    for layer, (heads, size) in enumerate([(2, 3), (2, 3), (4, 5)]):
+        keys, values = torch.randn(1, heads, 4, size), torch.randn(1, heads, 4, size)
+        cache.update(keys, values, layer)
+        written.append((keys, values))
+    cache.move(1, 3, 4)
+    cache.decode(torch.tensor([0, 4, 0, 4]), 4)
+    for layer, pair in zip(cache.layers, written, strict=True):
+        for store, new in zip((layer.keys, layer.values), pair, strict=True):
+            assert torch.equal(store[3, :, :4], new[0]) and torch.equal(store[1, :, :4], new[0])
+            assert not store[0].any() and store.is_contiguous()
