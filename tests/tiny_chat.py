@@ -92,8 +92,8 @@ def gpt2(vocabulary: int) -> GPT2LMHeadModel:
 
 
 def assert_no_worse(ours, plain, oracle) -> None:
-    """The project's rule: within twice the error that plain PyTorch of the same dtype makes against fp64; or within four
-    roundings of the result in fp32, which plain PyTorch may escape by luck where there are few numbers."""
+    """The project's rule: within twice the error that plain PyTorch of the same dtype makes against fp64; or within
+    four roundings of the result in fp32, which plain PyTorch may escape by luck where there are few numbers."""
     ours, plain, oracle = (np.asarray(values, dtype=np.float64) for values in (ours, plain, oracle))
     assert ours.shape == plain.shape == oracle.shape
     allowed = max(2 * np.abs(plain - oracle).max(), 4 * 2**-24 * np.abs(oracle).max())

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=int, default=12, help="settings of the sample for one at a time")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max-batch", type=int, default=128)
+    parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep_cpu.csv")
     options = parser.parse_args()
