@@ -221,8 +221,11 @@ class Steering:
         """See that these plans have slots, at the cost of those used longest ago."""
         for digest in digests & self.slots.keys():
             self.slots.move_to_end(digest)
-        missing = {r.plan.digest: r.plan.plan for r in self.requests.values() if r.plan.digest in digests}
-        for digest in sorted(digests - self.slots.keys()):
+        without = digests - self.slots.keys()
+        if not without:
+            return
+        missing = {r.plan.digest: r.plan.plan for r in self.requests.values() if r.plan.digest in without}
+        for digest in sorted(without):
             if not self._free_slots:
                 gone, slot = self.slots.popitem(last=False)
                 assert gone not in digests, "more plans in a step than slots"  # the scheduler holds requests back
@@ -244,21 +247,24 @@ class Steering:
                 self.device.rows[0, : self._rows_in_use].fill_(-1)
                 self._rows_in_use = 0
             return
-        total = int(sum(counts))
+        # Per request, in lists: a step has many requests of one token each.
+        found = [self.requests[i] if i in self._stepping else None for i in request_ids]
+        places = [
+            [-1 if r is None else self.slots[r.plan.digest] for r in found],
+            [0 if r is None else r.computed - r.prompt_length for r in found],
+            [0 if r is None else r.sequence for r in found],
+        ]
+        tokens = np.asarray(counts, dtype=np.int64)
+        ends = np.cumsum(tokens)
+        total = int(ends[-1])
         table = np.zeros((3, max(total, self._rows_in_use)), dtype=np.int32)
-        table[0] = -1
-        start = 0
-        for request_id, count in zip(request_ids, counts, strict=True):
-            running = self.requests.get(request_id)
-            stop = start + int(count)
-            if running is not None and request_id in self._stepping:
-                first = running.computed - running.prompt_length
-                table[0, start:stop] = self.slots[running.plan.digest]
-                table[1, start:stop] = np.arange(first, first + stop - start)
-                table[2, start:stop] = running.sequence
-                if running.plan.probed:
-                    self.probes.rows.append((request_id, start, stop, running.computed))
-            start = stop
+        table[0, total:] = -1
+        table[:, :total] = np.repeat(np.asarray(places, dtype=np.int32), tokens, axis=1)
+        table[1, :total] += (np.arange(total) - np.repeat(ends - tokens, tokens)).astype(np.int32)
+        for i, request in enumerate(found):
+            if request is not None and request.plan.probed:
+                start = int(ends[i] - tokens[i])
+                self.probes.rows.append((request_ids[i], start, int(ends[i]), request.computed))
         host = torch.from_numpy(table)
         if self.device.rows.is_cuda:
             host = host.pin_memory()
