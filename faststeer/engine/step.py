@@ -66,7 +66,7 @@ class Step:
         self._body, self._head = model.base_model, model.lm_head
         self._first_norm, self._layers = first_norm, layers
         points = find_hook_points(model)
-        # Steered by hooks on modules that are not called here.
+        # Whether these are what modules give that are not called here; else the modules' hooks act by themselves.
         self._attn_out, self._mlp_out = points.attn_out == "self_attn", points.mlp_out == "mlp"
         norms = [first_norm, *(norm for layer in layers for norm in (layer.mid_norm, layer.next_norm))]
         passed = [model, self._body, self._head, *self._body.layers, *(norm.module for norm in norms if norm)]
@@ -108,7 +108,14 @@ class Step:
 
     def fits(self, steering: Steering | None) -> bool:
         """Whether the steering acts by fused sums, and nobody else hooks what is passed by."""
-        return steering is not None and steering.path == "fused" and sum(map(len, self._hooks)) == steering.n_hooks
+        if steering is None or steering.path != "fused":
+            return False
+        passed = 1 + sum(map(self._is_passed, steering.hooked))  # and the one that begins a pass
+        return sum(map(len, self._hooks)) == passed
+
+    def _is_passed(self, number: int) -> bool:
+        """Whether the steering's hook at a site is on a module that is not called here."""
+        return number == 0 or (number % 4 == 1 and self._attn_out) or (number % 4 == 3 and self._mlp_out)
 
     def __call__(
         self,
@@ -127,13 +134,13 @@ class Step:
         x, normed = self._sum(steering, 0, x, self._nothing(x), self._first_norm)
         for i, layer in enumerate(self._layers):
             branch = layer.attention.attend(normed, cosine, sine, column, None, cache, layer.window, tokens)
-            if self._attn_out and steering.acts_at(4 * i + 1):
+            if self._attn_out and 4 * i + 1 in steering.hooked:
                 branch = steering.at(4 * i + 1, branch)
             for module in layer.after_attention:
                 branch = module(branch)
             x, normed = self._sum(steering, 4 * i + 2, branch, x, layer.mid_norm)
             branch = layer.mlp.compute(normed)
-            if self._mlp_out and steering.acts_at(4 * i + 3):
+            if self._mlp_out and 4 * i + 3 in steering.hooked:
                 branch = steering.at(4 * i + 3, branch)
             for module in layer.after_mlp:
                 branch = module(branch)

@@ -12,7 +12,7 @@ import inspect
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -477,19 +477,15 @@ class Steering:
     # For a loop of one's own over layers that were fused: `begin_tokens`, then every site in order.
 
     @property
-    def n_hooks(self) -> int:
-        """How many hooks the model has from this steering."""
-        return len(self._handles) + 1  # and the one that begins a pass
+    def hooked(self) -> Collection[int]:
+        """The sites (numbers, as `plan.site` gives them) at which hooks steer, while entered."""
+        return self._handles.keys()
 
     def begin_tokens(self, batch: int, length: int) -> None:
         """A pass over the `batch x length` tokens of which `set_rows` was given the rows."""
         if self._rows is None:
             raise RuntimeError("begin_tokens is for passes whose rows were given by set_rows")
         self._whole_pass = self._pass = self._given_pass(self._rows, batch, length)
-
-    def acts_at(self, number: int) -> bool:
-        """Whether a hook would steer at this site."""
-        return number in self._handles
 
     def at(self, number: int, x: Tensor) -> Tensor:
         """x, steered at a site."""

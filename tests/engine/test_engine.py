@@ -247,6 +247,20 @@ def test_hooks_of_others_are_called_in_every_pass(name, where):
     assert found == tokens(made.generate(prompts()[:3], plan(name), max_new_tokens=5))
 
 
+@pytest.mark.parametrize("at", ["attn_out", "mlp_out", "resid_pre"])
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_hooks_of_the_steering_and_of_others_are_told_apart(name, at):
+    """One of each, on modules that are passed by and on modules that are called."""
+    model, steered = models.build(name), fs.Plan([fs.Add(models.direction(3), 0.3, layers=0, at=at)])
+    made, down = engine(model), model.model.layers[1].mlp.down_proj
+    expected = [generated(model, prompt, steered, 6) for prompt in prompts()[:3]]
+    assert tokens(made.generate(prompts()[:3], steered, max_new_tokens=6)) == expected
+    handle = down.register_forward_hook(lambda _m, _a, out: out + 1.0)
+    hooked = [generated(model, prompt, steered, 6) for prompt in prompts()[:3]]
+    assert tokens(made.generate(prompts()[:3], steered, max_new_tokens=6)) == hooked != expected
+    handle.remove()
+
+
 def test_a_hook_that_changes_a_projection_is_heeded():
     """And one that comes while completions are being read."""
     model = models.build("llama")
