@@ -255,7 +255,7 @@ def test_hooks_of_the_steering_and_of_others_are_told_apart(name, at):
     made, down = engine(model), model.model.layers[1].mlp.down_proj
     expected = [generated(model, prompt, steered, 6) for prompt in prompts()[:3]]
     assert tokens(made.generate(prompts()[:3], steered, max_new_tokens=6)) == expected
-    handle = down.register_forward_hook(lambda _m, _a, out: out + 1.0)
+    handle = down.register_forward_hook(lambda _m, _a, out: out.flip(-1))
     hooked = [generated(model, prompt, steered, 6) for prompt in prompts()[:3]]
     assert tokens(made.generate(prompts()[:3], steered, max_new_tokens=6)) == hooked != expected
     handle.remove()
