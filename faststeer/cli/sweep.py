@@ -28,7 +28,7 @@ def sweep(
     judge: Annotated[str | None, typer.Option(help="Sort the table by this judge's mean score.")] = None,
     tag: Annotated[str | None, typer.Option(help="Count only prompts with this tag.")] = None,
     lines: Annotated[int, typer.Option(min=1, help="Lines of the table; --json has all.")] = 20,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 128,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 256,
     as_json: Json = False,
 ) -> None:
     """Measure layers x coefficients x vectors x prompts in one go, next to random vectors, and print what they do.

@@ -60,7 +60,7 @@ def run(
     tokenizer: Any,
     store: Store,
     *,
-    max_batch: int = 128,
+    max_batch: int = 256,
     progress: bool | Callable[[Progress], None] = True,
 ) -> str:
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
