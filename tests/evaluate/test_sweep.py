@@ -275,6 +275,24 @@ def test_two_processes_share_a_store(demo, vector, finished, tmp_path):
     assert contents(path) == contents(finished)
 
 
+def opened_together(path, barrier):
+    barrier.wait()
+    with Store(path):
+        pass
+
+
+def test_processes_make_a_store_at_the_same_moment(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for i in range(30):
+        barrier = fork.Barrier(3)
+        processes = [fork.Process(target=opened_together, args=(tmp_path / f"{i}.db", barrier)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+
+
 def test_a_finished_sweep_asks_the_model_nothing(demo, vector, finished, monkeypatch):
     monkeypatch.setattr(run_module, "Engine", None)
     before = contents(finished)

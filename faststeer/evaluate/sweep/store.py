@@ -116,10 +116,12 @@ class Store:
 
     def _open(self) -> None:
         self._db.execute("PRAGMA foreign_keys = OFF")
-        found, version = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        self._db.execute("BEGIN")  # all read at one moment: another process may be making the tables
+        found, version, tables = (
+            self._db.execute(query).fetchone()[0]
+            for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db.execute("COMMIT")
         if tables and found != APPLICATION:
             raise StoreError(f"{self.path} is a database of something else: name another file")
         if tables and version != FORMAT:
@@ -127,7 +129,7 @@ class Store:
                 f"{self.path} was written by another version of faststeer (store format {version}, this one has "
                 f"{FORMAT}): use that version, or name another file; nothing in it was changed"
             )
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._db.execute("PRAGMA synchronous = NORMAL")
         if not tables:
             with self.transaction():
@@ -136,6 +138,18 @@ class Store:
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {APPLICATION}")
                     self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _write_ahead(self) -> None:
+        """For this change of mode, SQLite does not wait for another process by itself."""
+        end = time.monotonic() + BUSY
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     def close(self) -> None:
         self._db.close()
