@@ -186,17 +186,23 @@ def baselines(steering: str, hidden: int) -> dict[tuple[str, str], Run]:
 def _others() -> dict[tuple[str, str], Run]:
     """vLLM's and flashinfer's fused add + RMSNorm, where they can be imported; both write in place."""
     found: dict[tuple[str, str], Run] = {}
-    if importlib.util.find_spec("vllm"):
+    if _is_installed("vllm"):
         from vllm import _custom_ops
 
         found["add_steer_rmsnorm", "vllm"] = lambda c: _custom_ops.fused_add_rms_norm(c.x, c.residual, c.weight, EPS)
-    if importlib.util.find_spec("flashinfer"):
+    if _is_installed("flashinfer"):
         import flashinfer
 
         found["add_steer_rmsnorm", "flashinfer"] = lambda c: flashinfer.norm.fused_add_rmsnorm(
             c.x, c.residual, c.weight, EPS
         )
     return found
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name, such as benchmarks/vllm, is no package: it comes from no file."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def bytes_moved(op: str, shape: Shape, c: Case) -> int:
