@@ -1,7 +1,7 @@
 // Attention of one new token per sequence, a group of query heads that share their keys and values at a time.
 //
 // For each sequence and each head of keys:
-//   0. rotary_attention_ only: the query and the new key turn to their position, and key and value go to the cache.
+//   0. rotary_attention_ only: the query and the new key are rotated to their position, and key and value go to the cache.
 //   1. The columns that the mask leaves: what it hides at either end is not read.
 //   2. A tile of columns after the other, keys and values once for the whole group: scores q . k, then their exponents
 //      against the largest score so far, then the values weighted by them; what was summed before is scaled down when a
@@ -107,8 +107,8 @@ class Group {
         peak_(sum_ + job.group * job.value_size),
         weight_(peak_ + job.group),
         scores_(weight_ + job.group),
-        turned_(scores_ + job.group * TILE),
-        mask_(turned_ + 2 * job.key_size) {
+        rotated_(scores_ + job.group * TILE),
+        mask_(rotated_ + 2 * job.key_size) {
     std::memset(mask_, 0, (job.columns + LANES) * sizeof(float));
   }
 
@@ -127,7 +127,7 @@ class Group {
       const int64_t count = end_ - tile < TILE ? end_ - tile : TILE;
       const T* keys = job_.keys.at<T>(row / job_.tokens, head) + tile * job_.keys.column;
       const T* values = job_.values.at<T>(row / job_.tokens, head) + tile * job_.values.column;
-      call(values, count);
+      prefetch(values, count);
       // Each step for the whole group: none of its heads waits for another.
       for (int64_t g = 0; g < job_.group; ++g) score(g, keys, mask_ + tile, count);
       for (int64_t g = 0; g < job_.group; ++g) weigh(g, count);
@@ -143,9 +143,9 @@ class Group {
     const int64_t column = job_.column[row];
     T* const key = const_cast<T*>(job_.keys.at<T>(row / job_.tokens, head)) + column * job_.keys.column;
     T* const value = const_cast<T*>(job_.values.at<T>(row / job_.tokens, head)) + column * job_.values.column;
-    float* const turned = turned_;
-    turn(job_.key.at<T>(row, head), row, turned);
-    each_block(job_.key_size, [=](int64_t i, auto block) { store(key + i, load(turned + i, block), block); });
+    float* const rotated = rotated_;
+    rotate(job_.key.at<T>(row, head), row, rotated);
+    each_block(job_.key_size, [=](int64_t i, auto block) { store(key + i, load(rotated + i, block), block); });
     std::memcpy(value, job_.value.at<T>(row, head), job_.value_size * sizeof(T));
   }
 
@@ -157,7 +157,7 @@ class Group {
 
   // Ask for the values of some columns while their scores are computed: each head's are too few, and too far from the
   // next one's, for the processor to see them coming.
-  void call(const T* values, int64_t count) const {
+  void prefetch(const T* values, int64_t count) const {
     constexpr int64_t LINE = 64 / sizeof(T);
     for (int64_t i = 0; i < count * job_.values.column; i += LINE) __builtin_prefetch(values + i);
   }
@@ -191,7 +191,7 @@ class Group {
     const Lanes scaling = all(job_.scaling);
     for (int64_t g = 0; g < job_.group; ++g) {
       float* const to = query_ + g * job_.key_size;
-      turn(job_.query.at<T>(row, head * job_.group + g), row, to);
+      rotate(job_.query.at<T>(row, head * job_.group + g), row, to);
       each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(to + i, block) * scaling, block); });
       peak_[g] = -INFINITE;
       weight_[g] = 0;
@@ -199,13 +199,13 @@ class Group {
     std::memset(sum_, 0, job_.group * job_.value_size * sizeof(float));
   }
 
-  // The first `rotary` numbers, in two halves (a, b), turned by their angles: (a cos - b sin, b cos + a sin), each
+  // The first `rotary` numbers, in two halves (a, b), rotated by their angles: (a cos - b sin, b cos + a sin), each
   // product and sum rounded to the dtype, as PyTorch's operators do; the others as they are.
-  void turn(const T* from, int64_t row, float* to) {
+  void rotate(const T* from, int64_t row, float* to) {
     each_block(job_.key_size, [=](int64_t i, auto block) { store(to + i, load(from + i, block), block); });
     if (job_.rotary == 0) return;
     const int64_t half = job_.rotary / 2;
-    float* const across = turned_ + job_.key_size;
+    float* const across = rotated_ + job_.key_size;
     for (int64_t i = 0; i < half; ++i) across[i] = -to[half + i];
     std::memcpy(across + half, to, half * sizeof(float));
     const T *cosine = row_of<const T>(job_.cosine, row), *sine = row_of<const T>(job_.sine, row);
@@ -345,26 +345,28 @@ class Group {
   }
 
   const AttentionJob& job_;
-  float *query_, *sum_, *peak_, *weight_, *scores_, *turned_, *mask_;
+  float *query_, *sum_, *peak_, *weight_, *scores_, *rotated_, *mask_;
   int64_t row_ = -1, first_ = 0, end_ = 0;  // whose mask is read, and the columns it leaves
 };
 
-// Units are heads of keys, of one row after the other.
-template <class T>
-void decode_attention(const AttentionJob& job, int64_t first, int64_t end) {
+// each(group, row, head) for every unit: heads of keys, of one row after the other.
+template <class T, class Each>
+FASTSTEER_METHOD void each_head(const AttentionJob& job, int64_t first, int64_t end, Each each) {
   const std::unique_ptr<float[]> scratch(new float[Group<T>::scratch(job)]);
   Group<T> group(job, scratch.get());
   const int64_t heads = job.heads / job.group;
-  for (int64_t unit = first; unit < end; ++unit) group.attend(unit / heads, unit % heads);
+  for (int64_t unit = first; unit < end; ++unit) each(group, unit / heads, unit % heads);
 }
 
-// The same units; before attention where a row looks at what others of them write.
+template <class T>
+void decode_attention(const AttentionJob& job, int64_t first, int64_t end) {
+  each_head<T>(job, first, end, [](Group<T>& group, int64_t row, int64_t head) { group.attend(row, head); });
+}
+
+// Before attention where a row looks at what others of them write.
 template <class T>
 void keep_new(const AttentionJob& job, int64_t first, int64_t end) {
-  const std::unique_ptr<float[]> scratch(new float[Group<T>::scratch(job)]);
-  Group<T> group(job, scratch.get());
-  const int64_t heads = job.heads / job.group;
-  for (int64_t unit = first; unit < end; ++unit) group.keep_new(unit / heads, unit % heads);
+  each_head<T>(job, first, end, [](Group<T>& group, int64_t row, int64_t head) { group.keep_new(row, head); });
 }
 
 }  // namespace

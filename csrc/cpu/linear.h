@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t DEPTH = 512;  // 64 KB of weights at most: every HEIGHT rows they come from the second cache
 constexpr int WIDTH = 2 * PART;
-constexpr int64_t CALLED = 2;  // outputs of the next panel whose weights are called from memory, every HEIGHT rows
+constexpr int64_t PREFETCHED = 2;  // outputs of the next panel whose weights are prefetched, every HEIGHT rows
 // Rows of which two sums each leave room for two vectors of weights and what is broadcast. 24 sums of 12 rows would fit
 // AVX-512's registers and are no faster, and fewer batches are a multiple of 12.
 constexpr int HEIGHT = PART == 16 ? 8 : PART == 8 ? 6 : 4;
@@ -127,7 +127,7 @@ FASTSTEER_LANES void multiply_some(int64_t rows, float* sums, const float* x, in
 // Ask for the weights of one output in each half of a panel to be brought from memory: packing reads too many rows at
 // once for the processor to see them coming.
 template <class T>
-FASTSTEER_LANES void call(const LinearJob& job, int64_t unit, int64_t output, int64_t k, int64_t depth) {
+FASTSTEER_LANES void prefetch(const LinearJob& job, int64_t unit, int64_t output, int64_t k, int64_t depth) {
   constexpr int64_t LINE = 64 / sizeof(T);
   const bool gated = job.up.data != nullptr;
   const int64_t first = unit * (gated ? PART : WIDTH) + output, next = gated ? first : first + PART;
@@ -144,10 +144,10 @@ void products(const LinearJob& job, int64_t unit, float* panel, float* sums) {
   for (int64_t k = 0; k < job.inputs; k += DEPTH) {
     const int64_t depth = job.inputs - k < DEPTH ? job.inputs - k : DEPTH;
     pack<T>(panel, job, unit, k, depth);
-    int64_t called = 0;
+    int64_t prefetched = 0;
     for (int64_t row = 0; row < job.rows; row += HEIGHT) {
       const int64_t rows = job.rows - row < HEIGHT ? job.rows - row : HEIGHT;
-      for (int64_t i = 0; i < CALLED && called < PART; ++i, ++called) call<T>(job, unit + 1, called, k, depth);
+      for (int64_t i = 0; i < PREFETCHED && prefetched < PART; ++i, ++prefetched) prefetch<T>(job, unit + 1, prefetched, k, depth);
       const float* const x = row_of<const float>(job.x, row) + k;
       if (k == 0) {
         multiply_some<true>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);

@@ -119,7 +119,7 @@ class Row {
       each_two_blocks(
           hidden_,
           [=](int64_t i) {
-            announce(out + i);
+            prefetch_to_write(out + i);
             store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{}));
           },
           [=](int64_t i, auto block) { store_rounded(out + i, value(i, block), block); });
@@ -136,7 +136,7 @@ class Row {
       each_two_blocks(
           hidden_,
           [=](int64_t i) {
-            announce(out + i);
+            prefetch_to_write(out + i);
 #pragma GCC unroll 4
             for (int64_t k = i; k < i + 2 * LANES; k += 2 * PART) {
               const Apart values = take_apart(x + k);
@@ -176,7 +176,7 @@ class Row {
   static constexpr int64_t CACHE_LINE = 64;
 
   // Two blocks from `out` on are about to be written.
-  FASTSTEER_METHOD static void announce(T* out) {
+  FASTSTEER_METHOD static void prefetch_to_write(T* out) {
     constexpr int64_t SIZE = 2 * LANES * sizeof(T);
     for (int64_t i = 0; i < SIZE; i += CACHE_LINE) __builtin_prefetch(reinterpret_cast<char*>(out) + AHEAD + i, 1);
   }

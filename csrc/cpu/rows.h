@@ -66,7 +66,7 @@ struct AttentionJob {
   void* out;               // [rows, heads, value_size], contiguous
   // rotary_attention_ only: `tokens` rows after another share keys and values. Each row's own key and value
   // `[rows, key heads, size]`, written to this column of them first, the columns up to it that it looks at (0: all), and
-  // the angles `[rows, rotary]` by which the query and the key are turned.
+  // the angles `[rows, rotary]` by which the query and the key are rotated.
   const int64_t* column = nullptr;
   Heads key, value;
   Rows cosine, sine;

@@ -93,7 +93,8 @@ class Device:
         lengths = [len(request.prompt) + len(request.tokens) for request in requests]
         ids = [(request.prompt + request.tokens)[prefix:] for request in requests]
         width = max(map(len, ids))
-        rows = torch.arange(first, first + len(ids), device=self.device)
+        each = torch.arange(len(ids), device=self.device)
+        rows = first + each
         self._enter(requests, lengths, rows)
         tokens = self._sent([row + [0] * (width - len(row)) for row in ids])
         prompt, length = self._sent([[len(r.prompt), n] for r, n in zip(requests, lengths, strict=True)]).T.unsqueeze(2)
@@ -101,15 +102,14 @@ class Device:
         slot, _, sequence = (t.unsqueeze(1).expand(-1, width) for t in self.int[:, first : first + len(ids)])
         self._place(torch.where(column < length, slot, -1), (column - prompt).int(), sequence)
         self.cache.prefill(first, len(ids), prefix, source)
-        ends = torch.arange(len(ids), device=self.device)
         if width <= SHORT and self._steps():
-            last = ends * width + length.squeeze(1) - prefix - 1
+            last = each * width + length.squeeze(1) - prefix - 1
             flat = tokens.reshape(-1), column.reshape(-1)
             logits = self.step(*flat, self.cache, self.steering, width, last)  # type: ignore[misc, arg-type]
         else:
             distinct = sorted(set(lengths))
             kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
-            logits = kept[ends, self._sent([distinct.index(n) for n in lengths])]
+            logits = kept[each, self._sent([distinct.index(n) for n in lengths])]
         if self.probes:
             known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
             seen = torch.cat([known, self._probed().transpose(1, 2)], 2)

@@ -208,14 +208,14 @@ def _parts(model: nn.Module) -> list[Attention | MLP]:
             continue
         if not all(type(child) is nn.Linear for name, child in module.named_children() if name.endswith("_proj")):
             continue
-        if "o_proj" in children and names <= ATTENTION_NAMES and _turns_by_halves(function, module):
+        if "o_proj" in children and names <= ATTENTION_NAMES and _rotates_by_halves(function, module):
             found.append(Attention(module))
         elif "down_proj" in children and names <= MLP_NAMES and len(names) >= 3:
             found.append(MLP(module))
     return found
 
 
-def _turns_by_halves(function: types.FunctionType, module: Any) -> bool:
+def _rotates_by_halves(function: types.FunctionType, module: Any) -> bool:
     """Whether an attention's rotation is `rotary_attention_`'s."""
     apply = function.__globals__.get("apply_rotary_pos_emb")
     if apply is None or "apply_rotary_pos_emb" not in function.__code__.co_names:

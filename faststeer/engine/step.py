@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,11 @@ BODY_NAMES = {
 }  # fmt: skip
 
 
-class _Norm:
+class _Norm(NamedTuple):
     """A norm that one op computes with the sum before it."""
 
-    def __init__(self, module: Any, form: NormForm) -> None:
-        self.module, self.form = module, form
-
-    @property
-    def given(self) -> tuple[Tensor, NormForm]:
-        return self.module.weight, self.form
+    module: Any
+    form: NormForm
 
 
 @dataclass(frozen=True)
@@ -157,5 +153,5 @@ class Step:
     @staticmethod
     def _sum(steering: Steering, number: int, branch: Tensor, x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor]:
         """The stream behind a site, and what the next branch reads of it."""
-        x, normed = steering.add_at(number, branch, x, None if norm is None else norm.given)
+        x, normed = steering.add_at(number, branch, x, None if norm is None else (norm.module.weight, norm.form))
         return x, x if normed is None else normed

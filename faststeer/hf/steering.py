@@ -263,7 +263,7 @@ class Steering:
         """Hook the sites that a loaded plan uses and that have no hook yet."""
         program = next(iter(self._programs.values()))
         steers = {
-            number: self._at(number)
+            number: functools.partial(self.at, number)
             for number in range(n_sites(self._points.n_layers))
             if program.depth[number] and number not in self._handles and not self._is_fused(number)
         }
@@ -462,18 +462,6 @@ class Steering:
             self._programs[device] = next(iter(self._programs.values())).to(device)
         return self._programs[device]
 
-    def _at(self, number: int) -> Callable[[Tensor], Tensor]:
-        return functools.partial(self._steer, number)
-
-    def _steer(self, number: int, x: Tensor) -> Tensor:
-        """x, steered at a site."""
-        now, given = self._given(number, x)
-        if given.latches:
-            latch_(given.flat, given.tables, given.rows, given.latched)
-        steered = steer_rows(given.flat, given.tables, given.rows, given.state, given.probe)
-        self._keep(number, given.probe, now)
-        return steered.view_as(x)
-
     # For a loop of one's own over layers that were fused: `begin_tokens`, then every site in order.
 
     @property
@@ -489,14 +477,19 @@ class Steering:
 
     def at(self, number: int, x: Tensor) -> Tensor:
         """x, steered at a site."""
-        return self._steer(number, x)
+        now, given = self._given(number, x)
+        if given.latches:
+            latch_(given.flat, given.tables, given.rows, given.latched)
+        steered = steer_rows(given.flat, given.tables, given.rows, given.state, given.probe)
+        self._keep(number, given.probe, now)
+        return steered.view_as(x)
 
     def add_at(
         self, number: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
     ) -> tuple[Tensor, Tensor | None]:
         """`fused.Add`."""
         if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
-            return self._steer(number, residual + branch), None
+            return self.at(number, residual + branch), None
         now, given = self._given(number, branch)
         other = residual.reshape_as(given.flat)
         if given.latches:

@@ -166,10 +166,10 @@ def rotary_attention_(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """New tokens, one or more of each sequence: turn queries and keys to their positions, write keys and values into
+    """New tokens, one or more of each sequence: rotate queries and keys to their positions, write keys and values into
     the cache, attend.
 
-    The first `rotary` numbers of a head, in two halves (a, b), turn to (a cos - b sin, b cos + a sin), rounded after
+    The first `rotary` numbers of a head, in two halves (a, b), rotate to (a cos - b sin, b cos + a sin), rounded after
     each product and sum as PyTorch's operators round. Then `keys[row, :, column[row]]` and the values there are
     written, and the result is `decode_attention`'s over the mask's columns.
 
@@ -202,10 +202,10 @@ def rotary_attention_(
         mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)
     n, width = mask.shape
     row = torch.arange(n, device=query.device) // tokens
-    keys[row, :, column] = _turned(key, cosine, sine)
+    keys[row, :, column] = _rotated(key, cosine, sine)
     values[row, :, column] = value
     seen = keys[row, :, :width], values[row, :, :width]
-    return decode_attention(_turned(query, cosine, sine), *seen, mask, scaling, softcap, backend=backend)
+    return decode_attention(_rotated(query, cosine, sine), *seen, mask, scaling, softcap, backend=backend)
 
 
 def attention_branch_(
@@ -244,11 +244,11 @@ def attention_branch_(
     return linear(attended.flatten(1), *output, backend=backend)
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     size = cosine.shape[1]
     a, b = x[..., :size].chunk(2, dim=-1)
-    turned = x[..., :size] * cosine.unsqueeze(1) + torch.cat([-b, a], -1) * sine.unsqueeze(1)
-    return torch.cat([turned, x[..., size:]], -1)
+    rotated = x[..., :size] * cosine.unsqueeze(1) + torch.cat([-b, a], -1) * sine.unsqueeze(1)
+    return torch.cat([rotated, x[..., size:]], -1)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

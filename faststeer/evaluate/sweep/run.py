@@ -120,6 +120,7 @@ class _Work:
         self.units = self._units()
         store.add_units(self.run, self.units)
         self._engine: Any = None
+        self._texts: dict[int, str] = {}
 
     def _judges(self) -> dict[str, Judge]:
         found: dict[str, Judge] = {}
@@ -265,10 +266,16 @@ class _Work:
                 batch_size=READ_AT_ONCE,
             )
             for (prompt, ids), values in zip(answers, seen, strict=True):
-                texts = [self.tokenizer.decode([token]) for token in (*self.encoded[prompt], *ids)]
+                texts = [self._text(token) for token in (*self.encoded[prompt], *ids)]
                 maps = {n: values[..., k] for k, n in enumerate(numbers)}
                 found.append((setting, prompt, len(self.encoded[prompt]), texts, maps))
         self.store.add_projections(self.run, found)
+
+    def _text(self, token: int) -> str:
+        """One token's; answers share most of them."""
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token])
+        return self._texts[token]
 
     def _effect(self, name: str, block: int) -> None:
         first = block * SETTINGS_PER_UNIT
