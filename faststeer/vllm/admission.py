@@ -26,6 +26,10 @@ DEFAULT_BEAMS = (
     "beam search asks for every token by a request of its own, in which the default plan cannot tell prompt from "
     "answer: do without beam search, or start without default_plan"
 )
+FULL = (
+    "the server runs {} different plans for other requests, which is all that its setting max_plans has room for: ask "
+    'again when some have ended, or start it with a larger max_plans, or with "when_full": "wait"'
+)
 RESUMABLE = "a request whose prompt grows while it runs (resumable) cannot be steered: positions count from its end"
 BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for one token of one beam
 PROTOCOLS = ("vllm.entrypoints.openai.completion.protocol", "vllm.entrypoints.openai.chat_completion.protocol")
@@ -81,6 +85,30 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
     if wire is not None:
         params.extra_args[PAYLOAD_KEY] = wire
     return params
+
+
+def wrap_output(processor: Any) -> None:
+    """Let vLLM's OutputProcessor, which knows every request of a front end until it has ended, refuse those whose plan
+    would be one too many. Before it takes a request, nobody else has it."""
+    add, refused = processor.add_request, refusal()
+
+    @functools.wraps(add)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        if PAYLOAD_KEY in (getattr(request.sampling_params, "extra_args", None) or {}):
+            from faststeer.vllm.requests import received
+
+            wire = received(request.sampling_params.extra_args)
+            if wire is not None and wire.room:
+                plans: dict[str, str] = self.__dict__.setdefault("faststeer_plans", {})  # of requests, by id
+                for ended in plans.keys() - self.request_states.keys():
+                    del plans[ended]
+                if wire.digest not in plans.values() and len(set(plans.values())) >= wire.room:
+                    raise refused(FULL.format(wire.room))
+                plans[request.request_id] = wire.digest
+        add(self, request, *args, **kwargs)
+
+    add_request.faststeer = True  # type: ignore[attr-defined]
+    processor.add_request = add_request
 
 
 def refusal() -> type[ValueError]:

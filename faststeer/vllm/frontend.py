@@ -78,7 +78,8 @@ class FrontEnd:
 
     def _fresh(self, payload: Any) -> tuple[dict[str, Any] | None, tuple[Stamp, ...]]:
         found = parse(payload, self.registry, self.limits)
-        return (found.wire(), found.files) if found else (None, ())
+        room = self.settings.max_plans if self.settings.when_full == "refuse" else None
+        return (found.wire(room or 0), found.files) if found else (None, ())
 
     def _keep(self, payload: str, version: int, files: tuple[Stamp, ...], wire: dict[str, Any] | None) -> None:
         with self._lock:

@@ -77,12 +77,15 @@ def _wrap_front_end() -> None:
     """Requests are checked on their way in; a server has faststeer's routes. What a server has imported of vLLM may
     grow between two calls."""
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     from faststeer.vllm import server
-    from faststeer.vllm.admission import refuse_beams, wrap_input
+    from faststeer.vllm.admission import refuse_beams, wrap_input, wrap_output
 
     if not hasattr(InputProcessor.process_inputs, "faststeer"):
         wrap_input(InputProcessor)
+    if not hasattr(OutputProcessor.add_request, "faststeer"):
+        wrap_output(OutputProcessor)
     refuse_beams()
     server.install()
 

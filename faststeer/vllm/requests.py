@@ -71,19 +71,26 @@ class ParsedPlan:
     ranges: tuple[tuple[int, int], ...]
     files: tuple[Stamp, ...] = ()
 
-    def wire(self) -> dict[str, Any]:
-        """What the request carries to the engine in the payload's place: nothing in it refers to anything outside."""
+    def wire(self, room: int = 0) -> dict[str, Any]:
+        """What the request carries to the engine in the payload's place (see `Wire`): nothing in it refers to anything
+        outside."""
         ranges = [list(one) for one in self.ranges]
-        return {"plan": self.plan.to_json(inline=True), "digest": self.digest, "ranges": ranges}
+        return {"plan": self.plan.to_json(inline=True), "digest": self.digest, "ranges": ranges, "room": room}
 
 
 @dataclass(frozen=True)
 class Wire:
-    """A request's plan as the engine gets it (see `ParsedPlan`); `plan` is JSON without names and paths."""
+    """A request's plan as the engine gets it (see `ParsedPlan`).
+
+    Attributes:
+        plan: JSON without names and paths.
+        room: for how many different plans at a time; 0 where those that find no room wait.
+    """
 
     plan: str
     digest: str
     ranges: list[list[int]]
+    room: int = 0
 
 
 def received(extra_args: Mapping[str, Any] | None) -> Wire | None:
@@ -95,7 +102,7 @@ def received(extra_args: Mapping[str, Any] | None) -> Wire | None:
     payload = (extra_args or {}).get(PAYLOAD_KEY)
     if payload is None:
         return None
-    types = {"plan": str, "digest": str, "ranges": list}
+    types = {"plan": str, "digest": str, "ranges": list, "room": int}
     if not isinstance(payload, Mapping) or {k: type(v) for k, v in payload.items()} != types:
         raise ValueError(
             "a plan reached the engine unchecked: requests must come through a front end that has faststeer's plugin"

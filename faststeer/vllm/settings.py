@@ -13,6 +13,8 @@ from typing import Any
 from faststeer.vector import HOOK_POINTS, check_hook_point
 from faststeer.vllm.switch import OFF, ON, SWITCH, configured, environment
 
+WHEN_FULL = ("wait", "refuse")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,7 +31,9 @@ class Settings:
         max_interventions: of a plan.
         max_directions: of one subspace.
         hook_points: those that the model is built with: fewer cost less. "all": all five.
-        max_plans: different plans at one time, more wait; None: as many as sequences, so that none ever waits.
+        max_plans: different plans at one time; None: as many as sequences, so that there is always room.
+        when_full: what becomes of a request whose plan would be one more than `max_plans`: "wait" until there is room,
+            or "refuse" it.
         max_entries: of a plan: its interventions, counted once per hook point and layer; None: four per hook point and
             layer.
         max_vectors: of a plan, counted like entries, k for a subspace of k; None: two per layer and 8 more.
@@ -52,6 +56,7 @@ class Settings:
     max_directions: int = 16
     hook_points: tuple[str, ...] = ("resid_pre", "resid_post")
     max_plans: int | None = None
+    when_full: str = "wait"
     max_entries: int | None = None
     max_vectors: int | None = None
     probe_columns: int = 4
@@ -69,6 +74,10 @@ class Settings:
             raise ValueError(f"faststeer's setting http_registration is {self.http_registration!r}: true or false")
         if self.default_plan is not None and not isinstance(self.default_plan, str):
             raise ValueError(f"faststeer's setting default_plan is {self.default_plan!r}: expected a plan's name")
+        if self.when_full not in WHEN_FULL:
+            raise ValueError(f"faststeer's setting when_full is {self.when_full!r}: expected {' or '.join(WHEN_FULL)}")
+        if self.when_full == "refuse" and self.max_plans is None:
+            raise ValueError("faststeer's setting when_full is refuse, and no max_plans says what is full: set it, too")
         object.__setattr__(self, "hook_points", _points(self.hook_points))
         if self.folder is not None:
             if not isinstance(self.folder, str | os.PathLike) or not Path(self.folder).is_dir():

@@ -53,6 +53,8 @@ class TestValues:
         [
             ({"max_plan": 3}, "has no setting 'max_plan': it has folder, default_plan"),
             ({"max_plans": 0}, "max_plans is 0: expected a whole number from 1"),
+            ({"when_full": "drop"}, "when_full is 'drop': expected wait or refuse"),
+            ({"when_full": "refuse"}, "no max_plans says what is full"),
             ({"max_plan_bytes": None}, "max_plan_bytes is None"),
             ({"max_interventions": True}, "max_interventions is True"),
             ({"probe_columns": -1}, "probe_columns is -1: expected a whole number from 0"),
