@@ -9,7 +9,6 @@ import functools
 import logging
 import re
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from faststeer.vllm.tables import Room, make_program
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is built into a model: part of the key of vLLM's compiled artefacts
+VERSION = 3  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
 KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
 
@@ -41,7 +40,6 @@ class Running:
 
     plan: LoadedPlan
     prompt_length: int
-    computed: int  # tokens before this step's
     sequence: int  # its column of gate_state, -1 where its plan has no latched gate
 
 
@@ -61,6 +59,22 @@ class LoadedPlan:
             if entry.probe_column >= 0:
                 probed[entry.site] = max(probed.get(entry.site, 0), entry.probe_column + len(entry.basis))
         return cls(wire.digest, plan, probed, any(entry.kind == Kind.LATCH for entry in entries))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows of a pass are whose: the same from one step of decoding to the next, but for their positions.
+
+    Attributes:
+        request_ids, counts: the requests in the order of their rows, and how many each has.
+        offsets: `[rows]`: a row's position less the tokens that its request had before the step.
+        probed: of the requests that are probed: number, id, first row, end.
+    """
+
+    request_ids: list[str]
+    counts: list[int]
+    offsets: np.ndarray
+    probed: list[tuple[int, str, int, int]]
 
 
 class Steering:
@@ -92,7 +106,10 @@ class Steering:
         self._free_slots = list(range(self.n_slots))
         self._free_sequences = list(range(self.n_sequences))
         self._rows_in_use = 0  # rows of the device's table that may hold a slot
-        self._stepping: set[str] = set()  # requests with a plan in this step
+        self._scheduled: set[str] = set()  # requests in this step
+        self._stepping: set[str] = set()  # those of them that have a plan
+        self._computed: dict[str, int] = {}  # tokens of each before this step's
+        self._layout: Layout | None = None  # what the device's table holds, while it still holds
 
     # Building in
 
@@ -146,7 +163,7 @@ class Steering:
             @functools.wraps(prepare_batch)
             def prepare_v2(*args: Any, **kwargs: Any) -> Any:
                 batch = prepare_batch(*args, **kwargs)
-                self.map_rows(batch.req_ids, batch.num_scheduled_tokens)
+                self.map_rows(list(batch.req_ids), [int(n) for n in batch.num_scheduled_tokens])
                 return batch
 
             runner.prepare_inputs = prepare_v2
@@ -166,15 +183,17 @@ class Steering:
     def begin_step(self, step: Any) -> None:
         """Take notice of what the scheduler decided: who is gone, who is new, how far each one is; and put the plans
         of this step into slots."""
+        cached, scheduled = step.scheduled_cached_reqs, step.num_scheduled_tokens.keys()
+        self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        if not step.finished_req_ids and not step.scheduled_new_reqs and scheduled == self._scheduled:
+            return
         for request_id in step.finished_req_ids:
             self._drop(request_id)
         for new in step.scheduled_new_reqs:
+            self._computed[new.req_id] = new.num_computed_tokens
             self._add(new)
-        cached = step.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if request_id in self.requests:
-                self.requests[request_id].computed = computed
-        self._stepping = self.requests.keys() & step.num_scheduled_tokens.keys()
+        self._scheduled, self._stepping = set(scheduled), self.requests.keys() & scheduled
+        self._layout = None
         self._load({self.requests[request_id].plan.digest for request_id in self._stepping})
 
     def end_step(self) -> None:
@@ -191,7 +210,7 @@ class Steering:
         if plan.latches:
             sequence = before.sequence if before is not None else self._new_sequence()
         prompt = len(new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids)
-        self.requests[new.req_id] = Running(plan, prompt, new.num_computed_tokens, sequence)
+        self.requests[new.req_id] = Running(plan, prompt, sequence)
         if plan.probed and before is None and self.keeps_projections:
             self.probes.begin(new.req_id, plan.probed)
 
@@ -235,41 +254,56 @@ class Steering:
             self.slots[digest] = slot
             _put(self.device.program, slot, missing[digest])
 
-    def map_rows(self, request_ids: Sequence[str], counts: Sequence[int]) -> None:
-        """Say what the rows of the coming pass are: each request's tokens, one request after the other.
-
-        Rows behind them, which graphs may run for padding, belong to nobody. What is sent to the device is a tensor of
-        its own in every step: the one before may still be under way.
-        """
+    def map_rows(self, request_ids: list[str], counts: list[int]) -> None:
+        """Say what the rows of the coming pass are: each request's tokens, one request after the other. Rows behind
+        them, which graphs may run for padding, belong to nobody."""
         self.probes.rows = []
-        if not self._stepping.intersection(request_ids):
-            if self._rows_in_use:
-                self.device.rows[0, : self._rows_in_use].fill_(-1)
-                self._rows_in_use = 0
-            return
-        # Per request, in lists: a step has many requests of one token each.
+        layout = self._layout
+        if layout is None or layout.request_ids != request_ids or layout.counts != counts:
+            if not self._stepping.intersection(request_ids):
+                if self._rows_in_use:
+                    self.device.rows[0, : self._rows_in_use].fill_(-1)
+                self._rows_in_use, self._layout = 0, None
+                return
+            layout = self._layout = self._lay_out(request_ids, counts)
+        before = [self._computed[i] for i in request_ids]
+        for number, request_id, first, end in layout.probed:
+            self.probes.rows.append((request_id, first, end, before[number]))
+        of_rows = np.array(before, dtype=np.int32)
+        if len(of_rows) < len(layout.offsets):
+            of_rows = np.repeat(of_rows, counts)
+        self._send(1, layout.offsets + of_rows)
+
+    def _lay_out(self, request_ids: list[str], counts: list[int]) -> Layout:
+        """Write whose the rows are; their positions are still to come."""
         found = [self.requests[i] if i in self._stepping else None for i in request_ids]
-        places = [
+        of_requests = [
             [-1 if r is None else self.slots[r.plan.digest] for r in found],
-            [0 if r is None else r.computed - r.prompt_length for r in found],
             [0 if r is None else r.sequence for r in found],
+            [0 if r is None else -r.prompt_length for r in found],
         ]
         tokens = np.asarray(counts, dtype=np.int64)
         ends = np.cumsum(tokens)
         total = int(ends[-1])
-        table = np.zeros((3, max(total, self._rows_in_use)), dtype=np.int32)
-        table[0, total:] = -1
-        table[:, :total] = np.repeat(np.asarray(places, dtype=np.int32), tokens, axis=1)
-        table[1, :total] += (np.arange(total) - np.repeat(ends - tokens, tokens)).astype(np.int32)
-        for i, request in enumerate(found):
-            if request is not None and request.plan.probed:
-                start = int(ends[i] - tokens[i])
-                self.probes.rows.append((request_ids[i], start, int(ends[i]), request.computed))
-        host = torch.from_numpy(table)
+        slots, sequences, offsets = np.repeat(np.asarray(of_requests, dtype=np.int32), tokens, axis=1)
+        self._send(0, np.append(slots, np.full(max(self._rows_in_use - total, 0), -1, dtype=np.int32)))
+        self._send(2, sequences)
+        self._rows_in_use = total
+        offsets += (np.arange(total) - np.repeat(ends - tokens, tokens)).astype(np.int32)
+        probed = [
+            (number, request_ids[number], int(ends[number] - tokens[number]), int(ends[number]))
+            for number, request in enumerate(found)
+            if request is not None and request.plan.probed
+        ]
+        return Layout(list(request_ids), list(counts), offsets, probed)
+
+    def _send(self, column: int, values: np.ndarray) -> None:
+        """Write the first rows of a column of the device's table, from a tensor of their own: the pass before may still
+        be under way."""
+        host = torch.from_numpy(values)
         if self.device.rows.is_cuda:
             host = host.pin_memory()
-        self.device.rows[:, : table.shape[1]].copy_(host, non_blocking=True)
-        self._rows_in_use = total
+        self.device.rows[column, : len(values)].copy_(host, non_blocking=True)
 
 
 def _put(program: Program, slot: int, plan: Plan) -> None:
@@ -309,6 +343,8 @@ class Probes:
 
     def take(self) -> None:
         """Copy this step's rows to the host, behind the pass on the device's stream; nobody waits for it."""
+        if not self.rows and not self._coming:
+            return
         rows, self.rows = [row for row in self.rows if row[0] in self._columns], []
         sites = sorted({number for row in rows for number in self._columns[row[0]]})
         if sites:
