@@ -84,6 +84,8 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
     params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != PAYLOAD_KEY}
     if wire is not None:
         params.extra_args[PAYLOAD_KEY] = wire
+        if wire["probes"]:  # a token whose keys and values are found is not computed, and nothing would be seen of it
+            params.skip_reading_prefix_cache = True
     return params
 
 

@@ -58,8 +58,7 @@ def projections(
     Returns:
         One for each choice of the answer, in its order: {"resid_pre.3": {"tokens": numbers of the tokens from the
         prompt's first, "values": one list of probed values per token}}. A resid_post has the name of the next layer's
-        resid_pre, which is the same. Tokens whose keys and values the server had in its prefix cache were not computed,
-        and are missing.
+        resid_pre, which is the same. The last token of an answer, which no pass has read, has none.
 
     Raises:
         LookupError: the server knows none: the plan has no probes, or they were forgotten for newer ones.

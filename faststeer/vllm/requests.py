@@ -63,19 +63,24 @@ class ParsedPlan:
             same, however they were written.
         ranges: the positions [low, high) at which it may change a row, each range once, sorted; counted from the
             prompt's end. Keys and values of a token depend on the plan from the first of these on.
+        probes: whether it watches anything.
         files: those it was read from, as they were.
     """
 
     plan: Plan
     digest: str
     ranges: tuple[tuple[int, int], ...]
+    probes: bool
     files: tuple[Stamp, ...] = ()
 
     def wire(self, room: int = 0) -> dict[str, Any]:
         """What the request carries to the engine in the payload's place (see `Wire`): nothing in it refers to anything
         outside."""
         ranges = [list(one) for one in self.ranges]
-        return {"plan": self.plan.to_json(inline=True), "digest": self.digest, "ranges": ranges, "room": room}
+        return {
+            "plan": self.plan.to_json(inline=True), "digest": self.digest, "ranges": ranges, "room": room,
+            "probes": self.probes,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,14 @@ class Wire:
     Attributes:
         plan: JSON without names and paths.
         room: for how many different plans at a time; 0 where those that find no room wait.
+        probes: whether it has probes.
     """
 
     plan: str
     digest: str
     ranges: list[list[int]]
     room: int = 0
+    probes: bool = False
 
 
 def received(extra_args: Mapping[str, Any] | None) -> Wire | None:
@@ -102,7 +109,7 @@ def received(extra_args: Mapping[str, Any] | None) -> Wire | None:
     payload = (extra_args or {}).get(PAYLOAD_KEY)
     if payload is None:
         return None
-    types = {"plan": str, "digest": str, "ranges": list, "room": int}
+    types = {"plan": str, "digest": str, "ranges": list, "room": int, "probes": bool}
     if not isinstance(payload, Mapping) or {k: type(v) for k, v in payload.items()} != types:
         raise ValueError(
             "a plan reached the engine unchecked: requests must come through a front end that has faststeer's plugin"
@@ -138,7 +145,8 @@ def parse(payload: Any, registry: Registry, limits: Limits) -> ParsedPlan | None
     if limits.check is not None:
         limits.check(entries)
     changing = {entry.position_range for entry in entries if entry.kind not in (Kind.PROBE, Kind.LATCH)}
-    return ParsedPlan(plan, digest(entries), tuple(sorted(changing)), tuple(files))
+    probes = any(entry.probe_column >= 0 for entry in entries)
+    return ParsedPlan(plan, digest(entries), tuple(sorted(changing)), probes, tuple(files))
 
 
 def compile_plan(plan: Plan, limits: Limits) -> list[Entry]:

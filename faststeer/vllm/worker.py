@@ -469,7 +469,7 @@ def projections(llm: Any, request_id: str) -> Projections | None:
     """What a finished request's probes saw, as an `LLM` knows it: {"resid_pre.3": {"tokens": numbers of the tokens
     from the prompt's first, "values": one list per token}}; None where nothing was probed. It is given once.
 
-    Tokens that were read from the prefix cache were not computed, and are missing. Of a resid_post, the name is that of
-    the next layer's resid_pre, which is the same.
+    Of a resid_post, the name is that of the next layer's resid_pre, which is the same. The last token of the answer,
+    which no pass has read, has no values.
     """
     return merged(llm.collective_rpc("faststeer_projections", args=(request_id,)))

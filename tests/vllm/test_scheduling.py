@@ -100,7 +100,10 @@ def test_probes_see_what_hugging_face_sees(roomy: Any, demo: Any, prompts: list[
     model, watched = demo[0], torch.stack([direction(7), direction(8)])
     plan = fs.Plan([fs.Add(direction(9), layers=1), fs.Probe(watched, layers=[0, 2, 4])])
     other = fs.Plan([fs.Add(direction(10), layers=1), fs.Probe(watched[0], layers=3)])
-    answers = by_engine(roomy, [(prompts[6], plan), (prompts[7], other), (prompts[5], None)], 12)
+    requests = [(prompts[6], plan), (prompts[7], other), (prompts[5], None)]
+    by_engine(roomy, requests, 12)
+    answers = by_engine(roomy, requests, 12)  # whose keys and values are all known by now
+    assert answers[0].num_cached_tokens == 0 and answers[2].num_cached_tokens > 0
     for answer, prompt, probed in zip(answers[:2], prompts[6:8], (plan, other), strict=True):
         probe = probed.interventions[1]
         seen = projections(roomy, answer.request_id)
@@ -110,7 +113,7 @@ def test_probes_see_what_hugging_face_sees(roomy: Any, demo: Any, prompts: list[
         assert set(seen) == {f"resid_pre.{layer + 1}" for layer in probe.layers}
         for name, found in seen.items():
             expected = states[int(name.split(".")[1])][0, found["tokens"]] @ directions.T
-            assert found["tokens"][-1] == len(prompt) + 10
+            assert found["tokens"] == list(range(len(prompt) + 11))
             torch.testing.assert_close(torch.tensor(found["values"]), expected, rtol=1e-4, atol=1e-3)
     assert projections(roomy, answers[0].request_id) is None  # given once
     assert projections(roomy, answers[2].request_id) is None

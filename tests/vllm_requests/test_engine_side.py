@@ -70,7 +70,7 @@ def test_blocks_have_the_same_keys_where_the_same_is_done_to_their_tokens(
 
 
 def test_keys_join_those_of_the_engine() -> None:
-    wire = {"plan": "{}", "digest": "d", "ranges": [[0, 9]], "room": 0}
+    wire = {"plan": "{}", "digest": "d", "ranges": [[0, 9]], "room": 0, "probes": False}
     request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={PAYLOAD_KEY: wire}), num_prompt_tokens=6)
     assert with_block_key(None, request, 0, 4) is None
     assert with_block_key(("lora",), request, 0, 4) == ("lora",)
@@ -85,7 +85,7 @@ class Request(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, digest: str | None, arrival_time: float = 0.0) -> None:
-        wire = {"plan": json.dumps({}), "digest": digest, "ranges": [], "room": 0}
+        wire = {"plan": json.dumps({}), "digest": digest, "ranges": [], "room": 0, "probes": False}
         parameters = SimpleNamespace(extra_args={PAYLOAD_KEY: wire} if digest else None)
         super().__init__(name=digest, arrival_time=arrival_time, sampling_params=parameters)
 

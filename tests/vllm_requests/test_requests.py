@@ -64,6 +64,11 @@ class TestForms:
         assert received({PAYLOAD_KEY: found.wire()}).digest == found.digest
         assert parse(fs.Plan.from_json(found.wire()["plan"]), registry, LIMITS).digest == expected.digest
 
+    def test_whether_it_probes(self, registry):
+        for plan, probes in ((fs.Plan([fs.Add(V)]), False), (fs.Plan([fs.Probe(V)]), True)):
+            assert received({PAYLOAD_KEY: parse(plan, registry, LIMITS).wire(3)}).probes == probes
+            assert parse(fs.Plan([*plan, fs.Ablate(V, probe=True)]), registry, LIMITS).probes
+
     def test_short_form_of_two_vectors(self, registry):
         other = fs.SteeringVector({0: randn(9, HIDDEN)})
         registry.register_vector("w", other)
@@ -87,7 +92,7 @@ class TestForms:
             hypothesis.reject()
         found = parse(plan.to_json(inline=True), Registry(), LIMITS)
         again = found and parse(found.wire()["plan"], Registry(), LIMITS)
-        assert again is None or (again.digest, again.ranges) == (found.digest, found.ranges)
+        assert again is None or (again.digest, again.ranges, again.probes) == (found.digest, found.ranges, found.probes)
 
 
 class TestDigest:
