@@ -73,7 +73,7 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
     given = (params.extra_args or {}).get(PAYLOAD_KEY)
     if front is None and given not in (None, NONE):
         raise ValueError(IS_OFF)
-    wire = front and front.wire(given)
+    wire = None if front is None else front.wire(given)
     if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
         return params
     if wire is not None and BEAM.fullmatch(request_id):
