@@ -39,12 +39,13 @@ std::pair<int64_t, int64_t> bytes_moved(const std::string& op, int64_t rows, int
   const int64_t probe = rows * columns * int64_t{sizeof(float)};
   if (op == "steer" || op == "steer_") return {tensor + tables, tensor + probe};
   if (op == "add_steer") return {2 * tensor + tables, tensor + probe};
+  if (op == "steer_pair_") return {2 * tensor + tables, 2 * tensor + probe};
   if (op == "add_steer_rmsnorm") {
     const int64_t weight = hidden * (weight_itemsize > 0 ? weight_itemsize : itemsize);
     return {2 * tensor + weight + tables, 2 * tensor + probe};
   }
   if (op == "latch_") return {tensor + tables, rows};
-  throw py::value_error("op is '" + op + "': expected steer, steer_, add_steer, add_steer_rmsnorm or latch_");
+  throw py::value_error("op is '" + op + "': expected steer, steer_, add_steer, steer_pair_, add_steer_rmsnorm or latch_");
 }
 
 py::dict launch_config(int64_t rows, int64_t hidden, int32_t itemsize, bool aligned, int32_t sm_count) {

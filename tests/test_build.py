@@ -362,9 +362,11 @@ class TestNative:
         probed = native.bytes_moved("steer_", rows, hidden, 2, vectors=3, columns=2)
         assert probed == (tensor + tables_, tensor + rows * 8)
         assert native.bytes_moved("add_steer", rows, hidden, 2, vectors=3) == (2 * tensor + tables_, tensor)
+        pair = native.bytes_moved("steer_pair_", rows, hidden, 2, vectors=3, columns=2)
+        assert pair == (2 * tensor + tables_, 2 * tensor + rows * 8)
         norm = native.bytes_moved("add_steer_rmsnorm", rows, hidden, 2, vectors=3, weight_itemsize=4)
         assert norm == (2 * tensor + tables_ + 4 * hidden, 2 * tensor)
-        with pytest.raises(ValueError, match="op is 'norm'"):
+        with pytest.raises(ValueError, match=r"op is 'norm': expected .* steer_pair_,"):
             native.bytes_moved("norm", 1, 1, 2)
 
     def test_launch_config(self, native):
@@ -405,6 +407,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     strange[:, ::3] = patterns[9, ::3]
     torch.ops.faststeer.steer_.cpp(rows, strange, *arguments[1:-1], None)
     results.append(rows.nan_to_num(nan=1.25))
+    pair = x.clone(), residual.clone(), torch.zeros(9, 2)
+    torch.ops.faststeer.steer_pair_.cpp(*pair[:2], *arguments[:-1], pair[2])
+    results += pair
     for size in (32, 40):
         query, mask = torch.randn(2, 4, size, generator=g).to(dtype), torch.randn(2, 150, generator=g).to(dtype)
         keys, values = (torch.randn(2, 2, 150, size, generator=g).to(dtype) for _ in range(2))

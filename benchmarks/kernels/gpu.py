@@ -39,7 +39,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 NAME = "kernels_gpu" if CUDA else "dry_run_kernels"
 LABEL = "gpu" if CUDA else "dry run on the CPU, measures nothing"
 BACKENDS = ("cuda", "triton") if CUDA else ("cpu", "triton")
-OPS = ("steer_", "add_steer", "add_steer_rmsnorm")
+OPS = ("steer_", "add_steer", "add_steer_rmsnorm", "steer_pair_")  # the last one leaves zeros in x
+IN_PLACE = ("steer_", "steer_pair_")  # they write only the rows that something acts on
 DTYPE = torch.bfloat16
 EPS = 1e-6
 MAIN = 4096 if CUDA else 64  # the hidden size at which everything is measured
@@ -142,6 +143,8 @@ def ours(op: str, backend: ops.Backend) -> Run:
         return lambda c: ops.steer_(c.x, c.tables, c.rows, backend=backend)
     if op == "add_steer":
         return lambda c: ops.add_steer(c.x, c.residual, c.tables, c.rows, backend=backend)
+    if op == "steer_pair_":
+        return lambda c: ops.steer_pair_(c.x, c.residual, c.tables, c.rows, backend=backend)
     return lambda c: ops.add_steer_rmsnorm(
         c.x, c.residual, c.weight, EPS, 0.0, False, c.tables, c.rows, backend=backend
     )
@@ -210,10 +213,11 @@ def bytes_moved(op: str, shape: Shape, c: Case) -> int:
     rows, vectors = shape.rows * shape.hidden * DTYPE.itemsize, c.tables.bank.nbytes
     if len(c.tables.fields) == 0:
         vectors = 0
-        if op == "steer_":
+        if op in IN_PLACE:
             return 0
     weight = c.weight.nbytes if op == "add_steer_rmsnorm" else 0
-    return {"steer_": 2, "add_steer": 3, "add_steer_rmsnorm": 4, "copy": 2}[op] * rows + vectors + weight
+    tensors = {"steer_": 2, "add_steer": 3, "steer_pair_": 4, "add_steer_rmsnorm": 4, "copy": 2}[op]
+    return tensors * rows + vectors + weight
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------
@@ -233,7 +237,9 @@ class Buffers:
         self.weight = torch.randn(self.calls, shape.hidden, device=DEVICE, dtype=DTYPE)
 
     def cases(self, steering: str, n_plans: int) -> list[Case]:
-        """One per call, each with tables of its own."""
+        """One per call, each with tables of its own. The rows are random again: an entry does not act on zeros."""
+        for tensor in (self.x, self.residual):
+            tensor.normal_()
         made = tables(steering, self.shape.hidden, DEVICE, n_plans)
         rows = rows_of(self.shape.rows, n_plans, DEVICE)
         return [
@@ -370,7 +376,7 @@ def headlines(records: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             lines.append((f"{r['op']}: GB/s", *("" for _ in BACKENDS), f"torch {text(r['gb_per_s'])}"))
     many = min(MANY_ROWS, MAX_PLANS)
     for op, steering, plans in itertools.product(OPS, STEERINGS, (1, many)):
-        if (steering == "none" and (op == "steer_" or plans > 1)) or steering == "add":
+        if (steering == "none" and (op in IN_PLACE or plans > 1)) or steering == "add":
             continue
         cells = (value(op, b, steering, plans, MANY_ROWS, "percent_of_copy") for b in BACKENDS)
         lines.append((f"{op}, {steering}, {plans} plans, {MANY_ROWS} rows: % of copy", *map(text, cells), ""))

@@ -123,20 +123,34 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   check_device(device_type(tensor), tensor.get_device_index(), name, shape);
 }
 
+// Whether a table with a row per row of x has just those rows, or, as a server's buffers do, may have more.
+enum class TableRows { EXACTLY, AT_LEAST };
+
+inline void check_row_table(const Tensor& tensor, const char* name, int32_t dtype, TableRows wanted,
+                            const RowShape& shape, bool has_columns = false) {
+  const auto sizes = tensor.sizes();
+  const int64_t rows = wanted == TableRows::AT_LEAST && sizes.size() > 0 && sizes[0] > shape.rows ? sizes[0] : shape.rows;
+  if (has_columns) {
+    check_table(tensor, name, dtype, {rows, -1}, shape);
+  } else {
+    check_table(tensor, name, dtype, {rows}, shape);
+  }
+}
+
 // The tables of one call, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& fields,
                           const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot,
                           const Tensor& row_position, const Tensor& row_sequence,
-                          const std::optional<Tensor>& gate_state) {
+                          const std::optional<Tensor>& gate_state, TableRows rows = TableRows::EXACTLY) {
   const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
   check_table(bank, "bank", fp32, {-1, shape.hidden}, shape);
   check_table(fields, "fields", int32, {-1, N_FIELDS}, shape);
   const int64_t n_entries = fields.size(0);
   check_table(scalars, "scalars", fp32, {n_entries, N_SCALARS}, shape);
   check_table(ranges, "ranges", int32, {-1, 2}, shape);
-  check_table(row_slot, "row_slot", int32, {shape.rows}, shape);
-  check_table(row_position, "row_position", int32, {shape.rows}, shape);
-  check_table(row_sequence, "row_sequence", int32, {shape.rows}, shape);
+  check_row_table(row_slot, "row_slot", int32, rows, shape);
+  check_row_table(row_position, "row_position", int32, rows, shape);
+  check_row_table(row_sequence, "row_sequence", int32, rows, shape);
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   Tables tables;

@@ -67,6 +67,13 @@ Tensor new_probe(const Tensor& x, const RowShape& shape, int64_t columns, Job& j
   return probe;
 }
 
+void write_probe(const std::optional<Tensor>& probe, TableRows rows, const RowShape& shape, Job& job) {
+  if (!probe.has_value()) return;
+  check_row_table(*probe, "probe", aoti_torch_dtype_float32(), rows, shape, true);
+  job.probe = static_cast<float*>(probe->data_ptr());
+  job.columns = probe->size(1);
+}
+
 void add_residual(const Tensor& residual, const Tensor& x, const RowShape& shape, Job& job) {
   job.residual = rows_of(residual, check_rows_like(residual, "residual", x, shape));
 }
@@ -75,8 +82,9 @@ void add_residual(const Tensor& residual, const Tensor& x, const RowShape& shape
   const Tensor &bank, const Tensor &fields, const Tensor &scalars, const Tensor &ranges,                 \
       const Tensor &row_slot, const Tensor &row_position, const Tensor &row_sequence,                    \
       const std::optional<Tensor>&gate_state
-#define FASTSTEER_TABLES \
-  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
+#define FASTSTEER_TABLES_OF(...) \
+  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state, __VA_ARGS__)
+#define FASTSTEER_TABLES FASTSTEER_TABLES_OF(TableRows::EXACTLY)
 
 Job make_job(const Tensor& x, const RowShape& shape, const Tables& tables) {
   Job job;
@@ -99,11 +107,7 @@ std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, i
 void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
-  if (probe.has_value()) {
-    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, shape);
-    job.probe = static_cast<float*>(probe->data_ptr());
-    job.columns = probe->size(1);
-  }
+  write_probe(probe, TableRows::EXACTLY, shape, job);
   job.out = job.x;
   over_rows(of_dtype(routines().steer, shape.dtype), job, shape.rows);
 }
@@ -118,6 +122,15 @@ std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FA
   job.out = rows_of(hidden, shape.hidden);
   over_rows(of_dtype(routines().add_steer, shape.dtype), job, shape.rows);
   return {hidden, probe};
+}
+
+void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
+                 const std::optional<Tensor>& probe) {
+  const RowShape shape = check_rows(x, "x");
+  Job job = make_job(x, shape, FASTSTEER_TABLES_OF(TableRows::AT_LEAST));
+  add_residual(residual, x, shape, job);
+  write_probe(probe, TableRows::AT_LEAST, shape, job);
+  over_rows(of_dtype(routines().steer_pair, shape.dtype), job, shape.rows);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
@@ -429,6 +442,7 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("steer.cpp", TORCH_BOX(&steer));
   library.impl("steer_.cpp", TORCH_BOX(&steer_));
   library.impl("add_steer.cpp", TORCH_BOX(&add_steer));
+  library.impl("steer_pair_.cpp", TORCH_BOX(&steer_pair_));
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
   library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));

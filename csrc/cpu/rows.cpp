@@ -44,6 +44,21 @@ void add_steer(const Job& job, int64_t first, int64_t end) {
   }
 }
 
+template <class T>
+void steer_pair(const Job& job, int64_t first, int64_t end) {
+  alignas(64) float buffer[MAX_HIDDEN];
+  Weights weights;
+  for (int64_t row = first; row < end; ++row) {
+    const Range range = entries_of(job.tables, row);
+    if (range.first >= range.end) continue;
+    if (job.columns > 0) std::memset(job.probe + row * job.columns, 0, job.columns * sizeof(float));
+    Row<T, true> h(job, row, buffer);
+    if (!steer_row(job, row, h, weights)) continue;
+    h.write(row_of<T>(job.residual, row));
+    std::memset(row_of<T>(job.x, row), 0, job.hidden * sizeof(T));
+  }
+}
+
 template <class W>
 void load_weight(const Norm& norm, float* weight, int64_t hidden) {
   const W* from = static_cast<const W*>(norm.weight);
@@ -155,8 +170,8 @@ void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
 #define FASTSTEER_BY_DTYPE(routine) {routine<float>, routine<Half>, routine<BFloat>}
 
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
-    FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),  FASTSTEER_BY_DTYPE(add_steer_rmsnorm),
-    FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
+    FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
+    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
     FASTSTEER_BY_DTYPE(decode_attention), FASTSTEER_BY_DTYPE(keep_new),
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };

@@ -28,7 +28,7 @@ struct Job {
   Tables tables;
   int64_t hidden = 0;
   Rows x;
-  Rows residual;  // the add_* operators and latch_ only
+  Rows residual;  // steer_pair_, the add_* operators and latch_ only
   Rows out;       // x itself when steering in place
   float* probe = nullptr;
   int64_t columns = 0;
@@ -99,7 +99,7 @@ struct Routines {
   using Attention = void (*)(const AttentionJob&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
-  Rows steer[N_DTYPES], add_steer[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
+  Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
   Attention decode_attention[N_DTYPES], keep_new[N_DTYPES];
   Widen widen[N_DTYPES];

@@ -15,18 +15,19 @@
 
 namespace faststeer {
 
-enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, ADD_STEER_RMSNORM };
+enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM };
 
 template <typename T>
 FASTSTEER_INLINE constexpr Dtype dtype_of() {
   return std::is_same_v<T, float> ? Dtype::FP32 : std::is_same_v<T, __half> ? Dtype::FP16 : Dtype::BF16;
 }
 
-// Strides in elements. hidden is x itself where the op is in place. A null or empty probe is not written.
+// Strides in elements. hidden is x itself where the op is in place, and residual where a pair is steered, whose x is
+// then also `cleared`. A null or empty probe is not written.
 struct RowArguments {
   const void *x, *residual, *weight;
-  void *hidden, *normed;  // normed is contiguous
-  float* probe;           // [rows, probe_columns]
+  void *hidden, *normed, *cleared;  // normed is contiguous
+  float* probe;                     // [rows, probe_columns]
   int64_t rows, x_stride, residual_stride, hidden_stride;
   int32_t hidden_size, probe_columns;
   float eps, weight_offset;

@@ -37,6 +37,7 @@ Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments&
     case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER>);
     case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_IN_PLACE>);
     case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER>);
+    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_PAIR>);
     case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER_RMSNORM>);
   }
   return {cudaErrorInvalidValue, {}, {}};

@@ -69,8 +69,9 @@ bool rows_on_16_bytes(const void* first, int64_t stride, Dtype dtype) {
 #define FASTSTEER_TABLES_PARAMETERS                                                                                    \
   const Tensor &bank, const Tensor &fields, const Tensor &scalars, const Tensor &ranges, const Tensor &row_slot,       \
       const Tensor &row_position, const Tensor &row_sequence, const std::optional<Tensor>&gate_state
-#define FASTSTEER_TABLES \
-  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state)
+#define FASTSTEER_TABLES_OF(...) \
+  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state, __VA_ARGS__)
+#define FASTSTEER_TABLES FASTSTEER_TABLES_OF(TableRows::EXACTLY)
 
 RowArguments row_arguments(const Tensor& x, const RowShape& shape, const Tables& tables) {
   if (tables.n_entries > std::numeric_limits<int32_t>::max()) {
@@ -94,6 +95,12 @@ void set_probe(const Tensor& probe, RowArguments& arguments) {
   if (probe.size(1) > std::numeric_limits<int32_t>::max()) refuse("probe", "of fewer than 2^31 columns", probe.size(1));
   arguments.probe = static_cast<float*>(probe.data_ptr());
   arguments.probe_columns = static_cast<int32_t>(probe.size(1));
+}
+
+void write_probe(const std::optional<Tensor>& probe, TableRows rows, const RowShape& shape, RowArguments& arguments) {
+  if (!probe.has_value()) return;
+  check_row_table(*probe, "probe", aoti_torch_dtype_float32(), rows, shape, true);
+  set_probe(*probe, arguments);
 }
 
 // The kernel fills it, zeros where nothing is probed.
@@ -142,10 +149,7 @@ std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, i
 void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
-  if (probe.has_value()) {
-    check_table(*probe, "probe", aoti_torch_dtype_float32(), {shape.rows, -1}, shape);
-    set_probe(*probe, arguments);
-  }
+  write_probe(probe, TableRows::EXACTLY, shape, arguments);
   arguments.hidden = x.data_ptr();
   arguments.hidden_stride = shape.stride;
   launch_rows("steer_", RowOp::STEER_IN_PLACE, OnDevice(x), shape, arguments);
@@ -161,6 +165,18 @@ std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FA
   Tensor hidden = new_hidden(x, shape, arguments);
   launch_rows("add_steer", RowOp::ADD_STEER, device, shape, arguments);
   return {hidden, probe};
+}
+
+void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
+                 const std::optional<Tensor>& probe) {
+  const RowShape shape = check_cuda_rows(x);
+  RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES_OF(TableRows::AT_LEAST));
+  add_residual(residual, x, shape, arguments);
+  write_probe(probe, TableRows::AT_LEAST, shape, arguments);
+  arguments.hidden = residual.data_ptr();
+  arguments.hidden_stride = arguments.residual_stride;
+  arguments.cleared = x.data_ptr();
+  launch_rows("steer_pair_", RowOp::STEER_PAIR, OnDevice(x), shape, arguments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
@@ -235,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CUDA, library) {
   library.impl("steer.cpp", TORCH_BOX(&steer));
   library.impl("steer_.cpp", TORCH_BOX(&steer_));
   library.impl("add_steer.cpp", TORCH_BOX(&add_steer));
+  library.impl("steer_pair_.cpp", TORCH_BOX(&steer_pair_));
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
   library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));

@@ -403,6 +403,17 @@ struct Row {
     }
   }
 
+  // x = 0: its row of a pair is now all in the other.
+  __device__ __forceinline__ void clear_x() const {
+    const float zeros[ELEMENTS] = {};
+    const Raw none = round_to_pack<T, ELEMENTS>(zeros);
+    T* to = static_cast<T*>(arguments.cleared) + int64_t{row} * arguments.x_stride;
+    const Columns column = columns();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      if (column.has(v)) store(to + column[v], none);
+  }
+
   // hidden = x, bit for bit.
   __device__ __forceinline__ void copy() const {
     const T* from = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
@@ -459,7 +470,8 @@ struct Last {
 template <typename T, int ELEMENTS, int VECTORS, RowOp OP>
 __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
   using R = Row<T, ELEMENTS, VECTORS>;
-  constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP == RowOp::ADD_STEER || OP == RowOp::ADD_STEER_RMSNORM;
+  constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
+  constexpr bool IN_PLACE = OP == RowOp::STEER_IN_PLACE || OP == RowOp::STEER_PAIR;
   const int32_t index = static_cast<int32_t>(blockIdx.x * blockDim.y + threadIdx.y);
   if (index >= arguments.rows) return;
   const RowGroup group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
@@ -473,17 +485,21 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     row.load(arguments.x, arguments.x_stride, x);
     if constexpr (ADDS) row.load(arguments.residual, arguments.residual_stride, residual);
   };
-  if constexpr (OP != RowOp::STEER_IN_PLACE) {
-    if constexpr (EARLY) fetch();
+  const auto clear_probe = [&] {
     for (int c = threadIdx.x % WARP; c < arguments.probe_columns; c += WARP) row.probe(c, 0.0f);
+  };
+  if constexpr (!IN_PLACE) {
+    if constexpr (EARLY) fetch();
+    clear_probe();
   }
   const Range range = entries_of(tables, index);
   const int32_t first = static_cast<int32_t>(range.first);
   const bool steered = range.first < range.end;
   Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
-  if constexpr (OP == RowOp::STEER_IN_PLACE) {
+  if constexpr (IN_PLACE) {
     if (!steered) return;
     if constexpr (EARLY) fetch();  // only now: most rows of most batches have nothing to do
+    if constexpr (OP == RowOp::STEER_PAIR) clear_probe();
   }
   if constexpr (OP == RowOp::STEER) {
     if (!steered) {
@@ -526,12 +542,13 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
 
   // 4. and 5.
   const bool touched = last.touched();
-  if (!touched && OP == RowOp::STEER_IN_PLACE) return;
+  if (!touched && IN_PLACE) return;
   if (!touched && OP == RowOp::STEER) {
     row.copy();  // rounding would keep every number, but not the bits of a NaN
     return;
   }
   row.finish();
+  if constexpr (OP == RowOp::STEER_PAIR) row.clear_x();
   if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise();
 }
 

@@ -22,6 +22,7 @@ from faststeer.ops.dispatch import (
     states,
     steer,
     steer_,
+    steer_pair_,
 )
 from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
 
@@ -50,4 +51,5 @@ __all__ = [
     "states",
     "steer",
     "steer_",
+    "steer_pair_",
 ]

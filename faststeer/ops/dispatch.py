@@ -187,7 +187,7 @@ def steer_(
     Raises:
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
-    refuse_gradient("steer_", x, tables.bank, tables.scalars)
+    refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
     name = backend_of(x, backend)
     if name == "reference":
         _check("steer_", x, tables, rows, gate_state, probe)
@@ -215,6 +215,33 @@ def add_steer(
     if probe is not None:
         probe.copy_(seen)
     return hidden
+
+
+def steer_pair_(
+    x: Tensor,
+    residual: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Steer a stream kept as the pair (x, residual) in place, for inference: see `faststeer.ops.reference.steer_pair_`.
+
+    Args:
+        probe: as there, and not as in the other ops.
+
+    Raises:
+        RuntimeError: a gradient would be needed: `add_steer` gives one.
+    """
+    refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
+    name = backend_of(x, backend)
+    if name == "reference":
+        _check("steer_pair_", x, residual, tables, rows, gate_state, probe)
+        reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
+    else:
+        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe))
 
 
 def add_steer_rmsnorm(
@@ -342,7 +369,7 @@ def _zeroed(probe: Tensor | None) -> Tensor | None:
     return None if probe is None else probe.zero_()
 
 
-def refuse_gradient(op: str, *tensors: Tensor) -> None:
+def refuse_gradient(op: str, *tensors: Tensor, instead: str = "") -> None:
+    """Raise RuntimeError where a gradient would be needed; `instead` names the op that has one, if there is one."""
     if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        instead = f"use {op.rstrip('_')}, or torch.no_grad()" if op.endswith("_") else "use torch.no_grad()"
-        raise RuntimeError(f"{op} has no gradient: {instead}")
+        raise RuntimeError(f"{op} has no gradient: use {f'{instead}, or ' if instead else ''}torch.no_grad()")

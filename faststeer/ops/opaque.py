@@ -22,9 +22,11 @@ def _steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return reference.steer(x, schema.host_tables(*tables), rows, gate_state, probe if columns else None), probe
 
 
-def _add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    schema.check_add_steer(x, residual, *rest)
-    return _steer(x + residual, *rest)
+def _steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
+    schema.check_steer_pair_(x, residual, *rest)
+    *tables, slot, position, sequence, gate_state, probe = rest
+    rows = Rows(slot, position, sequence)
+    reference.steer_pair_(x, residual, schema.host_tables(*tables), rows, gate_state, probe)
 
 
 def _latch_(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
@@ -34,7 +36,7 @@ def _latch_(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
     reference.latch(s, schema.host_tables(*tables), Rows(slot, position, sequence), gate_state)
 
 
-for _name, _run in (("steer", _steer), ("add_steer", _add_steer), ("latch_", _latch_)):
+for _name, _run in (("steer", _steer), ("steer_pair_", _steer_pair_), ("latch_", _latch_)):
     schema.library.define(f"{_name}.reference{schema.SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
     schema.library.impl(f"{_name}.reference", _run, "CompositeExplicitAutograd")
     _op = getattr(torch.ops.faststeer, _name).reference

@@ -28,6 +28,13 @@ def steer(
     Returns:
         A new tensor like `x`. A row that nothing acted on has the bits it came with. Formulas: docs/design.md.
     """
+    return _steer(x, tables, rows, gate_state, probe)[0]
+
+
+def _steer(
+    x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`steer`, and which rows something acted on `[rows]`."""
     h = x.to(_compute_dtype(x))
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for step in range(tables.depth):
@@ -42,7 +49,7 @@ def steer(
         new = torch.where((entry.field(Field.KEEP_NORM) != 0).unsqueeze(1), _with_norm_of(h, new), new)
         h = torch.where(acts.unsqueeze(1), new, h)
         touched = touched | acts
-    return torch.where(touched.unsqueeze(1), h.to(x.dtype), x)
+    return torch.where(touched.unsqueeze(1), h.to(x.dtype), x), touched
 
 
 def add_steer(
@@ -55,6 +62,34 @@ def add_steer(
 ) -> Tensor:
     """`steer` of x + residual, the sum rounded to their dtype first."""
     return steer(x + residual, tables, rows, gate_state, probe)
+
+
+def steer_pair_(
+    x: Tensor,
+    residual: Tensor,
+    tables: Tables,
+    rows: Rows,
+    gate_state: Tensor | None = None,
+    probe: Tensor | None = None,
+) -> None:
+    """Steer a stream that is kept as the pair (x, residual), in place.
+
+    With h = `add_steer`, a row that something acted on becomes (0, h), whose sum is h in every dtype. Other rows keep
+    their pair, and so the bits of whatever is made of it.
+
+    Args:
+        rows: they may be more than x's; the first count. So in `probe`.
+        probe: rows whose slot has entries here are overwritten, zero where no entry writes; others are left alone.
+    """
+    n_rows = x.shape[0]
+    rows = Rows(*(table[:n_rows] for table in rows))
+    seen = None if probe is None else probe.new_zeros(n_rows, probe.shape[1])
+    hidden, touched = _steer(x + residual, tables, rows, gate_state, seen)
+    residual.copy_(torch.where(touched.unsqueeze(1), hidden, residual))
+    x.masked_fill_(touched.unsqueeze(1), 0)
+    if probe is not None and seen is not None and tables.depth:  # a site without entries has no rows to overwrite
+        steered = _Entry(tables, rows, 0, torch.float32).here.unsqueeze(1)
+        probe[:n_rows] = torch.where(steered, seen, probe[:n_rows])
 
 
 def add_steer_rmsnorm(
@@ -134,20 +169,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Entry:
-    """The step-th entry of each row's slot: its fields and scalars, gathered per row. An entry that points outside the
-    tables is not live (docs/kernels.md, 'Never out of bounds')."""
+    """The step-th entry of each row's slot: its fields and scalars, gathered per row. `here`: the slot has so many. An
+    entry that points outside the tables is not live (docs/kernels.md, 'Never out of bounds')."""
 
     def __init__(self, tables: Tables, rows: Rows, step: int, dtype: torch.dtype) -> None:
         n_slots, (n_entries, n_vectors) = tables.ranges.shape[0], (tables.fields.shape[0], tables.bank.shape[0])
         known = (rows.slot >= 0) & (rows.slot < n_slots)
         first, count = tables.ranges[torch.where(known, rows.slot, 0).long()].long().unbind(-1)
         index = first.clamp(min=0) + step
-        here = known & (index < first + count) & (index < n_entries)
-        index = torch.where(here, index, 0)
+        self.here = known & (index < first + count) & (index < n_entries)
+        index = torch.where(self.here, index, 0)
         self.fields = tables.fields[index]
         self.scalars = tables.scalars[index].to(dtype)
         self.dtype = dtype
-        self.live = here & self._valid(n_vectors)
+        self.live = self.here & self._valid(n_vectors)
 
     def _valid(self, n_vectors: int) -> Tensor:
         vector, count, gate = self.field(Field.VECTOR), self.field(Field.COUNT), self.field(Field.GATE_VECTOR)

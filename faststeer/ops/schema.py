@@ -27,6 +27,7 @@ SCHEMAS = {
     "steer": f"(Tensor x, {_TABLES}, int columns) -> (Tensor, Tensor)",
     "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe) -> ()",
     "add_steer": f"(Tensor x, Tensor residual, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
     "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
     "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
@@ -74,6 +75,17 @@ def check_table(table: Tensor, name: str, shape: Sequence[int | None], dtype: to
         raise ValueError(f"{name} is not contiguous: call .contiguous() (once, where it is made)")
 
 
+def check_row_table(
+    table: Tensor, name: str, rest: Sequence[int | None], dtype: torch.dtype, x: Tensor, more_rows: bool
+) -> None:
+    """Check a table that has a row for each of x's, or, with `more_rows`, for these and more."""
+    n_rows = x.shape[0]
+    # A number of rows that a compiler keeps open is not compared: that would limit it.
+    if more_rows and table.dim() and (not isinstance(n_rows, int) or table.shape[0] > n_rows):
+        n_rows = table.shape[0]
+    check_table(table, name, (n_rows, *rest), dtype, x)
+
+
 def check_tables(
     x: Tensor,
     bank: Tensor,
@@ -84,15 +96,17 @@ def check_tables(
     row_position: Tensor,
     row_sequence: Tensor,
     gate_state: Tensor | None,
+    *,
+    more_rows: bool = False,
 ) -> None:
     """Check the tables of an op against each other and x (docs/kernels.md, 'Operators')."""
-    rows, hidden = x.shape
+    hidden = x.shape[1]
     check_table(bank, "bank", (None, hidden), torch.float32, x)
     check_table(fields, "fields", (None, N_FIELDS), torch.int32, x)
     check_table(scalars, "scalars", (fields.shape[0], N_SCALARS), torch.float32, x)
     check_table(ranges, "ranges", (None, 2), torch.int32, x)
     for name, table in (("row_slot", row_slot), ("row_position", row_position), ("row_sequence", row_sequence)):
-        check_table(table, name, (rows,), torch.int32, x)
+        check_row_table(table, name, (), torch.int32, x, more_rows)
     if gate_state is not None:
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
 
@@ -130,6 +144,15 @@ def check_steer_(x: Tensor, *rest: Any) -> None:
         check_table(probe, "probe", (x.shape[0], None), torch.float32, x)
 
 
+def check_steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
+    *tables, probe = rest
+    check_rows(x, "x")
+    check_rows(residual, "residual", like=x)
+    check_tables(x, *tables, more_rows=True)
+    if probe is not None:
+        check_row_table(probe, "probe", (None,), torch.float32, x, True)
+
+
 def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:
     check_steer(x, *rest)
     check_rows(residual, "residual", like=x)
@@ -157,6 +180,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "steer": check_steer,
     "steer_": check_steer_,
     "add_steer": check_add_steer,
+    "steer_pair_": check_steer_pair_,
     "add_steer_rmsnorm": check_add_steer_rmsnorm,
     "latch_": check_latch_,
     "sparse_add_": check_sparse,

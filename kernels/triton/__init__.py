@@ -9,7 +9,7 @@ Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no
 """
 
 from faststeer.kernels.latch import latch_
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
 from faststeer.kernels.sparse import sparse_add_
 from faststeer.kernels.warmup import warmup
 
@@ -23,4 +23,14 @@ if INTERPRETED:
 
     _interpreter.mend()
 
-__all__ = ["INTERPRETED", "add_steer", "add_steer_rmsnorm", "latch_", "sparse_add_", "steer", "steer_", "warmup"]
+__all__ = [
+    "INTERPRETED",
+    "add_steer",
+    "add_steer_rmsnorm",
+    "latch_",
+    "sparse_add_",
+    "steer",
+    "steer_",
+    "steer_pair_",
+    "warmup",
+]

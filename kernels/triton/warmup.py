@@ -7,13 +7,13 @@ from collections.abc import Collection
 
 import torch
 from faststeer.kernels.latch import latch_
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
 from faststeer.kernels.sparse import sparse_add_
 from torch import Tensor
 
 from faststeer.ops.tables import N_FIELDS, N_SCALARS
 
-OPERATORS = ("steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_", "sparse_add_")
+OPERATORS = ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_")
 
 
 def warmup(
@@ -69,6 +69,8 @@ def _launch_all(
         steer_(one_row(), *tables, None)
     if "add_steer" in operators:
         add_steer(one_row(), one_row(), *tables, 0)
+    if "steer_pair_" in operators:
+        steer_pair_(one_row(), one_row(), *tables, None)
     if "add_steer_rmsnorm" in operators:
         weight = torch.ones(hidden, dtype=weight_dtype, device=device)
         for fp32_weight in (False, True):

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent / "host_emulation"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE / 'shim'}"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-STEER, STEER_IN_PLACE, ADD_STEER, ADD_STEER_RMSNORM = range(4)
+STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM = range(5)
 Config = tuple[int, int, int, int]  # threads per row, rows per block, elements per vector, vectors per thread
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -44,7 +44,7 @@ class CTables(ctypes.Structure):
 
 class CRow(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "probe")),
+        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe")),
         *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
@@ -176,6 +176,7 @@ class Emulated:
         residual: Tensor | None = None,
         weight: Tensor | None = None,
         normed: Tensor | None = None,
+        cleared: Tensor | None = None,
         norm: tuple[float, float, bool] = (0.0, 0.0, False),
     ) -> None:
         a = CRow(tables=_tables(self.tables, self.rows, self.gate_state))
@@ -185,6 +186,7 @@ class Emulated:
             ("weight", weight),
             ("hidden", hidden),
             ("normed", normed),
+            ("cleared", cleared),
         ):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape
@@ -219,12 +221,15 @@ class Emulated:
         self._row(ADD_STEER, x, hidden, probe, residual)
         return hidden, probe
 
+    def steer_pair_(self, x: Tensor, residual: Tensor, probe: Tensor | None) -> None:
+        self._row(STEER_PAIR, x, residual, probe, residual, cleared=x)
+
     def add_steer_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, norm: tuple[float, float, bool], columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden, probe = self._outputs(x, columns)
         normed = torch.full_like(hidden, float("nan"))
-        self._row(ADD_STEER_RMSNORM, x, hidden, probe, residual, weight, normed, norm)
+        self._row(ADD_STEER_RMSNORM, x, hidden, probe, residual, weight, normed, norm=norm)
         return normed, hidden, probe
 
     def latch_(self, x: Tensor, residual: Tensor | None, gate_state: Tensor) -> None:

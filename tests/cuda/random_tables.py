@@ -27,6 +27,8 @@ class Operators(Protocol):
 
     def add_steer(self, x: Tensor, residual: Tensor, columns: int) -> tuple[Tensor, Tensor]: ...
 
+    def steer_pair_(self, x: Tensor, residual: Tensor, probe: Tensor | None) -> None: ...
+
     def add_steer_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, norm: tuple[float, float, bool], columns: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -77,10 +79,11 @@ class Case:
     def pick(self, *choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), (), generator=self.generator))]
 
-    def copy(self) -> Tensor:
-        """x in memory of its own, laid out like it."""
-        flat = torch.empty(self.x.untyped_storage().size() // self.x.element_size()).to(self.x)
-        return flat.as_strided(self.x.shape, self.x.stride(), self.x.storage_offset()).copy_(self.x)
+    def copy(self, rows: Tensor | None = None) -> Tensor:
+        """Rows, x if none are given, in memory of their own, laid out as they are."""
+        rows = self.x if rows is None else rows
+        flat = torch.empty(rows.untyped_storage().size() // rows.element_size()).to(rows)
+        return flat.as_strided(rows.shape, rows.stride(), rows.storage_offset()).copy_(rows)
 
     def _rows(self, rows: int, hidden: int, dtype: torch.dtype, unaligned: bool) -> Tensor:
         """Rows at a distance; unaligned ones start one element after a 16-byte boundary."""
@@ -148,6 +151,14 @@ def check_all(case: Case, op: Operators) -> None:
 
     added, probe = op.add_steer(x, residual, COLUMNS)
     check(added, probe, x + residual, "add_steer")
+    pair, same = (case.copy(x), case.copy(residual)), (x.clone(), residual.clone())
+    pair_probe, same_probe = (torch.full_like(probe, 7.0) for _ in range(2))
+    op.steer_pair_(*pair, pair_probe)
+    reference.steer_pair_(*same, *arguments, same_probe)
+    acted, probed = ~same[0].any(1), (same_probe != 7).all(1, keepdim=True)
+    for ours, steered, before in zip(pair, (torch.zeros_like(added), added), (x, residual), strict=True):
+        assert torch.equal(bits(ours), torch.where(acted.unsqueeze(1), bits(steered), bits(before))), "steer_pair_"
+    assert torch.equal(pair_probe, torch.where(probed, probe, 7.0)), "steer_pair_: probe"
     other = torch.float32 if x.dtype != torch.float32 else torch.bfloat16
     for weight, norm in (
         (case.weight, (1e-6, 0.0, False)),

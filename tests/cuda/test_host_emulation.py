@@ -98,8 +98,14 @@ class Backend:
     def steer_(self, x, tables, rows, gate_state, probe=None, *, backend):
         self._op(tables, rows, gate_state).steer_(x, probe)
 
-    def add_steer(self, x, residual, tables, rows, gate_state, *, backend):
-        return self._op(tables, rows, gate_state).add_steer(x, residual, 0)[0]
+    def add_steer(self, x, residual, tables, rows, gate_state, probe=None, *, backend):
+        hidden, seen = self._op(tables, rows, gate_state).add_steer(x, residual, 0 if probe is None else probe.shape[1])
+        if probe is not None:
+            probe.copy_(seen)
+        return hidden
+
+    def steer_pair_(self, x, residual, tables, rows, gate_state, probe=None, *, backend):
+        self._op(tables, rows, gate_state).steer_pair_(x, residual, probe)
 
     def add_steer_rmsnorm(self, x, residual, weight, eps, offset, fp32_weight, tables, rows, gate_state, *, backend):
         op, norm = self._op(tables, rows, gate_state), (eps, offset, fp32_weight)
@@ -114,7 +120,7 @@ MIXES = [["Add", "Ablate"], ["Ablate3", "Clamp", "Probe"], list(backend_cases.KI
 def test_plans_as_for_every_back_end(monkeypatch, hidden, sm_count, dtype):
     """The cases and the bound that hold the other back ends to the reference (tests/ops/test_backends.py)."""
     backend = Backend(sm_count)
-    for name in ("steer", "steer_", "add_steer", "add_steer_rmsnorm"):
+    for name in ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm"):
         monkeypatch.setattr(ops, name, getattr(backend, name))
     for kinds, rows in ((MIXES, 7), *(([[kind]], 3) for kind in backend_cases.KINDS)):
         case = backend_cases.steered(kinds, rows, hidden, DTYPES[dtype], "cpu", seed=rows)
@@ -168,6 +174,28 @@ def test_a_row_that_nothing_acts_on_keeps_the_bits_of_a_nan():
     op = Emulated(case.tables._replace(fields=fields), case.rows, case.gate_state)
     found, probe = op.steer(x, COLUMNS)
     assert torch.equal(bits(found), bits(x)) and not probe.any()
+    pair = x.clone(), x.clone()
+    op.steer_pair_(*pair, None)
+    assert all(torch.equal(bits(rows), bits(x)) for rows in pair)
+
+
+def test_a_pair_writes_only_its_rows_and_their_probes():
+    """Of strides that differ, and of buffers that have room for more than x's rows."""
+    case = Case(111, torch.float16, rows=9, seed=5, unaligned=True)
+    hidden, wide = 111, [torch.full((9, width), 3.0, dtype=torch.float16) for width in (160, 200)]
+    pair = wide[0][:, 3 : 3 + hidden].copy_(case.x), wide[1][:, 8 : 8 + hidden].copy_(case.residual)
+    expected, found = (torch.full((12, COLUMNS), 7.0) for _ in range(2))
+    rows = Rows(*(torch.cat([t, t[:3]]) for t in case.rows))
+    same = case.x.clone(), case.residual.clone()
+    reference.steer_pair_(*same, case.tables, rows, case.gate_state, expected)
+    Emulated(case.tables, rows, case.gate_state).steer_pair_(*pair, found)
+    for ours, theirs in zip(pair, same, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+        assert torch.equal((bits(ours) == 0).all(1), (bits(theirs) == 0).all(1))
+        ours.fill_(3.0)
+    assert all((w == 3).all() for w in wide), "written outside the rows"
+    assert torch.equal(found == 7, expected == 7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_in_place_writes_only_the_rows_and_the_probed_columns():
@@ -265,6 +293,12 @@ def test_wrong_indices_stay_inside_and_agree_with_the_reference(seed, sm_count):
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(probe.double(), exact_probe, rtol=1e-4, atol=1e-4)
     Emulated(tables, rows, None, sm_count).steer(x, COLUMNS)
+    pair, seen = (fenced(case.x), fenced(case.residual)), fenced(torch.full((20, COLUMNS), 7.0))
+    same, expected = (case.x.clone(), case.residual.clone()), torch.full((20, COLUMNS), 7.0)
+    reference.steer_pair_(*same, tables, rows, gate_state, expected)
+    op.steer_pair_(*pair, seen)
+    for ours, theirs in zip((*pair, seen), (*same, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     op.latch_(x, None, gate_state)
 
 

@@ -29,6 +29,9 @@ class Called:
         probe = self._probe(x, columns)
         return ops.add_steer(x, residual, *self.arguments, probe, backend=self.backend), probe
 
+    def steer_pair_(self, x: Tensor, residual: Tensor, probe: Tensor | None) -> None:
+        ops.steer_pair_(x, residual, *self.arguments, probe, backend=self.backend)
+
     def add_steer_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, norm: tuple[float, float, bool], columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:

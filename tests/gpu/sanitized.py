@@ -38,6 +38,13 @@ def run(backend: ops.Backend, hidden: int, rows: int, dtype: torch.dtype) -> Non
     ):
         exact, plain = (reference.steer(t, *arguments) for t in (s.double(), s))
         check_close(found.cpu(), exact, plain, s.double().norm(dim=1), f"{backend} {hidden} {rows} {dtype}")
+    pair, added = (there.copy(), there.copy(there.residual)), op.add_steer(there.x, there.residual, COLUMNS)[0]
+    same = here.x.clone(), here.residual.clone()
+    op.steer_pair_(*pair, torch.zeros(rows, COLUMNS).to(DEVICE))
+    reference.steer_pair_(*same, *arguments)
+    acted = ~same[0].any(1, keepdim=True)
+    for ours, steered, before in zip(pair, (torch.zeros_like(added), added), (here.x, here.residual), strict=True):
+        assert torch.equal(bits(ours.cpu()), torch.where(acted, bits(steered.cpu()), bits(before)))
     expected = op.steer(there.x, 0)[0]
     op.steer_(there.x, torch.zeros(rows, COLUMNS).to(DEVICE))
     assert torch.equal(bits(there.x.cpu()), bits(expected.cpu()))
@@ -72,6 +79,7 @@ def run_hostile(backend: ops.Backend, seed: int) -> None:
     op = Called(case, backend)
     op.steer(case.x, COLUMNS)
     op.add_steer_rmsnorm(case.x, case.residual, case.weight, NORM, COLUMNS)
+    op.steer_pair_(case.x, case.residual, torch.zeros(len(case.x), COLUMNS, device=DEVICE))
     ops.latch_(case.x, case.tables, case.rows, case.gate_state, backend=backend)
 
 

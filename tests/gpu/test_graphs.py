@@ -36,6 +36,7 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
         "steer": run(ops.steer, case.x, *arguments, probe, backend=backend),
         "steer_": run(ops.steer_, case.x, *arguments, probe, backend=backend),
         "add_steer": run(ops.add_steer, case.x, case.residual, *arguments, probe, backend=backend),
+        "steer_pair_": run(ops.steer_pair_, case.x, case.residual, *arguments, probe, backend=backend),
         "add_steer_rmsnorm": run(
             ops.add_steer_rmsnorm, case.x, case.residual, case.weight, *NORM, *arguments, probe, backend=backend
         ),
@@ -44,7 +45,8 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
     }
 
 
-RESULTS = {"steer": 1, "steer_": 0, "add_steer": 1, "add_steer_rmsnorm": 2, "latch_": 0, "sparse_add_": 0}
+RESULTS = {"steer": 1, "steer_": 0, "add_steer": 1, "steer_pair_": 0, "add_steer_rmsnorm": 2}
+RESULTS |= {"latch_": 0, "sparse_add_": 0}
 
 
 @needs_device
@@ -111,6 +113,34 @@ def any_intervention(kind: str, hidden: int, generator: torch.Generator) -> fs.I
         return intervention(kind, hidden, generator)
     d, of = (torch.randn(hidden, generator=generator) for _ in range(2))
     return fs.Add(d, 1.0, when=fs.Gate(of, 0.1, latched=True), layers=0, at="resid_pre")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden"), [(3, 111), (33, 4096), (300, 896)] if CUDA else [(5, 64)])
+def test_other_rows_of_a_pair_are_steered_at_a_replay(kernels, dtype, rows, hidden):
+    """One graph for a server's buffers: slots change, and so which rows of the pair and the probe are written."""
+    case = steered(MIXES, rows, hidden, DTYPES[dtype], DEVICE, seed=7)
+    room = rows + 9
+    buffers = ops.Rows(*(torch.zeros(room, dtype=torch.int32, device=DEVICE) for _ in range(3)))
+    x, residual, probe = case.x.clone(), case.residual.clone(), torch.zeros(room, case.columns, device=DEVICE)
+
+    def layer(x: Tensor, residual: Tensor, probe: Tensor) -> tuple[Tensor]:
+        ops.steer_pair_(x, residual, case.tables, buffers, case.gate_state, probe, backend=kernels)
+        return (x + residual,)
+
+    (stream,), replay = captured(lambda: layer(x, residual, probe))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        buffers.slot.copy_(torch.randint(-1, len(MIXES), (room,), generator=generator))
+        buffers.position.copy_(torch.randint(-3, 3, (room,), generator=generator))
+        for tensor in (x, residual, probe):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        eager = x.clone(), residual.clone(), probe.clone()
+        (expected,) = layer(*eager)
+        with no_synchronisation():
+            replay()
+        for ours, theirs in zip((stream, x, residual, probe), (expected, *eager), strict=True):
+            assert torch.equal(bits(ours), bits(theirs))
 
 
 @needs_device

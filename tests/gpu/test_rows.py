@@ -71,6 +71,16 @@ def test_strided_and_unaligned_rows(backend, dtype, hidden, start):
     added = ops.add_steer(view, case.residual, *arguments, backend=backend)
     expected = ops.reference.steer((case.x + case.residual).double(), *arguments)
     check_close(added, case, expected, ops.reference.add_steer(case.x, case.residual, *arguments), "add_steer")
+    wide[:, start : start + hidden] = 0
+    view.copy_(case.x)
+    written, same = case.residual.clone(), (case.x.clone(), case.residual.clone())
+    ops.steer_pair_(view, written, *arguments, backend=backend)
+    ops.reference.steer_pair_(*same, *arguments)
+    acted = ~same[0].any(1)
+    assert torch.equal(bits(view), bits(same[0])), "x of a pair"
+    assert torch.equal(bits(written), bits(torch.where(acted.unsqueeze(1), added, case.residual))), "its residual"
+    wide[:, start : start + hidden] = 0
+    assert not wide.any(), "written outside the rows of a pair"
 
 
 def test_no_rows(backend):
@@ -78,6 +88,7 @@ def test_no_rows(backend):
     arguments = case.tables, case.rows, case.gate_state
     assert ops.steer(case.x, *arguments, backend=backend).shape == (0, 64)
     ops.steer_(case.x, *arguments, backend=backend)
+    ops.steer_pair_(case.x, case.residual, *arguments, backend=backend)
     normed, _ = ops.add_steer_rmsnorm(case.x, case.residual, case.weight, 1e-6, 0.0, False, *arguments, backend=backend)
     assert normed.shape == (0, 64)
 
@@ -125,6 +136,9 @@ def test_a_row_that_nothing_acts_on_keeps_its_bits(backend, dtype, hidden):
         written = case.x.clone()
         ops.steer_(written, tables, rows, backend=backend)
         assert torch.equal(bits(written), bits(case.x))
+        pair = case.x.clone(), case.x.clone()
+        ops.steer_pair_(*pair, tables, rows, backend=backend)
+        assert all(torch.equal(bits(t), bits(case.x)) for t in pair)
 
 
 @needs_device
@@ -193,6 +207,13 @@ def test_wrong_indices_in_tables_stay_inside_and_agree_with_the_reference(kernel
     ops.steer(x, tables, where, None, backend=kernels)
     ops.steer_(x, tables, where, gate_state, probe, backend=kernels)
     assert torch.equal(x, found)
+    pair = [among_others(t) for t in (before, case.residual)]
+    same = before.clone(), case.residual.clone()
+    ops.steer_pair_(*(t for t, _ in pair), tables, where, gate_state, probe, backend=kernels)
+    ops.reference.steer_pair_(*same, tables, where, gate_state, expected_probe)
+    for (ours, whole), theirs in zip((*pair, (probe, probes)), (*same, expected_probe), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert whole[:ROOM].isnan().all() and whole[-ROOM:].isnan().all(), "a pair is written outside"
     ops.latch_(x, tables, where, gate_state, backend=kernels)
     for whole in (around, probes):
         assert whole[:ROOM].isnan().all() and whole[-ROOM:].isnan().all(), "written outside"
@@ -277,4 +298,7 @@ def test_bad_arguments_are_named(kernels, what):
     arguments = {"x": case.x, "tables": case.tables, "rows": case.rows} | BAD[what](case)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{what}\b"):
         ops.steer_(arguments["x"], arguments["tables"], arguments["rows"], backend=kernels)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{what}\b"):
+        residual = torch.ones_like(arguments["x"])
+        ops.steer_pair_(arguments["x"], residual, arguments["tables"], arguments["rows"], backend=kernels)
     assert torch.equal(case.x, before)

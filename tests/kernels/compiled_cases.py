@@ -166,6 +166,7 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
         kernels.steer(matrix(), *tables, gate_state, columns)
         kernels.steer_(matrix(), *tables, gate_state, probe)
         kernels.add_steer(matrix(), matrix(), *tables, gate_state, columns)
+        kernels.steer_pair_(matrix(), matrix(), *tables, gate_state, probe)
         for eps, offset, fp32_weight in ((1e-6, 0.0, False), (0.0, 1.0, True), (1, 1, True)):
             kernels.add_steer_rmsnorm(
                 matrix(), matrix(), weight, eps, offset, fp32_weight, *tables, gate_state, columns

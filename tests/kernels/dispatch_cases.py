@@ -67,15 +67,17 @@ def launches(expected: int) -> Iterator[None]:
 
 def through_ops(c: Case, **options: Any) -> list[Tensor]:
     """What every operator returns or writes, by faststeer.ops."""
-    probes = [torch.zeros(len(c.x), COLUMNS) for _ in range(4)]
+    probes = [torch.zeros(len(c.x), COLUMNS) for _ in range(5)]
     steered = ops.steer(c.x, *c.given, probes[0], **options)
     in_place, gates, sparse = c.x.clone(), c.gates.clone(), c.x.clone()
     ops.steer_(in_place, *c.given, probes[1], **options)
     added = ops.add_steer(c.x, c.residual, *c.given, probes[2], **options)
     normed, hidden = ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given, probes[3], **options)
+    pair = c.x.clone(), c.residual.clone()
+    ops.steer_pair_(*pair, *c.given, probes[4], **options)
     ops.latch_(c.x, c.tables, c.rows, gates, residual=c.residual, **options)
     ops.sparse_add_(sparse, *sparse_of(c), **options)
-    return [steered, in_place, added, normed, hidden, gates, sparse, *probes]
+    return [steered, in_place, added, normed, hidden, *pair, gates, sparse, *probes]
 
 
 def through_kernels(c: Case) -> list[Tensor]:
@@ -85,9 +87,12 @@ def through_kernels(c: Case) -> list[Tensor]:
     kernels.steer_(in_place, *c.flat, probe_)
     added, added_probe = kernels.add_steer(c.x, c.residual, *c.flat, COLUMNS)
     normed, hidden, normed_probe = kernels.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.flat, COLUMNS)
+    pair, pair_probe = (c.x.clone(), c.residual.clone()), torch.zeros_like(probe)
+    kernels.steer_pair_(*pair, *c.flat, pair_probe)
     kernels.latch_(c.x, c.residual, *c.flat[:-1], gates)
     kernels.sparse_add_(sparse, *sparse_of(c))
-    return [steered, in_place, added, normed, hidden, gates, sparse, probe, probe_, added_probe, normed_probe]
+    probes = probe, probe_, added_probe, normed_probe, pair_probe
+    return [steered, in_place, added, normed, hidden, *pair, gates, sparse, *probes]
 
 
 def sparse_of(c: Case) -> tuple[Tensor, ...]:
@@ -105,10 +110,10 @@ def same_results(dtype: torch.dtype) -> None:
     assert before != "triton", "interpreted kernels were chosen unasked"
     with ops.backend("triton"):
         assert ops.backend_for("cpu") == "triton"
-        with launches(6):
+        with launches(7):
             by_context = through_ops(c)
     assert ops.backend_for("cpu") == before
-    with launches(6):
+    with launches(7):
         by_argument = through_ops(c, backend="triton")
     with launches(0):
         through_ops(c)
@@ -171,19 +176,34 @@ def refused(what: str) -> None:
         "steer": lambda: ops.steer(c.x, *c.given),
         "steer_": lambda: ops.steer_(c.x, *c.given),
         "add_steer": lambda: ops.add_steer(c.x, c.residual, *c.given),
+        "steer_pair_": lambda: ops.steer_pair_(
+            c.x, c.residual if what.startswith("residual") else c.x.clone(), *c.given
+        ),
         "add_steer_rmsnorm": lambda: ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given),
         "latch_": lambda: ops.latch_(c.x, *c.given, residual=c.residual),
     }
     if what.startswith(("residual", "weight")):
         del calls["steer"], calls["steer_"]
     if what.startswith("weight"):
-        del calls["add_steer"], calls["latch_"]
+        del calls["add_steer"], calls["steer_pair_"], calls["latch_"]
     before = [t.clone() for t in (good.x, good.gates)]
     with ops.backend("triton"), launches(0):
         for call in calls.values():
             with pytest.raises(error, match=message):
                 call()
     assert torch.equal(good.x, before[0]) and torch.equal(good.gates, before[1])
+
+
+def pair_refused(what: str) -> None:
+    """Rows and probe may have room for more rows than x has, and none for fewer."""
+    c = case_of(torch.float32)
+    short = with_row(c, slot=c.rows.slot[1:]) if what == "row_slot" else c
+    probe = {"probe": torch.zeros(4, COLUMNS), "probe dtype": torch.zeros(9, COLUMNS).double()}.get(what)
+    error = TypeError if what == "probe dtype" else ValueError
+    before = c.x.clone(), c.residual.clone()
+    with ops.backend("triton"), launches(0), pytest.raises(error, match=f"{what.split()[0]} has (shape .4|dtype)"):
+        ops.steer_pair_(c.x, c.residual, *short.given, probe)
+    assert torch.equal(c.x, before[0]) and torch.equal(c.residual, before[1])
 
 
 def sparse_refused() -> None:
@@ -211,6 +231,7 @@ def opcheck(operator: str) -> None:
         "steer": (c.x.requires_grad_(), *c.flat, COLUMNS),
         "steer_": (c.x.detach(), *c.flat, torch.zeros(2, COLUMNS)),
         "add_steer": (c.x, c.residual.requires_grad_(), *c.flat, COLUMNS),
+        "steer_pair_": (c.x.detach(), c.residual.detach(), *c.flat, torch.zeros(4, COLUMNS)),
         "add_steer_rmsnorm": (c.x, c.residual, c.weight.requires_grad_(), *NORM, *c.flat, COLUMNS),
         "latch_": (c.x.detach(), None, *c.flat),
         "sparse_add_": (c.x.detach(), *sparse_of(c)),

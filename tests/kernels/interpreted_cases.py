@@ -352,6 +352,35 @@ def run_add_steer(
     check_steered(hidden, probe, x + residual, tables, rows, gates)
 
 
+def run_steer_pair_(
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+) -> None:
+    """Against `add_steer`, to the bit; rows and probe have room for more than x's."""
+    n, more = len(x), 2
+    before, wanted = (x.clone(), residual.clone()), (x.clone(), residual.clone())
+    added, added_probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), columns)
+    seen = torch.full((n, columns), 7.0)
+    reference.steer_pair_(*wanted, tables, rows, gates, seen)
+    acted, probed = (bits(wanted[0]) != bits(x)).any(1) | (bits(wanted[1]) != bits(residual)).any(1), (seen != 7).all(1)
+    memories = [torch.empty(0, dtype=x.dtype).set_(t.untyped_storage()) for t in (x, residual)]
+    around = [m.clone() for m in memories]
+    buffers = Rows(*(fenced(torch.cat([t, t.new_zeros(more)])) for t in rows))
+    probe = fenced(torch.full((n + more, columns), 7.0))
+    kernels.steer_pair_(x, residual, *arguments(tables, buffers, gates), probe)
+    for ours, steered, unsteered in zip((x, residual), (torch.zeros_like(added), added), before, strict=True):
+        expected = torch.where(acted.unsqueeze(1), bits(steered), bits(unsteered))
+        assert torch.equal(bits(ours), expected), f"rows {(bits(ours) != expected).any(1).nonzero().flatten().tolist()}"
+    if columns:
+        assert torch.equal(probe[:n], torch.where(probed.unsqueeze(1), added_probe, 7.0)), "the probe"
+    assert (probe[n:] == 7).all(), "rows beyond x's were written"
+    check_fence(probe, "the probe")
+    for old, new, t in zip(around, memories, (x, residual), strict=True):
+        after = new.clone()
+        for m in (old, after):
+            m.as_strided(t.shape, t.stride(), t.storage_offset()).zero_()
+        assert torch.equal(bits(old), bits(after)), "something was written between the rows"
+
+
 NORMS = [(False, 0.0), (True, 0.0), (True, 1.0)]  # fp32_weight, weight_offset: Llama, OLMo 2, Gemma
 
 
@@ -430,6 +459,7 @@ RUN: dict[str, Callable[..., None]] = {
     "steer": run_steer,
     "steer_": run_steer_,
     "add_steer": run_add_steer,
+    "steer_pair_": run_steer_pair_,
     "add_steer_rmsnorm": run_add_steer_rmsnorm,
     "add_steer_rmsnorm, one norm": run_some_norm,
     "latch_": run_latch_,
@@ -500,12 +530,18 @@ def untouched(dtype: torch.dtype, hidden: int) -> None:
         assert torch.equal(bits(result), bits(x)), "steer_"
         summed, _ = kernels.add_steer(x, x, *arguments(tables, rows, gates), 0)
         assert torch.equal(bits(summed), bits(x + x)), "add_steer"
+        pair = x.clone(), x.clone()
+        kernels.steer_pair_(*pair, *arguments(tables, rows, gates), None)
+        assert torch.equal(bits(pair[0]), bits(x)) and torch.equal(bits(pair[1]), bits(x)), "steer_pair_"
     odd = x[:1].clone()
     odd.view(BITS[x.element_size()])[0, 1:] = torch.tensor(
         {2: 0x7FC1 if dtype == torch.bfloat16 else 0x7E01, 4: 0x7FC00001}[x.element_size()]
     )
     result, _ = kernels.steer(odd, *arguments(tables, Rows(slot[:1], zero[:1], zero[:1]), None), 0)
     assert torch.equal(bits(result), bits(odd)), "a NaN has lost its payload"
+    pair = odd.clone(), odd.clone()
+    kernels.steer_pair_(*pair, *arguments(tables, Rows(slot[1:2], zero[:1], zero[:1]), None), None)
+    assert all(torch.equal(bits(t), bits(odd)) for t in pair), "a NaN of a pair has lost its payload"
 
 
 def not_finite(dtype: torch.dtype, hidden: int) -> None:
@@ -559,6 +595,7 @@ def no_rows(dtype: torch.dtype) -> None:
     assert probe.shape == (0, 3)
     kernels.steer_(x, *arguments(tables, rows, None), None)
     assert kernels.add_steer(x, x, *arguments(tables, rows, None), 0)[0].shape == (0, 64)
+    kernels.steer_pair_(x, x.clone(), *arguments(tables, rows, None), None)
     assert (
         len(kernels.add_steer_rmsnorm(x, x, torch.ones(64), 1e-6, 0.0, False, *arguments(tables, rows, None), 0)) == 3
     )
@@ -639,6 +676,11 @@ def hostile_rows(dtype: torch.dtype) -> None:
         check_fence(probe, f"the probe, column {column}")
         written = [column >= 0 and column <= i < column + 3 for i in range(3)]
         assert ((probe != -5.0).all(0)).tolist() == written, (column, probe)
+        probe = fenced(torch.full((3, 3), -5.0))
+        pair = x[:2].clone(), x[:2].clone()
+        kernels.steer_pair_(*pair, *arguments(tables, Rows(zero[:3], zero[:3], zero[:3]), None), probe)
+        check_fence(probe, f"the probe of a pair, column {column}")
+        assert ((probe[:2] != 0).all(0)).tolist() == written and (probe[2] == -5).all(), (column, probe)
     latching = tables_of(
         [[Entry(Kind.LATCH, add.q, mode=1, d=add.q[0], threshold=-1e9, state=s)] for s in (*EXTREMES, -1, 2, 1)], hidden
     )

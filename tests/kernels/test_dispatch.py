@@ -8,7 +8,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BAD = ["x dtype", "x dimensions", "x stride", "x overlap", "residual shape", "residual dtype", "weight shape"]
 BAD += ["weight dtype", "bank shape", "bank dtype", "bank device", "bank strided", "fields dtype", "scalars shape"]
 BAD += ["ranges strided", "row_slot shape", "row_position dtype", "row_sequence device", "gate_state dtype"]
-OPERATORS = ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_", "sparse_add_"]
+BAD_PAIR = ["row_slot", "probe", "probe dtype"]
+OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_"]
 
 
 def name(dtype):
@@ -23,6 +24,11 @@ def test_operators_are_the_kernels(dispatched, dtype):
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments_are_named(dispatched, what):
     dispatched("refused", what)
+
+
+@pytest.mark.parametrize("what", BAD_PAIR)
+def test_bad_arguments_of_a_pair_are_named(dispatched, what):
+    dispatched("pair_refused", what)
 
 
 def test_bad_arguments_of_sparse_add_are_named(dispatched):

@@ -5,12 +5,12 @@ The interpreter takes some 6 ms for an entry of a row, so that not everything me
 
 - contract 3 (`test_contract_3`): every dtype x hidden {64, 111, 896, 2048, 3584, 4096, 8192, 16384} x rows {1, 2, 7,
   33, 199}. Every cell runs a mix of 8 interventions that has each kind; cells of 33 and 199 rows run each kind alone as
-  well, and mixes of 2 and 3; cells of 7 rows the mix and six kinds. The four steering operators take turns, two in each
+  well, and mixes of 2 and 3; cells of 7 rows the mix and six kinds. The five steering operators take turns, two in each
   cell up to 7 rows and one in the others: each meets every dtype, hidden size and number of rows.
 - every operator, with every norm, at hidden {1, 2, 64, 111} x dtype; layouts of x in memory, hostile tables, bits that
   must not change, and sparse_add_.
 
-`-m full` runs all five row operators, with every norm, in every cell of that grid, and every layout at more hidden
+`-m full` runs all six row operators, with every norm, in every cell of that grid, and every layout at more hidden
 sizes.
 """
 
@@ -20,8 +20,8 @@ import torch
 from faststeer.ops.tables import Kind
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROW_OPERATORS = ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_"]
-STEERING = ["steer", "steer_", "add_steer", "add_steer_rmsnorm, one norm"]
+ROW_OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
+STEERING = ["steer", "steer_", "add_steer", "add_steer_rmsnorm, one norm", "steer_pair_"]
 HIDDEN = [64, 111, 896, 2048, 3584, 4096, 8192, 16384]
 ROWS = [1, 2, 7, 33, 199]
 LAYOUTS = ["contiguous", "strided", "odd stride", "offset"]
@@ -62,7 +62,7 @@ def test_operators(interpreted, dtype, operator, hidden):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hidden", [64, 111])
 def test_layouts(interpreted, dtype, layout, hidden):
-    interpreted("random_case", dtype, hidden, 5, ["steer_", "add_steer", "latch_"], layout)
+    interpreted("random_case", dtype, hidden, 5, ["steer_", "add_steer", "steer_pair_", "latch_"], layout)
 
 
 @pytest.mark.parametrize("seed", range(4))

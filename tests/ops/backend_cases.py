@@ -96,7 +96,7 @@ def check_ops(case: Steered, backend: ops.Backend) -> None:
     same = ops.reference.steer(x, *arguments, plain)
     found = ops.steer(x, *arguments, ours, backend=backend)
     check_close(found, case, expected, same, "steer")
-    check_probe(ours, exact, plain, case)
+    check_probe(ours, exact, plain, x)
     in_place, seen = x.clone(), probe()
     ops.steer_(in_place, *arguments, seen, backend=backend)
     assert torch.equal(bits(in_place), bits(found)), "steer_ differs from steer"
@@ -105,10 +105,13 @@ def check_ops(case: Steered, backend: ops.Backend) -> None:
     assert torch.equal(bits(found[idle]), bits(x[idle])), "a row without a plan changed"
 
     s = x + residual
-    expected = ops.reference.steer(s.double(), *arguments)
-    same = ops.reference.add_steer(x, residual, *arguments)
-    found = ops.add_steer(x, residual, *arguments, backend=backend)
+    exact, plain, ours = probe(torch.float64), probe(), probe()
+    expected = ops.reference.steer(s.double(), *arguments, exact)
+    same = ops.reference.add_steer(x, residual, *arguments, plain)
+    found = ops.add_steer(x, residual, *arguments, ours, backend=backend)
     check_close(found, case, expected, same, "add_steer")
+    check_probe(ours, exact, plain, s)
+    check_pair(case, found, ours, backend)
     assert torch.equal(bits(found[idle]), bits(s[idle])), "the sum of a row without a plan differs"
     for fp32_weight, offset in ((False, 0.0), (True, 1.0)):
         norm = weight, 1e-6, offset, fp32_weight
@@ -119,11 +122,30 @@ def check_ops(case: Steered, backend: ops.Backend) -> None:
         check_close(normed, case, exact_norm, same_norm, f"rmsnorm, fp32_weight={fp32_weight}")
 
 
-def check_probe(found: Tensor, exact: Tensor, plain: Tensor, case: Steered) -> None:
+def check_pair(case: Steered, added: Tensor, seen: Tensor, backend: ops.Backend) -> None:
+    """`steer_pair_` of `backend` against its `add_steer`, which gave `added` and `seen`; rows and probe have room for
+    more than x's."""
+    n, more = len(case.x), 3
+    where = Rows(*(torch.nn.functional.pad(t, (0, more)) for t in case.rows))
+    probe = torch.full((n + more, case.columns), 7.0, device=case.x.device)
+    expected, found = ((case.x.clone(), case.residual.clone()) for _ in range(2))
+    ops.reference.steer_pair_(*expected, case.tables, case.rows, case.gate_state)
+    acted = ~expected[0].any(1)
+    ops.steer_pair_(*found, case.tables, where, case.gate_state, probe, backend=backend)
+    for pair, steered_row in zip(found, (torch.zeros_like(added), added), strict=True):
+        assert torch.equal(bits(pair[acted]), bits(steered_row[acted])), "not (0, what add_steer gives)"
+    for pair, row in zip(found, (case.x, case.residual), strict=True):
+        assert torch.equal(bits(pair[~acted]), bits(row[~acted])), "a pair that nothing acts on changed"
+    has_entries = (case.rows.slot >= 0) & (case.tables.ranges[case.rows.slot.clamp(min=0).long(), 1] > 0)
+    assert torch.equal(probe[:n][has_entries], seen[has_entries]), "not what add_steer probes"
+    assert (probe[:n][~has_entries] == 7).all() and (probe[n:] == 7).all(), "the probe of another row was written"
+
+
+def check_probe(found: Tensor, exact: Tensor, plain: Tensor, x: Tensor) -> None:
     if not found.numel():
         return
     # A dot product's error is bounded by the row's norm (the direction is a unit vector), not by its own size.
-    floor = torch.finfo(torch.float32).eps * case.x.double().norm(dim=1, keepdim=True) * 8
+    floor = torch.finfo(torch.float32).eps * x.double().norm(dim=1, keepdim=True) * 8
     assert ((found - exact).abs() <= 2 * (plain - exact).abs() + floor).all()
 
 

@@ -26,6 +26,11 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=["own", "reference"])
+def both(request, backend) -> str:
+    return backend if request.param == "own" else "reference"
+
+
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestContract3:
@@ -111,10 +116,69 @@ def test_strided_and_unaligned_rows(backend, dtype):
         assert not wide.any(), "written outside the rows"
 
 
-def test_no_rows(backend):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_unaligned_pairs(backend, dtype):
+    case = steered(MIXES, 13, 111, DTYPES[dtype], "cpu", seed=4)
+    arguments = case.tables, case.rows, case.gate_state
+    expected = case.x.clone(), case.residual.clone()
+    ops.steer_pair_(*expected, *arguments, backend=backend)
+    for starts in ((1, 0), (3, 200), (200, 1)):
+        wide = [torch.zeros(13, 400 + start, dtype=case.x.dtype) for start in starts]
+        views = [w[:, start : start + 111] for w, start in zip(wide, starts, strict=True)]
+        for view, rows in zip(views, (case.x, case.residual), strict=True):
+            view.copy_(rows)
+        ops.steer_pair_(*views, *arguments, backend=backend)
+        for view, rows, whole in zip(views, expected, wide, strict=True):
+            assert torch.equal(bits(view), bits(rows))
+            view.zero_()
+            assert not whole.any(), "written outside the rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_that_nothing_acts_on_keeps_its_bits(both, dtype):
+    """Of NaN too, and of -0; and coefficient 0 does not act."""
+    case = steered([["Add"]], 9, 111, DTYPES[dtype], "cpu", seed=8)
+    width = case.x.element_size()
+    for rows, nan, zero in ((case.x, 5, 7), (case.residual, 7, 6)):
+        bits(rows)[:, nan], bits(rows)[:, zero] = {4: 0x7FA12345, 2: 0x7FA1}[width], -(2 ** (8 * width - 1))
+    before = case.x.clone(), case.residual.clone()
+    nowhere = case.rows._replace(slot=torch.full_like(case.rows.slot, -1))
+    idle = case.tables._replace(scalars=torch.zeros_like(case.tables.scalars))
+    for tables, rows in ((case.tables, nowhere), (idle, case.rows)):
+        ops.steer_pair_(case.x, case.residual, tables, rows, case.gate_state, backend=both)
+        for pair, was in zip((case.x, case.residual), before, strict=True):
+            assert torch.equal(bits(pair), bits(was))
+    ops.steer_pair_(case.x, case.residual, case.tables, case.rows, case.gate_state, backend=both)
+    assert torch.equal(case.x.any(1), case.rows.slot < 0), "a NaN does not keep a row from being steered"
+
+
+def test_the_probe_of_a_pair_is_written_where_its_slot_has_entries(both):
+    """And only there, whether or not one acts; not at all by tables without entries."""
+    case = steered([["Probe"], []], 6, 64, torch.float32, "cpu", seed=8)
+    slot, position = torch.tensor([0, 1, -1, 9, 0, 0]).int(), torch.zeros(6, dtype=torch.int32)
+    rows, probe = ops.Rows(slot, position, position), torch.full((4, case.columns), 7.0)
+    before = case.x.clone(), case.residual.clone()
+    pair = case.x[:3], case.residual[:3]
+    ops.steer_pair_(*pair, case.tables, rows, case.gate_state, probe, backend=both)
+    assert (probe[0] != 7).all() and (probe[1:] == 7).all()
+    silent = case.tables.fields.clone()
+    silent[:, ops.Field.PROBE] = -1
+    ops.steer_pair_(*pair, case.tables._replace(fields=silent), rows, case.gate_state, probe, backend=both)
+    assert (probe[0] == 0).all() and (probe[1:] == 7).all()
+    empty = ops.Tables(*(t[:0] for t in case.tables[:4]), depth=0, width=1)
+    ops.steer_pair_(*pair, empty, rows, case.gate_state, probe, backend=both)
+    assert (probe[0] == 0).all() and (probe[1:] == 7).all()
+    assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
+
+
+def test_no_rows(both):
     case = steered(MIXES, 0, 64, torch.float32, "cpu", seed=5)
-    assert ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=backend).shape == (0, 64)
-    ops.steer_(case.x, case.tables, case.rows, case.gate_state, backend=backend)
+    assert ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=both).shape == (0, 64)
+    ops.steer_(case.x, case.tables, case.rows, case.gate_state, backend=both)
+    buffer, probe = torch.zeros(4, dtype=torch.int32), torch.full((4, case.columns), 7.0)
+    for rows in (case.rows, ops.Rows(buffer, buffer, buffer)):
+        ops.steer_pair_(case.x, case.residual, case.tables, rows, case.gate_state, probe, backend=both)
+    assert (probe == 7).all()
 
 
 def test_latched_gates(backend):
@@ -178,6 +242,11 @@ def test_wrong_indices_in_tables_stay_inside_and_agree_with_the_reference(backen
     assert torch.equal((found != case.x).any(1), touched)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(probe, expected_probe, rtol=1e-4, atol=1e-4)
+    pairs = [(case.x.clone(), case.residual.clone(), torch.full((20, case.columns), 7.0)) for _ in range(2)]
+    for (x, residual, seen), name in zip(pairs, (backend, "reference"), strict=True):
+        ops.steer_pair_(x, residual, tables, rows, case.gate_state, seen, backend=name)
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 BAD = {
@@ -208,9 +277,12 @@ def test_bad_arguments_are_named(backend, what):
     arguments |= change(case)
     before = case.x.clone()
     overload = "triton" if backend == "triton" else "cpp"
-    for op, last in (("steer", 0), ("steer_", None)):
+    for op, last in (("steer", 0), ("steer_", None), ("steer_pair_", None)):
+        given = [*arguments.values(), last]
+        if op == "steer_pair_":
+            given.insert(1, torch.ones_like(arguments["x"]))
         with pytest.raises((error, RuntimeError), match=rf"^(steer: )?{what.split()[0]} "):
-            getattr(getattr(torch.ops.faststeer, op), overload)(*arguments.values(), last)
+            getattr(getattr(torch.ops.faststeer, op), overload)(*given)
     assert torch.equal(case.x, before)
     tables = ops.Tables(*(arguments[name] for name in ("bank", "fields", "scalars", "ranges")), t.depth, t.width)
     rows = ops.Rows(*(arguments[f"row_{name}"] for name in ("slot", "position", "sequence")))
@@ -220,14 +292,52 @@ def test_bad_arguments_are_named(backend, what):
                 continue  # fp64 is what it is for
             with pytest.raises(error, match=message):
                 op(arguments["x"], tables, rows, arguments["gate_state"], backend=name)
+            with pytest.raises(error, match=message):
+                residual = torch.ones_like(arguments["x"])
+                ops.steer_pair_(arguments["x"], residual, tables, rows, arguments["gate_state"], backend=name)
     assert torch.equal(case.x, before)
 
 
-def test_in_place_forms_refuse_a_gradient(backend):
+BAD_PAIR = {
+    "residual shape": (lambda c: {"residual": c.residual[1:]}, ValueError, "residual is .4, 64."),
+    "residual dtype": (lambda c: {"residual": c.residual.half()}, ValueError, "residual is .* torch.float16"),
+    "residual stride": (lambda c: {"residual": c.residual.T.contiguous().T}, ValueError, "residual has stride"),
+    "row_position rows": (lambda c: {"position": c.rows.position[:4]}, ValueError, "row_position has shape .4."),
+    "row_slot empty": (lambda c: {"slot": c.rows.slot[:0]}, ValueError, "row_slot has shape .0."),
+    "row_slot dimensions": (lambda c: {"slot": c.rows.slot[:, None]}, ValueError, "row_slot has shape .5, 1."),
+    "row_sequence strided": (
+        lambda c: {"sequence": torch.zeros(20, dtype=torch.int32)[::2]}, ValueError, "row_sequence is not contiguous"
+    ),
+    "probe rows": (lambda c: {"probe": torch.zeros(4, 3)}, ValueError, "probe has shape .4, 3.: expected .5, any."),
+    "probe dimensions": (lambda c: {"probe": torch.zeros(5)}, ValueError, "probe has shape .5.: expected .5, any."),
+    "probe dtype": (lambda c: {"probe": torch.zeros(5, 3).half()}, TypeError, "probe has dtype torch.float16"),
+    "probe strided": (lambda c: {"probe": torch.zeros(9, 6)[:, :3]}, ValueError, "probe is not contiguous"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_PAIR)
+def test_bad_arguments_of_a_pair_are_named(both, what):
+    case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=7)
+    change, error, message = BAD_PAIR[what]
+    given = {"residual": case.residual, "probe": None, **case.rows._asdict(), **change(case)}
+    rows = ops.Rows(given["slot"], given["position"], given["sequence"])
+    before = case.x.clone(), case.residual.clone()
+    with pytest.raises(error, match=message):
+        ops.steer_pair_(case.x, given["residual"], case.tables, rows, case.gate_state, given["probe"], backend=both)
+    assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
+
+
+def test_in_place_forms_refuse_a_gradient(both):
     case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=8)
     tables = case.tables._replace(bank=case.tables.bank.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"use steer, or torch\.no_grad"):
-        ops.steer_(case.x, tables, case.rows, case.gate_state, backend=backend)
+        ops.steer_(case.x, tables, case.rows, case.gate_state, backend=both)
+    residual = case.residual.clone().requires_grad_()
+    for pair, given in (((case.x, case.residual), tables), ((case.x, residual), case.tables)):
+        with pytest.raises(RuntimeError, match=r"steer_pair_ has no gradient: use add_steer, or torch\.no_grad"):
+            ops.steer_pair_(*pair, given, case.rows, case.gate_state, backend=both)
+    with torch.no_grad():
+        ops.steer_pair_(case.x, residual, tables, case.rows, case.gate_state, backend=both)
 
 
 @pytest.mark.parametrize("op", ["steer", "add_steer", "add_steer_rmsnorm"])
@@ -253,7 +363,9 @@ def test_gradients_are_the_references(backend, op):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["steer", "steer_", "add_steer", "add_steer_rmsnorm", "latch_", "sparse_add_"])
+@pytest.mark.parametrize(
+    "op", ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_"]
+)
 def test_opcheck(backend, op):
     case = steered(MIXES, 5, 48, torch.float32, "cpu", seed=10)
     t, r = case.tables, case.rows
@@ -263,6 +375,7 @@ def test_opcheck(backend, op):
         "steer": (case.x.requires_grad_(), *tables, case.columns),
         "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns)),
         "add_steer": (case.x, case.residual, *tables, 0),
+        "steer_pair_": (case.x.detach(), case.residual, *tables, torch.zeros(8, case.columns)),
         "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns),
         "latch_": (case.x.detach(), None, *tables),
         "sparse_add_": (case.x.detach(), offsets[1:], torch.ones(2), offsets, r.slot.clamp(max=1), torch.ones(5)),
@@ -308,3 +421,43 @@ def test_compiled_code_copies_nothing(backend):
     body = code[code.index("def call(") : code.index("return (buf")]
     assert len(re.findall(r"torch\.ops\.faststeer\.\w+\.\w+\(", body)) == 3
     assert not re.search(r"empty_strided|clone|copy_\(|fused", body), "a hidden copy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
+    """In compiled code too, of one graph for any number of rows: as vLLM's layers are compiled."""
+    room, hidden = 64, 96
+    case = steered(MIXES, room, hidden, dtype, "cpu", seed=1)
+    tables, columns = case.tables, case.columns
+    generator = torch.Generator().manual_seed(2)
+    weights = [(torch.randn(hidden, hidden, generator=generator) / 8).to(dtype) for _ in range(2)]
+
+    def run(x, before, slot, position, sequence, probe):
+        hidden, residual = x @ weights[0], (before + x) @ weights[1]
+        rows = slot, position, sequence, case.gate_state, probe
+        torch.ops.faststeer.steer_pair_.cpp(hidden, residual, *tables[:4], *rows)
+        s = (hidden + residual).float()
+        return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * case.weight
+
+    inputs = [(case.x[:n].clone(), case.residual[:n].clone()) for n in (13, 29, 41, 50)]
+    for x, before in inputs:
+        for rows in (x, before):
+            torch._dynamo.mark_dynamic(rows, 0)
+    probes = [[torch.full((room, columns), 7.0) for _ in inputs] for _ in range(2)]
+
+    def run_all(function, probes):
+        return [function(*given, *case.rows, probe) for given, probe in zip(inputs, probes, strict=True)]
+
+    with torch.no_grad():
+        expected = run_all(run, probes[0])
+        found, codes = run_and_get_code(run_all, torch.compile(run, fullgraph=True), probes[1])
+    for ours, theirs in zip((*found, *probes[1]), (*expected, *probes[0]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for seen, (x, _) in zip(probes[1], inputs, strict=True):
+        assert (seen[len(x) :] == 7).all() and not (seen[: len(x)] == 7).all()
+    (code,) = codes
+    body = code[code.index("def call(") : code.index("return (buf")]
+    # On the products themselves, and on the buffers that came in: tables, rows, gates and probe.
+    assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){9}\)", body)) == 1
+    assert not re.search(r"clone|copy_\(", body), "a hidden copy"
+    assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
