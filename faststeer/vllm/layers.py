@@ -1,12 +1,13 @@
 """Steering inside vLLM's decoder layers: their `forward` on the instances calls our ops, as part of what vLLM compiles
 and captures. Nothing here decides anything per request: ops read tables and rows that others write.
 
-vLLM's layers hand on a pair (hidden, residual) whose sum, which the next norm takes, is the residual stream. A steered
-row becomes (0, h): exactly h after that sum, in every dtype. Other rows keep their pair, and so their bits.
+vLLM's layers hand on a pair (hidden, residual) whose sum, which the next norm takes, is the residual stream. A row that
+is steered becomes (0, h) in place: exactly h after that sum, in every dtype. Other rows are not written, and not even
+read where their plan, if they have one, does nothing here: they keep their pair, and so their bits.
 
-Our ops are called as operators that return new tensors, with tensors for every argument, so that all layers are one
-compiled piece; choosing rows is left to the compiler, which can put it into the kernel of the next norm. One op with
-the norm would be a pass over the rows less, but give rows without a plan other bits (benchmarks/vllm/forms.py).
+Our ops get tensors for every argument, buffers whole and not the part that a pass uses, so that all layers are one
+compiled piece in which nothing is copied for them. One op with the norm would be a pass over the rows less, but give
+rows without a plan other bits (benchmarks/vllm/forms.py).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class Operators:
     """The ops of the back end for a device."""
 
     steer: Callable[..., Any]
-    add_steer: Callable[..., Any]
+    steer_pair: Callable[..., Any]
     latch: Callable[..., Any]
 
     @classmethod
     def of(cls, device: torch.device) -> Operators:
         overload = {"reference": "reference", "triton": "triton"}.get(backend_for(device), "cpp")
         return cls(
-            *(getattr(getattr(torch.ops.faststeer, name), overload) for name in ("steer", "add_steer", "latch_"))
+            *(getattr(getattr(torch.ops.faststeer, name), overload) for name in ("steer", "steer_pair_", "latch_"))
         )
 
 
@@ -83,7 +84,8 @@ class Site(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.operators, self.columns = operators, 0 if probe is None else probe.shape[1]
 
-    def tables(self, n_rows: int) -> tuple[Tensor | None, ...]:
+    def tables(self, n_rows: int | None = None) -> tuple[Tensor | None, ...]:
+        """The op's tables, with the first rows' numbers or all that there is room for."""
         rows = self.slot[:n_rows], self.position[:n_rows], self.sequence[:n_rows]
         return self.bank, self.fields, self.scalars, self.ranges, *rows, self.gate_state  # type: ignore[return-value]
 
@@ -97,15 +99,11 @@ class Site(nn.Module):
         return steered
 
     def pair(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Steer the sum of a pair: (0, h) for the rows of plans that have an entry here, other rows as they are."""
-        tables = self.tables(hidden.shape[0])
+        """Steer the sum of a pair that nobody else reads, in place: (0, h) for the rows on which something acts."""
         if self.gate_state is not None:
-            self.operators.latch(hidden, residual, *tables)
-        steered, seen = self.operators.add_steer(hidden, residual, *tables, self.columns)
-        self._keep(seen)
-        slot = self.slot[: hidden.shape[0]]
-        acts = ((slot >= 0) & (self.ranges[:, 1][slot.clamp(min=0)] > 0)).unsqueeze(1)
-        return torch.where(acts, 0, hidden), torch.where(acts, steered, residual)
+            self.operators.latch(hidden, residual, *self.tables(hidden.shape[0]))
+        self.operators.steer_pair(hidden, residual, *self.tables(), self.probe)
+        return hidden, residual
 
     def _keep(self, seen: Tensor) -> None:
         if self.probe is not None:
