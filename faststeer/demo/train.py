@@ -1,7 +1,9 @@
 """Train the demo model: `python -m faststeer.demo.train`. Nothing is downloaded; one seed takes one core some minutes.
 
-The model that ships is seed 0, the default. Given several seeds, each trains in its own process, and the one with the
-best score on the validation split is kept. The same seed with the same versions gives the same weights.
+The model that ships is seed 0, the default, polished on another machine (`--polish`) than the one that had trained it.
+Given several seeds, each trains in its own process, and the one with the best score on the validation split is kept.
+The same seed with the same versions gives the same weights on the same kind of CPU; on another, rounding makes another
+model of it, better or worse.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from . import FOLDER, corpus
 GROUPS = ("neutral", "cheerful", "gloomy", "refusal")
 END, PAD, BEGIN = "<|end|>", "<|pad|>", "<|begin|>"
 ROLES = ("system", "user", "assistant")
+POLISHING_DATA = 1000  # dialogues are drawn with seeds from here on, which no other stage of a seed uses
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}"
@@ -56,6 +59,8 @@ class Settings:
     noise_ramp: float = 0.2
     finishing_steps: int = 500
     finishing_rate: float = 2e-3
+    polishing_steps: int = 400
+    polishing_rate: float = 5e-4
     centering: float = 0.2
     centering_across: float = 0.15
     vocabulary: int = 1536
@@ -67,7 +72,7 @@ class Settings:
 
     @property
     def total_steps(self) -> int:
-        return self.steps + self.finishing_steps
+        return self.steps + self.finishing_steps + self.polishing_steps
 
 
 def train_tokenizer(vocabulary: int):
@@ -273,23 +278,29 @@ def answer_loss(model, batch: Batch) -> torch.Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
-def train_model(seed: int, tokenizer, settings: Settings, report=lambda step: None):
-    """Train one model from a seed; `report(step)` is called after every step.
+def train_model(seed: int, tokenizer, settings: Settings, report=lambda step: None, model=None):
+    """Train one model from a seed, or only polish one; `report(step)` is called after every step.
 
     Learning comes first. Finishing starts again from a lower learning rate and adds the centering loss: centered from
-    the beginning, the axes hardly form at all.
+    the beginning, the axes hardly form at all. Polishing is more of the same from a lower rate still. Without it one in
+    ten answers keeps its neutral voice, or falls apart, whichever strength the tone direction is added with; a longer
+    finishing does not help, and costs what ablating refusal does.
     """
+    stages = (
+        (settings.steps, settings.learning_rate),
+        (settings.finishing_steps, settings.finishing_rate),
+        (settings.polishing_steps, settings.polishing_rate),
+    )
+    first = 0 if model is None else 2
     torch.manual_seed(seed)
-    model = build_model(tokenizer, settings).train()
-    disturbance, centering = Disturbance(model.model.layers, settings), Centering(settings)
+    model = (build_model(tokenizer, settings) if model is None else model).requires_grad_().train()
+    disturbance = Disturbance(model.model.layers, settings)
     reported = itertools.count(1)
-    for finishing, steps, height in (
-        (False, settings.steps, settings.learning_rate),
-        (True, settings.finishing_steps, settings.finishing_rate),
-    ):
-        optimizer = make_optimizer(model, settings)
+    for stage in range(first, len(stages)):
+        steps, height = stages[stage]
+        finishing, centering, optimizer = stage > 0, Centering(settings), make_optimizer(model, settings)
         torch.manual_seed(seed)
-        stream = batches(tokenizer, settings, 2 * seed + finishing)
+        stream = batches(tokenizer, settings, POLISHING_DATA + seed if stage == 2 else 2 * seed + stage)
         for step in range(steps):
             done = step / steps
             for group in optimizer.param_groups:
@@ -330,32 +341,42 @@ def save(model, tokenizer, record: dict, folder: Path) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def work(seed: int, settings: Settings, place: str, messages) -> None:
+def load(folder: Path):
+    """A model that was saved, in fp32."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def work(seed: int, settings: Settings, polished: Path | None, place: str, messages) -> None:
     """Process of one seed: train, round to bf16, judge the rounded weights in fp32, leave the model in `place`."""
     from . import score
 
     torch.set_num_threads(1)
-    tokenizer = train_tokenizer(settings.vocabulary)
-    model = train_model(seed, tokenizer, settings, lambda step: messages.put((seed, "step", step)))
+    tokenizer, before = train_tokenizer(settings.vocabulary), None if polished is None else load(polished)
+    model = train_model(seed, tokenizer, settings, lambda step: messages.put((seed, "step", step)), before)
     model = model.to(torch.bfloat16).to(torch.float32)
     verdict = score.judge(model, tokenizer)
     model.to(torch.bfloat16).save_pretrained(place)
     messages.put((seed, "verdict", verdict))
 
 
-def train_seeds(seeds: list[int], settings: Settings, jobs: int, places: dict[int, str]) -> dict[int, dict]:
+def train_seeds(
+    seeds: list[int], settings: Settings, polished: Path | None, jobs: int, places: dict[int, str]
+) -> dict[int, dict]:
     """Train the seeds in at most `jobs` processes at once, with a progress bar each; return the verdict per seed."""
+    total = settings.total_steps if polished is None else settings.polishing_steps
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     waiting, running, verdicts = list(seeds), {}, {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
-        bars = {seed: progress.add_task(f"seed {seed}", total=settings.total_steps) for seed in seeds}
+        bars = {seed: progress.add_task(f"seed {seed}", total=total) for seed in seeds}
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     seed = waiting.pop(0)
-                    running[seed] = context.Process(target=work, args=(seed, settings, places[seed], messages))
+                    running[seed] = context.Process(target=work, args=(seed, settings, polished, places[seed], messages))
                     running[seed].start()
                 try:
                     seed, what, value = messages.get(timeout=1)
@@ -366,7 +387,7 @@ def train_seeds(seeds: list[int], settings: Settings, jobs: int, places: dict[in
                     continue
                 if what == "step":
                     progress.update(bars[seed], completed=value)
-                    if value == settings.total_steps:
+                    if value == total:
                         progress.update(bars[seed], description=f"seed {seed}: measuring")
                 else:
                     verdicts[seed] = value
@@ -393,6 +414,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole at the end.")] = FOLDER,
     seeds: Annotated[str, typer.Option(help="Seeds to try, separated by commas; the best one is kept.")] = "0",
     steps: Annotated[int, typer.Option(min=100, help="Optimizer steps before the finishing ones.")] = Settings.steps,
+    polish: Annotated[
+        bool, typer.Option("--polish", help="Only polish the model that is in --out, and put it in its place.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds trained at once, one thread each.")] = 2,
 ) -> None:
     """Train the demo model from several seeds and keep the one that steers best on the validation split."""
@@ -402,15 +426,18 @@ def main(
     numbers = parse_seeds(seeds)
     if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
         raise typer.BadParameter(f"{out} exists and is not a model folder; give another one", param_hint="--out")
+    if polish and not (out / "training.json").exists():
+        raise typer.BadParameter(f"{out} has no model that this program has trained", param_hint="--polish")
     os.environ["OMP_NUM_THREADS"] = "1"
     settings = Settings(steps=steps)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         places = {seed: f"{scratch}/{seed}" for seed in numbers}
-        verdicts = train_seeds(numbers, settings, jobs, places)
+        verdicts = train_seeds(numbers, settings, out if polish else None, jobs, places)
         best = max(numbers, key=lambda seed: verdicts[seed]["score"])
-        model = transformers.AutoModelForCausalLM.from_pretrained(places[best], dtype=torch.bfloat16)
+        model = load(places[best]).to(torch.bfloat16)
     record = {
+        **({"polished": json.loads((out / "training.json").read_text())} if polish else {}),
         "seed": best,
         "seconds": round(time.perf_counter() - start),
         "settings": asdict(settings),
