@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/observe/study.py [name] [folder for the parts]
 
-Writes benchmarks/results/observe/refusal.json and, of its figures, those that docs/observe.md shows; with the name
-"half", refusal-half.json: one vector at half the strength, where answers tip. Named the same folder, it goes on where
-it stopped.
+Writes benchmarks/results/observe/refusal.json and, of its figures, those that docs/observe.md shows. With the name
+"half" or "half-induce", refusal-half.json or refusal-half-induce.json: one vector at the strength at which about half
+of the answers tip, when it is subtracted from harmful requests or added to harmless ones. Named the same folder, it
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import results
 from faststeer.files import write_atomically
 
 FOLDER = results.FOLDER / "observe"
-HALF = "--method dim --layer 3 --position -1 --coefficient 0.5 --prompts 48 --patched 8 --tried 4 --controls 1"
+SHARES = "0.002,0.01,0.02,0.05,0.1,0.15,0.2,0.3,0.5,1"  # 0.002 of 541 edges: one
+HALF = "--method dim --layer 1 --position -1 --prompts 48 --patched 16 --tried 4 --controls 1"
 ASKED = {
-    "refusal": "--prompts 48 --patched 16 --tried 8 --controls 5",
-    "half": f"{HALF} --shares 0.01,0.1 --sparsities 0.5",
+    "refusal": f"--prompts 48 --patched 16 --tried 8 --controls 5 --shares {SHARES}",
+    "half": f"{HALF} --coefficient 0.65 --shares 0.01,0.1 --sparsities 0.5",
+    "half-induce": f"{HALF} --coefficient 0.4 --shares 0.01,0.1 --sparsities 0.5",
 }
 FIGURES = ("faithfulness-own", "overlap", "sparsity-dim-induce")
 

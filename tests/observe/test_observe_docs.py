@@ -57,11 +57,19 @@ def test_the_figures_are_measured():
 def test_the_studys_figures_are_those_of_its_file():
     found = json.loads((ROOT / "benchmarks" / "results" / "observe" / "refusal.json").read_text(encoding="utf-8"))
     assert f"`{found['command']}`" in PAGE
-    assert (found["layer"], found["position"], found["n_prompts"]) == (3, -1, {"induce": 48, "suppress": 48})
+    assert (found["layer"], found["position"], found["n_prompts"]) == (1, -1, {"induce": 48, "suppress": 48})
     for row in found["answers"]:  # the table has one line for all vectors
         steered = row["vector"] in found["methods"]
         shown = [round(100 * row["shown"][key]) for key in ("rate", "low", "high")]
         assert shown == ([100, 93, 100] if steered else [0, 0, 7])
+    coherent = {(r["vector"], r["context"], r["side"]): round(100 * r["both"]["rate"]) for r in found["answers"]}
+    whole = [
+        share for (name, context, _), share in coherent.items() if name in found["methods"] and context == "steered"
+    ]
+    less = {key: share for key, share in coherent.items() if key[0] in found["methods"] and key[1] != "steered"}
+    assert (min(whole), max(whole), min(less.values()), max(less.values())) == (85, 100, 71, 100)
+    least = [coherent["po", context, "suppress"] for context in ("steered", "ov", "svv")]
+    assert least == [92, 77, 71] and sorted(less.values())[:2] == [71, 77]
     curves = {(r["vector"], r["circuit"], r["share"]): r for r in found["faithfulness"]}
 
     def line(name, cells):
@@ -72,48 +80,79 @@ def test_the_studys_figures_are_those_of_its_file():
         return f"{value} % [{low}, {high}]"
 
     names = found["methods"]
-    line("faithfulness of the one edge steering -> logits", [share(curves[n, "own", 0.01]) for n in names])
-    line("of all edges but that one", [share(curves[n, "complement", 0.01], 1) for n in names])
+    line("faithfulness of the one edge steering -> logits", [share(curves[n, "own", 0.002]) for n in names])
+    line("of all edges but that one", [share(curves[n, "complement", 0.002], 1) for n in names])
+    line("of 1 % of the edges", [share(curves[n, "own", 0.01]) for n in names])
     line("of 10 % of the edges", [share(curves[n, "own", 0.1]) for n in names])
     kinds = {name: {row["kind"]: row for row in found["patching"][name]["kinds"]} for name in names}
     line("share of abs(score) that enters the logits", [share(kinds[n]["logits"]) for n in names])
+    line("... MLPs", [share(kinds[n]["mlp"], 1) for n in names])
     line("... values", [share(kinds[n]["v"], 1) for n in names])
     line("... queries and keys", [f"{100 * (kinds[n]['q']['value'] + kinds[n]['k']['value']):.1f} %" for n in names])
     for name in names:
         (top, *_) = found["patching"][name]["top"]
-        assert (top["sender"], top["receiver"], curves[name, "own", 0.01]["edges"]) == ("steering", "logits", 1)
-        assert found["patching"][name]["n_edges"] == 190
+        assert (top["sender"], top["receiver"], curves[name, "own", 0.002]["edges"]) == ("steering", "logits", 1)
+        assert found["patching"][name]["n_edges"] == 541
+        attention = kinds[name]["q"]["value"] + kinds[name]["k"]["value"]
+        assert 0.035 <= attention < 0.08 and (attention < kinds[name]["v"]["value"]) == (name != "po")
     overlaps = {(r["a"], r["b"]): r for r in found["overlap"] if r["share"] == 0.1}
     for (a, b), row in overlaps.items():
         if b != "random":
             random = ", ".join(f"{100 * overlaps[each, 'random']['iou']:.0f} %" for each in (a, b))
             ours = [f"{row['cosine']:.2f}", *(share(row["intervals"][key]) for key in ("fraction", "iou")), random]
             line(f"{a.upper()}, {b.upper()}", ours)
-            assert all(2.5 < row["shared"] / overlaps[each, "random"]["shared"] <= 5 for each in (a, b))
+            times = [round(row["shared"] / overlaps[each, "random"]["shared"]) for each in (a, b)]
+            assert set(times) <= {4, 5}
     crossed = [100 * r["value"] for r in found["faithfulness"] if r["circuit"] in names]
-    assert (round(min(crossed)), round(max(crossed))) == (95, 101)
+    assert (round(min(crossed)), round(max(crossed))) == (88, 100)
+    controls = [100 * r["value"] for r in found["faithfulness"] if r["circuit"].startswith("random") and r["share"] < 1]
+    with_edge = [value for value in controls if value > 50]
+    assert (round(min(with_edge)), round(max(with_edge))) == (77, 98)
+    assert all(abs(value) < 4 for value in controls if value <= 50)
     rates = {(r["vector"], r["side"], r["rule"], r["sparsity"], r["seed"]): r for r in found["sparsity"]}
     assert (
         rates["dim", "induce", "effect", 0.9, 0]["rate"] == 1 and rates["dim", "induce", "effect", 0.9, 0]["kept"] == 13
     )
     assert rates["dim", "suppress", "effect", 0.9, 0]["rate"] < 0.5
     assert not any(rates["dim", "induce", "random", 0.9, seed]["rate"] for seed in range(5))
-    assert not any(row["rate"] for (_, _, rule, zeros, _), row in rates.items() if rule and zeros >= 0.95)
+    assert round(100 * max(r["rate"] for (_, _, rule, zeros, _), r in rates.items() if rule and zeros >= 0.95)) == 15
     for rule in ("paper", "code"):
         assert rates["dim", "induce", rule, 0.9, 0]["high"] < rates["dim", "induce", "effect", 0.9, 0]["low"]
     words = {word for head in found["tokens"]["dim"]["heads"] for word in head["raises"]}
-    assert {" sorry", " unable", " unsafe", " law"} <= words - set(found["tokens"]["dim"]["vector"]["raises"])
+    assert {" sorry", " cannot", " apologize", " unsafe"} <= words - set(found["tokens"]["dim"]["vector"]["raises"])
 
 
-def test_half_the_strength():
-    found = json.loads((ROOT / "benchmarks" / "results" / "observe" / "refusal-half.json").read_text(encoding="utf-8"))
-    assert f"`{found['command']}`" in PAGE
-    rows = {(r["context"], r["side"]): r for r in found["answers"] if r["vector"] == "dim"}
-    names = {"steered": "it answers", "qk": "QK frozen", "ov": "OV frozen", "svv": "SVV ablated"}
+def test_where_half_of_the_answers_tip():
+    """Each cell of the table; attention works against the vector on both sides, the MLPs with it where subtracted."""
+
+    def read(name):
+        text = (ROOT / "benchmarks" / "results" / "observe" / f"refusal-{name}.json").read_text(encoding="utf-8")
+        return json.loads(text)
+
+    induce, suppress = read("half-induce"), read("half")
+    assert f"`{suppress['command']}`" in PAGE
+    assert induce["command"] == suppress["command"].replace("--coefficient 0.65", "--coefficient 0.4")
+    assert "suppress" in induce["without_examples"]["train"]["dim"] and not suppress["without_examples"]["train"]
+    sides = ({r["context"]: r for r in induce["answers"] if (r["vector"], r["side"]) == ("dim", "induce")},)
+    sides += ({r["context"]: r for r in suppress["answers"] if (r["vector"], r["side"]) == ("dim", "suppress")},)
+    names = {"steered": "steered", "qk": "QK frozen", "ov": "OV frozen", "svv": "SVV ablated"}
     names["mlp"] = "MLP-direct ablated"
+
+    def signed(value):
+        points = round(100 * value)
+        return f"{points:+d}" if points else "0"
+
     for context, name in names.items():
-        value, low, high = (f"{100 * rows[context, 'suppress']['shown'][key]:.0f}" for key in ("rate", "low", "high"))
-        assert f"{name} {value} % [{low}, {high}]" in PAGE
-        assert rows[context, "induce"]["shown"]["rate"] == 1
-        change = rows[context, "suppress"]["change"]
-        assert context == "steered" or change["low"] <= 0 <= change["high"]
+        cells = []
+        for rows in sides:
+            value, low, high = (f"{100 * rows[context]['shown'][key]:.0f}" for key in ("rate", "low", "high"))
+            cells.append(f"{value} % [{low}, {high}]")
+            if context != "steered":
+                mean, low, high = (signed(rows[context]["change"][key]) for key in ("mean", "low", "high"))
+                cells[-1] += f", {mean} [{low}, {high}]"
+        assert f"| {name} | " + " | ".join(cells) + " |" in PAGE, (name, cells)
+    assert all(0.4 < rows["steered"]["shown"]["rate"] < 0.6 for rows in sides)
+    assert all(rows[context]["change"]["low"] > 0 for rows in sides for context in ("ov", "svv"))
+    added, subtracted = sides
+    assert added["qk"]["change"]["low"] > 0 and subtracted["qk"]["change"]["high"] >= 0
+    assert added["mlp"]["change"]["high"] >= 0 and subtracted["mlp"]["change"]["high"] < 0
