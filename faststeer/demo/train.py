@@ -376,7 +376,8 @@ def train_seeds(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     seed = waiting.pop(0)
-                    running[seed] = context.Process(target=work, args=(seed, settings, polished, places[seed], messages))
+                    arguments = seed, settings, polished, places[seed], messages
+                    running[seed] = context.Process(target=work, args=arguments)
                     running[seed].start()
                 try:
                     seed, what, value = messages.get(timeout=1)
