@@ -291,7 +291,8 @@ def train_model(seed: int, tokenizer, settings: Settings, report=lambda step: No
         (settings.finishing_steps, settings.finishing_rate),
         (settings.polishing_steps, settings.polishing_rate),
     )
-    first = 0 if model is None else 2
+    polishing = len(stages) - 1
+    first = 0 if model is None else polishing
     torch.manual_seed(seed)
     model = (build_model(tokenizer, settings) if model is None else model).requires_grad_().train()
     disturbance = Disturbance(model.model.layers, settings)
@@ -300,7 +301,7 @@ def train_model(seed: int, tokenizer, settings: Settings, report=lambda step: No
         steps, height = stages[stage]
         finishing, centering, optimizer = stage > 0, Centering(settings), make_optimizer(model, settings)
         torch.manual_seed(seed)
-        stream = batches(tokenizer, settings, POLISHING_DATA + seed if stage == 2 else 2 * seed + stage)
+        stream = batches(tokenizer, settings, POLISHING_DATA + seed if stage == polishing else 2 * seed + stage)
         for step in range(steps):
             done = step / steps
             for group in optimizer.param_groups:

@@ -2,8 +2,8 @@
 and captures. Nothing here decides anything per request: ops read tables and rows that others write.
 
 vLLM's layers hand on a pair (hidden, residual) whose sum, which the next norm takes, is the residual stream. A row that
-is steered becomes (0, h) in place: exactly h after that sum, in every dtype. Other rows are not written, and not even
-read where their plan, if they have one, does nothing here: they keep their pair, and so their bits.
+is steered becomes (0, h) in place: exactly h after that sum, in every dtype. Other rows are not written, and those
+without an entry here not even read: they keep their pair, and so their bits.
 
 Our ops get tensors for every argument, buffers whole and not the part that a pass uses, so that all layers are one
 compiled piece in which nothing is copied for them. One op with the norm would be a pass over the rows less, but give
