@@ -8,6 +8,7 @@ import binascii
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from faststeer.files import write_atomically
 from faststeer.intervention import (
     KINDS,
     Direction,
@@ -137,6 +139,26 @@ class Plan:
         SHA-256 of its content; others, bare tensors, and everything when `inline`, by value (safetensors in base64).
         """
         return json.dumps(_encode(self, names or {}, inline), indent=indent)
+
+    def save(self, path: str | os.PathLike[str], *, inline: bool = False) -> Path:
+        """Write the plan as JSON to `path`, atomically. Vectors that have a file are named by a path relative to the
+        plan's folder, so that both can be moved together."""
+        path = Path(path)
+        write_atomically(path, json.dumps(_encode(self, {}, inline, path.parent), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan's file, as `save` and `to_json` write it; paths in it start at its folder.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: as `from_json`.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no plan at {path}: no such file")
+        return cls.from_json(path.read_text(encoding="utf-8"), folder=path.parent)
 
     @classmethod
     def from_json(
@@ -288,11 +310,15 @@ def _number_probes(entries: Sequence[Entry]) -> list[Entry]:
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def _encode(plan: Plan, names: Mapping[str, SteeringVector] | None = None, inline: bool = False) -> dict[str, Any]:
-    return {"format": FORMAT, "interventions": [_encode_fields(i, names or {}, inline) for i in plan]}
+def _encode(
+    plan: Plan, names: Mapping[str, SteeringVector] | None = None, inline: bool = False, folder: Path | None = None
+) -> dict[str, Any]:
+    return {"format": FORMAT, "interventions": [_encode_fields(i, names or {}, inline, folder) for i in plan]}
 
 
-def _encode_fields(item: Intervention | Gate, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, Any]:
+def _encode_fields(
+    item: Intervention | Gate, names: Mapping[str, SteeringVector], inline: bool, folder: Path | None
+) -> dict[str, Any]:
     """An intervention or gate as an object: its kind and every field that differs from its default."""
     encoded: dict[str, Any] = {} if isinstance(item, Gate) else {"type": type(item).__name__}
     for f in dataclasses.fields(item):
@@ -301,9 +327,9 @@ def _encode_fields(item: Intervention | Gate, names: Mapping[str, SteeringVector
             *getattr(item, "direction_names", ()),
             "direction",
         ):
-            encoded[f.name] = _encode_direction(value, names, inline)
+            encoded[f.name] = _encode_direction(value, names, inline, folder)
         elif isinstance(value, Gate):
-            encoded[f.name] = _encode_fields(value, names, inline)
+            encoded[f.name] = _encode_fields(value, names, inline, folder)
         elif value != f.default and not (f.name == "probe" and type(item).__name__ == "Probe"):
             encoded[f.name] = _plain(value)
     return encoded
@@ -315,7 +341,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, str]:
+def _encode_direction(
+    direction: Direction, names: Mapping[str, SteeringVector], inline: bool, folder: Path | None
+) -> dict[str, str]:
     if isinstance(direction, Tensor):
         tensor = direction.detach().to("cpu", torch.float32).contiguous()
         return {"tensor": base64.b64encode(to_safetensors({"direction": tensor})).decode()}
@@ -325,7 +353,8 @@ def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector],
         if vector is direction:
             return {"name": name}
     if direction.path is not None and direction.path.is_file() and _sha256(direction.path) == direction.sha256:
-        return {"path": str(direction.path), "sha256": direction.sha256}
+        path = direction.path if folder is None else os.path.relpath(direction.path.resolve(), folder.resolve())
+        return {"path": str(path), "sha256": direction.sha256}
     return {"vector": base64.b64encode(direction.to_bytes()).decode()}
 
 

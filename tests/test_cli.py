@@ -96,7 +96,7 @@ def test_extract_from_files_then_generate_with_the_vector(folder, tmp_path):
 
 def test_extract_with_selection_on_the_demo_model(tmp_path):
     out = tmp_path / "refusal.safetensors"
-    report = json.loads(succeeds("extract", "--select", "--out", out, "--json"))
+    report = json.loads(succeeds("extract", "--select", "refusal", "--position", "all", "--out", out, "--json"))
     chosen = report["selection"]["chosen"]
     assert fs.SteeringVector.load(out).layers == (chosen["layer"],)
     assert len(report["selection"]["table"]) >= 6

@@ -26,7 +26,17 @@ from faststeer.extract import optimise
 from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.extract.caa import answer_rows, caa_table
 from faststeer.extract.contrast import Contrast, Directions, contrast
-from faststeer.extract.sweep import Cell, Choice, Found, answer, cells, check_coefficients, judged, select_by_judge
+from faststeer.extract.sweep import (
+    Cell,
+    Choice,
+    Found,
+    answer,
+    cells,
+    check_coefficients,
+    check_layer_numbers,
+    judged,
+    select_by_judge,
+)
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import model_name
@@ -197,8 +207,8 @@ def compare(
     if n_select < 1 or train_layers < 1 or (n_test is not None and n_test < 1):
         raise ValueError("n_select, n_test and train_layers are counts: expected at least 1")
     n_layers = find_hook_points(model).n_layers
-    if layers is not None and (not layers or not all(0 <= layer < n_layers for layer in layers)):
-        raise ValueError(f"layers are {list(layers)}: the model has layers 0..{n_layers - 1}")
+    if layers is not None:
+        layers = check_layer_numbers(layers, n_layers)
     job = _Job(
         model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
         max_new_tokens, check_coefficients(coefficients), n_select,

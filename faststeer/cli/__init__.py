@@ -1,6 +1,6 @@
 """The command line. One module per command; what they share is in `common`."""
 
-from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, report, sweep, ui
+from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, plan, report, sweep, ui
 from faststeer.cli.common import app
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "generate",
     "info",
     "observe",
+    "plan",
     "report",
     "sweep",
     "ui",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Json, app, reports_errors
+from faststeer.cli.common import Json, app, check_files, reports_errors
 
 
 @app.command()
@@ -40,17 +40,24 @@ def convert(
 ) -> None:
     """Read a steering vector of this or another project, and write it for this one or llama.cpp.
 
-    What a file is, is told by its content. What it does not say (hook point, layer, op) is asked for, never guessed.
+    What a file is, is told by its content. What it does not say (hook point, layer, op) is asked for, never guessed. A
+    GGUF file cannot hold the first layers; they are left out, and named.
 
     Example: faststeer convert control_vector.gguf refusal.safetensors
     """
+    if not source.startswith("hub:"):
+        check_files(source=Path(source))
     from faststeer import formats
-    from faststeer.formats import hub
+    from faststeer.formats import control_vectors, hub
 
     said = {"format": format, "at": at, "layer": layer, "position": position, "op": op, "model": model}
     there = source.startswith("hub:")
     vector = formats.pull(**hub.parse(source), **said) if there else formats.load(source, **said)  # type: ignore[arg-type]
+    left_out: list[int] = []
+    if to == "gguf" or (to is None and target is not None and target.endswith(".gguf")):
+        vector, left_out = control_vectors.without_first_layers(vector)
     report: dict[str, Any] = {
+        "left_out": left_out,
         "layers": list(vector.layers),
         "hidden_size": vector.hidden_size,
         "norms": {layer: float(vector[layer].norm()) for layer in vector.layers},
@@ -69,5 +76,7 @@ def convert(
     for number, norm in report["norms"].items():
         table.add_row(str(number), f"{norm:.4g}")
     Console().print(table)
+    if left_out:
+        Console().print(f"Left out: layers {', '.join(map(str, left_out))} at {vector.at}, which GGUF cannot hold")
     if target is not None:
         Console().print(f"Written to {report['written']}")

@@ -11,7 +11,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Device, Dtype, Json, Model, System, app, load_model, reports_errors
+from faststeer.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    System,
+    VectorLayer,
+    app,
+    check_files,
+    load_model,
+    reports_errors,
+    vector_layers,
+)
 from faststeer.cli.sweep import FAILED, results_table
 
 JUDGES = ("refusal", "perplexity", "repetition", "length")
@@ -24,7 +36,7 @@ def evaluate(
     plan: Annotated[Path | None, typer.Option(help="A plan as JSON (Plan.to_json).")] = None,
     vector: Annotated[Path | None, typer.Option(help="A vector's file, added with --coefficient at --layer.")] = None,
     coefficient: Annotated[float, typer.Option(help="For --vector.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="For --vector (default: every layer it has, together).")] = None,
+    layer: VectorLayer = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: .txt (one a line), .json, .jsonl or .csv.")] = None,
     field: Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")] = None,
     answers: Annotated[
@@ -60,6 +72,7 @@ def evaluate(
     Exit codes: 0 measured; 1 wrong input; 2 wrong usage; 3 measured, but some answers could not be generated or some
     verdicts not read.
     """
+    check_files(plan=plan, vector=vector, prompts=prompts, answers=answers, questions=questions)
     judges = [_judge(text) for text in judge or (JUDGES if answers is None else ("refusal",))]
     if answers is not None:
         if plan is not None or vector is not None or prompts is not None:
@@ -89,7 +102,7 @@ def _sweep(
     plan: Path | None,
     vector: Path | None,
     coefficient: float,
-    layer: int | None,
+    layer: str | None,
     prompts: Path,
     field: str | None,
     questions: Path | None,
@@ -108,12 +121,10 @@ def _sweep(
     if questions is not None:
         options["questions"] = load_questions(questions)
     if plan is not None:
-        if not plan.is_file():
-            raise FileNotFoundError(f"no plan at {plan}: no such file")
-        options["plans"] = {"plan": Plan.from_json(plan.read_text(encoding="utf-8"), folder=plan.parent)}
+        options["plans"] = {"plan": Plan.load(plan)}
     elif vector is not None:
         loaded = SteeringVector.load(vector)
-        layers = [list(loaded.layers) if layer is None else layer]
+        layers = [vector_layers(vector, loaded, layer)]
         options |= {"vectors": {vector.stem: loaded}, "layers": layers, "coefficients": [coefficient]}
     return Sweep(asked, projections=0, **options)
 
@@ -158,8 +169,6 @@ def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
 
 
 def _read_answers(path: Path) -> tuple[list[Any], list[str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no answers at {path}: no such file")
     prompts, completions = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,12 +21,15 @@ from faststeer.cli.common import (
     Dtype,
     Field,
     Json,
+    Judge,
     Model,
     Negative,
     Positive,
     System,
     app,
     behaviour_of,
+    check_sides,
+    layer_numbers,
     load_model,
     numbers,
     reports_errors,
@@ -32,6 +38,12 @@ from faststeer.cli.common import (
 
 if TYPE_CHECKING:
     from faststeer.behaviours import Behaviour
+    from faststeer.extract import Candidates
+    from faststeer.hf.batching import Prompt
+    from faststeer.vector import HookPoint
+
+
+Selection = Literal["refusal", "cosmic", "judge"]
 
 
 @app.command()
@@ -52,25 +64,45 @@ def extract(
             "po,reps,bipo."
         ),
     ] = None,
+    select: Annotated[
+        Selection | None,
+        typer.Option(
+            help="Choose layer and token on held-out prompts: by refusal scores, by activations (cosmic), or by what "
+            "a judge says of the answers."
+        ),
+    ] = None,
     positive: Positive = None,
     negative: Negative = None,
     field: Field = None,
+    judge: Judge = None,
     at: Annotated[
         str, typer.Option(help="Hook point: resid_pre, attn_out, resid_mid, mlp_out or resid_post.")
     ] = "resid_pre",
-    position: Annotated[int, typer.Option(max=-1, help="Token, counted from the prompt's end: -1 is the last.")] = -1,
+    position: Annotated[
+        str | None,
+        typer.Option(
+            help="Token, counted from the prompt's end: -1 is the last. With --select and --method several, such as "
+            "-1,-2, or all (those after the instruction; what --method takes by default)."
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="Keep one layer's direction (default: all layers).")] = None,
-    select: Annotated[
-        bool, typer.Option("--select", help="Choose layer and token by refusal score on held-out prompts.")
-    ] = False,
-    coefficients: Annotated[str, typer.Option(help="With --method: coefficients to try, such as 0.5,1,2.")] = "1",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="With --select and --method: layers to try, such as 8-20 or 8,12,16 (all; with --select judge every "
+            "second one between 20 and 80 % of the depth)."
+        ),
+    ] = None,
+    coefficients: Annotated[
+        str, typer.Option(help="With --select and --method: coefficients to try, such as 0.5,1,2.")
+    ] = "1",
     steps: Annotated[
         int | None, typer.Option(min=1, help="With --method: training steps (10 epochs; 24 on the demo model).")
     ] = None,
     prompts: Annotated[
         int | None, typer.Option(min=1, help="With --method: test prompts a side, at most (all).")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --method: longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that a judge reads.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="With --method: of training and of the random control.")] = 0,
     system: System = None,
     batch_size: BatchSize = 32,
@@ -80,92 +112,184 @@ def extract(
 ) -> None:
     """Find a direction: by difference in means between two sets of prompts, or by several methods side by side.
 
-    With --select a fifth of each set is held out, and the direction that best induces and bypasses refusal on it is
-    kept. With --method the behaviour's vector is found by each method, its layer, token and coefficient are chosen on
-    validation prompts, and what it does is measured on test prompts, next to a random vector. The demo model brings its
-    own prompts.
+    With --select a fifth of each set is held out, and the layer and token that do most on it are kept. With --method
+    the behaviour's vector is found by each method, its layer, token and coefficient are chosen on validation prompts,
+    and what it does is measured on test prompts, next to a random vector. The demo model brings its own prompts. How
+    long it takes is said before the work and while it runs.
 
-    Example: faststeer extract --model ./my-model --positive harmful.txt --negative harmless.txt --select --out
-    refusal.safetensors
-
+    \b
+    Example: faststeer extract --model ./my-model --positive cheerful.txt --negative gloomy.txt --out tone.safetensors
+    Example: faststeer extract --model ./my-model --positive cheerful.txt --negative gloomy.txt --select judge
+             --judge sentiment --out tone.safetensors
     Example: faststeer extract --behaviour refusal --method all
     """
+    check_sides(positive, negative)
+    chosen_layers = None if layers is None else layer_numbers(layers)
     if method is not None:
-        if select or layer is not None or system is not None or position != -1:
-            raise typer.BadParameter("--method chooses layer and token, and takes no --select, --system or --position")
-        chosen = behaviour_of(model, behaviour, positive, negative, field)
+        if select is not None or layer is not None or system is not None:
+            raise typer.BadParameter("--method chooses layer and token, and takes no --select, --layer or --system")
+        chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
         _compare(
             chosen, model, method, out, as_json, dtype, device,
-            at=at, coefficients=numbers(coefficients, "--coefficients"), n_test=prompts, seed=seed,
+            at=at, positions=_positions(position, None), layers=chosen_layers,
+            coefficients=numbers(coefficients, "--coefficients"), n_test=prompts, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
             steps=DEMO_STEPS if steps is None and model == "demo" else steps,
         )  # fmt: skip
         return
     if out is None:
         raise typer.BadParameter("--out is needed: the vector's file (or --method, to compare methods)")
-    _one(out, model, behaviour, positive, negative, field, at, position, layer, select, system, batch_size, dtype,
-         device, as_json)  # fmt: skip
+    if select is not None and layer is not None:
+        raise typer.BadParameter("--select chooses the layer: leave --layer out, or name candidates with --layers")
+    if select is None and layers is not None:
+        raise typer.BadParameter("--layers names candidates of --select or --method; one layer is kept by --layer")
+    positions = _positions(position, [-1])
+    if select is None and (positions is None or len(positions) > 1):
+        raise typer.BadParameter(f"--position {position}: without --select and --method, one token is read")
+    asked = _Asked(
+        model, _prompts(model, behaviour, positive, negative, field, judge, select), at, positions, layer,
+        chosen_layers, select, numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
+    )  # fmt: skip
+    _one(asked, out, dtype, device, as_json)
 
 
-def _one(
-    out: Path,
+def _positions(text: str | None, default: list[int] | None) -> list[int] | None:
+    """The token positions that --position names; None: those after the instruction."""
+    if text is None or text == "all":
+        return default if text is None else None
+    try:
+        positions = [int(part) for part in text.split(",")]
+    except ValueError:
+        positions = [0]
+    if max(positions) >= 0:
+        raise typer.BadParameter(f"--position {text!r}: expected negative numbers, such as -1 or -1,-2, or all")
+    return positions
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts to extract from, and with --select those to choose on and what reads the answers."""
+
+    positive: Sequence[Prompt]
+    negative: Sequence[Prompt]
+    induce: Sequence[Prompt] = ()
+    suppress: Sequence[Prompt] = ()
+    judge: str | None = None
+    coherence: str = "no-loop"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one vector is extracted by: the command's options, read."""
+
+    model: str
+    prompts: _Prompts
+    at: str
+    positions: list[int] | None
+    layer: int | None
+    layers: list[int] | None
+    select: Selection | None
+    coefficients: list[float]
+    max_new_tokens: int
+    system: str | None
+    batch_size: int
+
+
+def _prompts(
     model: str,
     behaviour: str | None,
     positive: Path | None,
     negative: Path | None,
     field: str | None,
-    at: str,
-    position: int,
-    layer: int | None,
-    select: bool,
-    system: str | None,
-    batch_size: int,
-    dtype: str,
-    device: str,
-    as_json: bool,
-) -> None:
+    judge: str | None,
+    select: Selection | None,
+) -> _Prompts:
+    """The prompts of two files or of a behaviour; held out is every fifth of a file's, or the behaviour's validation
+    prompts."""
+    if behaviour is not None or (positive is None and negative is None):
+        chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
+        sides = chosen.train.positive, chosen.train.negative, chosen.validation.induce, chosen.validation.suppress
+        return _Prompts(*sides, chosen.judge, chosen.coherence)
+    shown, absent = two_sides(positive, negative, field)
+    if select is None:
+        return _Prompts(shown, absent)
+    if select == "judge" and judge is None:
+        from faststeer.evaluate.judges import JUDGES
+
+        raise typer.BadParameter(f"--select judge needs --judge: one of {', '.join(JUDGES)}")
+    train = [[prompt for number, prompt in enumerate(prompts) if number % 5] for prompts in (shown, absent)]
+    return _Prompts(train[0], train[1], induce=absent[::5], suppress=shown[::5], judge=judge)
+
+
+def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> None:
     """The difference in means, written to a file."""
     from faststeer import extract as extraction
 
-    if select and layer is not None:
-        raise typer.BadParameter("--select chooses the layer: leave --layer out")
-    sets = _contrast(model, behaviour, positive, negative, field, select)
-    loaded, tokenizer = load_model(model, dtype, device)
-    settings: dict[str, Any] = {"at": at, "system": system, "batch_size": batch_size, "progress": True}
-    report: dict[str, Any] = {"out": str(out), "n_positive": len(sets[0]), "n_negative": len(sets[1])}
-    if select:
-        candidates = extraction.candidates(loaded, tokenizer, sets[0], sets[1], **settings)
-        selection = extraction.select(loaded, tokenizer, candidates, sets[2], sets[3], system=system, progress=True)
+    prompts = asked.prompts
+    loaded, tokenizer = load_model(asked.model, dtype, device)
+    settings: dict[str, Any] = {"system": asked.system, "batch_size": asked.batch_size}
+    if asked.select == "refusal":  # before any work that would be in vain
+        extraction.check_refusal(loaded, tokenizer, prompts.suppress, prompts.induce, **settings)
+    settings["progress"] = True
+    candidates = extraction.candidates(
+        loaded, tokenizer, prompts.positive, prompts.negative, at=cast("HookPoint", asked.at),
+        positions=asked.positions, **settings,
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "out": str(out), "n_positive": len(prompts.positive), "n_negative": len(prompts.negative)
+    }  # fmt: skip
+    if asked.select is None:
+        vector = candidates.vector(-1 if asked.positions is None else asked.positions[0], asked.layer)
+    else:
+        selection = _selection(asked, loaded, tokenizer, candidates, settings)
         vector = selection.vector
         report["selection"] = selection.to_dict()
-    else:
-        candidates = extraction.candidates(loaded, tokenizer, sets[0], sets[1], positions=[position], **settings)
-        vector = candidates.vector(position, layer)
     vector.save(out)
     report |= {
         "at": vector.at,
         "layers": list(vector.layers),
-        "norms": {n: float(vector[n].norm()) for n in vector.layers},
-    }
+        "norms": {number: float(vector[number].norm()) for number in vector.layers},
+        "relative": {n: candidates.relative_norm(vector.provenance["position"], n) for n in vector.layers},
+    }  # fmt: skip
+    report["next"] = _next_step(asked, out, report, candidates.n_layers)
     if as_json:
         typer.echo(json.dumps(report))
         return
-    Console().print(_selection_table(report["selection"]) if select else _norm_table(report))
+    table = _norm_table(report) if asked.select is None else _selection_table(asked.select, report["selection"])
+    Console().print(table)
     Console().print(f"Written to {out}: {vector!r}")
+    Console().print(f"Try it next:\n  {report['next']}", soft_wrap=True, highlight=False)
 
 
-def _contrast(
-    model: str, behaviour: str | None, positive: Path | None, negative: Path | None, field: str | None, select: bool
-) -> list[list[Any]]:
-    """Positive and negative prompts, and with `select` the held-out ones of both."""
-    if behaviour is None and (positive is not None or negative is not None):
-        sets = [list(listed) for listed in two_sides(positive, negative, field)]
-        if not select:
-            return sets
-        held_out = [listed[::5] for listed in sets]
-        return [[p for i, p in enumerate(listed) if i % 5] for listed in sets] + held_out
-    chosen = behaviour_of(model, behaviour, positive, negative, field)
-    return [list(side) for split in (chosen.train, chosen.validation) for side in (split.positive, split.negative)]
+def _selection(asked: _Asked, model: Any, tokenizer: Any, candidates: Candidates, settings: dict[str, Any]) -> Any:
+    """The choice among the candidates by the rule that was asked for."""
+    from faststeer import extract as extraction
+    from faststeer.evaluate.judges import coherence, judge
+
+    prompts, n_layers = asked.prompts, candidates.n_layers
+    options = {**settings, "coefficients": asked.coefficients, "layers": asked.layers}
+    if asked.select == "refusal":
+        return extraction.select(model, tokenizer, candidates, prompts.suppress, prompts.induce, **options)
+    if asked.select == "cosmic":
+        return extraction.select_cosmic(model, tokenizer, candidates, prompts.suppress, prompts.induce, **options)
+    assert prompts.judge is not None
+    if asked.layers is None:
+        options["layers"] = range(round(0.2 * n_layers), max(round(0.8 * n_layers), 1), 2 if n_layers > 8 else 1)
+    return extraction.select_by_judge(
+        model, tokenizer, candidates, judge(prompts.judge), prompts.induce, prompts.suppress,
+        coherent=coherence(prompts.coherence), max_new_tokens=asked.max_new_tokens, **options,
+    )  # fmt: skip
+
+
+def _next_step(asked: _Asked, out: Path, report: dict[str, Any], n_layers: int) -> str:
+    """The command that shows what the vector does: at its layer, or, where it has all of them, at the layer of the
+    middle of the model (30 to 75 % of the depth) at which the two sides lie furthest apart for their length."""
+    chosen = report.get("selection", {}).get("chosen", {})
+    middle = [n for n in report["layers"] if 0.3 * n_layers <= n <= 0.75 * n_layers] or report["layers"]
+    layer = chosen.get("layer", max(middle, key=report["relative"].__getitem__))
+    words = ["faststeer", "generate", "--model", asked.model, "--vector", str(out), "--layer", str(layer)]
+    words += ["--coefficient", f"{chosen.get('coefficient', 1):g}", "--prompt", "How was your day?", "--compare"]
+    return shlex.join(words)
 
 
 def _compare(
@@ -227,23 +351,42 @@ def _comparison_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _selection_table(selection: dict[str, Any]) -> Table:
-    table = Table(
-        "layer", "token", "induce", "bypass", "ablate", "KL", "", title="Candidates, best ten by induce - bypass"
-    )
-    usable = [row for row in selection["table"] if row["induce"] is not None and row["bypass"] is not None]
-    chosen = selection["chosen"]
-    for row in sorted(usable, key=lambda row: row["bypass"] - row["induce"])[:10]:
-        remark = "chosen" if row == chosen else ", ".join(f"not {name}" for name in row["violated"])
-        numbers = [f"{row[name]:+.2f}" for name in ("induce", "bypass", "ablate")]
-        table.add_row(str(row["layer"]), str(row["position"]), *numbers, f"{row['kl']:.3f}", remark)
-    if selection["relaxed"]:
+def _selection_table(rule: Selection, selection: dict[str, Any]) -> Table:
+    columns, texts, order = {
+        "refusal": (("induce", "bypass", "ablate", "KL"), _refusal_cells, lambda row: row["bypass"] - row["induce"]),
+        "cosmic": (("suppress", "induce", "KL"), _cosmic_cells, lambda row: -row["score"]),
+        "judge": (("induce", "suppress", "coherent"), _judged_cells, lambda row: -row["both"]),
+    }[rule]
+    table = Table("layer", "token", "coeff.", *columns, "", title="Candidates, best ten")
+    measured = [row for row in selection["table"] if all(value is not None for value in row.values())]
+    for row in sorted(measured, key=order)[:10]:
+        refusal = ", ".join(f"not {name}" for name in row.get("violated", ()))
+        remark = "chosen" if row == selection["chosen"] else refusal
+        place = (str(row["layer"]), str(row["position"]), f"{row['coefficient']:g}")
+        table.add_row(*place, *texts(row), remark)
+    if selection.get("relaxed"):
         table.caption = f"No candidate satisfies every constraint; given up: {', '.join(selection['relaxed'])}"
+    if "unsteered" in selection and rule == "judge":
+        table.add_row(
+            "-", "-", "-", *(f"{selection['unsteered'][n]['rate']:.0%}" for n in columns[:2]), "", "unsteered"
+        )
     return table
 
 
+def _refusal_cells(row: dict[str, Any]) -> list[str]:
+    return [*(f"{row[name]:+.2f}" for name in ("induce", "bypass", "ablate")), f"{row['kl']:.3f}"]
+
+
+def _cosmic_cells(row: dict[str, Any]) -> list[str]:
+    return [f"{row['suppress']:+.3f}", f"{row['induce']:+.3f}", f"{row['kl']:.3f}"]
+
+
+def _judged_cells(row: dict[str, Any]) -> list[str]:
+    return [f"{row[name]['rate']:.0%}" for name in ("induce", "suppress", "coherent")]
+
+
 def _norm_table(report: dict[str, Any]) -> Table:
-    table = Table("layer", "norm", title=f"Difference in means at {report['at']}")
+    table = Table("layer", "length", "of the activations'", title=f"Difference in means at {report['at']}")
     for layer, norm in report["norms"].items():
-        table.add_row(str(layer), f"{norm:.3f}")
+        table.add_row(str(layer), f"{norm:.3f}", f"{report['relative'][layer]:.1%}")
     return table

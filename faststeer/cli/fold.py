@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Device, Dtype, Json, Model, app, load_model, reports_errors
+from faststeer.cli.common import Device, Dtype, Json, Model, app, check_files, load_model, reports_errors
 
 
 @app.command()
@@ -33,13 +33,12 @@ def fold(
 
     Example: faststeer fold --model ./my-model --plan plan.json --out ./my-model-folded
     """
-    from faststeer import Plan, formats
-
-    if not plan.is_file():
-        raise FileNotFoundError(f"no plan at {plan}: no such file")
-    wanted = Plan.from_json(plan.read_text(encoding="utf-8"), folder=plan.parent)
+    check_files(plan=plan)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: name a new folder")
+    from faststeer import Plan, formats
+
+    wanted = Plan.load(plan)
     loaded, tokenizer = load_model(model, dtype, device)
     report: dict[str, Any]
     if adapter:

@@ -10,7 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import BatchSize, Device, Dtype, Json, Model, System, app, load_model, reports_errors
+from faststeer.cli.common import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    System,
+    VectorLayer,
+    app,
+    check_files,
+    load_model,
+    reports_errors,
+    steering_plan,
+)
 
 
 @app.command()
@@ -20,7 +33,7 @@ def generate(
     plan: Annotated[Path | None, typer.Option(help="A plan as JSON (Plan.to_json).")] = None,
     vector: Annotated[Path | None, typer.Option(help="A vector's file, added with --coefficient at --layer.")] = None,
     coefficient: Annotated[float, typer.Option(help="For --vector.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="For --vector (default: every layer it has).")] = None,
+    layer: VectorLayer = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: .txt (one a line), .json, .jsonl or .csv.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     field: Annotated[str | None, typer.Option(help="The column or field that holds the prompt.")] = None,
@@ -37,13 +50,16 @@ def generate(
 
     Example: faststeer generate --model ./my-model --plan plan.json --prompts prompts.txt --compare
     """
+    if (prompts is None) == (not prompt):
+        raise typer.BadParameter("give prompts by --prompts FILE or by --prompt TEXT")
+    if plan is not None and vector is not None:
+        raise typer.BadParameter("give --plan or --vector, not both")
+    check_files(plan=plan, vector=vector, prompts=prompts)
     from faststeer import evaluate
     from faststeer.extract import load_prompts
 
-    if (prompts is None) == (not prompt):
-        raise typer.BadParameter("give prompts by --prompts FILE or by --prompt TEXT")
     asked: list[Any] = load_prompts(prompts, field=field) if prompts else list(prompt or [])
-    chosen = _plan(plan, vector, coefficient, layer)
+    chosen = steering_plan(plan, vector, coefficient, layer)
     loaded, tokenizer = load_model(model, dtype, device)
 
     def complete(under: Any) -> list[str]:
@@ -73,23 +89,3 @@ def generate(
     for answer in answers:
         table.add_row(*(str(answer[name]) for name in ("prompt", *(["unsteered"] if compare else []), "completion")))
     Console().print(table)
-
-
-def _plan(plan: Path | None, vector: Path | None, coefficient: float, layer: int | None) -> Any:
-    from faststeer import Add, Plan, SteeringVector
-
-    if plan is not None and vector is not None:
-        raise typer.BadParameter("give --plan or --vector, not both")
-    if plan is not None:
-        if not plan.is_file():
-            raise FileNotFoundError(f"no plan at {plan}: no such file")
-        return Plan.from_json(plan.read_text(encoding="utf-8"), folder=plan.parent)
-    if vector is not None:
-        loaded = SteeringVector.load(vector)
-        if loaded.op not in (None, "add"):
-            raise ValueError(
-                f"{vector} says that it is meant to {loaded.op}, and --vector adds: write a plan that does so and give "
-                "it with --plan"
-            )
-        return Plan([Add(loaded, coefficient, layers=layer)])
-    return None

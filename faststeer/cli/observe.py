@@ -17,11 +17,13 @@ from faststeer.cli.common import (
     Dtype,
     Field,
     Json,
+    Judge,
     Model,
     Negative,
     Positive,
     app,
     behaviour_of,
+    check_sides,
     errors,
     load_model,
     numbers,
@@ -41,6 +43,7 @@ def observe(
     positive: Positive = None,
     negative: Negative = None,
     field: Field = None,
+    judge: Judge = None,
     method: Annotated[str, typer.Option(help="Some of dim,pca,lat,probe,ntp,po,reps,bipo.")] = "dim,ntp,po",
     layer: Annotated[int | None, typer.Option(min=0, help="Steer before it (chosen on validation prompts).")] = None,
     position: Annotated[
@@ -86,6 +89,7 @@ def observe(
     Exit codes: 0 finished; 1 wrong input, or a full disk; 2 wrong usage; 3 finished, but something had to be left out
     (it says what, and why); 130 stopped by Ctrl-C (what was finished is kept).
     """
+    check_sides(positive, negative)
     from faststeer import report
     from faststeer.files import write_atomically
     from faststeer.observe import study
@@ -107,7 +111,7 @@ def observe(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    chosen = behaviour_of(model, behaviour, positive, negative, field)
+    chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
     loaded, tokenizer = load_model(model, dtype, device)
     run: dict[str, Any] = {"name": model, "batch_size": batch_size, "patch_batch": patch_batch, "progress": True}
     try:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Json, app, errors, load_model, reports_errors
+from faststeer.cli.common import Json, app, check_files, errors, load_model, reports_errors
 
 if TYPE_CHECKING:
     from faststeer.evaluate.sweep import Line
@@ -51,10 +51,11 @@ def sweep(
     Exit codes: 0 finished; 1 wrong input, or a full disk; 2 wrong usage; 3 finished, but some answers could not be
     generated or some verdicts not read; 130 stopped by Ctrl-C (what was finished is kept).
     """
-    from faststeer.evaluate import sweep as sweeps
-
     if (description is None) == (show is None):
         raise typer.BadParameter("give a description, or --show RUN to print what a store holds")
+    check_files(description=description)
+    from faststeer.evaluate import sweep as sweeps
+
     if description is None:
         with sweeps.Store(store, create=False) as opened:
             _print(opened, opened.run(None if show == "newest" else show), judge, tag, lines, as_json)

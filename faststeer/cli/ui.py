@@ -45,10 +45,8 @@ def ui(
 
     Exit codes: 0 stopped by Ctrl-C; 1 wrong input, a port that is taken, or a package that is missing; 2 wrong usage.
     """
-    try:
-        from faststeer.ui import server as serving
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    from faststeer.ui import server as serving
+
     with serving.bind(host, port) as bound:
         playground = _playground(model, vector or [], dtype, device)
         served = serving.server(playground, max_new_tokens=max_new_tokens, system=system)

@@ -21,7 +21,7 @@ from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
 from faststeer.extract.pairs import Pair
 from faststeer.extract.sae import sae_feature
-from faststeer.extract.select import Filtered, Row, Selection, filter_prompts, select
+from faststeer.extract.select import Filtered, Row, Selection, check_refusal, filter_prompts, select
 from faststeer.extract.steered_pairs import steered_pairs
 from faststeer.extract.sweep import Choice, select_by_judge
 from faststeer.extract.unembedding import unembedding
@@ -53,6 +53,7 @@ __all__ = [
     "caa",
     "caa_table",
     "candidates",
+    "check_refusal",
     "contrast",
     "dim",
     "filter_prompts",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from faststeer.hf.batching import (
     check_evaluating,
     check_prompts,
     encode,
+    forecast,
     forward_arguments,
     model_device,
     pad,
@@ -62,14 +64,25 @@ class CosmicRow:
 
 @dataclass(frozen=True, eq=False)
 class CosmicSelection:
-    """The chosen direction at its one layer, its row, the whole table, the layers that were looked at, and the
-    constraints given up because no candidate satisfied all of them."""
+    """The chosen direction at its one layer, its row, the whole table, the layers at which activations were compared,
+    and the constraints given up because no candidate satisfied all of them."""
 
     vector: SteeringVector
     chosen: CosmicRow
     table: tuple[CosmicRow, ...]
     layers: tuple[int, ...]
     relaxed: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vector's values, ready for JSON."""
+        rows = [row.to_dict() for row in self.table]
+        return {
+            "rule": "cosmic",
+            "relaxed": list(self.relaxed),
+            "layers": list(self.layers),
+            "chosen": self.chosen.to_dict(),
+            "table": rows,
+        }
 
 
 def select_cosmic(
@@ -80,6 +93,7 @@ def select_cosmic(
     negative: Sequence[Prompt],
     *,
     coefficients: Sequence[float] = (1.0,),
+    layers: Iterable[int] | None = None,
     share: float = 0.1,
     kl_below: float = 0.1,
     depth_below: float = 0.8,
@@ -103,6 +117,7 @@ def select_cosmic(
         found: candidates that point from negative to positive.
         positive, negative: validation prompts, not those the candidates were extracted from.
         coefficients: with which a direction is added.
+        layers: whose candidates are tried (all).
         system, batch_size, progress: as in `candidates`; a batch mixes candidates.
 
     Raises:
@@ -110,7 +125,7 @@ def select_cosmic(
             candidate with finite scores.
     """
     check_evaluating(model)
-    n_layers = check_layers(model, found)
+    tried_layers, n_layers = check_layers(model, found, layers), found.n_layers
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
     sides = [
@@ -118,12 +133,17 @@ def select_cosmic(
         for prompts, name in ((positive, "positive"), (negative, "negative"))
     ]
     settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}
-    tried = cells(found, coefficients)
+    tried = cells(found, coefficients, tried_layers)
+    start = time.monotonic()
     plain = [_means(model, encoded, [None], range(n_layers), **settings)[0] for encoded in sides]  # [layers, hidden]
+    seconds = time.monotonic() - start
     cosines = torch.cosine_similarity(plain[0], plain[1], dim=-1)
     chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
     base = [means[chosen_layers].flatten() for means in plain]
     ablations = list({id(cell.ablate): cell.ablate for cell in tried}.values())
+    sizes = f"{len(positive)} + {len(negative)} prompts"
+    # An addition or an ablation on one side, and the ablation's KL on the other.
+    forecast(f"{len(tried)} candidates on {sizes}", seconds / 2 * (len(tried) + 2 * len(ablations)), progress)
     ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
     added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
     options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}

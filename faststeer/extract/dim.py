@@ -88,6 +88,12 @@ class Candidates:
     def n_layers(self) -> int:
         return self.positive_mean.shape[1]
 
+    def relative_norm(self, position: int, layer: int) -> float:
+        """|positive mean - negative mean| over the mean of |positive mean| and |negative mean|, at one candidate."""
+        index, _ = check_cell(self.positions, self.n_layers, position, layer)
+        lengths = self.positive_mean[index, layer].norm() + self.negative_mean[index, layer].norm()
+        return float(self.directions[index, layer].norm() / (lengths / 2))
+
     def exists(self) -> Tensor:
         """Return `[positions, layers]` bool: whether the means differ by more than the rounding of their own sums.
 

@@ -8,8 +8,9 @@ Nothing is chosen in silence: when no candidate satisfies every constraint, the 
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import torch
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
 from faststeer.extract.sweep import Found, cells, check_coefficients, check_layers
-from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.batching import Prompt, check_prompts, forecast
 from faststeer.vector import SteeringVector
 
 Rule = Literal["steering", "arditi"]
@@ -109,6 +110,42 @@ class Selection:
         return data | {"chosen": self.chosen.to_dict(), "table": [row.to_dict() for row in self.table]}
 
 
+def check_refusal(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    *,
+    token_ids: Sequence[int] | None = None,
+    system: str | None = None,
+    batch_size: int = 64,
+) -> tuple[tuple[int, ...], dict[str, float]]:
+    """Return the refusal tokens and the unsteered model's mean refusal scores on the "harmful" and the "harmless"
+    prompts: what `select` needs before it measures any candidate.
+
+    Raises:
+        ValueError: no prompts, or default refusal tokens with which the model does not begin its answers to harmful
+            prompts more often than those to harmless ones.
+    """
+    ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
+    sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
+    unsteered = {
+        name: score_on(
+            model, tokenizer, [None], prompts, token_ids=ids, system=system, batch_size=batch_size
+        ).mean().item()
+        for name, prompts in sets.items()
+    }  # fmt: skip
+    if token_ids is None and not unsteered["harmful"] > unsteered["harmless"]:
+        words = ", ".join(repr(tokenizer.decode([token])) for token in ids)
+        raise ValueError(
+            f"selection by refusal scores cannot work here: the model begins answers to the first set of prompts no "
+            f"more often with {words} than those to the second (scores {unsteered['harmful']:.2f} and "
+            f"{unsteered['harmless']:.2f}). Select without refusal tokens: select_cosmic or select_by_judge (on the "
+            "command line --select cosmic, or --select judge --judge NAME), or give the token_ids= it refuses with"
+        )
+    return ids, unsteered
+
+
 def select(
     model: Any,
     tokenizer: Any,
@@ -118,6 +155,7 @@ def select(
     *,
     rule: Rule = "steering",
     coefficients: Sequence[float] = (1.0,),
+    layers: Iterable[int] | None = None,
     token_ids: Sequence[int] | None = None,
     induce_above: float = 0.0,
     kl_below: float = 0.1,
@@ -149,7 +187,7 @@ def select(
     Args:
         candidates: from `faststeer.extract.candidates`, or any method's table.
         harmful, harmless: validation prompts, not those the candidates were extracted from.
-        coefficients: which are tried.
+        coefficients, layers: which are tried (1; all layers).
         token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`, which must then tell the two sets apart.
         system, batch_size, progress: as in `candidates`; a batch mixes candidates.
 
@@ -159,36 +197,31 @@ def select(
     """
     if rule not in ("steering", "arditi"):
         raise ValueError(f"unknown rule {rule!r}: expected 'steering' or 'arditi'")
-    n_layers = check_layers(model, candidates)
+    layers = check_layers(model, candidates, layers)
     coefficients = check_coefficients(coefficients)
-    harmful, harmless = check_prompts(harmful, "harmful"), check_prompts(harmless, "harmless")
-    ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
-    scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
+    scoring: dict[str, Any] = {"system": system, "batch_size": batch_size}
+    start = time.monotonic()
+    ids, unsteered = check_refusal(model, tokenizer, harmful, harmless, token_ids=token_ids, **scoring)
+    seconds = time.monotonic() - start
+    scoring["progress"] = progress
 
-    tried = cells(candidates, coefficients)
+    tried = cells(candidates, coefficients, layers)
     ablations = {(cell.layer, cell.position): cell.ablate for cell in tried}
-    n = len(tried)
-    on_harmful = [None, *(cell.subtract for cell in tried), *ablations.values()]
-    on_harmless = [None, *(cell.add for cell in tried)]
-    scores = score_on(model, tokenizer, on_harmful, harmful, token_ids=ids, **scoring).mean(1)
-    base_harmful, bypass, ablate = scores.split([1, n, len(ablations)])
-    scores = score_on(model, tokenizer, on_harmless, harmless, token_ids=ids, **scoring).mean(1)
-    base_harmless, induce = scores.split([1, n])
-    if token_ids is None and not base_harmful.item() > base_harmless.item():
-        words = ", ".join(repr(tokenizer.decode([token])) for token in ids)
-        seen = f"scores {base_harmful.item():.2f} and {base_harmless.item():.2f}"
-        raise ValueError(
-            f"the refusal tokens of this model cannot be found: it begins answers to harmful prompts no more "
-            f"often with {words} than those to harmless ones ({seen}); "
-            "give token_ids= it refuses with, or select without them by select_cosmic or select_by_judge"
-        )
+    # Each candidate is scored on both sets, each ablation once more on both: its score, and its KL.
+    passes = len(tried) + len(ablations)
+    forecast(f"{len(tried)} candidates on {len(harmful)} + {len(harmless)} prompts", seconds * passes, progress)
+    bypass, ablate = score_on(
+        model, tokenizer, [*(cell.subtract for cell in tried), *ablations.values()], harmful, token_ids=ids, **scoring
+    ).mean(1).split([len(tried), len(ablations)])  # fmt: skip
+    induce = score_on(
+        model, tokenizer, [cell.add for cell in tried], harmless, token_ids=ids, **scoring
+    ).mean(1)  # fmt: skip
     kl = kl_on(model, tokenizer, list(ablations.values()), harmless, **scoring).mean(1)
 
-    unsteered = {"harmful": base_harmful.item(), "harmless": base_harmless.item()}
     limits = {
         "induce_above": induce_above,
         "kl_below": kl_below,
-        "layer_below": depth_below * n_layers,
+        "layer_below": depth_below * candidates.n_layers,
         "half_way_above": min(induce_above, sum(unsteered.values()) / 2),
     }
     ablated = dict(zip(ablations, torch.stack([ablate, kl], dim=1).tolist(), strict=True))
@@ -199,7 +232,7 @@ def select(
     table = tuple(
         _row(layer, position, measured.get((layer, position, c)), limits, c)
         for position in candidates.positions
-        for layer in range(n_layers)
+        for layer in layers
         for c in coefficients
     )
     chosen, relaxed = _choose(table, rule)

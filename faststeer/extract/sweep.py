@@ -8,6 +8,7 @@ passes differs.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judges import Coherence, Judge
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.batching import Prompt, check_prompts, forecast
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
@@ -47,7 +48,7 @@ def check_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
     return given
 
 
-def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Iterable[int] | None = None) -> list[Cell]:
+def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence[int] | None = None) -> list[Cell]:
     """Return every candidate that has a direction: positions in their order, layers ascending, coefficients innermost.
 
     A direction of ACE is not added but sets the projection: to the reference plus `coefficient` lengths to induce, plus
@@ -79,12 +80,24 @@ def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Iterable
     return made
 
 
-def check_layers(model: Any, found: Found) -> int:
-    """Return the model's number of layers if the candidates have as many, else raise ValueError."""
+def check_layers(model: Any, found: Found, layers: Iterable[int] | None) -> list[int]:
+    """Return the layers whose candidates are tried, ascending; None means all of them.
+
+    Raises:
+        ValueError: candidates of a model with another number of layers, no layer, or one that the model does not have.
+    """
     n_layers = hf.find_hook_points(model).n_layers
     if n_layers != found.n_layers:
         raise ValueError(f"the model has {n_layers} layers, the candidates {found.n_layers}: extract them from it")
-    return n_layers
+    return list(range(n_layers)) if layers is None else check_layer_numbers(layers, n_layers)
+
+
+def check_layer_numbers(layers: Iterable[int], n_layers: int) -> list[int]:
+    """Return distinct layer numbers, ascending, if the model has them, else raise ValueError."""
+    numbers = sorted(set(layers))
+    if not numbers or not 0 <= numbers[0] <= numbers[-1] < n_layers:
+        raise ValueError(f"layers are {numbers}: the model has layers 0..{n_layers - 1}")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -122,13 +135,29 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The chosen direction at its one layer (not multiplied by the chosen coefficient), and the table it was chosen
-    from."""
+    """What `select_by_judge` chose.
+
+    Args:
+        vector: the chosen direction at its one layer, not multiplied by the chosen coefficient.
+        chosen, cell: its row of the table, and its plans.
+        table: one row per candidate.
+        unsteered: the shares "induce" and "suppress" of the unsteered model.
+    """
 
     vector: SteeringVector
     chosen: Judged
     cell: Cell
     table: tuple[Judged, ...]
+    unsteered: dict[str, Rate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vector's values, ready for JSON."""
+        return {
+            "rule": "judge",
+            "chosen": self.chosen.to_dict(),
+            "table": [row.to_dict() for row in self.table],
+            "unsteered": {name: rate.to_dict() for name, rate in self.unsteered.items()},
+        }
 
 
 def select_by_judge(
@@ -166,18 +195,16 @@ def select_by_judge(
         ValueError: no prompts, coefficients that are not positive, candidates of another model or without direction, a
             judge that says something else.
     """
-    check_layers(model, found)
     sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
-    tried = cells(found, coefficients, layers)
-    answers = answer(
-        model,
-        tokenizer,
-        [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)],
-        max_new_tokens=max_new_tokens,
-        system=system,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    tried = cells(found, coefficients, check_layers(model, found, layers))
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
+    start = time.monotonic()
+    plain = answer(model, tokenizer, [(prompts, None) for prompts in sets], **settings)
+    seconds = time.monotonic() - start
+    sizes = f"{len(tried)} candidates on {len(sets[0])} + {len(sets[1])} prompts"
+    forecast(f"{sizes}, {max_new_tokens} tokens at most", seconds * len(tried), progress)
+    work = [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)]
+    answers = answer(model, tokenizer, work, progress=progress, **settings)
     table = tuple(
         judged(cell, judge, coherent, induced, suppressed)
         for cell, induced, suppressed in zip(tried, answers[::2], answers[1::2], strict=True)
@@ -187,7 +214,11 @@ def select_by_judge(
     vector = found.vector(cell.position, cell.layer)
     how = {"rule": "judge", "scores": table[best].to_dict()}
     vector = replace(vector, provenance={**vector.provenance, "selection": how})
-    return Choice(vector, table[best], cell, table)
+    unsteered = {
+        name: Rate(sum(_verdict(judge, text) == sign for text in texts), len(texts))
+        for name, sign, texts in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
+    }
+    return Choice(vector, table[best], cell, table, unsteered)
 
 
 def answer(

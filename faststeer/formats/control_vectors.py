@@ -14,6 +14,7 @@ import json
 import math
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,7 +91,7 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
     if (first := vector.layers[0] - shift) < 1:
         raise ValueError(
             f"{vector.at} of layer {vector.layers[0]} would be written as direction.{first}: llama.cpp steers what "
-            "leaves layers 1, 2, ... and refuses such a file; leave that layer out"
+            "leaves layers 1, 2, ... and refuses such a file; leave that layer out (`without_first_layers`)"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
@@ -111,6 +112,24 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+def without_first_layers(vector: SteeringVector) -> tuple[SteeringVector, list[int]]:
+    """Return the vector without the layers that a control vector cannot hold (`resid_pre` of layers 0 and 1,
+    `resid_post` of layer 0), and their numbers.
+
+    Raises:
+        ValueError: no other layer is left.
+    """
+    first = 2 if vector.at == "resid_pre" else 1
+    kept = {layer: vector[layer] for layer in vector.layers if layer >= first}
+    if not kept:
+        raise ValueError(
+            f"the vector has only layers {', '.join(map(str, vector.layers))} at {vector.at}: llama.cpp steers what "
+            "leaves layers 1, 2, ..., so that a GGUF file cannot hold them; find the direction at a later layer"
+        )
+    left_out = [layer for layer in vector.layers if layer < first]
+    return replace(vector, directions=kept, path=None, sha256=None) if left_out else vector, left_out
 
 
 def _library() -> ModuleType:

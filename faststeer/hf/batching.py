@@ -8,6 +8,7 @@ so that the last column of a batch is every row's last prompt token.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -23,6 +24,8 @@ from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
 Prompt = str | list[dict[str, str]]
+
+REPORT_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
@@ -164,13 +167,48 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @contextmanager
 def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each of `total` steps, which moves a progress bar on stderr where `shown`."""
+    """Yield a function to call after each of `total` steps. Where `shown`, it moves a progress bar on stderr with the
+    time left; where stderr is no terminal, it prints a line every REPORT_SECONDS instead."""
     if not shown:
         yield lambda: None
         return
-    with Progress(console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(description, total, console)
+        return
+    with Progress(console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
+
+
+def _line_printer(description: str, total: int, console: Console) -> Callable[[], None]:
+    start = last = time.monotonic()
+    steps = 0
+
+    def advance() -> None:
+        nonlocal steps, last
+        steps += 1
+        now = time.monotonic()
+        if now - last >= REPORT_SECONDS and steps < total:
+            last = now
+            left = duration((now - start) / steps * (total - steps))
+            console.print(f"{description}: {steps} of {total}, about {left} left", highlight=False)
+
+    return advance
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a text for people: "8 s", "3 min", "2 h 10 min"."""
+    if seconds < 100:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def forecast(what: str, seconds: float, shown: bool) -> None:
+    """Say on stderr, where `shown`, how long work that was measured on a part of it will take."""
+    if shown:
+        Console(stderr=True).print(f"{what}: about {duration(seconds)}", highlight=False)
 
 
 def model_name(model: Any) -> str | None:

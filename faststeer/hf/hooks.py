@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from faststeer.hf.hook_points import OwnForward, find_hook_points, first_tensor, install, next_order
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
-from faststeer.plan import Plan, site
+from faststeer.plan import Plan, hook_points, site
 from faststeer.program import Capacity, Program
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
+
+ENTERING: tuple[HookPoint, ...] = ("resid_pre", "resid_mid")  # hook points that are a module's input
 
 
 def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., Any]:
@@ -23,14 +25,18 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
     first input), with or without `with_kwargs`.
 
     It acts on every row of `[..., hidden]`; a tuple's first element is the tensor. Where the hook is registered says
-    where it acts, so `layers` and `at` are not used; a SteeringVector must have one layer, or the intervention must
-    name one.
+    where it acts; a SteeringVector must have one layer, or the intervention must name one. The hook point that the
+    intervention's `at` or its SteeringVector names must fit: what enters a module (`resid_pre`, `resid_mid`) takes a
+    pre-hook, what leaves it (`attn_out`, `mlp_out`, `resid_post`) a forward hook. `at=` on the intervention overrides
+    the vector's.
 
         model.model.layers[14].register_forward_hook(fs.hook(fs.Add(direction, coefficient=1.0)))
+        model.model.layers[14].register_forward_pre_hook(fs.hook(fs.Add(resid_pre_vector, layers=14)))
 
     Raises:
         ValueError: positions, latched gates or probes (a single module does not know where the prompt ends: use
-            `steer`), or a vector with several layers.
+            `steer`), or a vector with several layers. When the module is called: registered as the other kind of hook
+            than the hook point needs.
     """
     plan = Plan([interventions] if isinstance(interventions, Intervention) else interventions)
     layers = {layer for i in plan if (layer := _single_layer(i)) is not None}
@@ -40,9 +46,17 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
             "steer() for several"
         )
     run = _OneSite(plan, next(iter(layers), 0))
+    points = {
+        point
+        for i in plan
+        if i.at or any(isinstance(d, SteeringVector) for d in i.directions())
+        for point in hook_points(i)
+    }
 
     def call(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        if _is_pre_hook(call, module, rest):
+        before = _is_pre_hook(call, module, rest)
+        _check_side(points, before)
+        if before:
             kwargs = rest[0] if rest else None
             if args:
                 new_args = (run(args[0]), *args[1:])
@@ -62,6 +76,21 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
         return (run(output[0]), *output[1:])
 
     return call
+
+
+def _check_side(points: set[HookPoint], before: bool) -> None:
+    """Refuse a pre-hook for what leaves a module, and a forward hook for what enters it."""
+    wrong = sorted(point for point in points if (point in ENTERING) != before)
+    if not wrong:
+        return
+    point, other = wrong[0], "register_forward_hook" if before else "register_forward_pre_hook"
+    acts = "what leaves a module" if before else "what enters a module"
+    kind = "enters" if before else "leaves"
+    raise ValueError(
+        f"the vector is for {point}, {acts}, but this hook steers what {kind} the module: register it with {other}, "
+        f"or say at= on the intervention ({'resid_pre' if before else 'resid_post'}) if the vector is meant to act "
+        "there"
+    )
 
 
 def _is_pre_hook(hook: Callable[..., Any], module: nn.Module, rest: tuple[Any, ...]) -> bool:

@@ -39,6 +39,25 @@ def test_without_a_target_it_says_what_the_file_is(vector, tmp_path):
     assert json.loads(invoke(tmp_path / "v.safetensors", "--json").stdout)["norms"]["2"] == pytest.approx(8**0.5)
 
 
+@pytest.mark.parametrize(("at", "left_out"), [("resid_pre", [0, 1]), ("resid_post", [0])])
+def test_layers_that_gguf_cannot_hold_are_left_out_and_named(at, left_out, tmp_path):
+    vector = fs.SteeringVector({layer: torch.full((8,), layer + 1.0) for layer in range(4)}, at=at)
+    vector.save(tmp_path / "v.safetensors")
+    printed = invoke(tmp_path / "v.safetensors", tmp_path / "v.gguf")
+    assert printed.exit_code == 0, printed.output
+    assert f"Left out: layers {', '.join(map(str, left_out))} at {at}" in " ".join(printed.stdout.split())
+    report = json.loads(invoke(tmp_path / "v.safetensors", tmp_path / "v.gguf", "--json").stdout)
+    assert report["left_out"] == left_out
+    back = fs.SteeringVector.load(tmp_path / "v.gguf")
+    shift = 1 if at == "resid_pre" else 0
+    assert back.layers == tuple(layer - shift for layer in range(left_out[-1] + 1, 4))
+    assert all(torch.equal(back[layer - shift], vector[layer]) for layer in range(left_out[-1] + 1, 4))
+    fs.SteeringVector({0: torch.ones(8)}, at=at).save(tmp_path / "first.safetensors")
+    refused = invoke(tmp_path / "first.safetensors", tmp_path / "first.gguf")
+    assert refused.exit_code == 1 and "cannot hold them" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "first.gguf").exists()
+
+
 def test_what_a_file_does_not_say_is_asked_for(tmp_path):
     torch.save(torch.ones(8), tmp_path / "d.pt")
     target = tmp_path / "d.safetensors"

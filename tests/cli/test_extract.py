@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from typer.testing import CliRunner
@@ -73,7 +74,7 @@ def test_files_of_prompts_make_a_behaviour(tmp_path):
         json.dumps([{"instruction": p, "input": "", "output": "x"} for p in harmless[:15]])
     )
     sets = ("--positive", tmp_path / "harmful.csv", "--negative", tmp_path / "harmless.json")
-    report = json.loads(succeeds(*sets, "--method", "dim,caa", *SMALL, "--json"))
+    report = json.loads(succeeds(*sets, "--method", "dim,caa", "--judge", "refusal", *SMALL, "--json"))
     assert report["n_prompts"]["train"] < 30
     assert "has no training pairs" in report["skipped"]["caa"]
 
@@ -108,4 +109,80 @@ def test_errors_say_what_is_wrong(arguments, code, message, tmp_path, monkeypatc
     assert result.exit_code == code
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Two files of the demo model's prompts, and the options that name them."""
+    folder = tmp_path_factory.mktemp("sides")
+    harmful, harmless = fs.demo.prompts("refusal", "train")
+    (folder / "harmful.txt").write_text("\n".join(harmful[:20]))
+    (folder / "harmless.txt").write_text("\n".join(harmless[:20]))
+    return "--positive", folder / "harmful.txt", "--negative", folder / "harmless.txt"
+
+
+@pytest.mark.parametrize("rule", ["refusal", "cosmic", "judge"])
+def test_every_rule_selects_among_the_layers_asked_for(rule, sides, tmp_path):
+    options = ("--select", rule, "--layers", "2-4", "--judge", "refusal", "--max-new-tokens", 16)
+    if rule == "refusal":
+        options += ("--coefficients", "0.5,1")
+    report = json.loads(succeeds(*sides, *options, "--out", tmp_path / "v.safetensors", "--json"))
+    table = report["selection"]["table"]
+    assert {row["layer"] for row in table} == {2, 3, 4} and {row["position"] for row in table} == {-1}
+    vector = fs.SteeringVector.load(tmp_path / "v.safetensors")
+    assert vector.layers == (report["selection"]["chosen"]["layer"],)
+    assert vector.provenance["n_positive"] == 16  # a fifth of 20 is held out
+    assert "chosen" in succeeds(*sides, *options, "--out", tmp_path / "v.safetensors")
+
+
+def test_the_next_command_is_printed_and_works(sides, tmp_path):
+    out = tmp_path / "v.safetensors"
+    report = json.loads(succeeds(*sides, "--out", out, "--json"))
+    command = shlex.split(report["next"])
+    assert command[:2] == ["faststeer", "generate"] and "--layer" in command
+    layer = int(command[command.index("--layer") + 1])
+    middle = [number for number in report["layers"] if 0.3 * 6 <= number <= 0.75 * 6]
+    assert layer in middle and all(report["relative"][str(layer)] >= report["relative"][str(n)] for n in middle)
+    result = runner.invoke(app, [*command[1:], "--max-new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+
+
+def test_relative_lengths_are_those_of_the_means(sides):
+    prompts = [fs.extract.load_prompts(sides[1]), fs.extract.load_prompts(sides[3])]
+    found = fs.extract.candidates(*fs.demo.load(), *prompts, positions=[-1])
+    means = found.positive_mean[0, 4], found.negative_mean[0, 4]
+    expected = (means[0] - means[1]).norm() / ((means[0].norm() + means[1].norm()) / 2)
+    assert found.relative_norm(-1, 4) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_what_selects_by_refusal_is_checked_before_any_work(sides, tmp_path, monkeypatch):
+    """The prompts' sides swapped, so that no refusal token can tell them apart."""
+    monkeypatch.setattr(fs.extract, "candidates", lambda *args, **kwargs: pytest.fail("worked before checking"))
+    swapped = ("--positive", sides[3], "--negative", sides[1])
+    result = invoke(*swapped, "--select", "refusal", "--out", tmp_path / "v.safetensors")
+    assert result.exit_code == 1
+    assert "--select cosmic" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--method", "dim"), 2, "say what reads the answers: --judge"),
+        (("--out", "v.safetensors", "--select", "judge"), 2, "--select judge needs --judge"),
+        (("--out", "v.safetensors", "--select", "judge", "--judge", "nobody"), 1, "unknown judge 'nobody'"),
+        (("--out", "v.safetensors", "--select", "magic"), 2, "'magic' is not one of"),
+        (("--out", "v.safetensors", "--select", "cosmic", "--layers", "2-99"), 1, "the model has layers 0..5"),
+        (("--out", "v.safetensors", "--select", "cosmic", "--layer", "2"), 2, "--select chooses the layer"),
+        (("--out", "v.safetensors", "--layers", "2"), 2, "--layers names candidates"),
+        (("--out", "v.safetensors", "--position", "-1,-2"), 2, "one token is read"),
+        (("--out", "v.safetensors", "--position", "3"), 2, "expected negative numbers"),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else None,
+)
+def test_own_prompts_with_options_that_do_not_fit(options, code, message, sides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*sides, *options)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []

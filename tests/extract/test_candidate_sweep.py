@@ -212,7 +212,9 @@ def test_cosmic_says_what_it_gives_up():
 
 
 def test_a_model_without_refusal_tokens_is_said_and_how_else_to_select():
-    with pytest.raises(ValueError, match=r"refusal tokens of this model cannot be found.*select_cosmic"):
+    with pytest.raises(
+        ValueError, match=r"selection by refusal scores cannot work here.*select_cosmic.*--select judge"
+    ):
         both = [HARMFUL, HARMLESS]
         # A random model prefers neither: one of the two orders must be refused.
         for first, second in (both, both[::-1]):

@@ -54,6 +54,26 @@ class TestHook:
             assert torch.equal(logits(model, ids), expected)
         assert not torch.equal(logits(model, ids), expected)
 
+    @pytest.mark.parametrize("layer", [0, 1])
+    @pytest.mark.parametrize("at", ["resid_pre", "resid_post"])
+    def test_of_a_vector_acts_at_its_hook_point(self, at, layer, model, ids):
+        intervention = fs.Add(fs.SteeringVector({layer: V}, at=at), 0.7)
+        module, call = model.model.layers[layer], fs.hook(intervention)
+        right, wrong = module.register_forward_pre_hook, module.register_forward_hook
+        if at == "resid_post":
+            right, wrong = wrong, right
+        with hand_hook(model, "llama", at, layer, lambda x: x + 0.7 * V):
+            expected = logits(model, ids)
+        with right(call):
+            assert torch.equal(logits(model, ids), expected)
+        with wrong(call), pytest.raises(ValueError, match=rf"is for {at}.*register it with {right.__name__}"):
+            logits(model, ids)
+        other = "resid_pre" if at == "resid_post" else "resid_post"  # the other remedy
+        with hand_hook(model, "llama", other, layer, lambda x: x + 0.7 * V):
+            there = logits(model, ids)
+        with wrong(fs.hook(fs.Add(intervention.direction, 0.7, at=other))):
+            assert torch.equal(logits(model, ids), there)
+
     @pytest.mark.parametrize("with_kwargs", [False, True], ids=["", "with_kwargs"])
     @pytest.mark.parametrize("name", ["llama", "gpt2"])
     def test_on_an_output_that_is_a_tuple(self, name, with_kwargs, ids):
