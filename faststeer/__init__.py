@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faststeer import algebra, behaviours, demo, evaluate, extract, formats, hf, observe
     from faststeer.engine import Completion, Engine
-    from faststeer.hf import HookPoints, Steering, hook, steer
+    from faststeer.hf import HookPoints, Steering, hook, load, steer
     from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
     from faststeer.ops import backend
     from faststeer.plan import Plan
@@ -52,13 +52,14 @@ __all__ = [
     "formats",
     "hf",
     "hook",
+    "load",
     "observe",
     "steer",
 ]
 
 _MODULES = {
     "engine": ("Completion", "Engine"),
-    "hf": ("HookPoints", "Steering", "hook", "steer"),
+    "hf": ("HookPoints", "Steering", "hook", "load", "steer"),
     "intervention": ("Ablate", "Add", "Clamp", "Gate", "Intervention", "Probe", "Project", "Rotate"),
     "ops": ("backend",),
     "plan": ("Plan",),

