@@ -87,6 +87,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     Raises:
         ValueError, FileNotFoundError, ImportError: as `faststeer.load`.
     """
+    from faststeer.hf import load
 
     return load(name, dtype, device_of(device))
 
