@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from faststeer.hf.batching import (
     pad,
     padding_id,
     progress_bar,
+    seconds_per_row,
 )
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -134,16 +134,16 @@ def select_cosmic(
     ]
     settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}
     tried = cells(found, coefficients, tried_layers)
-    start = time.monotonic()
     plain = [_means(model, encoded, [None], range(n_layers), **settings)[0] for encoded in sides]  # [layers, hidden]
-    seconds = time.monotonic() - start
     cosines = torch.cosine_similarity(plain[0], plain[1], dim=-1)
     chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
     base = [means[chosen_layers].flatten() for means in plain]
     ablations = list({id(cell.ablate): cell.ablate for cell in tried}.values())
-    sizes = f"{len(positive)} + {len(negative)} prompts"
-    # An addition or an ablation on one side, and the ablation's KL on the other.
-    forecast(f"{len(tried)} candidates on {sizes}", seconds / 2 * (len(tried) + 2 * len(ablations)), progress)
+    if progress:
+        # An ablation on one side, an addition on the other, and the ablation's KL there, unsteered once.
+        rows = len(ablations) * (len(sides[0]) + len(sides[1])) + len(tried) * len(sides[1])
+        seconds = seconds_per_row(model, sides[0], settings["pad_id"], batch_size) * rows
+        forecast(f"{len(tried)} candidates on {len(sides[0])} + {len(sides[1])} prompts", seconds, progress)
     ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
     added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
     options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}

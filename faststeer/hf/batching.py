@@ -211,6 +211,16 @@ def forecast(what: str, seconds: float, shown: bool) -> None:
         Console(stderr=True).print(f"{what}: about {duration(seconds)}", highlight=False)
 
 
+@torch.no_grad()
+def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int) -> float:
+    """Time one unsteered forward pass over prompts of middle length, for a forecast: seconds per row of a batch."""
+    middle = sorted(encoded, key=len)[len(encoded) // 2]
+    batch = pad([middle] * batch_size, pad_id, model_device(model))
+    start = time.monotonic()
+    model(**forward_arguments(model, batch)).logits[:, -1].cpu()
+    return (time.monotonic() - start) / batch_size
+
+
 def model_name(model: Any) -> str | None:
     """Return the name a Hugging Face model was loaded by, None for one made from a config."""
     return getattr(model, "loaded_as", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
