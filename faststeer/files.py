@@ -1,29 +1,126 @@
-"""Writing files so that nobody ever reads half of one."""
+"""Files: writing them so that nobody ever reads half of one, and reading them so that whatever is in them, the reader
+gets what the file says or a `FormatError`."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+# What libraries raise on bytes that make no sense to them. No OSError: that the disk fails says nothing of the content.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,  # RecursionError is one
+    MemoryError,
+    SafetensorError,
+)
+REMEDIES = {
+    errno.ENOSPC: "make room on its disk and do it again",
+    errno.EDQUOT: "your quota on its disk is used up: make room and do it again",
+    errno.EFBIG: "it would be larger than this process may write: raise the limit (ulimit -f) and do it again",
+    errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n) and do it again",
+    errno.ENFILE: "this machine has too many open files: close some programs and do it again",
+    errno.EROFS: "its disk can only be read: name another folder",
+    errno.EACCES: "check the permissions of its folder, or name another one",
+    errno.EPERM: "check the permissions of its folder, or name another one",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOTDIR: "a part of its path is a file: name another folder",
+    errno.EEXIST: "a part of its path is a file: name another folder",
+    errno.EISDIR: "there is a folder of that name: give it another name",
+}
+
+
+class FormatError(ValueError):
+    """A file or a text that is damaged, is something else, or says what cannot be used. The message names it and says
+    how to mend that."""
+
+
+@contextmanager
+def reading(fault: str, mend: str, kind: type[FormatError] = FormatError) -> Iterator[None]:
+    """Turn what is raised inside by data that makes no sense into a FormatError (`kind`) "<fault> (<reason>): <mend>".
+    What is one already, and an OSError, go through as they are."""
+    try:
+        yield
+    except kind:
+        raise
+    except UNREADABLE as error:
+        reason = f"it lacks {error}" if type(error) is KeyError else str(error) or type(error).__name__
+        raise kind(f"{fault} ({reason[:500]}): {mend}") from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: no JSON; nested too deeply; an object with a name given twice, of which one would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:60]!r} is given twice in one object: leave one of them out")
+    return data
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of an OSError raised inside which file could not be written, why, and how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        # What is explained already, of a file inside a folder, is explained anew for the folder.
+        first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        remedy = REMEDIES.get(first.errno or 0, "what was there before is unchanged")
+        explained = type(error)(f"{path} cannot be written ({first.strerror or first}): {remedy}")
+        explained.errno = first.errno
+        raise explained from first
+    except SafetensorError as error:  # it wraps what the system says
+        number = re.search(r"os error (\d+)", str(error))
+        remedy = REMEDIES.get(int(number[1]) if number else 0, "what was there before is unchanged")
+        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk and rename it: after a crash, a kill or
-    Ctrl-C there is the old file or the new one."""
+    Ctrl-C there is the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written (a full disk, no permission, a limit), with the path, the reason and the remedy.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; what the user asked for gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes private files; what the user asked for gets the usual permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

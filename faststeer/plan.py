@@ -4,7 +4,6 @@ device."""
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
 import json
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from faststeer import tensor_files
+from faststeer.files import UNREADABLE, FormatError, read_json, reading
 from faststeer.intervention import (
     KINDS,
     Direction,
@@ -149,21 +147,23 @@ class Plan:
             folder: where relative paths start (default: the working directory).
 
         Raises:
-            ValueError: no JSON, another format, unknown kinds or fields, a name that `names` lacks, a file whose
-                content is not the one the plan was written with; the message says where in the plan.
+            FormatError (a ValueError): no JSON, a field given twice, another format, unknown kinds or fields, a name
+                that `names` lacks, a file whose content is not the one the plan was written with; the message says
+                where in the plan.
+            FileNotFoundError: a file that the plan names is not there.
         """
         try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the plan is no valid JSON: {error}") from error
+            data = read_json(text)
+        except ValueError as error:
+            raise FormatError(f"the plan is no valid JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(
+            raise FormatError(
                 f'this JSON is no faststeer plan: expected an object with "format": {FORMAT!r}; write one with '
                 "plan.to_json()"
             )
         listed = data.get("interventions")
         if not isinstance(listed, list) or set(data) != {"format", "interventions"}:
-            raise ValueError('a plan holds "format" and "interventions" (a list), nothing else')
+            raise FormatError('a plan holds "format" and "interventions" (a list), nothing else')
         reader = _Reader(names or {}, Path(folder or "."))
         return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
 
@@ -318,7 +318,7 @@ def _plain(value: Any) -> Any:
 def _encode_direction(direction: Direction, names: Mapping[str, SteeringVector], inline: bool) -> dict[str, str]:
     if isinstance(direction, Tensor):
         tensor = direction.detach().to("cpu", torch.float32).contiguous()
-        return {"tensor": base64.b64encode(to_safetensors({"direction": tensor})).decode()}
+        return {"tensor": base64.b64encode(tensor_files.to_bytes({"direction": tensor}, {})).decode()}
     if inline:
         return {"vector": base64.b64encode(direction.to_bytes()).decode()}
     for name, vector in names.items():
@@ -343,7 +343,7 @@ class _Reader:
     def intervention(self, item: Any, where: str) -> Intervention:
         kind = item.get("type") if isinstance(item, dict) else item
         if not isinstance(item, dict) or not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(
+            raise FormatError(
                 f'{where}: unknown intervention {kind!r}: expected an object whose "type" is one of {", ".join(KINDS)}'
             )
         cls = KINDS[kind]
@@ -355,52 +355,57 @@ class _Reader:
     def _build(self, kind: type, fields: dict[str, Any], directions: tuple[str, ...], where: str) -> Any:
         known = {f.name for f in dataclasses.fields(kind)}
         if unknown := set(fields) - known:
-            raise ValueError(
+            raise FormatError(
                 f"{where}: {kind.__name__} has no field {', '.join(map(repr, sorted(unknown)))}: it has "
                 f"{', '.join(sorted(known))}"
             )
         for name in directions:
             if name not in fields:
-                raise ValueError(f"{where}: {kind.__name__} needs {name!r}")
+                raise FormatError(f"{where}: {kind.__name__} needs {name!r}")
             fields[name] = self.direction(fields[name], f"{where}.{name}")
         if fields.get("when") is not None:
             if not isinstance(fields["when"], dict):
-                raise ValueError(f"{where}.when: expected an object with the fields of a Gate")
+                raise FormatError(f"{where}.when: expected an object with the fields of a Gate")
             fields["when"] = self._build(Gate, dict(fields["when"]), ("direction",), f"{where}.when")
         try:
             return kind(**fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        except UNREADABLE as error:
+            raise FormatError(f"{where}: {error}") from error
 
     def direction(self, item: Any, where: str) -> Direction:
         ways = '{"name": ...}, {"path": ..., "sha256": ...}, {"vector": base64} or {"tensor": base64}'
         if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
-            raise ValueError(f"{where}: expected a direction as {ways}")
+            raise FormatError(f"{where}: expected a direction as {ways}")
         if "name" in item:
             if not isinstance(item["name"], str) or item["name"] not in self.names:
-                raise ValueError(
+                raise FormatError(
                     f"{where}: no vector is registered as {item['name']!r}; known: "
                     f"{', '.join(sorted(self.names)) or 'none'}"
                 )
             return self.names[item["name"]]
         if "path" in item:
             return self._from_file(item, where)
-        try:
+        with reading(f"{where}: the direction cannot be read", "write the plan again with plan.to_json()"):
             data = base64.b64decode(item["vector"] if "vector" in item else item["tensor"], validate=True)
             if "vector" in item:
-                return SteeringVector.from_bytes(data)
-            tensors = from_safetensors(data)
+                return SteeringVector.from_bytes(data, f"{where}: the vector")
+            tensors = tensor_files.TensorFile(data).tensors()
             if set(tensors) != {"direction"}:
-                raise ValueError('expected one tensor named "direction"')
+                raise ValueError(f'it holds {sorted(tensors)}, expected one tensor named "direction"')
             return tensors["direction"]
-        except (binascii.Error, SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{where}: the direction cannot be read: {error}") from error
 
     def _from_file(self, item: dict[str, Any], where: str) -> SteeringVector:
-        path = self.folder / str(item["path"])
-        vector = SteeringVector.load(path)
+        if not isinstance(item["path"], str):
+            raise FormatError(f"{where}: the path is a {type(item['path']).__name__}: expected the name of a file")
+        path = self.folder / item["path"]
+        try:
+            vector = SteeringVector.load(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FormatError(f"{where}: the file {str(path)[:200]!r} cannot be read: {error.strerror}") from error
         if "sha256" in item and vector.sha256 != item["sha256"]:
-            raise ValueError(
+            raise FormatError(
                 f"{where}: {path} is not the file that the plan was written with (SHA-256 differs): use that one, or "
                 'remove "sha256" from the plan'
             )

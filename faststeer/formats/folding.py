@@ -19,6 +19,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from faststeer.files import write_atomically
+from faststeer.files import write_atomically, writing
 from faststeer.formats.affine import FoldError, Map, affine
 from faststeer.hf.hook_points import (
     HookPoints,
@@ -651,29 +653,31 @@ class evaluating:
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-class new_folder:
-    """A folder that appears under its name when the block ends well, and not at all otherwise."""
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well, and not at all otherwise.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} is there already: name a new folder")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
-        return self.temporary
-
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        umask = os.umask(0)
-        os.umask(umask)
-        self.temporary.chmod(0o777 & ~umask)
-        if self.path.is_dir():
-            self.path.rmdir()
-        self.temporary.rename(self.path)
+    Raises:
+        ValueError: the folder is there and not empty.
+        OSError: it cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new folder")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o777 & ~umask)
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def write_report(folder: Path, plan: Plan, report: dict[str, Any]) -> None:

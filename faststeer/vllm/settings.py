@@ -3,13 +3,13 @@ this module imports no vLLM."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from faststeer.files import read_json
 from faststeer.vector import HOOK_POINTS, check_hook_point
 from faststeer.vllm.switch import OFF, ON, SWITCH, configured, environment
 
@@ -99,9 +99,12 @@ class Settings:
         if text.lower() in (*OFF, *ON):
             return cls() if text.lower() in ON else None
         try:
-            return cls.read(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{SWITCH} is {text[:200]!r}: expected 1, 0, or a JSON object of settings") from error
+            data = read_json(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{SWITCH} is {text[:200]!r}: expected 1, 0, or a JSON object of settings ({error})"
+            ) from error
+        return cls.read(data)
 
     @classmethod
     def read(cls, given: Any) -> Settings | None:
