@@ -28,7 +28,8 @@ def main() -> int:
             print(f"{name}: compiled here", flush=True)
         except RuntimeError as error:  # BuildError: with the compiler's message
             print(error, flush=True)
-            missing.append(f"{name}: {str(error).splitlines()[0]}")
+            lines = str(error).splitlines()  # of a compiler's message the first that says error
+            missing.append(f"{name}: {next((line for line in lines[1:] if 'error' in line), lines[0])}")
     if missing:
         print(f"cannot be compiled here: {'; '.join(missing)}")
     return 1 if missing else 0

@@ -320,7 +320,7 @@ STAGES = {"first": first, "second": second}
 
 def look(runner: Runner, csv: Path, dry: bool) -> Machine | None:
     """The first stage: the machine and its copy bandwidth. None: PyTorch cannot be used."""
-    command = [sys.executable, str(HERE / "device.py"), "--csv", str(csv)]
+    command = [sys.executable, str(HERE / "machine.py"), "--csv", str(csv)]
     (lines,) = runner.run(Task("device", command, DRY_SECONDS if dry else DEVICE_SECONDS))
     said = next((line for line in reversed(lines.last) if line.startswith("DEVICE ")), None)
     return None if said is None else Machine(**json.loads(said.removeprefix("DEVICE ")))
