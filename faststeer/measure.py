@@ -138,8 +138,10 @@ def time_steps(
         all_tokens.append(seconds(tokens))
     prefill = statistics.median(first)
     steps = [max(s - prefill, 0.0) / (tokens - 1) for s in all_tokens]
-    ms = [round(s * 1e3, 4) for s in (prefill, statistics.median(steps), min(steps), max(steps))]
-    return StepTiming(*ms, repeats)
+    first_ms, middle, low, high = (
+        round(s * 1e3, 4) for s in (prefill, statistics.median(steps), min(steps), max(steps))
+    )
+    return StepTiming(first_ms, middle, low, high, repeats)
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -290,7 +290,7 @@ def first(plan: Plan) -> list[Stage]:
     llama = ("generation/gpu.py", "--model", "llama-8b")
     few = ("--rows", "64", "--steerings", "unsteered", "every layer")
     return [
-        lambda: plan.small_case(25),
+        lambda: plan.small_case(35),
         lambda: plan.emulation(),
         lambda: [plan.benchmark("kernels", 45, "kernels/gpu.py", "ours")],
         lambda: [plan.benchmark("launch sweep", 30, "kernels/gpu.py", "sweep")],
@@ -304,7 +304,7 @@ def first(plan: Plan) -> list[Stage]:
 def second(plan: Plan) -> list[Stage]:
     qwen = ("generation/gpu.py", "--model", "qwen-1.5b", "--who", "engine", "hooks", "--rows", "64")
     return [
-        lambda: [plan.python("counters", 30, HERE / "counters.py", "--csv", plan.csv)],
+        lambda: [plan.python("counters", 40, HERE / "counters.py", "--csv", plan.csv)],
         lambda: plan.sanitize(75),
         lambda: [plan.benchmark("others", 55, "kernels/gpu.py", "others")],
         lambda: [plan.benchmark("host time", 15, "kernels/gpu.py", "host")],
