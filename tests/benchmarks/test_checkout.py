@@ -120,3 +120,42 @@ def test_wheels_are_unpacked(tmp_path, prebuilt):
     command = [sys.executable, "-c", "import peer_of_a_test; print(peer_of_a_test.NAME)"]
     environment = os.environ | {"PYTHONPATH": checkout.python_path(tmp_path / "wheels")}
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "peer\n"
+
+
+class Compiler:
+    """faststeer/build.py, but for the compiling."""
+
+    TORCH_TARGET = (2, 11)
+    find_nvcc = torch_folder = staticmethod(lambda: "somewhere")
+    cuda_archs = staticmethod(lambda nvcc: ["80", "90"])
+    torch_version = staticmethod(lambda folder: "2.13.0")
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.broken, self.calls = broken, []
+
+    def build(self, name, package, work):
+        self.calls.append((name, package, work))
+        if name == self.broken:
+            raise RuntimeError(f"{name} cannot be compiled")
+        (package / "lib").mkdir(exist_ok=True)
+        (package / "lib" / f"faststeer_{name}.so").write_text(name)
+        (package / "lib" / f"{name}.json").write_text("{}")
+        return True
+
+
+class TestCompilingBeforehand:
+    def test_what_is_compiled_can_be_put_in_place(self, tmp_path, package, monkeypatch):
+        libraries, compiler, folder = load("gpu/libraries.py"), Compiler(), tmp_path / "libraries"
+        monkeypatch.setattr(libraries, "load_build", lambda _: compiler)
+        assert libraries.compile_into(folder) == ["80", "90"]
+        assert all(not work.is_relative_to(folder) for _, _, work in compiler.calls)  # objects are not carried
+        checkout.put_libraries(package, folder, "90", "2.11.0")
+        assert (package / "lib" / "faststeer_cuda.so").read_text() == "cuda"
+
+    def test_half_a_build_is_no_folder_of_libraries(self, tmp_path, package, prebuilt, monkeypatch, capsys):
+        libraries = load("gpu/libraries.py")
+        monkeypatch.setattr(libraries, "load_build", lambda _: Compiler("cuda"))
+        monkeypatch.setattr(sys, "argv", ["libraries.py", str(prebuilt)])
+        assert libraries.main() == 1 and "cuda cannot be compiled" in capsys.readouterr().err
+        with pytest.raises(checkout.Unfit):
+            checkout.put_libraries(package, prebuilt, "90", "2.11.0")
