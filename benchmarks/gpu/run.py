@@ -381,6 +381,9 @@ def signals_raise() -> Iterator[None]:
 def run_all(options: argparse.Namespace, runner: Runner, csv: Path, scratch: Path) -> None:
     site, wheels, begun = scratch / "site", scratch / "wheels", time.monotonic()
     package = checkout.install(site)
+    if options.prebuilt is not None:
+        for name in checkout.unpack_wheels(options.prebuilt, wheels):
+            runner.log(f"unpacked {name}")
     machine = look(runner, csv, options.dry_run)
     if machine is None:
         runner.note("everything else", "skipped", "PyTorch or faststeer cannot be imported here, see device")
@@ -393,9 +396,6 @@ def run_all(options: argparse.Namespace, runner: Runner, csv: Path, scratch: Pat
     else:
         runner.environment = {**runner.environment, "FASTSTEER_CUDA_ARCHS": str(machine.arch)}
         runner.log(f"{machine.gpu}, sm_{machine.arch}, torch {machine.torch}")
-    if options.prebuilt is not None:
-        for name in checkout.unpack_wheels(options.prebuilt, wheels):
-            runner.log(f"unpacked {name}")
     compiling = time.monotonic()
     libraries(runner, package, options.prebuilt, machine)
     if not dry:
