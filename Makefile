@@ -13,7 +13,7 @@ PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu gpu-vllm clean
+.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu-libraries gpu-first gpu-second gpu-vllm clean
 
 demo: build
 	$(BIN)/faststeer demo --out $(OUT)
@@ -49,10 +49,15 @@ bench-cpu: $(VENV)/.ready-dev build
 	$(BIN)/python -m pytest benchmarks/kernels/test_cpu.py -p no:xdist -o addopts= -q --benchmark-json=out/bench-cpu.json
 	$(BIN)/python benchmarks/kernels/collect_cpu.py out/bench-cpu.json
 
-# On a machine with a GPU: build, test, check and measure in one call under 10 minutes, with the PyTorch that is there.
-# Without a GPU, a dry run of all but the device.
-gpu:
-	$(PYTHON) benchmarks/kernels/run_gpu.py --out $(OUT)
+# What a machine with a GPU is asked in its first minutes, with the PyTorch that is there: gpu-first at most 330 seconds,
+# gpu-second 240. PREBUILT: a folder that gpu-libraries filled, on any machine with nvcc; it may hold liger-kernel's
+# wheel, too. Without a GPU, a dry run.
+PREBUILT ?=
+gpu-first gpu-second:
+	$(PYTHON) benchmarks/gpu/run.py $(@:gpu-%=%) --out $(OUT) $(if $(PREBUILT),--prebuilt $(PREBUILT))
+
+gpu-libraries: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu/libraries.py $(OUT)
 
 # vLLM on a machine with a GPU. CARRY: a folder with vllm.tar.xz and whl/, where vLLM is not installed. Without a GPU, a
 # dry run.

@@ -7,8 +7,10 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../common/checks.h"
@@ -127,12 +129,27 @@ bool aligned(const RowShape& shape, const RowArguments& a) {
          on_16_bytes(tables.fields) && on_16_bytes(tables.scalars);
 }
 
+// Read once: an operator call has a few microseconds in all. A wrong value is refused again at every call.
+int32_t asked_columns() {
+  static const int32_t columns = [] {
+    const char* const text = std::getenv(COLUMNS_VARIABLE);
+    const int32_t number = columns_of(text);
+    if (number < 0) refuse(COLUMNS_VARIABLE, "8, 16 or 32 (columns of a row per thread), or not set", text);
+    return number;
+  }();
+  return columns;
+}
+
 void launch_rows(const char* name, RowOp op, const OnDevice& device, const RowShape& shape,
                  const RowArguments& arguments) {
   if (shape.rows == 0) return;
   const int32_t size = static_cast<int32_t>(item_size(shape.dtype));
   const LaunchConfig config =
-      choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), device.sm_count());
+      choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), device.sm_count(), asked_columns());
+  if (config.threads_per_row > MAX_THREADS_PER_ROW) {
+    refuse(COLUMNS_VARIABLE, "at least " + std::to_string(ceil_div(shape.hidden, MAX_THREADS_PER_ROW)) +
+           " for rows of " + std::to_string(shape.hidden) + " columns", asked_columns());
+  }
   check_launched(name, launch_row(op, shape.dtype, config, arguments, device.stream));
 }
 

@@ -45,6 +45,33 @@ def test_every_launch_configuration_covers_its_row():
                     assert elements * vectors in ((8, 32) if elements == 1 else (8, 16, 32))
 
 
+@pytest.mark.parametrize("asked", [8, 16, 32])
+def test_columns_that_are_asked_for(asked):
+    """They take the place of the rule's; a row is covered, or would need more threads than a block has."""
+    assert emulation.columns_of(str(asked)) == asked
+    for rows, itemsize, hidden in ((1, 2, 4096), (16384, 2, 4096), (1, 4, 64), (16384, 4, 111), (16384, 2, 16384)):
+        for aligned in (True, False):
+            threads, per_block, elements, vectors = emulation.choose(rows, hidden, itemsize, aligned, 132, asked)
+            columns = elements * vectors
+            assert columns == (32 if asked == 16 and elements == 1 else asked)
+            assert threads * columns >= hidden > (threads - 32) * columns
+            assert per_block == 1 or threads == 32
+            assert threads <= 512 or hidden > 512 * asked
+
+
+@pytest.mark.parametrize("asked", [8, 16, 32])
+@pytest.mark.parametrize(("hidden", "dtype"), [(2048, "bf16"), (896, "fp32")])
+def test_columns_that_are_asked_for_agree_with_the_reference(hidden, dtype, asked):
+    case = Case(hidden, DTYPES[dtype], rows=5, seed=asked)
+    check_all(case, Emulated(case.tables, case.rows, case.gate_state, MANY, asked))
+
+
+def test_no_other_columns_are_taken():
+    assert emulation.columns_of(None) == emulation.columns_of("") == 0
+    for text in ("0", "4", "12", "64", "-8", "8 ", "8x", "eight", "99999999999", " "):
+        assert emulation.columns_of(text) == -1, text
+
+
 # What the heuristic chooses is covered by these; `full` takes every combination.
 NORMAL = {
     (64, "bf16", FEW, False), (64, "fp16", MANY, True), (111, "fp32", MANY, False), (111, "bf16", FEW, True),
