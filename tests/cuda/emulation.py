@@ -44,7 +44,10 @@ class CTables(ctypes.Structure):
 
 class CRow(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe")),
+        *(
+            (name, _pointer)
+            for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe", "nonfinite")
+        ),
         *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
@@ -164,8 +167,16 @@ class Emulated:
     sm_count: what the launch heuristic takes the device to have: 132 makes few rows few, 1 makes them many.
     """
 
-    def __init__(self, tables: Tables, rows: Rows, gate_state: Tensor | None, sm_count: int = 132) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        rows: Rows,
+        gate_state: Tensor | None,
+        sm_count: int = 132,
+        nonfinite: Tensor | None = None,
+    ) -> None:
         self.tables, self.rows, self.gate_state, self.sm_count = tables, rows, gate_state, sm_count
+        self.nonfinite = nonfinite
 
     def _row(
         self,
@@ -187,6 +198,7 @@ class Emulated:
             ("hidden", hidden),
             ("normed", normed),
             ("cleared", cleared),
+            ("nonfinite", self.nonfinite),
         ):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape

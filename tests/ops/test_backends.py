@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backend_cases import KINDS, bits, check_ops, steered
+from nonfinite_cases import check_limits, check_neighbours, check_nonfinite, overflowing
 from torch._inductor.utils import run_and_get_code
 
 from faststeer import ops
@@ -41,6 +42,33 @@ class TestContract3:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_intervention_alone(self, backend, dtype, kind, hidden):
         check_ops(steered([[kind]], 7, hidden, DTYPES[dtype], "cpu", seed=1), backend)
+
+
+@pytest.mark.parametrize("hidden", [64, 111, 500, 896, 2048])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestNonfinite:
+    def test_rows_are_noted(self, both, dtype, hidden):
+        case = overflowing(37, hidden, DTYPES[dtype], "cpu", seed=hidden)
+        assert check_nonfinite(case, both) >= 3
+
+    def test_neighbours_keep_their_bits(self, both, dtype, hidden):
+        check_neighbours(overflowing(37, hidden, DTYPES[dtype], "cpu", seed=hidden), both)
+
+    def test_the_largest_numbers_are_finite(self, both, dtype, hidden):
+        check_limits(hidden, DTYPES[dtype], "cpu", both)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_are_not_finite_are_noted_in_random_shapes(both, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, hidden, number = (
+        int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 70), (2, 700), (0, 3))
+    )
+    case = overflowing(rows, hidden, list(DTYPES.values())[number], "cpu", seed)
+    memory = torch.zeros(rows, hidden + seed, dtype=case.x.dtype)
+    memory[:, :hidden] = case.x
+    case.x = memory[:, :hidden]  # rows at a distance
+    check_nonfinite(case, both)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
