@@ -182,8 +182,8 @@ def check_accesses(kernel: Kernel, dtype: str) -> None:
     assert counted["stores"] >= (2 if op in ("STEER_PAIR", "ADD_STEER_RMSNORM") else 1) * vectors, kernel
     # Three of an entry's fields, one of its scalars, and the vector that it is read for.
     assert counted["table loads"] >= 4 + elements * vectors // 4, kernel
-    # Whether the row is finite costs an instruction per 16 bytes, followed by a NOP on sm_90, and a handful per row; the
-    # sum of squares of a norm says it for nothing. The rest are moves that ptxas puts between.
+    # Whether the row is finite costs an instruction per 16 bytes, which a NOP follows on sm_90, and some per row; the
+    # squares that a norm sums say it for nothing. The rest are moves that ptxas puts between.
     products = 0 if op == "ADD_STEER_RMSNORM" else vectors
     assert counted["matrix products"] == products, kernel
     assert counted["between"] <= max(0, products - 1) + 4, kernel

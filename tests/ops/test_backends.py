@@ -355,6 +355,59 @@ def test_bad_arguments_of_a_pair_are_named(both, what):
     assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
 
 
+BAD_FLAGS = {
+    "rows": (torch.zeros(4, dtype=torch.int32), ValueError, "nonfinite has shape .4.: expected .5."),
+    "dtype": (torch.zeros(5, dtype=torch.bool), TypeError, "nonfinite has dtype torch.bool: expected torch.int32"),
+    "dimensions": (torch.zeros(5, 1, dtype=torch.int32), ValueError, "nonfinite has shape .5, 1."),
+    "strided": (torch.zeros(20, dtype=torch.int32)[::2], ValueError, "nonfinite is not contiguous"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FLAGS)
+def test_bad_flags_are_named(both, what):
+    flags, error, message = BAD_FLAGS[what]
+    case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=7)
+    before = case.x.clone(), case.residual.clone()
+    last = case.tables, case.rows, case.gate_state, None, flags
+    norm = case.weight, 1e-6, 0.0, False
+    for op, first in (
+        (ops.steer, ()), (ops.steer_, ()), (ops.add_steer, (case.residual,)), (ops.steer_pair_, (case.residual,)),
+        (ops.add_steer_rmsnorm, (case.residual, *norm)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            op(case.x, *first, *last, backend=both)
+    assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
+
+
+@pytest.mark.parametrize("op", ["steer", "add_steer", "add_steer_rmsnorm"])
+def test_gradients_with_flags(backend, op):
+    """They are those without, and the flags are written; eager and compiled in one graph, whose calls copy nothing."""
+
+    def run(x, residual, bank, scalars, flags):
+        tables = case.tables._replace(bank=bank, scalars=scalars)
+        first = {"steer": (x,), "add_steer": (x, residual)}.get(op, (x, residual, case.weight, 1e-6, 0.0, False))
+        out = getattr(ops, op)(*first, tables, case.rows, case.gate_state, None, flags, backend=backend)
+        return out[1] if isinstance(out, tuple) else out
+
+    torch._dynamo.reset()
+    case = overflowing(9, 48, torch.float32, "cpu", seed=2)
+    results = []
+    for function, flags in (
+        (run, None),
+        (run, torch.zeros(12, dtype=torch.int32)),
+        (torch.compile(run, fullgraph=True), torch.zeros(12, dtype=torch.int32)),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (case.x, case.residual, case.tables.bank, case.tables.scalars)]
+        out = function(*leaves, flags)
+        out.nan_to_num(0, 0, 0).sum().backward()
+        results.append((out.detach(), flags, [leaf.grad for leaf in leaves if leaf.grad is not None]))
+    for out, _, grads in results[1:]:
+        torch.testing.assert_close(out, results[0][0], equal_nan=True)
+        for ours, theirs in zip(grads, results[0][2], strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.equal(results[1][1], results[2][1]) and results[1][1].any()
+
+
 def test_in_place_forms_refuse_a_gradient(both):
     case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=8)
     tables = case.tables._replace(bank=case.tables.bank.clone().requires_grad_())
@@ -394,17 +447,19 @@ def test_gradients_are_the_references(backend, op):
 @pytest.mark.parametrize(
     "op", ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_"]
 )
-def test_opcheck(backend, op):
+@pytest.mark.parametrize("flags", [False, True], ids=["no flags", "flags"])
+def test_opcheck(backend, op, flags):
     case = steered(MIXES, 5, 48, torch.float32, "cpu", seed=10)
     t, r = case.tables, case.rows
     tables = [t.bank, t.fields, t.scalars, t.ranges, r.slot, r.position, r.sequence, case.gate_state]
     offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
+    last = [] if not flags else [torch.zeros(8, dtype=torch.int32)]
     arguments = {
-        "steer": (case.x.requires_grad_(), *tables, case.columns),
-        "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns)),
-        "add_steer": (case.x, case.residual, *tables, 0),
-        "steer_pair_": (case.x.detach(), case.residual, *tables, torch.zeros(8, case.columns)),
-        "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns),
+        "steer": (case.x.requires_grad_(), *tables, case.columns, *last),
+        "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns), *last),
+        "add_steer": (case.x, case.residual, *tables, 0, *last),
+        "steer_pair_": (case.x.detach(), case.residual, *tables, torch.zeros(8, case.columns), *last),
+        "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns, *last),
         "latch_": (case.x.detach(), None, *tables),
         "sparse_add_": (case.x.detach(), offsets[1:], torch.ones(2), offsets, r.slot.clamp(max=1), torch.ones(5)),
     }[op]
