@@ -23,6 +23,7 @@
 // function shared between levels would be one that the lowest level's machines cannot run.
 #define FASTSTEER_LANES static inline __attribute__((always_inline))
 #define FASTSTEER_METHOD inline __attribute__((always_inline))
+#define FASTSTEER_INLINED __attribute__((always_inline))  // of a lambda
 
 namespace faststeer {
 namespace {

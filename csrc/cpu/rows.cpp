@@ -106,7 +106,7 @@ void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
     Row<T, true> h(job, row, buffer);
     const bool changed = steer_row(job, row, h, weights);
     const float squares = h.write_rounded(row_of<T>(job.out, row));
-    if (changed && !std::isfinite(squares)) note_finite(job, row, all_finite(buffer, hidden));
+    if (changed && job.nonfinite != nullptr && !std::isfinite(squares)) note_finite(job, row, all_finite(buffer, hidden));
     const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.norm.eps);
     T* normed = row_of<T>(job.norm.normed, row);
     if (job.norm.fp32_weight) {
