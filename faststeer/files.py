@@ -4,16 +4,24 @@ gets what the file says or a `FormatError`."""
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # no locks on Windows: there what a killed process leaves stays
+    fcntl = None
 
 # What libraries raise on bytes that make no sense to them. No OSError: that the disk fails says nothing of the content.
 UNREADABLE = (
@@ -101,7 +109,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk and rename it: after a crash, a kill or
-    Ctrl-C there is the old file or the new one.
+    Ctrl-C there is the old file or the new one. What a killed process left there is removed.
 
     Raises:
         OSError: it cannot be written (a full disk, no permission, a limit), with the path, the reason and the remedy.
@@ -110,17 +118,82 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     data = content.encode() if isinstance(content, str) else content
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary, descriptor = temporary_beside(path)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes private files; what the user asked for gets the usual permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
+                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+                os.replace(temporary, path)  # with the lock held
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well, and not at all otherwise.
+
+    Raises:
+        ValueError: the folder is there and not empty.
+        OSError: it cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new folder")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = temporary_beside(path, folder=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as opened:
+                        os.fsync(opened.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def temporary_beside(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file (or folder) beside `path` that is to take its place, and its descriptor, which holds a lock on it: it
+    is in use until that is closed. What nobody uses any more, since its process was killed, is removed."""
+    names: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
+    for other in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        _remove_unused(other)
+    while True:
+        if folder:
+            temporary = tempfile.mkdtemp(**names)
+            descriptor = os.open(temporary, os.O_RDONLY)
+        else:
+            descriptor, temporary = tempfile.mkstemp(**names)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # nobody took it for unused before it was locked
+            return Path(temporary), descriptor
+        os.close(descriptor)
+
+
+def _remove_unused(temporary: Path) -> None:
+    if fcntl is None:
+        return
+    with suppress(OSError):  # in use, or removed by another process in this moment
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        finally:
+            os.close(descriptor)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.files import write_atomically
+from faststeer.files import temporary_beside, write_atomically
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -127,3 +127,18 @@ def test_every_writer_where_nothing_can_be_written(tmp_path):
         named = str(folder) in one["text"] or "temporary file for a GGUF" in one["text"]
         assert named and "\n" not in one["text"], (writer, one["text"])
         assert re.search(REMEDIES[writer.rpartition(", ")[2]], one["text"]), (writer, one["text"])
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    (tmp_path / ".v.abcdefgh.part").write_text("half")
+    (tmp_path / ".v.abcdefgi.part").mkdir()
+    (tmp_path / ".v.abcdefgi.part" / "a").write_text("half")
+    others = [".w.abcdefgh.part", ".v.part", ".v.b.part"]
+    for name in others:
+        (tmp_path / name).write_text("not of v")
+    running, descriptor = temporary_beside(tmp_path / "v")
+    write_atomically(tmp_path / "v", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, running.name, "v"])
+    os.close(descriptor)
+    write_atomically(tmp_path / "v", "newer")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "v"])

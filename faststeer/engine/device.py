@@ -216,8 +216,8 @@ class Device:
     @torch.inference_mode()
     def watch(self, sites: list[int], k: int) -> None:
         """Keep what the first k probe columns of these sites see, for every row and token; none for no sites."""
-        if len(sites) != len(self.probes) or k != self.projections.shape[-1]:
-            shape = (self.rows, len(sites), self.length, k)
+        shape = (self.rows, len(sites), self.length, k)
+        if self.projections.shape != (shape if sites else (0,)):
             self.projections = torch.zeros(shape, device=self.device) if sites else torch.zeros(0)
         self.probes = sites
 

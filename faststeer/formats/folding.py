@@ -17,10 +17,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from faststeer.files import write_atomically, writing
+from faststeer.files import new_folder, write_atomically
 from faststeer.formats.affine import FoldError, Map, affine
+from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import (
     HookPoints,
     find_hook_points,
@@ -130,14 +127,11 @@ def _outputs(model: nn.Module, names: set[str], points: HookPoints) -> tuple[dic
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering.append(first_tensor(args, kwargs).detach().to("cpu", copy=True))
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(names)]
-    handles.append(points.layer(model, 0).register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        with quiet(model):
-            run_four_tokens(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with quiet(model), changing() as changes:
+        for name in sorted(names):
+            changes.hook(model.get_submodule(name).register_forward_hook, keep(name))
+        changes.hook(points.layer(model, 0).register_forward_pre_hook, enter, with_kwargs=True)
+        run_four_tokens(model)
     return seen, entering[0]
 
 
@@ -594,12 +588,9 @@ class Expected:
 
         numbers = [site("resid_pre", 0)]
         numbers += [site(at, i) for i in range(points.n_layers) for at in ("attn_out", "mlp_out")]
-        handles = install(model, points, dict.fromkeys(numbers, noise))
-        try:
+        with changing() as changes:
+            install(changes, model, points, dict.fromkeys(numbers, noise))
             return _logits(model, self.ids)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def compare(self, folded: nn.Module) -> Check:
         """Raises FoldError where the folded model is further away than rounding explains, or says another token where
@@ -651,33 +642,6 @@ class evaluating:
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well, and not at all otherwise.
-
-    Raises:
-        ValueError: the folder is there and not empty.
-        OSError: it cannot be written.
-    """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: name a new folder")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o777 & ~umask)
-            if path.is_dir():
-                path.rmdir()
-            temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def write_report(folder: Path, plan: Plan, report: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ class Backend:
         self.sm_count = sm_count
 
     def _op(self, tables: Tables, rows: Rows, gate_state: Tensor | None, nonfinite: Tensor | None) -> Emulated:
-        return Emulated(tables, rows, gate_state, self.sm_count, nonfinite)
+        return Emulated(tables, rows, gate_state, self.sm_count, nonfinite=nonfinite)
 
     def steer(self, x, tables, rows, gate_state, probe=None, nonfinite=None, *, backend):
         hidden, seen = self._op(tables, rows, gate_state, nonfinite).steer(x, 0 if probe is None else probe.shape[1])
