@@ -76,16 +76,22 @@ def _wrap_worker(why_not: str = "") -> None:
 def _wrap_front_end() -> None:
     """Requests are checked on their way in; a server has faststeer's routes. What a server has imported of vLLM may
     grow between two calls."""
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
     from faststeer.vllm import server
-    from faststeer.vllm.admission import refuse_beams, wrap_input, wrap_output
+    from faststeer.vllm.admission import refuse_beams, wrap_async_engine, wrap_engine, wrap_input, wrap_output
 
     if not hasattr(InputProcessor.process_inputs, "faststeer"):
         wrap_input(InputProcessor)
     if not hasattr(OutputProcessor.add_request, "faststeer"):
         wrap_output(OutputProcessor)
+    if not hasattr(LLMEngine.__init__, "faststeer"):
+        wrap_engine(LLMEngine)
+    if not hasattr(AsyncLLM.generate, "faststeer"):
+        wrap_async_engine(AsyncLLM)
     refuse_beams()
     server.install()
 

@@ -20,6 +20,7 @@ from faststeer.ops import backend_for
 from faststeer.ops.tables import Kind
 from faststeer.plan import Entry, Plan, site_name
 from faststeer.program import Program
+from faststeer.vllm.dose import measure_norms
 from faststeer.vllm.fresh_blocks import FreshBlocks
 from faststeer.vllm.layers import Device, find_layers, patch_layers
 from faststeer.vllm.overflow import StepSums, final_states
@@ -103,6 +104,7 @@ class Steering:
         self.requests: dict[str, Running] = {}
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
+        self.norms: dict[int, float] = {}  # see `dose`
         self.device: Device
         self.probes: Probes
         self._free_slots = list(range(self.n_slots))
@@ -137,6 +139,8 @@ class Steering:
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
         patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
+        if self.settings.max_dose is not None:
+            self.norms = measure_norms(runner.get_model(), self.worker.vllm_config, torch.device(target))
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
         self._wrap(runner)
@@ -478,6 +482,7 @@ def attach(worker: Any, settings: Settings) -> Steering:
     # What `collective_rpc` calls by name; the probes are made when the model is loaded.
     worker.faststeer_projections = lambda request_id: steering.probes.give(request_id)
     worker.faststeer_projections_of = lambda answer: steering.probes.of_answer(answer)
+    worker.faststeer_norms = lambda: list(steering.norms.items())
     worker.faststeer = steering
     return steering
 
