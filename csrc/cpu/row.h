@@ -113,40 +113,36 @@ class Row {
     settle();
   }
 
-  // h rounded to T
-  void write(T* out) const {
+  // h rounded to T; returns whether all of it is finite.
+  bool write(T* out) const {
+    bool finite = false;
     with_values([&](auto value) {
-      each_two_blocks(
-          hidden_,
-          [=](int64_t i) {
-            prefetch_to_write(out + i);
-            store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{}));
-          },
+      finite = written_finite(
+          out, [=](int64_t i) { store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{})); },
           [=](int64_t i, auto block) { store_rounded(out + i, value(i, block), block); });
     });
+    return finite;
   }
 
-  // h rounded to T, where T is bf16 and h is x + w q as that of the row before. False where not, and nothing is written.
-  bool write_sum(T* out, Addend& addend) const {
+  // The same, quicker where T is bf16 and h is x + w q as that of the row before.
+  bool write(T* out, Addend& addend) const {
     if constexpr (std::is_same_v<T, BFloat> && !ADDS) {
-      if (settled_ || n_terms_ != 1) return false;
-      const float* const sum = addend.of(terms_[0].w, terms_[0].q, hidden_);
-      if (sum == nullptr) return false;
-      const T* const x = x_;
-      each_two_blocks(
-          hidden_,
-          [=](int64_t i) {
-            prefetch_to_write(out + i);
+      const bool is_sum = !settled_ && n_terms_ == 1;
+      if (const float* const sum = is_sum ? addend.of(terms_[0].w, terms_[0].q, hidden_) : nullptr) {
+        const T* const x = x_;
+        return written_finite(
+            out,
+            [=](int64_t i) {
 #pragma GCC unroll 4
-            for (int64_t k = i; k < i + 2 * LANES; k += 2 * PART) {
-              const Apart values = take_apart(x + k);
-              put_together(out + k, {values.even + decode(sum + k), values.odd + decode(sum + k + PART)});
-            }
-          },
-          [=](int64_t i, auto block) { store_rounded(out + i, load(x + i, block) + load(sum + i, block), block); });
-      return true;
+              for (int64_t k = i; k < i + 2 * LANES; k += 2 * PART) {
+                const Apart values = take_apart(x + k);
+                put_together(out + k, {values.even + decode(sum + k), values.odd + decode(sum + k + PART)});
+              }
+            },
+            [=](int64_t i, auto block) { store_rounded(out + i, load(x + i, block) + load(sum + i, block), block); });
+      }
     }
-    return false;
+    return write(out);
   }
 
   // h rounded to T, also in the buffer; returns the sum of its squares.
@@ -174,6 +170,25 @@ class Row {
   // to 12288 were tried on Zen 5: less leaves stores waiting, more gains nothing and takes more of a first cache.
   static constexpr int64_t AHEAD = 4096;
   static constexpr int64_t CACHE_LINE = 64;
+
+  // Write `out` by two(first column) for two whole blocks and one(first column, Whole or Some) for what is left; returns
+  // whether all of it is finite.
+  template <class Two, class One>
+  FASTSTEER_METHOD bool written_finite(T* out, Two two, One one) const {
+    Finite<T> finite;
+    each_two_blocks(
+        hidden_,
+        [&](int64_t i) {
+          prefetch_to_write(out + i);
+          two(i);
+          finite.look(out + i);
+        },
+        [&](int64_t i, auto block) {
+          one(i, block);
+          finite.look(out + i, block);
+        });
+    return finite.all();
+  }
 
   // Two blocks from `out` on are about to be written.
   FASTSTEER_METHOD static void prefetch_to_write(T* out) {
@@ -334,6 +349,10 @@ inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
   if (entry.gate_mode != GATE_LATCHED) return true;
   const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
   return cell >= 0 && tables.gate_state[cell] != 0;
+}
+
+inline void note_finite(const Job& job, int64_t row, bool finite) {
+  if (!finite && job.nonfinite != nullptr) job.nonfinite[row] = 1;
 }
 
 // All entries of the row's slot, in order. A row that no entry reads is not loaded. Returns whether any entry changed it.

@@ -432,9 +432,9 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     generator = torch.Generator().manual_seed(2)
     weights = [(torch.randn(hidden, hidden, generator=generator) / 8).to(dtype) for _ in range(2)]
 
-    def run(x, before, slot, position, sequence, probe):
+    def run(x, before, slot, position, sequence, probe, nonfinite):
         hidden, residual = x @ weights[0], (before + x) @ weights[1]
-        rows = slot, position, sequence, case.gate_state, probe
+        rows = slot, position, sequence, case.gate_state, probe, nonfinite
         torch.ops.faststeer.steer_pair_.cpp(hidden, residual, *tables[:4], *rows)
         s = (hidden + residual).float()
         return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * case.weight
@@ -443,21 +443,24 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     for x, before in inputs:
         for rows in (x, before):
             torch._dynamo.mark_dynamic(rows, 0)
+    inputs[1][0][3] = torch.inf  # of a row that is steered
     probes = [[torch.full((room, columns), 7.0) for _ in inputs] for _ in range(2)]
+    flags = [torch.zeros(room, dtype=torch.int32) for _ in range(2)]
 
-    def run_all(function, probes):
-        return [function(*given, *case.rows, probe) for given, probe in zip(inputs, probes, strict=True)]
+    def run_all(function, probes, flags):
+        return [function(*given, *case.rows, probe, flags) for given, probe in zip(inputs, probes, strict=True)]
 
     with torch.no_grad():
-        expected = run_all(run, probes[0])
-        found, codes = run_and_get_code(run_all, torch.compile(run, fullgraph=True), probes[1])
+        expected = run_all(run, probes[0], flags[0])
+        found, codes = run_and_get_code(run_all, torch.compile(run, fullgraph=True), probes[1], flags[1])
     for ours, theirs in zip((*found, *probes[1]), (*expected, *probes[0]), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.equal(*flags) and flags[0].nonzero().tolist() == [[3]]
     for seen, (x, _) in zip(probes[1], inputs, strict=True):
         assert (seen[len(x) :] == 7).all() and not (seen[: len(x)] == 7).all()
     (code,) = codes
     body = code[code.index("def call(") : code.index("return (buf")]
-    # On the products themselves, and on the buffers that came in: tables, rows, gates and probe.
-    assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){9}\)", body)) == 1
+    # On the products themselves, and on the buffers that came in: tables, rows, gates, probe and flags.
+    assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){10}\)", body)) == 1
     assert not re.search(r"clone|copy_\(", body), "a hidden copy"
     assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
