@@ -117,15 +117,13 @@ def check_early(client: Any, params: Any, request_id: str = "") -> None:
 
 async def _told(answers: Any, refused: type[ValueError]) -> Any:
     """The answers, up to one that ended because it overflowed: that is an error."""
-    from faststeer.vllm.isolation import is_of_model, is_of_plan
+    from faststeer.vllm.isolation import reason_of
 
     try:
         async for answer in answers:
             for output in answer.outputs:
-                if output.finish_reason == "error" and is_of_plan(output.stop_reason):
-                    raise refused(output.stop_reason)
-                if output.finish_reason == "error" and is_of_model(output.stop_reason):
-                    raise failure()(output.stop_reason)
+                if output.finish_reason == "error" and (reason := reason_of(output.stop_reason)) is not None:
+                    raise (failure() if reason == "model" else refused)(output.stop_reason)
             yield answer
     finally:
         await answers.aclose()

@@ -17,14 +17,14 @@ from typing import Any
 
 from faststeer.vllm.switch import NEW_BLOCKS_KEY, OVERFLOWS_KEY
 
-OF_PLAN = (
-    "the steering overflowed: the hidden states of token {} are not finite, or so large that the final norm makes them "
-    "zero; use a smaller coefficient"
-)
-OF_MODEL = (
-    "the model overflowed: the hidden states of token {} are not finite, and the request has no plan; this is the "
-    "model's own computation, or its weights"
-)
+BAD = "the hidden states of token {} are not finite, or so large that the final norm makes them zero"
+REASONS = {  # why a request overflowed -> what it ends with
+    "steering": f"the steering overflowed: {BAD}; use a smaller coefficient",
+    "plan": f"the model overflowed under the plan: {BAD}, though what steering wrote was finite; use a smaller "
+    "coefficient",
+    "model": f"the model overflowed: {BAD}, and the request has no plan; this is the model's own computation, or its "
+    "weights",
+}
 
 
 class Isolation:
@@ -79,9 +79,9 @@ class Isolation:
 
     def note(self, output: Any) -> None:
         """Remember what the workers say of a step's requests. A request that was preempted meanwhile keeps it."""
-        for request_id, (token, is_steered) in (getattr(output, OVERFLOWS_KEY, None) or {}).items():
+        for request_id, (token, reason) in (getattr(output, OVERFLOWS_KEY, None) or {}).items():
             if (request := self._scheduler.requests.get(request_id)) is not None:
-                request.faststeer_overflow = token, (OF_PLAN if is_steered else OF_MODEL).format(token)
+                request.faststeer_overflow = token, REASONS[reason].format(token)
 
     @staticmethod
     def ends(request: Any, error: Any) -> bool:
@@ -93,11 +93,8 @@ class Isolation:
         return True
 
 
-def is_of_plan(stop_reason: Any) -> bool:
-    """Whether a request ended because its own plan overflowed."""
-    return isinstance(stop_reason, str) and stop_reason.startswith(OF_PLAN.partition(":")[0])
-
-
-def is_of_model(stop_reason: Any) -> bool:
-    """Whether a request ended because the model overflowed without a plan."""
-    return isinstance(stop_reason, str) and stop_reason.startswith(OF_MODEL.partition(":")[0])
+def reason_of(stop_reason: Any) -> str | None:
+    """Why a request that ended with an error overflowed, a key of `REASONS`; None: it did not, and has another error."""
+    if not isinstance(stop_reason, str):
+        return None
+    return next((reason for reason, text in REASONS.items() if stop_reason.startswith(text.partition("{")[0])), None)

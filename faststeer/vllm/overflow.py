@@ -3,7 +3,8 @@ or captured; no step waits for it.
 
 One number per row decides: the sum of the absolute values of the row's final hidden states. NaN and infinity stay in
 the residual stream from where they arise up to the last layer, so the sum is not finite; a row so large that the final
-norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0.
+norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0. What the steering ops noted of the same
+rows tells whether steering wrote the first bad value, or the model did.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StepSums:
         request_ids, counts: whose the rows are, in their order, and how many each has.
         computed: the tokens of each request before the step.
         steered: the requests with a plan.
-        sums: `[rows]` fp32, on the host once `ready` says so.
+        sums: `[rows]` fp32, on the host once `ready` says so; -1 where steering wrote what is not finite.
         ready: a CUDA event; None: they are there.
     """
 
@@ -40,18 +41,30 @@ class StepSums:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, hidden: Tensor, rows: tuple[Sequence[str], Sequence[int]], computed: Any, steered: Any) -> StepSums:
-        """Queue the sums of the final hidden states `[at least as many rows, hidden]`, and their copy."""
+    def of(
+        cls, hidden: Tensor, nonfinite: Tensor | None, rows: tuple[Sequence[str], Sequence[int]],
+        computed: Mapping[str, int], steered: Set[str],
+    ) -> StepSums:  # fmt: skip
+        """Queue the sums of the final hidden states `[rows or more, hidden]`, and their copy.
+
+        Args:
+            hidden: the final hidden states.
+            nonfinite: what steering noted of the rows (`layers.Device`); None: no row is steered.
+            rows, computed, steered: see above.
+        """
         request_ids, counts = rows
-        sums, ready = torch.linalg.vector_norm(hidden[: sum(counts)], 1, dim=-1, dtype=torch.float32), None
+        total = sum(counts)
+        sums, ready = torch.linalg.vector_norm(hidden[:total], 1, dim=-1, dtype=torch.float32), None
+        if nonfinite is not None:
+            sums.masked_fill_(nonfinite[:total] != 0, -1.0)
         if sums.is_cuda:
             host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             sums, ready = host.copy_(sums, non_blocking=True), torch.cuda.Event()
             ready.record()
         return cls(request_ids, counts, computed, steered, sums, ready)
 
-    def overflows(self) -> dict[str, tuple[int, bool]]:
-        """The requests that have a bad row: the number of its first such token, and whether it has a plan."""
+    def overflows(self) -> dict[str, tuple[int, str]]:
+        """The requests that have a bad row: the number of its first such token, and why (`isolation.REASONS`)."""
         if self.ready is not None:
             self.ready.synchronize()
         sums = self.sums.numpy()
@@ -59,12 +72,13 @@ class StepSums:
         if not bad.any():
             return {}
         starts = np.cumsum([0, *self.counts])
-        found: dict[str, tuple[int, bool]] = {}
+        overflows: dict[str, tuple[int, str]] = {}
         for row in np.flatnonzero(bad)[::-1].tolist():  # backwards, so that a request's first one stays
             number = int(np.searchsorted(starts, row, side="right")) - 1
             name = self.request_ids[number]
-            found[name] = self.computed[name] + row - int(starts[number]), name in self.steered
-        return found
+            reason = "steering" if sums[row] < 0 else "plan" if name in self.steered else "model"
+            overflows[name] = self.computed[name] + row - int(starts[number]), reason
+        return overflows
 
     def attach(self, output: Any) -> Any:
         """Let a step's output carry the overflows to the scheduler. An asynchronous output gets them when it is

@@ -212,7 +212,10 @@ class Steering:
         """The step's passes are under way: keep what its probes see, and look at its rows."""
         self.probes.take()
         hidden = final_states(self.worker.model_runner, self.hidden_size) if self._rows[0] else None
-        self._sums = None if hidden is None else StepSums.of(hidden, self._rows, self._computed, self._stepping)
+        nonfinite = None if self._layout is None else self.device.nonfinite
+        self._sums = None
+        if hidden is not None:
+            self._sums = StepSums.of(hidden, nonfinite, self._rows, self._computed, self._stepping)
 
     def sampled(self, output: Any) -> Any:
         """A step's output, which carries the requests whose rows are not finite."""

@@ -11,6 +11,10 @@ import torch
 from hypothesis import strategies as st
 
 import faststeer as fs
+from faststeer import ops
+from faststeer.ops.tables import Rows
+from faststeer.program import Capacity, Program
+from faststeer.vllm.client import plan as client_plan
 from faststeer.vllm.dose import check_dose
 from faststeer.vllm.frontend import FrontEnd
 from faststeer.vllm.settings import Settings
@@ -60,9 +64,10 @@ def test_no_row_is_changed_by_more_than_its_dose(data, seed):
     plan = fs.Plan([intervention])
     rows = torch.cat([direction(seed + 2, 8), q[None], -q[None]])
     rows = NORMS[1] * rows / rows.norm(dim=-1, keepdim=True)
-    program = fs.Program(N_LAYERS, HIDDEN, slots=1)
+    program = Program(N_LAYERS, HIDDEN, Capacity(slots=1, vectors=4, entries=4))
     program.load(0, plan)
-    steered = fs.ops.steer(rows, program, site=4, slot=torch.zeros(len(rows), dtype=torch.int32))
+    zeros = torch.zeros(len(rows), dtype=torch.int32)
+    steered = ops.steer(rows, program.tables(4), Rows(zeros, zeros, zeros), None)
     length = float(steered.norm(dim=-1).max()) / NORMS[1]
     limit = dose(plan) if plan.compile(N_LAYERS, HIDDEN) else 0.0
     assert length <= 1 + limit * (1 + 1e-3) + 1e-5
@@ -87,21 +92,21 @@ def test_a_clamp_that_pulls_towards_zero_has_no_dose(clamp):
 def test_a_front_end_refuses_what_is_too_strong_and_says_how_to_mend_it():
     v = direction(6)
     front = FrontEnd(Settings(max_dose=4.0), N_LAYERS, HIDDEN)
-    payload = {"faststeer": fs.vllm.plan(fs.Add(v, 3.0, layers=0))["faststeer"]}["faststeer"]
+    payload = client_plan(fs.Add(v, 3.0, layers=0))["faststeer"]
     with pytest.raises(RuntimeError, match="before the workers have told the norms"):
         front.wire(payload)
     assert front.wire(None) is None and front.wire("none") is None
     front.learn([[(0, 1.0), (1, float(v.norm()))], [(1, float(v.norm())), (2, 1.0), (3, 1.0)]])
     assert front.wire(payload) is not None
     for coefficient in (4.1, -1e38):
-        strong = fs.vllm.plan(fs.Add(v, coefficient, layers=0))["faststeer"]
+        strong = client_plan(fs.Add(v, coefficient, layers=0))["faststeer"]
         with pytest.raises(ValueError, match=r"dose at resid_pre of layer 1 is .*at most 4: use a smaller coef.*null"):
             front.wire(strong)
         with pytest.raises(ValueError, match="dose"):
             front.register_plan("strong", strong)
     assert front.about()["max_dose"] == 4.0 and math.isclose(front.about()["norms"][1], float(v.norm()))
     anything = FrontEnd(Settings(max_dose=None), N_LAYERS, HIDDEN)
-    assert anything.wire(fs.vllm.plan(fs.Add(v, 1e38, layers=0))["faststeer"]) is not None
+    assert anything.wire(client_plan(fs.Add(v, 1e38, layers=0))["faststeer"]) is not None
 
 
 def test_a_default_plan_that_is_too_strong_is_refused_when_the_norms_are_known(tmp_path):

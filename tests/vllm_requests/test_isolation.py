@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faststeer.vllm.fresh_blocks import FreshBlocks
-from faststeer.vllm.isolation import Isolation, is_of_model, is_of_plan
+from faststeer.vllm.isolation import REASONS, Isolation, reason_of
 from faststeer.vllm.overflow import StepSums, final_states
 from faststeer.vllm.switch import NEW_BLOCKS_KEY, OVERFLOWS_KEY
 
-ROW = st.sampled_from(["usual", "nan", "inf", "-inf", "zero", "large"])
+ROW = st.sampled_from(["usual", "nan", "inf", "-inf", "zero", "large", "noted"])
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(ROW, min_size=1, max_size=5), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 3))  # fmt: skip # noqa: E501
 def test_the_first_bad_token_of_every_request(requests, dtype, padding):
     """Rows in which one number is bad, or all are zero; rows behind the requests' are nobody's."""
-    generator, rows, expected = torch.Generator().manual_seed(len(requests)), [], {}
+    generator, rows, noted, expected = torch.Generator().manual_seed(len(requests)), [], [], {}
     for number, (kinds, is_steered, computed) in enumerate(requests):
         for token, kind in enumerate(kinds):
             row = torch.randn(32, generator=generator).to(dtype)
@@ -29,16 +29,19 @@ def test_the_first_bad_token_of_every_request(requests, dtype, padding):
                 row.zero_()
             elif kind == "large":  # finite, and so is the sum of absolute values
                 row.fill_(torch.finfo(dtype).max / 64)
-            elif kind != "usual":
+            elif kind not in ("usual", "noted"):
                 row[int(torch.randint(32, (1,), generator=generator))] = float(kind)
             rows.append(row)
+            noted.append(int(kind == "noted"))
             if kind not in ("usual", "large"):
-                expected.setdefault(f"r{number}", (computed + token, is_steered))
+                reason = "steering" if kind == "noted" else "plan" if is_steered else "model"
+                expected.setdefault(f"r{number}", (computed + token, reason))
     hidden = torch.stack(rows + [torch.full((32,), torch.nan, dtype=dtype)] * padding)
     ids = [f"r{i}" for i in range(len(requests))]
     steered = {name for name, (_, is_steered, _) in zip(ids, requests, strict=True) if is_steered}
     computed = {name: before for name, (*_, before) in zip(ids, requests, strict=True)}
-    sums = StepSums.of(hidden, (ids, [len(kinds) for kinds, *_ in requests]), computed, steered)
+    nonfinite = torch.tensor([*noted, 1, 1], dtype=torch.int32) if any(noted) else None
+    sums = StepSums.of(hidden, nonfinite, (ids, [len(kinds) for kinds, *_ in requests]), computed, steered)
     assert sums.overflows() == expected
     later = sums.attach(SimpleNamespace(get_output=lambda: SimpleNamespace()))
     for output in (sums.attach(SimpleNamespace()), later.get_output()):
@@ -120,18 +123,18 @@ def test_every_block_that_is_handed_out_is_announced_once(scheduler):
 def test_the_prefix_cache_forgets_what_is_bad_or_unknown(scheduler, request_, overflow, evicted):
     isolation, manager = Isolation(scheduler), scheduler.kv_cache_manager
     scheduler.requests = {"a": request_}
-    isolation.note(SimpleNamespace() if overflow is None else SimpleNamespace(**{OVERFLOWS_KEY: {"a": (overflow, True)}}))
+    isolation.note(SimpleNamespace() if overflow is None else SimpleNamespace(**{OVERFLOWS_KEY: {"a": (overflow, "plan")}}))
     manager.free(request_)
     assert manager.evicted == evicted and manager.freed == [request_]
 
 
-@pytest.mark.parametrize("is_steered", [True, False])
-def test_a_request_that_overflowed_ends_with_the_reason(scheduler, is_steered):
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_request_that_overflowed_ends_with_the_reason(scheduler, reason):
     isolation, request, other = Isolation(scheduler), Request("a", 16), Request("b", 4)
     scheduler.requests = {"a": request, "b": other}
-    isolation.note(SimpleNamespace(**{OVERFLOWS_KEY: {"a": (7, is_steered), "gone": (1, True)}}))
+    isolation.note(SimpleNamespace(**{OVERFLOWS_KEY: {"a": (7, reason), "gone": (1, "plan")}}))
     assert not isolation.ends(other, "error") and not hasattr(other, "status")
     assert isolation.ends(request, "error") and request.status == "error" and not request.resumable
-    assert "token 7" in request.stop_reason and ("coefficient" in request.stop_reason) == is_steered
-    assert (is_of_plan(request.stop_reason), is_of_model(request.stop_reason)) == (is_steered, not is_steered)
-    assert not any(is_of(reason) for is_of in (is_of_plan, is_of_model) for reason in (None, 3, "</s>"))
+    assert "token 7" in request.stop_reason and ("coefficient" in request.stop_reason) == (reason != "model")
+    assert reason_of(request.stop_reason) == reason
+    assert all(reason_of(other) is None for other in (None, 3, "</s>"))
