@@ -1,5 +1,5 @@
-"""How strong a plan still gives text: answers of a chat model under a random direction of rising dose |c v| / |h|, at one
-layer and at all, judged by the model itself unsteered.
+"""How strong a plan still gives text: answers of a chat model under a random direction of rising dose |c v| / |h|, at
+one layer and at all, judged by the model itself unsteered.
 
     python benchmarks/vllm/dose.py MODEL [--write]      in the environment of `make test-vllm`
 

@@ -78,9 +78,11 @@ class Isolation:
         self._new_blocks = []
 
     def note(self, output: Any) -> None:
-        """Remember what the workers say of a step's requests. A request that was preempted meanwhile keeps it."""
+        """Remember what the workers say of a step's requests. A request whose prompt comes in pieces ends with its last
+        one, and keeps the first that is bad; one that was preempted meanwhile keeps it, too."""
         for request_id, (token, reason) in (getattr(output, OVERFLOWS_KEY, None) or {}).items():
-            if (request := self._scheduler.requests.get(request_id)) is not None:
+            request = self._scheduler.requests.get(request_id)
+            if request is not None and not hasattr(request, "faststeer_overflow"):
                 request.faststeer_overflow = token, REASONS[reason].format(token)
 
     @staticmethod
@@ -94,7 +96,7 @@ class Isolation:
 
 
 def reason_of(stop_reason: Any) -> str | None:
-    """Why a request that ended with an error overflowed, a key of `REASONS`; None: it did not, and has another error."""
+    """Why a request that ended with an error overflowed, a key of `REASONS`; None: it has another error."""
     if not isinstance(stop_reason, str):
         return None
     return next((reason for reason, text in REASONS.items() if stop_reason.startswith(text.partition("{")[0])), None)

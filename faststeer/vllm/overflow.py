@@ -3,8 +3,8 @@ or captured; no step waits for it.
 
 One number per row decides: the sum of the absolute values of the row's final hidden states. NaN and infinity stay in
 the residual stream from where they arise up to the last layer, so the sum is not finite; a row so large that the final
-norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0. What the steering ops noted of the same
-rows tells whether steering wrote the first bad value, or the model did.
+norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0. What the steering ops noted of the
+same rows tells whether steering wrote the first bad value, or the model did.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class Settings:
                 raise ValueError(f"faststeer's setting {name} is {value!r}: expected a whole number from {low}")
         dose = self.max_dose
         if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not 0 < dose < inf):
-            raise ValueError(f"faststeer's setting max_dose is {dose!r}: expected a number above 0, or null for no limit")
+            raise ValueError(
+                f"faststeer's setting max_dose is {dose!r}: expected a number above 0, or null for no limit"
+            )
         if not isinstance(self.http_registration, bool):
             raise ValueError(f"faststeer's setting http_registration is {self.http_registration!r}: true or false")
         if self.default_plan is not None and not isinstance(self.default_plan, str):

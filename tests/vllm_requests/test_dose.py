@@ -120,6 +120,6 @@ def test_a_default_plan_that_is_too_strong_is_refused_when_the_norms_are_known(t
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, True, "8", [8]])
 def test_settings(value):
-    with pytest.raises(ValueError, match="max_dose is .*a number above 0, or null for no limit"):
+    with pytest.raises(ValueError, match=r"max_dose is .*a number above 0, or null for no limit"):
         Settings(max_dose=value)
     assert Settings(max_dose=None).max_dose is None and Settings(max_dose=3).max_dose == 3

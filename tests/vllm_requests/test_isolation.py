@@ -123,7 +123,9 @@ def test_every_block_that_is_handed_out_is_announced_once(scheduler):
 def test_the_prefix_cache_forgets_what_is_bad_or_unknown(scheduler, request_, overflow, evicted):
     isolation, manager = Isolation(scheduler), scheduler.kv_cache_manager
     scheduler.requests = {"a": request_}
-    isolation.note(SimpleNamespace() if overflow is None else SimpleNamespace(**{OVERFLOWS_KEY: {"a": (overflow, "plan")}}))
+    isolation.note(
+        SimpleNamespace() if overflow is None else SimpleNamespace(**{OVERFLOWS_KEY: {"a": (overflow, "plan")}})
+    )
     manager.free(request_)
     assert manager.evicted == evicted and manager.freed == [request_]
 
@@ -133,6 +135,7 @@ def test_a_request_that_overflowed_ends_with_the_reason(scheduler, reason):
     isolation, request, other = Isolation(scheduler), Request("a", 16), Request("b", 4)
     scheduler.requests = {"a": request, "b": other}
     isolation.note(SimpleNamespace(**{OVERFLOWS_KEY: {"a": (7, reason), "gone": (1, "plan")}}))
+    isolation.note(SimpleNamespace(**{OVERFLOWS_KEY: {"a": (9, "plan")}}))  # the next piece of its prompt
     assert not isolation.ends(other, "error") and not hasattr(other, "status")
     assert isolation.ends(request, "error") and request.status == "error" and not request.resumable
     assert "token 7" in request.stop_reason and ("coefficient" in request.stop_reason) == (reason != "model")
