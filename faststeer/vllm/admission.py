@@ -7,6 +7,7 @@ import copy
 import functools
 import re
 import sys
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from faststeer.vllm.switch import NONE, PAYLOAD_KEY, SWITCH, is_on
@@ -80,12 +81,12 @@ def wrap_engine(engine: Any) -> None:
 def wrap_async_engine(engine: Any) -> None:
     """Let vLLM's AsyncLLM, which a server has, check plans before a streamed answer begins, and say what became of
     requests that overflowed."""
-    generate, add, refused = engine.generate, engine.add_request, refusal()
+    generate, add = engine.generate, engine.add_request
 
     @functools.wraps(generate)
     def generated(self: Any, prompt: Any, sampling_params: Any, request_id: Any, *args: Any, **kwargs: Any) -> Any:
         check_early(self, sampling_params, str(request_id))
-        return _told(generate(self, prompt, sampling_params, request_id, *args, **kwargs), refused)
+        return _told(generate(self, prompt, sampling_params, request_id, *args, **kwargs))
 
     @functools.wraps(add)
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ def check_early(client: Any, params: Any, request_id: str = "") -> None:
     check_room(client.output_processor, admitted)
 
 
-async def _told(answers: Any, refused: type[ValueError]) -> Any:
+async def _told(answers: Any) -> Any:
     """The answers, up to one that ended because it overflowed: that is an error."""
     from faststeer.vllm.isolation import reason_of
 
@@ -123,14 +124,15 @@ async def _told(answers: Any, refused: type[ValueError]) -> Any:
         async for answer in answers:
             for output in answer.outputs:
                 if output.finish_reason == "error" and (reason := reason_of(output.stop_reason)) is not None:
-                    raise (failure() if reason == "model" else refused)(output.stop_reason)
+                    raise failure(output.stop_reason, is_of_plan=reason != "model")
             yield answer
     finally:
         await answers.aclose()
 
 
 def wrap_responses() -> None:
-    """The responses API asks the engine only when its answer has begun."""
+    """The responses API asks the engine only when its answer has begun, and breaks off a stream in which it should tell
+    an error: it cannot write the event."""
     serving = getattr(sys.modules.get("vllm.entrypoints.openai.responses.serving"), "OpenAIServingResponses", None)
     answer = getattr(serving, "_generate_with_builtin_tools", None)
     if answer is None or hasattr(answer, "faststeer"):
@@ -143,8 +145,29 @@ def wrap_responses() -> None:
                 check_early(self.engine_client, params)
         return answer(self, *args, **kwargs)
 
+    stream = serving.responses_stream_generator  # type: ignore[union-attr]
+
+    @functools.wraps(stream)
+    async def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from faststeer.vllm.isolation import reason_of
+
+        number = 0
+        try:
+            async for event in stream(self, *args, **kwargs):
+                number += 1
+                yield event
+        except Exception as error:
+            text = next((str(e) for e in (error, error.__cause__, error.__context__) if reason_of(str(e))), None)
+            if text is None:
+                raise
+            from openai.types.responses import ResponseErrorEvent
+
+            code = "server_error" if reason_of(text) == "model" else "invalid_prompt"
+            yield ResponseErrorEvent(type="error", code=code, message=text, param=None, sequence_number=number)
+
     checked.faststeer = True  # type: ignore[attr-defined]
     serving._generate_with_builtin_tools = checked  # type: ignore[union-attr]
+    serving.responses_stream_generator = streamed  # type: ignore[union-attr]
 
 
 def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: bool = False) -> Any:
@@ -223,11 +246,18 @@ def refusal() -> type[ValueError]:
     return PlanRefused
 
 
-def failure() -> type[Exception]:
-    """The error that this vLLM answers with HTTP 500 and its text."""
+def failure(text: str, is_of_plan: bool) -> Exception:
+    """The error of a request that overflowed while it ran: HTTP 400 under a plan, else 500. vLLM tells errors of this
+    kind alone in a stream."""
     import vllm.exceptions
 
-    return getattr(vllm.exceptions, "GenerationError", RuntimeError)
+    kind = getattr(vllm.exceptions, "GenerationError", None)
+    if kind is None:  # an older vLLM, which answers 500 to what it does not know
+        return refusal()(text) if is_of_plan else RuntimeError(text)
+    error: Exception = kind(text)
+    if is_of_plan:
+        error.status_code = HTTPStatus.BAD_REQUEST  # type: ignore[attr-defined]
+    return error
 
 
 def refuse_beams() -> None:

@@ -319,7 +319,9 @@ def test_a_request_that_overflows_ends_with_an_error_of_its_own(ask: Any, stream
         status, answer = ask(path, data | more)
         assert status == 400 and "the model overflowed under the plan" in json.dumps(answer), answer
         status, streamed = stream(path, data | more)
-        assert "the model overflowed under the plan" in streamed, streamed
+        # vLLM 0.32 cannot put a chat's error into a stream of messages, and says that instead.
+        says = "event: error" if path == "/v1/messages" else "the model overflowed under the plan"
+        assert status == 200 and says in streamed, streamed
     assert complete(None) == (200, expected["unsteered"])
     assert complete(client_plan("ready")) == (200, expected["steered"])
 
