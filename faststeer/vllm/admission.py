@@ -151,19 +151,28 @@ def wrap_responses() -> None:
     async def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
         from faststeer.vllm.isolation import reason_of
 
+        texts: list[str] = []  # of the request's own error, which the one that breaks off does not refer to
+
+        async def noted(answers: Any) -> Any:
+            try:
+                async for part in answers:
+                    yield part
+            except Exception as error:
+                texts.append(str(error))
+                raise
+
         number = 0
         try:
-            async for event in stream(self, *args, **kwargs):
+            async for event in stream(self, *(noted(a) if hasattr(a, "__anext__") else a for a in args), **kwargs):
                 number += 1
                 yield event
-        except Exception as error:
-            text = next((str(e) for e in (error, error.__cause__, error.__context__) if reason_of(str(e))), None)
-            if text is None:
+        except Exception:
+            if not texts or (reason := reason_of(texts[0])) is None:
                 raise
             from openai.types.responses import ResponseErrorEvent
 
-            code = "server_error" if reason_of(text) == "model" else "invalid_prompt"
-            yield ResponseErrorEvent(type="error", code=code, message=text, param=None, sequence_number=number)
+            code = "server_error" if reason == "model" else "invalid_prompt"
+            yield ResponseErrorEvent(type="error", code=code, message=texts[0], param=None, sequence_number=number)
 
     checked.faststeer = True  # type: ignore[attr-defined]
     serving._generate_with_builtin_tools = checked  # type: ignore[union-attr]
