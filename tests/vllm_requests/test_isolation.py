@@ -34,7 +34,7 @@ def test_the_first_bad_token_of_every_request(requests, dtype, padding):
             rows.append(row)
             noted.append(int(kind == "noted"))
             if kind not in ("usual", "large"):
-                reason = "steering" if kind == "noted" else "plan" if is_steered else "model"
+                reason = "steering" if "noted" in kinds else "plan" if is_steered else "model"
                 expected.setdefault(f"r{number}", (computed + token, reason))
     hidden = torch.stack(rows + [torch.full((32,), torch.nan, dtype=dtype)] * padding)
     ids = [f"r{i}" for i in range(len(requests))]
