@@ -64,9 +64,8 @@ class StepSums:
         return cls(request_ids, counts, computed, steered, sums, ready)
 
     def overflows(self) -> dict[str, tuple[int, str]]:
-        """The requests that have a bad row: the number of the first such token, and why (`isolation.REASONS`): steering if
-        it wrote any of them.
-        """
+        """The requests that have a bad row: the number of its first such token, and why, a key of `isolation.REASONS`:
+        steering if that wrote any of its bad rows."""
         if self.ready is not None:
             self.ready.synchronize()
         sums = self.sums.numpy()
