@@ -12,7 +12,8 @@ rows without a plan other bits (benchmarks/vllm/forms.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,6 +235,22 @@ def find_parts(layer: nn.Module) -> Parts | None:
     return None if norm is None else Parts(attention, norm, mlp)
 
 
+@contextlib.contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other `forward`s for a while."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is not None:
+                module.forward = own
+            elif "forward" in module.__dict__:
+                del module.forward
+
+
 @torch.no_grad()
 def check_layer(layer: nn.Module, device: Device) -> Parts | None:
     """Run a layer with its attention replaced by a fixed tensor: it must take and give a pair whose sum is the stream.
@@ -265,24 +282,17 @@ def check_layer(layer: nn.Module, device: Device) -> Parts | None:
         for name, module in watched.items()
     ]
     # LoRA's layers look up which adapters a step uses, and there is no step yet.
-    stand_ins = {attention: lambda *args, **kwargs: attended.clone()}
+    stand_ins: dict[nn.Module, Callable[..., Any]] = {attention: lambda *args, **kwargs: attended.clone()}
     stand_ins |= {m: m.base_layer.forward for m in layer.modules() if hasattr(m, "base_layer")}  # type: ignore[union-attr]
-    before = {module: module.__dict__.get("forward") for module in stand_ins}
-    for module, forward in stand_ins.items():
-        module.forward = forward
     try:
-        results = [
-            layer(positions, h.clone(), r.clone())
-            for h, r in ((torch.zeros_like(hidden), hidden + residual), (hidden, residual))
-        ]
+        with replaced(stand_ins):
+            results = [
+                layer(positions, h.clone(), r.clone())
+                for h, r in ((torch.zeros_like(hidden), hidden + residual), (hidden, residual))
+            ]
     except Exception as error:
         raise RuntimeError(f"{refused} (a trial run failed: {error})") from error
     finally:
-        for module, own in before.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
         for handle in handles:
             handle.remove()
     if not all(isinstance(r, tuple) and len(r) == 2 and all(isinstance(t, Tensor) for t in r) for r in results):
