@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from faststeer.engine.device import Device, Graphs
+from faststeer.engine.device import Device
+from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
     Completion,
     Request,
@@ -97,7 +98,7 @@ class Engine:
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
-        self._decode = Graphs(self._device).decode if on_gpu else self._device.decode
+        self._steps: Steps = Graphs(self._device) if on_gpu else EagerSteps(self._device)
         self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
 
     def _steering_of(self, capacity: Capacity) -> Steering:
@@ -131,6 +132,16 @@ class Engine:
     def max_batch(self) -> int:
         """Rows that run together: as asked for, or what fitted into memory."""
         return self._device.rows
+
+    @property
+    def path(self) -> str:
+        """How decode steps run: "graphs", captured CUDA graphs that are replayed, or "eager", operator by operator."""
+        return self._steps.path
+
+    @property
+    def why(self) -> str:
+        """Why steps are eager; "" where they are graphs. On a GPU they are graphs until a capture fails."""
+        return self._steps.why
 
     def generate(
         self,
@@ -240,7 +251,7 @@ class Engine:
         with ExitStack() as stack:
             self._busy = True
             stack.callback(setattr, self, "_busy", False)
-            run = Run(self._device, self._decode, self._ahead, self._steering, requests, stops)
+            run = Run(self._device, self._steps, self._ahead, self._steering, requests, stops)
             stack.callback(run.close)
             planned = any(request.plan is not None for request in requests)
             if self._frozen or self._steering.path == "fused" or planned:

@@ -6,19 +6,17 @@ The host never waits for a step but to read its tokens, on a GPU one step later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from faststeer.engine.device import Device
+from faststeer.engine.graphs import Steps
 from faststeer.engine.requests import Completion, FinishReason, Request, Stops
-from faststeer.engine.sampling import Mode
 from faststeer.hf import Steering
 from faststeer.ops.tables import POSITION_MIN
-
-Decode = Callable[[int, int, Mode], Tensor]
 
 # Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), different lengths, tokens.
 PADDING, LENGTHS, PREFILL = 256, 8, 16384
@@ -39,9 +37,9 @@ class Run:
     """One call of `generate`."""
 
     def __init__(
-        self, device: Device, decode: Decode, ahead: int, steering: Steering, requests: Sequence[Request], stops: Stops
+        self, device: Device, steps: Steps, ahead: int, steering: Steering, requests: Sequence[Request], stops: Stops
     ) -> None:
-        self.device, self.decode, self.ahead, self.steering, self.stops = device, decode, ahead, steering, stops
+        self.device, self.steps, self.ahead, self.steering, self.stops = device, steps, ahead, steering, stops
         self.queue = deque(requests)
         self.live: list[Request] = []  # by row
         self.rows = device.rows  # fewer after running out of memory
@@ -52,6 +50,12 @@ class Run:
         self.drawn = 0
 
     def completions(self) -> Iterator[Completion]:
+        self.steps.look_again()
+        for completion in self._completions():
+            yield completion
+            self.steps.look_again()
+
+    def _completions(self) -> Iterator[Completion]:
         while self.queue or self.live or self.pending:
             try:
                 yield from self._admit()
@@ -119,7 +123,7 @@ class Run:
 
     def _step(self) -> Tensor:
         width = 1 + max(len(request.prompt) + request.launched - 1 for request in self.live)
-        return self.decode(len(self.live), width, max(request.mode for request in self.live))
+        return self.steps.decode(len(self.live), width, max(request.mode for request in self.live))
 
     def _launch(self, tokens: Tensor, requests: list[Request]) -> None:
         """Send tokens on their way, and let go of the rows of requests that have drawn their last."""
