@@ -145,7 +145,11 @@ class Device:
         return chosen
 
     def _sent(self, numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype).to(self.device)
+        values = torch.tensor(numbers, dtype=dtype)
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        # From pinned memory the host does not wait for what runs.
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
         """Logits of the columns `keep` of a prompt, or of the one token of a step."""

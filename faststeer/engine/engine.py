@@ -31,6 +31,7 @@ from faststeer.engine.requests import (
     read_seeds,
 )
 from faststeer.engine.run import Run
+from faststeer.engine.slots import Slots
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.freeze import freeze as frozen_steering
@@ -95,6 +96,7 @@ class Engine:
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
+        self._slots = Slots(self._steering)
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
@@ -233,6 +235,7 @@ class Engine:
         if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
             self._capacity = Capacity(*map(max, needed, have))
             self._steering = self._steering_of(self._capacity)
+            self._slots = Slots(self._steering)
         return self._steering
 
     def _check_free(self) -> None:
@@ -251,7 +254,7 @@ class Engine:
         with ExitStack() as stack:
             self._busy = True
             stack.callback(setattr, self, "_busy", False)
-            run = Run(self._device, self._steps, self._ahead, self._steering, requests, stops)
+            run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
             stack.callback(run.close)
             planned = any(request.plan is not None for request in requests)
             if self._frozen or self._steering.path == "fused" or planned:
