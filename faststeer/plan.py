@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from faststeer import tensor_files
 from faststeer.files import UNREADABLE, FormatError, read_json, reading
@@ -98,10 +99,16 @@ class Plan:
 
     def __eq__(self, other: object) -> bool:
         """Plans are equal when they do the same: same interventions in order, same values in the directions."""
-        return isinstance(other, Plan) and _encode(self, inline=True) == _encode(other, inline=True)
+        return isinstance(other, Plan) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(json.dumps(_encode(self, inline=True), sort_keys=True))
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal plans, hashable, and without the directions themselves, of which it holds digests. A digest
+        is computed again when torch has counted a change in place (not one through `.data` or NumPy)."""
+        return tuple(map(_key, self.interventions))
 
     @property
     def requires_grad(self) -> bool:
@@ -283,6 +290,32 @@ def _number_probes(entries: Sequence[Entry]) -> list[Entry]:
             entry = dataclasses.replace(entry, probe_column=column)
         numbered.append(entry)
     return numbered
+
+
+_digests = WeakTensorKeyDictionary()  # tensor -> (its version and address, its digest)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    # Tensors made in inference mode count no versions.
+    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    before, digest = _digests.get(tensor, (None, b""))
+    if state is None or state != before:
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest = hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
+        _digests[tensor] = state, digest
+    return digest
+
+
+def _key(item: Any) -> Any:
+    """What an intervention, or one of its fields, is compared by."""
+    if isinstance(item, SteeringVector):
+        words = item.at, item.scale, item.model, item.method, item.op, json.dumps(dict(item.provenance), sort_keys=True)
+        return words, tuple((layer, _key(d)) for layer, d in sorted(item.directions.items()))
+    if isinstance(item, (Intervention, Gate)):
+        return type(item).__name__, *(_key(getattr(item, f.name)) for f in dataclasses.fields(item))
+    if isinstance(item, Tensor):
+        return (tuple(item.shape), _digest(item)) if item.dim() else float(item.detach())
+    return item if isinstance(item, (int, float, str, type(None))) else repr(item)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

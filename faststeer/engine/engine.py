@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from faststeer.engine.device import Device, Graphs
+from faststeer.engine.device import Device
+from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
     Completion,
     Request,
@@ -30,6 +31,7 @@ from faststeer.engine.requests import (
     read_seeds,
 )
 from faststeer.engine.run import Run
+from faststeer.engine.slots import Slots
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.changes import Changes, Context, changing, close_at_exit
@@ -95,10 +97,11 @@ class Engine:
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
+        self._slots = Slots(self._steering)
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
-        self._decode = Graphs(self._device).decode if on_gpu else self._device.decode
+        self._steps: Steps = Graphs(self._device) if on_gpu else EagerSteps(self._device)
         self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
 
     def _steering_of(self, capacity: Capacity) -> Steering:
@@ -132,6 +135,16 @@ class Engine:
     def max_batch(self) -> int:
         """Rows that run together: as asked for, or what fitted into memory."""
         return self._device.rows
+
+    @property
+    def path(self) -> str:
+        """How decode steps run: "graphs", captured CUDA graphs that are replayed, or "eager", operator by operator."""
+        return self._steps.path
+
+    @property
+    def why(self) -> str:
+        """Why steps are eager; "" where they are graphs. On a GPU they are graphs until a capture fails."""
+        return self._steps.why
 
     def generate(
         self,
@@ -222,7 +235,7 @@ class Engine:
         have = dataclasses.astuple(self._capacity)
         if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
             self._steering = self._steering_of(Capacity(*map(max, needed, have)))
-            self._capacity = self._steering.capacity
+            self._slots, self._capacity = Slots(self._steering), self._steering.capacity
         return self._steering
 
     def _check_free(self) -> None:
@@ -248,7 +261,7 @@ class Engine:
         ):
             changes.on_undo(setattr, self, "_busy", False)
             self._busy = True
-            run = Run(self._device, self._decode, self._ahead, self._steering, requests, stops)
+            run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
             changes.on_undo(run.close)
             self._device.steering = steering
             entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []

@@ -151,6 +151,11 @@ class Steering(Context["Steering"]):
         return self._capacity
 
     @property
+    def loaded(self) -> Sequence[Plan | None]:
+        """The plan in each slot."""
+        return next(iter(self._programs.values())).plans
+
+    @property
     def fingerprint(self) -> str:
         """What a compiled or captured graph of the model takes for constant: when it changes, make the graph anew.
         Plans that change within the sites and sizes in use leave it as it is."""
@@ -316,11 +321,6 @@ class Steering(Context["Steering"]):
             program.load(slot, plan)
         if self.entered:
             self._install()
-
-    def unload(self) -> None:
-        """Empty every slot."""
-        for program in self._programs.values():
-            program.load_all([])
 
     def forget(self, sequence: int) -> None:
         """A sequence starts anew: it has decided no latched gate."""

@@ -364,7 +364,10 @@ def _check(op: str, x: Tensor, *arguments: Any) -> None:
         return
     flat: list[Any] = []
     for argument in arguments:
-        flat += argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
+        # extend: torch 2.11 does not trace += with a named tuple.
+        flat.extend(
+            argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
+        )
     schema.CHECKS[op](x, *flat)
 
 
