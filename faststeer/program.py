@@ -6,8 +6,11 @@ A program holds the vectors of all its slots in one bank, each only once, howeve
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +123,10 @@ class Program:
                     "use a larger Capacity(entries=...)"
                 )
             compiled[slot] = entries, _Blocks.of(entries, slot)
-        first_row = self._allocation.replace({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        first_row, new = self._allocation.replace({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        self._write_bank(
+            {first_row[key]: b.values[key] for _, b in compiled.values() for key in b.values if key in new}
+        )
         for slot, (entries, blocks) in compiled.items():
             plan = self.plans[slot] = changes[slot]
             (self._trained.add if plan is not None and plan.requires_grad else self._trained.discard)(slot)
@@ -161,22 +167,34 @@ class Program:
         other._change({slot: plan for slot, plan in enumerate(self.plans) if plan is not None})
         return other
 
+    def _write_bank(self, blocks: dict[int, Tensor]) -> None:
+        """Blocks by their first rows, in one copy per run of rows."""
+        run: list[Tensor] = []
+        start = end = 0
+        for first in sorted(blocks):
+            if run and first != end:
+                send(torch.cat(run), self.bank[start:end])
+                run = []
+            if not run:
+                start = end = first
+            run.append(blocks[first])
+            end += len(blocks[first])
+        if run:
+            send(torch.cat(run), self.bank[start:end])
+
     def _write(self, slot: int, entries: list[Entry], blocks: _Blocks, first_row: dict[bytes, int]) -> None:
-        for key, block in blocks.values.items():
-            self.bank[first_row[key] : first_row[key] + len(block)].copy_(block)
         start = slot * self.capacity.entries
-        ranges = [[start, 0] for _ in self.depth]
-        for i, entry in enumerate(entries):
-            if ranges[entry.site][1] == 0:
-                ranges[entry.site][0] = start + i
-            ranges[entry.site][1] += 1
-        self.ranges[:, slot].copy_(torch.tensor(ranges, dtype=torch.int32))
+        sites = np.array([entry.site for entry in entries], dtype=np.int64)
+        counts = np.bincount(sites, minlength=len(self.depth))
+        # Entries are in the order of their sites. A site without any begins where the slot does.
+        begins = np.where(counts > 0, start + np.cumsum(counts) - counts, start)
+        send(torch.from_numpy(np.stack([begins, counts], 1).astype(np.int32)), self.ranges[:, slot])
         if entries:
             gates = [0 if key is None else first_row[key] for key in blocks.gate]
             packed = [_pack(entry, *rows) for entry, *rows in zip(entries, self._rows[slot], gates, strict=True)]
-            self.fields[start : start + len(entries)].copy_(torch.tensor(packed, dtype=torch.int32))
             numbers = [[*map(_value, entry.scalars), entry.gate_threshold, 0.0] for entry in entries]
-            self.scalars[start : start + len(entries)].copy_(torch.tensor(numbers, dtype=torch.float32))
+            for table, values in ((self.fields, np.array(packed, np.int32)), (self.scalars, np.array(numbers, "f4"))):
+                send(torch.from_numpy(values), table[start : start + len(entries)])
 
     def _note_shape(self, entries: list[Entry]) -> None:
         counts: dict[int, int] = {}
@@ -188,6 +206,12 @@ class Program:
             if entry.probe_column >= 0:
                 self.columns[entry.site] = max(self.columns[entry.site], entry.probe_column + entry.basis.shape[0])
         self.latching = max(self.latching, sum(entry.kind == Kind.LATCH for entry in entries))
+
+
+def send(values: Tensor, target: Tensor) -> None:
+    """Copy from the CPU into a table. On a GPU by way of pinned memory, in the stream's order: the host does not wait,
+    and PyTorch keeps the pinned memory until the copy is done."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=target.is_cuda)
 
 
 def _value(number: Number) -> float:
@@ -208,6 +232,14 @@ def _pack(entry: Entry, vector: int, gate_vector: int) -> list[int]:
     return row
 
 
+_TRAINED = b"trained "
+
+
+def _is_trained(key: bytes) -> bool:
+    """Whether a block's key is its place alone: its values are others each time."""
+    return key.startswith(_TRAINED)
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """The distinct blocks of bank rows `[k, hidden]` that a plan's entries use. Equal values are one block, but what
@@ -222,7 +254,7 @@ class _Blocks:
     def of(cls, entries: list[Entry], slot: int) -> _Blocks:
         blocks = cls({}, [], [], {})
         for i, entry in enumerate(entries):
-            own = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
+            own = _TRAINED + f"{slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
             blocks.basis.append(blocks._add(entry.basis, own))
             blocks.gate.append(None if entry.gate_vector is None else blocks._add(entry.gate_vector))
         return blocks
@@ -233,53 +265,88 @@ class _Blocks:
             return known
         values = block.detach().to("cpu", torch.float32).contiguous()
         if key is None:
-            key = self.keys[id(block)] = len(values).to_bytes(4, "little") + values.numpy().tobytes()
+            values_hash = hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
+            key = self.keys[id(block)] = len(values).to_bytes(4, "little") + values_hash
         self.values[key] = values
         return key
 
 
+@dataclass
+class _Block:
+    """Where a block lies in the bank, and the slots that use it."""
+
+    first: int
+    length: int
+    users: set[int]
+
+
 class _Allocation:
-    """Which bank rows belong to which block, and which slots use it. First fit; a block goes when its last slot
-    does."""
+    """Which bank rows belong to which block, and which slots use it. First fit; a block goes with its last slot."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.first: dict[bytes, int] = {}
-        self.length: dict[bytes, int] = {}
-        self.users: dict[bytes, set[int]] = {}
+        self.blocks: dict[bytes, _Block] = {}
+        self.of_slot: dict[int, set[bytes]] = {}
+        self._free = [(0, rows)]  # (first, end) of what nobody has, ascending, no two adjacent
 
-    def replace(self, changes: dict[int, dict[bytes, Tensor]]) -> dict[bytes, int]:
-        """Give each slot these blocks instead of those it has; returns each block's first row. Changes nothing if
-        they do not fit."""
-        before = dict(self.first), dict(self.length), {key: set(users) for key, users in self.users.items()}
-        for slot, blocks in changes.items():
-            for key in [key for key, users in self.users.items() if slot in users and key not in blocks]:
-                self._leave(key, slot)
+    def replace(self, changes: dict[int, dict[bytes, Tensor]]) -> tuple[dict[bytes, int], set[bytes]]:
+        """Give each slot these blocks instead of those it has; returns each one's first row, and which are new in the
+        bank. Changes nothing if they do not fit."""
+        touched: dict[bytes, _Block | None] = {}
+        free, of_slot = list(self._free), {slot: self.of_slot.get(slot, set()) for slot in changes}
+
+        def touch(key: bytes) -> None:
+            if key not in touched:
+                block = self.blocks.get(key)
+                touched[key] = None if block is None else _Block(block.first, block.length, set(block.users))
+
         try:
             for slot, blocks in changes.items():
-                for key, block in sorted(blocks.items(), key=lambda item: -len(item[1])):
-                    if key not in self.first:
-                        self.first[key], self.length[key], self.users[key] = self._find(len(block)), len(block), set()
-                    self.users[key].add(slot)
+                for key in of_slot[slot] - blocks.keys():
+                    touch(key)
+                    self._leave(key, slot)
+            for slot, blocks in changes.items():
+                self.of_slot[slot] = set(blocks)
+                for key, values in sorted(blocks.items(), key=lambda item: -len(item[1])):
+                    touch(key)
+                    if key not in self.blocks:
+                        self.blocks[key] = _Block(self._take(len(values)), len(values), set())
+                    self.blocks[key].users.add(slot)
         except ValueError:
-            self.first, self.length, self.users = before
+            for key, block in touched.items():
+                self.blocks.pop(key, None)
+                if block is not None:
+                    self.blocks[key] = block
+            self._free = free
+            self.of_slot |= of_slot
             raise
-        return dict(self.first)
+        first = {key: self.blocks[key].first for blocks in changes.values() for key in blocks}
+        # One that went and came back lies elsewhere, or its rows were another's in between.
+        new = {key for key in first if (before := touched[key]) is None or before.first != first[key]}
+        return first, new
 
     def _leave(self, key: bytes, slot: int) -> None:
-        self.users[key].discard(slot)
-        if not self.users[key]:
-            del self.first[key], self.length[key], self.users[key]
+        block = self.blocks[key]
+        block.users.discard(slot)
+        if not block.users:
+            del self.blocks[key]
+            self._give_back(block.first, block.first + block.length)
 
-    def _find(self, length: int) -> int:
-        row = 0
-        for key in sorted(self.first, key=self.first.__getitem__):
-            if self.first[key] - row >= length:
-                return row
-            row = self.first[key] + self.length[key]
-        if row + length > self.rows:
-            raise ValueError(
-                f"capacity exceeded: {length} more bank row(s) do not fit into {self.rows} (in use: "
-                f"{sum(self.length.values())}): use a larger Capacity(vectors=...)"
-            )
-        return row
+    def _give_back(self, first: int, end: int) -> None:
+        at = bisect.bisect(self._free, (first, end))
+        if at < len(self._free) and self._free[at][0] == end:
+            end = self._free.pop(at)[1]
+        if at and self._free[at - 1][1] == first:
+            at -= 1
+            first = self._free.pop(at)[0]
+        self._free.insert(at, (first, end))
+
+    def _take(self, length: int) -> int:
+        for i, (first, end) in enumerate(self._free):
+            if end - first >= length:
+                self._free[i : i + 1] = [(first + length, end)] if end - first > length else []
+                return first
+        raise ValueError(
+            f"capacity exceeded: {length} more bank row(s) do not fit into {self.rows} (in use: "
+            f"{sum(block.length for block in self.blocks.values())}): use a larger Capacity(vectors=...)"
+        )

@@ -12,26 +12,22 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from faststeer.files import write_atomically
+from faststeer import tensor_files
+from faststeer.files import FormatError, read_json, reading, write_atomically
 
 HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 FORMAT = "faststeer.vector/1"
 LAYER_CONVENTION = "decoder layers counted from 0; the hook point is that layer's own"
 OPS = ("add", "ablate", "project", "clamp", "rotate")
-
-
-class VectorFileError(ValueError):
-    """A file that is no steering vector, is damaged, or leaves unsaid what its numbers mean."""
+MAX_LAYERS = 10_000  # the deepest models have a few hundred: a larger number is a mistake, or made to cost memory
 
 
 def check_hook_point(at: object) -> HookPoint:
@@ -69,6 +65,16 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
     return direction
 
 
+def check_text(text: object, what: str) -> None:
+    """Refuse what is neither None nor a text that a file can hold."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{what} is a {type(text).__name__}: expected a text, or None where it is not known")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is no valid Unicode text: {error.reason}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
     """One direction per decoder layer.
@@ -87,7 +93,7 @@ class SteeringVector:
 
     Raises:
         ValueError: no layers, negative layers, different hidden sizes, NaN or infinity, a zero direction, an unknown
-            hook point or scale.
+            hook point or scale, a layer from 10,000 on, a model or method that is no text.
     """
 
     directions: Mapping[int, Tensor]
@@ -106,12 +112,16 @@ class SteeringVector:
             raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
         if self.op is not None and self.op not in OPS:
             raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}, or None where it is open")
+        for name in ("model", "method"):
+            check_text(getattr(self, name), f"the vector's {name}")
         if not self.directions:
             raise ValueError("a SteeringVector needs at least one layer: {layer: direction of shape [hidden]}")
         checked: dict[int, Tensor] = {}
         for layer in sorted(self.directions):
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"layer {layer!r}: a SteeringVector's layers are integers counted from 0")
+            if layer >= MAX_LAYERS:
+                raise ValueError(f"layer {layer}: expected a number below {MAX_LAYERS:,}, layers counted from 0")
             direction = check_direction(self.directions[layer], f"the direction of layer {layer}")
             if not direction.requires_grad and not bool(direction.any()):
                 raise ValueError(
@@ -153,7 +163,8 @@ class SteeringVector:
         )
 
     def to_bytes(self) -> bytes:
-        """The vector as a safetensors file in memory: fp32 tensors `layers.<n>`, the rest as metadata."""
+        """The vector as a safetensors file in memory: fp32 tensors `layers.<n>`, the rest as metadata, with checksums
+        (`tensor_files`)."""
         metadata = {
             "format": FORMAT,
             "at": self.at,
@@ -166,7 +177,7 @@ class SteeringVector:
             f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
             for layer, d in self.directions.items()
         }
-        return with_sorted_header(to_safetensors(tensors, metadata))
+        return tensor_files.to_bytes(tensors, metadata)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
@@ -186,7 +197,7 @@ class SteeringVector:
 
         Raises:
             FileNotFoundError: there is no such file.
-            VectorFileError (a ValueError): the file is damaged, holds something else, or its hook point, layer or op
+            FormatError (a ValueError): the file is damaged, holds something else, or its hook point, layer or op
                 cannot be known from it.
         """
         from faststeer import formats  # it builds on this module
@@ -200,56 +211,32 @@ class SteeringVector:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
-        """Read what `to_bytes` made; `what` names it in errors (VectorFileError)."""
-        try:
-            tensors, metadata = from_safetensors(data), file_metadata(data)
-        except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # KeyError: a dtype PyTorch lacks
-            raise VectorFileError(
-                f"{what} cannot be read as safetensors ({error}): is it truncated, or another kind of file? Copy or "
-                "extract it again"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise VectorFileError(
-                f"{what} is safetensors but no faststeer vector (format {metadata.get('format')!r}, expected "
-                f"{FORMAT!r}): "
-                "build one with SteeringVector({layer: direction}, at=...).save(path)"
+        """Read what `to_bytes` made; `what` names it in errors (FormatError)."""
+        with reading(
+            f"{what} cannot be read as safetensors",
+            "is it truncated, damaged or another kind of file? Copy or extract it again",
+        ):
+            file = tensor_files.TensorFile(data)
+            tensors, words = file.tensors(), file.words
+        if words.get("format") != FORMAT:
+            raise FormatError(
+                f"{what} is safetensors but no faststeer vector (format {words.get('format')!r}, expected "
+                f"{FORMAT!r}): build one with SteeringVector({{layer: direction}}, at=...).save(path)"
             )
-        try:
-            provenance = check_words(metadata)
+        with reading(f"{what} is not a valid steering vector", "copy or extract it again"):
+            provenance = check_words(words)
             layers = [layer_of_tensor(name) for name in tensors]
             if len(set(layers)) < len(layers):
                 raise ValueError(f"it holds a layer twice: {', '.join(tensors)}")
             return cls(
                 dict(zip(layers, tensors.values(), strict=True)),
-                at=check_hook_point(metadata.get("at")),
-                model=metadata.get("model"),
-                method=metadata.get("method"),
-                scale=metadata.get("scale", "raw"),  # type: ignore[arg-type]
+                at=check_hook_point(words.get("at")),
+                model=words.get("model"),
+                method=words.get("method"),
+                scale=words.get("scale", "raw"),  # type: ignore[arg-type]
                 provenance=provenance,
-                op=metadata.get("op"),  # type: ignore[arg-type]
+                op=words.get("op"),  # type: ignore[arg-type]
             )
-        except (ValueError, RecursionError) as error:
-            raise VectorFileError(f"{what} is not a valid steering vector: {error}") from error
-
-
-def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and tensor data of safetensors bytes: an 8-byte little-endian length, a JSON header, the data."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def file_metadata(data: bytes) -> dict[str, str]:
-    """The words in the header of safetensors bytes."""
-    return _split(data)[0].get("__metadata__") or {}
-
-
-def with_sorted_header(data: bytes) -> bytes:
-    """The same file with its header's keys in order: equal vectors are equal bytes, which safetensors does not promise
-    for metadata."""
-    header, tensors = _split(data)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + tensors
 
 
 def check_words(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -257,7 +244,7 @@ def check_words(metadata: Mapping[str, str]) -> dict[str, Any]:
     layers otherwise than here."""
     if (counted := metadata.get("layer_convention")) != LAYER_CONVENTION:
         raise ValueError(f"its layer convention is {counted!r}, expected {LAYER_CONVENTION!r}")
-    provenance = json.loads(metadata.get("provenance", "{}"))
+    provenance = read_json(metadata.get("provenance", "{}"))
     if not isinstance(provenance, dict):
         raise ValueError("its provenance is not an object")
     return provenance
@@ -272,6 +259,6 @@ def layer_of_tensor(name: str) -> int:
 
 
 def layers_text(layers: tuple[int, ...]) -> str:
-    if len(layers) > 3 and layers == tuple(range(layers[0], layers[-1] + 1)):
+    if len(layers) > 3 and all(b == a + 1 for a, b in pairwise(layers)):
         return f"{layers[0]}..{layers[-1]}"
     return ", ".join(map(str, layers))

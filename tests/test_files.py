@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import faststeer as fs
-from faststeer.files import write_atomically
+from faststeer.files import temporary_beside, write_atomically
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -86,3 +91,54 @@ def test_the_new_file_is_whole_before_it_has_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", look)
     write_atomically(tmp_path / "v", b"content")
     assert seen == [(tmp_path, b"content")]
+
+
+REMEDIES = {
+    "limit": "ulimit -f",
+    "files": "ulimit -n",
+    "full": "make room",
+    "readonly": "name another folder|check the permissions",
+}
+
+
+def test_every_writer_where_nothing_can_be_written(tmp_path):
+    """A limit of the size of files, one of their number, a full disk, one that can only be read: one sentence that
+    names the file and the remedy, nothing torn, and no temporary file left. The disk is one of the test's own; where
+    nobody may mount one, the two limits are tested alone."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    namespace = ["unshare", "-rm", "sh", "-c"]
+    mounted = f"mount -t tmpfs -o size=16m tmpfs {shlex.quote(str(folder))}"
+    try:
+        may_mount = subprocess.run([*namespace, mounted], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        may_mount = False
+    conditions = list(REMEDIES) if may_mount else ["limit", "files"]
+    command = [sys.executable, str(Path(__file__).parent / "writers.py"), ",".join(conditions), str(folder)]
+    if may_mount:
+        command = [*namespace, f"{mounted} && exec {shlex.join(command)}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = json.loads(run.stdout)
+    assert len(said) >= 16 * len(conditions)
+    for writer, one in said.items():
+        assert one["kind"] == "OSError", (writer, one)
+        assert one["same"], f"{writer}: something else is in the folder"
+        named = str(folder) in one["text"] or "temporary file for a GGUF" in one["text"]
+        assert named and "\n" not in one["text"], (writer, one["text"])
+        assert re.search(REMEDIES[writer.rpartition(", ")[2]], one["text"]), (writer, one["text"])
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    (tmp_path / ".v.abcdefgh.part").write_text("half")
+    (tmp_path / ".v.abcdefgi.part").mkdir()
+    (tmp_path / ".v.abcdefgi.part" / "a").write_text("half")
+    others = [".w.abcdefgh.part", ".v.part", ".v.b.part"]
+    for name in others:
+        (tmp_path / name).write_text("not of v")
+    running, descriptor = temporary_beside(tmp_path / "v")
+    write_atomically(tmp_path / "v", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, running.name, "v"])
+    os.close(descriptor)
+    write_atomically(tmp_path / "v", "newer")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "v"])

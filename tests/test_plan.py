@@ -312,6 +312,10 @@ class TestRefused:
             ({"coefficient": None}, "Add's coefficient must be a finite number"),
             ({"coefficient": 10**400}, "Add's coefficient"),
             ({"layers": [0, 0]}, "names a layer twice"),
+            ({"layers": list(range(10_001))}, "more than 10,000 layers"),
+            ({"at": ["resid_pre"] * 1000}, "names a hook point twice"),
+            ({"direction": {"path": 5}}, "the path is a int"),
+            ({"direction": {"path": "x" * 300}}, "cannot be read: File name too long"),
             ({"layers": "some"}, "layers='some'"),
             ({"layers": {"0": 1}}, "layers="),
             ({"layers": [[0]]}, "layers="),
@@ -353,6 +357,20 @@ class TestRefused:
         """Always with the place in the plan."""
         with pytest.raises(ValueError, match=rf"interventions\[0\].*{message}"):
             fs.Plan.from_json(text_of(**fields))
+
+    @pytest.mark.parametrize("twice", ['"format": "x", "format"', '"coefficient": 1, "coefficient"'])
+    def test_a_field_twice(self, twice):
+        """JSON's readers take the last one in silence."""
+        name = twice.rpartition('"')[0].rpartition('"')[2]
+        text = text_of(coefficient=9.0).replace(f'"{name}"', twice, 1)
+        with pytest.raises(fs.FormatError, match=f"'{name}' is given twice in one object"):
+            fs.Plan.from_json(text)
+
+    def test_layers_without_end(self):
+        """A range is counted, not listed."""
+        for layers in (range(10**12), iter(int, 1)):
+            with pytest.raises(ValueError, match="more than 10,000 layers"):
+                fs.Add(V, layers=layers)
 
     @pytest.mark.parametrize(
         ("fields", "message"),

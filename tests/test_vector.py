@@ -162,7 +162,7 @@ class TestFile:
         with pytest.raises(ValueError, match="cannot be read as safetensors"):
             fs.SteeringVector.load(path)
         torch.save({"layers.0": torch.ones(4)}, path)
-        with pytest.raises(fs.VectorFileError, match=r"'layers.0': expected layer numbers"):
+        with pytest.raises(fs.FormatError, match=r"'layers.0': expected layer numbers"):
             fs.SteeringVector.load(path)
 
     def test_every_truncation_is_refused(self, tmp_path):

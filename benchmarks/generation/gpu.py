@@ -1,13 +1,12 @@
-"""Tokens per second on a GPU: models of real shape with random weights, `generate` against the Engine, unsteered and
-steered.
+"""Milliseconds of a decode step on a GPU: models of real shape with random weights, the Engine and `generate`,
+unsteered and steered.
 
-    python benchmarks/generation/gpu.py --out results --seconds 120
+    python benchmarks/generation/gpu.py --csv generation.csv --model llama-8b --who engine hooks --rows 64 1 256
 
-Greedy, every row `new` tokens and no end of sequence, so that all methods do the same work; prompts are random tokens.
-Every measurement is the best of its repeats after one that warms up (captures graphs, compiles). `percent_of_weights`
-compares the steps with what reading the weights once per step would take at the bandwidth that a copy reaches in this
-run; prefill is part of the time. Peak memory is that of PyTorch's allocator. The most important cases come first: at
-the end of its time (`--seconds`, and a part of it for each model) the program begins nothing new and says so.
+Greedy, no end of sequence, prompts of random tokens. A step is what it takes longer to draw `new` tokens than one, per
+token more: prefill is apart, and plans are in their slots before the clock starts. `percent_of_weights` compares a step
+with reading the weights once at the bandwidth that a copy reaches in this process. "A vector per plan and layer": every
+row has a plan of its own, with a vector of its own at every layer. Peak memory is that of PyTorch's allocator.
 
 Without a GPU this is a dry run: tiny models on the CPU. It measures nothing, and everything that it writes says so.
 """
@@ -16,31 +15,34 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import faststeer as fs
+from faststeer import measure
 from faststeer.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import results
+import records
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-NAME = "generation_gpu" if CUDA else "dry_run_generation"
-LABEL = "gpu" if CUDA else "dry run on the CPU, measures nothing"
+RUN = "gpu" if CUDA else "dry run"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-REPEATS = 2 if CUDA else 1
+PROMPT, NEW, REPEATS = (128, 64, 2) if CUDA else (5, 4, 1)
+COPY_BYTES = 2**30 if CUDA else 2**12
+# PyTorch reads it when it first attends: whether cuDNN, which plans anew for every length of the keys, comes last.
+CUDNN_LAST = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"
 
 # What the published configurations say.
 _QWEN = {
@@ -55,33 +57,37 @@ _TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 128,
 }  # fmt: skip
+# Option -> name, configuration.
 MODELS = {
-    "Qwen2.5-1.5B": (transformers.Qwen2Config, _QWEN),
-    "Llama-3.1-8B": (transformers.LlamaConfig, _LLAMA),
+    "qwen-1.5b": ("Qwen2.5-1.5B", transformers.Qwen2Config, _QWEN),
+    "llama-8b": ("Llama-3.1-8B", transformers.LlamaConfig, _LLAMA),
 }
-if not CUDA:
-    MODELS = {"tiny Qwen2": (transformers.Qwen2Config, _TINY), "tiny Llama": (transformers.LlamaConfig, _TINY)}
+STEERINGS = ("unsteered", "every layer", "a vector per plan and layer")
+WHO = ("engine", "hooks", "generate", "fused", "compiled")
 
 
-@dataclass(frozen=True)
-class Workload:
-    rows: int
-    prompt: int
-    new: int
+# Models and plans -----------------------------------------------------------------------------------------------------
 
 
-# The first is what the goals speak of.
-WORKLOADS = [Workload(rows, 128, 128) for rows in (64, 1, 256, 8, 512)] + [Workload(64, 512, 512)]
-if not CUDA:
-    WORKLOADS = [Workload(3, 5, 4), Workload(1, 5, 4)]
-COMPILED_ROWS = (1, 64) if CUDA else (3,)  # numbers of rows at which compiling is waited for
-FEW_PLANS = 256
+def config_of(option: str) -> tuple[str, Any]:
+    name, kind, settings = MODELS[option]
+    if not CUDA:
+        name, settings = f"tiny {name.partition('-')[0]}", settings | _TINY
+    return name, kind(**settings, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
 
-def build(name: str) -> Any:
-    """The model with random weights, made where it runs."""
-    kind, settings = MODELS[name]
-    config = kind(**settings, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+def build(config: Any) -> Any:
+    """The model with random weights, made where it runs.
+
+    Raises:
+        MemoryError: its weights do not fit.
+    """
+    if CUDA:
+        with torch.device("meta"):
+            shapes = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+        needed, free = sum(p.nbytes for p in shapes.parameters()), torch.cuda.mem_get_info()[0]
+        if needed > 0.9 * free:
+            raise MemoryError(f"the weights have {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
@@ -98,40 +104,26 @@ class Untokenized:
         return ""
 
 
-# Cases ----------------------------------------------------------------------------------------------------------------
-
-
-def plans(model: Any, rows: int) -> dict[str, Any]:
-    """Name -> what the Engine is given: a plan for all rows, or one per row."""
-    config = model.config
+def plans(config: Any, rows: int) -> dict[str, Any]:
+    """Steering -> what the Engine takes: nothing, one plan for all rows, or one per row."""
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(config.hidden_size, generator=generator)
-    vector /= vector.norm()
-    everywhere: dict[str, Any] = {"layers": "all"}
 
-    def own(i: int) -> fs.Plan:
-        return fs.Plan([fs.Add(vector, 0.01 + i / 10_000, **everywhere)])
+    def vectors(n: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(n, config.hidden_size, generator=generator), dim=1)
 
-    different = [own(i) for i in range(rows)]
-    found = {
-        "unsteered": None,
-        "every layer": fs.Plan([fs.Add(vector, 0.01, **everywhere)]),
-        "one layer": fs.Plan([fs.Add(vector, 0.01, layers=config.num_hidden_layers // 2)]),
-        "ablation, three points": fs.Plan(
-            [fs.Ablate(vector, **everywhere, at=("resid_pre", "resid_mid", "resid_post"))]
-        ),
-    }
-    if rows > 1:
-        found["a plan per row"] = different
-    if rows > FEW_PLANS:
-        found[f"{FEW_PLANS} plans"] = [different[i % FEW_PLANS] for i in range(rows)]
-    return found
+    def own() -> fs.Plan:
+        return fs.Plan([fs.Add(fs.SteeringVector(dict(enumerate(vectors(config.num_hidden_layers)))), 0.01)])
+
+    one = fs.Plan([fs.Add(vectors(1)[0], 0.01, layers="all")])
+    return dict(zip(STEERINGS, (None, one, [own() for _ in range(rows)]), strict=True))
 
 
 @contextmanager
-def hand_written(model: Any, vector: Tensor) -> Iterator[None]:
+def hand_written(model: Any) -> Iterator[None]:
     """What a person writes: a Python forward hook on every layer."""
-    handles = [layer.register_forward_hook(lambda _m, _a, out: out + 0.01 * vector) for layer in model.model.layers]
+    vector = torch.ones(model.config.hidden_size, device=DEVICE, dtype=DTYPE)
+    vector = 0.01 * vector / vector.norm()
+    handles = [layer.register_forward_hook(lambda _m, _a, out: out + vector) for layer in model.model.layers]
     try:
         yield
     finally:
@@ -139,194 +131,120 @@ def hand_written(model: Any, vector: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def cases(model: Any, workload: Workload, ids: Tensor) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(who, steering, run): the ones that the goals compare first."""
-    rows = workload.rows
+# Cases ----------------------------------------------------------------------------------------------------------------
 
-    def generate(**more: Any) -> None:
-        settings = {"max_new_tokens": workload.new, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
-        model.generate(ids, attention_mask=torch.ones_like(ids), **settings | more)
 
-    def with_hooks() -> None:
-        vector = torch.ones(model.config.hidden_size, device=DEVICE, dtype=DTYPE)
-        with hand_written(model, vector / vector.norm()):
-            generate()
+def cases(model: Any, who: str, rows: int, steerings: Sequence[str]) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    """(steering, draw n tokens per row)."""
+    ids = torch.randint(1, model.config.vocab_size, (rows, PROMPT), device=DEVICE)
+    by_steering = plans(model.config, rows)
+    if who == "engine":
+        yield from engine_cases(model, ids.tolist(), {name: by_steering[name] for name in steerings})
+        return
 
-    prompts = ids.tolist()
+    def generate(n: int, **more: Any) -> None:
+        settings = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0, "disable_compile": True} | more
+        model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+    def inside(context: Callable[[], Any], **more: Any) -> Callable[[int], None]:
+        def run(n: int) -> None:
+            with context():
+                generate(n, **more)
+
+        return run
+
+    if who == "hooks":
+        yield "every layer", inside(lambda: hand_written(model))
+    elif who == "fused":
+        yield "every layer", inside(lambda: fs.steer(model, by_steering["every layer"], path="fused"))
+    elif who == "compiled":
+        yield "unsteered", inside(nullcontext, cache_implementation="static", disable_compile=not CUDA)
+    else:
+        yield "unsteered", inside(nullcontext)
+
+
+def engine_cases(
+    model: Any, prompts: list[list[int]], by_steering: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[int], Any]]]:
     engine: Engine | None = None
 
-    def run_engine(given: Any) -> None:
+    def run(plan: Any, n: int) -> None:
         nonlocal engine
         if engine is None:
-            engine = Engine(model, Untokenized(), max_batch=rows, max_length=workload.prompt + workload.new + 1)
-        answered = list(engine.generate(prompts, given, max_new_tokens=workload.new))
-        wrong = [c for c in answered if len(c.token_ids) != workload.new]
-        if wrong or engine.max_batch < rows:
-            raise RuntimeError(f"{len(wrong)} completions of another length, {engine.max_batch} of {rows} rows")
+            engine = Engine(model, Untokenized(), max_batch=len(prompts), max_length=PROMPT + NEW + 1)
+        answers = list(engine.generate(prompts, plan, max_new_tokens=n))
+        wrong = [c for c in answers if len(c.token_ids) != n]
+        if wrong or engine.max_batch < len(prompts):
+            fault = f": {wrong[0].error}" if wrong else ""
+            raise RuntimeError(
+                f"{len(wrong)} completions of another length, {engine.max_batch} of {len(prompts)} rows{fault}"
+            )
 
-    wanted = plans(model, rows)
-    order = ["unsteered", "every layer", *(name for name in wanted if name not in ("unsteered", "every layer"))]
-    yield "Engine", order[0], lambda: run_engine(wanted[order[0]])
-    yield "Engine", order[1], lambda: run_engine(wanted[order[1]])
-    yield "generate, hooks", "every layer", with_hooks
-    for name in order[2:]:
-        yield "Engine", name, lambda name=name: run_engine(wanted[name])
-    engine = None
-    yield "generate", "unsteered", generate
-
-    def fused() -> None:
-        with fs.steer(model, wanted["every layer"], path="fused"):
-            generate()
-
-    yield "generate, fs.steer fused", "every layer", fused
-    if rows in COMPILED_ROWS:
-        compiled = {"cache_implementation": "static", "disable_compile": not CUDA}
-        yield "generate, static + compile", "unsteered", lambda: generate(**compiled)
+    for name, plan in by_steering.items():
+        yield name, lambda n, plan=plan: run(plan, n)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(run: Callable[[], Any], out_of_time: Callable[[], bool]) -> list[float]:
-    found: list[float] = []
-    for repeat in range(-1, REPEATS):
-        if found and out_of_time():
-            break
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        if repeat >= 0:
-            found.append(time.perf_counter() - start)
-    return found
-
-
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def copy_bytes_per_second() -> float:
-    """Of a copy of 1 GiB, read and written."""
-    source = torch.empty(2**29 if CUDA else 2**10, dtype=torch.bfloat16, device=DEVICE)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """What every step reads: all parameters but an embedding that serves the input alone."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # type: ignore
-    return sum(p.nbytes for p in model.parameters() if p is not embedding or embedding is head)
-
-
-def measure(name: str, out_of_time: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def measure_model(table: records.GpuTable, options: argparse.Namespace, end: float) -> None:
     """One record per case; what goes wrong with one is written down, and the others go on."""
-    model, bandwidth = build(name), copy_bytes_per_second()
-    weights = weight_bytes(model)
-    for workload in WORKLOADS:
-        ids = torch.randint(1, model.config.vocab_size, (workload.rows, workload.prompt), device=DEVICE)
-        for who, steering, run in cases(model, workload, ids):
-            record: dict[str, Any] = {"run": LABEL, "model": name, "dtype": str(DTYPE), "rows": workload.rows}
-            record |= {"prompt": workload.prompt, "new": workload.new, "who": who, "steering": steering}
-            if out_of_time():
-                yield record | {"error": "out of time"}
-                return
-            if CUDA:
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                best = min(seconds_of(run, out_of_time))
-            except Exception as error:
-                yield record | {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-                continue
-            rate = workload.rows * workload.new / best
-            yield record | {
-                "seconds": round(best, 5),
-                "tokens_per_second": round(rate, 1),
-                "percent_of_weights": round(100 * workload.new * weights / bandwidth / best, 2),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if CUDA else "",
-            }
+    name, config = config_of(options.model)
+    base = {"what": "step", "model": name, "dtype": str(DTYPE).removeprefix("torch."), "prompt": PROMPT, "new": NEW}
+    base["attention"] = "cuDNN last" if CUDNN_LAST else "cuDNN as PyTorch orders it"
+    try:
+        copy, timing = measure.copy_bandwidth(DEVICE, COPY_BYTES, replays=3)
+        copied = {"what": "copy", "op": "copy", "who": "torch", **asdict(timing), "gb_per_s": round(copy / 1e9, 1)}
+        table(copied)
+        model = build(config)
+    except Exception as error:
+        table(base | {"failed": records.reason(error)})
+        return
+    weights, begun = measure.weight_bytes(model), False
+    for rows in options.rows if CUDA else sorted({min(rows, 3) for rows in options.rows}):
+        for who in options.who:
+            for steering, run in cases(model, who, rows, options.steerings):
+                if begun and time.monotonic() > end:
+                    print(f"out of time at {rows} rows, {who}, {steering}", flush=True)
+                    return
+                begun = True
+                row = base | {"rows": rows, "who": who, "steering": steering}
+                table(row | measured(run, rows, weights / copy))
 
 
-def with_ratios(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`to_unsteered`: to the Engine unsteered, or to `generate` unsteered, of the same model and workload."""
-
-    def key(record: dict[str, Any], who: str) -> tuple[Any, ...]:
-        kind = "Engine" if who == "Engine" else "generate"
-        return *(record[name] for name in ("model", "rows", "prompt", "new")), kind
-
-    plain = {
-        key(r, r["who"]): r["tokens_per_second"]
-        for r in records
-        if r["who"] in ("Engine", "generate") and r["steering"] == "unsteered" and "error" not in r
-    }
-    found = []
-    for r in records:
-        base = plain.get(key(r, r["who"]))
-        ratio = "" if base is None or "error" in r else round(r["tokens_per_second"] / base, 4)
-        found.append(r | {"to_unsteered": ratio})
-    return found
-
-
-# The table ------------------------------------------------------------------------------------------------------------
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    header = f"{'generation' + ('' if CUDA else f' ({LABEL})'):56}  tokens/s  to unsteered  % of weights  peak GiB"
-    lines = [header]
-    for r in with_ratios(records):
-        what = f"{r['model']}, {r['rows']} rows, {r['prompt']}+{r['new']}: {r['who']}, {r['steering']}"
-        if "error" in r:
-            lines.append(f"{what:66}  {r['error'][:100]}")
-        else:
-            cells = (
-                f"{r['tokens_per_second']:8}  {r['to_unsteered']:12}  {r['percent_of_weights']:12}  {r['peak_gib']:8}"
-            )
-            lines.append(f"{what:66}  {cells}")
-    return "\n".join(lines)
-
-
-def write(records: list[dict[str, Any]], folder: Path, commit: str | None) -> Path:
-    path = results.write(NAME, with_ratios(records), folder)
-    beside = path.with_name(f"{NAME}.machine.json")
-    found = {"run": LABEL, "transformers": transformers.__version__} | ({"commit": commit} if commit else {})
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | found, indent=2) + "\n")
-    return path
+def measured(run: Callable[[int], Any], rows: int, least: float) -> dict[str, Any]:
+    """`least`: seconds of a step that does nothing but read the weights."""
+    if CUDA:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        timing = measure.time_steps(run, NEW, DEVICE, repeats=REPEATS)
+    except Exception as error:
+        return {"failed": records.reason(error)}
+    step = max(timing.step_ms, 1e-4)
+    record = asdict(timing) | {"percent_of_weights": round(100 * least * 1e3 / step, 2)}
+    record["tokens_per_second"] = round(rows / step * 1e3, 1)
+    if CUDA:
+        record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return record
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
-    parser.add_argument("--commit", help="what to write down as the commit, where there is no git")
-    parser.add_argument("--table", type=Path, help="write the table to this file too")
-    arguments = parser.parse_args()
-    if not CUDA and arguments.out == results.FOLDER:
-        parser.error("there is no GPU: a dry run measures nothing, so give it another --out")
-    start, records = time.monotonic(), []
-    for done, name in enumerate(MODELS, 1):
-        end = start + arguments.seconds * done / len(MODELS)
-        for record in measure(name, lambda end=end: time.monotonic() > end):  # type: ignore[misc]
-            records.append(record)
-            write(records, arguments.out, arguments.commit)  # what is there is kept should this be stopped
-        if CUDA:
-            torch.cuda.empty_cache()
-    text = table(records)
-    if arguments.table:
-        arguments.table.write_text(text + "\n")
-    print(f"{text}\n\nwritten to {arguments.out}")
-    cut = [r for r in records if r.get("error") == "out of time"]
-    for r in cut:
-        print(f"out of time: {r['model']} from {r['rows']} rows, {r['who']}, {r['steering']} on")
-    return 1 if any("error" in r and r not in cut for r in records) else 0
+    parser.add_argument("--csv", type=Path, required=True, help="file that records are appended to")
+    parser.add_argument("--stage", default="generation", help="what the records are labelled with")
+    parser.add_argument("--model", choices=MODELS, default="llama-8b")
+    parser.add_argument("--who", nargs="+", choices=WHO, default=["engine", "hooks"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[64, 1, 256])
+    parser.add_argument("--steerings", nargs="+", choices=STEERINGS, default=STEERINGS, help="of the Engine")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
+    options = parser.parse_args()
+    table = records.GpuTable(options.csv, RUN, options.stage)
+    measure_model(table, options, time.monotonic() + options.seconds)
+    if table.failures:
+        print(f"{table.failures} failed")
+    return 1 if table.failures else 0
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ def tables(steering: str, hidden: int, device: str, n_plans: int = 1, seed: int 
     return Tables(bank, fields.flatten(0, 1), scalars.repeat(n_plans, 1), ranges, program.depth[0], program.width[0])
 
 
-def rows_of(rows: int, n_plans: int, device: str) -> Rows:
-    """Row r runs plan r modulo `n_plans`."""
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
-    return Rows((torch.arange(rows, device=device) % n_plans).int(), zeros, zeros.clone())
+def rows_of(rows: int, n_plans: int, device: str, contiguous: bool = False) -> Rows:
+    """Row r runs plan r modulo `n_plans`; contiguous: rows of one plan stand together, as the tokens of a prompt do."""
+    zeros, number = torch.zeros(rows, dtype=torch.int32, device=device), torch.arange(rows, device=device)
+    return Rows((number * n_plans // rows if contiguous else number % n_plans).int(), zeros, zeros.clone())
 
 
 @dataclass

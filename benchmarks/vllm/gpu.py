@@ -1,5 +1,5 @@
-"""Tokens per second of vLLM on a GPU, on random models of real shape: unsteered, one layer steered, every layer, 256
-plans, and forward hooks with eager, which is what one has without faststeer.
+"""Decode steps of vLLM on a GPU, on random models of real shape: unsteered, one layer steered, every layer, a vector
+per plan and layer, and forward hooks with eager, which is what one has without faststeer.
 
     python benchmarks/vllm/gpu.py --out DIR [--carry .carry] [--seconds 540] [--forms]
 
@@ -23,10 +23,15 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkout
+from processes import Command
+from records import Appended, read
+
 ROWS, PROMPT, NEW, REPEATS = 256, 128, 128, 3
 # What the published configurations say.
 _QWEN = {
@@ -42,7 +47,11 @@ _LLAMA = {
 MODELS = {"Qwen2.5-1.5B": _QWEN, "Llama-3.1-8B": _LLAMA}
 _TINY = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY |= {"num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 256}
-STEERED = ("unsteered", "one layer", "every layer", "256 plans")
+STEERED = ("unsteered", "one layer", "every layer", "a vector per plan and layer")
+COLUMNS = (
+    "run", "model", "engine", "case", "rows", "new", "prefill_ms", "step_ms", "step_ms_low", "step_ms_high", "repeats",
+    "tokens_per_second", "start", "error",
+)  # fmt: skip
 # (engine, the cases it runs), in the order in which engines start.
 ENGINES = (("off", ("vLLM",)), ("on", STEERED), ("hooks, eager", ("every layer",)), ("off", ("vLLM",)))
 FUSED = ("fused", STEERED)
@@ -78,19 +87,26 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, config["vocab_size"], (rows, prompt), generator=generator).tolist()
     prompts = [{"prompt_token_ids": one} for one in ids]
+    from dataclasses import asdict
+
+    from faststeer import measure
+
     for case in dict((*ENGINES, FUSED))[kind]:
-        parameters = [
-            SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
-            for extra in payloads(kind, case, config, rows)
-        ]
-        for repeat in range(-1, REPEATS if cuda else 1):  # the first warms up
-            start = time.perf_counter()
+        extras = payloads(kind, case, config, rows)
+
+        def draw(n: int, extras: Any = extras) -> None:
+            parameters = [
+                SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, extra_args=extra)
+                for extra in extras
+            ]
             answers = llm.generate(prompts, parameters, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            count = sum(len(answer.outputs[0].token_ids) for answer in answers)
-            if repeat >= 0:
-                found = {"engine": kind, "case": case, "repeat": repeat, "rows": rows, "tokens": count}
-                print("ROW", json.dumps(found | {"seconds": round(seconds, 4), "start": round(loaded, 1)}), flush=True)
+            if (count := sum(len(answer.outputs[0].token_ids) for answer in answers)) != rows * n:
+                raise RuntimeError(f"{count} tokens instead of {rows * n}")
+
+        timing = measure.time_steps(draw, new, "cpu", repeats=REPEATS if cuda else 1)  # vLLM waits for its device
+        row = {"engine": kind, "case": case, "rows": rows, "new": new, "start": round(loaded, 1)} | asdict(timing)
+        row["tokens_per_second"] = round(rows / max(timing.step_ms, 1e-4) * 1e3, 1)
+        print("ROW", json.dumps(row), flush=True)
 
 
 def payloads(kind: str, case: str, config: dict[str, Any], rows: int) -> list[Any]:
@@ -107,7 +123,13 @@ def payloads(kind: str, case: str, config: dict[str, Any], rows: int) -> list[An
         return [plan(fs.Add(vector, 0.01, layers=config["num_hidden_layers"] // 2))] * rows
     if case == "every layer":
         return [plan(fs.Add(vector, 0.01, layers="all"))] * rows
-    return [plan(fs.Add(vector, 0.01 + i / 10_000, layers="all")) for i in range(rows)]
+    generator = torch.Generator().manual_seed(1)
+
+    def own() -> Any:
+        vectors = torch.randn(config["num_hidden_layers"], config["hidden_size"], generator=generator)
+        return plan(fs.Add(fs.SteeringVector(dict(enumerate(torch.nn.functional.normalize(vectors, dim=1)))), 0.01))
+
+    return [own() for _ in range(rows)]
 
 
 def add_hooks(model: Any) -> None:
@@ -140,28 +162,27 @@ def unpack(carry: Path, site: Path) -> None:
         (site / f"{name}.py").write_text(empty)
 
 
-def link(site: Path) -> None:
-    """A package `faststeer` of links into the checkout, with the entry point by which vLLM finds it."""
-    package = site / "faststeer"
-    package.mkdir(parents=True)
-    for path in (ROOT / "faststeer").iterdir():
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    (package / "kernels").symlink_to(ROOT / "kernels" / "triton")
+def install(site: Path) -> None:
+    """The checkout as a package, with the entry point by which vLLM finds it."""
+    checkout.install(site)
     about = site / "faststeer-0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: faststeer\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[vllm.general_plugins]\nfaststeer = faststeer.vllm.plugin:register\n")
 
 
-def run_engine(kind: str, model: Path, options: argparse.Namespace, path: str, limit: float) -> tuple[list[Any], str]:
-    """The rows that one engine measured, and what went wrong."""
+def run_engine(
+    kind: str, model: Path, options: argparse.Namespace, path: str, limit: float, append: Appended, base: dict[str, Any]
+) -> str:
+    """Measure with one engine, each case written as it comes; returns what went wrong. The engine and the processes
+    that it starts end with their time, or with this program."""
     environment = dict(os.environ) | {
         "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model is given a function
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model takes a function
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "FASTSTEER_VLLM": "1" if kind in ("on", "fused") else "0",
     }
@@ -169,24 +190,21 @@ def run_engine(kind: str, model: Path, options: argparse.Namespace, path: str, l
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, __file__, "--serve", kind, "--model", str(model), "--attention", options.attention]
     log = options.out / "vllm_gpu.log"
-    with tempfile.TemporaryFile("w+") as out, log.open("a") as file:
+    with log.open("a", buffering=1) as file:
         file.write(f"\n$ {kind} {model.name}\n")
-        file.flush()
-        try:
-            code: Any = subprocess.run(
-                command, env=environment, stdout=out, stderr=file, timeout=max(limit, 1), check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-        out.seek(0)
-        lines = out.read().splitlines()
-        file.write("\n".join(lines) + f"\n(exit code {code})\n")
-    rows = [json.loads(line.removeprefix("ROW ")) for line in lines if line.startswith("ROW ")]
-    return rows, "" if code == 0 else f"ended with {code}, see {log.name}"
+
+        def on_line(line: str) -> None:
+            file.write(line + "\n")
+            if line.startswith("ROW "):
+                append(base | json.loads(line.removeprefix("ROW ")))
+
+        ended = Command(command, max(limit, 1), on_line, environment).wait()
+        file.write(f"({ended})\n")
+    return "" if ended.code == 0 else f"{ended}, see {log.name}"
 
 
-def measure(options: argparse.Namespace, path: str, cuda: bool) -> list[dict[str, Any]]:
-    end, rows = time.monotonic() + options.seconds, []
+def measure_all(options: argparse.Namespace, path: str, cuda: bool, append: Appended) -> None:
+    end, run = time.monotonic() + options.seconds, "gpu" if cuda else "dry run"
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, config) in enumerate(MODELS.items()):
             model = Path(folder) / name
@@ -197,28 +215,32 @@ def measure(options: argparse.Namespace, path: str, cuda: bool) -> list[dict[str
             until = time.monotonic() + share
             kinds = [kind for kind, _ in (ENGINES if cuda else ENGINES[:-1])]
             for kind in [*kinds[:2], *(["fused"] if options.forms else []), *kinds[2:]]:
-                found, wrong = run_engine(kind, model, options, path, until - time.monotonic())
-                rows += [{"model": name} | row for row in found]
-                if wrong:
-                    rows.append({"model": name, "engine": kind, "error": wrong})
-                print(f"{name}, {kind}: {wrong or 'done'}", flush=True)
-    return with_ratios(rows)
+                base = {"run": run, "model": name}
+                if until - time.monotonic() < 1:
+                    error = "not started: out of time"
+                else:
+                    error = run_engine(kind, model, options, path, until - time.monotonic(), append, base)
+                if error:
+                    append(base | {"engine": kind, "error": error})
+                print(f"{name}, {kind}: {error or 'done'}", flush=True)
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`to_off`: tokens per second against the mean of the engines without faststeer."""
-    found = []
+def table(rows: Iterable[dict[str, str]]) -> str:
+    """`of off`: tokens per second against the mean of the engines without faststeer."""
+    rows, lines = list(rows), [f"{'vLLM':60} {'step, ms':>10} {'tokens/s':>10} {'of off':>8}"]
     for row in rows:
+        what = f"{row['model']}, {row['engine']}, {row.get('case', '')}"
+        if "error" in row:
+            lines.append(f"{what:60} {row['error']}")
+            continue
         plain = [
-            r["tokens"] / r["seconds"]
+            float(r["tokens_per_second"])
             for r in rows
-            if (r["model"], r["engine"]) == (row["model"], "off") and "tokens" in r
+            if (r["model"], r["engine"]) == (row["model"], "off") and "error" not in r
         ]
-        if plain and "tokens" in row:
-            rate = row["tokens"] / row["seconds"]
-            row = row | {"tokens_per_second": round(rate, 1), "to_off": round(rate * len(plain) / sum(plain), 4)}
-        found.append(row)
-    return found
+        ratio = f"{float(row['tokens_per_second']) * len(plain) / sum(plain):.4f}" if plain else ""
+        lines.append(f"{what:60} {row['step_ms']:>10} {row['tokens_per_second']:>10} {ratio:>8}")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -239,25 +261,23 @@ def main() -> int:
 
     cuda = torch.cuda.is_available()
     options.out.mkdir(parents=True, exist_ok=True)
+    csv = options.out / ("vllm_gpu.csv" if cuda else "dry_run_vllm.csv")
+    csv.unlink(missing_ok=True)
+    append = Appended(csv, COLUMNS)
     with tempfile.TemporaryDirectory() as temporary:
         site = Path(temporary)
         if options.carry is not None:
             unpack(options.carry, site)
-        link(site)
-        inherited = os.environ.get("PYTHONPATH")
-        rows = measure(options, os.pathsep.join([str(site), *([inherited] if inherited else [])]), cuda)
-    label = "gpu" if cuda else "dry run on the CPU, measures nothing"
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    import results
+        install(site)
+        sys.path.insert(0, str(site))
+        import results
 
-    path = results.write("vllm_gpu" if cuda else "dry_run_vllm", [{"run": label} | row for row in rows], options.out)
-    beside = path.with_name(f"{path.stem}.machine.json")
-    known = json.loads(beside.read_text()) | {"run": label} | ({"commit": options.commit} if options.commit else {})
-    beside.write_text(json.dumps(known, indent=2) + "\n")
-    for row in rows:
-        what = f"{row['model']}, {row['engine']}, {row.get('case', '')}"
-        print(f"{what:50} {row.get('tokens_per_second', row.get('error', ''))!s:>12} {row.get('to_off', '')!s:>8}")
-    print(f"written to {path}")
+        if options.commit:
+            os.environ[results.COMMIT] = options.commit
+        results.write_machine(csv.with_suffix(".machine.json"), {"run": "gpu" if cuda else "dry run"})
+        measure_all(options, checkout.python_path(site), cuda, append)
+    rows = read(csv)
+    print(f"{table(rows)}\nwritten to {csv}")
     return 1 if any("error" in row for row in rows) else 0
 
 

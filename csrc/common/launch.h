@@ -48,9 +48,22 @@ struct LaunchConfig {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The columns per thread that the environment variable COLUMNS_VARIABLE asks for, so that a benchmark can compare launch
+// configurations without a rebuild: 0 for none (`text` is null or empty), -1 where there are no kernels for it.
+constexpr const char* COLUMNS_VARIABLE = "FASTSTEER_CUDA_COLUMNS";
+constexpr int32_t columns_of(const char* text) {
+  if (text == nullptr || text[0] == '\0') return 0;
+  int32_t columns = 0;
+  for (; *text >= '0' && *text <= '9' && columns <= MOST_COLUMNS; ++text) columns = 10 * columns + (*text - '0');
+  const bool compiled = columns == FEWEST_COLUMNS || columns == MIDDLE_COLUMNS || columns == MOST_COLUMNS;
+  return *text == '\0' && compiled ? columns : -1;
+}
+
 // rows >= 0, 1 <= hidden <= MAX_HIDDEN, itemsize 2 or 4. aligned: every row of every tensor starts on a 16-byte
-// boundary.
-constexpr LaunchConfig choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, bool aligned, int32_t sm_count) {
+// boundary. asked: columns per thread in place of the rule's, or 0; too few for a wide row give more than
+// MAX_THREADS_PER_ROW, which cannot be launched.
+constexpr LaunchConfig choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, bool aligned, int32_t sm_count,
+                                     int32_t asked = 0) {
   const int32_t wide = 16 / itemsize;
   const int32_t elements = aligned && hidden % wide == 0 ? wide : 1;
   const bool few = rows <= FEW_ROWS_PER_SM * sm_count;
@@ -59,6 +72,7 @@ constexpr LaunchConfig choose_launch(int64_t rows, int64_t hidden, int32_t items
   const int64_t threads = few ? MAX_THREADS_PER_ROW : WARP;
   int32_t columns = FEWEST_COLUMNS;
   while (columns < MOST_COLUMNS && columns * threads < hidden) columns *= 2;
+  if (asked > 0) columns = asked;
   // The scalar path is for odd shapes: it is not worth a third instantiation.
   if (elements == 1 && columns == MIDDLE_COLUMNS) columns = MOST_COLUMNS;
   const int32_t warps = static_cast<int32_t>(ceil_div(hidden, int64_t{columns} * WARP));

@@ -7,8 +7,10 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../common/checks.h"
@@ -127,18 +129,35 @@ bool aligned(const RowShape& shape, const RowArguments& a) {
          on_16_bytes(tables.fields) && on_16_bytes(tables.scalars);
 }
 
+// Read once: an operator call has a few microseconds in all. A wrong value is refused again at every call.
+int32_t asked_columns() {
+  static const int32_t columns = [] {
+    const char* const text = std::getenv(COLUMNS_VARIABLE);
+    const int32_t number = columns_of(text);
+    if (number < 0) refuse(COLUMNS_VARIABLE, "8, 16 or 32 (columns of a row per thread), or not set", text);
+    return number;
+  }();
+  return columns;
+}
+
 void launch_rows(const char* name, RowOp op, const OnDevice& device, const RowShape& shape,
                  const RowArguments& arguments) {
   if (shape.rows == 0) return;
   const int32_t size = static_cast<int32_t>(item_size(shape.dtype));
   const LaunchConfig config =
-      choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), device.sm_count());
+      choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), device.sm_count(), asked_columns());
+  if (config.threads_per_row > MAX_THREADS_PER_ROW) {
+    refuse(COLUMNS_VARIABLE, "at least " + std::to_string(ceil_div(shape.hidden, MAX_THREADS_PER_ROW)) +
+           " for rows of " + std::to_string(shape.hidden) + " columns", asked_columns());
+  }
   check_launched(name, launch_row(op, shape.dtype, config, arguments, device.stream));
 }
 
-std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
+std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns,
+                                 const std::optional<Tensor>& nonfinite) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
+  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   const OnDevice device(x);
   Tensor probe = new_probe(x, shape, columns, arguments);
   Tensor hidden = new_hidden(x, shape, arguments);
@@ -146,9 +165,11 @@ std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, i
   return {hidden, probe};
 }
 
-void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
+void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe,
+            const std::optional<Tensor>& nonfinite) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
+  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   write_probe(probe, TableRows::EXACTLY, shape, arguments);
   arguments.hidden = x.data_ptr();
   arguments.hidden_stride = shape.stride;
@@ -156,9 +177,10 @@ void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Te
 }
 
 std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                                     int64_t columns) {
+                                     int64_t columns, const std::optional<Tensor>& nonfinite) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
+  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   const OnDevice device(x);
   Tensor probe = new_probe(x, shape, columns, arguments);
@@ -168,9 +190,11 @@ std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FA
 }
 
 void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                 const std::optional<Tensor>& probe) {
+                 const std::optional<Tensor>& probe,
+                 const std::optional<Tensor>& nonfinite) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES_OF(TableRows::AT_LEAST));
+  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   write_probe(probe, TableRows::AT_LEAST, shape, arguments);
   arguments.hidden = residual.data_ptr();
@@ -181,9 +205,11 @@ void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAM
 
 std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                      double eps, double weight_offset, bool fp32_weight,
-                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
+                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns,
+                                                     const std::optional<Tensor>& nonfinite) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
+  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   arguments.weight_dtype = check_float(weight, "weight");
   check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);

@@ -17,7 +17,7 @@ from typing import Any
 from faststeer.behaviours.layouts import pairs_of, read_records
 from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract.pairs import Pair
-from faststeer.files import write_atomically
+from faststeer.files import UNREADABLE, FormatError, read_json, write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.hf.prompts import load_prompts
 
@@ -161,7 +161,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
 
     Raises:
         FileNotFoundError: no behaviour of that name and no such file.
-        ValueError: a file that holds no behaviour, with the place in it; what `Behaviour` refuses.
+        FormatError: a file that holds no behaviour, with the place in it; what `Behaviour` refuses.
     """
     if isinstance(name_or_path, str) and name_or_path in names():
         path = DATA / f"{name_or_path}.json"
@@ -174,17 +174,17 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
             "behaviour.json"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        data = read_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
+        raise FormatError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
     known = {"format", "name", "description", "judge", "coherence", "paired", "about", *SPLITS}
     if unknown := set(data) - known:
-        raise ValueError(f"{path} has {', '.join(sorted(unknown))}: a behaviour has {', '.join(sorted(known))}")
+        raise FormatError(f"{path} has {', '.join(sorted(unknown))}: a behaviour has {', '.join(sorted(known))}")
     for name in ("name", "judge", *SPLITS):
         if name not in data:
-            raise ValueError(f"{path} has no {name!r}")
+            raise FormatError(f"{path} has no {name!r}")
     try:
         splits = {name: _split(data[name], f"{path}, {name}", path.parent) for name in SPLITS}
         return Behaviour(
@@ -200,8 +200,8 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
         )
     except FileNotFoundError:
         raise
-    except (OSError, TypeError, ValueError) as error:  # OSError: what is named beside it can be no file's name
-        raise ValueError(f"{path}: {error}") from error
+    except (OSError, *UNREADABLE) as error:  # OSError: what is named beside it can be no file's name
+        raise FormatError(f"{path}: {error}") from error
 
 
 def of_prompts(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.extract.pairs import Pair
+from faststeer.files import FormatError, read_json
 
 Row = Mapping[str, Any]
 HARMBENCH_CONTEXT = "\n\n---\n\n"
@@ -59,7 +59,7 @@ def read_records(path: str | os.PathLike[str], *, concept: str | int | None = No
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file that cannot be read, columns of no known layout, a blank prompt, with file and row.
+        FormatError: a file that cannot be read, columns of no known layout, a blank prompt, with file and row.
     """
     rows, where = _rows(path)
     columns = {str(name).strip().lower() for name in rows[0]}
@@ -67,7 +67,7 @@ def read_records(path: str | os.PathLike[str], *, concept: str | int | None = No
         if layout.needs <= columns:
             return layout.read(rows, where, concept)
     known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.needs))}" for layout in LAYOUTS)
-    raise ValueError(f"{where} has the columns {', '.join(sorted(columns))}, which are no known layout's ({known})")
+    raise FormatError(f"{where} has the columns {', '.join(sorted(columns))}, which are no known layout's ({known})")
 
 
 def advbench(path: str | os.PathLike[str]) -> list[Record]:
@@ -120,7 +120,7 @@ def _as(name: str, path: str | os.PathLike[str], concept: str | int | None = Non
     rows, where = _rows(path)
     columns = {str(column).strip().lower() for column in rows[0]}
     if missing := layout.needs - columns:
-        raise ValueError(
+        raise FormatError(
             f"{where} is not in {name}'s layout: it has the columns {', '.join(sorted(columns))}, and lacks "
             f"{', '.join(sorted(missing))}"
         )
@@ -173,7 +173,7 @@ def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) 
     for n, row in enumerate(rows, 1):
         at, label = f"{where}, row {n}", str(row.get("category", "")).strip().lower()
         if label not in sides:
-            raise ValueError(f"{at}: its category is {label!r}, expected positive or negative")
+            raise FormatError(f"{at}: its category is {label!r}, expected positive or negative")
         for name in ("input", "output", *(("output_concept",) if label == "positive" else ())):
             _text(row, name, at)
         sides[label].append(row)
@@ -183,10 +183,10 @@ def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) 
             row for row in sides["positive"] if str(concept) in (row["output_concept"], str(row.get("concept_id")))
         ]
         if not named:
-            raise ValueError(f"{where} has no concept {concept!r}: it has {', '.join(map(repr, concepts[:8]))}")
+            raise FormatError(f"{where} has no concept {concept!r}: it has {', '.join(map(repr, concepts[:8]))}")
         sides["positive"] = named
     elif len(concepts) != 1:
-        raise ValueError(f"{where} has {len(concepts)} concepts, such as {concepts[:3]}: say which one by concept=")
+        raise FormatError(f"{where} has {len(concepts)} concepts, such as {concepts[:3]}: say which one by concept=")
     without: dict[str, list[str]] = {}
     for row in sides["negative"]:
         without.setdefault(row["input"], []).append(row["output"])
@@ -218,9 +218,9 @@ def _text(row: Row, name: str, where: str, *, optional: bool = False) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         if optional:
             return None
-        raise ValueError(f"{where}: its {name} is blank")
+        raise FormatError(f"{where}: its {name} is blank")
     if not isinstance(value, str):
-        raise ValueError(f"{where}: its {name} is of type {type(value).__name__}, expected text")
+        raise FormatError(f"{where}: its {name} is of type {type(value).__name__}, expected text")
     return value
 
 
@@ -234,10 +234,10 @@ def _rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str]:
     else:
         where, rows = str(path), _of_file(Path(path))
     if not rows:
-        raise ValueError(f"{where} has no rows: expected at least one")
+        raise FormatError(f"{where} has no rows: expected at least one")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{where}, row {n} is a {type(row).__name__}: expected an object with named columns")
+            raise FormatError(f"{where}, row {n} is a {type(row).__name__}: expected an object with named columns")
     return [{str(name).strip().lower(): value for name, value in row.items()} for row in rows], where
 
 
@@ -247,19 +247,19 @@ def _of_file(path: Path) -> list[Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+        raise FormatError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
     if path.suffix in (".csv", ".tsv"):
         return _of_table(text, path)
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path} ends in {path.suffix!r}: expected .csv, .tsv, .json or .jsonl")
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected .csv, .tsv, .json or .jsonl")
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+            return [read_json(line) for line in text.split("\n") if line.strip()]
+        data = read_json(text)
+    except ValueError as error:
+        raise FormatError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(data, list):
-        raise ValueError(f"{path} holds a {type(data).__name__}: expected a list of objects")
+        raise FormatError(f"{path} holds a {type(data).__name__}: expected a list of objects")
     return data
 
 
@@ -268,13 +268,13 @@ def _of_table(text: str, path: Path) -> list[Any]:
     try:
         lines = [row for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
+        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
     if not lines:
-        raise ValueError(f"{path} is empty: expected a header line and rows")
+        raise FormatError(f"{path} is empty: expected a header line and rows")
     header = lines[0]
     for n, row in enumerate(lines[1:], 1):
         if len(row) != len(header):
-            raise ValueError(
+            raise FormatError(
                 f"{path}, row {n} has {len(row)} cell(s), the header {len(header)}: is a comma or a quotation mark not "
                 "quoted?"
             )
@@ -286,7 +286,7 @@ def _of_datasets(name: str) -> list[Any]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise FormatError(
             f"{DATASETS_PREFIX}{name} needs the library datasets: pip install datasets, or give a file"
         ) from None
     name, _, split = name.partition("@")
@@ -294,5 +294,5 @@ def _of_datasets(name: str) -> list[Any]:
     try:
         found = datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # of many classes, from parsing to the network
-        raise ValueError(f"{DATASETS_PREFIX}{name} cannot be loaded by datasets: {error}") from error
+        raise FormatError(f"{DATASETS_PREFIX}{name} cannot be loaded by datasets: {error}") from error
     return [dict(row) for row in found]

@@ -25,6 +25,7 @@ from faststeer.cli.common import (
     vector_layers,
 )
 from faststeer.cli.sweep import FAILED, results_table
+from faststeer.files import FormatError, read_json, reading
 
 JUDGES = ("refusal", "perplexity", "repetition", "length")
 
@@ -93,8 +94,8 @@ def _judge(text: str) -> Any:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return read_json(text)
+    except ValueError as error:
         raise typer.BadParameter(f"--judge {text}: no valid JSON: {error}") from error
 
 
@@ -170,17 +171,19 @@ def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
 
 def _read_answers(path: Path) -> tuple[list[Any], list[str]]:
     prompts, completions = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with reading(f"{path} cannot be read", "save it as UTF-8"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no valid JSON: {error}") from error
+            data = read_json(line)
+        except ValueError as error:
+            raise FormatError(f"{path}, line {number}: no valid JSON: {error}") from error
         if not isinstance(data, dict) or "prompt" not in data or not isinstance(data.get("completion"), str):
-            raise ValueError(f'{path}, line {number}: expected an object with "prompt" and "completion" (a text)')
+            raise FormatError(f'{path}, line {number}: expected an object with "prompt" and "completion" (a text)')
         prompts.append(data["prompt"])
         completions.append(data["completion"])
     if not prompts:
-        raise ValueError(f"{path} holds no answers: expected one JSON object per line")
+        raise FormatError(f"{path} holds no answers: expected one JSON object per line")
     return prompts, completions

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from faststeer.hf.changes import Changes, Context
 from faststeer.ops import decode_attention
 
 NAME = "faststeer_decode"
@@ -43,19 +44,14 @@ def _attend(
 AttentionInterface.register(NAME, _attend)
 
 
-class DecodeAttention:
+class DecodeAttention(Context[None]):
     """What makes a model's layers attend with the operator, while it is entered."""
 
     def __init__(self, model: nn.Module) -> None:
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs = list({id(config): config for config in configs if config is not None}.values())
 
-    def __enter__(self) -> None:
+    def _enter(self, changes: Changes) -> None:
         # Not by the property, which would set the configurations inside this one.
-        self._before = [config._attn_implementation_internal for config in self._configs]
         for config in self._configs:
-            config._attn_implementation_internal = NAME
-
-    def __exit__(self, *exception: object) -> None:
-        for config, before in zip(self._configs, self._before, strict=True):
-            config._attn_implementation_internal = before
+            changes.replace(config, "_attn_implementation_internal", NAME)

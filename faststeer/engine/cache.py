@@ -54,6 +54,13 @@ class RowCache(Cache):
         self._flat.clear()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys that a prefill has written."""
+        keys = self.layers[0].keys  # type: ignore[union-attr]
+        assert keys is not None
+        return keys.dtype
+
+    @property
     def decoding(self) -> bool:
         """Whether the pass under way reads one token per row, which belongs at its `column`."""
         return self._prompts is None

@@ -5,7 +5,7 @@ the device, and every tensor that a decode step reads keeps its address.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -40,8 +40,7 @@ class Device:
         self.model, self.rows, self.length = model, rows, length
         points = find_hook_points(model)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        self.device = embedding.device
-        self.dtype = next(model.parameters()).dtype
+        self.device, self.dtype = embedding.device, embedding.dtype
         self.steering: Steering | None = None
         self.cache = (FrozenCache if frozen else RowCache)(points.n_layers, rows, length)
         with torch.inference_mode():
@@ -146,7 +145,11 @@ class Device:
         return chosen
 
     def _sent(self, numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype).to(self.device)
+        values = torch.tensor(numbers, dtype=dtype)
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        # From pinned memory the host does not wait for what runs.
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
         """Logits of the columns `keep` of a prompt, or of the one token of a step."""
@@ -163,13 +166,15 @@ class Device:
 
     def _masks(self, column: Tensor, width: int) -> Any:
         """What a step's tokens may look at, as the model wants it: 0 or the least number, `[rows, 1, 1, width]`; a
-        dict of them for a model that mixes kinds of attention."""
+        dict of them for a model that mixes kinds of attention. In the dtype of the queries, which keys share: cuDNN's
+        attention would read the bits of another as its own."""
+        dtype = self.cache.dtype
         behind = column.unsqueeze(1) - torch.arange(width, device=self.device)
         made = {}
         for kind, window in self._windows.items():
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-            least = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-            made[kind] = least.masked_fill_(~seen, torch.finfo(self.dtype).min).view(-1, 1, 1, width)
+            least = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+            made[kind] = least.masked_fill_(~seen, torch.finfo(dtype).min).view(-1, 1, 1, width)
         return made.get("", made)
 
     # Rows
@@ -216,8 +221,8 @@ class Device:
     @torch.inference_mode()
     def watch(self, sites: list[int], k: int) -> None:
         """Keep what the first k probe columns of these sites see, for every row and token; none for no sites."""
-        if len(sites) != len(self.probes) or k != self.projections.shape[-1]:
-            shape = (self.rows, len(sites), self.length, k)
+        shape = (self.rows, len(sites), self.length, k)
+        if self.projections.shape != (shape if sites else (0,)):
             self.projections = torch.zeros(shape, device=self.device) if sites else torch.zeros(0)
         self.probes = sites
 
@@ -246,60 +251,3 @@ def _windows(config: Any) -> dict[str, int | None]:
     if kinds is None:
         return {"": window}
     return {kind: window if kind == SLIDING else None for kind in set(kinds)}
-
-
-class Graphs:
-    """Decode steps as CUDA graphs, one per (rows, width, mode), captured when first needed.
-
-    Rows and widths are rounded up to powers of two, so that there are few. A graph reads the tables of `Device` and of
-    the steering's program, so that plans change between replays; a site that was not steered before, or other probe
-    buffers, need new graphs (`_now`). No GPU has run this class yet.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self._graphs: dict[tuple[int, int, Mode], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._key: Any = None
-        self._pool: Any = None
-
-    def decode(self, n: int, width: int, mode: Mode) -> Tensor:
-        device = self.device
-        n_all, width = min(_power_of_two(n), device.rows), min(max(_power_of_two(width), 128), device.length)
-        if self._key != (key := self._now()):
-            self._graphs.clear()
-            self._pool, self._key = torch.cuda.graph_pool_handle(), key
-        if (n_all, width, mode) not in self._graphs:
-            # Both run the step for real, on rows that must not move on.
-            tables = (device.long, device.int)
-            before = [table.clone() for table in tables]
-            step = self._captured(lambda: device.decode(n_all, width, mode), tables, before)
-            self._graphs[n_all, width, mode] = step
-        graph, chosen = self._graphs[n_all, width, mode]
-        graph.replay()
-        return chosen[:n]
-
-    def _captured(
-        self, step: Callable[[], Tensor], tables: Sequence[Tensor], before: Sequence[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Warm up once beside the current stream, put the tables back, and capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.inference_mode():
-            step()
-            for table, old in zip(tables, before, strict=True):
-                table.copy_(old)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            chosen = step()
-        return graph, chosen
-
-    def _now(self) -> Any:
-        """What graphs take for constant beside their key."""
-        steering = self.device.steering
-        entered = None if steering is None else (id(steering), steering.fingerprint)
-        return entered, self.device.projections.data_ptr(), tuple(self.device.probes)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from faststeer.engine.device import Device, Graphs
+from faststeer.engine.device import Device
+from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
     Completion,
     Request,
@@ -30,8 +31,10 @@ from faststeer.engine.requests import (
     read_seeds,
 )
 from faststeer.engine.run import Run
+from faststeer.engine.slots import Slots
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
+from faststeer.hf.changes import Changes, Context, changing, close_at_exit
 from faststeer.hf.freeze import freeze as frozen_steering
 from faststeer.hf.steering import is_steered
 from faststeer.intervention import Direction, Probe
@@ -94,10 +97,11 @@ class Engine:
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
+        self._slots = Slots(self._steering)
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
-        self._decode = Graphs(self._device).decode if on_gpu else self._device.decode
+        self._steps: Steps = Graphs(self._device) if on_gpu else EagerSteps(self._device)
         self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
 
     def _steering_of(self, capacity: Capacity) -> Steering:
@@ -131,6 +135,16 @@ class Engine:
     def max_batch(self) -> int:
         """Rows that run together: as asked for, or what fitted into memory."""
         return self._device.rows
+
+    @property
+    def path(self) -> str:
+        """How decode steps run: "graphs", captured CUDA graphs that are replayed, or "eager", operator by operator."""
+        return self._steps.path
+
+    @property
+    def why(self) -> str:
+        """Why steps are eager; "" where they are graphs. On a GPU they are graphs until a capture fails."""
+        return self._steps.why
 
     def generate(
         self,
@@ -197,7 +211,7 @@ class Engine:
         self._make_room([request.plan for request in requests])
         stops = Stops(self.tokenizer, _end_tokens(self.model, self.tokenizer), stop)
         shown = sys.stderr.isatty() if progress is None else progress
-        return self._run(requests, stops, probes, in_order, shown)
+        return close_at_exit(self._run(requests, stops, probes, in_order, shown))
 
     def _make_room(self, plans: Sequence[Plan | None]) -> Steering:
         """A steering that holds as many of these plans as can be live together."""
@@ -220,8 +234,8 @@ class Engine:
         needed = slots, sum(largest[:slots]), max((entries for _, entries in sizes.values()), default=0)
         have = dataclasses.astuple(self._capacity)
         if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
-            self._capacity = Capacity(*map(max, needed, have))
-            self._steering = self._steering_of(self._capacity)
+            self._steering = self._steering_of(Capacity(*map(max, needed, have)))
+            self._slots, self._capacity = Slots(self._steering), self._steering.capacity
         return self._steering
 
     def _check_free(self) -> None:
@@ -233,24 +247,26 @@ class Engine:
 
     def _run(
         self, requests: list[Request], stops: Stops, probes: list[Probe], in_order: bool, shown: bool
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion, None, None]:
         self._check_free()
         held: dict[int, Completion] = {}
         following = 0
-        with ExitStack() as stack:
+        planned = any(request.plan is not None for request in requests)
+        steered = self._frozen or planned or self._steering.path == "fused"
+        with (
+            changing() as changes,
+            self._steering if steered else nullcontext() as steering,
+            self._device.layers,
+            _Bar(len(requests)) if shown else nullcontext() as advance,
+        ):
+            changes.on_undo(setattr, self, "_busy", False)
             self._busy = True
-            stack.callback(setattr, self, "_busy", False)
-            run = Run(self._device, self._decode, self._ahead, self._steering, requests, stops)
-            stack.callback(run.close)
-            planned = any(request.plan is not None for request in requests)
-            if self._frozen or self._steering.path == "fused" or planned:
-                stack.enter_context(self._steering)
-                self._device.steering = self._steering
-            stack.enter_context(self._device.layers)
+            run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
+            changes.on_undo(run.close)
+            self._device.steering = steering
             entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
             sites = [entry.site for entry in entries]
             self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
-            advance = stack.enter_context(_Bar(len(requests))) if shown else None
             try:
                 for completion in run.completions():
                     if advance is not None:
@@ -267,7 +283,7 @@ class Engine:
                 raise
 
 
-class _Bar:
+class _Bar(Context["_Bar"]):
     """A progress bar with tokens/s on stderr: called with the tokens drawn so far after each completion."""
 
     def __init__(self, total: int) -> None:
@@ -276,12 +292,10 @@ class _Bar:
         self._task = self._bar.add_task("", total=total, rate="")
         self._started = time.perf_counter()
 
-    def __enter__(self) -> _Bar:
+    def _enter(self, changes: Changes) -> _Bar:
+        changes.on_undo(self._bar.stop)
         self._bar.start()
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
 
     def __call__(self, tokens: int) -> None:
         rate = tokens / (time.perf_counter() - self._started)

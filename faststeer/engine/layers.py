@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from faststeer.engine.cache import RowCache
 from faststeer.engine.linear import FEW, fast_forward, is_plain, most_rows, product_for
 from faststeer.hf.cache import cache_in
+from faststeer.hf.changes import Changes, Context
 from faststeer.ops import attention_branch_, gated_mlp, rotary_attention_
 from faststeer.ops.decode import Activation
 
@@ -37,7 +38,7 @@ ATTENTION_NAMES = {
 MLP_NAMES = {"gate_proj", "up_proj", "gate_up_proj", "chunk", "down_proj", "act_fn", "activation_fn"}
 
 
-class Layers:
+class Layers(Context[None]):
     """What makes a model compute so, while it is entered. Weights and hooks are looked at anew each time.
 
     `whole`: attention and MLPs, too, not linear layers alone.
@@ -48,28 +49,19 @@ class Layers:
         self.parts = _parts(model) if whole else []
         self.intact = False  # whether, while entered, all parts are as they were found
 
-    def __enter__(self) -> None:
-        self._patched: list[nn.Module] = []
+    def _enter(self, changes: Changes) -> None:
         watched = torch.nn.modules.module._has_any_global_hook()
         intact = [part for part in self.parts if part.is_intact() and not watched]
+        changes.on_undo(setattr, self, "intact", False)
         self.intact = len(intact) == len(self.parts)
         for part in intact:
-            self._patch(part.module, part.forward)
+            changes.replace(part.module, "forward", part.forward)
         for module in self._model.modules():
             # Inside a replaced attention too, which reads prompts by its own forward.
             if isinstance(module, nn.Linear) and is_plain(module):
                 forward = fast_forward(module)
                 if forward is not None:
-                    self._patch(module, forward)
-
-    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self._patched.append(module)
-
-    def __exit__(self, *exception: object) -> None:
-        self.intact = False
-        for module in self._patched:
-            module.__dict__.pop("forward", None)
+                    changes.replace(module, "forward", forward)
 
 
 class _Part:

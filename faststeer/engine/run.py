@@ -6,19 +6,17 @@ The host never waits for a step but to read its tokens, on a GPU one step later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from faststeer.engine.device import Device
+from faststeer.engine.graphs import Steps
 from faststeer.engine.requests import Completion, FinishReason, Request, Stops
-from faststeer.engine.sampling import Mode
-from faststeer.hf import Steering
+from faststeer.engine.slots import Slots
 from faststeer.ops.tables import POSITION_MIN
-
-Decode = Callable[[int, int, Mode], Tensor]
 
 # Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), different lengths, tokens.
 PADDING, LENGTHS, PREFILL = 256, 8, 16384
@@ -39,19 +37,24 @@ class Run:
     """One call of `generate`."""
 
     def __init__(
-        self, device: Device, decode: Decode, ahead: int, steering: Steering, requests: Sequence[Request], stops: Stops
+        self, device: Device, steps: Steps, ahead: int, slots: Slots, requests: Sequence[Request], stops: Stops
     ) -> None:
-        self.device, self.decode, self.ahead, self.steering, self.stops = device, decode, ahead, steering, stops
+        self.device, self.steps, self.ahead, self.slots, self.stops = device, steps, ahead, slots, stops
+        self.steering = slots.steering
         self.queue = deque(requests)
         self.live: list[Request] = []  # by row
         self.rows = device.rows  # fewer after running out of memory
         self.pending: deque[_Launched] = deque()
         self.sequences = list(range(device.rows))
-        self.slots: dict[int, int] = {}  # plan -> slot
-        self.users: dict[int, int] = {}  # slot -> live requests
         self.drawn = 0
 
     def completions(self) -> Iterator[Completion]:
+        self.steps.look_again()
+        for completion in self._completions():
+            yield completion
+            self.steps.look_again()
+
+    def _completions(self) -> Iterator[Completion]:
         while self.queue or self.live or self.pending:
             try:
                 yield from self._admit()
@@ -67,11 +70,11 @@ class Run:
                 self._shrink()
 
     def close(self) -> None:
-        """Empty rows and slots."""
+        """Empty the rows. Plans stay in their slots."""
         self.device.steering = None
         for row in range(self.device.rows):
             self.device.clear(row)
-        self.steering.unload()
+        self.slots.close()
         self.steering.clear_projections()
 
     # Rows
@@ -119,7 +122,7 @@ class Run:
 
     def _step(self) -> Tensor:
         width = 1 + max(len(request.prompt) + request.launched - 1 for request in self.live)
-        return self.decode(len(self.live), width, max(request.mode for request in self.live))
+        return self.steps.decode(len(self.live), width, max(request.mode for request in self.live))
 
     def _launch(self, tokens: Tensor, requests: list[Request]) -> None:
         """Send tokens on their way, and let go of the rows of requests that have drawn their last."""
@@ -168,43 +171,17 @@ class Run:
 
     def _take_slot(self, request: Request, others: bool) -> bool:
         """Give a request the slot of its plan; False: it must wait for one that others use."""
-        if request.plan is None:
-            request.slot = -1
-            return True
-        slot = self.slots.get(id(request.plan))
-        while slot is None:
-            idle = [s for s, users in self.users.items() if not users]
-            fresh = next((s for s in range(self.steering.capacity.slots) if s not in self.users), None)
-            target = fresh if fresh is not None else next(iter(idle), None)
-            if target is None:
+        if request.plan is not None:
+            slot = self.slots.take(request.plan, others)
+            if slot is None:
                 return False
-            self._forget_plan(target)
-            try:
-                self.steering.load(target, request.plan)
-            except ValueError:
-                # Vectors of plans that have ended may take the room.
-                for s in idle:
-                    self.steering.load(s, None)
-                    self._forget_plan(s)
-                if idle:
-                    continue
-                if others:
-                    return False
-                raise
-            slot = self.slots[id(request.plan)] = target
-            self.users[target] = 0
-        request.slot = slot
-        self.users[slot] += 1
+            request.slot = slot
         return True
 
     def _leave_slot(self, request: Request) -> None:
         if request.slot >= 0:
-            self.users[request.slot] -= 1
+            self.slots.leave(request.slot)
             request.slot = -1
-
-    def _forget_plan(self, slot: int) -> None:
-        self.users.pop(slot, None)
-        self.slots = {plan: s for plan, s in self.slots.items() if s != slot}
 
     # Tokens on the host
 

@@ -26,6 +26,7 @@ from faststeer.hf.fused import Fusion, NormForm, find_fusion
 HEAD_NAMES = {
     "model", "lm_head", "config", "cache", "past_key_values", "hidden_states", "attentions", "last_hidden_state",
     "slice_logits_to_keep", "loss_function", "vocab_size", "CausalLMOutputWithPast",
+    "isinstance", "int", "slice",  # transformers 5.17 slices in place
 }  # fmt: skip
 BODY_NAMES = {
     "embed_tokens", "rotary_emb", "layers", "norm", "num_hidden_layers", "layer_types", "has_sliding_layers",

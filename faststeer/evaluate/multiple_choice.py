@@ -5,7 +5,6 @@ Questions come from a local JSONL; nothing is downloaded, and nothing is generat
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
+from faststeer.files import UNREADABLE, FormatError, read_json
 from faststeer.hf.batching import encode, padding_id
 from faststeer.plan import Plan
 
@@ -66,7 +66,7 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no UTF-8, no JSON, a missing field, an answer that is none of the choices; with file and line.
+        FormatError: no UTF-8, no JSON, a missing field, an answer that is none of the choices; with file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,30 +74,30 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        raise FormatError(f"{path} is no UTF-8 text: {error}") from error
     questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
-        raise ValueError(f"{path} holds no questions: expected one JSON object per line")
+        raise FormatError(f"{path} holds no questions: expected one JSON object per line")
     return questions
 
 
 def _question(line: str, where: str) -> Question:
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: no valid JSON: {error}") from error
+        data = read_json(line)
+    except ValueError as error:
+        raise FormatError(f"{where}: no valid JSON: {error}") from error
     whole = isinstance(data, dict) and {"question", "choices", "answer"} <= set(data)
     if not whole or not isinstance(data["choices"], list):
-        raise ValueError(f'{where}: expected an object with "question", "choices" (a list) and "answer"')
+        raise FormatError(f'{where}: expected an object with "question", "choices" (a list) and "answer"')
     answer = data["answer"]
     if isinstance(answer, str):
         if answer not in data["choices"]:
-            raise ValueError(f"{where}: the answer {answer!r} is none of the choices")
+            raise FormatError(f"{where}: the answer {answer!r} is none of the choices")
         answer = data["choices"].index(answer)
     try:
         return Question(data["question"], tuple(data["choices"]), answer)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except UNREADABLE as error:
+        raise FormatError(f"{where}: {error}") from error
 
 
 def multiple_choice(

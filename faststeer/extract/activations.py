@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from faststeer import tensor_files
 from faststeer.extract.reading import check_positions
-from faststeer.files import write_atomically
+from faststeer.files import read_json, reading, write_atomically
 from faststeer.vector import HookPoint, check_hook_point
 
 FORMAT = "faststeer.activations/1"
@@ -79,7 +78,7 @@ class Activations:
         if self.model is not None:
             metadata["model"] = self.model
         tensors = {"positive": self.positive.contiguous(), "negative": self.negative.contiguous()}
-        write_atomically(path, to_safetensors(tensors, metadata))
+        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
         return Path(path)
 
     @classmethod
@@ -93,22 +92,18 @@ class Activations:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no activations at {path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-                if set(file.keys()) != {"positive", "negative"}:
-                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))}, expected positive, negative")
-                return cls(
-                    file.get_tensor("positive"),
-                    file.get_tensor("negative"),
-                    positions=tuple(json.loads(metadata["positions"])),
-                    at=cast(HookPoint, metadata["at"]),
-                    paired=json.loads(metadata["paired"]) is True,
-                    model=metadata.get("model"),
-                )
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} holds no activations ({error}): is it truncated, or another kind of file? Read them again"
-            ) from error
+        with reading(f"{path} holds no activations", "is it truncated, or another kind of file? Read them again"):
+            file = tensor_files.TensorFile(path)
+            metadata = file.words
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+            if set(file.names) != {"positive", "negative"}:
+                raise ValueError(f"it holds {', '.join(sorted(file.names))}, expected positive, negative")
+            return cls(
+                file.tensor("positive"),
+                file.tensor("negative"),
+                positions=tuple(read_json(metadata["positions"])),
+                at=cast(HookPoint, metadata["at"]),
+                paired=read_json(metadata["paired"]) is True,
+                model=metadata.get("model"),
+            )

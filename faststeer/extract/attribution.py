@@ -31,6 +31,7 @@ from faststeer.hf.batching import (
     padding_id,
     progress_bar,
 )
+from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import install, next_order
 from faststeer.plan import site
 
@@ -121,8 +122,8 @@ def attribution(
     with progress_bar("Attributing", len(groups) * len(wanted), progress) as advance:
         for layer in wanted:
             path = _Path(baseline, layer)
-            handles = install(model, points, {site(baseline.at, layer): path}, next_order())
-            try:
+            with changing() as changes:
+                install(changes, model, points, {site(baseline.at, layer): path}, next_order())
                 for group in groups:
                     numbers = [rows[index][1] for index in group]
                     path.times = torch.tensor([times[number] for number in numbers])
@@ -137,9 +138,6 @@ def attribution(
                     ends = torch.tensor([{0: -1.0, 1: 1.0}.get(number, 0.0) for number in numbers]).double()
                     change[layer] += (ends * values).sum()
                     advance()
-            finally:
-                for handle in handles:
-                    handle.remove()
     n = len(encoded)
     table = Directions(
         gradients / n,

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from faststeer import tensor_files
 from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
-from faststeer.files import write_atomically
+from faststeer.files import read_json, reading, write_atomically
 from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
@@ -142,7 +141,7 @@ class Candidates:
         if self.model is not None:
             metadata["model"] = self.model
         tensors = {"positive_mean": self.positive_mean.contiguous(), "negative_mean": self.negative_mean.contiguous()}
-        write_atomically(path, to_safetensors(tensors, metadata))
+        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
         return Path(path)
 
     @classmethod
@@ -156,28 +155,22 @@ class Candidates:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no candidates at {path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-                if set(file.keys()) != {"positive_mean", "negative_mean"}:
-                    raise ValueError(
-                        f"it holds {', '.join(sorted(file.keys()))}, expected positive_mean, negative_mean"
-                    )
-                return cls(
-                    file.get_tensor("positive_mean"),
-                    file.get_tensor("negative_mean"),
-                    positions=tuple(json.loads(metadata["positions"])),
-                    at=cast(HookPoint, metadata["at"]),
-                    n_positive=int(metadata["n_positive"]),
-                    n_negative=int(metadata["n_negative"]),
-                    model=metadata.get("model"),
-                )
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} holds no candidates ({error}): is it truncated, or another kind of file? Extract it again"
-            ) from error
+        with reading(f"{path} holds no candidates", "is it truncated, or another kind of file? Extract it again"):
+            file = tensor_files.TensorFile(path)
+            metadata = file.words
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+            if set(file.names) != {"positive_mean", "negative_mean"}:
+                raise ValueError(f"it holds {', '.join(sorted(file.names))}, expected positive_mean, negative_mean")
+            return cls(
+                file.tensor("positive_mean"),
+                file.tensor("negative_mean"),
+                positions=tuple(read_json(metadata["positions"])),
+                at=cast(HookPoint, metadata["at"]),
+                n_positive=int(metadata["n_positive"]),
+                n_negative=int(metadata["n_negative"]),
+                model=metadata.get("model"),
+            )
 
 
 def check_cell(

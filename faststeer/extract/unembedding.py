@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import model_name
+from faststeer.hf.changes import Changes, changing
 from faststeer.hf.hook_points import first_output, first_tensor, quiet, run_four_tokens
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -132,13 +133,13 @@ def _module_before_head(model: nn.Module) -> tuple[str, nn.Module] | None:
     seen: dict[str, Tensor] = {}
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
-    def note(name: str, module: nn.Module) -> Any:
+    def note(changes: Changes, name: str, module: nn.Module) -> None:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
             if tensors and isinstance(output, Tensor):
                 calls.append((name, module, tensors[0].detach(), output.detach()))
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+        changes.hook(module.register_forward_hook, hook, with_kwargs=True)
 
     def on_last(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["last"] = first_output(output).detach()
@@ -146,14 +147,13 @@ def _module_before_head(model: nn.Module) -> tuple[str, nn.Module] | None:
     def on_head(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["head"] = first_tensor(args, kwargs).detach()
 
-    with quiet(model):
-        handles = [note(name, m) for name, m in model.named_modules() if not name.startswith(points.layers) and name]
-        handles += [last.register_forward_hook(on_last), head.register_forward_pre_hook(on_head, with_kwargs=True)]
-        try:
-            run_four_tokens(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with quiet(model), changing() as changes:
+        for name, module in model.named_modules():
+            if name and not name.startswith(points.layers):
+                note(changes, name, module)
+        changes.hook(last.register_forward_hook, on_last)
+        changes.hook(head.register_forward_pre_hook, on_head, with_kwargs=True)
+        run_four_tokens(model)
     if "last" not in seen or "head" not in seen:
         raise ValueError(f"a forward pass of {type(model).__name__} does not reach its output embedding")
 

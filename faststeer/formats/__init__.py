@@ -1,5 +1,6 @@
 """Files of steering vectors, ours and other projects', and plans made permanent in a model's weights."""
 
+from faststeer.files import FormatError
 from faststeer.formats import control_vectors, hub
 from faststeer.formats.adapter import Adapter, fold_adapter
 from faststeer.formats.affine import FoldError
@@ -7,7 +8,6 @@ from faststeer.formats.conventions import FORMATS, Said
 from faststeer.formats.files import from_bytes, load, save
 from faststeer.formats.folding import Check, Folded, fold
 from faststeer.formats.hub import pull, push
-from faststeer.vector import VectorFileError
 
 __all__ = [
     "FORMATS",
@@ -15,8 +15,8 @@ __all__ = [
     "Check",
     "FoldError",
     "Folded",
+    "FormatError",
     "Said",
-    "VectorFileError",
     "control_vectors",
     "fold",
     "fold_adapter",

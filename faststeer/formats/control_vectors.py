@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.files import FormatError, read_json, writing
 from faststeer.formats.conventions import Said, built
-from faststeer.vector import SteeringVector, VectorFileError
+from faststeer.vector import SteeringVector
 
 MAGIC = b"GGUF"
 ARCHITECTURE = "controlvector"
@@ -38,21 +39,21 @@ def read(data: bytes, what: str, said: Said) -> SteeringVector:
     """Read a control vector; fp32, fp16 and fp64 tensors.
 
     Raises:
-        VectorFileError: damaged; a model instead of a control vector; a tensor that is no `direction.N`; metadata under
+        FormatError: damaged; a model instead of a control vector; a tensor that is no `direction.N`; metadata under
             `controlvector.` that is not known here, which might say that the directions are not to be added (say
             op="add" if they are).
     """
     said.unused(what, "layer", "position")
     architecture = _walk(data, what)
     if architecture != ARCHITECTURE:
-        raise VectorFileError(
+        raise FormatError(
             f"{what} is GGUF with architecture {architecture!r}: expected {ARCHITECTURE!r}; is it a model?"
         )
     fields, tensors = _read(data, what)
     at, op = said.known("at", "resid_post", what), said.known("op", _op(fields, what, said), what)
     found = {_layer(name, what): _values(tensor, name, what) for name, tensor in tensors.items()}
     if not found:
-        raise VectorFileError(f"{what} holds no direction")
+        raise FormatError(f"{what} holds no direction")
     ours = _ours(fields, what)
     hint = fields.get("controlvector.model_hint")
     return built(
@@ -93,7 +94,7 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
             f"{vector.at} of layer {vector.layers[0]} would be written as direction.{first}: llama.cpp steers what "
             "leaves layers 1, 2, ... and refuses such a file; leave that layer out (`without_first_layers`)"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with writing("a temporary file for a GGUF vector (TMPDIR says where)"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
         writer.add_string("controlvector.model_hint", model_hint or vector.model or "unknown")
@@ -157,7 +158,7 @@ class _Walk:
     def skip(self, size: int) -> bytes:
         end = self.at + size
         if end > len(self.data):
-            raise VectorFileError(f"{self.what} ends inside its header: it is truncated or damaged; copy it again")
+            raise FormatError(f"{self.what} ends inside its header: it is truncated or damaged; copy it again")
         start, self.at = self.at, end
         return self.data[start:end]
 
@@ -166,7 +167,7 @@ class _Walk:
 
     def count(self, kind: str, name: str) -> int:
         if (n := self.number(kind)) > _MOST:
-            raise VectorFileError(f"{self.what} claims {n} {name}: no control vector has so many; it is damaged")
+            raise FormatError(f"{self.what} claims {n} {name}: no control vector has so many; it is damaged")
         return n
 
     def text(self) -> bytes:
@@ -181,7 +182,7 @@ class _Walk:
                 self.value(element, inside=True)
             return b""
         if kind not in _SIZES:
-            raise VectorFileError(f"{self.what} has metadata of an unknown type ({kind}): it is damaged")
+            raise FormatError(f"{self.what} has metadata of an unknown type ({kind}): it is damaged")
         return self.skip(_SIZES[kind])
 
 
@@ -189,7 +190,7 @@ def _walk(data: bytes, what: str) -> str | None:
     """Check that every count and length of the header stays inside the file; returns the architecture's name."""
     walk = _Walk(data, what)
     if (version := walk.number("I")) not in (2, 3):
-        raise VectorFileError(f"{what} is GGUF version {version}: expected 2 or 3")
+        raise FormatError(f"{what} is GGUF version {version}: expected 2 or 3")
     n_tensors, n_values = walk.count("Q", "tensors"), walk.count("Q", "metadata values")
     architecture = None
     for _ in range(n_values):
@@ -204,14 +205,14 @@ def _walk(data: bytes, what: str) -> str | None:
         walk.number("I")
         walk.number("Q")
         if math.prod(shape) > len(data):
-            raise VectorFileError(f"{what} has a tensor of shape {shape}, larger than the file: it is damaged")
+            raise FormatError(f"{what} has a tensor of shape {shape}, larger than the file: it is damaged")
     return architecture
 
 
 def _read(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata values and tensors by name, through the library."""
     gguf = _library()
-    with tempfile.TemporaryDirectory() as folder:
+    with writing("a temporary file for a GGUF vector (TMPDIR says where)"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
         path.write_bytes(data)
         try:
@@ -219,7 +220,7 @@ def _read(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
             fields = {name: field.contents() for name, field in reader.fields.items()}
             tensors = {tensor.name: _Copy(tensor) for tensor in reader.tensors}
         except Exception as error:  # whatever numpy says of bytes that make no sense
-            raise VectorFileError(f"{what} cannot be read as GGUF ({error}): it is truncated or damaged") from error
+            raise FormatError(f"{what} cannot be read as GGUF ({error}): it is truncated or damaged") from error
     return fields, tensors
 
 
@@ -233,15 +234,15 @@ class _Copy:
 def _layer(name: str, what: str) -> int:
     prefix, _, number = name.partition(".")
     if prefix != "direction" or not number.isascii() or not number.isdigit() or str(int(number[:9])) != number:
-        raise VectorFileError(f"{what} holds a tensor {name!r}: a control vector holds only direction.<layer>")
+        raise FormatError(f"{what} holds a tensor {name!r}: a control vector holds only direction.<layer>")
     return int(number)
 
 
 def _values(tensor: _Copy, name: str, what: str) -> Tensor:
     if tensor.kind not in ("F32", "F16", "F64"):
-        raise VectorFileError(f"{what}: {name} is {tensor.kind}: expected F32 (what llama.cpp reads), F16 or F64")
+        raise FormatError(f"{what}: {name} is {tensor.kind}: expected F32 (what llama.cpp reads), F16 or F64")
     if tensor.data.ndim != 1:
-        raise VectorFileError(f"{what}: {name} has shape {list(tensor.data.shape)}: expected [hidden]")
+        raise FormatError(f"{what}: {name} has shape {list(tensor.data.shape)}: expected [hidden]")
     with np.errstate(over="ignore"):
         return torch.from_numpy(tensor.data.astype(np.float32))
 
@@ -251,7 +252,7 @@ def _op(fields: dict[str, Any], what: str, said: Said) -> str:
     unknown = [n for n in fields if n.startswith("controlvector.") and n not in SAYS_NOTHING]
     if unknown and said.op is None:
         listed = ", ".join(f"{name} = {str(fields[name])[:40]!r}" for name in unknown)
-        raise VectorFileError(
+        raise FormatError(
             f"{what} says {listed}, which is not known here and may mean that its directions are not to be added: "
             'say op="add" if they are'
         )
@@ -262,15 +263,15 @@ def _ours(fields: dict[str, Any], what: str) -> dict[str, Any]:
     """What `to_bytes` adds for itself, if it is all there and well-formed."""
     ours = {n.removeprefix("faststeer."): v for n, v in fields.items() if n.startswith("faststeer.")}
     if ours.get("op", "add") != "add" or ours.get("at", "resid_post") != "resid_post":
-        raise VectorFileError(f"{what} says op={ours.get('op')!r}, at={ours.get('at')!r}: a control vector has neither")
+        raise FormatError(f"{what} says op={ours.get('op')!r}, at={ours.get('at')!r}: a control vector has neither")
     try:
         if "provenance" in ours:
-            ours["provenance"] = json.loads(ours["provenance"])
+            ours["provenance"] = read_json(ours["provenance"])
             if not isinstance(ours["provenance"], dict):
                 raise ValueError("not an object")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise VectorFileError(f"{what}: its provenance cannot be read ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{what}: its provenance cannot be read ({error})") from error
     for name in ("model", "method", "scale"):
         if not isinstance(ours.get(name, ""), str):
-            raise VectorFileError(f"{what}: its {name} is no text")
+            raise FormatError(f"{what}: its {name} is no text")
     return ours

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from faststeer.vector import OPS, HookPoint, SteeringVector, VectorFileError, check_hook_point
+from faststeer.files import FormatError
+from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point
 
 Format = Literal["faststeer", "gguf", "steering-vectors", "caa", "refusal_direction"]
 FORMATS: tuple[Format, ...] = ("faststeer", "gguf", "steering-vectors", "caa", "refusal_direction")
@@ -58,21 +59,21 @@ class Said:
         """What the file says of `name`, which the caller may repeat but not contradict."""
         said = getattr(self, name)
         if said is not None and said != found:
-            raise VectorFileError(f"{what} says {name}={found!r}, the call {name}={said!r}: leave {name} out")
+            raise FormatError(f"{what} says {name}={found!r}, the call {name}={said!r}: leave {name} out")
         return found
 
     def needed(self, name: str, what: str, why: str) -> Any:
         """What the caller says of `name`, which the file does not."""
         said = getattr(self, name)
         if said is None:
-            raise VectorFileError(f"{what} {why}: say {name}=")
+            raise FormatError(f"{what} {why}: say {name}=")
         return said
 
     def unused(self, what: str, *names: str) -> None:
         """Refuse arguments that have no meaning for this file."""
         for name in names:
             if getattr(self, name) is not None:
-                raise VectorFileError(f"{what} has no choice of {name}: leave {name}={getattr(self, name)!r} out")
+                raise FormatError(f"{what} has no choice of {name}: leave {name}={getattr(self, name)!r} out")
 
 
 def _from_zero(value: int) -> bool:
@@ -90,14 +91,14 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
     them where two prompts share a token), and their layers are noted in the provenance.
 
     Raises:
-        VectorFileError: what a SteeringVector refuses, naming the file.
+        FormatError: what a SteeringVector refuses, naming the file.
     """
     zero = [layer for layer, direction in directions.items() if not bool(direction.any())]
     kept = {layer: direction for layer, direction in directions.items() if layer not in zero}
     if directions and not kept:
-        raise VectorFileError(f"{what} holds only zeros: it points nowhere")
+        raise FormatError(f"{what} holds only zeros: it points nowhere")
     provenance = dict(fields.pop("provenance", {})) | ({"zero_layers": sorted(zero)} if zero else {})
     try:
         return SteeringVector(kept, provenance=provenance, **fields)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise VectorFileError(f"{what} is not a valid steering vector: {error}") from error
+        raise FormatError(f"{what} is not a valid steering vector: {error}") from error

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from faststeer.files import write_atomically
+from faststeer.files import FormatError, write_atomically
 from faststeer.formats import control_vectors, torch_files
 from faststeer.formats.conventions import Said
-from faststeer.vector import SteeringVector, VectorFileError
+from faststeer.vector import SteeringVector
 
 Written = Literal["faststeer", "gguf"]  # formats that are written
 MAX_BYTES = 2**30  # a direction for each of 1,000 layers of 16,384 columns in fp64 is an eighth of that
@@ -35,7 +35,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        VectorFileError: damaged, something else, or something left unsaid.
+        FormatError: damaged, something else, or something left unsaid.
         ImportError: a GGUF file, and the gguf library is not installed.
     """
     path = Path(path)
@@ -43,7 +43,7 @@ def load(
     if not path.is_file():
         raise FileNotFoundError(f"no steering vector at {path}: no such file")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise VectorFileError(f"{path} has {size:,} bytes: no steering vector is so large; is it a model?")
+        raise FormatError(f"{path} has {size:,} bytes: no steering vector is so large; is it a model?")
     data = path.read_bytes()
     vector = from_bytes(data, str(path), said, path)
     if said == Said():  # a plan may then name the file instead of holding the values
@@ -62,7 +62,7 @@ def from_bytes(
         return control_vectors.read(data, what, said)
     if kind == "torch":
         if said.format in ("faststeer", "gguf"):
-            raise VectorFileError(f"{what} was written by torch.save: it is no {said.format} file")
+            raise FormatError(f"{what} was written by torch.save: it is no {said.format} file")
         return torch_files.read(data, what, said, path)
     _only(said, what, "faststeer")
     return _ours(data, what, said)
@@ -77,7 +77,7 @@ def kind_of(data: bytes) -> Literal["gguf", "torch", "safetensors"]:
 
 def _only(said: Said, what: str, found: str) -> None:
     if said.format not in (None, found):
-        raise VectorFileError(f"{what} is no file of {said.format}: by its content it is {found}")
+        raise FormatError(f"{what} is no file of {said.format}: by its content it is {found}")
 
 
 def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
@@ -91,7 +91,7 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
         if getattr(vector, name) is not None:
             said.known(name, getattr(vector, name), what)
     if said.layer is not None and said.layer not in vector:
-        raise VectorFileError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
+        raise FormatError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
     kept = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
     changes: dict[str, Any] = {"op": vector.op or said.op, "model": vector.model or said.model}
     if kept is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):

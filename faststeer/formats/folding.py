@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from faststeer.files import new_folder, write_atomically
 from faststeer.formats.affine import FoldError, Map, affine
+from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import (
     HookPoints,
     find_hook_points,
@@ -126,14 +127,11 @@ def _outputs(model: nn.Module, names: set[str], points: HookPoints) -> tuple[dic
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entering.append(first_tensor(args, kwargs).detach().to("cpu", copy=True))
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(names)]
-    handles.append(points.layer(model, 0).register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        with quiet(model):
-            run_four_tokens(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with quiet(model), changing() as changes:
+        for name in sorted(names):
+            changes.hook(model.get_submodule(name).register_forward_hook, keep(name))
+        changes.hook(points.layer(model, 0).register_forward_pre_hook, enter, with_kwargs=True)
+        run_four_tokens(model)
     return seen, entering[0]
 
 
@@ -590,12 +588,9 @@ class Expected:
 
         numbers = [site("resid_pre", 0)]
         numbers += [site(at, i) for i in range(points.n_layers) for at in ("attn_out", "mlp_out")]
-        handles = install(model, points, dict.fromkeys(numbers, noise))
-        try:
+        with changing() as changes:
+            install(changes, model, points, dict.fromkeys(numbers, noise))
             return _logits(model, self.ids)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def compare(self, folded: nn.Module) -> Check:
         """Raises FoldError where the folded model is further away than rounding explains, or says another token where

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from faststeer.files import FormatError
 from faststeer.formats.files import Written, load, to_bytes
-from faststeer.vector import SteeringVector, VectorFileError
+from faststeer.vector import SteeringVector
 
 FILE = "steering_vector.safetensors"
 
@@ -70,7 +71,7 @@ def pull(
     Raises:
         FileNotFoundError: no such repository, revision or file.
         OSError: the hub cannot be reached and the file is not in the cache.
-        VectorFileError: as for `load`.
+        FormatError: as for `load`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -87,13 +88,13 @@ def parse(address: str) -> dict[str, str]:
     """`hub:user/name[@revision][/file]` as the arguments of `push` and `pull`.
 
     Raises:
-        VectorFileError: not of that form.
+        FormatError: not of that form.
     """
     owner, _, rest = address.removeprefix("hub:").partition("/")
     name, _, filename = rest.partition("/")
     name, _, revision = name.partition("@")
     if not owner or not name:
-        raise VectorFileError(f"{address!r}: expected hub:user/name, hub:user/name@revision or hub:user/name/file")
+        raise FormatError(f"{address!r}: expected hub:user/name, hub:user/name@revision or hub:user/name/file")
     found = {"repo": f"{owner}/{name}"}
     if filename:
         found["filename"] = filename

@@ -12,7 +12,6 @@ builds tensors and containers and calls nothing that a file names; never by pick
 from __future__ import annotations
 
 import io
-import json
 import re
 import warnings
 import zipfile
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faststeer.files import FormatError, read_json
 from faststeer.formats.conventions import Said, built
-from faststeer.vector import SteeringVector, VectorFileError
+from faststeer.vector import MAX_LAYERS, SteeringVector
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a protocol 2 pickle of a magic number
@@ -40,14 +40,14 @@ def read(data: bytes, what: str, said: Said, path: Path | None = None) -> Steeri
     refusal_direction's folders.
 
     Raises:
-        VectorFileError: damaged, no such layout, or something left unsaid that the caller does not say either.
+        FormatError: damaged, no such layout, or something left unsaid that the caller does not say either.
     """
     content = _load(data, what)
     fields = vars(content) if isinstance(content, _Pickled) else content
     if isinstance(fields, Mapping) and "layer_activations" in fields:
         return _steering_vectors(fields, what, said, len(data))
     if said.format == "steering-vectors":
-        raise VectorFileError(f"{what} has no layer_activations: it is no file of steering-vectors")
+        raise FormatError(f"{what} has no layer_activations: it is no file of steering-vectors")
     if isinstance(content, Tensor):
         tensor = _tensor(content, what, "it", len(data))
         if tensor.ndim == 1:
@@ -57,10 +57,10 @@ def read(data: bytes, what: str, said: Said, path: Path | None = None) -> Steeri
         if tensor.ndim == 2:
             return _as_said(dict(enumerate(tensor)), what, said)
         shape = list(tensor.shape)
-        raise VectorFileError(f"{what} holds a tensor of shape {shape}: expected [hidden] or [layers, hidden]")
+        raise FormatError(f"{what} holds a tensor of shape {shape}: expected [hidden] or [layers, hidden]")
     if isinstance(content, Mapping) and content:
         return _as_said(_per_layer(content, what, len(data)), what, said)
-    raise VectorFileError(
+    raise FormatError(
         f"{what} holds a {type(content).__name__}: expected a tensor, {{layer: tensor}} or a SteeringVector of "
         "steering-vectors"
     )
@@ -77,7 +77,7 @@ def _load(data: bytes, what: str) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and the unpickler raise what their own indexing gives
         reason = " ".join(str(error).split())[:300]
-        raise VectorFileError(
+        raise FormatError(
             f"{what} cannot be read by torch.load(weights_only=True) ({type(error).__name__}: {reason}): it is "
             "truncated, damaged, or a pickle of code, which is never run"
         ) from error
@@ -86,30 +86,33 @@ def _load(data: bytes, what: str) -> Any:
 def _tensor(value: Any, what: str, name: str, size: int) -> Tensor:
     """A dense tensor on the CPU whose elements the file can hold."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter):
-        raise VectorFileError(f"{what}: {name} is a {type(value).__name__}: expected a tensor")
+        raise FormatError(f"{what}: {name} is a {type(value).__name__}: expected a tensor")
     dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not dense or value.is_complex():
         kind = f"{value.dtype} tensor on {value.device}"
-        raise VectorFileError(f"{what}: {name} is a {kind}: expected dense real numbers")
+        raise FormatError(f"{what}: {name} is a {kind}: expected dense real numbers")
     if value.numel() * value.element_size() > size:
-        raise VectorFileError(f"{what}: {name} has shape {list(value.shape)}, larger than the file: it is damaged")
+        raise FormatError(f"{what}: {name} has shape {list(value.shape)}, larger than the file: it is damaged")
+    if value.numel() == 0 or max(value.shape[:-1], default=0) > MAX_LAYERS:
+        shape = list(value.shape)
+        raise FormatError(f"{what}: {name} has shape {shape}: expected directions of up to {MAX_LAYERS:,} layers")
     try:
         return value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32).clone()
     except RuntimeError as error:
-        raise VectorFileError(f"{what}: {name} cannot be read as numbers: {error}") from error
+        raise FormatError(f"{what}: {name} cannot be read as numbers: {error}") from error
 
 
 def _per_layer(content: Mapping[Any, Any], what: str, size: int) -> dict[int, Tensor]:
     found = {_layer(key, what): _tensor(value, what, f"layer {key}", size) for key, value in content.items()}
     if len(found) < len(content):
-        raise VectorFileError(f"{what} names a layer twice")
+        raise FormatError(f"{what} names a layer twice")
     return found
 
 
 def _layer(key: Any, what: str) -> int:
     text = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
     if not isinstance(text, str) or not re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        raise VectorFileError(f"{what} has the key {str(key)[:60]!r}: expected layer numbers counted from 0")
+        raise FormatError(f"{what} has the key {str(key)[:60]!r}: expected layer numbers counted from 0")
     return int(text)
 
 
@@ -118,7 +121,7 @@ def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: in
     said.unused(what, "layer", "position")
     kind, activations = fields.get("layer_type", "decoder_block"), fields["layer_activations"]
     if not isinstance(activations, Mapping) or not activations:
-        raise VectorFileError(f"{what}: its layer_activations are no {{layer: tensor}}")
+        raise FormatError(f"{what}: its layer_activations are no {{layer: tensor}}")
     if kind == "decoder_block":
         at = said.known("at", "resid_post", what)
     elif kind in ("self_attn", "mlp"):
@@ -130,7 +133,7 @@ def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: in
         at = said.needed("at", what, why)
     else:
         kind = str(kind)[:60]
-        raise VectorFileError(f"{what} steers the module {kind!r}, whose output is no part of the residual stream")
+        raise FormatError(f"{what} steers the module {kind!r}, whose output is no part of the residual stream")
     directions = {layer: t.reshape(-1) for layer, t in _per_layer(activations, what, size).items()}
     return built(
         what, directions, at=at, op=said.op or "add", model=said.model, provenance={"format": "steering-vectors"}
@@ -152,7 +155,7 @@ def _single(direction: Tensor, what: str, said: Said, path: Path | None) -> Stee
             layer = said.known("layer", beside["layer"], what)
             provenance["position"] = said.known("position", beside["pos"], what)
     if at is None or layer is None:
-        raise VectorFileError(
+        raise FormatError(
             f"{what} is one direction and does not say where it belongs: say layer= and at= (CAA: at='resid_post'; "
             "refusal_direction: at='resid_pre')"
         )
@@ -166,8 +169,8 @@ def _metadata_beside(path: Path | None) -> dict[str, int] | None:
     if path is None or path.name != "direction.pt":
         return None
     try:
-        content = json.loads((path.parent / "direction_metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json((path.parent / "direction_metadata.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or set(content) != {"pos", "layer"}:
         return None
@@ -180,17 +183,17 @@ def _metadata_beside(path: Path | None) -> dict[str, int] | None:
 def _mean_diffs(tensor: Tensor, what: str, said: Said) -> SteeringVector:
     """`[positions, layers, hidden]`; the positions are the last ones of the prompt."""
     if said.format not in (None, "refusal_direction"):
-        raise VectorFileError(f"{what} holds a tensor of shape {list(tensor.shape)}: no file of {said.format}")
+        raise FormatError(f"{what} holds a tensor of shape {list(tensor.shape)}: no file of {said.format}")
     why = f"holds directions of {tensor.shape[0]} tokens, {tensor.shape[1]} layers each"
     said.needed("format", what, why + ", which is refusal_direction's mean_diffs if it is known from there")
     position = said.needed("position", what, why)
     if position < -tensor.shape[0]:
-        raise VectorFileError(f"{what} {why}: position={position} is not among them (-{tensor.shape[0]}..-1)")
+        raise FormatError(f"{what} {why}: position={position} is not among them (-{tensor.shape[0]}..-1)")
     at = said.known("at", "resid_pre", what)
     directions = dict(enumerate(tensor[position]))
     if said.layer is not None:
         if said.layer not in directions:
-            raise VectorFileError(f"{what} {why}: layer={said.layer} is not among them")
+            raise FormatError(f"{what} {why}: layer={said.layer} is not among them")
         directions = {said.layer: directions[said.layer]}
     provenance = {"format": "refusal_direction", "position": position}
     return built(what, directions, at=at, op=said.op, model=said.model, method="dim", provenance=provenance)
@@ -199,11 +202,11 @@ def _mean_diffs(tensor: Tensor, what: str, said: Said) -> SteeringVector:
 def _as_said(directions: dict[int, Tensor], what: str, said: Said) -> SteeringVector:
     """Directions per layer, of a tool that is not known: the hook point is the caller's to say."""
     if said.format is not None:
-        raise VectorFileError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
+        raise FormatError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
     said.unused(what, "position")
     at = said.needed("at", what, f"holds directions for {len(directions)} layers and does not say at which hook point")
     if said.layer is not None:
         if said.layer not in directions:
-            raise VectorFileError(f"{what} has no direction for layer={said.layer}")
+            raise FormatError(f"{what} has no direction for layer={said.layer}")
         directions = {said.layer: directions[said.layer]}
     return built(what, directions, at=at, op=said.op, model=said.model, provenance={"format": "torch"})

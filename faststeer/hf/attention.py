@@ -11,8 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from faststeer.hf.changes import Changes, Context, changing
 from faststeer.hf.hook_points import HookPoints, find_hook_points, quiet, run_four_tokens
 
 PREFIX = "faststeer_"
@@ -83,8 +83,7 @@ class AttentionCall:
 Attend = Callable[[AttentionCall], Tensor]
 
 
-@contextmanager
-def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | None = None) -> Iterator[None]:
+def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | None = None) -> Context[None]:
     """Compute every layer's attention by `attend` inside the block.
 
         with exchange_attention(model, lambda call: call.attend()):      # the model as it is
@@ -99,9 +98,8 @@ def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | No
             layer. RuntimeError: inside another block of this kind on the same model.
     """
     points = points or find_hook_points(model)
-    modules = attention_modules(model, points)
-    with _exchanged_for(model, points, dict(enumerate(modules)), attend):
-        yield
+    modules = dict(enumerate(attention_modules(model, points)))
+    return Context(lambda changes: exchange(changes, model, points, modules, attend))
 
 
 def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tuple[nn.Module, ...]:
@@ -126,7 +124,8 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
         return call.attend()
 
     everything = {number: module for number, module in enumerate(names)}
-    with quiet(model), _exchanged_for(model, points, everything, note):
+    with quiet(model), changing() as changes:
+        exchange(changes, model, points, everything, note)
         run_four_tokens(model)
     if sorted(layer for layer, _ in seen) != list(range(points.n_layers)):
         missing = sorted(set(range(points.n_layers)) - {layer for layer, _ in seen})
@@ -138,10 +137,10 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(seen))
 
 
-@contextmanager
-def _exchanged_for(
-    model: nn.Module, points: HookPoints, modules: Mapping[int, nn.Module], attend: Attend
-) -> Iterator[None]:
+def exchange(
+    changes: Changes, model: nn.Module, points: HookPoints, modules: Mapping[int, nn.Module], attend: Attend
+) -> None:
+    """Compute the attention of these modules, by layer, by `attend`."""
     if any(module in _exchanged for module in modules.values()):
         raise RuntimeError(
             f"the attention of this {type(model).__name__} is exchanged already: leave the other freeze(...), "
@@ -154,19 +153,12 @@ def _exchanged_for(
     if whole is not None:  # by which `generate` makes masks for a static cache
         found.append(whole.get_text_config())
     configs = {id(config): config for config in found}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    chosen = [(config, _implementation(model, implementation)) for config, implementation in before]
-    try:
-        for config, implementation in chosen:
-            config._attn_implementation_internal = _register(implementation)
-        for number, module in modules.items():
-            _exchanged[module] = number, attend
-        yield
-    finally:
-        for module in modules.values():
-            _exchanged.pop(module, None)
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+    names = {id(config): _register(_implementation(model, config._attn_implementation)) for config in configs.values()}
+    for config in configs.values():
+        changes.replace(config, "_attn_implementation_internal", names[id(config)])
+    for number, module in modules.items():
+        changes.on_undo(_exchanged.pop, module, None)
+        _exchanged[module] = number, attend
 
 
 def _implementation(model: nn.Module, implementation: str | None) -> str:

@@ -13,15 +13,15 @@ every token. Source: arXiv 2604.08524, section on freezing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from faststeer.hf.attention import AttentionCall, exchange_attention
+from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
+from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.steering import Pass, Path, Plans, Steering, is_steered
 from faststeer.ops import Rows
@@ -81,26 +81,21 @@ class Freezing(Steering):
     ) -> None:
         super().__init__(model, plans, hook_points, capacity, path)
         self.frozen = what
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Freezing:
+    def _enter(self, changes: Changes) -> Freezing:
         if is_steered(self.model):
             raise RuntimeError("the model is being steered: leave that context and give its plan to freeze(...)")
-        with ExitStack() as stack:
-            stack.enter_context(exchange_attention(self.model, _ATTENTION[self.frozen], self._points))
-            owner = self._points.owner(self.model)
-            # Before the steering's own hook, which asks how many rows there are.
-            stack.callback(owner.register_forward_pre_hook(self._double, with_kwargs=True).remove)
-            stack.callback(owner.register_forward_hook(_steered_half).remove)
-            super().__enter__()
-            self._stack = stack.pop_all()
+        owner, modules = self._points.owner(self.model), attention_modules(self.model, self._points)
+        # Before the steering's own hook, which asks how many rows there are.
+        changes.hook(owner.register_forward_pre_hook, self._double, with_kwargs=True)
+        super()._enter(changes)
+        exchange(changes, self.model, self._points, dict(enumerate(modules)), _ATTENTION[self.frozen])
+        changes.hook(owner.register_forward_hook, _steered_half)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        self._stack.close()
-
-    def _double(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _double(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._changes.live:
+            return None
         given = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
         tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         rows = tokens.shape[0]

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.changes import Changes, changing
 from faststeer.hf.hook_points import HookPoints, first_output, quiet, run_four_tokens
 from faststeer.ops import reference
 from faststeer.plan import site
@@ -46,6 +47,10 @@ class NormForm:
 # (site, branch, residual, norm) -> (hidden, normed): residual + branch, steered at the site, and what the norm, given
 # by its weight and form, makes of it; None where there is no norm to compute.
 Add = Callable[[int, Tensor, Tensor, tuple[Tensor, NormForm] | None], tuple[Tensor, Tensor | None]]
+
+
+# What modules raise that are not called as they expect; not what a signal handler may raise.
+WRONG_CALL = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
 class CannotFuse(Exception):
@@ -82,33 +87,25 @@ def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
     return _known[model]
 
 
-class Patch:
-    """Fused layers, until removed. Like a hook's handle."""
+def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Add) -> None:
+    """Fuse the layers."""
 
-    def __init__(self, model: nn.Module, points: HookPoints, fusion: Fusion, add: Add) -> None:
-        self._patched: list[tuple[nn.Module, Callable[..., Any]]] = []
-        layers = [points.layer(model, i) for i in range(points.n_layers)]
-        final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
-        norms = {path: model.get_submodule(path) for path in fusion.forms}
-        forms = {norms[path]: form for path, form in fusion.forms.items()}
-        handover = _Handover()
-        for norm in norms.values():
-            self._replace(norm, _norm_forward(norm, handover))
-        for i, (layer, shape) in enumerate(zip(layers, fusion.shapes, strict=True)):
-            after = layers[i + 1] if i + 1 < len(layers) else None
-            name = fusion.shapes[i + 1].input_norm if after is not None else None
-            following = final if after is None else after.get_submodule(name) if name else None
-            self._replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
-
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
         forward.faststeer_fused = True  # type: ignore[attr-defined]
-        module.forward = types.MethodType(forward, module)
-        self._patched.append((module, forward))
+        changes.replace(module, "forward", types.MethodType(forward, module))
 
-    def remove(self) -> None:
-        for module, forward in self._patched:
-            if getattr(module.__dict__.get("forward"), "__func__", None) is forward:
-                del module.forward
+    layers = [points.layer(model, i) for i in range(points.n_layers)]
+    final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
+    norms = {path: model.get_submodule(path) for path in fusion.forms}
+    forms = {norms[path]: form for path, form in fusion.forms.items()}
+    handover = _Handover()
+    for norm in norms.values():
+        replace(norm, _norm_forward(norm, handover))
+    for i, (layer, shape) in enumerate(zip(layers, fusion.shapes, strict=True)):
+        after = layers[i + 1] if i + 1 < len(layers) else None
+        name = fusion.shapes[i + 1].input_norm if after is not None else None
+        following = final if after is None else after.get_submodule(name) if name else None
+        replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
 
 
 class _Handover:
@@ -262,15 +259,12 @@ def _add_unsteered(
 
 def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
     """Fused and unfused must give the same bits."""
-    outputs = []
-    for fused in (False, True):
-        patch = Patch(model, points, fusion, _add_unsteered) if fused else None
+    own = run_four_tokens(model)
+    with changing() as changes:
+        patch(changes, model, points, fusion, _add_unsteered)
         try:
-            outputs.append(run_four_tokens(model))
-        except Exception as error:
+            fused = run_four_tokens(model)
+        except WRONG_CALL as error:
             raise CannotFuse(f"{type(error).__name__} in fused layers: {error}") from error
-        finally:
-            if patch is not None:
-                patch.remove()
-    if not torch.equal(*outputs):
+    if not torch.equal(own, fused):
         raise CannotFuse(f"{type(points.layer(model, 0)).__name__} computes something else than its modules' names say")

@@ -9,25 +9,25 @@ through the same confirmation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.changes import Changes, Context, changing
 from faststeer.plan import n_sites, site_name
 
 Steer = Callable[[Tensor], Tensor]
 
 next_order = itertools.count(1).__next__  # of entering a context: what was entered first acts first
 
-_holders: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # of OwnForward
+_holders: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()  # of own_forward
 
 _found: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
 
@@ -82,57 +82,55 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
 
 
 def install(
-    model: nn.Module, points: HookPoints, steers: Mapping[int, Steer], order: int = 0
-) -> list[torch.utils.hooks.RemovableHandle]:
-    """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead.
-    Returns the handles to remove.
+    changes: Changes, model: nn.Module, points: HookPoints, steers: Mapping[int, Steer], order: int = 0
+) -> None:
+    """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead. A
+    function that is registered there already stays so.
 
     Our hooks come before all others of a module, so that whoever observes it (the user, transformers' capture of hidden
     states) sees the steered stream; among our own, the one with the lower `order` acts first.
     """
-    handles = []
     for number, steer in steers.items():
         at, layer = site_name(number, points.n_layers)
         module = points.layer(model, layer)
         if at == "resid_pre" and layer == 0:
-            handles.append(_register(module, steer, _pre_hook, order))
+            _register(changes, module, steer, _pre_hook, order)
         elif at in ("resid_pre", "resid_post"):
             # The tensor that leaves the layer before: steering it there shows it in the captured hidden states too.
             module = points.layer(model, layer - 1 if at == "resid_pre" else layer)
-            handles.append(_register(module, steer, _output_hook, order))
+            _register(changes, module, steer, _output_hook, order)
         elif at == "resid_mid":
             if points.resid_mid is None:
                 raise ValueError(no_resid_mid(model))
-            handles.append(_register(module.get_submodule(points.resid_mid), steer, _in_place_hook, order))
+            _register(changes, module.get_submodule(points.resid_mid), steer, _in_place_hook, order)
         else:
-            handles.append(_register(module.get_submodule(getattr(points, at)), steer, _output_hook, order))
-    return handles
+            _register(changes, module.get_submodule(getattr(points, at)), steer, _output_hook, order)
 
 
-class OwnForward:
-    """Gives a module, until removed, a `forward` attribute of its own that does what its class's does.
+def own_forward(changes: Changes, module: nn.Module) -> None:
+    """Give a module a `forward` attribute of its own that does what its class's does.
 
     torch.compile does not look whether a module that had no hooks has some now, so a graph compiled without ours would
     run on without them; but it does look whether `forward` is still the class's. (A module that has one of its own
     already, as accelerate makes them, keeps it.)
     """
+    holder = object()
+    changes.on_undo(_let_go, module, holder)
+    _holders.setdefault(module, set()).add(holder)
+    if "forward" not in module.__dict__:
+        module.forward = types.MethodType(type(module).forward, module)
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        _holders[module] = _holders.get(module, 0) + 1
-        if "forward" not in module.__dict__:
-            module.forward = types.MethodType(type(module).forward, module)
 
-    def remove(self) -> None:
-        _holders[self._module] -= 1
-        own = self._module.__dict__.get("forward")
-        if not _holders[self._module] and getattr(own, "__func__", None) is type(self._module).forward:
-            del self._module.forward
+def _let_go(module: nn.Module, holder: object) -> None:
+    _holders.get(module, set()).discard(holder)
+    own = module.__dict__.get("forward")
+    if not is_held(module) and getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
 
 
 def is_held(owner: nn.Module) -> bool:
     """Whether any context of ours is active on a model."""
-    return _holders.get(owner, 0) > 0
+    return bool(_holders.get(owner))
 
 
 def no_resid_mid(model: nn.Module) -> str:
@@ -144,20 +142,20 @@ def no_resid_mid(model: nn.Module) -> str:
 
 
 def _register(
-    module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]], order: int
-) -> torch.utils.hooks.RemovableHandle:
+    changes: Changes, module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]], order: int
+) -> None:
+    hooks: Any = module._forward_hooks if make is _output_hook else module._forward_pre_hooks
+    if any(getattr(hook, "faststeer_steer", None) is steer for hook in hooks.values()):
+        return
     hook = make(steer)
-    hook.faststeer_order = order  # type: ignore[attr-defined]
-    hooks: OrderedDict[int, Callable[..., Any]]
+    hook.faststeer_steer, hook.faststeer_order = steer, order  # type: ignore[attr-defined]
     if make is _output_hook:
-        handle, hooks = module.register_forward_hook(hook, prepend=True), module._forward_hooks  # type: ignore[assignment]
+        changes.hook(module.register_forward_hook, hook, prepend=True)
     else:
-        handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        hooks = module._forward_pre_hooks  # type: ignore[assignment]
-    ours = sorted((key for key in hooks if _is_ours(hooks[key])), key=lambda key: (hooks[key].faststeer_order, key))  # type: ignore[attr-defined]
-    for key in reversed(ours):
-        hooks.move_to_end(key, last=False)
-    return handle
+        changes.hook(module.register_forward_pre_hook, hook, prepend=True, with_kwargs=True)
+    ours = sorted((key for key in hooks if _is_ours(hooks[key])), key=lambda key: (hooks[key].faststeer_order, key))
+    # In one call into C, which nothing interrupts: in between, contexts outside of this one would act in another order.
+    list(map(functools.partial(hooks.move_to_end, last=False), reversed(ours)))
 
 
 def _pre_hook(steer: Steer) -> Callable[..., Any]:
@@ -240,15 +238,12 @@ def _watch(model: nn.Module, names: list[str]) -> dict[str, _Call]:
 
         return hook
 
-    with ExitStack() as stack:
+    with changing() as changes:
         for name in names:
             module = model.get_submodule(name)
-            for handle in (
-                module.register_forward_pre_hook(before(name), with_kwargs=True),
-                module.register_forward_hook(after(name, "raw"), prepend=True),
-                module.register_forward_hook(after(name, "sent")),
-            ):
-                stack.callback(handle.remove)
+            changes.hook(module.register_forward_pre_hook, before(name), with_kwargs=True)
+            changes.hook(module.register_forward_hook, after(name, "raw"), prepend=True)
+            changes.hook(module.register_forward_hook, after(name, "sent"))
         run_four_tokens(model)
     return {name: call for name, call in calls.items() if call.sent is not nothing}
 
@@ -382,14 +377,11 @@ def _confirm(model: nn.Module, points: HookPoints) -> None:
         return steer
 
     sites = [number for number in range(n_sites(points.n_layers)) if points.resid_mid is not None or number % 4 != 2]
-    handles = install(model, points, {number: change(number) for number in sites})
     inside = [f".{name}" for name in (points.attn_out, points.mlp_out)]
     layers = [f"{points.layers}.{i}" for i in range(points.n_layers)]
-    try:
+    with changing() as changes:
+        install(changes, model, points, {number: change(number) for number in sites})
         calls = _watch(model, [layer + name for layer in layers for name in ("", *inside)])
-    finally:
-        for handle in handles:
-            handle.remove()
 
     if missing := set(sites) - set(after):
         at, layer = site_name(min(missing), points.n_layers)
@@ -426,30 +418,39 @@ def _unknown(model: nn.Module, what: str) -> str:
     )
 
 
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Context[None]:
     """Evaluation mode without gradients and without our own hooks and fused layers; all restored after."""
-    training = {module: module.training for module in model.modules()}
-    dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-    held = [(hooks, list(hooks.items())) for hooks in dicts if any(_is_ours(hook) for hook in hooks.values())]
-    for hooks, items in held:
-        for key, hook in items:
-            if _is_ours(hook):
-                del hooks[key]
-    fused = [m for m in model.modules() if hasattr(m.__dict__.get("forward"), "faststeer_fused")]
-    forwards = [(module, module.__dict__.pop("forward")) for module in fused]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, forward in forwards:
-            module.forward = forward
-        for hooks, items in held:
-            hooks.clear()
-            hooks.update(items)
-        for module, mode in training.items():
-            module.training = mode
+
+    def enter(changes: Changes) -> None:
+        training = {module: module.training for module in model.modules()}
+        dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        ours = [(hooks, list(hooks.items())) for hooks in dicts if any(map(_is_ours, hooks.values()))]
+        own = {module: module.__dict__.get("forward") for module in model.modules()}
+        forwards: dict[nn.Module, Any] = {
+            m: forward for m, forward in own.items() if hasattr(forward, "faststeer_fused")
+        }
+
+        def restore() -> None:
+            for module, forward in forwards.items():
+                module.forward = forward
+            for hooks, items in ours:
+                hooks.clear()
+                hooks.update(items)
+            for module, mode in training.items():
+                module.training = mode
+
+        changes.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
+        changes.on_undo(restore)
+        for hooks, items in ours:
+            for key, hook in items:
+                if _is_ours(hook):
+                    del hooks[key]
+        for module in forwards:
+            del module.forward
+        model.eval()
+        torch.set_grad_enabled(False)
+
+    return Context(enter)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

@@ -3,14 +3,14 @@ hook point."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import OwnForward, find_hook_points, first_tensor, install, next_order
+from faststeer.hf.changes import Changes, Context
+from faststeer.hf.hook_points import find_hook_points, first_tensor, install, next_order, own_forward
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
 from faststeer.plan import Plan, hook_points, site
@@ -167,14 +167,13 @@ def _moved(intervention: Intervention, layer: int) -> Intervention:
     return moved
 
 
-@contextmanager
 def read(
     model: nn.Module,
     at: HookPoint = "resid_pre",
     layers: Iterable[int] | None = None,
     tokens: Sequence[int] | None = None,
     reduce: Callable[[int, Tensor], Tensor] | None = None,
-) -> Iterator[dict[int, Tensor]]:
+) -> Context[dict[int, Tensor]]:
     """Take activations while the model runs.
 
         with read(model, at="resid_pre") as taken:
@@ -186,9 +185,9 @@ def read(
         reduce: `reduce(layer, x)` is kept instead of x, where x itself would be too much. It must not keep a view of x,
             which may be written in place later.
 
-    Yields:
-        `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype, overwritten by every forward
-        pass. Reads what steering that was entered before left there.
+    Returns:
+        A context manager over `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype,
+        overwritten by every forward pass. Reads what steering that was entered before left there.
     """
     check_hook_point(at)
     points = find_hook_points(model)
@@ -208,12 +207,9 @@ def read(
 
         return take
 
-    handles: list[OwnForward | torch.utils.hooks.RemovableHandle] = [
-        OwnForward(points.owner(model)),
-        *install(model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order()),
-    ]
-    try:
-        yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
+    def enter(changes: Changes) -> dict[int, Tensor]:
+        own_forward(changes, points.owner(model))
+        install(changes, model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order())
+        return taken
+
+    return Context(enter)

@@ -22,15 +22,11 @@ class Prompts:
         # further right where the prompt is padded on the right.
         self._ends: Tensor | None = None
         self._fixed = False
-        self._before: tuple[Tensor | None, bool] = None, False
-        self.generating = False
+        self._generation: Tensor | None = None  # the same, while `generate` runs
 
     def set(self, columns: int | Sequence[int] | None) -> None:
         """See `Steering.set_prompt`."""
-        self._fixed = columns is not None
-        self._ends = (
-            None if columns is None else torch.as_tensor(columns, dtype=torch.int32).reshape(1, -1).repeat(2, 1)
-        )
+        self._ends, self._fixed = None if columns is None else _both(columns), columns is not None
 
     def begin_generation(self, arguments: dict[str, Any]) -> Tensor | None:
         """`generate` was called with these arguments: its prompt ends where its input ends, however many passes read
@@ -40,16 +36,18 @@ class Prompts:
         tokens = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
         mask = given.get("attention_mask")
         seen = [*tokens, *([mask] if isinstance(mask, Tensor) and mask.ndim == 2 else [])]
-        self._before = self._ends, self._fixed
-        self.set(max((tensor.shape[1] for tensor in seen), default=1))
-        self.generating = True
+        self._generation = _both(max((tensor.shape[1] for tensor in seen), default=1))
         return tokens[0] if tokens else None
+
+    @property
+    def generating(self) -> bool:
+        return self._generation is not None
 
     def end_generation(self) -> None:
         """What `set` said holds again; else the cache that `generate` leaves can be continued."""
-        ends, fixed = self._before
-        self._ends, self._fixed = (ends, True) if fixed else (self._ends, False)
-        self.generating = False
+        if self._generation is not None and not self._fixed:
+            self._ends = self._generation
+        self._generation = None
 
     def positions(self, mask: Any, past: Any, batch: int, length: int, device: torch.device) -> Tensor:
         """`[batch, length]` int32 for a pass of this shape over `past` cached tokens (a tensor for a static cache)."""
@@ -59,7 +57,7 @@ class Prompts:
         return torch.where(column >= begin, column - begin, column - end).to(torch.int32)
 
     def _ends_of(self, mask: Any, past: Any, batch: int, length: int, device: torch.device) -> Tensor:
-        if self._fixed:
+        if self._fixed or self._generation is not None:
             return self._known(batch, device)
         begin = torch.full((batch,), length, dtype=torch.int32, device=device)
         end = begin
@@ -75,7 +73,8 @@ class Prompts:
         return here
 
     def _known(self, batch: int, device: torch.device) -> Tensor:
-        ends = self._ends.to(device)  # type: ignore[union-attr]
+        ends: Tensor = self._ends if self._generation is None else self._generation  # type: ignore[assignment]
+        ends = ends.to(device)
         if ends.shape[1] not in (1, batch):
             raise ValueError(
                 f"the batch has {batch} rows, but set_prompt was given {ends.shape[1]} numbers: give one for all rows "
@@ -88,3 +87,8 @@ class Prompts:
         if self._ends is None or self._ends.shape[1] not in (1, like.shape[1]):
             return (torch.zeros_like(like) + past).to(torch.int32)
         return self._ends.to(like.device).expand_as(like)
+
+
+def _both(columns: int | Sequence[int]) -> Tensor:
+    """`[2, batch or 1]`: a prompt's end and where generated tokens begin, at the same column."""
+    return torch.as_tensor(columns, dtype=torch.int32).reshape(1, -1).repeat(2, 1)

@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from faststeer.files import FormatError, read_json
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 
 TEXT_FIELDS = ("prompt", "instruction", "text", "goal", "question", "behavior", "query", "forbidden_prompt")
@@ -43,7 +44,7 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, no UTF-8, no JSON or CSV, nothing in it, a missing field or name, or something that
+        FormatError: another ending, no UTF-8, no JSON or CSV, nothing in it, a missing field or name, or something that
             is no prompt; with file and line.
     """
     path = Path(path)
@@ -53,12 +54,12 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
         if isinstance(data, dict):
             data = _named(data, name, path)
         elif name is not None:
-            raise ValueError(
+            raise FormatError(
                 f"{path} holds no named lists, so there is no {name!r}: expected an object such as {{{name!r}: [...]}}"
             )
         return _prompts(data, path, field)
     if name is not None:
-        raise ValueError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
+        raise FormatError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
     return _READERS[path.suffix](text, path, field)
 
 
@@ -72,18 +73,18 @@ def load_contrast(
             whichever the file has.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_prompts`; only one name given; none of the default names in the file.
+        FileNotFoundError, FormatError: as `load_prompts`; only one name given; none of the default names in the file.
     """
     path = Path(path)
     if (positive is None) != (negative is None):
         raise ValueError("give both positive= and negative=, or neither")
     if path.suffix != ".json":
-        raise ValueError(
+        raise FormatError(
             f"{path} cannot hold two named lists: expected a .json file; read two files with load_prompts instead"
         )
     data = _parse_json(_read(path), path)
     if not isinstance(data, dict):
-        raise ValueError(
+        raise FormatError(
             f"{path} holds a {type(data).__name__}: expected an object of two lists, "
             'such as {"positive": [...], "negative": [...]}'
         )
@@ -91,7 +92,7 @@ def load_contrast(
     pair = next((pair for pair in pairs if all(name in data for name in pair)), None)
     if pair is None:
         expected = " or ".join(f"{first!r} and {second!r}" for first, second in pairs)
-        raise ValueError(
+        raise FormatError(
             f"{path} holds {', '.join(map(repr, data)) or 'nothing'}: expected {expected}; "
             "name the lists with positive= and negative="
         )
@@ -133,7 +134,7 @@ DISSIMILAR = (
 
 def _read(path: Path) -> str:
     if path.suffix != ".json" and path.suffix not in _READERS:
-        raise ValueError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}")
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}: {'a folder' if path.is_dir() else 'no such file'}")
     data = path.read_bytes()
@@ -141,48 +142,50 @@ def _read(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise FormatError(
             f"{path}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is no UTF-8; save the file as UTF-8"
         ) from error
     if not text.strip():
-        raise ValueError(f"{path} is empty: expected at least one prompt")
+        raise FormatError(f"{path} is empty: expected at least one prompt")
     return text
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {line or error.lineno}, column {error.colno}: no JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: JSON nested too deeply to be a list of prompts") from error
+        raise FormatError(
+            f"{path}, line {line or error.lineno}, column {error.colno}: no JSON ({error.msg})"
+        ) from error
+    except ValueError as error:
+        raise FormatError(f"{path}{f', line {line}' if line else ''}: no JSON that can be read: {error}") from error
 
 
 def _named(data: dict[str, Any], name: str | None, path: Path) -> Any:
     if name not in data:
         wanted = "name= says which one to take" if name is None else f"there is no {name!r}"
-        raise ValueError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
+        raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
     return data[name]
 
 
 def _prompts(data: Any, path: Path, field: str | None, name: str | None = None) -> list[Prompt]:
     where = f"{path}, {name!r}" if name else str(path)
     if not isinstance(data, list):
-        raise ValueError(f"{where} holds a {type(data).__name__}: expected a list of prompts")
+        raise FormatError(f"{where} holds a {type(data).__name__}: expected a list of prompts")
     if not data:
-        raise ValueError(f"{where} is an empty list: expected at least one prompt")
+        raise FormatError(f"{where} is an empty list: expected at least one prompt")
     return [_prompt(item, f"{where}, item {number}", field) for number, item in enumerate(data, 1)]
 
 
 def _prompt(item: Any, where: str, field: str | None) -> Prompt:
     if isinstance(item, dict):
         if set(item) == {"role", "content"}:
-            raise ValueError(
+            raise FormatError(
                 f"{where} is a single message: a chat is a list of messages, so put it in one more pair of brackets"
             )
         item = item[_field_of(list(item), field, where, TEXT_FIELDS + CHAT_FIELDS, "field")]
     if fault := prompt_fault(item):
-        raise ValueError(
+        raise FormatError(
             f"{where} {fault}: expected a text, an object with one, "
             "or a list of messages {'role': ..., 'content': ...}"
         )
@@ -193,11 +196,11 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
     if field is not None:
         if field in names:
             return field
-        raise ValueError(f"{where} has no {what} {field!r}: it has {', '.join(map(repr, names)) or 'none'}")
+        raise FormatError(f"{where} has no {what} {field!r}: it has {', '.join(map(repr, names)) or 'none'}")
     by_lower = {name.strip().lower(): name for name in reversed(names)}
     found = next((by_lower[name] for name in known if name in by_lower), None)
     if found is None:
-        raise ValueError(
+        raise FormatError(
             f"{where} has the {what}s {', '.join(map(repr, names)) or '(none)'}, and none of {', '.join(known)}: "
             "name the prompt's with field="
         )
@@ -206,7 +209,7 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
 
 def _read_lines(text: str, path: Path, field: str | None) -> list[Prompt]:
     if field is not None:
-        raise ValueError(f"{path} is plain text and has no field {field!r}: leave field= out")
+        raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
     return [line.strip() for _, line in _lines(text)]
 
 
@@ -235,16 +238,16 @@ def _read_table(text: str, path: Path, field: str | None) -> list[Prompt]:
                 alone = len(row) == 1 and field is None
                 column = 0 if alone else row.index(_field_of(row, field, f"{path}, line {line}", TEXT_FIELDS, "column"))
             elif len(row) != len(header):
-                raise ValueError(
+                raise FormatError(
                     f"{path}, line {line} has {len(row)} cell(s), the header {len(header)}: "
                     "is a comma or a quotation mark not quoted?"
                 )
             else:
                 prompts.append(_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
+        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
     if not prompts:
-        raise ValueError(f"{path} has a header and no rows: expected at least one prompt")
+        raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
     return prompts
 
 

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.hf.cache import cache_in
-from faststeer.hf.fused import Fusion, NormForm, Patch, find_fusion
+from faststeer.hf.changes import Changes, Context, changing, finish_undoing
+from faststeer.hf.fused import Fusion, NormForm, find_fusion, patch
 from faststeer.hf.hook_points import (
     HookPoints,
-    OwnForward,
     find_hook_points,
     first_tensor,
     install,
     is_held,
     next_order,
     no_resid_mid,
+    own_forward,
 )
 from faststeer.hf.positions import Prompts
 from faststeer.intervention import Intervention
@@ -85,7 +86,7 @@ def steer(
     return Steering(model, plans, hook_points, capacity, path)
 
 
-class Steering:
+class Steering(Context["Steering"]):
     """What `steer` returns: enter it, change it while the model runs, read it.
 
     Attributes:
@@ -103,23 +104,23 @@ class Steering:
         capacity: Capacity | None = None,
         path: Path | None = None,
     ) -> None:
+        finish_undoing()
         self.model, self._wanted = model, _checked_path(path)
         self._plans, per_row = _as_plans(plans)
         self._points = find_hook_points(model, hook_points)
-        self._patch: Patch | None = None
         size = self._points.n_layers, self._points.hidden_size
         self._capacity = capacity or Capacity.of(_distinct(self._plans), *size)
         home = _device_of(self._points.layer(model, 0))
         self._programs: dict[torch.device, Program] = {home: Program(*size, self._capacity, home)}
         self._slot_table: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
-        self._entered, self._why = False, ""
+        self._why = ""
         found = find_fusion(model, self._points)
         self._fusion: Fusion | None = found if isinstance(found, Fusion) else None
         self._no_fusion = "" if isinstance(found, Fusion) else found
         if self._wanted == "fused" and self.path != "fused":
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
-        self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
-        self._owner_handles: list[torch.utils.hooks.RemovableHandle | OwnForward] = []
+        self._steers: dict[int, Callable[[Tensor], Tensor]] = {}  # by site
+        self._hooked: set[int] = set()
         self._traced = ""  # what a compiled graph takes for constant
         self._owner_arguments = list(inspect.signature(self._points.owner(model).forward).parameters)
         self._pass: Pass | None = None  # what the layer under way belongs to
@@ -138,7 +139,7 @@ class Steering:
 
     @property
     def why(self) -> str:
-        return self._why if self._entered else self._why_hooks()
+        return self._why if self.entered else self._why_hooks()
 
     @property
     def backend(self) -> Backend:
@@ -148,6 +149,11 @@ class Steering:
     def capacity(self) -> Capacity:
         """Room for plans: slots, vectors and entries."""
         return self._capacity
+
+    @property
+    def loaded(self) -> Sequence[Plan | None]:
+        """The plan in each slot."""
+        return next(iter(self._programs.values())).plans
 
     @property
     def fingerprint(self) -> str:
@@ -171,42 +177,34 @@ class Steering:
 
     # Entering and leaving
 
-    def __enter__(self) -> Steering:
-        if self._entered:
-            raise RuntimeError("this steering is active already: make another one with steer(...) to nest")
+    def _enter(self, changes: Changes) -> Steering:
         why = self._why_hooks()
         if self._wanted == "fused" and why:
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")
-        self._entered, self._why = True, why
-        self._order = next_order()
+        self._why, self._changes, self._hooked, self._order = why, changes, set(), next_order()
 
         def begin(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not changes.live:  # leaving was interrupted more than once: this hook would have been the last to go
+                changes.undo()
             # Read and compared, so that a compiled graph is made anew when it changes: torch.compile does not look
             # whether a module that had no hooks has some now.
-            if self._traced:
+            elif self._traced:
                 self._begin(owner, args, kwargs)
 
         owner = self._points.owner(self.model)
-        self._owner_handles = [
-            OwnForward(owner),
-            owner.register_forward_pre_hook(self._ours(begin), with_kwargs=True),
-        ]
+        changes.hook(owner.register_forward_pre_hook, self._ours(begin), with_kwargs=True)
+        own_forward(changes, owner)
+        changes.on_undo(self._end_passes)
         if self._fusion is not None and not why:
-            self._patch = Patch(self.model, self._points, self._fusion, self.add_at)
+            patch(changes, self.model, self._points, self._fusion, self.add_at)
         self._install()
-        _watch_generate(self.model, self)
+        _watch_generate(changes, self.model, self)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        _unwatch_generate(self.model, self)
-        for handle in (*self._handles.values(), *self._owner_handles):
-            handle.remove()
-        self._handles.clear()
-        if self._patch is not None:
-            self._patch.remove()
-            self._patch = None
-        self._entered, self._pass, self._whole_pass = False, None, None
+    def _end_passes(self) -> None:
+        self._pass = self._whole_pass = None
         self._recorded.clear()
+        self._prompts.end_generation()
 
     # Changing plans
 
@@ -220,7 +218,7 @@ class Steering:
         before = self._plans if self._per_row == per_row and len(self._plans) == len(listed) else None
         self._load(listed, per_row)
         self._forget_decisions(before)
-        if self._entered:
+        if self.entered:
             self._install()
 
     def _forget_decisions(self, before: list[Plan | None] | None) -> None:
@@ -262,21 +260,21 @@ class Steering:
     def _install(self) -> None:
         """Hook the sites that a loaded plan uses and that have no hook yet."""
         program = next(iter(self._programs.values()))
-        steers = {
-            number: functools.partial(self.at, number)
-            for number in range(n_sites(self._points.n_layers))
-            if program.depth[number] and number not in self._handles and not self._is_fused(number)
-        }
-        followed = {_running_layer(site) for site in self._handles}
-        for number in {_running_layer(site) for site in steers} - followed if self._patch is None else ():
-            self._follow(number)
-        self._handles |= zip(steers, install(self.model, self._points, steers, self._order), strict=True)
-        self._traced = f"{sorted(self._handles)} {program.depth} {program.width} {program.columns} {program.latches}"
+        for number in range(n_sites(self._points.n_layers)):
+            if not program.depth[number] or number in self._hooked or self._is_fused(number):
+                continue
+            layer = _running_layer(number)
+            if self._why and layer not in map(_running_layer, self._hooked):
+                self._follow(layer)
+            steer = self._steers.setdefault(number, functools.partial(self.at, number))
+            install(self._changes, self.model, self._points, {number: steer}, self._order)
+            self._hooked.add(number)  # afterwards: hooking twice does nothing
+        self._traced = f"{sorted(self._hooked)} {program.depth} {program.width} {program.columns} {program.latches}"
 
     def _is_fused(self, number: int) -> bool:
         """Whether a site is one of the fused sums. What enters the first layer is none; a branch's output is steered by
         a hook all the same, as other hooks on its module act before or after it by the order of the contexts."""
-        return self._patch is not None and number % 2 == 0 and number > 0
+        return not self._why and number % 2 == 0 and number > 0
 
     def _follow(self, number: int) -> None:
         """Know when a layer, and what is inside it, begins."""
@@ -284,7 +282,7 @@ class Steering:
         hooks = [(layer, self._layer_begins(number))]
         hooks += [(child, self._inside_begins(number, name)) for name, child in layer.named_children()]
         for module, hook in hooks:
-            self._owner_handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            self._changes.hook(module.register_forward_pre_hook, hook, prepend=True, with_kwargs=True)
 
     # Where rows stand
 
@@ -321,13 +319,8 @@ class Steering:
             self.check(plan)
         for program in self._programs.values():
             program.load(slot, plan)
-        if self._entered:
+        if self.entered:
             self._install()
-
-    def unload(self) -> None:
-        """Empty every slot."""
-        for program in self._programs.values():
-            program.load_all([])
 
     def forget(self, sequence: int) -> None:
         """A sequence starts anew: it has decided no latched gate."""
@@ -389,8 +382,7 @@ class Steering:
     def _generation_begins(self, arguments: dict[str, Any]) -> None:
         tokens = self._prompts.begin_generation(arguments)
         self._forget_decisions(None)
-        if tokens is not None and self._per_row and tokens.shape[0] != len(self._plans):
-            self._prompts.end_generation()
+        if tokens is not None:
             self._check_batch(tokens.shape[0])
 
     # Gradient checkpointing runs the inside of a layer again in the backward pass, maybe after other forward passes.
@@ -467,7 +459,7 @@ class Steering:
     @property
     def hooked(self) -> Collection[int]:
         """The sites (numbers, as `plan.site` gives them) at which hooks steer, while entered."""
-        return self._handles.keys()
+        return self._hooked
 
     def begin_tokens(self, batch: int, length: int) -> None:
         """A pass over the `batch x length` tokens of which `set_rows` was given the rows."""
@@ -675,40 +667,38 @@ def is_steered(model: nn.Module) -> bool:
 # Knowing when `generate` runs -----------------------------------------------------------------------------------------
 
 
-def _watch_generate(model: nn.Module, steering: Steering) -> None:
+def _watch_generate(changes: Changes, model: nn.Module, steering: Steering) -> None:
     """Wrap `model.generate` on the instance, once, for all steerings active on the model."""
-    active = _active.setdefault(model, [])
-    if not active and hasattr(model, "generate"):
-        original: Callable[..., Any] = model.generate  # type: ignore[assignment]
+    changes.on_undo(_unwatch_generate, model, steering)
+    _active.setdefault(model, []).append(steering)
+    if not hasattr(model, "generate") or hasattr(model.__dict__.get("generate"), "faststeer_replaces"):
+        return
+    original: Callable[..., Any] = model.generate  # type: ignore[assignment]
 
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            steerings = list(_active.get(model, []))
-            signature = inspect.signature(type(model).generate)  # type: ignore[attr-defined]
-            arguments = signature.bind_partial(model, *args, **kwargs).arguments
-            begun: list[Steering] = []
-            try:
-                for steered in steerings:
-                    steered._generation_begins(arguments)
-                    begun.append(steered)
-                return original(*args, **kwargs)
-            finally:
-                for steered in begun:
-                    steered._prompts.end_generation()
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(type(model).generate)  # type: ignore[attr-defined]
+        arguments = signature.bind_partial(model, *args, **kwargs).arguments
+        with changing() as generation:
+            for steered in list(_active.get(model, [])):
+                generation.on_undo(steered._prompts.end_generation)
+                steered._generation_begins(arguments)
+            return original(*args, **kwargs)
 
-        generate.restores = model.__dict__.get("generate")  # type: ignore[attr-defined]
-        model.generate = generate  # type: ignore[assignment]
-    active.append(steering)
+    generate.faststeer_replaces = model.__dict__.get("generate")  # type: ignore[attr-defined]
+    model.generate = generate  # type: ignore[assignment]
 
 
 def _unwatch_generate(model: nn.Module, steering: Steering) -> None:
-    active = _active[model]
-    active.remove(steering)
-    if not active:
-        wrapper = model.__dict__.pop("generate", None)
-        if (before := getattr(wrapper, "restores", None)) is not None:
-            model.generate = before
-        del _active[model]
+    active = _active.get(model, [])
+    if steering in active:
+        active.remove(steering)
+    wrapper: Any = model.__dict__.get("generate")
+    if not active and hasattr(wrapper, "faststeer_replaces"):
+        if wrapper.faststeer_replaces is None:
+            del model.generate
+        else:
+            model.generate = wrapper.faststeer_replaces
 
 
 def _device_of(module: nn.Module) -> torch.device:

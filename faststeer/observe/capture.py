@@ -11,18 +11,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from faststeer import tensor_files
 from faststeer.evaluate.generate import generation_settings
-from faststeer.files import write_atomically
+from faststeer.files import FormatError, read_json, reading, write_atomically
 from faststeer.hf.batching import (
     Prompt,
     check_evaluating,
@@ -93,23 +92,27 @@ class Capture(Sequence[Captured]):
 
         Raises:
             FileNotFoundError: no such folder, or no capture in it.
-            ValueError: a file that is truncated or something else; batches are missing; several captures in one folder.
+            FormatError: a file that is damaged or something else; batches are missing; several captures in one folder.
+
+        Activations are checked against their checksums when they are read (FormatError there, too).
         """
         folder = Path(folder)
-        files = _files(folder)
-        if not files:
+        batches = _batches(folder)
+        if not batches:
             raise FileNotFoundError(f"no capture in {folder}: expected batch-*.safetensors, as capture() writes them")
-        if len(prints := {meta["fingerprint"] for _, meta in files}) > 1:
-            raise ValueError(f"{folder} holds {len(prints)} different captures: give each a folder of its own")
-        total = int(files[0][1]["total"])
-        found = {int(index): path for path, meta in files for index in json.loads(meta["n_prompt"])}
-        if missing := sorted(set(range(total)) - set(found)):
-            raise ValueError(
-                f"{folder} lacks {len(missing)} of {total} prompts (the first is {missing[0]}): the capture was "
-                "interrupted; run it again with the same arguments, it goes on where it stopped"
+        if len(prints := {(batch.fingerprint, batch.total) for batch in batches}) > 1:
+            raise FormatError(f"{folder} holds {len(prints)} different captures: give each a folder of its own")
+        total = batches[0].total
+        batch_of_prompt = {index: batch for batch in batches for index in batch.n_prompt}
+        if len(batch_of_prompt) < sum(len(batch.n_prompt) for batch in batches):
+            raise FormatError(f"{folder} holds a prompt twice: remove the file that was not written by capture()")
+        if len(batch_of_prompt) < total:
+            first = next(index for index in range(total) if index not in batch_of_prompt)
+            raise FormatError(
+                f"{folder} lacks {total - len(batch_of_prompt)} of {total} prompts (the first is {first}): the capture "
+                "was interrupted; run it again with the same arguments, it goes on where it stopped"
             )
-        counts = {int(index): n for _, meta in files for index, n in json.loads(meta["n_prompt"]).items()}
-        return cls([_on_disk(found[index], index, counts[index]) for index in range(total)])
+        return cls([batch_of_prompt[index].prompt(index) for index in range(total)])
 
 
 @torch.no_grad()
@@ -336,46 +339,74 @@ def _write(
         "total": str(total),
         "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
     }
-    write_atomically(folder / f"batch-{min(batch):07d}.safetensors", to_safetensors(tensors, metadata))
+    write_atomically(folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
 
 
-def _files(folder: Path) -> list[tuple[Path, dict[str, str]]]:
-    """The batches in a folder and their metadata."""
-    found = []
-    for path in sorted(folder.glob("batch-*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}): delete it and capture again") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is no batch of a capture (format {metadata.get('format')!r}): take another folder"
-            )
-        found.append((path, metadata))
-    return found
+@dataclass(frozen=True)
+class _Batch:
+    """One file of a capture.
+
+    Attributes:
+        total: prompts of the whole capture.
+        n_prompt: tokens of each prompt in this file, by the prompt's number.
+    """
+
+    path: Path
+    file: tensor_files.TensorFile
+    fingerprint: str
+    total: int
+    n_prompt: dict[int, int]
+
+    @classmethod
+    def read(cls, path: Path) -> _Batch:
+        with _readable(path):
+            file = tensor_files.TensorFile(path)
+            if (kind := file.words.get("format")) != FORMAT:
+                raise FormatError(f"{path} is no batch of a capture (format {kind!r}): take another folder")
+            total = int(file.words["total"])
+            n_prompt = {int(index): n for index, n in read_json(file.words["n_prompt"]).items()}
+            if not n_prompt or not all(0 <= index < total and type(n) is int for index, n in n_prompt.items()):
+                raise ValueError("its prompts are not numbered as capture() does")
+            parts = {name.partition(".")[2] for name in file.names}
+            if set(file.names) != {f"{index}.{part}" for index in n_prompt for part in parts}:
+                raise ValueError("it does not have the same tensors for each prompt")
+            return cls(path, file, file.words["fingerprint"], total, n_prompt)
+
+    def prompt(self, index: int) -> Captured:
+        n_prompt = self.n_prompt[index]
+        with _readable(self.path):
+            ids, positions = self.file.tensors((f"{index}.token_ids", f"{index}.positions")).values()
+            if any(tensor.ndim != 1 or tensor.dtype != torch.int64 for tensor in (ids, positions)):
+                raise ValueError(f"the tokens of prompt {index} are no rows of whole numbers")
+            places = positions + n_prompt
+            if not 0 < n_prompt <= len(ids) or not bool(((places >= 0) & (places < len(ids))).all()):
+                raise ValueError(f"the positions of prompt {index} are outside its tokens")
+        return Captured(ids.tolist(), n_prompt, positions, lambda at, layer: self._tensor(f"{index}.{at}.{layer}"))
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.file.names:
+            raise KeyError(name)
+        with _readable(self.path):
+            return self.file.tensor(name)
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return reading(f"{path} cannot be read as safetensors of a capture", "delete it and capture again")
+
+
+def _batches(folder: Path) -> list[_Batch]:
+    """The batches in a folder."""
+    return [_Batch.read(path) for path in sorted(folder.glob("batch-*.safetensors"))]
 
 
 def _done(folder: Path, fingerprint: str) -> set[int]:
     """The prompts that a folder holds already."""
     done: set[int] = set()
-    for path, metadata in _files(folder):
-        if metadata["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{folder} holds another capture ({path.name}: other prompts, plans, layers or settings): take another "
-                "folder or empty this one"
+    for batch in _batches(folder):
+        if batch.fingerprint != fingerprint:
+            raise FormatError(
+                f"{folder} holds another capture ({batch.path.name}: other prompts, plans, layers or settings): take "
+                "another folder or empty this one"
             )
-        done |= set(map(int, json.loads(metadata["n_prompt"])))
+        done |= set(batch.n_prompt)
     return done
-
-
-def _on_disk(path: Path, index: int, n_prompt: int) -> Captured:
-    def tensor(at: HookPoint, layer: int) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            if (name := f"{index}.{at}.{layer}") not in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                raise KeyError(name)
-            return file.get_tensor(name)
-
-    with safe_open(path, framework="pt") as file:
-        ids, positions = file.get_tensor(f"{index}.token_ids"), file.get_tensor(f"{index}.positions")
-    return Captured(ids.tolist(), n_prompt, positions, tensor)

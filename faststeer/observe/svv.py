@@ -13,7 +13,6 @@ Source: arXiv 2604.08524. C is 1 for RMSNorm and subtracts the mean for LayerNor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.hf.attention import AttentionCall, exchange_attention
+from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
@@ -224,7 +224,6 @@ class Ablating(Steering):
         self._withheld: dict[tuple[str, int], Tensor] = {}
         self._parts = find_parts(model)
         super().__init__(model, plans, hook_points, capacity, path)
-        self._stack = ExitStack()
 
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
         # Refused before anything changes; the slots are known after.
@@ -245,30 +244,23 @@ class Ablating(Steering):
     def _groups_of(self, by_slot: Mapping[int, Plan | None]) -> list[_Group]:
         return _groups(by_slot, self._points.n_layers, self._points.hidden_size)
 
-    def __enter__(self) -> Ablating:
-        super().__enter__()
-        with ExitStack() as stack:
-            stack.push(super().__exit__)
-            for number, part in enumerate(self._parts):
-                layer = self._points.layer(self.model, number)
-                scales: dict[str, Tensor] = {}
-                if "svv" in self.ablated:
-                    self._watch_scale(stack, layer, part.attention_norm, part.attention, scales)
-                    withhold = self._values_withheld(number, part, layer, scales)
-                    stack.callback(layer.get_submodule(part.value).register_forward_hook(withhold).remove)
-                if "mlp" in self.ablated:
-                    self._watch_scale(stack, layer, part.mlp_norm, part.mlp, scales)
-                    take = self._input_withheld(number, part, layer, scales)
-                    mlp = layer.get_submodule(part.mlp)
-                    stack.callback(mlp.register_forward_pre_hook(take, with_kwargs=True).remove)
-            self._stack = stack.pop_all()
+    def _enter(self, changes: Changes) -> Ablating:
+        super()._enter(changes)
+        for number, part in enumerate(self._parts):
+            layer = self._points.layer(self.model, number)
+            scales: dict[str, Tensor] = {}
+            if "svv" in self.ablated:
+                self._watch_scale(changes, layer, part.attention_norm, part.attention, scales)
+                withhold = self._values_withheld(number, part, layer, scales)
+                changes.hook(layer.get_submodule(part.value).register_forward_hook, withhold)
+            if "mlp" in self.ablated:
+                self._watch_scale(changes, layer, part.mlp_norm, part.mlp, scales)
+                take = self._input_withheld(number, part, layer, scales)
+                changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, take, with_kwargs=True)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.__exit__(None, None, None)
-
     def _watch_scale(
-        self, stack: ExitStack, layer: nn.Module, norm: Norm | None, reader: str, scales: dict[str, Tensor]
+        self, changes: Changes, layer: nn.Module, norm: Norm | None, reader: str, scales: dict[str, Tensor]
     ) -> None:
         """Note the scale that the stream gives its reader."""
         if norm is None:
@@ -277,8 +269,7 @@ class Ablating(Steering):
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             scales[reader] = norm.scale(first_tensor(args, kwargs))
 
-        hook = layer.get_submodule(norm.path).register_forward_pre_hook(note, with_kwargs=True)
-        stack.callback(hook.remove)
+        changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
 
     def _values_withheld(
         self, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]

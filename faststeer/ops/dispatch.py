@@ -151,6 +151,7 @@ def steer(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
+    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -158,6 +159,8 @@ def steer(
 
     Args:
         probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. So in the other ops.
+        nonfinite: `[rows]` int32, or longer: set to 1 for rows that steering wrote and that are not finite, else not
+            written. So in the other ops.
         backend: the one to use, as `backend_for` gave it; None asks it again.
 
     Raises:
@@ -165,9 +168,9 @@ def steer(
     """
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer", x, tables, rows, gate_state, _columns(probe))
-        return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe)))
+        _check("steer", x, tables, rows, gate_state, _columns(probe), nonfinite)
+        return reference.steer(x, tables, rows, gate_state, _zeroed(probe), nonfinite)
+    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe), nonfinite))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -179,6 +182,7 @@ def steer_(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
+    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> None:
@@ -190,10 +194,10 @@ def steer_(
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer_", x, tables, rows, gate_state, probe)
-        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
+        _check("steer_", x, tables, rows, gate_state, probe, nonfinite)
+        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe), nonfinite))
     else:
-        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe)))
+        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe), nonfinite))
 
 
 def add_steer(
@@ -203,15 +207,17 @@ def add_steer(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
+    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
     name = backend_of(x, backend)
     if name == "reference":
-        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
-        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("add_steer", name, (x, residual, *tables[:4], *rows, gate_state, _columns(probe)))
+        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe), nonfinite)
+        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe), nonfinite)
+    arguments = x, residual, *tables[:4], *rows, gate_state, _columns(probe), nonfinite
+    hidden, seen = _run("add_steer", name, arguments)
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -224,6 +230,7 @@ def steer_pair_(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
+    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> None:
@@ -238,10 +245,10 @@ def steer_pair_(
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer_pair_", x, residual, tables, rows, gate_state, probe)
-        reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
+        _check("steer_pair_", x, residual, tables, rows, gate_state, probe, nonfinite)
+        reference.steer_pair_(x, residual, tables, rows, gate_state, probe, nonfinite)
     else:
-        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe))
+        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe, nonfinite))
 
 
 def add_steer_rmsnorm(
@@ -255,6 +262,7 @@ def add_steer_rmsnorm(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
+    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -262,11 +270,10 @@ def add_steer_rmsnorm(
     name = backend_of(x, backend)
     norm = weight, eps, weight_offset, fp32_weight
     if name == "reference":
-        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
-        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe))
-    normed, hidden, seen = _run(
-        "add_steer_rmsnorm", name, (x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe))
-    )
+        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe), nonfinite)
+        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe), nonfinite)
+    arguments = x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe), nonfinite
+    normed, hidden, seen = _run("add_steer_rmsnorm", name, arguments)
     if probe is not None:
         probe.copy_(seen)
     return normed, hidden
@@ -357,7 +364,10 @@ def _check(op: str, x: Tensor, *arguments: Any) -> None:
         return
     flat: list[Any] = []
     for argument in arguments:
-        flat += argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
+        # extend: torch 2.11 does not trace += with a named tuple.
+        flat.extend(
+            argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
+        )
     schema.CHECKS[op](x, *flat)
 
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import re
 import sys
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from faststeer.vllm.switch import NONE, PAYLOAD_KEY, SWITCH, is_on
@@ -62,6 +63,122 @@ def wrap_input(processor: Any) -> None:
     processor.__init__, processor.process_inputs = init, process_inputs
 
 
+def wrap_engine(engine: Any) -> None:
+    """Let vLLM's LLMEngine, which an `LLM` has, ask its workers for what plans are checked by."""
+    made = engine.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        front: FrontEnd | None = getattr(self.input_processor, "faststeer", None)
+        if front is not None and front.waits_for_norms:
+            front.learn(self.collective_rpc("faststeer_norms"))
+
+    init.faststeer = True  # type: ignore[attr-defined]
+    engine.__init__ = init
+
+
+def wrap_async_engine(engine: Any) -> None:
+    """Let vLLM's AsyncLLM, which a server has, check plans before a streamed answer begins, and say what became of
+    requests that overflowed."""
+    generate, add = engine.generate, engine.add_request
+
+    @functools.wraps(generate)
+    def generated(self: Any, prompt: Any, sampling_params: Any, request_id: Any, *args: Any, **kwargs: Any) -> Any:
+        check_early(self, sampling_params, str(request_id))
+        return _told(generate(self, prompt, sampling_params, request_id, *args, **kwargs))
+
+    @functools.wraps(add)
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        await learn_norms(self)
+        return await add(self, *args, **kwargs)
+
+    generated.faststeer = True  # type: ignore[attr-defined]
+    engine.generate, engine.add_request = generated, add_request
+
+
+async def learn_norms(client: Any) -> None:
+    """Ask the workers for what plans are checked by, once."""
+    front: FrontEnd | None = getattr(getattr(client, "input_processor", None), "faststeer", None)
+    if front is not None and front.waits_for_norms:
+        front.learn(await client.collective_rpc("faststeer_norms"))
+
+
+def check_early(client: Any, params: Any, request_id: str = "") -> None:
+    """Refuse a request while it can still be answered with HTTP 400: once an answer is streamed, its status is 200."""
+    front: FrontEnd | None = getattr(client.input_processor, "faststeer", None)
+    if front is not None and front.waits_for_norms:  # no server, which asks before its first request
+        return
+    try:
+        admitted = admit(front, params, request_id)
+    except ValueError as error:
+        raise refusal()(str(error)) from error
+    check_room(client.output_processor, admitted)
+
+
+async def _told(answers: Any) -> Any:
+    """The answers, up to one that ended because it overflowed: that is an error."""
+    from faststeer.vllm.isolation import reason_of
+
+    try:
+        async for answer in answers:
+            for output in answer.outputs:
+                if output.finish_reason == "error" and (reason := reason_of(output.stop_reason)) is not None:
+                    raise failure(output.stop_reason, is_of_plan=reason != "model")
+            yield answer
+    finally:
+        await answers.aclose()
+
+
+def wrap_responses() -> None:
+    """The responses API asks the engine only when its answer has begun, and breaks off a stream in which it should tell
+    an error: it cannot write the event."""
+    serving = getattr(sys.modules.get("vllm.entrypoints.openai.responses.serving"), "OpenAIServingResponses", None)
+    answer = getattr(serving, "_generate_with_builtin_tools", None)
+    if answer is None or hasattr(answer, "faststeer"):
+        return
+
+    @functools.wraps(answer)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for params in (*args, *kwargs.values()):
+            if hasattr(params, "extra_args"):
+                check_early(self.engine_client, params)
+        return answer(self, *args, **kwargs)
+
+    stream = serving.responses_stream_generator  # type: ignore[union-attr]
+
+    @functools.wraps(stream)
+    async def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from faststeer.vllm.isolation import reason_of
+
+        texts: list[str] = []  # of the request's own error, which the one that breaks off does not refer to
+
+        async def noted(answers: Any) -> Any:
+            try:
+                async for part in answers:
+                    yield part
+            except Exception as error:
+                texts.append(str(error))
+                raise
+
+        number = 0
+        try:
+            async for event in stream(self, *(noted(a) if hasattr(a, "__anext__") else a for a in args), **kwargs):
+                number += 1
+                yield event
+        except Exception:
+            if not texts or (reason := reason_of(texts[0])) is None:
+                raise
+            from openai.types.responses import ResponseErrorEvent
+
+            code = "server_error" if reason == "model" else "invalid_prompt"
+            yield ResponseErrorEvent(type="error", code=code, message=texts[0], param=None, sequence_number=number)
+
+    checked.faststeer = True  # type: ignore[attr-defined]
+    serving._generate_with_builtin_tools = checked  # type: ignore[union-attr]
+    serving.responses_stream_generator = streamed  # type: ignore[union-attr]
+
+
 def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: bool = False) -> Any:
     """The request's parameters as the engine may have them, the caller's own left alone.
 
@@ -92,25 +209,37 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
 def wrap_output(processor: Any) -> None:
     """Let vLLM's OutputProcessor, which knows every request of a front end until it has ended, refuse those whose plan
     would be one too many. Before it takes a request, nobody else has it."""
-    add, refused = processor.add_request, refusal()
+    add = processor.add_request
 
     @functools.wraps(add)
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        if PAYLOAD_KEY in (getattr(request.sampling_params, "extra_args", None) or {}):
-            from faststeer.vllm.requests import received
-
-            wire = received(request.sampling_params.extra_args)
-            if wire is not None and wire.room:
-                plans: dict[str, str] = self.__dict__.setdefault("faststeer_plans", {})  # of requests, by id
-                for ended in plans.keys() - self.request_states.keys():
-                    del plans[ended]
-                if wire.digest not in plans.values() and len(set(plans.values())) >= wire.room:
-                    raise refused(FULL.format(wire.room))
-                plans[request.request_id] = wire.digest
+        if (digest := check_room(self, request.sampling_params)) is not None:
+            self.faststeer_plans[request.request_id] = digest
         add(self, request, *args, **kwargs)
 
     add_request.faststeer = True  # type: ignore[attr-defined]
     processor.add_request = add_request
+
+
+def check_room(processor: Any, params: Any) -> str | None:
+    """The digest of the request's plan where the server has room for so many, and this is not one too many.
+
+    Raises:
+        ValueError: it is.
+    """
+    if PAYLOAD_KEY not in (getattr(params, "extra_args", None) or {}):
+        return None
+    from faststeer.vllm.requests import received
+
+    wire = received(params.extra_args)
+    if wire is None or not wire.room:
+        return None
+    plans: dict[str, str] = processor.__dict__.setdefault("faststeer_plans", {})  # of requests, by id
+    for ended in plans.keys() - processor.request_states.keys():
+        del plans[ended]
+    if wire.digest not in plans.values() and len(set(plans.values())) >= wire.room:
+        raise refusal()(FULL.format(wire.room))
+    return wire.digest
 
 
 def refusal() -> type[ValueError]:
@@ -124,6 +253,20 @@ def refusal() -> type[ValueError]:
         """A request's plan is wrong; the message says how."""
 
     return PlanRefused
+
+
+def failure(text: str, is_of_plan: bool) -> Exception:
+    """The error of a request that overflowed while it ran: HTTP 400 under a plan, else 500. vLLM tells errors of this
+    kind alone in a stream."""
+    import vllm.exceptions
+
+    kind = getattr(vllm.exceptions, "GenerationError", None)
+    if kind is None:  # an older vLLM, which answers 500 to what it does not know
+        return refusal()(text) if is_of_plan else RuntimeError(text)
+    error: Exception = kind(text)
+    if is_of_plan:
+        error.status_code = HTTPStatus.BAD_REQUEST  # type: ignore[attr-defined]
+    return error
 
 
 def refuse_beams() -> None:

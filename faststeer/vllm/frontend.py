@@ -4,11 +4,13 @@ the only place where names and files are looked up; engine and workers get value
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from faststeer.plan import Entry
+from faststeer.vllm.dose import check_dose
 from faststeer.vllm.registry import Registry, Stamp
 from faststeer.vllm.requests import Limits, parse
 from faststeer.vllm.settings import Settings
@@ -38,13 +40,34 @@ class FrontEnd:
             settings.max_plan_bytes,
             settings.max_interventions,
             settings.max_directions,
-            functools.partial(check_fits, settings=settings, n_layers=n_layers),
+            self._check,
         )
+        self.norms: dict[int, float] | None = None  # of the residual stream, by layer; None: not measured
         self._lock = threading.Lock()
         self._read: OrderedDict[str, tuple[int, tuple[Stamp, ...], dict[str, Any] | None]] = OrderedDict()
         self._read_bytes = 0
         if settings.default_plan in self.registry.plans():
-            self.wire(settings.default_plan)
+            self._fresh(settings.default_plan)
+
+    @property
+    def waits_for_norms(self) -> bool:
+        """Whether plans cannot be checked before the workers have told their norms."""
+        return self.settings.max_dose is not None and self.norms is None
+
+    def learn(self, measured: Iterable[Sequence[tuple[int, float]]]) -> None:
+        """Take the norms that workers measured, each for its own layers.
+
+        Raises:
+            ValueError: the default plan is stronger than the server allows.
+        """
+        self.norms = {int(number): float(norm) for pairs in measured for number, norm in pairs}
+        if self.settings.default_plan in self.registry.plans():
+            self.wire(self.settings.default_plan)
+
+    def _check(self, entries: list[Entry]) -> None:
+        check_fits(entries, self.settings, self.limits.n_layers)
+        if self.settings.max_dose is not None and self.norms is not None:
+            check_dose(entries, self.norms, self.limits.n_layers, self.settings.max_dose)
 
     @classmethod
     def of(cls, vllm_config: Any) -> FrontEnd | None:
@@ -60,9 +83,15 @@ class FrontEnd:
 
         Raises:
             ValueError: see `requests.parse`.
+            RuntimeError: the workers have not told their norms yet.
         """
         if payload is None:
             payload = NONE if self.settings.default_plan is None else self.settings.default_plan
+        if self.waits_for_norms and payload != NONE:
+            raise RuntimeError(
+                "a plan is read before the workers have told the norms that max_dose is measured by: send requests "
+                "through vLLM's LLM, LLMEngine or AsyncLLM"
+            )
         if not isinstance(payload, str) or payload == NONE:
             return self._fresh(payload)[0]
         with self._lock:
@@ -116,6 +145,8 @@ class FrontEnd:
             "hook_points": list(self.settings.hook_points),
             "n_layers": self.limits.n_layers,
             "hidden_size": self.limits.hidden_size,
+            "max_dose": self.settings.max_dose,
+            "norms": self.norms,
         }
 
 

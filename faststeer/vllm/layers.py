@@ -12,7 +12,8 @@ rows without a plan other bits (benchmarks/vllm/forms.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,15 @@ class Device:
 
     Attributes:
         rows: `[3, max_rows]` int32: slot, position, sequence of every row of a step.
+        nonfinite: `[max_rows]` int32: 1 for every row that steering made, or left, infinite or NaN at any site since
+            the owner of this object zeroed it, which is before every pass.
         gate_state: `[gates, sequences]` bool; None where no plan may have latched gates.
         probes: per site that is built in, `[max_rows, columns]` fp32; empty where nothing may be probed.
     """
 
     program: Program
     rows: Tensor
+    nonfinite: Tensor
     gate_state: Tensor | None
     probes: dict[int, Tensor]
 
@@ -68,6 +72,7 @@ class Site(nn.Module):
     position: Tensor
     sequence: Tensor
     ranges: Tensor
+    nonfinite: Tensor
     gate_state: Tensor | None
     probe: Tensor | None
 
@@ -78,7 +83,8 @@ class Site(nn.Module):
         tensors = {
             "bank": program.bank, "fields": program.fields, "scalars": program.scalars,
             "ranges": program.ranges[number], "slot": device.rows[0], "position": device.rows[1],
-            "sequence": device.rows[2], "gate_state": device.gate_state, "probe": probe,
+            "sequence": device.rows[2], "nonfinite": device.nonfinite, "gate_state": device.gate_state,
+            "probe": probe,
         }  # fmt: skip
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -94,7 +100,7 @@ class Site(nn.Module):
         tables = self.tables(x.shape[0])
         if self.gate_state is not None:
             self.operators.latch(x, None, *tables)
-        steered, seen = self.operators.steer(x, *tables, self.columns)
+        steered, seen = self.operators.steer(x, *tables, self.columns, self.nonfinite)
         self._keep(seen)
         return steered
 
@@ -102,7 +108,7 @@ class Site(nn.Module):
         """Steer the sum of a pair that nobody else reads, in place: (0, h) for the rows on which something acts."""
         if self.gate_state is not None:
             self.operators.latch(hidden, residual, *self.tables(hidden.shape[0]))
-        self.operators.steer_pair(hidden, residual, *self.tables(), self.probe)
+        self.operators.steer_pair(hidden, residual, *self.tables(), self.probe, self.nonfinite)
         return hidden, residual
 
     def _keep(self, seen: Tensor) -> None:
@@ -229,6 +235,22 @@ def find_parts(layer: nn.Module) -> Parts | None:
     return None if norm is None else Parts(attention, norm, mlp)
 
 
+@contextlib.contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other `forward`s for a while."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is not None:
+                module.forward = own
+            elif "forward" in module.__dict__:
+                del module.forward
+
+
 @torch.no_grad()
 def check_layer(layer: nn.Module, device: Device) -> Parts | None:
     """Run a layer with its attention replaced by a fixed tensor: it must take and give a pair whose sum is the stream.
@@ -260,24 +282,17 @@ def check_layer(layer: nn.Module, device: Device) -> Parts | None:
         for name, module in watched.items()
     ]
     # LoRA's layers look up which adapters a step uses, and there is no step yet.
-    stand_ins = {attention: lambda *args, **kwargs: attended.clone()}
+    stand_ins: dict[nn.Module, Callable[..., Any]] = {attention: lambda *args, **kwargs: attended.clone()}
     stand_ins |= {m: m.base_layer.forward for m in layer.modules() if hasattr(m, "base_layer")}  # type: ignore[union-attr]
-    before = {module: module.__dict__.get("forward") for module in stand_ins}
-    for module, forward in stand_ins.items():
-        module.forward = forward
     try:
-        results = [
-            layer(positions, h.clone(), r.clone())
-            for h, r in ((torch.zeros_like(hidden), hidden + residual), (hidden, residual))
-        ]
+        with replaced(stand_ins):
+            results = [
+                layer(positions, h.clone(), r.clone())
+                for h, r in ((torch.zeros_like(hidden), hidden + residual), (hidden, residual))
+            ]
     except Exception as error:
         raise RuntimeError(f"{refused} (a trial run failed: {error})") from error
     finally:
-        for module, own in before.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
         for handle in handles:
             handle.remove()
     if not all(isinstance(r, tuple) and len(r) == 2 and all(isinstance(t, Tensor) for t in r) for r in results):

@@ -76,16 +76,22 @@ def _wrap_worker(why_not: str = "") -> None:
 def _wrap_front_end() -> None:
     """Requests are checked on their way in; a server has faststeer's routes. What a server has imported of vLLM may
     grow between two calls."""
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
     from faststeer.vllm import server
-    from faststeer.vllm.admission import refuse_beams, wrap_input, wrap_output
+    from faststeer.vllm.admission import refuse_beams, wrap_async_engine, wrap_engine, wrap_input, wrap_output
 
     if not hasattr(InputProcessor.process_inputs, "faststeer"):
         wrap_input(InputProcessor)
     if not hasattr(OutputProcessor.add_request, "faststeer"):
         wrap_output(OutputProcessor)
+    if not hasattr(LLMEngine.__init__, "faststeer"):
+        wrap_engine(LLMEngine)
+    if not hasattr(AsyncLLM.generate, "faststeer"):
+        wrap_async_engine(AsyncLLM)
     refuse_beams()
     server.install()
 
@@ -113,21 +119,57 @@ def _wrap_hashing() -> None:
 
 
 def _wrap_scheduler() -> None:
-    """Where a server has room for fewer plans than requests, requests whose plan finds none wait."""
+    """Where a server has room for fewer plans than requests, requests whose plan finds none wait. Nothing of one
+    request reaches another (see `isolation`)."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    schedule = Scheduler.schedule
-    if hasattr(schedule, "faststeer"):
+    if hasattr(Scheduler.schedule, "faststeer"):
         return
+    made, schedule, update = Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.faststeer_isolation = None
+        if is_on(self.vllm_config):
+            from faststeer.vllm.isolation import Isolation
+
+            self.faststeer_isolation = Isolation(self)
 
     @functools.wraps(schedule)
     def scheduled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_on(self.vllm_config):
+        if self.faststeer_isolation is None:
             return schedule(self, *args, **kwargs)
         from faststeer.vllm.waiting import held_back
 
         with held_back(self):
-            return schedule(self, *args, **kwargs)
+            step = schedule(self, *args, **kwargs)
+        self.faststeer_isolation.announce(step)
+        return step
+
+    @functools.wraps(update)
+    def updated(self: Any, step: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.faststeer_isolation is not None:
+            self.faststeer_isolation.note(output)
+        return update(self, step, output, *args, **kwargs)
 
     scheduled.faststeer = True  # type: ignore[attr-defined]
-    Scheduler.schedule = scheduled
+    Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output = init, scheduled, updated
+    for scheduler in (Scheduler, AsyncScheduler):
+        scheduler._update_request_with_output = _ending(scheduler._update_request_with_output)
+
+
+def _ending(take_tokens: Any) -> Any:
+    """A request that has overflowed takes no more tokens, and ends."""
+    from vllm.v1.request import RequestStatus
+
+    from faststeer.vllm.isolation import Isolation
+
+    @functools.wraps(take_tokens)
+    def taken(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.faststeer_isolation is not None and Isolation.ends(request, RequestStatus.FINISHED_ERROR):
+            return [], True
+        return take_tokens(self, request, *args, **kwargs)
+
+    return taken

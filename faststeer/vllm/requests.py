@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, float32
 
+from faststeer.files import read_json
 from faststeer.intervention import KINDS, Intervention
 from faststeer.ops.tables import Kind
 from faststeer.plan import FORMAT, Entry, Plan
@@ -221,7 +222,7 @@ def _data(payload: Any, limits: Limits) -> Any:
         text = payload if isinstance(payload, str) else json.dumps(payload)
         if len(text) > limits.max_plan_bytes:
             raise ValueError(f"it has {len(text):,} bytes, this server takes at most {limits.max_plan_bytes:,}")
-        return json.loads(text)
+        return read_json(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"the plan is no valid JSON: {error}. Expected {EXPECTED}") from error
 
@@ -303,7 +304,8 @@ class _Directions:
             return (key, *self.registry.vector(value))
         if kind == "vector":
             try:
-                return key, read_vector(base64.b64decode(value, validate=True), "what is inline"), None
+                most = self.limits.n_layers * self.limits.hidden_size
+                return key, read_vector(base64.b64decode(value, validate=True), "what is inline", most), None
             except binascii.Error as error:
                 raise ValueError(f"what is inline is no base64: {error}") from error
         vector, stamp = self.registry.vector_file(value)

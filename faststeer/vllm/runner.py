@@ -112,6 +112,8 @@ class VllmEngine:
         return self._payloads[id(plan)][1]
 
     def _completion(self, index: int, prompt: list[int], output: Any) -> Completion:
+        if output.finish_reason == "error":
+            return Completion(index, "", [], prompt, None, "error", RuntimeError(output.stop_reason))
         ids, stopped = list(output.token_ids), output.finish_reason == "stop"
         if stopped:  # by an end-of-sequence token, which vLLM counts and the Engine does not
             ids = ids[:-1]
@@ -135,4 +137,5 @@ def settings_for(plans: Sequence[Sequence[Entry]], n_layers: int) -> Mapping[str
         "max_interventions": max([1, *map(len, plans)]),
         "max_directions": max([1, *(len(e.basis) for entries in plans for e in entries)]),
         "max_plan_bytes": 2**30,  # these plans are nobody else's
+        "max_dose": None,
     }

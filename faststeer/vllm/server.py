@@ -6,12 +6,13 @@ Imports nothing heavy (see `switch`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from faststeer.vllm.admission import refuse_beams
+from faststeer.vllm.admission import learn_norms, refuse_beams, wrap_responses
 from faststeer.vllm.switch import is_on
 
 if TYPE_CHECKING:
@@ -42,12 +43,26 @@ def _with_routes(build: Any) -> Any:
     def build_app(args: Any, *more: Any, **named: Any) -> Any:
         app = build(args, *more, **named)
         refuse_beams()
+        wrap_responses()
         if is_on(args):
             app.router.routes.extend(routes())
+            app.router.lifespan_context = _with_norms(app.router.lifespan_context)
         return app
 
     build_app.faststeer = True  # type: ignore[attr-defined]
     return build_app
+
+
+def _with_norms(lifespan: Any) -> Any:
+    """Before its first request, a server knows what plans are checked by."""
+
+    @contextlib.asynccontextmanager
+    async def started(app: Any) -> Any:
+        await learn_norms(app.state.engine_client)
+        async with lifespan(app) as state:
+            yield state
+
+    return started
 
 
 def routes() -> list[Any]:

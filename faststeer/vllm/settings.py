@@ -3,13 +3,14 @@ this module imports no vLLM."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from faststeer.files import read_json
 from faststeer.vector import HOOK_POINTS, check_hook_point
 from faststeer.vllm.switch import OFF, ON, SWITCH, configured, environment
 
@@ -41,6 +42,7 @@ class Settings:
         latched_gates: most latched gates of a plan; 0: none.
         max_projection_bytes: of what probes saw that a worker keeps in the host's memory for who asks; the oldest
             request's is forgotten first.
+        max_dose: the largest |c v| / |h| of a plan at one hook point (see `dose`); None: no limit.
 
     Raises:
         ValueError: a value of another kind or out of range.
@@ -62,6 +64,7 @@ class Settings:
     probe_columns: int = 4
     latched_gates: int = 0
     max_projection_bytes: int = 2**28
+    max_dose: float | None = 64.0
 
     def __post_init__(self) -> None:
         for name, low in _WHOLE.items():
@@ -70,6 +73,11 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"faststeer's setting {name} is {value!r}: expected a whole number from {low}")
+        dose = self.max_dose
+        if dose is not None and (isinstance(dose, bool) or not isinstance(dose, int | float) or not 0 < dose < inf):
+            raise ValueError(
+                f"faststeer's setting max_dose is {dose!r}: expected a number above 0, or null for no limit"
+            )
         if not isinstance(self.http_registration, bool):
             raise ValueError(f"faststeer's setting http_registration is {self.http_registration!r}: true or false")
         if self.default_plan is not None and not isinstance(self.default_plan, str):
@@ -99,9 +107,12 @@ class Settings:
         if text.lower() in (*OFF, *ON):
             return cls() if text.lower() in ON else None
         try:
-            return cls.read(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{SWITCH} is {text[:200]!r}: expected 1, 0, or a JSON object of settings") from error
+            data = read_json(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{SWITCH} is {text[:200]!r}: expected 1, 0, or a JSON object of settings ({error})"
+            ) from error
+        return cls.read(data)
 
     @classmethod
     def read(cls, given: Any) -> Settings | None:

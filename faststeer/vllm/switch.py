@@ -10,6 +10,8 @@ from typing import Any
 SWITCH = "FASTSTEER_VLLM"
 CONFIG_KEY = "faststeer"  # in vLLM's additional_config
 PAYLOAD_KEY = "faststeer"  # in a request's extra_args
+NEW_BLOCKS_KEY = "faststeer_new_blocks"  # in a scheduler's output: what was handed out since the last step
+OVERFLOWS_KEY = "faststeer_overflows"  # in a model runner's output: requests with rows that are not finite
 NONE = "none"  # what a request says that wants no plan, also where the server has a default one
 OFF, ON = ("", "0", "false", "off"), ("1", "true", "on")
 

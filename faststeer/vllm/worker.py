@@ -20,16 +20,19 @@ from faststeer.ops import backend_for
 from faststeer.ops.tables import Kind
 from faststeer.plan import Entry, Plan, site_name
 from faststeer.program import Program
+from faststeer.vllm.dose import measure_norms
+from faststeer.vllm.fresh_blocks import FreshBlocks
 from faststeer.vllm.layers import Device, find_layers, patch_layers
+from faststeer.vllm.overflow import StepSums, final_states
 from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.seen import Packed, Projections, merged, pack
 from faststeer.vllm.settings import Settings
-from faststeer.vllm.switch import CONFIG_KEY
+from faststeer.vllm.switch import CONFIG_KEY, NEW_BLOCKS_KEY
 from faststeer.vllm.tables import Room, make_program
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is built into a model: part of the key of vLLM's compiled artefacts
+VERSION = 4  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
 KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
 
@@ -101,6 +104,7 @@ class Steering:
         self.requests: dict[str, Running] = {}
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
+        self.norms: dict[int, float] = {}  # see `dose`
         self.device: Device
         self.probes: Probes
         self._free_slots = list(range(self.n_slots))
@@ -109,6 +113,8 @@ class Steering:
         self._scheduled: set[str] = set()  # requests in this step
         self._stepping: set[str] = set()  # those of them that have a plan
         self._computed: dict[str, int] = {}  # tokens of each before this step's
+        self._rows: tuple[list[str], list[int]] = [], []  # of this step's pass: requests, how many each has
+        self._sums: StepSums | None = None  # of the pass that is not sampled from yet
         self._layout: Layout | None = None  # what the device's table holds, while it still holds
 
     # Building in
@@ -129,9 +135,13 @@ class Steering:
             # What enters a layer is what left the one before, and is seen there.
             here = [s for s in sorted(room.sites) if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
             probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
-        self.device = Device(program, rows, gate_state, probes)
+        nonfinite = torch.zeros(self.max_rows, dtype=torch.int32, device=target)
+        self.device = Device(program, rows, nonfinite, gate_state, probes)
+        self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
         patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
+        if self.settings.max_dose is not None:
+            self.norms = measure_norms(runner.get_model(), self.worker.vllm_config, torch.device(target))
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
         self._wrap(runner)
@@ -141,6 +151,7 @@ class Steering:
         """Of the tables."""
         program = self.device.program
         tensors = [program.bank, program.fields, program.scalars, program.ranges, self.device.rows]
+        tensors.append(self.device.nonfinite)
         tensors += [*self.device.probes.values(), *([] if self.device.gate_state is None else [self.device.gate_state])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -182,7 +193,8 @@ class Steering:
 
     def begin_step(self, step: Any) -> None:
         """Take notice of what the scheduler decided: who is gone, who is new, how far each one is; and put the plans
-        of this step into slots."""
+        of this step into slots. Blocks that change hands are zeroed first."""
+        self.fresh_blocks.zero(getattr(step, NEW_BLOCKS_KEY, []))
         cached, scheduled = step.scheduled_cached_reqs, step.num_scheduled_tokens.keys()
         self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         if not step.finished_req_ids and not step.scheduled_new_reqs and scheduled == self._scheduled:
@@ -197,8 +209,18 @@ class Steering:
         self._load({self.requests[request_id].plan.digest for request_id in self._stepping})
 
     def end_step(self) -> None:
-        """The step's passes are under way: keep what its probes see."""
+        """The step's passes are under way: keep what its probes see, and look at its rows."""
         self.probes.take()
+        hidden = final_states(self.worker.model_runner, self.hidden_size) if self._rows[0] else None
+        nonfinite = None if self._layout is None else self.device.nonfinite
+        self._sums = None
+        if hidden is not None:
+            self._sums = StepSums.of(hidden, nonfinite, self._rows, self._computed, self._stepping)
+
+    def sampled(self, output: Any) -> Any:
+        """A step's output, which carries the requests whose rows are not finite."""
+        sums, self._sums = self._sums, None
+        return output if sums is None else sums.attach(output)
 
     def _add(self, new: Any) -> None:
         before = self.requests.pop(new.req_id, None)  # V2 sends preempted requests again as new ones
@@ -257,12 +279,13 @@ class Steering:
     def map_rows(self, request_ids: list[str], counts: list[int]) -> None:
         """Say what the rows of the coming pass are: each request's tokens, one request after the other. Rows behind
         them, which graphs may run for padding, belong to nobody."""
-        self.probes.rows = []
+        self.probes.rows, self._rows = [], (request_ids, counts)
         layout = self._layout
         if layout is None or layout.request_ids != request_ids or layout.counts != counts:
             if not self._stepping.intersection(request_ids):
                 if self._rows_in_use:
                     self.device.rows[0, : self._rows_in_use].fill_(-1)
+                    self.device.nonfinite.zero_()
                 self._rows_in_use, self._layout = 0, None
                 return
             layout = self._layout = self._lay_out(request_ids, counts)
@@ -273,6 +296,7 @@ class Steering:
         if len(of_rows) < len(layout.offsets):
             of_rows = np.repeat(of_rows, counts)
         self._send(1, layout.offsets + of_rows)
+        self.device.nonfinite.zero_()
 
     def _lay_out(self, request_ids: list[str], counts: list[int]) -> Layout:
         """Write whose the rows are; their positions are still to come."""
@@ -442,7 +466,7 @@ def attach(worker: Any, settings: Settings) -> Steering:
     sizes = steering.n_slots, steering.max_rows, settings.probe_columns, settings.latched_gates
     built = f"{VERSION} {backend_for(config.device_config.device_type)} {settings.hook_points} {sizes}"
     config.additional_config = {**extra, f"{CONFIG_KEY}.built": built}
-    load, execute = worker.load_model, worker.execute_model
+    load, execute, sample = worker.load_model, worker.execute_model, worker.sample_tokens
 
     @functools.wraps(load)
     def load_model(*args: Any, **kwargs: Any) -> Any:
@@ -457,10 +481,15 @@ def attach(worker: Any, settings: Settings) -> Steering:
         steering.end_step()
         return output
 
-    worker.load_model, worker.execute_model = load_model, execute_model
+    @functools.wraps(sample)
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        return steering.sampled(sample(*args, **kwargs))
+
+    worker.load_model, worker.execute_model, worker.sample_tokens = load_model, execute_model, sample_tokens
     # What `collective_rpc` calls by name; the probes are made when the model is loaded.
     worker.faststeer_projections = lambda request_id: steering.probes.give(request_id)
     worker.faststeer_projections_of = lambda answer: steering.probes.of_answer(answer)
+    worker.faststeer_norms = lambda: list(steering.norms.items())
     worker.faststeer = steering
     return steering
 

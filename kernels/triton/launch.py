@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import Tensor
 # are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more,
 # and fewer rows would fit on a multiprocessor.
 ELEMENTS_PER_THREAD = 32
+# Asks for another number, so that a benchmark can compare launch configurations. Read once per shape and process.
+ELEMENTS_VARIABLE = "FASTSTEER_TRITON_ELEMENTS"
+ELEMENTS = (8, 16, 32, 64)
+# The most threads of a block, and registers of a multiprocessor.
+MAX_WARPS, ALL_REGISTERS = 32, 65_536
 # Rows that fill no more of their block than this have half the threads. The rest of the block costs them nothing, as
 # the compiler drops loads that are masked out for every thread: 5,120 columns of 8,192 are five loads of 128 threads,
 # and three rows fit on a multiprocessor (30 KB of x); as three loads of 256 threads, some of them empty, two (20 KB).
@@ -50,18 +56,43 @@ class Launch:
     @classmethod
     @functools.cache
     def of(cls, hidden: int, itemsize: int, aligned: bool, weight_itemsize: int = 0) -> Launch:
-        """`weight_itemsize`: 0 where there is no norm."""
+        """`weight_itemsize`: 0 where there is no norm.
+
+        Raises:
+            ValueError: FASTSTEER_TRITON_ELEMENTS is none of ELEMENTS, or too few for rows of this size.
+        """
         block = 1 << (hidden - 1).bit_length()
-        num_warps = max(1, block // (32 * ELEMENTS_PER_THREAD))
-        halved = num_warps > 1 and hidden <= POORLY_FILLED * block
+        asked = asked_elements()
+        num_warps = max(1, block // (32 * (asked or ELEMENTS_PER_THREAD)))
+        if num_warps > MAX_WARPS:
+            raise ValueError(
+                f"{ELEMENTS_VARIABLE} must be at least {block // (32 * MAX_WARPS)} for rows of {hidden} columns; "
+                f"got {asked}"
+            )
+        halved = asked is None and num_warps > 1 and hidden <= POORLY_FILLED * block
         early = weight_itemsize == 2 and block <= EARLY_WEIGHT_BLOCK and not halved
         registers = MORE_REGISTERS if early or halved else REGISTERS
+        if asked is not None:
+            registers = min(registers, ALL_REGISTERS // (32 * num_warps))
         return cls(
             block,
             num_warps // 2 if halved else num_warps,
             early,
             registers if aligned and itemsize == 2 else None,
         )
+
+
+def asked_elements() -> int | None:
+    """Elements of a row per thread that FASTSTEER_TRITON_ELEMENTS asks for; None where it is not set."""
+    text = os.environ.get(ELEMENTS_VARIABLE, "")
+    if not text:
+        return None
+    if text not in map(str, ELEMENTS):
+        raise ValueError(
+            f"{ELEMENTS_VARIABLE} must be {', '.join(map(str, ELEMENTS[:-1]))} or {ELEMENTS[-1]} (elements of a row "
+            f"per thread), or not set; got {text!r}"
+        )
+    return int(text)
 
 
 def starts(*tensors: Tensor) -> int:

@@ -44,7 +44,10 @@ class CTables(ctypes.Structure):
 
 class CRow(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe")),
+        *(
+            (name, _pointer)
+            for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe", "nonfinite")
+        ),
         *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
@@ -128,10 +131,15 @@ def _run(command: Sequence[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def choose(rows: int, hidden: int, itemsize: int, aligned: bool, sm_count: int) -> Config:
+def choose(rows: int, hidden: int, itemsize: int, aligned: bool, sm_count: int, asked: int = 0) -> Config:
     config = (_int32 * 4)()
-    library().emulate_choose_launch(_int64(rows), _int64(hidden), itemsize, aligned, sm_count, config)
+    library().emulate_choose_launch(_int64(rows), _int64(hidden), itemsize, aligned, sm_count, asked, config)
     return tuple(config)
+
+
+def columns_of(text: str | None) -> int:
+    """What FASTSTEER_CUDA_COLUMNS means: 0 for nothing, -1 for a value that is refused."""
+    return library().emulate_columns_of(None if text is None else text.encode())
 
 
 def _check(status: int) -> None:
@@ -162,10 +170,20 @@ class Emulated:
     """The operators of docs/kernels.md, run by the emulator.
 
     sm_count: what the launch heuristic takes the device to have: 132 makes few rows few, 1 makes them many.
+    asked: columns per thread in place of the heuristic's.
     """
 
-    def __init__(self, tables: Tables, rows: Rows, gate_state: Tensor | None, sm_count: int = 132) -> None:
-        self.tables, self.rows, self.gate_state, self.sm_count = tables, rows, gate_state, sm_count
+    def __init__(
+        self,
+        tables: Tables,
+        rows: Rows,
+        gate_state: Tensor | None,
+        sm_count: int = 132,
+        asked: int = 0,
+        nonfinite: Tensor | None = None,
+    ) -> None:
+        self.tables, self.rows, self.gate_state = tables, rows, gate_state
+        self.sm_count, self.asked, self.nonfinite = sm_count, asked, nonfinite
 
     def _row(
         self,
@@ -187,6 +205,7 @@ class Emulated:
             ("hidden", hidden),
             ("normed", normed),
             ("cleared", cleared),
+            ("nonfinite", self.nonfinite),
         ):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape
@@ -200,7 +219,7 @@ class Emulated:
         wide = [x, hidden, self.tables.bank, self.tables.fields, self.tables.scalars]
         wide += [t for t in (residual, normed) if t is not None]
         wide += [weight] if weight is not None and weight.dtype == x.dtype else []
-        config = choose(x.shape[0], x.shape[1], x.element_size(), on_16_bytes(*wide), self.sm_count)
+        config = choose(*x.shape, x.element_size(), on_16_bytes(*wide), self.sm_count, self.asked)
         _check(library().emulate_row(op, DTYPES[x.dtype], (_int32 * 4)(*config), ctypes.byref(a)))
 
     def _outputs(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:

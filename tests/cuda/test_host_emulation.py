@@ -21,6 +21,7 @@ from faststeer.ops.tables import Field, Kind, Rows, Scalar, Tables
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import backend_cases
+import nonfinite_cases
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no g++ that knows _Float16 (12 or later)")
 
@@ -43,6 +44,33 @@ def test_every_launch_configuration_covers_its_row():
                     assert per_block == 1 or threads == 32
                     assert elements in (1, 16 // itemsize) and hidden % elements == 0
                     assert elements * vectors in ((8, 32) if elements == 1 else (8, 16, 32))
+
+
+@pytest.mark.parametrize("asked", [8, 16, 32])
+def test_columns_that_are_asked_for(asked):
+    """They take the place of the rule's; a row is covered, or would need more threads than a block has."""
+    assert emulation.columns_of(str(asked)) == asked
+    for rows, itemsize, hidden in ((1, 2, 4096), (16384, 2, 4096), (1, 4, 64), (16384, 4, 111), (16384, 2, 16384)):
+        for aligned in (True, False):
+            threads, per_block, elements, vectors = emulation.choose(rows, hidden, itemsize, aligned, 132, asked)
+            columns = elements * vectors
+            assert columns == (32 if asked == 16 and elements == 1 else asked)
+            assert threads * columns >= hidden > (threads - 32) * columns
+            assert per_block == 1 or threads == 32
+            assert threads <= 512 or hidden > 512 * asked
+
+
+@pytest.mark.parametrize("asked", [8, 16, 32])
+@pytest.mark.parametrize(("hidden", "dtype"), [(2048, "bf16"), (896, "fp32")])
+def test_columns_that_are_asked_for_agree_with_the_reference(hidden, dtype, asked):
+    case = Case(hidden, DTYPES[dtype], rows=5, seed=asked)
+    check_all(case, Emulated(case.tables, case.rows, case.gate_state, MANY, asked))
+
+
+def test_no_other_columns_are_taken():
+    assert emulation.columns_of(None) == emulation.columns_of("") == 0
+    for text in ("0", "4", "12", "64", "-8", "8 ", "8x", "eight", "99999999999", " "):
+        assert emulation.columns_of(text) == -1, text
 
 
 # What the heuristic chooses is covered by these; `full` takes every combination.
@@ -86,29 +114,46 @@ class Backend:
     def __init__(self, sm_count: int) -> None:
         self.sm_count = sm_count
 
-    def _op(self, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Emulated:
-        return Emulated(tables, rows, gate_state, self.sm_count)
+    def _op(self, tables: Tables, rows: Rows, gate_state: Tensor | None, nonfinite: Tensor | None) -> Emulated:
+        return Emulated(tables, rows, gate_state, self.sm_count, nonfinite=nonfinite)
 
-    def steer(self, x, tables, rows, gate_state, probe=None, *, backend):
-        hidden, seen = self._op(tables, rows, gate_state).steer(x, 0 if probe is None else probe.shape[1])
+    def steer(self, x, tables, rows, gate_state, probe=None, nonfinite=None, *, backend):
+        hidden, seen = self._op(tables, rows, gate_state, nonfinite).steer(x, 0 if probe is None else probe.shape[1])
         if probe is not None:
             probe.copy_(seen)
         return hidden
 
-    def steer_(self, x, tables, rows, gate_state, probe=None, *, backend):
-        self._op(tables, rows, gate_state).steer_(x, probe)
+    def steer_(self, x, tables, rows, gate_state, probe=None, nonfinite=None, *, backend):
+        self._op(tables, rows, gate_state, nonfinite).steer_(x, probe)
 
-    def add_steer(self, x, residual, tables, rows, gate_state, probe=None, *, backend):
-        hidden, seen = self._op(tables, rows, gate_state).add_steer(x, residual, 0 if probe is None else probe.shape[1])
+    def add_steer(self, x, residual, tables, rows, gate_state, probe=None, nonfinite=None, *, backend):
+        hidden, seen = self._op(tables, rows, gate_state, nonfinite).add_steer(
+            x, residual, 0 if probe is None else probe.shape[1]
+        )
         if probe is not None:
             probe.copy_(seen)
         return hidden
 
-    def steer_pair_(self, x, residual, tables, rows, gate_state, probe=None, *, backend):
-        self._op(tables, rows, gate_state).steer_pair_(x, residual, probe)
+    def steer_pair_(self, x, residual, tables, rows, gate_state, probe=None, nonfinite=None, *, backend):
+        self._op(tables, rows, gate_state, nonfinite).steer_pair_(x, residual, probe)
 
-    def add_steer_rmsnorm(self, x, residual, weight, eps, offset, fp32_weight, tables, rows, gate_state, *, backend):
-        op, norm = self._op(tables, rows, gate_state), (eps, offset, fp32_weight)
+    def add_steer_rmsnorm(
+        self,
+        x,
+        residual,
+        weight,
+        eps,
+        offset,
+        fp32_weight,
+        tables,
+        rows,
+        gate_state,
+        probe=None,
+        nonfinite=None,
+        *,
+        backend,
+    ):
+        op, norm = self._op(tables, rows, gate_state, nonfinite), (eps, offset, fp32_weight)
         return op.add_steer_rmsnorm(x, residual, weight, norm, 0)[:2]
 
 
@@ -119,12 +164,27 @@ MIXES = [["Add", "Ablate"], ["Ablate3", "Clamp", "Probe"], list(backend_cases.KI
 @pytest.mark.parametrize(("hidden", "sm_count"), [(64, MANY), (111, FEW), (896, MANY), (2048, FEW)])
 def test_plans_as_for_every_back_end(monkeypatch, hidden, sm_count, dtype):
     """The cases and the bound that hold the other back ends to the reference (tests/ops/test_backends.py)."""
-    backend = Backend(sm_count)
-    for name in ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm"):
-        monkeypatch.setattr(ops, name, getattr(backend, name))
+    emulate(monkeypatch, sm_count)
     for kinds, rows in ((MIXES, 7), *(([[kind]], 3) for kind in backend_cases.KINDS)):
         case = backend_cases.steered(kinds, rows, hidden, DTYPES[dtype], "cpu", seed=rows)
         backend_cases.check_ops(case, "cuda")
+
+
+def emulate(monkeypatch, sm_count):
+    """Make faststeer.ops run in the emulator."""
+    backend = Backend(sm_count)
+    for name in ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm"):
+        monkeypatch.setattr(ops, name, getattr(backend, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "sm_count"), [(64, MANY), (111, FEW), (500, MANY), (896, MANY), (2048, FEW)])
+def test_rows_that_are_not_finite_are_noted(monkeypatch, hidden, sm_count, dtype):
+    emulate(monkeypatch, sm_count)
+    case = nonfinite_cases.overflowing(29, hidden, DTYPES[dtype], "cpu", seed=hidden)
+    assert nonfinite_cases.check_nonfinite(case, "cuda") >= 3
+    nonfinite_cases.check_neighbours(case, "cuda")
+    nonfinite_cases.check_limits(hidden, DTYPES[dtype], "cpu", "cuda")
 
 
 def test_no_order_of_the_warps_changes_a_bit():

@@ -444,7 +444,7 @@ def test_equal_plans_share_a_slot_and_others_wait():
     assert found == [generated(models.model("llama"), *each) for each in zip(prompts(), plans, LIMITS, strict=True)]
     assert set(loads) == {0, 1}
     loads.clear()
-    list(made.generate(prompts(), plans=[plan("llama") for _ in prompts()], max_new_tokens=2))
+    list(made.generate(prompts(), plans=[plan("llama", 9) for _ in prompts()], max_new_tokens=2))
     assert len(loads) == 1
 
 

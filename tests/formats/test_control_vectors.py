@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from strategies import randn
 
 import faststeer as fs
-from faststeer.formats import VectorFileError, control_vectors, from_bytes
+from faststeer.formats import FormatError, control_vectors, from_bytes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -186,20 +186,20 @@ class TestRefused:
         ],
     )
     def test_with_the_reason(self, make, message):
-        with pytest.raises(VectorFileError, match=message):
+        with pytest.raises(FormatError, match=message):
             from_bytes(make(self.direction), "v.gguf")
 
     def test_unknown_metadata_is_asked_about(self):
         data = written({"direction.2": self.direction}, controlvector__method="mean")
         assert from_bytes(data, said=fs.formats.Said(op="add")).op == "add"
-        with pytest.raises(VectorFileError, match="op='add', the call op='ablate'"):
+        with pytest.raises(FormatError, match="op='add', the call op='ablate'"):
             from_bytes(data, said=fs.formats.Said(op="ablate"))
 
     def test_every_truncation(self):
         whole = control_vectors.to_bytes(vector())
         # The last tensor's padding to the alignment is no part of it.
         for length in range(4, len(whole) - gguf.GGUF_DEFAULT_ALIGNMENT, 7):
-            with pytest.raises(VectorFileError):
+            with pytest.raises(FormatError):
                 from_bytes(whole[:length])
 
     def test_layers_of_zeros_are_none(self):

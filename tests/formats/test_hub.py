@@ -114,7 +114,7 @@ def test_other_formats_are_pulled_with_what_they_leave_unsaid(server, tmp_path):
     torch.save(randn(0, 8), tmp_path / "d.pt")
     server.repositories["user/other"] = {"folder/d.pt": (tmp_path / "d.pt").read_bytes()}
     at = {"endpoint": server.address, "token": "hf_none", "cache_dir": tmp_path / "cache"}
-    with pytest.raises(fs.VectorFileError, match="say layer= and at="):
+    with pytest.raises(fs.FormatError, match="say layer= and at="):
         pull("user/other", "folder/d.pt", **at)
     assert pull("user/other", "folder/d.pt", layer=2, at="resid_pre", **at).layers == (2,)
 
@@ -130,7 +130,7 @@ def test_addresses():
     assert hub.parse("hub:user/name") == {"repo": "user/name"}
     assert hub.parse("hub:user/name@v1/a/b.gguf") == {"repo": "user/name", "revision": "v1", "filename": "a/b.gguf"}
     for address in ("hub:", "hub:name", "hub:/name", "hub:user/", "hub:user/@v1"):
-        with pytest.raises(fs.VectorFileError, match="expected hub:user/name"):
+        with pytest.raises(fs.FormatError, match="expected hub:user/name"):
             hub.parse(address)
 
 

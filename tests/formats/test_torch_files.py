@@ -15,7 +15,7 @@ import torch
 from strategies import randn
 
 import faststeer as fs
-from faststeer.formats import Said, VectorFileError, from_bytes
+from faststeer.formats import FormatError, Said, from_bytes
 
 
 def saved(content: object, **how: object) -> bytes:
@@ -50,14 +50,14 @@ class TestSteeringVectors:
 
     def test_modules_inside_a_layer_are_asked_about(self):
         content = {"layer_activations": {2: randn(2, 8)}, "layer_type": "self_attn"}
-        with pytest.raises(VectorFileError, match=r"attn_out in a model without norms.*Gemma 2: say at="):
+        with pytest.raises(FormatError, match=r"attn_out in a model without norms.*Gemma 2: say at="):
             read(content)
         assert read(content, at="attn_out").at == "attn_out"
-        with pytest.raises(VectorFileError, match="'input_layernorm', whose output is no part of the residual stream"):
+        with pytest.raises(FormatError, match="'input_layernorm', whose output is no part of the residual stream"):
             read({"layer_activations": {2: randn(2, 8)}, "layer_type": "input_layernorm"}, at="resid_pre")
 
     def test_what_it_says_is_not_contradicted(self):
-        with pytest.raises(VectorFileError, match="says at='resid_post', the call at='resid_pre'"):
+        with pytest.raises(FormatError, match="says at='resid_post', the call at='resid_pre'"):
             read({"layer_activations": {2: randn(2, 8)}}, at="resid_pre")
 
 
@@ -68,12 +68,12 @@ class TestOneDirection:
         v = fs.SteeringVector.load(path)
         assert (v.layers, v.at, v.method, v.model) == ((13,), "resid_post", "caa", "Llama-2-7b-chat-hf")
         assert torch.equal(v[13], randn(0, 8).half().float())
-        with pytest.raises(VectorFileError, match="says layer=13, the call layer=12"):
+        with pytest.raises(FormatError, match="says layer=13, the call layer=12"):
             fs.SteeringVector.load(path, layer=12)
 
     def test_refusal_direction_by_what_lies_beside_it(self, tmp_path):
         torch.save(randn(0, 8).double(), tmp_path / "direction.pt")
-        with pytest.raises(VectorFileError, match="say layer= and at="):
+        with pytest.raises(FormatError, match="say layer= and at="):
             fs.SteeringVector.load(tmp_path / "direction.pt")
         (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -2, "layer": 10}))
         v = fs.SteeringVector.load(tmp_path / "direction.pt")
@@ -85,7 +85,7 @@ class TestOneDirection:
     def test_another_file_beside_it_says_nothing(self, content, tmp_path):
         torch.save(randn(0, 8), tmp_path / "direction.pt")
         (tmp_path / "direction_metadata.json").write_text(content)
-        with pytest.raises(VectorFileError, match="say layer= and at="):
+        with pytest.raises(FormatError, match="say layer= and at="):
             fs.SteeringVector.load(tmp_path / "direction.pt")
 
     def test_as_the_caller_says(self):
@@ -94,7 +94,7 @@ class TestOneDirection:
         v = read(randn(0, 8), layer=3, at="mlp_out", op="ablate", model="m")
         assert (v.layers, v.at, v.op, v.model) == ((3,), "mlp_out", "ablate", "m")
         for said in ({}, {"layer": 3}, {"at": "resid_pre"}, {"format": "caa"}):
-            with pytest.raises(VectorFileError, match="say layer= and at="):
+            with pytest.raises(FormatError, match="say layer= and at="):
                 read(randn(0, 8), **said)
 
 
@@ -103,20 +103,20 @@ class TestSeveral:
         diffs = torch.stack([torch.stack([randn(10 * p + n, 8) for n in range(4)]) for p in range(3)]).double()
         diffs[2, 0] = 0  # where both prompts end in the same token
         for said in ({}, {"format": "refusal_direction"}, {"position": -1}):
-            with pytest.raises(VectorFileError, match=r"say (format|position)="):
+            with pytest.raises(FormatError, match=r"say (format|position)="):
                 read(diffs, **said)
         v = read(diffs, format="refusal_direction", position=-1)
         assert (v.layers, v.at, v.provenance["zero_layers"]) == ((1, 2, 3), "resid_pre", [0])
         assert torch.equal(v[3], diffs[2, 3])
         assert torch.equal(read(diffs, format="refusal_direction", position=-3, layer=2)[2], diffs[0, 2])
-        with pytest.raises(VectorFileError, match=r"position=-4 is not among them \(-3..-1\)"):
+        with pytest.raises(FormatError, match=r"position=-4 is not among them \(-3..-1\)"):
             read(diffs, format="refusal_direction", position=-4)
 
     @pytest.mark.parametrize(
         "content", [{0: randn(0, 8), 2: randn(2, 8)}, {"0": randn(0, 8), "2": randn(2, 8)}], ids=["int", "str"]
     )
     def test_directions_by_layer(self, content):
-        with pytest.raises(VectorFileError, match="does not say at which hook point: say at="):
+        with pytest.raises(FormatError, match="does not say at which hook point: say at="):
             read(content)
         v = read(content, at="resid_mid")
         assert (v.layers, v.at) == ((0, 2), "resid_mid") and torch.equal(v[2], randn(2, 8))
@@ -133,9 +133,9 @@ class TestHostile:
                 return pytest.fail, ("a pickle was executed",)
 
         for data in (saved(Bomb()), saved({0: Bomb()}), saved(Bomb(), _use_new_zipfile_serialization=False)):
-            with pytest.raises(VectorFileError, match="a pickle of code, which is never run"):
+            with pytest.raises(FormatError, match="a pickle of code, which is never run"):
                 from_bytes(data)
-        with pytest.raises(VectorFileError):
+        with pytest.raises(FormatError):
             from_bytes(pickle.dumps(Bomb()))
 
     @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ class TestHostile:
         ],
     )
     def test_refused_with_the_reason(self, content, message):
-        with pytest.raises(VectorFileError, match=message):
+        with pytest.raises(FormatError, match=message):
             from_bytes(saved(content), said=Said(at="resid_post"))
 
     def test_a_zip_bomb_is_not_unpacked(self):
@@ -184,12 +184,12 @@ class TestHostile:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in source.namelist():
                 archive.writestr(name, source.read(name))
-        with pytest.raises(VectorFileError, match=r"compressed, which torch.save never does"):
+        with pytest.raises(FormatError, match=r"compressed, which torch.save never does"):
             from_bytes(target.getvalue())
 
     def test_the_format_before_zip(self):
         data = saved({"layer_activations": {1: randn(1, 8)}}, _use_new_zipfile_serialization=False)
         assert torch.equal(from_bytes(data)[1], randn(1, 8))
         for length in range(0, len(data), 5):
-            with pytest.raises(VectorFileError):
+            with pytest.raises(FormatError):
                 from_bytes(data[:length])

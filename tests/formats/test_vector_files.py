@@ -7,7 +7,7 @@ import torch
 from strategies import randn
 
 import faststeer as fs
-from faststeer.formats import VectorFileError
+from faststeer.formats import FormatError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_arguments_repeat_or_complete_and_never_contradict(vector, tmp_path):
         ({"position": -1}, "no choice of position"),
         ({"format": "gguf"}, "no file of gguf: by its content it is faststeer"),
     ):
-        with pytest.raises(VectorFileError, match=message):
+        with pytest.raises(FormatError, match=message):
             fs.SteeringVector.load(path, **said)
     bare = fs.SteeringVector({0: randn(0, 4)}).save(tmp_path / "bare")
     assert fs.SteeringVector.load(bare, op="ablate", model="m").op == "ablate"
@@ -72,7 +72,7 @@ def test_a_file_too_large_is_not_read(tmp_path):
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.truncate(2**30 + 1)  # sparse
-    with pytest.raises(VectorFileError, match="is it a model"):
+    with pytest.raises(FormatError, match="is it a model"):
         fs.SteeringVector.load(path)
 
 

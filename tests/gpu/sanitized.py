@@ -3,10 +3,14 @@ outside what was allocated, and races in shared memory. Results are compared on 
 else to watch.
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitized.py
+    python tests/gpu/sanitized.py --backend triton --few
+
+A back end that does not work here fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -83,21 +87,31 @@ def run_hostile(backend: ops.Backend, seed: int) -> None:
     ops.latch_(case.x, case.tables, case.rows, case.gate_state, backend=backend)
 
 
-def main() -> None:
-    for backend in BACKENDS[:2]:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=BACKENDS[:2], nargs="+", default=BACKENDS[:2])
+    parser.add_argument("--few", action="store_true", help="what Triton compiles in seconds: bf16, on a GPU one shape")
+    options = parser.parse_args()
+    shapes = ((4096, 3),) if options.few and CUDA else SHAPES
+    dtypes = (torch.bfloat16,) if options.few else (torch.bfloat16, torch.float32)
+    failures = 0
+    for backend in options.backend:
         if not (state := ops.states()[backend]).works:
-            print(f"{backend} does not work here: {state.reason}")
+            print(f"{backend} does not work here: {state.reason}", flush=True)
+            failures += 1
             continue
-        for hidden, rows in SHAPES:
-            for dtype in (torch.bfloat16, torch.float32):
+        for hidden, rows in shapes:
+            for dtype in dtypes:
                 run(backend, hidden, rows, dtype)
-        for seed in range(6 if CUDA else 1):
+                print(f"{backend}: {rows} rows of {hidden}, {dtype}", flush=True)
+        for seed in range(6 if CUDA and not options.few else 1):
             run_hostile(backend, seed)
         if CUDA:
             torch.cuda.synchronize()
         print(f"{backend}: the small case ran", flush=True)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        sys.exit(main())

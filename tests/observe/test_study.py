@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -222,17 +223,20 @@ def test_interrupted_it_goes_on_to_the_same_result(whole, tmp_path, monkeypatch)
 def test_killed_it_goes_on_to_the_same_result(whole, tmp_path):
     there = without(whole, tmp_path, lambda _, name: name.startswith(("answers-ntp", "faithfulness")))
     program = [sys.executable, "-c", "from faststeer.cli import app; app()", *COMMAND, "--out", str(tmp_path)]
+    seed = random.SystemRandom().randrange(2**32)
+    new = random.Random(seed).randint(1, max(1, (len(parts(whole[0])) - len(there)) // 2))
+    print(f"seed {seed}: killed after {new} parts")
     running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and len(parts(tmp_path)) < len(there) + 2:
+    while running.poll() is None and len(parts(tmp_path)) < len(there) + new:
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     before = parts(tmp_path)
-    assert len(there) + 2 <= len(before) < len(parts(whole[0])) and not (tmp_path / "observe.json").exists()
+    assert len(there) + new <= len(before) < len(parts(whole[0])) and not (tmp_path / "observe.json").exists()
     done = CliRunner().invoke(app, [*COMMAND, "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert before.items() <= parts(tmp_path).items()
-    assert same_as(whole, tmp_path)
+    assert same_as(whole, tmp_path) and not [path for path in tmp_path.rglob(".*.part")]
     assert json.loads(done.stdout.strip().splitlines()[-1]) == whole[1]
     page = (tmp_path / "observe.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and "default-src 'none'" in page

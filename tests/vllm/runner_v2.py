@@ -32,6 +32,19 @@ def probing(prompts: list[list[int]]) -> tuple[list[int], fs.Plan]:
     return prompts[6], fs.Plan([fs.Add(direction(9), layers=1), fs.Probe(watched, layers=[0, 2, 5])])
 
 
+def overflowing(engine: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """What unsteered requests answer before and after others that overflow, and with what those end."""
+    found: dict[str, Any] = {"answers": [], "ends": []}
+    for round_ in range(4):
+        answers = by_engine(engine, [(prompt[round_ % 2 :], None) for prompt in prompts[:4]], 6, logprobs=2)
+        steps = [[sorted((t, seen.logprob) for t, seen in s.items()) for s in a.outputs[0].logprobs] for a in answers]
+        found["answers"].append(steps)
+        for at in ("resid_pre", "resid_post"):
+            plan = fs.Plan([fs.Add(direction(1), 1e38, layers=2, at=at, positions=("all", "[3:]")[round_ % 2])])
+            found["ends"] += [a.outputs[0].stop_reason for a in by_engine(engine, [(prompts[4], plan)] * 2, 8)]
+    return found
+
+
 def interpret() -> None:
     """To be called before vLLM is imported."""
     import triton.backends
@@ -60,7 +73,7 @@ def main() -> None:
 
     Scheduler._preempt_request = counted
     prompts, found = token_ids(fs.demo.load()[1]), {}
-    for settings, more in ((SPECIAL, {}), ({"max_plans": 3}, {"num_gpu_blocks_override": 14})):
+    for settings, more in ((SPECIAL | {"max_dose": None}, {}), ({"max_plans": 3}, {"num_gpu_blocks_override": 14})):
         engine = LLM(
             str(fs.demo.FOLDER), dtype="float32", max_model_len=256, block_size=32, max_num_batched_tokens=64,
             max_num_seqs=32, enforce_eager=True, additional_config={"faststeer": settings}, **more,
@@ -76,6 +89,7 @@ def main() -> None:
                 found[name] = tokens(answers)
                 found[f"{name} tokens"] = sum(answer.num_cached_tokens for answer in answers)
             (answer,) = by_engine(engine, [probing(prompts)])
+            found["overflowing"] = overflowing(engine, prompts)
             found |= {"probed": tokens([answer])[0], "seen": projections(engine, answer.request_id)}
         engine.llm_engine.engine_core.shutdown()
         del engine, runner

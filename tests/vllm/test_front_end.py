@@ -58,3 +58,15 @@ def test_on(start: Any, tmp_path: Any) -> None:
         with pytest.raises(ValueError, match=r"registered|hidden size|expected|no plan"):
             answer(llm, {"faststeer": bad})
         assert answer(llm, "none") == unsteered
+    # The norms that the worker measured are those of the model on random tokens.
+    about, model = front_end(llm).about(), fs.demo.load()[0]
+    ids = torch.randint(model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[:-1]  # the last ones are normed
+    assert sorted(about["norms"]) == list(range(7)) and about["max_dose"] == 64
+    for number, h in enumerate(states):
+        assert about["norms"][number] == pytest.approx(float(h[0].norm(dim=-1).median()), rel=1e-4)
+    for coefficient in (64.0, -1e38):
+        with pytest.raises(ValueError, match=r"dose at resid_pre of layer 4 is .* at most 64: use a smaller"):
+            answer(llm, fs.Plan([fs.Add(STRONG, coefficient)]))
+        assert answer(llm, "none") == unsteered

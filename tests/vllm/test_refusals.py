@@ -111,9 +111,10 @@ def test_a_server_refuses_a_plan_too_many_until_others_have_ended(tmp_path: Path
     with serving.running(command, port, tmp_path) as address:
         with ask(first, 400, n=8, stream=True) as answers:  # under way, as its first line shows, and for a while
             assert answers.readline().startswith(b"data: ")
-            with pytest.raises(urllib.error.HTTPError, match="400") as refused:
-                ask(second, 4)
-            assert "max_plans" in refused.value.read().decode()
+            for streamed in (False, True):
+                with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                    ask(second, 4, stream=streamed)
+                assert "max_plans" in refused.value.read().decode()
             assert ask(first, 4).status == ask(None, 4).status == 200
             answers.read()
         assert ask(second, 4).status == 200

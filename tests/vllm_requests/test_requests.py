@@ -15,7 +15,9 @@ from safetensors.torch import save
 from strategies import plans, randn
 
 import faststeer as fs
+from faststeer.algebra import SparseVector
 from faststeer.ops.tables import Kind
+from faststeer.vector import LAYER_CONVENTION
 from faststeer.vllm import plan as client_plan
 from faststeer.vllm.registry import Registry
 from faststeer.vllm.requests import PAYLOAD_KEY, Limits, parse, received
@@ -347,3 +349,29 @@ class TestClient:
         assert client_plan(fs.Add(V)) == client_plan(fs.Plan([fs.Add(V)]))
         with pytest.raises(TypeError, match="expected a Plan, an intervention, a plan's name or None, got int"):
             client_plan(3)
+
+
+class TestNumbers:
+    """What a small request may make a server allocate."""
+
+    @pytest.mark.parametrize("layer", [10_000, 10**8, 10**11])
+    def test_layers(self, layer, registry):
+        tensors = {f"layers.{n}": randn(n, HIDDEN) for n in (0, 1, 2)} | {f"layers.{layer}": randn(3, HIDDEN)}
+        words = {"format": "faststeer.vector/1", "at": "resid_post", "layer_convention": LAYER_CONVENTION}
+        vector = base64.b64encode(save(tensors, words)).decode()
+        with pytest.raises(ValueError, match=rf"layer {layer}: expected a number below 10,000"):
+            parse(text_of({"type": "Add", "direction": {"vector": vector}, "layers": [1]}), registry, LIMITS)
+
+    def test_sparse_vectors(self, registry):
+        """Each of a few bytes that stand for 128 MiB."""
+        sparse = SparseVector({0: torch.tensor([1], dtype=torch.int32)}, {0: torch.ones(1)}, 2**24)
+        vector = base64.b64encode(sparse.to_bytes()).decode()
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="stands for 16,777,216 values, more than the 24"):
+            parse(text_of({"type": "Add", "direction": {"vector": vector}}), registry, LIMITS)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+
+    def test_a_field_twice(self, registry):
+        with pytest.raises(ValueError, match="'coefficient' is given twice"):
+            parse('{"add": "v", "coefficient": 1, "coefficient": 100}', registry, LIMITS)

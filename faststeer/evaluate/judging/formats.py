@@ -6,7 +6,6 @@ one exact prompt (HarmBench's classifier, say) should be given that prompt: `rea
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from faststeer.evaluate.judging.interface import Verdict
+from faststeer.files import FormatError, read_json, reading
 
 PLACE = re.compile(r"\{(\w+)\}")
 
@@ -217,12 +217,13 @@ def read_format(name: str, template: str | os.PathLike[str] | None = None) -> Ju
     path = Path(template)
     if not path.is_file():
         raise FileNotFoundError(f"no judge template at {path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    texts = json.loads(text) if path.suffix == ".json" else [text]
+    with reading(f"{path} is no judge's template", "expected UTF-8 text, or a JSON list of texts"):
+        text = path.read_text(encoding="utf-8")
+        texts = read_json(text) if path.suffix == ".json" else [text]
     if not isinstance(texts, list) or len(texts) != len(chosen.questions):
-        raise ValueError(f"{path}: {name!r} asks {len(chosen.questions)} questions: give a JSON list of as many texts")
+        raise FormatError(f"{path}: {name!r} asks {len(chosen.questions)} questions: give a JSON list of as many texts")
     for ask in texts:
         if not isinstance(ask, str) or "{completion}" not in ask:
-            raise ValueError(f"{path}: a judge's template needs {{completion}}, and {{prompt}} where it belongs")
+            raise FormatError(f"{path}: a judge's template needs {{completion}}, and {{prompt}} where it belongs")
     questions = tuple(replace(q, text=ask) for q, ask in zip(chosen.questions, texts, strict=True))
     return replace(chosen, questions=questions)

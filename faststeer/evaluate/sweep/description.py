@@ -21,6 +21,7 @@ from faststeer.algebra import random_like
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
+from faststeer.files import UNREADABLE, read_json
 from faststeer.hf.batching import Prompt, prompt_fault
 from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
@@ -29,6 +30,12 @@ from faststeer.vector import SteeringVector
 
 Kind = Literal["add", "ablate", "clamp"]
 UNSTEERED = "unsteered"
+# What a file may ask for; each is far more than a machine gets through.
+MAX_STEPS = 10_000  # coefficients of one range
+MAX_SETTINGS = 50_000  # a plan is built for each before the sweep begins, which takes seconds
+MAX_PROMPTS = 10_000_000
+MAX_TOKENS = 10_000_000  # of an answer; no model reads more
+MAX_SEED = 2**53  # generators take 64 bits, and numbers are added to it
 RANDOM_STRIDE = 1_000_003  # between the seeds of a plan's random directions
 JUDGES: tuple[Any, ...] = ("refusal", "perplexity", "repetition", "length")
 
@@ -143,6 +150,7 @@ class Sweep:
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
         """Every setting, the unsteered model first."""
+        self._check_number()
         found = [Setting("unsteered", UNSTEERED, (), None, None, None)]
         for name, vector in self.vectors.items():
             pairs: list[tuple[int | None, SteeringVector]] = [(None, vector)]
@@ -160,6 +168,17 @@ class Sweep:
             for n in range(self.controls):
                 found.append(Setting("control", name, (), None, n, random_plan(plan, self.seed + n)))
         return tuple(found)
+
+    def _check_number(self) -> None:
+        """Refuse more settings than can be built, before one is."""
+        groups = sum(len(v.layers) if self.layers is None else len(self.layers) for v in self.vectors.values())
+        number = 1 + (1 + self.controls) * (groups * len(self.coefficients) + len(self.plans))
+        if number > MAX_SETTINGS:
+            raise FieldError(
+                "coefficients",
+                f"with {groups} layer(s) of {len(self.vectors)} vector(s) and {self.controls} control(s) they make "
+                f"{number:,} settings, more than {MAX_SETTINGS:,}: name fewer layers, coefficients or controls",
+            )
 
     def _layers_of(self, name: str, vector: SteeringVector) -> list[tuple[int, ...]]:
         if self.layers is None:
@@ -305,10 +324,10 @@ def _coefficients(given: Any) -> tuple[float, ...]:
 def _number(given: Any) -> float:
     try:
         value = math.nan if isinstance(given, bool) else float(given)  # YAML 1.1 reads 1e-3 as a text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{given!r} is no finite number")
+        raise ValueError(f"{str(given)[:40]!r} is no finite number")
     return value
 
 
@@ -327,11 +346,23 @@ def _at_least(low: float, whole: bool, high: float = math.inf) -> Any:
 
 def _one_of(*names: str) -> Any:
     def check(given: Any) -> Any:
-        if given not in names:
+        if not isinstance(given, str) or given not in names:
             raise ValueError(f"{given!r}: expected one of {', '.join(names)}")
         return given
 
     return check
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str) or not given.strip():
+        raise ValueError(f"{str(given)[:60]!r}: expected a text that is not blank")
+    return given
+
+
+def _text_or_none(given: Any) -> str | None:
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"{str(given)[:60]!r}: expected a text")
+    return given
 
 
 def _texts(given: Any) -> tuple[str, ...]:
@@ -359,12 +390,16 @@ _CHECKS: dict[str, Any] = {
     "judges": _judges,
     "text": _texts,
     "questions": tuple,
-    "projections": _at_least(0, True),
-    "max_new_tokens": _at_least(1, True),
+    "projections": _at_least(0, True, MAX_PROMPTS),
+    "model": _text,
+    "dtype": _text,
+    "device": _text,
+    "system": _text_or_none,
+    "max_new_tokens": _at_least(1, True, MAX_TOKENS),
     "temperature": _at_least(0, False),
-    "top_k": _at_least(0, True),
+    "top_k": _at_least(0, True, MAX_TOKENS),
     "top_p": _at_least(1e-9, False, 1),
-    "seed": _at_least(0, True),
+    "seed": _at_least(0, True, MAX_SEED),
     "engine": _one_of("faststeer", "vllm"),
 }
 
@@ -389,7 +424,7 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML or JSON, an unknown field, a wrong value; with file and line.
+        FormatError: no YAML or JSON, an unknown field, a wrong value; with file and line.
     """
     path = Path(path)
     data, lines = read_lines(path)
@@ -418,7 +453,11 @@ class _Reader:
         if not isinstance(value, str):
             raise self.lines.error(where, f"{value!r}: expected the name of a file")
         path = self.folder / value
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise self.lines.error(where, f"{value[:200]!r} is no file's name: {error.strerror}") from error
+        if not there:
             raise self.lines.error(where, f"there is no file {path}")
         return path
 
@@ -426,7 +465,7 @@ class _Reader:
         path = self._path(value, where)
         try:
             return load(path)
-        except ValueError as error:
+        except (OSError, *UNREADABLE) as error:
             raise self.lines.error(where, str(error)) from error
 
     def _named(self, load: Any, name: str, value: Any) -> dict[str, Any]:
@@ -459,7 +498,8 @@ class _Reader:
         where = ("coefficients",)
         self.lines.only(value, where, ("from", "to", "steps"))
         try:
-            low, high, steps = _number(value["from"]), _number(value["to"]), _at_least(2, True)(value["steps"])
+            low, high = _number(value["from"]), _number(value["to"])
+            steps = _at_least(2, True, MAX_STEPS)(value["steps"])
         except KeyError as error:
             raise self.lines.error(where, "coefficients: expected from, to and steps") from error
         except ValueError as error:
@@ -533,7 +573,7 @@ def _file_prompts(path: Path, field: str | None, start: int) -> list[SweepPrompt
     listed = load_prompts(path, field=field)
     ids, tags = [str(start + i) for i in range(len(listed))], [""] * len(listed)
     if path.suffix == ".jsonl":
-        objects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        objects = [read_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         first: dict[str, int] = {}
         for i, item in enumerate(objects):
             if isinstance(item, dict):

@@ -24,6 +24,7 @@ from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
 HALF_MAX = float(np.finfo(np.float16).max)
+MAX_SCALE = 2.0**112  # makes the largest half the largest fp32
 
 
 class Watched(NamedTuple):
@@ -113,4 +114,6 @@ def packed(values: Any) -> tuple[float, bytes]:
 
 def unpacked(scale: float, data: bytes, tokens: int) -> np.ndarray:
     """What `packed` packed, `[layers + 1, tokens]` fp32."""
+    if not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"projections are scaled by {scale}: expected 1 to {MAX_SCALE:g}")
     return np.frombuffer(data, "<f2").astype(np.float32).reshape(-1, tokens) * np.float32(scale)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from faststeer.evaluate.sweep.projections import packed, unpacked
+from faststeer.files import FormatError, read_json, reading, writing
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
@@ -69,7 +71,14 @@ CREATE TABLE units (
 """
 
 
-class StoreError(ValueError):
+# The type of each column; a name has the same type in every table.
+_TYPES = {
+    name: {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}[kind]
+    for name, kind in re.findall(r"(\w+) (TEXT|INTEGER|REAL|BLOB)\b", SCHEMA)
+}
+
+
+class StoreError(FormatError):
     """The store cannot be used as it is; the message says why and what to do. What was in it is unchanged."""
 
 
@@ -97,9 +106,13 @@ class Store:
         self.path = Path(path)
         if not create and not self.path.is_file():
             raise FileNotFoundError(f"no store at {self.path}: no such file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self.worker = uuid.uuid4().hex
-        self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+        except sqlite3.Error as error:
+            raise _readable(error, self.path) from error
         self._db.row_factory = sqlite3.Row
         try:
             self._open()
@@ -129,6 +142,8 @@ class Store:
                 f"{self.path} was written by another version of faststeer (store format {version}, this one has "
                 f"{FORMAT}): use that version, or name another file; nothing in it was changed"
             )
+        if tables:
+            self._check_schema()
         self._write_ahead()
         self._db.execute("PRAGMA synchronous = NORMAL")
         if not tables:
@@ -138,6 +153,19 @@ class Store:
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {APPLICATION}")
                     self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _check_schema(self) -> None:
+        """Refuse a file with other tables, views or triggers than are made here: what a view or a trigger does decides
+        the file, not this program."""
+        made = self._db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        there = {str(row["name"]): " ".join(str(row["sql"]).split()) for row in made}
+        expected = [" ".join(statement.split()) for statement in SCHEMA.split(";") if statement.strip()]
+        if there != {statement.split()[2]: statement for statement in expected}:
+            differing = {name for name, sql in there.items() if sql not in expected} or "one is missing"
+            raise StoreError(
+                f"{self.path} does not have a store's tables ({str(differing)[:200]}): restore it from a copy, or name "
+                "another file"
+            )
 
     def _write_ahead(self) -> None:
         """For this change of mode, SQLite does not wait for another process by itself."""
@@ -177,9 +205,28 @@ class Store:
 
     def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
         try:
-            return self._db.execute(query, values).fetchall()
+            rows = self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise _readable(error, self.path) from error
+        for row in rows:  # SQLite holds values of any type in any column
+            for name in row.keys():  # noqa: SIM118 (iterating over a row gives its values)
+                if row[name] is not None and type(row[name]) is not _TYPES.get(name, type(row[name])):
+                    raise StoreError(
+                        f"{self.path} is damaged (a {name} is {str(row[name])[:40]!r}): restore it from a copy, or "
+                        "name another file"
+                    )
+        return rows
+
+    def _damaged(self, what: str) -> AbstractContextManager[None]:
+        """Inside, data that makes no sense is a StoreError that names `what`."""
+        return reading(f"{self.path}: {what} is damaged", "restore it from a copy, or name another file", StoreError)
+
+    def _json(self, text: Any, kind: type | tuple[type, ...], what: str) -> Any:
+        """What a column's JSON says, which is of that kind."""
+        with self._damaged(f"a row's {what}"):
+            if not isinstance(data := read_json(text), kind):
+                raise ValueError(f"it holds a {type(data).__name__}")
+            return data
 
     # Runs
 
@@ -191,8 +238,8 @@ class Store:
             {
                 "run": row["run"],
                 "created": row["created"],
-                "description": json.loads(row["description"]),
-                "versions": json.loads(row["versions"]),
+                "description": self._json(row["description"], dict, "description"),
+                "versions": self._json(row["versions"], dict, "versions"),
                 "answers": self._count("answers", row["run"]),
                 "expected": self._count("settings", row["run"]) * self._count("prompts", row["run"]),
                 "done": self.finished(row["run"]),
@@ -386,7 +433,8 @@ class Store:
             chunk,
             prompts,
         )
-        return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in found]
+        with self._damaged("an answer's token ids"):
+            return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in found]
 
     def add_projections(self, run: str, rows: Iterable[tuple[int, int, int, Sequence[str], Mapping[int, Any]]]) -> None:
         """Write (setting, prompt, how many tokens are the prompt's, the tokens as text, `{direction: [layers + 1,
@@ -408,7 +456,7 @@ class Store:
         """Every setting: `setting` (its number), `name`, `kind`, `vector`, `layers`, `coefficient`, `control`."""
         columns = "setting, name, kind, vector, layers, coefficient, control"
         found = self._all(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
-        return [dict(row) | {"layers": tuple(json.loads(row["layers"]))} for row in found]
+        return [dict(row) | {"layers": tuple(self._json(row["layers"], list, "layers"))} for row in found]
 
     def plan(self, run: str, setting: int) -> Plan | None:
         """The plan of a setting, with the vectors that the store holds; None for the unsteered one."""
@@ -418,13 +466,14 @@ class Store:
         if row[0]["plan"] is None:
             return None
         vectors = self._all("SELECT name, data FROM vectors WHERE run = ? AND control IS ?", run, row[0]["control"])
-        names = {v["name"]: SteeringVector.from_bytes(v["data"], f"the vector {v['name']!r}") for v in vectors}
-        return Plan.from_json(row[0]["plan"], names)
+        with self._damaged(f"the plan of setting {setting}"):
+            names = {v["name"]: SteeringVector.from_bytes(v["data"], f"the vector {v['name']!r}") for v in vectors}
+            return Plan.from_json(row[0]["plan"], names)
 
     def prompts(self, run: str) -> list[dict[str, Any]]:
         """Every prompt: `prompt` (its number), `id`, `tag`, `content` (a text or a chat)."""
         found = self._all("SELECT prompt, id, tag, content FROM prompts WHERE run = ? ORDER BY prompt", run)
-        return [dict(row) | {"content": json.loads(row["content"])} for row in found]
+        return [dict(row) | {"content": self._json(row["content"], (str, list), "content")} for row in found]
 
     def answers(self, run: str, setting: int | None = None) -> list[dict[str, Any]]:
         """Every answer, or a setting's: `setting`, `prompt`, `text`, `tokens`, `finish`, `error`."""
@@ -443,7 +492,10 @@ class Store:
         """A judge's verdicts: `setting`, `prompt`, `label`, `score` (None: a parse failure), `parts`, `raw`."""
         columns = "setting, prompt, label, score, parts, raw"
         query = f"SELECT {columns} FROM verdicts WHERE run = ? AND judge = ? ORDER BY setting, prompt"
-        return [dict(row) | {"parts": json.loads(row["parts"] or "{}")} for row in self._all(query, run, judge)]
+        return [
+            dict(row) | {"parts": self._json(row["parts"] or "{}", dict, "parts")}
+            for row in self._all(query, run, judge)
+        ]
 
     def effects(self, run: str) -> list[dict[str, Any]]:
         """Side effects per setting and text or question: `effect`, `setting`, `item`, `kl`, `cross_entropy`, `tokens`,
@@ -475,8 +527,9 @@ class Store:
             *given.values(),
         )
         for row in found:
-            texts = json.loads(row["texts"])
-            values = unpacked(row["scale"], row["data"], len(texts))
+            texts = self._json(row["texts"], list, "texts")
+            with self._damaged("the projections of an answer"):
+                values = unpacked(row["scale"], row["data"], len(texts))
             plain = {name: row[name] for name in ("setting", "prompt", "direction", "of_prompt")}
             yield plain | {"texts": texts, "values": values}
 
@@ -493,6 +546,8 @@ def _setting_row(setting: Any) -> tuple[Any, ...]:
 
 
 def _alive(row: sqlite3.Row, now: float, host: str) -> bool:
+    if row["seen"] is None or row["pid"] is None or not 0 < row["pid"] < 2**31:
+        return False  # nobody who works on it wrote that
     if now - row["seen"] > LEASE:
         return False
     if row["host"] != host:
@@ -510,13 +565,16 @@ def _readable(error: sqlite3.Error, path: Path) -> Exception:
     text = str(error)
     if "full" in text or "disk I/O" in text:
         return OSError(
-            f"the disk of {path} is full or cannot be written ({text}): what was finished is kept; make room and run "
-            "the same command again, it goes on where it stopped"
+            f"the disk of {path} is full, or the size of files limited ({text}): what was finished is kept; make room "
+            "or raise the limit (ulimit -f), and run the same command again, it goes on where it stopped"
         )
     if "readonly" in text or "unable to open" in text:
-        return OSError(f"{path} cannot be written ({text}): check its permissions")
+        return OSError(
+            f"{path} cannot be opened for writing ({text}): check the permissions of the file and its folder, and the "
+            "limit of open files (ulimit -n)"
+        )
     if "locked" in text:
         return OSError(f"{path} is held by another process for more than {BUSY:g} s ({text})")
-    if isinstance(error, sqlite3.DatabaseError) and ("malformed" in text or "not a database" in text):
-        return StoreError(f"{path} is damaged ({text}): restore it from a copy, or name another file")
-    return error
+    if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
+        return error  # a mistake of this program, or a store that is closed
+    return StoreError(f"{path} is damaged ({text}): restore it from a copy, or name another file")

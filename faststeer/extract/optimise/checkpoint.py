@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from faststeer.files import write_atomically
+from faststeer import tensor_files
+from faststeer.files import FormatError, read_json, reading, write_atomically
 
 FORMAT = "faststeer.training/1"
+MAX_STEPS = 10**9  # a year of thirty steps a second: a larger number is damaged
 TENSORS = ("values", "best", "first_moment", "second_moment")
 
 
@@ -65,49 +65,53 @@ def save(path: Path, states: list[State], step: int, description: Mapping[str, A
         "progress": json.dumps(progress),
         "description": json.dumps(dict(description), sort_keys=True),
     }
-    write_atomically(path, to_safetensors(tensors, header))
+    write_atomically(path, tensor_files.to_bytes(tensors, header))
 
 
 def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[State], int]:
     """Read what `save` wrote: the states of the training's `n_vectors` vectors and the number of steps taken.
 
     Raises:
-        ValueError: the file is truncated or something else, or belongs to another training than `description`'s, with
+        FileNotFoundError: there is no such file.
+        FormatError: the file is damaged or something else, or belongs to another training than `description`'s, with
             what differs.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
-            progress = json.loads(header["progress"])
-            found = json.loads(header["description"])
-            step = int(header["step"])
-            states = [
-                State(
-                    **{name: file.get_tensor(f"{name}.{number}") for name in TENSORS},
-                    losses=[float(loss) for loss in entry["losses"]],
-                    held_out={int(at): float(loss) for at, loss in entry["held_out"]},
-                    best_step=int(entry["best_step"]),
-                    done=bool(entry["done"]),
-                )
-                for number, entry in enumerate(progress)
-            ]
-        if len(states) != n_vectors or not isinstance(found, dict):
-            raise ValueError(f"it holds {len(states)} vectors, expected {n_vectors}")
+    with reading(f"{path} is no checkpoint of a training", "remove it, or give another checkpoint="):
+        file = tensor_files.TensorFile(path)
+        header = file.words
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
+        progress, found = read_json(header["progress"]), read_json(header["description"])
+        if not isinstance(progress, list) or len(progress) != n_vectors or not isinstance(found, dict):
+            raise ValueError(f"it does not hold the states of {n_vectors} vectors and a description")
+        step = _count(header["step"])
+        states = [_state(file, number, entry) for number, entry in enumerate(progress)]
         shapes = {(tuple(getattr(s, name).shape), getattr(s, name).dtype) for s in states for name in TENSORS}
         if len(shapes) != 1 or next(iter(shapes))[1] != torch.float32:
             raise ValueError("its tensors are not alike")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of a training ({error}): remove it, or give another checkpoint="
-        ) from error
     wanted = json.loads(json.dumps(dict(description)))
     differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
     if differing:
         said = ", ".join(f"{name} (there {found.get(name)!r}, here {wanted.get(name)!r})" for name in differing)
-        raise ValueError(
+        raise FormatError(
             f"{path} is a checkpoint of another training: it differs in {said}. Train with the same, or give another "
             "checkpoint="
         )
     return states, step
+
+
+def _state(file: tensor_files.TensorFile, number: int, entry: Mapping[str, Any]) -> State:
+    return State(
+        **{name: file.tensor(f"{name}.{number}") for name in TENSORS},
+        losses=[float(loss) for loss in entry["losses"]],
+        held_out={_count(at): float(loss) for at, loss in entry["held_out"]},
+        best_step=_count(entry["best_step"]),
+        done=entry["done"] is True,
+    )
+
+
+def _count(steps: Any) -> int:
+    """A number of steps, which training counts up to."""
+    if not 0 <= (number := int(steps)) <= MAX_STEPS:
+        raise ValueError(f"it counts {number} steps: expected 0 to {MAX_STEPS:,}")
+    return number

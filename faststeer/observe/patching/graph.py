@@ -35,7 +35,7 @@ class Graph:
         parallel: attention and MLP of a layer read the same stream.
 
     Raises:
-        ValueError: no layer behind the steering, or heads that are no multiple of the key-value heads.
+        ValueError: no whole numbers, no layer behind the steering, heads that are no multiple of the key-value heads.
     """
 
     start: int
@@ -45,6 +45,9 @@ class Graph:
     parallel: bool = False
 
     def __post_init__(self) -> None:
+        numbers = (self.start, self.n_layers, self.heads, self.kv_heads)
+        if any(type(number) is not int for number in numbers) or type(self.parallel) is not bool:
+            raise ValueError(f"a graph of {numbers} and parallel={self.parallel!r}: expected whole numbers and a bool")
         if not 0 <= self.start < self.n_layers:
             raise ValueError(f"steering before layer {self.start} of {self.n_layers}: expected 0..{self.n_layers - 1}")
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.batching import check_evaluating, forward_arguments
+from faststeer.hf.changes import Changes, Context, changing
 from faststeer.hf.hook_points import HookPoints, find_hook_points, first_output, first_tensor, quiet, run_four_tokens
 from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
@@ -90,7 +90,7 @@ class _Tap:
     replace_mlp_in: Callable[[], Tensor] | None = None
 
 
-class Network:
+class Network(Context["Network"]):
     """A model from one layer on, as a `Graph`. Enter it (`with network:`) before running anything: that sets hooks,
     which are gone behind the block.
 
@@ -120,18 +120,14 @@ class Network:
         self.dtype = next(model.parameters()).dtype
         self._taps = [_Tap() for _ in self.layers]
         self._callers: list[Callable[[Tensor], Any]] = []
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Network:
-        with ExitStack() as stack:
-            for number in range(self.graph.depth):
-                for handle in self._hooks(number):
-                    stack.callback(handle.remove)
-            self._stack = stack.pop_all()
+    def _enter(self, changes: Changes) -> Network:
+        changes.on_undo(self._forget)
+        for number in range(self.graph.depth):
+            self._hook(changes, number)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def _forget(self) -> None:
         self._callers = []
         self._taps = [_Tap() for _ in self.layers]
 
@@ -149,11 +145,11 @@ class Network:
             streams.append(first_tensor(args, kwargs))
             self._callers.append(_caller(layer, args, kwargs))
 
-        with ExitStack() as stack:
+        with changing() as changes:
             for layer in self.layers:
-                stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-            last = self.layers[-1].register_forward_hook(lambda m, args, output: ends.append(first_output(output)))
-            stack.callback(last.remove)
+                changes.hook(layer.register_forward_pre_hook, note, with_kwargs=True)
+            last = self.layers[-1].register_forward_hook
+            changes.hook(last, lambda module, args, output: ends.append(first_output(output)))
             self._reset()
             self.model(**forward_arguments(self.model, batch))
         return [self._taken(i, stream) for i, stream in enumerate(streams)], ends[0]
@@ -283,7 +279,7 @@ class Network:
                 out[:, first + head] = norm_gradient(self.parts[i].attention_norm, layer, stream, back)
             first += heads
 
-    def _hooks(self, i: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _hook(self, changes: Changes, i: int) -> None:
         part, layer = self.parts[i], self.layers[i]
         for path in dict.fromkeys(each.path for each in self.rows[i]):
 
@@ -295,7 +291,7 @@ class Network:
                     tap.projected[path] = output
                 return output
 
-            yield layer.get_submodule(path).register_forward_hook(projection)
+            changes.hook(layer.get_submodule(path).register_forward_hook, projection)
 
         def before_output(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._taps[i].mixed = first_tensor(args, kwargs)
@@ -331,13 +327,13 @@ class Network:
             )
 
         output = layer.get_submodule(part.output)
-        yield output.register_forward_pre_hook(before_output, with_kwargs=True)
-        yield output.register_forward_hook(after_output)
-        yield layer.get_submodule(self.points.attn_out).register_forward_hook(attention_out)
-        yield layer.get_submodule(self.points.mlp_out).register_forward_hook(mlp_out)
+        changes.hook(output.register_forward_pre_hook, before_output, with_kwargs=True)
+        changes.hook(output.register_forward_hook, after_output)
+        changes.hook(layer.get_submodule(self.points.attn_out).register_forward_hook, attention_out)
+        changes.hook(layer.get_submodule(self.points.mlp_out).register_forward_hook, mlp_out)
         if part.mlp_norm is not None:
-            yield layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook(middle, with_kwargs=True)
-        yield layer.get_submodule(part.mlp).register_forward_pre_hook(mlp_in, with_kwargs=True)
+            changes.hook(layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook, middle, with_kwargs=True)
+        changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, mlp_in, with_kwargs=True)
 
 
 def _caller(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Any]:
@@ -393,7 +389,7 @@ def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> 
         calls[call.layer] = call.query, call.key
         return call.attend()
 
-    with quiet(model), ExitStack() as stack:
+    with quiet(model), changing() as changes:
         for number, part in enumerate(parts):
             attention = points.layer(model, number).get_submodule(part.attention)
             prefix = f"{part.attention}." if part.attention else ""
@@ -401,11 +397,10 @@ def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> 
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.ndim == 2:
                     keep = _leaf_keeper(outputs[number], prefix + name)
-                    stack.callback(module.register_forward_hook(keep).remove)
-        stack.enter_context(exchange_attention(model, note, points))
-        stack.enter_context(torch.enable_grad())
-        run_four_tokens(model)
-        return [_rows_of(model, number, part, *calls[number], outputs[number]) for number, part in enumerate(parts)]
+                    changes.hook(module.register_forward_hook, keep)
+        with exchange_attention(model, note, points), torch.enable_grad():
+            run_four_tokens(model)
+            return [_rows_of(model, number, part, *calls[number], outputs[number]) for number, part in enumerate(parts)]
 
 
 def _leaf_keeper(outputs: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., Tensor]:

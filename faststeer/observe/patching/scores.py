@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from faststeer.files import write_atomically
+from faststeer import tensor_files
+from faststeer.files import read_json, reading, write_atomically
 from faststeer.hf.hook_points import find_hook_points
 from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
@@ -96,28 +95,32 @@ class Scores:
         rest = {name: getattr(self, name) for name in ("steered", "base", "n_positions", "metric", "steps")}
         tensors = {name: getattr(self, name).contiguous() for name in ("edges", "nodes", "dimensions")}
         metadata = {"format": FORMAT, "graph": json.dumps(asdict(self.graph)), "rest": json.dumps(rest)}
-        write_atomically(path, to_safetensors(tensors, metadata))
+        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: another kind of file, or a damaged one. OSError: none.
+            FormatError: another kind of file, or a damaged one. FileNotFoundError: none.
         """
-        try:
-            with safe_open(Path(path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
-                graph, rest = Graph(**json.loads(metadata["graph"])), json.loads(metadata["rest"])
-                tensors = {name: file.get_tensor(name) for name in ("edges", "nodes", "dimensions")}
+        with reading(f"{path} does not hold patching scores", "save them with Scores.save"):
+            file = tensor_files.TensorFile(Path(path))
+            if file.words.get("format") != FORMAT:
+                raise ValueError(f"format {file.words.get('format')!r}, expected {FORMAT!r}")
+            graph, rest = Graph(**read_json(file.words["graph"])), read_json(file.words["rest"])
+            tensors = {name: file.tensor(name) for name in ("edges", "nodes", "dimensions")}
             shapes = [list(tensors["edges"].shape), list(tensors["nodes"].shape)]
-            if shapes != [[graph.n_senders, graph.n_receivers], [graph.n_senders]]:
+            if shapes != [[graph.n_senders, graph.n_receivers], [graph.n_senders]] or tensors["dimensions"].ndim != 1:
                 raise ValueError(f"edges and nodes {shapes} do not fit the graph")
-            return cls(graph, **tensors, **rest)
-        except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} does not hold patching scores ({error}): save them with Scores.save") from error
+            if any(tensor.dtype != torch.float64 for tensor in tensors.values()):
+                raise ValueError("its tensors are not fp64")
+            check_metric(rest["metric"])
+            for name, kind in (("steered", float), ("base", float), ("n_positions", int), ("steps", int)):
+                if type(rest[name]) is not kind or (kind is int and rest[name] < 1):
+                    raise ValueError(f"its {name} is {str(rest[name])[:40]!r}: expected a number")
+            fields: dict[str, Any] = {**tensors, **rest}
+            return cls(graph, **fields)
 
 
 def patch(

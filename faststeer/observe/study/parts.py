@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from faststeer.files import write_atomically
+from faststeer.files import read_json, write_atomically
 from faststeer.observe.patching import Scores
 from faststeer.vector import SteeringVector
 
@@ -54,7 +54,7 @@ class Parts:
         def write() -> None:
             write_atomically(path, json.dumps(make()))
 
-        return self._part(name, path, lambda: json.loads(path.read_text(encoding="utf-8")), write)
+        return self._part(name, path, lambda: read_json(path.read_text(encoding="utf-8")), write)
 
     def vector(self, name: str, depends: Any, make: Callable[[], SteeringVector]) -> SteeringVector:
         """The same for a vector."""

@@ -1,0 +1,178 @@
+"""Changes to a model, undone whatever interrupts them: an error, Ctrl-C, a signal handler that raises.
+
+Three rules hold at every bytecode. The undo of a change is registered before the change is made. Undos are idempotent,
+and undoing what was not done does nothing. And leaving is one call into C, which closes a generator that has stood
+inside its `try` since before the first change: a `__exit__` written in Python can be interrupted before its first line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import inspect
+import io
+import weakref
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+_ABSENT = object()
+_half_undone: set[Changes] = set()
+_unfinished: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+class Changes:
+    """What a context has changed.
+
+    Attributes:
+        live: False from the first undo on.
+    """
+
+    def __init__(self) -> None:
+        self.live = True
+        self._undos: list[Callable[[], object]] = []
+
+    def on_undo(self, undo: Callable[..., object], *args: Any) -> None:
+        """Call `undo(*args)` when the context is left, the last registered first. It must be idempotent: it is called
+        anew if it was interrupted."""
+        self._undos.append(functools.partial(undo, *args))
+
+    def replace(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute in an object's `__dict__`."""
+        self.on_undo(_put_back, vars(owner), name, value, vars(owner).get(name, _ABSENT))
+        vars(owner)[name] = value
+
+    def hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
+        """Register a forward hook: `register` is a module's `register_forward_hook` or `register_forward_pre_hook`."""
+        self.on_undo(_unhook, register.__self__, hook)  # type: ignore[attr-defined]
+        register(hook, **options)
+
+    def undo(self) -> None:
+        """Undo everything. If this is interrupted, the next call or the next context that is entered does the rest."""
+        self.live = False
+        if self._undos:
+            _half_undone.add(self)
+        for undo in reversed(self._undos.copy()):
+            undo()
+        self._undos.clear()
+        _half_undone.discard(self)
+
+
+class _Exit(io.IOBase):
+    """A file's `__exit__` is written in C, ignores its arguments and calls `close()`: here a generator's, in C too."""
+
+    generator: Generator[Any, None, None] | None = None
+
+    def __init__(self) -> None:
+        self.close = lambda: None  # type: ignore[method-assign]
+
+    def __deepcopy__(self, memo: object) -> _Exit:
+        return _Exit()  # a copy is not entered
+
+
+class _ExitOfContext:
+    """`Context.__exit__`, as a `with` statement and (from the class) an ExitStack look it up."""
+
+    def __get__(self, context: Context[Any] | None, owner: type) -> Callable[..., None]:
+        return _leave if context is None else context._exit.__exit__
+
+
+def _leave(context: Context[Any], *exception: object) -> None:
+    context._exit.__exit__(*exception)  # type: ignore[arg-type]
+
+
+class Context(Generic[T]):
+    """Context manager over `enter(changes)`: what that changes is undone when the block is left, however that happens.
+
+    It can be entered again once it was left.
+    """
+
+    def __init__(self, enter: Callable[[Changes], T]) -> None:
+        self._make = enter
+
+    def _enter(self, changes: Changes) -> T:
+        return self._make(changes)
+
+    @functools.cached_property
+    def _exit(self) -> _Exit:
+        return _Exit()
+
+    @property
+    def entered(self) -> bool:
+        """Whether the block is running."""
+        generator = self._exit.generator
+        return generator is not None and inspect.getgeneratorstate(generator) != inspect.GEN_CLOSED
+
+    def __enter__(self) -> T:
+        if self.entered:
+            raise RuntimeError("this context is active already: make another one to nest it")
+        finish_undoing()
+        generator = self._run()
+        try:
+            self._exit.generator, self._exit.close = generator, generator.close  # type: ignore[method-assign]
+            return next(close_at_exit(generator))
+        except BaseException:  # also an interrupt behind `next`
+            generator.close()
+            raise
+
+    __exit__ = _ExitOfContext()
+
+    def _run(self) -> Generator[T, None, None]:
+        changes = Changes()
+        try:
+            try:
+                yield self._enter(changes)
+            finally:
+                changes.undo()
+        finally:  # nothing is left to do, unless that was interrupted
+            changes.undo()
+
+
+def finish_undoing() -> None:
+    """Do the rest of what was interrupted more than once while it was undone."""
+    for changes in list(_half_undone):
+        changes.undo()
+
+
+def changing() -> Context[Changes]:
+    """`with changing() as changes`: a block whose changes are undone behind it."""
+    return Context(lambda changes: changes)
+
+
+def close_at_exit(generator: Generator[T, Any, Any]) -> Generator[T, Any, Any]:
+    """Close a generator when the interpreter exits, if it is suspended then. Later, while modules are taken apart, what
+    its `finally` calls is gone."""
+    _unfinished.add(generator)
+    return generator
+
+
+@atexit.register
+def _close_unfinished() -> None:
+    for generator in list(_unfinished):
+        with contextlib.suppress(ValueError):  # it is running, in a thread that does not end
+            generator.close()
+
+
+def _put_back(namespace: dict[str, Any], name: str, value: object, before: object) -> None:
+    """Undo `replace`, unless somebody else has replaced the value since."""
+    if namespace.get(name) is value:
+        if before is _ABSENT:
+            namespace.pop(name, None)
+        else:
+            namespace[name] = before
+
+
+def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    # Not by the handle, which the caller does not have yet when an interrupt comes right behind the registration.
+    for hooks, *options in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+    ):
+        for key in [key for key, other in hooks.items() if other is hook]:
+            for option in options:
+                option.pop(key, None)
+            hooks.pop(key, None)
