@@ -157,12 +157,14 @@ class Plan:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: as `from_json`.
+            FormatError: no text; as `from_json`.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}: no such file")
-        return cls.from_json(path.read_text(encoding="utf-8"), folder=path.parent)
+        with reading(f"{path} is no text in UTF-8", "expected a plan as Plan.save writes it"):
+            text = path.read_text(encoding="utf-8")
+        return cls.from_json(text, folder=path.parent)
 
     @classmethod
     def from_json(
