@@ -19,9 +19,7 @@ from faststeer.cli.common import Json, app, reports_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figures, pictures and vectors.")] = Path("out/demo"),
     questions: Annotated[int, typer.Option(min=2, help="Held-out questions per coefficient, at most 64.")] = 64,
-    prompts: Annotated[
-        int, typer.Option(min=1, help="The toy's held-out prompts per measurement, at most 128.")
-    ] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="The toy's held-out prompts per measurement, at most 128.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random controls.")] = 0,
     toy: Annotated[bool, typer.Option("--toy", help="Leave the real model out.")] = False,
     as_json: Json = False,
@@ -61,7 +59,7 @@ def demo(
 
 def _print_tone(console: Console, result: dict[str, Any]) -> None:
     table = Table("coefficient", "VADER score", "95 % interval", "change", "95 % interval", "random", "perplexity", "n")
-    table.title = f"Tone of SmolLM2-135M-Instruct, cheerful minus gloomy at layer {result['tone_layer']}, held-out questions"
+    table.title = f"Tone of SmolLM2-135M-Instruct, layer {result['tone_layer']}, held-out questions"
     for entry in result["tone"]:
         steered = bool(entry["coefficient"])
         table.add_row(

@@ -99,19 +99,20 @@ def measure(
         _entry(c, steered[c], random[c], steered[0.0], value)
         for c, value in zip(COEFFICIENTS, perplexities, strict=True)
     ]
+    before = mean_interval(unsteered.scores).mean
     result = {
         "tone": entries,
         "tone_model": vectors.model,
         "tone_layer": layer,
         "tone_layers": points,
-        "tone_unsteered_choosing": mean_interval(unsteered.scores).mean,
+        "tone_unsteered_choosing": before,
         "tone_rank_correlation": float(stats.spearmanr(COEFFICIENTS, [e["score"] for e in entries]).statistic),
         "tone_relative_norm": relative_norm(model, tokenizer, vector, held_out),
         "tone_examples": _examples(steered),
     }
     vector.save(out / "tone.safetensors")
     write_atomically(out / "tone_dose_response.png", plots.tone_dose_response(entries, layer))
-    write_atomically(out / "tone_layers.png", plots.tone_layers(points, layer, result["tone_unsteered_choosing"]))
+    write_atomically(out / "tone_layers.png", plots.tone_layers(points, layer, before))
     return result
 
 

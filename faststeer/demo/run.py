@@ -38,8 +38,8 @@ def run(
         prompts: held-out prompts of the toy per measurement, at most.
         questions: held-out questions of the real model per coefficient, at most.
         seed: of the random control vectors.
-        toy_alone: leave the real model out, as is done where it is not installed; the result's `tone` is empty then, and
-            `tone_missing` says why.
+        toy_alone: leave the real model out, as is done where it is not installed; the result's `tone` is empty then,
+            and `tone_missing` says why.
         console: where the progress bar goes (stderr by default).
 
     Raises:

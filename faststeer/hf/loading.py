@@ -127,8 +127,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
                 _write_entry(path, dtype, entry)
     except (OSError, SafetensorError, NotImplementedError) as error:
         warnings.warn(
-            f"the dequantised model cannot be kept in {entry.parent} ({error}): {path.name} is dequantised at every load; "
-            "set FASTSTEER_CACHE to a folder that can be written",
+            f"the dequantised model cannot be kept in {entry.parent} ({error}): {path.name} is dequantised at every "
+            "load; set FASTSTEER_CACHE to a folder that can be written",
             stacklevel=3,
         )
         model, tokenizer = _dequantise(path, dtype)

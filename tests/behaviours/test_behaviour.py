@@ -201,7 +201,12 @@ def test_sentiment(text, verdict):
 
 @pytest.mark.parametrize(
     ("text", "verdict"),
-    [("What a lovely day, I am happy!", 1), ("I hate this awful place.", -1), ("It isn\u2019t good.", -1), ("A table.", 0)],
+    [
+        ("What a lovely day, I am happy!", 1),
+        ("I hate this awful place.", -1),
+        ("It isn\u2019t good.", -1),
+        ("A table.", 0),
+    ],
 )
 def test_vader(text, verdict):
     assert judge("vader")(text) == verdict

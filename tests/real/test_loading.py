@@ -69,12 +69,16 @@ def test_special_tokens_and_template_are_the_files(smollm2, reader):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("text", ["a  12 34", "Hello ▁ world , it 's", "ünïcödé 你好 🗼\n\n\tx", "<|im_start|>user\nhi<|im_end|>"])
+@pytest.mark.parametrize(
+    "text", ["a  12 34", "Hello ▁ world , it 's", "ünïcödé 你好 🗼\n\n\tx", "<|im_start|>user\nhi<|im_end|>"]
+)
 def test_texts_come_back_and_digits_stand_alone(smollm2, text):
     _, tokenizer = smollm2
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert all(len(token.strip("Ġ")) == 1 for token in tokenizer.convert_ids_to_tokens(ids) if any(map(str.isdigit, token)))
+    assert all(
+        len(token.strip("Ġ")) == 1 for token in tokenizer.convert_ids_to_tokens(ids) if any(map(str.isdigit, token))
+    )
 
 
 def test_an_answer_ends(smollm2):

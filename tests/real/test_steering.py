@@ -24,11 +24,11 @@ def plans(tone) -> list[fs.Plan | None]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_every_layer_is_the_hand_written_hook(smollm2, tone, dtype):
     """Row n is steered at layer n, row 0 nowhere: bit for bit what hooks that add give."""
-    model, tokenizer = fs.load("smollm2", dtype)
+    model, tokenizer = copy.deepcopy(smollm2[0]).to(dtype), smollm2[1]
     layers = [layer for layer in range(30) if layer in tone]
     batch = fs.hf.tokenize(tokenizer, [PROMPTS[1]] * (len(layers) + 1))
     vectors = {layer: tone[layer].to(dtype) for layer in layers}
@@ -37,7 +37,9 @@ def test_every_layer_is_the_hand_written_hook(smollm2, tone, dtype):
         added = torch.zeros(len(layers) + 1, 1, 576, dtype=dtype)
         added[row] = vectors[layer]
         handles.append(
-            model.model.layers[layer].register_forward_pre_hook(lambda m, args, added=added: (args[0] + added, *args[1:]))
+            model.model.layers[layer].register_forward_pre_hook(
+                lambda m, args, added=added: (args[0] + added, *args[1:])
+            )
         )
     expected = model(**batch).logits
     for handle in handles:
@@ -89,7 +91,9 @@ def test_padding_does_not_move_positions_and_the_engine_is_generate(smollm2, ton
         expected.append(tokens)
     batch = fs.hf.tokenize(tokenizer, PROMPTS)
     with fs.steer(model, plans(tone)):
-        generated = model.generate(**batch, max_new_tokens=n, do_sample=False)[:, batch["input_ids"].shape[1] :].tolist()
+        generated = model.generate(**batch, max_new_tokens=n, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ].tolist()
     assert [row[: len(tokens)] for row, tokens in zip(generated, expected, strict=True)] == expected
     engine = fs.Engine(model, tokenizer, max_batch=4, max_length=128)
     completions = list(engine.generate(PROMPTS, plans(tone), max_new_tokens=n))
@@ -107,7 +111,9 @@ def test_extraction_is_the_difference_of_means(smollm2, exact, tone):
         sides = []
         for prompts in (split.positive[:8], split.negative[:8]):
             rows = [
-                torch.stack(each(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states)[:, 0, -1]
+                torch.stack(each(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states)[
+                    :, 0, -1
+                ]
                 for ids in encode(tokenizer, prompts)
             ]
             sides.append(torch.stack(rows).double().mean(0))
