@@ -26,9 +26,9 @@ from faststeer.intervention import Add
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
-COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the layers to choose from, in shares of the model's depth
-CHOOSING = 12  # questions, of the validation split
+CHOOSING = 8  # questions, of the validation split
 MAX_NEW_TOKENS = 32
 MAX_BATCH = 64
 COHERENT = 0.9  # share of answers without loops that a layer must leave at both signs, to be chosen
