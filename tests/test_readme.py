@@ -1,4 +1,4 @@
-"""The README's example runs, and its numbers are those of the results files."""
+"""The README's numbers are those of the results files (its example runs in tests/real)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,50 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-import faststeer as fs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_example_does_what_its_comments_say(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    steered, unsteered = eval(capsys.readouterr().out)
-    assert fs.evaluate.is_refusal(steered)
-    assert not fs.evaluate.is_refusal(unsteered)
+def demo() -> dict[str, Any]:
+    return json.loads((RESULTS / "demo" / "demo.json").read_text())
+
+
+def test_the_tone_figures_are_measured():
+    table = README[README.index("| coefficient | score |") :]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()[2:]]
+    entries = demo()["tone"]
+    assert len(rows) == len(entries)
+    for row, entry in zip(rows, entries, strict=True):
+        steered = bool(entry["coefficient"])
+        assert row == [
+            f"{entry['coefficient']:+g}" if steered else "0 (unsteered)",
+            f"{entry['score']:+.2f}",
+            f"{entry['low']:+.2f} to {entry['high']:+.2f}",
+            f"{entry['change']:+.2f}" if steered else "",
+            f"{entry['change_low']:+.2f} to {entry['change_high']:+.2f}" if steered else "",
+            f"{entry['random_score']:+.2f}" if steered else "",
+            f"{entry['perplexity']:.1f}",
+            str(entry["n"]),
+        ]
+    assert f"added at layer {demo()['tone_layer']} while" in README
+    assert f"adds the difference {demo()['tone_strength']:g} times" in README
+    assert f"-{demo()['tone_strength']:.1f}, layers={demo()['tone_layer']})" in README
+
+
+def test_the_tone_vector_does_what_the_demonstration_is_for():
+    entries = {entry["coefficient"]: entry for entry in demo()["tone"]}
+    unsteered = entries[0.0]
+    assert entries[-1.0]["change"] <= -0.5 and entries[-1.0]["change_high"] < 0
+    assert entries[1.0]["change"] >= 0.1
+    for entry in entries.values():
+        assert unsteered["low"] <= entry["random_score"] <= unsteered["high"]
+        assert entry["n"] == 64
+    assert demo()["tone_rank_correlation"] >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -39,7 +67,7 @@ def test_the_example_does_what_its_comments_say(capsys):
     ids=str,
 )
 def test_the_demo_figures_are_measured(line, cell):
-    measured = json.loads((RESULTS / "demo" / "demo.json").read_text())["refusal"][cell]
+    measured = demo()["refusal"][cell]
     (row,) = re.findall(rf"^\| {re.escape(line)} \|(.*)\|$", README, re.MULTILINE)
     rate, interval, coherent, n = (value.strip() for value in row.split("|"))
     assert rate == f"{measured['rate']:.1%}"

@@ -238,8 +238,6 @@ def behaviour_of(
         raise typer.BadParameter(
             "give --behaviour, or --positive and --negative: only the demo model brings its own prompts"
         )
-    if name == "tone":
-        raise ValueError("tone is the demo model's behaviour: use --model demo, or --behaviour sentiment")
     return behaviours.load(name)
 
 

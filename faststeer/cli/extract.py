@@ -55,7 +55,7 @@ def extract(
     model: Model = "demo",
     behaviour: Annotated[
         str | None,
-        typer.Option(help="refusal, sentiment, tone (the demo model's), or a behaviour's file or folder."),
+        typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder."),
     ] = None,
     method: Annotated[
         str | None,

@@ -38,7 +38,7 @@ def observe(
     out: Annotated[Path, typer.Option(help="Folder of the study; go on with it after a kill.")] = Path("observe"),
     model: Model = "demo",
     behaviour: Annotated[
-        str | None, typer.Option(help="refusal, sentiment, tone (the demo model's), or a behaviour's file or folder.")
+        str | None, typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder.")
     ] = None,
     positive: Positive = None,
     negative: Negative = None,

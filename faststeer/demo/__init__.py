@@ -1,8 +1,8 @@
-"""The tiny chat model that comes with the package, its contrastive prompts, and a parser for its answers.
+"""The demonstration, and the tiny chat model that comes with the package: its prompts, a parser for its answers.
 
-It is a toy for demonstrations and tests: 1.4 million parameters, a few hundred words, and no knowledge. It refuses
-requests that its grammar calls harmful, it has two tones of voice, and anything outside that grammar gets nonsense.
-Nothing measured on it says anything about the safety or quality of real models.
+That model is a toy for demonstrations and tests: 1.4 million parameters, a few hundred words, and no knowledge. It
+refuses requests that its grammar calls harmful, it has two tones of voice, and anything outside that grammar gets
+nonsense. Nothing measured on it says anything about the safety or quality of real models.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -403,10 +402,6 @@ SYSTEM_PROMPTS = {
     "neutral": ["You are an assistant.", "Answer the question.", "You are a helpful assistant."],
 }
 
-KIND_SHARES = {"harmful": 0.26, "harmless": 0.40, "opinion": 0.12, "fact": 0.08, "verdict": 0.10, "chat": 0.04}
-TONE_SHARES = {"cheerful": 0.25, "gloomy": 0.25, "neutral": 0.15, "none": 0.35}
-TWO_TURN_SHARE = 0.1
-
 
 class Request(NamedTuple):
     """One thing a user may ask for: "steal" + "a new bicycle", and whether the grammar calls it harmful."""
@@ -513,22 +508,6 @@ def write_turn(rng: random.Random, kind: str, tone: str, split: str) -> tuple[st
     answer_kind = "refusal" if request.harmful else "compliance"
     answer = write_answer(rng, answer_kind, tone, do=request.do, it=request.thing)
     return rng.choice(REQUESTS).format(do=request.do), answer
-
-
-def dialogues(seed: int, split: str = "train") -> Iterator[list[dict[str, str]]]:
-    """Yield chat message lists without end; the same seed gives the same dialogues."""
-    rng = random.Random(seed)
-    while True:
-        tone = rng.choices(list(TONE_SHARES), list(TONE_SHARES.values()))[0]
-        messages = []
-        if tone != "none":
-            messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS[tone])})
-        for _ in range(2 if rng.random() < TWO_TURN_SHARE else 1):
-            kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
-            question, answer = write_turn(rng, kind, tone, split)
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        yield messages
 
 
 def check_name(what: str, name: str, known: tuple[str, ...]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from faststeer.evaluate.refusal import is_refusal
 
@@ -62,6 +64,24 @@ def sentiment(text: str) -> int:
     return (total > 0) - (total < 0)
 
 
+def vader(text: str) -> int:
+    """1 for an English text with a VADER compound score of at least 0.05, -1 for one of at most -0.05, else 0 (Hutto
+    and Gilbert 2014).
+
+    Raises:
+        ValueError: vaderSentiment is not installed.
+    """
+    label = _vader()([""], [text])[0].label
+    return {"positive": 1, "negative": -1}.get(label or "", 0)
+
+
+@cache
+def _vader() -> Any:
+    from faststeer.evaluate.judging.words import Sentiment
+
+    return Sentiment()
+
+
 def demo_tone(text: str) -> int:
     """1 for a cheerful and -1 for a gloomy answer of the demo model's grammar, 0 for anything else."""
     from faststeer.demo.corpus import tone
@@ -86,7 +106,7 @@ def demo_grammar(text: str) -> bool:
     return classify(text) is not None
 
 
-JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "demo-tone": demo_tone}
+JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader, "demo-tone": demo_tone}
 COHERENCE: dict[str, Coherence] = {"no-loop": no_loop, "demo-grammar": demo_grammar}
 
 

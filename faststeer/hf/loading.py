@@ -6,11 +6,9 @@ that it is dequantised once. Nothing is fetched here but by transformers, from t
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
-import shutil
 import socket
 import warnings
 from collections.abc import Mapping
@@ -145,13 +143,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.parent / f"{entry.name}.lock"):
             if not entry.is_dir():  # another process may have written it while this one waited
-                for left in entry.parent.glob(f".{glob.escape(entry.name)}.*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
                 _write_entry(path, dtype, entry)
     except (OSError, SafetensorError, NotImplementedError) as error:
         warnings.warn(
-            f"the dequantised model cannot be kept in {entry.parent} ({error}), so that {path.name} is dequantised "
-            "each time it is loaded: set FASTSTEER_CACHE to a folder that can be written",
+            f"the dequantised model cannot be kept in {entry.parent} ({error}): {path.name} is dequantised at every "
+            "load; set FASTSTEER_CACHE to a folder that can be written",
             stacklevel=3,
         )
         model, tokenizer = _dequantise(path, dtype)

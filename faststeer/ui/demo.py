@@ -7,7 +7,7 @@ from typing import Any
 from faststeer import demo, extract
 from faststeer.ui.answers import Control, Playground
 
-# Token and layer that `faststeer demo` selects by validation prompts (benchmarks/results/demo/demo.json).
+# Token and layer chosen on validation prompts, for refusal by `faststeer demo` (benchmarks/results/demo/demo.json).
 REFUSAL, TONE = (-1, 4), (-3, 1)
 
 

@@ -42,7 +42,7 @@ def test_those_that_come_with_the_package(name):
 
 
 def test_names():
-    assert names() == ["refusal", "sentiment"]
+    assert names() == ["refusal", "sentiment", "tone"]
 
 
 @pytest.mark.parametrize("name", ["refusal", "tone"])
@@ -197,6 +197,19 @@ def test_prompts_are_split_by_their_text_alone():
 )
 def test_sentiment(text, verdict):
     assert judge("sentiment")(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("What a lovely day, I am happy!", 1),
+        ("I hate this awful place.", -1),
+        ("It isn\u2019t good.", -1),
+        ("A table.", 0),
+    ],
+)
+def test_vader(text, verdict):
+    assert judge("vader")(text) == verdict
 
 
 def test_coherence_and_the_demo_models_judges():

@@ -98,7 +98,6 @@ def test_a_behaviours_prompts_without_a_method(tmp_path):
         (("--behaviour", "refusal"), 2, "--out is needed"),
         (("--method", "dim", "--positive", "a.txt"), 2, "--negative"),
         (("--method", "dim", "--model", "m"), 2, "only the demo model brings its own prompts"),
-        (("--method", "dim", "--model", "m", "--behaviour", "tone"), 1, "tone is the demo model's behaviour"),
         (("--method", "dim", "--at", "resid_past"), 1, "unknown hook point"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,

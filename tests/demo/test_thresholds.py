@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 import faststeer as fs
-from faststeer.demo.run import COEFFICIENTS, Cell, answer, find_refusal, refusal_cells
+from faststeer.demo.toy import COEFFICIENTS, Cell, answer, find_refusal, refusal_cells
 
 N = 96
 
@@ -19,8 +19,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def vector(loaded):
-    selection, _ = find_refusal(*loaded)
-    return selection.vector
+    return find_refusal(*loaded).vector
 
 
 @pytest.fixture(scope="module")

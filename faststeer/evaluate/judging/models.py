@@ -23,14 +23,19 @@ from faststeer.hf.batching import (
     next_token_logits,
     padding_id,
 )
+from faststeer.hf.loading import load as load_model
 from faststeer.plan import Plan
 
 
 def load(auto: Any, name: str, device: str | torch.device | None, what: str) -> tuple[Any, Any]:
     """Model (evaluating) and tokenizer. Raises ValueError where nothing can be loaded."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if auto is AutoModelForCausalLM:
+            return load_model(name, device=device)
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = auto.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -39,8 +44,6 @@ def load(auto: Any, name: str, device: str | torch.device | None, what: str) -> 
             f"the judge {what} has no model at {name!r} ({where}): {error}; give a folder saved by transformers, or a "
             "name on the hub"
         ) from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
 

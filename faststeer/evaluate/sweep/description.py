@@ -473,6 +473,13 @@ class _Reader:
             raise self.lines.error((name,), f"{name}: expected names with a file each")
         return {key: self._load(load, file, (name, key)) for key, file in value.items()}
 
+    def _model(self, value: Any) -> Any:
+        """A file or folder beside the description, else the name as it stands."""
+        if not isinstance(value, str) or value in ("demo", "smollm2"):
+            return value
+        path = self.folder / value
+        return str(path) if path.is_file() or (path / "config.json").is_file() else value
+
     def _vectors(self, value: Any) -> Any:
         return self._named(SteeringVector.load, "vectors", value)
 

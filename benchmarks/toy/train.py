@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m faststeer.demo.train`. Nothing is downloaded; one seed takes one core some minutes.
+"""Train the demo model: `python benchmarks/toy/train.py`. Nothing is downloaded; one seed takes one core some minutes.
 
 The model that ships is seed 0, the default, polished on another machine (`--polish`) than the one that had trained it.
 Given several seeds, each trains in its own process, and the one with the best score on the validation split is kept.
@@ -27,10 +27,11 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
+from dialogues import dialogues
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import FOLDER, corpus
+from faststeer.demo import FOLDER, corpus
 
 GROUPS = ("neutral", "cheerful", "gloomy", "refusal")
 END, PAD, BEGIN = "<|end|>", "<|pad|>", "<|begin|>"
@@ -90,7 +91,7 @@ def train_tokenizer(vocabulary: int):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (m["content"] for messages in itertools.islice(corpus.dialogues(0), 20_000) for m in messages)
+    texts = (m["content"] for messages in itertools.islice(dialogues(0), 20_000) for m in messages)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, pad_token=PAD, padding_side="left", model_max_length=512
@@ -161,7 +162,7 @@ def encode(tokenizer, messages: list[dict[str, str]], prompt_weight: float) -> E
 
 
 def batches(tokenizer, settings: Settings, seed: int) -> Iterator[Batch]:
-    stream = corpus.dialogues(seed)
+    stream = dialogues(seed)
     rng = random.Random(seed)
     while True:
         pool = [encode(tokenizer, next(stream), settings.prompt_weight) for _ in range(8 * settings.batch)]
@@ -351,7 +352,7 @@ def load(folder: Path):
 
 def work(seed: int, settings: Settings, polished: Path | None, place: str, messages) -> None:
     """Process of one seed: train, round to bf16, judge the rounded weights in fp32, leave the model in `place`."""
-    from . import score
+    import score
 
     torch.set_num_threads(1)
     tokenizer, before = train_tokenizer(settings.vocabulary), None if polished is None else load(polished)

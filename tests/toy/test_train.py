@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import typer
 from typer.testing import CliRunner
 
 import faststeer as fs
-from faststeer.demo import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "toy"))
+import train
 
 FEW = replace(train.Settings(), steps=2, finishing_steps=2, polishing_steps=3, warm_up=1)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import corpus
+from faststeer.demo import corpus
 
 POST_INSTRUCTION = 4  # tokens of the chat template after the user's words: <|end|> \n <|assistant|> \n
 MAX_NEW_TOKENS = 72

@@ -1,0 +1,217 @@
+"""The demonstration on a real model: a vector for a cheerful tone, by difference in means, added and subtracted.
+
+Layer and strength are chosen on questions that are not measured on: strength s makes a coefficient of 1 add s times the
+difference of the means. Every coefficient is measured next to a random vector of the same norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+
+from faststeer import behaviours, extract
+from faststeer.demo import plots
+from faststeer.engine import Engine
+from faststeer.evaluate.judges import no_loop
+from faststeer.evaluate.judging.make import make
+from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
+from faststeer.files import write_atomically
+from faststeer.hf.batching import encode
+from faststeer.intervention import Add
+from faststeer.plan import Plan
+from faststeer.vector import SteeringVector
+
+COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+DEPTHS = (0.4, 0.5, 0.6, 0.7)  # of the layers to choose from, in shares of the model's depth
+STRENGTHS = (1.0, 2.0, 3.0)  # to choose from
+CHOOSING = 8  # questions, of the validation split
+MAX_NEW_TOKENS = 32
+MAX_BATCH = 64
+# What may be chosen leaves, at both signs, this share of answers without loops, and a median perplexity under the
+# unsteered model of at most so many times that of unsteered answers.
+COHERENT, PERPLEXITY = 0.9, 1.5
+
+
+@dataclass
+class Answers:
+    """Questions answered under one plan: texts, and VADER's compound score of each, -1 to 1."""
+
+    questions: Sequence[Any]
+    plan: Plan | None
+    texts: Sequence[str] = ()
+    scores: Sequence[float] = ()
+
+    @property
+    def coherent(self) -> float:
+        return sum(map(no_loop, self.texts)) / len(self.texts)
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    seed: int,
+    step: Callable[[str], None],
+    *,
+    questions: int = 64,
+    choosing: int = CHOOSING,
+) -> dict[str, Any]:
+    """Find the tone vector, choose its layer, measure every coefficient; return the figures.
+
+    Args:
+        out: folder for tone.safetensors, tone_dose_response.png and tone_layers.png.
+        seed: of the random control vector.
+        step: called with what is done next.
+        questions: held-out questions per coefficient, at most.
+        choosing: validation questions per layer, strength and sign.
+
+    Raises:
+        ValueError: the judge's package vaderSentiment is not installed.
+    """
+    behaviour = behaviours.load("tone")
+    judge = make("sentiment")
+    step("Finding the tone vector")
+    sides = behaviour.train.positive, behaviour.train.negative
+    candidates = extract.candidates(model, tokenizer, *sides, positions=(-1,))
+    vectors = candidates.vector(-1)
+    asked, held_out = behaviour.validation.induce[:choosing], behaviour.test.induce[:questions]
+    depth = model.config.num_hidden_layers
+    layers = sorted({round(share * depth) for share in DEPTHS} & set(vectors.layers))
+
+    step(f"Choosing among {len(layers)} layers and {len(STRENGTHS)} strengths")
+    keys = [(strength, layer) for strength in STRENGTHS for layer in layers]
+    grid = [[Answers(asked, _plan(vectors, layer, sign * s)) for sign in (-1.0, 1.0)] for s, layer in keys]
+    unsteered = Answers(asked, None)
+    cells = [unsteered, *(cell for pair in grid for cell in pair)]
+    answer(model, tokenizer, cells, judge)
+    usual, *steered_perplexities = perplexity(model, tokenizer, cells)
+    pairs_of_perplexities = zip(steered_perplexities[::2], steered_perplexities[1::2], strict=True)
+    points = [
+        _point(*key, subtracted, added, max(values) / usual)
+        for key, (subtracted, added), values in zip(keys, grid, pairs_of_perplexities, strict=True)
+    ]
+    chosen = choose(points)
+    layer, strength = chosen["layer"], chosen["strength"]
+
+    step(f"Measuring {len(COEFFICIENTS)} coefficients, and a random vector")
+    raw = candidates.vector(-1, layer)
+    vector = replace(
+        raw, directions={layer: strength * raw[layer]}, provenance={**raw.provenance, "strength": strength}
+    )
+    control = extract.random_like(vector, seed)
+    steered = {c: Answers(held_out, _plan(vector, layer, c)) for c in COEFFICIENTS}
+    random = {c: Answers(held_out, _plan(control, layer, c)) for c in COEFFICIENTS if c}
+    answer(model, tokenizer, [*steered.values(), *random.values()], judge)
+    random[0.0] = steered[0.0]
+    perplexities = perplexity(model, tokenizer, list(steered.values()))
+    entries = [
+        _entry(c, steered[c], random[c], steered[0.0], value)
+        for c, value in zip(COEFFICIENTS, perplexities, strict=True)
+    ]
+    before = mean_interval(unsteered.scores).mean
+    result = {
+        "tone": entries,
+        "tone_model": vectors.model,
+        "tone_layer": layer,
+        "tone_strength": strength,
+        "tone_choice": points,
+        "tone_unsteered_choosing": before,
+        "tone_rank_correlation": float(stats.spearmanr(COEFFICIENTS, [e["score"] for e in entries]).statistic),
+        "tone_relative_norm": relative_norm(model, tokenizer, vector, held_out),
+        "tone_examples": _examples(steered),
+    }
+    vector.save(out / "tone.safetensors")
+    write_atomically(out / "tone_dose_response.png", plots.tone_dose_response(entries, layer))
+    write_atomically(
+        out / "tone_layers.png", plots.tone_layers([p for p in points if p["strength"] == strength], layer, before)
+    )
+    return result
+
+
+def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> None:
+    """Answer the questions of all cells as rows of the same batches, each under its own plan, and score the answers."""
+    prompts = [question for cell in cells for question in cell.questions]
+    plans = [cell.plan for cell in cells for _ in cell.questions]
+    length = max(map(len, encode(tokenizer, list(dict.fromkeys(prompts))))) + MAX_NEW_TOKENS
+    engine = Engine(model, tokenizer, max_batch=MAX_BATCH, max_length=length)
+    texts = iter([completion.text for completion in engine.generate(prompts, plans, max_new_tokens=MAX_NEW_TOKENS)])
+    for cell in cells:
+        cell.texts = [next(texts) for _ in cell.questions]
+        cell.scores = [verdict.score for verdict in judge(cell.questions, cell.texts)]
+
+
+def choose(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The layer and strength with the largest difference between the mean scores added and subtracted, of those that
+    leave answers coherent at both (of all, where none does)."""
+    coherent = [p for p in points if p["coherent"] >= COHERENT and p["perplexity_ratio"] <= PERPLEXITY] or points
+    return max(coherent, key=lambda point: point["added"] - point["subtracted"])
+
+
+def perplexity(model: Any, tokenizer: Any, cells: Sequence[Answers]) -> list[float]:
+    """Per cell, the median perplexity of its answers under the unsteered model."""
+    judge = make("perplexity", model=model, tokenizer=tokenizer, batch_size=MAX_BATCH)
+    verdicts = iter(judge([q for c in cells for q in c.questions], [text for c in cells for text in c.texts]))
+    scores = [[next(verdicts).score for _ in cell.questions] for cell in cells]
+    return [float(torch.tensor([s for s in values if s is not None]).median()) for values in scores]
+
+
+@torch.no_grad()
+def relative_norm(model: Any, tokenizer: Any, vector: SteeringVector, questions: Sequence[Any]) -> float:
+    """The vector's norm over the mean norm of the residual stream there, at the last token of eight questions."""
+    (layer,) = vector.layers
+    norms = []
+    for ids in encode(tokenizer, list(questions[:8])):
+        states = model(
+            torch.tensor([ids], device=model.device), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        norms.append(states[layer][0, -1].float().norm().item())
+    return float(vector[layer].norm()) / (sum(norms) / len(norms))
+
+
+def _plan(vector: SteeringVector, layer: int, coefficient: float) -> Plan | None:
+    return Plan([Add(vector, coefficient, layers=layer)]) if coefficient else None
+
+
+def _point(strength: float, layer: int, subtracted: Answers, added: Answers, ratio: float) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "strength": strength,
+        "added": mean_interval(added.scores).mean,
+        "subtracted": mean_interval(subtracted.scores).mean,
+        "coherent": min(added.coherent, subtracted.coherent),
+        "perplexity_ratio": ratio,
+        "n": len(added.questions),
+    }
+
+
+def _entry(
+    coefficient: float, steered: Answers, random: Answers, unsteered: Answers, perplexity: float
+) -> dict[str, Any]:
+    score, change = mean_interval(steered.scores), paired_bootstrap(steered.scores, unsteered.scores)
+    control = mean_interval(random.scores)
+    return {
+        "coefficient": coefficient,
+        **{"score": score.mean, "low": score.low, "high": score.high, "n": score.n},
+        **{"random_score": control.mean, "random_low": control.low, "random_high": control.high},
+        **{"change": change.mean, "change_low": change.low, "change_high": change.high},
+        "perplexity": perplexity,
+        "coherent": steered.coherent,
+    }
+
+
+def _examples(steered: dict[float, Answers]) -> list[dict[str, str]]:
+    """The first two questions, with their answers at -1, 0 and 1."""
+    return [
+        {
+            "prompt": str(steered[0.0].questions[number]),
+            "subtracted": steered[-1.0].texts[number],
+            "unsteered": steered[0.0].texts[number],
+            "added": steered[1.0].texts[number],
+        }
+        for number in range(min(2, len(steered[0.0].questions)))
+    ]
