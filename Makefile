@@ -25,8 +25,8 @@ OLDEST_TORCH := torch==2.11.0 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-real test-oldest test-vllm lint format build bench-cpu gpu-libraries gpu-first gpu-second gpu-vllm \
-	clean
+.PHONY: demo test test-full test-real test-oldest test-vllm lint format build bench-cpu bench-smollm2 bench-vllm bench-peers \
+	gpu-libraries gpu-first gpu-second gpu-vllm clean
 
 # Where the real model cannot be had, the demonstration shows the toy alone, and says so.
 demo: build
@@ -83,6 +83,19 @@ gpu-first gpu-second:
 gpu-libraries: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu/libraries.py $(OUT)
 
+# The figures on a real model, SmolLM2-135M-Instruct, on a CPU; each alone on the machine. 27, 6 and 25 minutes on two
+# cores. What was stopped goes on where it was. QUICK=--quick tries the same path.
+QUICK ?=
+bench-smollm2: $(VENV)/.ready-dev $(VENV)/.ready-demo build
+	$(BIN)/python benchmarks/all.py $(QUICK)
+
+bench-vllm: $(VENV_VLLM)/.ready build
+	$(VENV_VLLM)/bin/python benchmarks/vllm/cpu.py $(QUICK)
+
+# Beside other libraries, each in an environment of its own under .venv-peers.
+bench-peers: $(VENV)/.ready-dev $(VENV)/.ready-demo build
+	$(BIN)/python benchmarks/peers/run.py $(QUICK)
+
 # vLLM on a machine with a GPU. CARRY: a folder with vllm.tar.xz and whl/, where vLLM is not installed. Without a GPU, a
 # dry run.
 CARRY ?=
@@ -124,4 +137,5 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_OLDEST) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_OLDEST) .venv-peers out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache \
+		.ruff_cache

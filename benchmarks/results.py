@@ -1,12 +1,16 @@
-"""Where a benchmark's numbers go: long-form CSV with one row per measurement, and the machine beside it."""
+"""Where a benchmark's numbers go: a log that every measurement is appended to as it is made, and at the end a long-form
+CSV with one row per measurement, with the machine beside it."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,65 @@ from faststeer.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 COMMIT = "FASTSTEER_COMMIT"  # environment variable: what to name as the commit where there is no git
+LOGS = Path(__file__).parents[1] / "out" / "bench"
+
+
+class Log:
+    """The measurements of one benchmark, a JSON line each, appended as they are made.
+
+    A run with the same settings on the same machine and commit goes on where the last one was stopped: `has` says what
+    is there already. Anything else, or `fresh`, begins anew. A line that was cut off by a kill is dropped.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+        head = {"job": hashlib.sha256(json.dumps([settings, machine()], sort_keys=True).encode()).hexdigest()[:16]}
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        lines = path.read_text().split("\n")[:-1] if path.is_file() and not fresh else []
+        if lines and json.loads(lines[0]) == head:
+            self.rows = [json.loads(line) for line in lines[1:]]
+        self._head = head
+        self._rewrite()
+
+    def has(self, **key: Any) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(dict(row))
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget(self, **key: Any) -> None:
+        """Drop the rows that have all of these values."""
+        self.rows = [row for row in self.rows if not key.items() <= row.items()]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in [self._head, *self.rows]))
+
+
+def measure_in_turn(
+    log: Log,
+    cases: Mapping[str, Callable[[], Mapping[str, Any] | None]],
+    repeats: int,
+    **where: Any,
+) -> None:
+    """Run every case once a repeat and log its seconds and what it returns, beside `where`.
+
+    Cases run in order, and backwards every second repeat, so that a machine that slows down slows all of them. What the
+    log has already is not run again, and neither is warmed up.
+    """
+    for repeat in range(repeats):
+        for case in list(cases) if repeat % 2 == 0 else list(cases)[::-1]:
+            key = {**where, "case": case, "repeat": repeat}
+            if log.has(**key):
+                continue
+            start = time.perf_counter()
+            more = cases[case]() or {}
+            row = {**key, "seconds": round(time.perf_counter() - start, 4), **more}
+            log.add(row)
+            print(f"  {' '.join(f'{k}={v}' for k, v in row.items())}", file=sys.stderr, flush=True)
 
 
 def machine() -> dict[str, Any]:
@@ -25,19 +88,27 @@ def machine() -> dict[str, Any]:
     return measure.machine() | {"commit": _commit()}
 
 
-def write(name: str, rows: Iterable[Mapping[str, Any]], folder: Path = FOLDER) -> Path:
-    """Write `<name>.csv` and `<name>.machine.json` to the folder."""
+def write(
+    name: str, rows: Iterable[Mapping[str, Any]], folder: Path = FOLDER, more: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `<name>.csv` and `<name>.machine.json`, the machine and `more`, to the folder."""
     rows = list(rows)
     text = csv_lines(list(dict.fromkeys(column for row in rows for column in row)), rows)
     path = folder / f"{name}.csv"
     write_atomically(path, text)
-    write_machine(folder / f"{name}.machine.json")
+    write_machine(folder / f"{name}.machine.json", more or {})
     return path
 
 
 def write_machine(path: Path, more: Mapping[str, Any] = {}) -> None:
     """`more`: what the benchmark knows beside `machine()`."""
     write_atomically(path, json.dumps(machine() | dict(more), indent=2) + "\n")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a results file."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _commit() -> str:

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shlex
-import statistics
 from pathlib import Path
 
 import pytest
@@ -71,21 +69,3 @@ def test_the_tables_of_methods_are_measured(behaviour):
         kl, cosine = ("" if result[n] is None else f"{result[n]:{f}}" for n, f in (("kl", ".3f"), ("cosine", "+.2f")))
         places = ["" if result[name] is None else str(result[name]) for name in ("layer", "position")]
         assert row[1:] == [*places, *rates[:2], kl, rates[2], cosine]
-
-
-def test_the_table_of_selection_is_measured():
-    with (RESULTS / "extract_selection.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for prompts in ("4", "16"):
-        here = [row for row in rows if row["prompts"] == prompts]
-        seconds = {
-            case: [float(row["seconds"]) for row in here if row["case"] == case] for case in {r["case"] for r in here}
-        }
-        mixed, alone, hooks = (seconds[c] for c in ("mixed rows", "one at a time", "one at a time, hooks"))
-        factors = [
-            f"{statistics.median(a / b for a, b in zip(other, mixed, strict=True)):.1f}x" for other in (alone, hooks)
-        ]
-        largest = max(float(row["largest_difference"]) for row in here)
-        same = "yes" if all(row["same_choice"] == "True" for row in here) else "no"
-        cells = [here[0]["candidates"], prompts, f"{statistics.median(mixed):.2f} s", *factors, f"{largest:.0e}", same]
-        assert f"| {' | '.join(cells)} |" in PAGE

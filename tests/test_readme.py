@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -84,37 +83,6 @@ def test_the_cpu_figures_are_measured():
         f"an ablation {ratio['ablate', 'fp32']} times as fast in fp32 and {ratio['ablate', 'bf16']} times in bf16"
     )
     assert f"{ablations}, an addition {ratio['add', 'fp32']} and {ratio['add', 'bf16']} times" in README
-
-
-def test_the_engine_figures_are_measured():
-    """Medians over repeats of the ratios within a repeat."""
-    with (RESULTS / "generation_cpu_fp32.csv").open() as file:
-        runs = list(csv.DictReader(file))
-    rates = {
-        tuple(run[name] for name in ("workload", "threads", "case", "repeat")): int(run["tokens"])
-        / float(run["seconds"])
-        for run in runs
-    }
-    repeats = {run["repeat"] for run in runs}
-
-    def ratio(workload, threads, other):
-        mine, others = (
-            [rates[workload, threads, case, repeat] for repeat in sorted(repeats)]
-            for case in ("Engine, steered", other)
-        )
-        return statistics.median(a / b for a, b in zip(mine, others, strict=True))
-
-    found = re.findall(r"^\|.*\| ([12])(?: \(its default here\))? \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    expected = [
-        (
-            threads,
-            f"{ratio(workload, threads, 'generate, hooks'):.2f}",
-            f"{ratio(workload, threads, 'Engine, unsteered'):.3f}",
-        )
-        for workload in ("answers", "fixed")
-        for threads in "21"
-    ]
-    assert found == expected
 
 
 def test_its_pictures_and_pages_are_there():

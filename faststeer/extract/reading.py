@@ -17,12 +17,10 @@ from faststeer.hf.batching import (
     Prompt,
     batches,
     check_prompts,
-    forward_arguments,
-    model_device,
-    pad,
     padding_id,
     progress_bar,
 )
+from faststeer.hf.prefix import Prefix, common_prefix
 from faststeer.vector import HookPoint
 
 SIDES = ("positive", "negative")
@@ -140,24 +138,40 @@ def read_batches(
     batch_size: int,
     progress: bool,
     paired: bool = False,
+    share_prefix: bool = True,
 ) -> Iterator[Batch]:
     """Yield the activations of every prompt once. With `paired`, both sides of a pair pass together, and a batch of the
     positive side is followed by that of the negative side with the same numbers.
+
+    Tokens that the prompts of a side begin with (of both sides, with `paired`) are run once and not again for each
+    prompt, where the model allows it and both sides gain (`faststeer.hf.prefix`): the same activations up to rounding.
 
     Raises:
         ValueError: an activation that is NaN or infinite, with its layer and prompt.
     """
     work = _pair_groups(rows, batch_size) if paired else _side_groups(rows, batch_size)
-    device, pad_id = model_device(model), padding_id(tokenizer)
+    pad_id = padding_id(tokenizer)
     with (
         hf.read(model, at=at, tokens=list(positions)) as taken,
         progress_bar("Reading prompts", len(work), progress) as advance,
     ):
+
+        def read(arguments: dict[str, Any]) -> list[Tensor]:
+            model(**arguments)
+            return [taken[layer] for layer in range(len(taken))]
+
+        prefixes: dict[tuple[str, ...], Prefix] = {}
+        for sides in dict.fromkeys(tuple(side for side, _ in group) for group in work):
+            together = [ids for side in sides for ids in rows[side]]
+            own = -min(positions)
+            prefixes[sides] = common_prefix(model, together, own, pad_id, read) if share_prefix else Prefix()
+        if not all(prefix.length for prefix in prefixes.values()):  # sides that are read alike round alike
+            prefixes = dict.fromkeys(prefixes, Prefix())
         for group in work:
             ids = [rows[side][number] for side, numbers in group for number in numbers]
-            model(**forward_arguments(model, pad(ids, pad_id, device)))
+            sides = tuple(side for side, _ in group)
             # [rows, positions, layers, hidden]
-            found = torch.stack([taken[layer].cpu() for layer in range(len(taken))], dim=2)
+            found = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
             start = 0
             for side, numbers in group:
                 part = found[start : start + len(numbers)]

@@ -1,3 +1,5 @@
+"""The benchmarks are scripts beside the package: their folder is put on the path."""
+
 import os
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from benchmark_programs import processes_with
 

@@ -1,0 +1,122 @@
+"""The tokens that all prompts of a set begin with, such as a chat template's system text, run once for all of them.
+
+The pass over the common tokens leaves their keys and values in a cache; every batch continues a copy of it. The result
+is that of whole prompts up to rounding. A model for which this does not hold is run on whole prompts: the cache's kind
+decides at once, and a comparison of two prompts both ways decides the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from faststeer.hf.batching import forward_arguments, model_device, pad
+from faststeer.hf.cache import cache_argument, cache_in
+
+# Sharing is tried where it saves at least this part of the tokens, the comparison and its two prompts included.
+LEAST_SAVING = 0.2
+
+
+class Prefix:
+    """A number of common tokens and their keys and values; without them, the empty prefix of whole prompts."""
+
+    def __init__(self, tokens: Sequence[int] = (), layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        self.length = len(tokens)
+        self._layers = layers
+
+    def arguments(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+        """Return the keyword arguments of a forward pass over whole prompts `rows` that computes no common token.
+
+        The rest of each row is padded on the left, between the common tokens and its own; position ids count real
+        tokens alone.
+        """
+        device = model_device(model)
+        batch = pad([row[self.length :] for row in rows], pad_id, device)
+        if not self._layers:
+            return forward_arguments(model, batch)
+        batch["position_ids"] += self.length
+        batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (self.length, 0), value=1)
+        arguments = forward_arguments(model, batch)
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self._layers):
+            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), number)
+        return arguments | {"use_cache": True, cache_argument(model): cache}
+
+
+@torch.no_grad()
+def common_prefix(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    own: int,
+    pad_id: int,
+    read: Callable[[dict[str, Any]], Sequence[Tensor]],
+) -> Prefix:
+    """Return the prefix that all `rows` share, or the empty one where it saves little or changes what is read.
+
+    Args:
+        rows: token ids of whole prompts.
+        own: how many tokens at each prompt's end are left to its own pass, because they are read.
+        read: runs the model with the keyword arguments and returns what is read, a tensor `[rows, ..., hidden]` for
+            each layer in order.
+
+    What is read of the shortest and of the longest prompt, in one batch, must be the same with and without sharing,
+    up to `rounding_bound`.
+    """
+    length = _common_length(rows, own)
+    ends = [min(rows, key=len), max(rows, key=len)]
+    # The common tokens once, and two prompts twice.
+    saved = length * (len(rows) - 1) - sum(map(len, ends)) - sum(len(row) - length for row in ends)
+    if saved < LEAST_SAVING * sum(map(len, rows)):
+        return Prefix()
+    layers = _layers_of(model, rows[0][:length])
+    if not layers:
+        return Prefix()
+    prefix = Prefix(rows[0][:length], layers)
+    whole, shared = ([x.double() for x in read(p.arguments(model, ends, pad_id))] for p in (Prefix(), prefix))
+    for layer, (a, b) in enumerate(zip(whole, shared, strict=True)):
+        if not bool(((a - b).norm(dim=-1) <= rounding_bound(model.dtype, layer) * a.norm(dim=-1)).all()):
+            return Prefix()
+    return prefix
+
+
+def rounding_bound(dtype: torch.dtype, layer: int) -> float:
+    """Return how far two correct results may be apart behind layer `layer`, as a part of the row's norm.
+
+    c eps sqrt(2 (layer + 1)): the roundings of two branches a layer add up like a random walk. c = 4 in 16 bits, where
+    products accumulate in fp32 and a branch rounds about eight times by 0.3 eps, in both results; c = 16 where the
+    products themselves accumulate in the model's dtype.
+    """
+    c = 4 if torch.finfo(dtype).bits == 16 else 16
+    return c * torch.finfo(dtype).eps * (2 * (layer + 1)) ** 0.5
+
+
+def _common_length(rows: Sequence[Sequence[int]], own: int) -> int:
+    """How many tokens all rows begin with, at least `own` tokens of each left out."""
+    ordered = sorted(list(row) for row in rows)
+    pairs = zip(ordered[0], ordered[-1], strict=False)  # the first and the last in order differ where any two do
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return max(0, min(common, min(map(len, rows)) - own))
+
+
+def _layers_of(model: Any, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the tokens by layer; none where the model keeps anything else, such as a window or a state."""
+    known = inspect.signature(model.forward).parameters
+    if not isinstance(model, PreTrainedModel) or not {"use_cache", cache_argument(model)} <= set(known):
+        return []
+    batch = pad([tokens], 0, model_device(model))
+    cache = cache_in(model(**(forward_arguments(model, batch) | {"use_cache": True})))
+    if not isinstance(cache, DynamicCache):
+        return []
+    plain = [
+        (layer.keys, layer.values)
+        for layer in cache.layers
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+    ]
+    return plain if len(plain) == len(cache.layers) else []
