@@ -1,6 +1,6 @@
 """The command line. One module per command; what they share is in `common`."""
 
-from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, report, sweep, ui
+from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, report, sweep, ui, verify
 from faststeer.cli.common import app
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "report",
     "sweep",
     "ui",
+    "verify",
 ]
