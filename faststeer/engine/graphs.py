@@ -6,6 +6,7 @@ made at all where a step does what a graph cannot: then steps run eagerly, and `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from faststeer.engine.sampling import Mode
 from faststeer.ops import backend_for
 
 aten = torch.ops.aten
+
+LEAST_WIDTH = 128  # columns that a graph reads at least
 
 
 class Steps(Protocol):
@@ -38,6 +41,9 @@ class Steps(Protocol):
     def look_again(self) -> None:
         """The caller's code has run: weights, hooks and adapters may be others at the next step."""
 
+    def warm_up(self, mode: Mode) -> None:
+        """Capture every graph that steps of this mode can need. No row may be live."""
+
 
 class EagerSteps:
     """Steps one by one."""
@@ -49,6 +55,9 @@ class EagerSteps:
         self.decode = device.decode
 
     def look_again(self) -> None:
+        pass
+
+    def warm_up(self, mode: Mode) -> None:
         pass
 
 
@@ -101,13 +110,22 @@ class Graphs:
     def look_again(self) -> None:
         self._look = True
 
+    def warm_up(self, mode: Mode) -> None:
+        """The largest first: the others fit into the memory that it took."""
+        rows, widths = _sizes(1, self._device.rows), _sizes(LEAST_WIDTH, self._device.length)
+        for n, width in itertools.product(reversed(rows), reversed(widths)):
+            if self.why:
+                break
+            self.decode(n, width, mode)
+
     def decode(self, n: int, width: int, mode: Mode) -> Tensor:
         device = self._device
         if self._look:
             self._renew(self._constants())
             self._look = False
         if not self.why:
-            shape = min(_power_of_two(n), device.rows), min(max(_power_of_two(width), 128), device.length), mode
+            columns = min(max(_power_of_two(width), LEAST_WIDTH), device.length)
+            shape = min(_power_of_two(n), device.rows), columns, mode
             if shape not in self._graphs:
                 self._capture(shape)
         if self.why:
@@ -181,6 +199,12 @@ class Graphs:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """What numbers up to `most` are rounded up to."""
+    powers = [1 << i for i in range(most.bit_length()) if least <= 1 << i < most]
+    return [*powers, most]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

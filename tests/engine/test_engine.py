@@ -774,3 +774,15 @@ def test_a_model_that_is_being_steered_is_refused():
     made = engine("llama")
     with fs.steer(models.model("llama"), plan("llama")), pytest.raises(RuntimeError, match="being steered"):
         made.generate(prompts())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prompts_of_one_token_together(name):
+    asked = prompts((1, 1, 1))
+    made = [engine(name), engine(name)]
+    while made[1]._device.leave_to_model():
+        pass
+    for one in made:
+        steered = [plan(name), None, plan(name, 1)]
+        found = tokens(one.generate(asked, plans=steered, max_new_tokens=4))
+        assert found == [generated(models.model(name), *each, 4) for each in zip(asked, steered, strict=True)]
