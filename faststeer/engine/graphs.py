@@ -232,8 +232,10 @@ def model_constants(model: Any) -> dict[str, Any]:
     }
     for path, module in model.named_modules():
         constants[path or type(module).__name__] = module
-        for name, value in module.__dict__.items():
-            if name in _OTHERS:
+        attributes = module.__dict__
+        for name in attributes.keys() - _OTHERS:
+            value = attributes[name]
+            if type(value) is dict and not value:  # most modules have no buffers, and many no weights of their own
                 continue
             if name in _HOOKS:
                 # Steering's are others each time it is entered, and its fingerprint says what they do: counted alone.
@@ -241,24 +243,30 @@ def model_constants(model: Any) -> dict[str, Any]:
             elif name == "forward":
                 function = getattr(value, "__func__", value)
                 value = None if function is type(module).forward or hasattr(function, "faststeer_fused") else value
-            else:
+            elif type(value) not in _ATOMS:
                 value = _plain(value)
             if value is not None and value != ():
                 constants[f"{path}.{name}"] = value
     return constants
 
 
+_ATOMS = {bool, int, float, str, torch.dtype, torch.device}
+
+
 def _plain(value: Any) -> Any:
     """A value that can be compared; None for what is neither plain nor made of plain things."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
-    if isinstance(value, dict):
-        return tuple((key if isinstance(key, str) else repr(key), _plain(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if issubclass(kind, Tensor):
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    if issubclass(kind, dict):
+        return tuple([(key if isinstance(key, str) else repr(key), _plain(item)) for key, item in value.items()])
+    if issubclass(kind, (list, tuple)):
         return tuple(map(_plain, value))
-    if isinstance(value, (set, frozenset)):
+    if issubclass(kind, (set, frozenset)):
         return tuple(sorted(map(repr, value)))
-    if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)) or callable(value):
+    if issubclass(kind, (bool, int, float, str)) or callable(value):
         return value
     return None
 
