@@ -226,8 +226,8 @@ class Engine:
         as the later ones.
 
         On CUDA: compile Triton's kernels where these run, read a prompt of one token under each plan, and capture the
-        graphs of all row counts and lengths: (2 + log2(max_batch)) x (log2(max_length) - 5) at most. On a CPU, where
-        nothing is compiled or captured: read that prompt, which takes as long as a step or two.
+        graphs of all row counts and lengths, which are powers of two (28 graphs for 64 rows of 1,024 tokens). On a CPU,
+        where nothing is compiled or captured: read that prompt, which takes as long as a step or two.
 
         Args:
             plans: those to come, as in `generate`, or ones that act at as many layers with as many interventions and
@@ -241,6 +241,8 @@ class Engine:
         """
         self._check_free()
         n = len(plans) if isinstance(plans, Sequence) else 1
+        if not n:
+            raise ValueError("plans is an empty list: expected at least one plan or None, or no plans at all")
         probes = _probe(probe, self._points.n_layers)
         listed = {id(plan): plan for plan in _watched(read_plans(plans, n), probes)}
         temperature = per_request(temperature, 1, "temperature", 0.0, 1e6)[0]

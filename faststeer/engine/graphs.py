@@ -114,9 +114,9 @@ class Graphs:
         """The largest first: the others fit into the memory that it took."""
         rows, widths = _sizes(1, self._device.rows), _sizes(LEAST_WIDTH, self._device.length)
         for n, width in itertools.product(reversed(rows), reversed(widths)):
+            self.decode(n, width, mode)
             if self.why:
                 break
-            self.decode(n, width, mode)
 
     def decode(self, n: int, width: int, mode: Mode) -> Tensor:
         device = self._device

@@ -167,6 +167,7 @@ def test_a_warmup_of_what_cannot_be_captured():
     running.close()
     for wrong, error, message in (
         ({"plans": [3]}, TypeError, "plans\\[0\\] is a int"),
+        ({"plans": []}, ValueError, "plans is an empty list"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"top_k": 1.5}, ValueError, "top_k"),
         ({"plans": fs.Plan([fs.Add(models.direction(0), layers=99)])}, ValueError, "layer 99"),
@@ -195,7 +196,7 @@ def test_a_warmup_on_a_cpu_loads_the_plans():
 def test_kernels_are_compiled_where_triton_runs(monkeypatch):
     pytest.importorskip("triton")
     compiled = []
-    monkeypatch.setattr("faststeer.kernels.warmup", lambda *given, operators: compiled.append((*given, operators)))
+    monkeypatch.setattr("faststeer.kernels.warmup", lambda *where, operators: compiled.append((*where, operators)))
     for backend, device in (("cuda", "cuda"), ("triton", "cpu"), ("triton", "cuda")):
         monkeypatch.setattr(fs.ops.dispatch, "backend_for", lambda _, backend=backend: backend)
         fs.ops.warmup(64, torch.bfloat16, device, ("steer",))
