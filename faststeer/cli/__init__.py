@@ -1,6 +1,20 @@
 """The command line. One module per command; what they share is in `common`."""
 
-from faststeer.cli import convert, demo, evaluate, extract, fold, generate, info, observe, plan, report, sweep, ui
+from faststeer.cli import (
+    convert,
+    demo,
+    evaluate,
+    extract,
+    fold,
+    generate,
+    info,
+    observe,
+    plan,
+    report,
+    sweep,
+    ui,
+    verify,
+)
 from faststeer.cli.common import app
 
 __all__ = [
@@ -17,4 +31,5 @@ __all__ = [
     "report",
     "sweep",
     "ui",
+    "verify",
 ]

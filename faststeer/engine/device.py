@@ -103,7 +103,7 @@ class Device:
         self.cache.prefill(first, len(ids), prefix, source)
         if width <= SHORT and self._steps():
             last = each * width + length.squeeze(1) - prefix - 1
-            flat = tokens.reshape(-1), column.reshape(-1)
+            flat = tokens.reshape(-1), column.reshape(-1).contiguous()  # of one column, `expand` makes stride 0
             logits = self.step(*flat, self.cache, self.steering, width, last)  # type: ignore[misc, arg-type]
         else:
             distinct = sorted(set(lengths))

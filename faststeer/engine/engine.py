@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from faststeer import ops
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
@@ -193,12 +195,10 @@ class Engine:
         self._check_free()
         encoded = read_prompts(self.tokenizer, prompts, self.max_length, _vocabulary(self.model))
         n = len(encoded)
-        listed = read_plans(plans, n)
         probes = _probe(probe, self._points.n_layers)
-        watched = {id(plan): Plan([*(plan or ()), *probes]) for plan in listed} if probes else {}
         columns = (
             encoded,
-            [watched.get(id(plan), plan) for plan in listed],
+            _watched(read_plans(plans, n), probes),
             per_request(max_new_tokens, n, "max_new_tokens", 1),
             per_request(temperature, n, "temperature", 0.0, 1e6),
             per_request(top_k, n, "top_k", 0),
@@ -212,6 +212,56 @@ class Engine:
         stops = Stops(self.tokenizer, _end_tokens(self.model, self.tokenizer), stop)
         shown = sys.stderr.isatty() if progress is None else progress
         return close_at_exit(self._run(requests, stops, probes, in_order, shown))
+
+    def warmup(
+        self,
+        plans: Plan | Sequence[Plan | None] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        probe: Direction | None = None,
+    ) -> None:
+        """Do beforehand what the first calls of `generate` would do on the way: a server's first answers come as fast
+        as the later ones.
+
+        On CUDA: compile Triton's kernels where these run, read a prompt of one token under each plan, and capture the
+        graphs of all row counts and lengths, which are powers of two (28 graphs for 64 rows of 1,024 tokens). On a CPU,
+        where nothing is compiled or captured: read that prompt, which takes as long as a step or two.
+
+        Args:
+            plans: those to come, as in `generate`, or ones that act at as many layers with as many interventions and
+                vectors. Room is made for them, and they stay loaded. A later plan that goes further is captured anew.
+            temperature, top_k, top_p, probe: as in `generate`. Greedy steps, steps with a temperature and steps with
+                top-k or top-p have graphs of their own; so has another number of probed directions.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `generate`.
+            torch.OutOfMemoryError: the graphs do not fit: make an Engine with a smaller `max_batch`.
+        """
+        self._check_free()
+        n = len(plans) if isinstance(plans, Sequence) else 1
+        if not n:
+            raise ValueError("plans is an empty list: expected at least one plan or None, or no plans at all")
+        probes = _probe(probe, self._points.n_layers)
+        listed = {id(plan): plan for plan in _watched(read_plans(plans, n), probes)}
+        temperature = per_request(temperature, 1, "temperature", 0.0, 1e6)[0]
+        top_k, top_p = per_request(top_k, 1, "top_k", 0)[0], per_request(top_p, 1, "top_p", 1e-9, 1.0)[0]
+        limit = min(2, self.max_length - 1)
+        requests = [
+            Request(i, [0], plan, limit, temperature, top_k, top_p, 0) for i, plan in enumerate(listed.values())
+        ]
+        self._make_room([request.plan for request in requests])
+        ops.warmup(
+            self._points.hidden_size,
+            self._device.dtype,
+            self._device.device,
+            ("steer", "add_steer", "add_steer_rmsnorm", "latch_"),
+        )
+        with changing() as changes, self._context(requests) as steering, self._device.layers:
+            # What goes wrong under a plan is told again where it is asked for.
+            deque(self._begin(changes, steering, requests, Stops(self.tokenizer, (), ()), probes).completions(), 0)
+            self._steps.warm_up(requests[0].mode)
 
     def _make_room(self, plans: Sequence[Plan | None]) -> Steering:
         """A steering that holds as many of these plans as can be live together."""
@@ -251,22 +301,13 @@ class Engine:
         self._check_free()
         held: dict[int, Completion] = {}
         following = 0
-        planned = any(request.plan is not None for request in requests)
-        steered = self._frozen or planned or self._steering.path == "fused"
         with (
             changing() as changes,
-            self._steering if steered else nullcontext() as steering,
+            self._context(requests) as steering,
             self._device.layers,
             _Bar(len(requests)) if shown else nullcontext() as advance,
         ):
-            changes.on_undo(setattr, self, "_busy", False)
-            self._busy = True
-            run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
-            changes.on_undo(run.close)
-            self._device.steering = steering
-            entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
-            sites = [entry.site for entry in entries]
-            self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
+            run = self._begin(changes, steering, requests, stops, probes)
             try:
                 for completion in run.completions():
                     if advance is not None:
@@ -281,6 +322,30 @@ class Engine:
             except KeyboardInterrupt:
                 yield from (held[index] for index in sorted(held))
                 raise
+
+    def _context(self, requests: Sequence[Request]) -> Any:
+        """What their passes run in: a context that gives the steering, or None where nothing is steered."""
+        planned = any(request.plan is not None for request in requests)
+        return self._steering if self._frozen or planned or self._steering.path == "fused" else nullcontext()
+
+    def _begin(
+        self,
+        changes: Changes,
+        steering: Steering | None,
+        requests: Sequence[Request],
+        stops: Stops,
+        probes: Sequence[Probe],
+    ) -> Run:
+        """A run of these requests, until `changes` are undone."""
+        changes.on_undo(setattr, self, "_busy", False)
+        self._busy = True
+        run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
+        changes.on_undo(run.close)
+        self._device.steering = steering
+        entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
+        sites = [entry.site for entry in entries]
+        self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
+        return run
 
 
 class _Bar(Context["_Bar"]):
@@ -314,6 +379,14 @@ def _probe(direction: Direction | None, n_layers: int) -> list[Probe]:
         Probe(direction, layers="all", at="resid_pre"),
         Probe(direction, layers=n_layers - 1, at="resid_post"),
     ]
+
+
+def _watched(plans: Sequence[Plan | None], probes: Sequence[Probe]) -> list[Plan | None]:
+    """The same plans with probes behind what they do; those that are one object stay one."""
+    if not probes:
+        return list(plans)
+    by_id = {id(plan): Plan([*(plan or ()), *probes]) for plan in plans}
+    return [by_id[id(plan)] for plan in plans]
 
 
 def _size(plan: Plan, n_layers: int, hidden_size: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ made at all where a step does what a graph cannot: then steps run eagerly, and `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from faststeer.engine.sampling import Mode
 from faststeer.ops import backend_for
 
 aten = torch.ops.aten
+
+LEAST_WIDTH = 128  # columns that a graph reads at least
 
 
 class Steps(Protocol):
@@ -38,6 +41,9 @@ class Steps(Protocol):
     def look_again(self) -> None:
         """The caller's code has run: weights, hooks and adapters may be others at the next step."""
 
+    def warm_up(self, mode: Mode) -> None:
+        """Capture every graph that steps of this mode can need. No row may be live."""
+
 
 class EagerSteps:
     """Steps one by one."""
@@ -49,6 +55,9 @@ class EagerSteps:
         self.decode = device.decode
 
     def look_again(self) -> None:
+        pass
+
+    def warm_up(self, mode: Mode) -> None:
         pass
 
 
@@ -101,13 +110,22 @@ class Graphs:
     def look_again(self) -> None:
         self._look = True
 
+    def warm_up(self, mode: Mode) -> None:
+        """The largest first: the others fit into the memory that it took."""
+        rows, widths = _sizes(1, self._device.rows), _sizes(LEAST_WIDTH, self._device.length)
+        for n, width in itertools.product(reversed(rows), reversed(widths)):
+            self.decode(n, width, mode)
+            if self.why:
+                break
+
     def decode(self, n: int, width: int, mode: Mode) -> Tensor:
         device = self._device
         if self._look:
             self._renew(self._constants())
             self._look = False
         if not self.why:
-            shape = min(_power_of_two(n), device.rows), min(max(_power_of_two(width), 128), device.length), mode
+            columns = min(max(_power_of_two(width), LEAST_WIDTH), device.length)
+            shape = min(_power_of_two(n), device.rows), columns, mode
             if shape not in self._graphs:
                 self._capture(shape)
         if self.why:
@@ -183,6 +201,12 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _sizes(least: int, most: int) -> list[int]:
+    """What numbers up to `most` are rounded up to."""
+    powers = [1 << i for i in range(most.bit_length()) if least <= 1 << i < most]
+    return [*powers, most]
+
+
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -208,8 +232,10 @@ def model_constants(model: Any) -> dict[str, Any]:
     }
     for path, module in model.named_modules():
         constants[path or type(module).__name__] = module
-        for name, value in module.__dict__.items():
-            if name in _OTHERS:
+        attributes = module.__dict__
+        for name in attributes.keys() - _OTHERS:
+            value = attributes[name]
+            if type(value) is dict and not value:  # most modules have no buffers, and many no weights of their own
                 continue
             if name in _HOOKS:
                 # Steering's are others each time it is entered, and its fingerprint says what they do: counted alone.
@@ -217,24 +243,30 @@ def model_constants(model: Any) -> dict[str, Any]:
             elif name == "forward":
                 function = getattr(value, "__func__", value)
                 value = None if function is type(module).forward or hasattr(function, "faststeer_fused") else value
-            else:
+            elif type(value) not in _ATOMS:
                 value = _plain(value)
             if value is not None and value != ():
                 constants[f"{path}.{name}"] = value
     return constants
 
 
+_ATOMS = {bool, int, float, str, torch.dtype, torch.device}
+
+
 def _plain(value: Any) -> Any:
     """A value that can be compared; None for what is neither plain nor made of plain things."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
-    if isinstance(value, dict):
-        return tuple((key if isinstance(key, str) else repr(key), _plain(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if issubclass(kind, Tensor):
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    if issubclass(kind, dict):
+        return tuple([(key if isinstance(key, str) else repr(key), _plain(item)) for key, item in value.items()])
+    if issubclass(kind, (list, tuple)):
         return tuple(map(_plain, value))
-    if isinstance(value, (set, frozenset)):
+    if issubclass(kind, (set, frozenset)):
         return tuple(sorted(map(repr, value)))
-    if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)) or callable(value):
+    if issubclass(kind, (bool, int, float, str)) or callable(value):
         return value
     return None
 

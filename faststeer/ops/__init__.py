@@ -23,6 +23,7 @@ from faststeer.ops.dispatch import (
     steer,
     steer_,
     steer_pair_,
+    warmup,
 )
 from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
 
@@ -52,4 +53,5 @@ __all__ = [
     "steer",
     "steer_",
     "steer_pair_",
+    "warmup",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -78,6 +78,15 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
             f"the back end {wanted!r} was chosen, but the tensors are on {kind}: choose another, or auto"
         )
     return wanted
+
+
+def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operators: Collection[str]) -> None:
+    """Compile now what these ops would compile at their first call on rows `[n, hidden]` of this dtype: Triton's
+    kernels, where they are what runs on this CUDA device. Elsewhere nothing is compiled, and this does nothing."""
+    if torch.device(device).type == "cuda" and backend_for(device) == "triton":
+        from faststeer import kernels  # type: ignore[attr-defined]
+
+        kernels.warmup(hidden, dtype, device, operators=operators)
 
 
 def _checked(name: str, source: str) -> Backend | Literal["auto"]:

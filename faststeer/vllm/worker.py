@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faststeer.ops import backend_for
+from faststeer.ops import backend_for, warmup
 from faststeer.ops.tables import Kind
 from faststeer.plan import Entry, Plan, site_name
 from faststeer.program import Program
@@ -145,6 +145,7 @@ class Steering:
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
         self._wrap(runner)
+        warmup(self.hidden_size, self.worker.vllm_config.model_config.dtype, target, ("steer", "steer_pair_", "latch_"))
 
     @property
     def bytes(self) -> int:

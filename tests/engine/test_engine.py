@@ -439,7 +439,13 @@ def test_equal_plans_share_a_slot_and_others_wait():
     plans = [plan("llama", seed) for seed in (0, 1, 0, 2, 3, 1, 4, 0)]
     loads = []
     load = made._steering.load
-    made._steering.load = lambda slot, plan: (loads.append(slot), load(slot, plan))[1]  # type: ignore[method-assign]
+
+    def counted(slot, plan):
+        load(slot, plan)
+        if plan is not None:  # else room is made, for which plans of the call before leave one by one
+            loads.append(slot)
+
+    made._steering.load = counted
     found = tokens(made.generate(prompts(), plans=plans, max_new_tokens=LIMITS))
     assert found == [generated(models.model("llama"), *each) for each in zip(prompts(), plans, LIMITS, strict=True)]
     assert set(loads) == {0, 1}
@@ -774,3 +780,15 @@ def test_a_model_that_is_being_steered_is_refused():
     made = engine("llama")
     with fs.steer(models.model("llama"), plan("llama")), pytest.raises(RuntimeError, match="being steered"):
         made.generate(prompts())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prompts_of_one_token_together(name):
+    asked = prompts((1, 1, 1))
+    made = [engine(name), engine(name)]
+    while made[1]._device.leave_to_model():
+        pass
+    for one in made:
+        steered = [plan(name), None, plan(name, 1)]
+        found = tokens(one.generate(asked, plans=steered, max_new_tokens=4))
+        assert found == [generated(models.model(name), *each, 4) for each in zip(asked, steered, strict=True)]

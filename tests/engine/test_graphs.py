@@ -119,6 +119,90 @@ def test_the_second_call_captures_nothing():
         torch.testing.assert_close(a.projections, b.projections)
 
 
+# Warming up -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"probe": models.direction(1)}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 5}],
+    ids=["greedy", "probe", "temperature", "top_k"],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nothing_is_captured_after_a_warmup(name, more):
+    """For any number of rows, any length and other plans as far as those given; and it changes no answer."""
+    sizes = {"max_batch": 5, "max_length": 300}
+    model = models.build(name, max_position_embeddings=512)
+    settings = {"plans": mixed(name), "max_new_tokens": LIMITS, "seed": 3, **more}
+    asked = [*prompts()[:-1], models.tokens(1, 280, seed=9)[0].tolist()]
+    made, captures = graphed(model, **sizes)
+    before = [(c.token_ids, c.projections) for c in made.generate(asked, **settings)]
+    made, captures = graphed(model, **sizes)
+    random = torch.get_rng_state()
+    assert made.warmup(mixed(name), **more) is None
+    assert torch.equal(torch.get_rng_state(), random)
+    # 1, 2, 4 and 5 rows, each at 128, 256 and 300 columns.
+    assert captures.captured == 12 and (made.path, made.why) == ("graphs", "")
+    for (ids, projections), again in zip(before, made.generate(asked, **settings), strict=True):
+        assert ids == again.token_ids
+        if projections is not None:
+            torch.testing.assert_close(again.projections, projections, rtol=1e-4, atol=1e-4)
+    others = settings | {"plans": [plan(name, 5), None, plan(name, 6)], "max_new_tokens": LIMITS[:3]}
+    list(made.generate(asked[:3], **others))
+    assert captures.captured == 12 and captures.replayed > 12
+    assert not fs.hf.steering.is_steered(made.model)
+
+
+def test_a_warmup_of_what_cannot_be_captured():
+    """It says why and leaves eager steps; what is refused is refused before anything runs."""
+    made, captures = graphed("llama", Simulated(RuntimeError("operation not permitted")))
+    made.warmup(plan("llama"))
+    assert (made.path, captures.captured, captures.replayed) == ("eager", 1, 0) and "not permitted" in made.why
+    assert tokens(made.generate(prompts(), max_new_tokens=LIMITS)) == expected(models.model("llama"))
+    made, captures = graphed("llama")
+    running = made.generate(prompts(), max_new_tokens=4)
+    next(running)
+    captured = captures.captured
+    with pytest.raises(RuntimeError, match="generating already"):
+        made.warmup()
+    running.close()
+    for wrong, error, message in (
+        ({"plans": [3]}, TypeError, "plans\\[0\\] is a int"),
+        ({"plans": []}, ValueError, "plans is an empty list"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"top_k": 1.5}, ValueError, "top_k"),
+        ({"plans": fs.Plan([fs.Add(models.direction(0), layers=99)])}, ValueError, "layer 99"),
+    ):
+        with pytest.raises(error, match=message):
+            made.warmup(**wrong)
+    assert captures.captured == captured
+    made._steps._captures.capture = lambda step: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    made._steps._drop()
+    with pytest.raises(torch.OutOfMemoryError):
+        made.warmup(plan("llama"))
+    assert not made._busy and not fs.hf.steering.is_steered(made.model)
+
+
+def test_a_warmup_on_a_cpu_loads_the_plans():
+    made = engine("llama")
+    made.warmup(mixed("llama"), probe=models.direction(1))
+    made.warmup()
+    assert made.path == "eager" and made._capacity.slots == 3
+    plans = mixed("llama")
+    assert tokens(made.generate(prompts(), plans=plans, max_new_tokens=LIMITS)) == expected(
+        models.model("llama"), plans
+    )
+
+
+def test_kernels_are_compiled_where_triton_runs(monkeypatch):
+    pytest.importorskip("triton")
+    compiled = []
+    monkeypatch.setattr("faststeer.kernels.warmup", lambda *where, operators: compiled.append((*where, operators)))
+    for backend, device in (("cuda", "cuda"), ("triton", "cpu"), ("triton", "cuda")):
+        monkeypatch.setattr(fs.ops.dispatch, "backend_for", lambda _, backend=backend: backend)
+        fs.ops.warmup(64, torch.bfloat16, device, ("steer",))
+    assert compiled == [(64, torch.bfloat16, "cuda", ("steer",))]
+
+
 # What a graph holds fixed ---------------------------------------------------------------------------------------------
 
 
