@@ -24,7 +24,9 @@ def tone_dose_response(entries: Sequence[dict[str, Any]], layer: int) -> bytes:
     upper.set(ylabel="VADER score of the answers", ylim=(-1.03, 1.03), title="SmolLM2-135M: dose and response")
     upper.legend(fontsize=8, loc="lower right", frameon=False)
     lower.plot(at, [entry["perplexity"] for entry in entries], color=BLUE, marker="o")
-    lower.set(xlabel="coefficient", ylabel="perplexity,\nunsteered", yscale="log")
+    lower.set(
+        xlabel="coefficient (1: the difference of the means, once)", ylabel="perplexity,\nunsteered", yscale="log"
+    )
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
     return _saved(figure)
@@ -35,8 +37,8 @@ def tone_layers(points: Sequence[dict[str, Any]], chosen: int, unsteered: float)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     at = [point["layer"] for point in points]
-    axes.plot(at, [point["added"] for point in points], color=RED, marker="o", label="added")
-    axes.plot(at, [point["subtracted"] for point in points], color=BLUE, marker="o", label="subtracted")
+    axes.plot(at, [point["added"] for point in points], color=RED, marker="o", label="added (+1)")
+    axes.plot(at, [point["subtracted"] for point in points], color=BLUE, marker="o", label="subtracted (-1)")
     axes.axhline(unsteered, color=GREY, lw=1, label="unsteered")
     axes.axvline(chosen, color=GREY, linestyle=":", label="chosen")
     axes.set(xlabel="layer", ylabel="VADER score of the answers", ylim=(-1.03, 1.03), xticks=at)
