@@ -74,9 +74,9 @@ def _print_tone(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "A coefficient of 1 adds the difference of the means once, at a layer chosen on other questions. random: a "
-        "random vector of the same norm. perplexity: of the answers, under the unsteered model, median. Rank correlation "
-        f"of score and coefficient: {result['tone_rank_correlation']:.2f}.",
+        "A coefficient of 1 adds the difference of the means once, at a layer chosen on other questions. random: random "
+        "vectors of the same norm, one per question. perplexity: of the answers, under the unsteered model, median. "
+        f"Rank correlation of score and coefficient: {result['tone_rank_correlation']:.2f}.",
         highlight=False,
     )
     for example in result["tone_examples"]:

@@ -12,11 +12,14 @@ RED, BLUE, GREY = "#c0392b", "#2471a3", "#7f8c8d"
 
 
 def tone_dose_response(entries: Sequence[dict[str, Any]], layer: int) -> bytes:
-    """VADER's score and the answers' perplexity against the coefficient, next to the random vector of the same norm."""
+    """VADER's score and the answers' perplexity against the coefficient, next to random vectors of the same norm."""
     figure = Figure(figsize=(7, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2.2, 1))
     at = [entry["coefficient"] for entry in entries]
-    for name, color, label in (("", RED, f"tone vector, layer {layer}"), ("random_", GREY, "random vector, same norm")):
+    for name, color, label in (
+        ("", RED, f"tone vector, layer {layer}"),
+        ("random_", GREY, "random vectors, same norm"),
+    ):
         upper.plot(at, [e[f"{name}score"] for e in entries], color=color, marker="o", label=label)
         upper.fill_between(
             at, [e[f"{name}low"] for e in entries], [e[f"{name}high"] for e in entries], color=color, alpha=0.15, lw=0

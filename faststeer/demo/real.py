@@ -1,6 +1,6 @@
 """The demonstration on a real model: a vector for a cheerful tone, by difference in means, added and subtracted.
 
-The layer is chosen on questions that are not measured on. Every coefficient is measured next to a random vector of the
+The layer is chosen on questions that are not measured on. Every coefficient is measured next to random vectors of the
 same norm. A coefficient of 1 adds the raw difference of the means, once.
 """
 
@@ -36,10 +36,10 @@ COHERENT = 0.9  # share of answers without loops that a layer must leave at both
 
 @dataclass
 class Answers:
-    """Questions answered under one plan: texts, and VADER's compound score of each, -1 to 1."""
+    """Questions, each answered under its plan: texts, and VADER's compound score of each, -1 to 1."""
 
     questions: Sequence[Any]
-    plan: Plan | None
+    plans: Sequence[Plan | None]
     texts: Sequence[str] = ()
     scores: Sequence[float] = ()
 
@@ -62,7 +62,7 @@ def measure(
 
     Args:
         out: folder for tone.safetensors, tone_dose_response.png and tone_layers.png.
-        seed: of the random control vector.
+        seed: of the random control vectors.
         step: called with what is done next.
         questions: held-out questions per coefficient, at most.
         choosing: validation questions per layer and sign.
@@ -81,17 +81,22 @@ def measure(
     layers = sorted({round(share * depth) for share in DEPTHS} & set(vectors.layers))
 
     step(f"Choosing among {len(layers)} layers")
-    grid = {(layer, sign): Answers(asked, _plan(vectors, layer, sign)) for layer in layers for sign in (-1.0, 1.0)}
-    unsteered = Answers(asked, None)
+    grid = {
+        (layer, sign): Answers(asked, [_plan(vectors, layer, sign)] * len(asked))
+        for layer in layers
+        for sign in (-1.0, 1.0)
+    }
+    unsteered = Answers(asked, [None] * len(asked))
     answer(model, tokenizer, [unsteered, *grid.values()], judge)
     points = [_layer(layer, grid[layer, -1.0], grid[layer, 1.0]) for layer in layers]
     layer = choose(points)
 
-    step(f"Measuring {len(COEFFICIENTS)} coefficients, and a random vector")
+    step(f"Measuring {len(COEFFICIENTS)} coefficients, and random vectors")
     vector = candidates.vector(-1, layer)
-    control = extract.random_like(vector, seed)
-    steered = {c: Answers(held_out, _plan(vector, layer, c)) for c in COEFFICIENTS}
-    random = {c: Answers(held_out, _plan(control, layer, c)) for c in COEFFICIENTS if c}
+    # One random vector has effects of its own, so that each question gets another.
+    controls = [extract.random_like(vector, seed + number) for number in range(len(held_out))]
+    steered = {c: Answers(held_out, [_plan(vector, layer, c)] * len(held_out)) for c in COEFFICIENTS}
+    random = {c: Answers(held_out, [_plan(control, layer, c) for control in controls]) for c in COEFFICIENTS if c}
     answer(model, tokenizer, [*steered.values(), *random.values()], judge)
     random[0.0] = steered[0.0]
     perplexities = perplexity(model, tokenizer, list(steered.values()))
@@ -119,7 +124,7 @@ def measure(
 def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> None:
     """Answer the questions of all cells as rows of the same batches, each under its own plan, and score the answers."""
     prompts = [question for cell in cells for question in cell.questions]
-    plans = [cell.plan for cell in cells for _ in cell.questions]
+    plans = [plan for cell in cells for plan in cell.plans]
     length = max(map(len, encode(tokenizer, list(dict.fromkeys(prompts))))) + MAX_NEW_TOKENS
     engine = Engine(model, tokenizer, max_batch=MAX_BATCH, max_length=length)
     texts = iter([completion.text for completion in engine.generate(prompts, plans, max_new_tokens=MAX_NEW_TOKENS)])
