@@ -37,7 +37,7 @@ def test_the_tone_figures_are_measured():
             f"{entry['perplexity']:.1f}",
             str(entry["n"]),
         ]
-    assert f"added at layer {demo()['tone_layer']} while" in README
+    assert f"added at layer {demo()['tone_layer']} while" in " ".join(README.split())
     assert f"layers={demo()['tone_layer']})" in README
 
 

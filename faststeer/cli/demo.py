@@ -74,8 +74,8 @@ def _print_tone(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "A coefficient of 1 adds the difference of the means once, at a layer chosen on other questions. random: random "
-        "vectors of the same norm, one per question. perplexity: of the answers, under the unsteered model, median. "
+        "A coefficient of 1 adds the difference of the means once, at a layer chosen on other questions. random: "
+        "random vectors of the same norm, one per question. perplexity: of the answers, under the unsteered model. "
         f"Rank correlation of score and coefficient: {result['tone_rank_correlation']:.2f}.",
         highlight=False,
     )
