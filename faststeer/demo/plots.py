@@ -27,9 +27,8 @@ def tone_dose_response(entries: Sequence[dict[str, Any]], layer: int) -> bytes:
     upper.set(ylabel="VADER score of the answers", ylim=(-1.03, 1.03), title="SmolLM2-135M: dose and response")
     upper.legend(fontsize=8, loc="lower right", frameon=False)
     lower.plot(at, [entry["perplexity"] for entry in entries], color=BLUE, marker="o")
-    lower.set(
-        xlabel="coefficient (1: the difference of the means, once)", ylabel="perplexity,\nunsteered", yscale="log"
-    )
+    top = 1.1 * max(entry["perplexity"] for entry in entries)
+    lower.set(xlabel="coefficient (1: the difference of the means, once)", ylabel="perplexity", ylim=(0, top))
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
     return _saved(figure)
