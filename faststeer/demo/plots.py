@@ -12,11 +12,14 @@ RED, BLUE, GREY = "#c0392b", "#2471a3", "#7f8c8d"
 
 
 def tone_dose_response(entries: Sequence[dict[str, Any]], layer: int) -> bytes:
-    """VADER's score and the answers' perplexity against the coefficient, next to the random vector of the same norm."""
+    """VADER's score and the answers' perplexity against the coefficient, next to random vectors of the same norm."""
     figure = Figure(figsize=(7, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2.2, 1))
     at = [entry["coefficient"] for entry in entries]
-    for name, color, label in (("", RED, f"tone vector, layer {layer}"), ("random_", GREY, "random vector, same norm")):
+    for name, color, label in (
+        ("", RED, f"tone vector, layer {layer}"),
+        ("random_", GREY, "random vectors, same norm"),
+    ):
         upper.plot(at, [e[f"{name}score"] for e in entries], color=color, marker="o", label=label)
         upper.fill_between(
             at, [e[f"{name}low"] for e in entries], [e[f"{name}high"] for e in entries], color=color, alpha=0.15, lw=0
@@ -24,7 +27,8 @@ def tone_dose_response(entries: Sequence[dict[str, Any]], layer: int) -> bytes:
     upper.set(ylabel="VADER score of the answers", ylim=(-1.03, 1.03), title="SmolLM2-135M: dose and response")
     upper.legend(fontsize=8, loc="lower right", frameon=False)
     lower.plot(at, [entry["perplexity"] for entry in entries], color=BLUE, marker="o")
-    lower.set(xlabel="coefficient", ylabel="perplexity,\nunsteered", yscale="log")
+    top = 1.1 * max(entry["perplexity"] for entry in entries)
+    lower.set(xlabel="coefficient (1: the difference of the means, once)", ylabel="perplexity", ylim=(0, top))
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
     return _saved(figure)
@@ -35,8 +39,8 @@ def tone_layers(points: Sequence[dict[str, Any]], chosen: int, unsteered: float)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     at = [point["layer"] for point in points]
-    axes.plot(at, [point["added"] for point in points], color=RED, marker="o", label="added")
-    axes.plot(at, [point["subtracted"] for point in points], color=BLUE, marker="o", label="subtracted")
+    axes.plot(at, [point["added"] for point in points], color=RED, marker="o", label="added (+1)")
+    axes.plot(at, [point["subtracted"] for point in points], color=BLUE, marker="o", label="subtracted (-1)")
     axes.axhline(unsteered, color=GREY, lw=1, label="unsteered")
     axes.axvline(chosen, color=GREY, linestyle=":", label="chosen")
     axes.set(xlabel="layer", ylabel="VADER score of the answers", ylim=(-1.03, 1.03), xticks=at)

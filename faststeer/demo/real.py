@@ -1,13 +1,13 @@
 """The demonstration on a real model: a vector for a cheerful tone, by difference in means, added and subtracted.
 
-Layer and strength are chosen on questions that are not measured on: strength s makes a coefficient of 1 add s times the
-difference of the means. Every coefficient is measured next to a random vector of the same norm.
+The layer is chosen on questions that are not measured on. Every coefficient is measured next to random vectors of the
+same norm. A coefficient of 1 adds the raw difference of the means, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,19 @@ from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-DEPTHS = (0.4, 0.5, 0.6, 0.7)  # of the layers to choose from, in shares of the model's depth
-STRENGTHS = (1.0, 2.0, 3.0)  # to choose from
+DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the layers to choose from, in shares of the model's depth
 CHOOSING = 8  # questions, of the validation split
 MAX_NEW_TOKENS = 32
 MAX_BATCH = 64
-# What may be chosen leaves, at both signs, this share of answers without loops, and a median perplexity under the
-# unsteered model of at most so many times that of unsteered answers.
-COHERENT, PERPLEXITY = 0.9, 1.5
+COHERENT = 0.9  # share of answers without loops that a layer must leave at both signs, to be chosen
 
 
 @dataclass
 class Answers:
-    """Questions answered under one plan: texts, and VADER's compound score of each, -1 to 1."""
+    """Questions, each answered under its plan: texts, and VADER's compound score of each, -1 to 1."""
 
     questions: Sequence[Any]
-    plan: Plan | None
+    plans: Sequence[Plan | None]
     texts: Sequence[str] = ()
     scores: Sequence[float] = ()
 
@@ -65,10 +62,10 @@ def measure(
 
     Args:
         out: folder for tone.safetensors, tone_dose_response.png and tone_layers.png.
-        seed: of the random control vector.
+        seed: of the random control vectors.
         step: called with what is done next.
         questions: held-out questions per coefficient, at most.
-        choosing: validation questions per layer, strength and sign.
+        choosing: validation questions per layer and sign.
 
     Raises:
         ValueError: the judge's package vaderSentiment is not installed.
@@ -83,29 +80,23 @@ def measure(
     depth = model.config.num_hidden_layers
     layers = sorted({round(share * depth) for share in DEPTHS} & set(vectors.layers))
 
-    step(f"Choosing among {len(layers)} layers and {len(STRENGTHS)} strengths")
-    keys = [(strength, layer) for strength in STRENGTHS for layer in layers]
-    grid = [[Answers(asked, _plan(vectors, layer, sign * s)) for sign in (-1.0, 1.0)] for s, layer in keys]
-    unsteered = Answers(asked, None)
-    cells = [unsteered, *(cell for pair in grid for cell in pair)]
-    answer(model, tokenizer, cells, judge)
-    usual, *steered_perplexities = perplexity(model, tokenizer, cells)
-    pairs_of_perplexities = zip(steered_perplexities[::2], steered_perplexities[1::2], strict=True)
-    points = [
-        _point(*key, subtracted, added, max(values) / usual)
-        for key, (subtracted, added), values in zip(keys, grid, pairs_of_perplexities, strict=True)
-    ]
-    chosen = choose(points)
-    layer, strength = chosen["layer"], chosen["strength"]
+    step(f"Choosing among {len(layers)} layers")
+    grid = {
+        (layer, sign): Answers(asked, [_plan(vectors, layer, sign)] * len(asked))
+        for layer in layers
+        for sign in (-1.0, 1.0)
+    }
+    unsteered = Answers(asked, [None] * len(asked))
+    answer(model, tokenizer, [unsteered, *grid.values()], judge)
+    points = [_layer(layer, grid[layer, -1.0], grid[layer, 1.0]) for layer in layers]
+    layer = choose(points)
 
-    step(f"Measuring {len(COEFFICIENTS)} coefficients, and a random vector")
-    raw = candidates.vector(-1, layer)
-    vector = replace(
-        raw, directions={layer: strength * raw[layer]}, provenance={**raw.provenance, "strength": strength}
-    )
-    control = extract.random_like(vector, seed)
-    steered = {c: Answers(held_out, _plan(vector, layer, c)) for c in COEFFICIENTS}
-    random = {c: Answers(held_out, _plan(control, layer, c)) for c in COEFFICIENTS if c}
+    step(f"Measuring {len(COEFFICIENTS)} coefficients, and random vectors")
+    vector = candidates.vector(-1, layer)
+    # One random vector has effects of its own, so that each question gets another.
+    controls = [extract.random_like(vector, seed + number) for number in range(len(held_out))]
+    steered = {c: Answers(held_out, [_plan(vector, layer, c)] * len(held_out)) for c in COEFFICIENTS}
+    random = {c: Answers(held_out, [_plan(control, layer, c) for control in controls]) for c in COEFFICIENTS if c}
     answer(model, tokenizer, [*steered.values(), *random.values()], judge)
     random[0.0] = steered[0.0]
     perplexities = perplexity(model, tokenizer, list(steered.values()))
@@ -118,8 +109,7 @@ def measure(
         "tone": entries,
         "tone_model": vectors.model,
         "tone_layer": layer,
-        "tone_strength": strength,
-        "tone_choice": points,
+        "tone_layers": points,
         "tone_unsteered_choosing": before,
         "tone_rank_correlation": float(stats.spearmanr(COEFFICIENTS, [e["score"] for e in entries]).statistic),
         "tone_relative_norm": relative_norm(model, tokenizer, vector, held_out),
@@ -127,16 +117,14 @@ def measure(
     }
     vector.save(out / "tone.safetensors")
     write_atomically(out / "tone_dose_response.png", plots.tone_dose_response(entries, layer))
-    write_atomically(
-        out / "tone_layers.png", plots.tone_layers([p for p in points if p["strength"] == strength], layer, before)
-    )
+    write_atomically(out / "tone_layers.png", plots.tone_layers(points, layer, before))
     return result
 
 
 def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> None:
     """Answer the questions of all cells as rows of the same batches, each under its own plan, and score the answers."""
     prompts = [question for cell in cells for question in cell.questions]
-    plans = [cell.plan for cell in cells for _ in cell.questions]
+    plans = [plan for cell in cells for plan in cell.plans]
     length = max(map(len, encode(tokenizer, list(dict.fromkeys(prompts))))) + MAX_NEW_TOKENS
     engine = Engine(model, tokenizer, max_batch=MAX_BATCH, max_length=length)
     texts = iter([completion.text for completion in engine.generate(prompts, plans, max_new_tokens=MAX_NEW_TOKENS)])
@@ -145,11 +133,11 @@ def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> 
         cell.scores = [verdict.score for verdict in judge(cell.questions, cell.texts)]
 
 
-def choose(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The layer and strength with the largest difference between the mean scores added and subtracted, of those that
-    leave answers coherent at both (of all, where none does)."""
-    coherent = [p for p in points if p["coherent"] >= COHERENT and p["perplexity_ratio"] <= PERPLEXITY] or points
-    return max(coherent, key=lambda point: point["added"] - point["subtracted"])
+def choose(points: Sequence[dict[str, Any]]) -> int:
+    """The layer with the largest difference between the mean scores at +1 and -1, of those that leave answers coherent
+    at both (of all, where none does)."""
+    coherent = [point for point in points if point["coherent"] >= COHERENT] or points
+    return max(coherent, key=lambda point: point["added"] - point["subtracted"])["layer"]
 
 
 def perplexity(model: Any, tokenizer: Any, cells: Sequence[Answers]) -> list[float]:
@@ -177,14 +165,12 @@ def _plan(vector: SteeringVector, layer: int, coefficient: float) -> Plan | None
     return Plan([Add(vector, coefficient, layers=layer)]) if coefficient else None
 
 
-def _point(strength: float, layer: int, subtracted: Answers, added: Answers, ratio: float) -> dict[str, Any]:
+def _layer(layer: int, subtracted: Answers, added: Answers) -> dict[str, Any]:
     return {
         "layer": layer,
-        "strength": strength,
         "added": mean_interval(added.scores).mean,
         "subtracted": mean_interval(subtracted.scores).mean,
         "coherent": min(added.coherent, subtracted.coherent),
-        "perplexity_ratio": ratio,
         "n": len(added.questions),
     }
 
