@@ -50,8 +50,8 @@ VectorLayer = Annotated[
 ]
 
 
-def print_version(wanted: bool) -> None:
-    if wanted:
+def print_version(asked: bool) -> None:
+    if asked:
         from faststeer import __version__
 
         typer.echo(f"faststeer {__version__}")
@@ -158,14 +158,14 @@ def vector_layers(path: Path, vector: SteeringVector, text: str | None) -> list[
                 "--layer all adds every one, which needs a much smaller --coefficient, such as 0.1"
             )
         return layers
-    chosen = layer_numbers(text, "--layer")
-    if chosen is None:
+    acting = layer_numbers(text, "--layer")
+    if acting is None:
         return layers
-    if missing := sorted(set(chosen) - set(layers)):
+    if missing := sorted(set(acting) - set(layers)):
         raise ValueError(
             f"{path} has no direction for layer {', '.join(map(str, missing))}: it has {layers_text(tuple(layers))}"
         )
-    return chosen
+    return acting
 
 
 def steering_plan(plan: Path | None, vector: Path | None, coefficient: float, layer: str | None) -> Plan | None:

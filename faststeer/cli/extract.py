@@ -124,14 +124,14 @@ def extract(
     Example: faststeer extract --behaviour refusal --method all
     """
     check_sides(positive, negative)
-    chosen_layers = None if layers is None else layer_numbers(layers)
+    candidate_layers = None if layers is None else layer_numbers(layers)
     if method is not None:
         if select is not None or layer is not None or system is not None:
             raise typer.BadParameter("--method chooses layer and token, and takes no --select, --layer or --system")
-        chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
+        contrast = behaviour_of(model, behaviour, positive, negative, field, judge)
         _compare(
-            chosen, model, method, out, as_json, dtype, device,
-            at=at, positions=_positions(position, None), layers=chosen_layers,
+            contrast, model, method, out, as_json, dtype, device,
+            at=at, positions=_positions(position, None), layers=candidate_layers,
             coefficients=numbers(coefficients, "--coefficients"), n_test=prompts, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
             steps=DEMO_STEPS if steps is None and model == "demo" else steps,
@@ -148,7 +148,7 @@ def extract(
         raise typer.BadParameter(f"--position {position}: without --select and --method, one token is read")
     asked = _Asked(
         model, _prompts(model, behaviour, positive, negative, field, judge, select), at, positions, layer,
-        chosen_layers, select, numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
+        candidate_layers, select, numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
     )  # fmt: skip
     _one(asked, out, dtype, device, as_json)
 
@@ -207,9 +207,10 @@ def _prompts(
     """The prompts of two files or of a behaviour; held out is every fifth of a file's, or the behaviour's validation
     prompts."""
     if behaviour is not None or (positive is None and negative is None):
-        chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
-        sides = chosen.train.positive, chosen.train.negative, chosen.validation.induce, chosen.validation.suppress
-        return _Prompts(*sides, chosen.judge, chosen.coherence)
+        contrast = behaviour_of(model, behaviour, positive, negative, field, judge)
+        train, held_out = contrast.train, contrast.validation
+        asked = held_out.induce, held_out.suppress
+        return _Prompts(train.positive, train.negative, *asked, contrast.judge, contrast.coherence)
     shown, absent = two_sides(positive, negative, field)
     if select is None:
         return _Prompts(shown, absent)
@@ -217,8 +218,8 @@ def _prompts(
         from faststeer.evaluate.judges import JUDGES
 
         raise typer.BadParameter(f"--select judge needs --judge: one of {', '.join(JUDGES)}")
-    train = [[prompt for number, prompt in enumerate(prompts) if number % 5] for prompts in (shown, absent)]
-    return _Prompts(train[0], train[1], induce=absent[::5], suppress=shown[::5], judge=judge)
+    sides = [[prompt for number, prompt in enumerate(prompts) if number % 5] for prompts in (shown, absent)]
+    return _Prompts(sides[0], sides[1], induce=absent[::5], suppress=shown[::5], judge=judge)
 
 
 def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> None:
@@ -284,11 +285,11 @@ def _selection(asked: _Asked, model: Any, tokenizer: Any, candidates: Candidates
 def _next_step(asked: _Asked, out: Path, report: dict[str, Any], n_layers: int) -> str:
     """The command that shows what the vector does: at its layer, or, where it has all of them, at the layer of the
     middle of the model (30 to 75 % of the depth) at which the two sides lie furthest apart for their length."""
-    chosen = report.get("selection", {}).get("chosen", {})
+    candidate = report.get("selection", {}).get("chosen", {})
     middle = [n for n in report["layers"] if 0.3 * n_layers <= n <= 0.75 * n_layers] or report["layers"]
-    layer = chosen.get("layer", max(middle, key=report["relative"].__getitem__))
+    layer = candidate.get("layer", max(middle, key=report["relative"].__getitem__))
     words = ["faststeer", "generate", "--model", asked.model, "--vector", str(out), "--layer", str(layer)]
-    words += ["--coefficient", f"{chosen.get('coefficient', 1):g}", "--prompt", "How was your day?", "--compare"]
+    words += ["--coefficient", f"{candidate.get('coefficient', 1):g}", "--prompt", "How was your day?", "--compare"]
     return shlex.join(words)
 
 

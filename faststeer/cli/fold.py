@@ -38,15 +38,15 @@ def fold(
         raise ValueError(f"{out} is there already: name a new folder")
     from faststeer import Plan, formats
 
-    wanted = Plan.load(plan)
+    lasting = Plan.load(plan)
     loaded, tokenizer = load_model(model, dtype, device)
     report: dict[str, Any]
     if adapter:
-        done = formats.fold_adapter(loaded, wanted)
+        done = formats.fold_adapter(loaded, lasting)
         done.save(out)
         report = done.report()
     else:
-        folded = formats.fold(loaded, wanted, in_place=True)
+        folded = formats.fold(loaded, lasting, in_place=True)
         folded.save(out, tokenizer)
         report = folded.report()
     report["out"] = str(out)

@@ -59,7 +59,7 @@ def generate(
     from faststeer.extract import load_prompts
 
     asked: list[Any] = load_prompts(prompts, field=field) if prompts else list(prompt or [])
-    chosen = steering_plan(plan, vector, coefficient, layer)
+    steering = steering_plan(plan, vector, coefficient, layer)
     loaded, tokenizer = load_model(model, dtype, device)
 
     def complete(under: Any) -> list[str]:
@@ -74,7 +74,7 @@ def generate(
             progress=True,
         )
 
-    answers = [{"prompt": text, "completion": answer} for text, answer in zip(asked, complete(chosen), strict=True)]
+    answers = [{"prompt": text, "completion": answer} for text, answer in zip(asked, complete(steering), strict=True)]
     if compare:
         for answer, unsteered in zip(answers, complete(None), strict=True):
             answer["unsteered"] = unsteered
@@ -85,7 +85,7 @@ def generate(
     if as_json:
         typer.echo(json.dumps({"model": model, "completions": answers}, ensure_ascii=False))
         return
-    table = Table("prompt", *(["unsteered"] if compare else []), "steered" if chosen else "answer", show_lines=True)
+    table = Table("prompt", *(["unsteered"] if compare else []), "steered" if steering else "answer", show_lines=True)
     for answer in answers:
         table.add_row(*(str(answer[name]) for name in ("prompt", *(["unsteered"] if compare else []), "completion")))
     Console().print(table)

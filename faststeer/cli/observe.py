@@ -111,11 +111,11 @@ def observe(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    chosen = behaviour_of(model, behaviour, positive, negative, field, judge)
+    studied = behaviour_of(model, behaviour, positive, negative, field, judge)
     loaded, tokenizer = load_model(model, dtype, device)
     run: dict[str, Any] = {"name": model, "batch_size": batch_size, "patch_batch": patch_batch, "progress": True}
     try:
-        found = study.run(loaded, tokenizer, chosen, out, settings, **run)
+        found = study.run(loaded, tokenizer, studied, out, settings, **run)
     except KeyboardInterrupt:
         errors.print(f"Stopped; what was finished is in {out}. The same command goes on.", highlight=False)
         raise typer.Exit(STOPPED) from None

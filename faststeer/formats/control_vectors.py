@@ -123,14 +123,14 @@ def without_first_layers(vector: SteeringVector) -> tuple[SteeringVector, list[i
         ValueError: no other layer is left.
     """
     first = 2 if vector.at == "resid_pre" else 1
-    kept = {layer: vector[layer] for layer in vector.layers if layer >= first}
-    if not kept:
+    directions = {layer: vector[layer] for layer in vector.layers if layer >= first}
+    if not directions:
         raise ValueError(
             f"the vector has only layers {', '.join(map(str, vector.layers))} at {vector.at}: llama.cpp steers what "
             "leaves layers 1, 2, ..., so that a GGUF file cannot hold them; find the direction at a later layer"
         )
     left_out = [layer for layer in vector.layers if layer < first]
-    return replace(vector, directions=kept, path=None, sha256=None) if left_out else vector, left_out
+    return replace(vector, directions=directions, path=None, sha256=None) if left_out else vector, left_out
 
 
 def _library() -> ModuleType:
