@@ -475,7 +475,7 @@ def time_steps(device: str, end: float, *, rows: int = 16, tokens: int = 16) -> 
     from faststeer import demo
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: Any = demo.load(dtype)[0].to(device)  # type: ignore[arg-type]
+    model: Any = demo.load(dtype=dtype)[0].to(device)  # type: ignore[arg-type]
     model.generation_config.eos_token_id = []  # all rows draw all tokens
     vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     vector = 0.01 * vector / vector.norm()
