@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkout
 import records
 from processes import Command, Ended, tool
-from tables import tables
+from summary import tables
 
 HERE, ROOT = Path(__file__).resolve().parent, checkout.ROOT
 TESTS = ROOT / "tests"

@@ -1,6 +1,6 @@
 """Tables of what run.py measured, from its CSV file:
 
-python benchmarks/gpu/tables.py DIR/first.csv
+python benchmarks/gpu/summary.py DIR/first.csv
 """
 
 from __future__ import annotations
