@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import faststeer as fs
+from faststeer.engine.slots import Slots
 from faststeer.hf import attention, fused, hook_points, read
 from faststeer.hf.changes import Changes, Context, _half_undone, changing
 from faststeer.hf.freeze import freeze
@@ -72,6 +73,13 @@ def engine_run() -> Any:
 
 def by_engine(completions: Any) -> torch.Tensor:
     return torch.stack([completion.projections.sum() for completion in completions])
+
+
+def forget_plans() -> None:
+    """The Engine keeps plans loaded: without them it begins alike each time."""
+    for slot in range(ENGINE._steering.capacity.slots):
+        ENGINE._steering.load(slot, None)
+    ENGINE._slots = Slots(ENGINE._steering)
 
 
 @contextmanager
@@ -195,6 +203,8 @@ class Tracer:
         return frame.f_lasti not in _uninterrupted(frame.f_code)
 
     def run(self, kind: str, inside: bool) -> None:
+        if kind == "engine":
+            forget_plans()
         # Not by sys.settrace in this frame, whose own lines are not ours.
         sys.settrace(self)
         try:
