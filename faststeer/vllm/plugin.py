@@ -164,11 +164,10 @@ def _ending(take_tokens: Any) -> Any:
     """A request that has overflowed takes no more tokens, and ends."""
     from vllm.v1.request import RequestStatus
 
-    from faststeer.vllm.isolation import Isolation
-
     @functools.wraps(take_tokens)
     def taken(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.faststeer_isolation is not None and Isolation.ends(request, RequestStatus.FINISHED_ERROR):
+        isolation = self.faststeer_isolation
+        if isolation is not None and isolation.ends(request, RequestStatus.FINISHED_ERROR):
             return [], True
         return take_tokens(self, request, *args, **kwargs)
 
