@@ -45,7 +45,7 @@ class StepSums:
         cls, hidden: Tensor, nonfinite: Tensor | None, rows: tuple[Sequence[str], Sequence[int]],
         computed: Mapping[str, int], steered: Set[str],
     ) -> StepSums:  # fmt: skip
-        """Queue the sums of the final hidden states `[rows or more, hidden]`, and their copy.
+        """Queue the sums of the final hidden states `[rows or more, hidden]`, and their copy; bad rows become zero.
 
         Args:
             hidden: the final hidden states.
@@ -57,6 +57,8 @@ class StepSums:
         sums, ready = torch.linalg.vector_norm(hidden[:total], 1, dim=-1, dtype=torch.float32), None
         if nonfinite is not None:
             sums.masked_fill_(nonfinite[:total] != 0, -1.0)
+        # Samplers are not made for NaN; what is drawn for such a row is given to nobody.
+        hidden[:total].masked_fill_(~(sums.isfinite() & (sums > 0)).unsqueeze(1), 0)
         if sums.is_cuda:
             host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             sums, ready = host.copy_(sums, non_blocking=True), torch.cuda.Event()

@@ -43,6 +43,8 @@ def test_the_first_bad_token_of_every_request(requests, dtype, padding):
     nonfinite = torch.tensor([*noted, 1, 1], dtype=torch.int32) if any(noted) else None
     sums = StepSums.of(hidden, nonfinite, (ids, [len(kinds) for kinds, *_ in requests]), computed, steered)
     assert sums.overflows() == expected
+    for h, row, kind in zip(hidden, rows, [kind for kinds, *_ in requests for kind in kinds], strict=False):
+        assert torch.equal(h, row) if kind in ("usual", "large") else not h.any()
     later = sums.attach(SimpleNamespace(get_output=lambda: SimpleNamespace()))
     for output in (sums.attach(SimpleNamespace()), later.get_output()):
         assert getattr(output, OVERFLOWS_KEY, {}) == expected
