@@ -96,10 +96,10 @@ def _verdict_cells(verdict: dict[str, Any]) -> tuple[str, str, str]:
     if verdict["cases"] < verdict["of"] and verdict["passed"] is not False:
         programs += ", then out of time"
     error = "not a number" if verdict["largest_error"] is None else f"{verdict['largest_error']:.2f}"
-    said = {True: "agrees", False: "[bold red]disagrees[/]", None: "not checked"}[verdict["passed"]]
+    outcome = {True: "agrees", False: "[bold red]disagrees[/]", None: "not checked"}[verdict["passed"]]
     if verdict["replays"]:
-        said += "; plans change between replays of a graph"
-    return said, error, programs
+        outcome += "; plans change between replays of a graph"
+    return outcome, error, programs
 
 
 def _why(record: dict[str, Any]) -> str:
