@@ -14,7 +14,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from faststeer import algebra, behaviours, demo, evaluate, extract, formats, hf, observe
+    from faststeer import algebra, behaviours, demo, evaluate, extract, folding, formats, hf, observe
     from faststeer.engine import Completion, Engine
     from faststeer.files import FormatError
     from faststeer.hf import HookPoints, Steering, hook, load, steer
@@ -50,6 +50,7 @@ __all__ = [
     "demo",
     "evaluate",
     "extract",
+    "folding",
     "formats",
     "hf",
     "hook",
