@@ -11,10 +11,13 @@ Names are imported when they are first used: vLLM imports this package in each o
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from faststeer.files import READERS
+from faststeer.version import __version__
 
 if TYPE_CHECKING:
-    from faststeer import algebra, behaviours, demo, evaluate, extract, folding, formats, hf, observe
+    from faststeer import algebra, behaviours, demo, evaluate, extract, folding, formats, hf, observe, sparse
     from faststeer.engine import Completion, Engine
     from faststeer.files import FormatError
     from faststeer.hf import HookPoints, Steering, hook, load, steer
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from faststeer.plan import Plan
     from faststeer.program import Capacity, Program
     from faststeer.vector import SteeringVector
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Ablate",
@@ -56,6 +57,7 @@ __all__ = [
     "hook",
     "load",
     "observe",
+    "sparse",
     "steer",
 ]
 
@@ -80,6 +82,15 @@ if not TYPE_CHECKING:
         if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load_vector(*args: Any, **said: Any) -> Any:
+    from faststeer import formats
+
+    return formats.load(*args, **said)
+
+
+READERS["vector"] = _load_vector
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ UNREADABLE = (
     MemoryError,
     SafetensorError,
 )
+# By what they read: readers that know every format of it, and build on the module whose objects they make. The package
+# names them when it is imported, so that such a module imports none of them.
+READERS: dict[str, Callable[..., Any]] = {}
 REMEDIES = {
     errno.ENOSPC: "make room on its disk and do it again",
     errno.EDQUOT: "your quota on its disk is used up: make room and do it again",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from faststeer import tensor_files
-from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.files import READERS, FormatError, read_json, reading, write_atomically
 
 HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -200,9 +200,7 @@ class SteeringVector:
             FormatError (a ValueError): the file is damaged, holds something else, or its hook point, layer or op
                 cannot be known from it.
         """
-        from faststeer import formats  # it builds on this module
-
-        return formats.load(path, **said)
+        return READERS["vector"](path, **said)
 
     def belongs_to(self, path: Path, data: bytes) -> None:
         """Note the file that holds this vector, for plans that name it instead of holding the values."""

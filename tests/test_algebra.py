@@ -15,7 +15,8 @@ from strategies import randn, seeds
 
 import faststeer as fs
 from faststeer import algebra
-from faststeer.algebra import SparseVector, combine, cosines, interpolate, normalise, orthogonalise, sparsify
+from faststeer.algebra import combine, cosines, interpolate, normalise, orthogonalise, sparsify
+from faststeer.sparse import SparseVector
 
 HIDDEN, LAYERS = 16, (1, 3)
 few = hypothesis.settings(parent=hypothesis.settings(), max_examples=25)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from strategies import plans, randn
 
 import faststeer as fs
-from faststeer.algebra import SparseVector
+from faststeer.sparse import SparseVector
 from faststeer.ops.tables import Kind
 from faststeer.vector import LAYER_CONVENTION
 from faststeer.vllm import plan as client_plan

@@ -27,6 +27,7 @@ from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
+from faststeer.version import __version__
 
 Kind = Literal["add", "ablate", "clamp"]
 UNSTEERED = "unsteered"
@@ -204,8 +205,6 @@ class Sweep:
     def identity(self, model: str) -> str:
         """A digest of everything that the answers depend on, the model's fingerprint included: answers of sweeps that
         differ in it are never mixed. Judges and side effects are not in it; they have digests of their own."""
-        from faststeer import __version__
-
         content = {
             "faststeer": __version__,
             "model": model,

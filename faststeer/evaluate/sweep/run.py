@@ -31,6 +31,7 @@ from faststeer.evaluate.sweep.store import LEASE, Store, Unit
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, encode, padding_id
 from faststeer.plan import Plan
+from faststeer.version import versions
 
 CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most
 SETTINGS_PER_UNIT = 16  # of side effects
@@ -112,7 +113,7 @@ class _Work:
         _check_disk(store, len(self.rows), sweep.max_new_tokens, len(self.judges), room)
         self.run = sweep.identity(fingerprint(model))
         chunk = max(CHUNK_BATCHES * max_batch, 1)
-        chunk = store.begin(self.run, chunk, sweep, _versions())
+        chunk = store.begin(self.run, chunk, sweep, versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
         for digest, judge in self.judges.items():
             store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
@@ -352,14 +353,6 @@ def _check_disk(store: Store, rows: int, new: int, judges: int, more: int) -> No
             f"{rows:,} rows may need {needed / 1e9:.1f} GB, and the disk of {store.path} has {free / 1e9:.1f} GB free: "
             "make room, name a store on another disk, or sweep less"
         )
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    from faststeer import __version__
-
-    return {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 # While it runs --------------------------------------------------------------------------------------------------------

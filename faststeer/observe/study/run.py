@@ -13,10 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from faststeer import __version__
 from faststeer.algebra import random_like
 from faststeer.behaviours import Behaviour
 from faststeer.evaluate.judging.models import fingerprint
@@ -33,6 +29,7 @@ from faststeer.observe.study.settings import Settings
 from faststeer.observe.study.vectors import Finder
 from faststeer.observe.svv import svv
 from faststeer.vector import SteeringVector
+from faststeer.version import versions
 
 FORMAT = "faststeer.study/1"
 N_HEADS, N_TOKENS = 10, 10  # heads that are read, and tokens of each
@@ -76,9 +73,9 @@ def run(
     """
     settings = settings or Settings()
     check_evaluating(model)
-    versions = {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    ran = versions()
     parts = Parts(
-        Path(folder) / "parts", [FORMAT, fingerprint(model), versions, getattr(tokenizer, "chat_template", None)]
+        Path(folder) / "parts", [FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)]
     )
     job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
     vectors, skipped = Finder(job).find()
@@ -89,7 +86,7 @@ def run(
         "model": name or model_name(model),
         "behaviour": behaviour.name,
         "judge": behaviour.judge,
-        "versions": versions,
+        "versions": ran,
         "settings": settings.to_dict(),
         "layer": dim.layers[0],
         "position": dim.provenance["position"],
