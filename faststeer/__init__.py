@@ -45,6 +45,7 @@ __all__ = [
     "Rotate",
     "Steering",
     "SteeringVector",
+    "__version__",
     "algebra",
     "backend",
     "behaviours",

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from faststeer.algebra import random_like
 from faststeer.behaviours import Behaviour
 from faststeer.evaluate.judging.models import fingerprint
@@ -74,9 +76,7 @@ def run(
     settings = settings or Settings()
     check_evaluating(model)
     ran = versions()
-    parts = Parts(
-        Path(folder) / "parts", [FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)]
-    )
+    parts = Parts(Path(folder) / "parts", [FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)])
     job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
     vectors, skipped = Finder(job).find()
     dim = Finder(job).dim
@@ -140,7 +140,7 @@ def _tokens(job: Job, vector: SteeringVector, scored: Scored | None) -> dict[str
     (layer,) = vector.layers
     lens = LogitLens(job.model)
 
-    def read(direction: torch.Tensor) -> dict[str, list[str]]:
+    def read(direction: Tensor) -> dict[str, list[str]]:
         return {
             side: lens.top_tokens(direction, job.tokenizer, N_TOKENS, direction=True, largest=side == "raises")
             for side in ("raises", "lowers")
@@ -177,7 +177,7 @@ def _sparsity(job: Job, name: str, vector: SteeringVector, scored: Scored) -> li
         depends = [vector, scores.dimensions, prompts, s.coefficient, s.sparsities, s.controls, s.seed]
         depends += [s.max_new_tokens, job.behaviour.judge]
 
-        def make(side: str = side, sign: int = sign, effect: torch.Tensor = scores.dimensions) -> Any:
+        def make(side: str = side, sign: int = sign, effect: Tensor = scores.dimensions) -> Any:
             job.say(f"{name}, {side}: sparsity")
             points = sparsity_curves(
                 job.model,
