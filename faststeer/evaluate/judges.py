@@ -82,13 +82,6 @@ def _vader() -> Any:
     return Sentiment()
 
 
-def demo_tone(text: str) -> int:
-    """1 for a cheerful and -1 for a gloomy answer of the demo model's grammar, 0 for anything else."""
-    from faststeer.demo.corpus import tone
-
-    return {"cheerful": 1, "gloomy": -1}.get(tone(text) or "", 0)
-
-
 def no_loop(text: str) -> bool:
     """Whether an answer has words and does not repeat itself without end: no run of three words makes up a fifth of all
     such runs, unless it occurs at most twice. Broken steering mostly shows as such loops, never fully."""
@@ -99,26 +92,25 @@ def no_loop(text: str) -> bool:
     return not runs or max(runs.values()) <= max(2, sum(runs.values()) / 5)
 
 
-def demo_grammar(text: str) -> bool:
-    """Whether an answer is a whole one of the demo model's grammar."""
-    from faststeer.demo.corpus import classify
-
-    return classify(text) is not None
+# Whoever has a judge of its own adds it under its name, as faststeer.demo does.
+JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader}
+COHERENCE: dict[str, Coherence] = {"no-loop": no_loop}
 
 
-JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader, "demo-tone": demo_tone}
-COHERENCE: dict[str, Coherence] = {"no-loop": no_loop, "demo-grammar": demo_grammar}
+def demo_hint(name: str) -> str:
+    """Where an unknown name that says "demo" is known."""
+    return "; `import faststeer.demo` adds what belongs to the demo model" if name.startswith("demo") else ""
 
 
 def judge(name: str) -> Judge:
     """Return the judge of that name. Raises ValueError with the names there are."""
     if name not in JUDGES:
-        raise ValueError(f"unknown judge {name!r}: expected one of {', '.join(JUDGES)}")
+        raise ValueError(f"unknown judge {name!r}: expected one of {', '.join(JUDGES)}{demo_hint(name)}")
     return JUDGES[name]
 
 
 def coherence(name: str) -> Coherence:
     """Return the coherence check of that name. Raises ValueError with the names there are."""
     if name not in COHERENCE:
-        raise ValueError(f"unknown coherence check {name!r}: expected one of {', '.join(COHERENCE)}")
+        raise ValueError(f"unknown coherence check {name!r}: expected one of {', '.join(COHERENCE)}{demo_hint(name)}")
     return COHERENCE[name]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from faststeer.evaluate.judges import demo_grammar
+from faststeer.evaluate.judges import demo_hint
 from faststeer.evaluate.judging.formats import FORMATS, read_format
 from faststeer.evaluate.judging.interface import Judge
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
@@ -21,14 +21,24 @@ OPTIONS: dict[str, set[str]] = {
     **{name: {"template", "concept", "system"} for name in FORMATS},
     "regex": set(),
     "python": {"shows", "labels"},
-    "demo": set(),
-    "demo-coherent": set(),
     "perplexity": set(),
     "repetition": {"n"},
     "length": set(),
 }
 NEEDS_MODEL = ("classifier", *FORMATS)
 OF_THE_MODEL = ("refusal-score", "perplexity")
+# Judges that need no model and nothing after a colon, by kind.
+SIMPLE: dict[str, Callable[..., Judge]] = {
+    "refusal": Refusal,
+    "sentiment": Sentiment,
+    "length": Length,
+    "repetition": Repetition,
+}
+
+
+def register(kind: str, made: Callable[..., Judge], options: Iterable[str] = ()) -> None:
+    """Let `make` know a kind of judge that needs no model: `made(**options)` returns it."""
+    OPTIONS[kind], SIMPLE[kind] = set(options), made
 
 
 def judge_names() -> list[str]:
@@ -54,7 +64,7 @@ def make(
     | `classifier:NAME` | a text classification model |
     | `llamaguard:NAME`, `harmbench:NAME`, `strongreject:NAME`, `axbench:NAME` | a language model |
     | `regex:PATTERN`, `python:MODULE:FUNCTION` | |
-    | `demo`, `demo-coherent` | refusal and coherence by the demo model's grammar |
+    | `demo`, `demo-coherent` | refusal and coherence by the demo model's grammar, once `faststeer.demo` is imported |
 
     Raises:
         ValueError: an unknown judge or option, something missing, nothing to be loaded.
@@ -79,17 +89,14 @@ def make(
         return Pattern(rest)
     if kind == "python":
         return Function.load(rest) if not given else _with_options(rest, given)
-    if kind.startswith("demo"):
-        return _demo(kind)
-    simple: dict[str, Any] = {"refusal": Refusal, "sentiment": Sentiment, "length": Length, "repetition": Repetition}
-    return simple[kind](**given)
+    return SIMPLE[kind](**given)
 
 
 def _check(kind: str, rest: str, options: Mapping[str, Any]) -> None:
     if kind not in OPTIONS:
         near = difflib.get_close_matches(kind, OPTIONS, 1)
         hint = f"did you mean {near[0]!r}? There are" if near else "expected one of"
-        raise ValueError(f"unknown judge {kind!r}: {hint} {', '.join(OPTIONS)}")
+        raise ValueError(f"unknown judge {kind!r}: {hint} {', '.join(OPTIONS)}{demo_hint(kind)}")
     if kind in (*NEEDS_MODEL, "regex", "python") and not rest:
         what = "a regular expression" if kind == "regex" else "MODULE:FUNCTION" if kind == "python" else "a model"
         raise ValueError(f"the judge {kind!r} needs {what}: write {kind}:...")
@@ -104,11 +111,3 @@ def _check(kind: str, rest: str, options: Mapping[str, Any]) -> None:
 
 def _with_options(where: str, options: Mapping[str, Any]) -> Function:
     return Function(Function.load(where)._function, name=where, **options)
-
-
-def _demo(kind: str) -> Function:
-    from faststeer.demo import classify
-
-    if kind == "demo-coherent":
-        return Function(demo_grammar, name=kind)
-    return Function(lambda text: classify(text) or "incoherent", name=kind, labels=("refusal",))
