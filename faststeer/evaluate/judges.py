@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
+from faststeer.evaluate.judging.interface import demo_hint
+from faststeer.evaluate.judging.words import Sentiment
 from faststeer.evaluate.refusal import is_refusal
 
 Judge = Callable[[str], int]
@@ -76,9 +77,7 @@ def vader(text: str) -> int:
 
 
 @cache
-def _vader() -> Any:
-    from faststeer.evaluate.judging.words import Sentiment
-
+def _vader() -> Sentiment:
     return Sentiment()
 
 
@@ -95,11 +94,6 @@ def no_loop(text: str) -> bool:
 # Whoever has a judge of its own adds it under its name, as faststeer.demo does.
 JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader}
 COHERENCE: dict[str, Coherence] = {"no-loop": no_loop}
-
-
-def demo_hint(name: str) -> str:
-    """Where an unknown name that says "demo" is known."""
-    return "; `import faststeer.demo` adds what belongs to the demo model" if name.startswith("demo") else ""
 
 
 def judge(name: str) -> Judge:

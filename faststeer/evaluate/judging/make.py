@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from faststeer.evaluate.judges import demo_hint
 from faststeer.evaluate.judging.formats import FORMATS, read_format
-from faststeer.evaluate.judging.interface import Judge
+from faststeer.evaluate.judging.interface import Judge, demo_hint
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
 from faststeer.evaluate.judging.models import Classifier, LanguageModelJudge, RefusalScore
 from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment

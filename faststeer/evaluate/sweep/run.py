@@ -80,8 +80,9 @@ def run(
 
     Raises:
         ImportError: the sweep asks for vLLM, and it is not installed.
-        ValueError: an engine that the sweep does not ask for, or none where it does; a plan that does not fit the model, a prompt that is too long, an unknown judge, a judge's model
-            that is missing, more than the disk has room for; all before anything runs.
+        ValueError: an engine that the sweep does not ask for, or none where it does; a plan that does not fit the
+            model, a prompt that is too long, an unknown judge, a judge's model that is missing, more than the disk has
+            room for; all before anything runs.
         OSError: the disk is full; what was finished is kept.
     """
     if (sweep.engine == "vllm") != (engine is not None):
