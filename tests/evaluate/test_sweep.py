@@ -435,9 +435,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(demo, vector, tmp_path, 
 
 def test_an_engine_that_is_handed_in_answers_in_the_engines_place(demo, vector, tmp_path):
     sweep, path = described(vector, judges=["length"], engine="vllm", text=()), tmp_path / "s.db"
-    for asked, given, said in ((sweep, None, "given no engine="), (described(vector), fs.Engine, "engine: faststeer")):
+    for asked, engine, said in ((sweep, None, "given no engine="), (described(vector), fs.Engine, "engine: faststeer")):
         with Store(path) as store, pytest.raises(ValueError, match=said):
-            sweep_run(asked, *demo, store, engine=given, progress=False)
+            sweep_run(asked, *demo, store, engine=engine, progress=False)
         assert rows_in(path) == 0
     closed = []
 
