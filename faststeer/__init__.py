@@ -11,7 +11,7 @@ Names are imported when they are first used: vLLM imports this package in each o
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from faststeer.files import READERS
 from faststeer.version import __version__
@@ -85,13 +85,7 @@ if not TYPE_CHECKING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _load_vector(*args: Any, **said: Any) -> Any:
-    from faststeer import formats
-
-    return formats.load(*args, **said)
-
-
-READERS["vector"] = _load_vector
+READERS["vector"] = lambda path, **said: importlib.import_module(f"{__name__}.formats").load(path, **said)
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faststeer.intervention import orthonormal
 from faststeer.sparse import SparseVector
-from faststeer.vector import SteeringVector, check_direction
+from faststeer.vector import SteeringVector, check_direction, words_of
 
 Rule = Literal["magnitude", "effect", "paper", "code", "random"]
 RULES: tuple[Rule, ...] = ("magnitude", "effect", "paper", "code", "random")
@@ -242,8 +242,7 @@ def sparsify(
     chosen = {"by": by, "keep": keep, "threshold": threshold, "rescale": rescale}
     chosen |= {"seed": seed} if by == "random" else {}
     like = _made(vector, vector.directions, {"sparsify": chosen}, scale=vector.scale if rescale else "raw")
-    words = {name: getattr(like, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
-    return SparseVector(indices, values, vector.hidden_size, **words)
+    return SparseVector(indices, values, vector.hidden_size, **words_of(like))
 
 
 def _check_sparsify(by: str, keep: float | None, threshold: float | None, effect: Effect | None) -> None:
@@ -308,15 +307,8 @@ def _made(
     """A vector in `like`'s place, fp32, whose provenance says what was done last."""
     steps = [*like.provenance.get("algebra", []), dict(done)] if done else like.provenance.get("algebra", [])
     provenance = {**like.provenance, **({"algebra": steps} if steps else {})}
-    return SteeringVector(
-        {layer: d.to(torch.float32) for layer, d in directions.items()},
-        at=like.at,
-        model=like.model,
-        method=method or like.method,
-        scale=scale,
-        provenance=provenance,
-        op=like.op,
-    )
+    words = words_of(like) | {"method": method or like.method, "scale": scale, "provenance": provenance}
+    return SteeringVector({layer: d.to(torch.float32) for layer, d in directions.items()}, **words)
 
 
 def _name(vector: SteeringVector | Tensor) -> str:

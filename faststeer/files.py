@@ -35,8 +35,8 @@ UNREADABLE = (
     MemoryError,
     SafetensorError,
 )
-# By what they read: readers that know every format of it, and build on the module whose objects they make. The package
-# names them when it is imported, so that such a module imports none of them.
+# Who reads what ("vector") in all its formats. faststeer/__init__.py names them, since they import the modules that need
+# them.
 READERS: dict[str, Callable[..., Any]] = {}
 REMEDIES = {
     errno.ENOSPC: "make room on its disk and do it again",

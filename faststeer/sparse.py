@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,13 @@ from faststeer import tensor_files
 from faststeer.files import reading, write_atomically
 from faststeer.ops import sparse_add_
 from faststeer.vector import (
-    LAYER_CONVENTION,
     HookPoint,
     SteeringVector,
     check_direction,
     check_words,
+    header_of,
     layer_of_tensor,
+    words_of,
 )
 
 FORMAT = "faststeer.sparse_vector/1"
@@ -68,10 +68,7 @@ class SparseVector:
                 raise ValueError(f"layer {layer}: indices must ascend within 0..{self.hidden_size - 1}")
             if not bool(values.any()):
                 raise ValueError(f"the values of layer {layer} are all zero")
-        SteeringVector(dict.fromkeys(self.indices, torch.ones(1)), **self._words())  # checks layers and words
-
-    def _words(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
+        SteeringVector(dict.fromkeys(self.indices, torch.ones(1)), **words_of(self))  # checks layers and words
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -89,12 +86,12 @@ class SparseVector:
             row = torch.zeros(self.hidden_size)
             row[self.indices[layer].long()] = self.values[layer].to("cpu", torch.float32)
             directions[layer] = row
-        return SteeringVector(directions, **self._words())
+        return SteeringVector(directions, **words_of(self))
 
     def to(self, device: torch.device | str) -> SparseVector:
         """The same on another device."""
         moved = [{layer: t.to(device) for layer, t in each.items()} for each in (self.indices, self.values)]
-        return SparseVector(moved[0], moved[1], self.hidden_size, **self._words())
+        return SparseVector(moved[0], moved[1], self.hidden_size, **words_of(self))
 
     def add_(self, x: Tensor, coefficient: float | Tensor = 1.0, layer: int | None = None) -> Tensor:
         """Add coefficient * v to the rows of x in place, touching v's columns only (`ops.sparse_add_`); returns x.
@@ -141,16 +138,9 @@ class SparseVector:
 
     def to_bytes(self) -> bytes:
         """As a safetensors file in memory: `layers.<n>.indices` int32 and `layers.<n>.values` fp32."""
-        words = self._words() | {"provenance": json.dumps(dict(self.provenance), sort_keys=True)}
-        metadata = {
-            "format": FORMAT,
-            "layer_convention": LAYER_CONVENTION,
-            "hidden_size": str(self.hidden_size),
-            **{name: value for name, value in words.items() if value is not None},
-        }
         tensors = {f"layers.{n}.indices": self.indices[n].cpu().contiguous().clone() for n in self.layers}
         tensors |= {f"layers.{n}.values": self.values[n].cpu().float().contiguous().clone() for n in self.layers}
-        return tensor_files.to_bytes(tensors, metadata)
+        return tensor_files.to_bytes(tensors, header_of(self, FORMAT) | {"hidden_size": str(self.hidden_size)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it atomically; `SteeringVector.load` reads it too, as a dense vector."""
@@ -189,12 +179,7 @@ class SparseVector:
                 if part not in parts:
                     raise ValueError(f"it holds a tensor {name!r}")
                 parts[part][layer_of_tensor(stem)] = tensor
-            provenance = check_words(metadata)
-            names = ("at", "scale", "model", "method", "op")
-            words: dict[str, Any] = {name: metadata[name] for name in names if name in metadata}
-            if "at" not in words:
-                raise ValueError("it does not say at which hook point")
-            return cls(parts["indices"], parts["values"], hidden_size, provenance=provenance, **words)
+            return cls(parts["indices"], parts["values"], hidden_size, **check_words(metadata))
 
 
 def is_sparse_file(data: bytes) -> bool:

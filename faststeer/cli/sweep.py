@@ -56,6 +56,7 @@ def sweep(
     check_files(description=description)
     import faststeer.demo  # noqa: F401  its judges and prompts
     from faststeer.evaluate import sweep as sweeps
+    from faststeer.vllm.runner import VllmEngine
 
     if description is None:
         with sweeps.Store(store, create=False) as opened:
@@ -68,21 +69,14 @@ def sweep(
     with sweeps.Store(store) as opened:
         model, tokenizer = load_model(asked.model, asked.dtype, asked.device)
         try:
-            run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=_engine(asked.engine))
+            engine = VllmEngine if asked.engine == "vllm" else None
+            run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=engine)
         except KeyboardInterrupt:
             errors.print(f"Stopped; what was finished is in {store}. The same command goes on.", highlight=False)
             raise typer.Exit(STOPPED) from None
         found = _print(opened, run, judge, tag, lines, as_json)
     if any(line.errors or any(score.failures for score in line.scores.values()) for line in found):
         raise typer.Exit(FAILED)
-
-
-def _engine(name: str) -> Any:
-    if name == "faststeer":
-        return None
-    from faststeer.vllm.runner import VllmEngine
-
-    return VllmEngine
 
 
 def _count(asked: Any, as_json: bool) -> None:

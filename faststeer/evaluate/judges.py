@@ -76,9 +76,7 @@ def vader(text: str) -> int:
     return {"positive": 1, "negative": -1}.get(label or "", 0)
 
 
-@cache
-def _vader() -> Sentiment:
-    return Sentiment()
+_vader = cache(Sentiment)
 
 
 def no_loop(text: str) -> bool:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from faststeer.files import FormatError
+from faststeer.files import reading
 from faststeer.plan import Plan
-from faststeer.sparse import SparseVector, is_sparse_file
+from faststeer.sparse import FORMAT as SPARSE
+from faststeer.sparse import SparseVector
 from faststeer.tensor_files import file_words
 from faststeer.vector import SteeringVector
 from faststeer.vllm.switch import NONE
@@ -247,13 +248,9 @@ def check_name(name: object) -> str:
 def read_vector(data: bytes, what: str = "the data", most: int | None = None) -> SteeringVector:
     """A vector of a safetensors file's content (ValueError: damaged, another kind of file, or, where `most` is said, a
     sparse vector that would have more values than these when it is dense)."""
-    try:
-        file_words(data)
-    except ValueError as error:
-        raise FormatError(
-            f"{what} is no safetensors file, and a server reads nothing else: faststeer convert makes one ({error})"
-        ) from error
-    if not is_sparse_file(data):
+    with reading(f"{what} is no safetensors file, and a server reads nothing else", "faststeer convert makes one"):
+        format = file_words(data).get("format")
+    if format != SPARSE:
         return SteeringVector.from_bytes(data, what)
     sparse = SparseVector.from_bytes(data, what)
     if most is not None and (n := len(sparse.layers) * sparse.hidden_size) > most:

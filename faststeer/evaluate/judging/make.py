@@ -87,7 +87,7 @@ def make(
     if kind == "regex":
         return Pattern(rest)
     if kind == "python":
-        return Function.load(rest) if not given else _with_options(rest, given)
+        return Function.load(rest, **given)
     return SIMPLE[kind](**given)
 
 
@@ -106,7 +106,3 @@ def _check(kind: str, rest: str, options: Mapping[str, Any]) -> None:
             f"the judge {kind!r} has no option {', '.join(map(repr, sorted(unknown)))}: it has "
             f"{', '.join(sorted(OPTIONS[kind])) or 'none'}"
         )
-
-
-def _with_options(where: str, options: Mapping[str, Any]) -> Function:
-    return Function(Function.load(where)._function, name=where, **options)

@@ -92,7 +92,7 @@ def run(
             "engine=faststeer.vllm.runner.VllmEngine"
         )
     check_evaluating(model)
-    work = _Work(sweep, model, tokenizer, store, max_batch, engine)
+    work = _Work(sweep, model, tokenizer, store, max_batch, engine or Engine)
     with _shown(progress, len(work.rows)) as report, _heartbeat(store):
         try:
             work.do(report)
@@ -105,9 +105,7 @@ def run(
 class _Work:
     """A sweep on a model: its rows in order, its units, and what each of them takes."""
 
-    def __init__(
-        self, sweep: Sweep, model: Any, tokenizer: Any, store: Store, max_batch: int, engine: Callable[..., Any] | None
-    ) -> None:
+    def __init__(self, sweep: Sweep, model: Any, tokenizer: Any, store: Store, max_batch: int, engine: Any) -> None:
         self.make_engine = engine
         self.sweep, self.model, self.tokenizer, self.store, self.max_batch = sweep, model, tokenizer, store, max_batch
         self.settings: tuple[Setting, ...] = sweep.settings
@@ -229,17 +227,14 @@ class _Work:
     def _the_engine(self) -> Any:
         """An Engine, or what `run` was given in its place: what is asked of it here both have."""
         if self._engine is None:
+            plans = () if self.make_engine is Engine else ([setting.plan for setting in self.settings],)
             size = {"max_batch": self.max_batch, "max_length": self.length}
-            if self.make_engine is None:
-                self._engine = Engine(self.model, self.tokenizer, **size)
-            else:
-                plans = [setting.plan for setting in self.settings]
-                self._engine = self.make_engine(self.model, self.tokenizer, plans, **size)
+            self._engine = self.make_engine(self.model, self.tokenizer, *plans, **size)
         return self._engine
 
     def close(self) -> None:
         """End what runs in processes of its own."""
-        if self._engine is not None and self.make_engine is not None:
+        if self._engine is not None and self.make_engine is not Engine:
             self._engine.close()
 
     def _judge(self, digest: str, number: int) -> None:
