@@ -6,7 +6,8 @@ It loads the model's files itself, so a model that was changed in memory is not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ GROUP_BATCHES = 4  # batches that are handed to vLLM at once: its last one, whic
 MARGIN = 0.9  # of the GPU memory that is free beside the model that judges
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     """What vLLM answers to one prompt, in the words of `faststeer.Completion`."""
 
     index: int
