@@ -35,8 +35,7 @@ UNREADABLE = (
     MemoryError,
     SafetensorError,
 )
-# Who reads what ("vector") in all its formats. faststeer/__init__.py names them, since they import the modules that need
-# them.
+# Who reads what ("vector") in all its formats: faststeer/__init__.py names them, for modules that they build on.
 READERS: dict[str, Callable[..., Any]] = {}
 REMEDIES = {
     errno.ENOSPC: "make room on its disk and do it again",
