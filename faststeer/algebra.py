@@ -53,10 +53,8 @@ def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
         draw = torch.from_numpy(np.random.default_rng([seed, layer]).standard_normal(vector.hidden_size))
         length = vector[layer].detach().double().norm().cpu()
         directions[layer] = (draw / draw.norm() * length).to(vector[layer])
-    provenance = {"seed": seed, "like": vector.method}
-    return SteeringVector(
-        directions, at=vector.at, model=vector.model, method="random", scale=vector.scale, provenance=provenance
-    )
+    words = {"method": "random", "provenance": {"seed": seed, "like": vector.method}, "op": None}
+    return SteeringVector(directions, **words_of(vector) | words)
 
 
 def orthogonalise(

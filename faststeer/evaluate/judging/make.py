@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from faststeer.evaluate.judging.formats import FORMATS, read_format
@@ -27,17 +27,12 @@ OPTIONS: dict[str, set[str]] = {
 NEEDS_MODEL = ("classifier", *FORMATS)
 OF_THE_MODEL = ("refusal-score", "perplexity")
 # Judges that need no model and nothing after a colon, by kind.
-SIMPLE: dict[str, Callable[..., Judge]] = {
-    "refusal": Refusal,
-    "sentiment": Sentiment,
-    "length": Length,
-    "repetition": Repetition,
-}
+SIMPLE: dict[str, Any] = {"refusal": Refusal, "sentiment": Sentiment, "length": Length, "repetition": Repetition}
 
 
-def register(kind: str, made: Callable[..., Judge], options: Iterable[str] = ()) -> None:
-    """Let `make` know a kind of judge that needs no model: `made(**options)` returns it."""
-    OPTIONS[kind], SIMPLE[kind] = set(options), made
+def register(kind: str, made: Callable[[], Judge]) -> None:
+    """Let `make` know a kind of judge that needs no model and has no options: `made()` returns it."""
+    OPTIONS[kind], SIMPLE[kind] = set(), made
 
 
 def judge_names() -> list[str]:
