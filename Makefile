@@ -55,6 +55,7 @@ test-oldest: $(VENV_OLDEST)/.ready build
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(VENV)/.ready-dev

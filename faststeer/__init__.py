@@ -13,8 +13,11 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
+from faststeer.files import READERS
+from faststeer.version import __version__
+
 if TYPE_CHECKING:
-    from faststeer import algebra, behaviours, demo, evaluate, extract, formats, hf, observe
+    from faststeer import algebra, behaviours, demo, evaluate, extract, folding, formats, hf, observe, sparse
     from faststeer.engine import Completion, Engine
     from faststeer.files import FormatError
     from faststeer.hf import HookPoints, Steering, hook, load, steer
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from faststeer.plan import Plan
     from faststeer.program import Capacity, Program
     from faststeer.vector import SteeringVector
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Ablate",
@@ -44,17 +45,20 @@ __all__ = [
     "Rotate",
     "Steering",
     "SteeringVector",
+    "__version__",
     "algebra",
     "backend",
     "behaviours",
     "demo",
     "evaluate",
     "extract",
+    "folding",
     "formats",
     "hf",
     "hook",
     "load",
     "observe",
+    "sparse",
     "steer",
 ]
 
@@ -79,6 +83,9 @@ if not TYPE_CHECKING:
         if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+READERS["vector"] = lambda path, **said: importlib.import_module(f"{__name__}.formats").load(path, **said)
 
 
 def __dir__() -> list[str]:

@@ -6,33 +6,19 @@ was done; vectors of different models, hook points or layers are not mixed in si
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from faststeer import tensor_files
-from faststeer.files import reading, write_atomically
 from faststeer.intervention import orthonormal
-from faststeer.ops import sparse_add_
-from faststeer.vector import (
-    LAYER_CONVENTION,
-    HookPoint,
-    SteeringVector,
-    check_direction,
-    check_words,
-    layer_of_tensor,
-)
+from faststeer.sparse import SparseVector
+from faststeer.vector import SteeringVector, check_direction, words_of
 
-SPARSE_FORMAT = "faststeer.sparse_vector/1"
-MAX_ELEMENTS = 2**25  # of a sparse file's dense form, which a small file may claim: 1,000 layers of 32,768 columns
 Rule = Literal["magnitude", "effect", "paper", "code", "random"]
 RULES: tuple[Rule, ...] = ("magnitude", "effect", "paper", "code", "random")
 Effect = SteeringVector | Mapping[int, Tensor] | Tensor
@@ -67,10 +53,8 @@ def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
         draw = torch.from_numpy(np.random.default_rng([seed, layer]).standard_normal(vector.hidden_size))
         length = vector[layer].detach().double().norm().cpu()
         directions[layer] = (draw / draw.norm() * length).to(vector[layer])
-    provenance = {"seed": seed, "like": vector.method}
-    return SteeringVector(
-        directions, at=vector.at, model=vector.model, method="random", scale=vector.scale, provenance=provenance
-    )
+    words = {"method": "random", "provenance": {"seed": seed, "like": vector.method}, "op": None}
+    return SteeringVector(directions, **words_of(vector) | words)
 
 
 def orthogonalise(
@@ -201,183 +185,6 @@ def cosines(vectors: Mapping[str, SteeringVector]) -> Cosines:
 # Few coordinates ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class SparseVector:
-    """A steering vector of few coordinates: at each layer the columns that are not zero and their values.
-
-    Adding it touches those columns only. In fused layers nothing is gained over `Add(sparse.dense())`, whose vector is
-    read once for all rows; outside of them (a hook of one's own, rows with different vectors) `add_` is.
-
-    Args:
-        indices: `{layer: [n]}` int32, ascending.
-        values: `{layer: [n]}` fp32.
-        hidden_size: columns of the residual stream.
-        at, model, method, scale, provenance, op: as of a SteeringVector.
-
-    Raises:
-        ValueError: different layers or lengths, columns out of range, unsorted or named twice, no column at all, and
-            what a SteeringVector refuses.
-    """
-
-    indices: Mapping[int, Tensor]
-    values: Mapping[int, Tensor]
-    hidden_size: int
-    at: HookPoint = "resid_post"
-    model: str | None = None
-    method: str | None = None
-    scale: Literal["raw", "unit"] = "raw"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    op: Literal["add", "ablate", "project", "clamp", "rotate"] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.indices or set(self.indices) != set(self.values):
-            raise ValueError("a sparse vector needs indices and values for the same layers, at least one")
-        for layer, columns in self.indices.items():
-            values = check_direction(self.values[layer], f"the values of layer {layer}")
-            if columns.dtype != torch.int32 or columns.shape != values.shape:
-                raise ValueError(f"layer {layer}: expected int32 indices, as many as values")
-            inside = int(columns[0]) >= 0 and int(columns[-1]) < self.hidden_size
-            if not inside or not bool((columns.diff() > 0).all()):
-                raise ValueError(f"layer {layer}: indices must ascend within 0..{self.hidden_size - 1}")
-            if not bool(values.any()):
-                raise ValueError(f"the values of layer {layer} are all zero")
-        SteeringVector(dict.fromkeys(self.indices, torch.ones(1)), **self._words())  # checks layers and words
-
-    def _words(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(self.indices))
-
-    @property
-    def density(self) -> dict[int, float]:
-        """The share of columns that are kept, per layer."""
-        return {layer: len(self.indices[layer]) / self.hidden_size for layer in self.layers}
-
-    def dense(self) -> SteeringVector:
-        """The same vector with its zeros."""
-        directions = {}
-        for layer in self.layers:
-            row = torch.zeros(self.hidden_size)
-            row[self.indices[layer].long()] = self.values[layer].to("cpu", torch.float32)
-            directions[layer] = row
-        return SteeringVector(directions, **self._words())
-
-    def to(self, device: torch.device | str) -> SparseVector:
-        """The same on another device."""
-        moved = [{layer: t.to(device) for layer, t in each.items()} for each in (self.indices, self.values)]
-        return SparseVector(moved[0], moved[1], self.hidden_size, **self._words())
-
-    def add_(self, x: Tensor, coefficient: float | Tensor = 1.0, layer: int | None = None) -> Tensor:
-        """Add coefficient * v to the rows of x in place, touching v's columns only (`ops.sparse_add_`); returns x.
-
-        Args:
-            x: `[..., hidden]`, contiguous rows; no gradient.
-            coefficient: one, or `[rows]`; rows with 0 keep their bits.
-            layer: whose direction; may be left out where there is one.
-
-        Raises:
-            ValueError, TypeError: another hidden size, a layer that is not there, x that cannot be written in place.
-        """
-        layer = self._layer(layer)
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has hidden size {x.shape[-1]}, the vector {self.hidden_size}")
-        rows = x.view(-1, x.shape[-1])
-        n = rows.shape[0]
-        each = torch.as_tensor(coefficient, dtype=torch.float32, device=x.device).reshape(-1).expand(n).contiguous()
-        indices, values = self.indices[layer].to(x.device), self.values[layer].to(x.device)
-        offsets = torch.tensor([0, len(indices)], dtype=torch.int32, device=x.device)
-        chosen = torch.zeros(n, dtype=torch.int32, device=x.device).masked_fill_(each == 0, -1)
-        sparse_add_(rows, indices, values, offsets, chosen, each)
-        return x
-
-    def hook(self, coefficient: float = 1.0, layer: int | None = None) -> Callable[..., Any]:
-        """A forward hook that adds the vector to a module's output, for inference:
-        `model.model.layers[14].register_forward_hook(sparse.hook(2.0, layer=14))`."""
-        chosen = self._layer(layer)
-
-        def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return self.add_(output.clone(memory_format=torch.contiguous_format), coefficient, chosen)
-            first = self.add_(output[0].clone(memory_format=torch.contiguous_format), coefficient, chosen)
-            return (first, *output[1:])
-
-        return add
-
-    def _layer(self, layer: int | None) -> int:
-        if layer is None and len(self.indices) == 1:
-            return next(iter(self.indices))
-        if layer is None or layer not in self.indices:
-            raise ValueError(f"layer={layer}: the vector has layers {', '.join(map(str, self.layers))}; say which")
-        return layer
-
-    def to_bytes(self) -> bytes:
-        """As a safetensors file in memory: `layers.<n>.indices` int32 and `layers.<n>.values` fp32."""
-        words = self._words() | {"provenance": json.dumps(dict(self.provenance), sort_keys=True)}
-        metadata = {
-            "format": SPARSE_FORMAT,
-            "layer_convention": LAYER_CONVENTION,
-            "hidden_size": str(self.hidden_size),
-            **{name: value for name, value in words.items() if value is not None},
-        }
-        tensors = {f"layers.{n}.indices": self.indices[n].cpu().contiguous().clone() for n in self.layers}
-        tensors |= {f"layers.{n}.values": self.values[n].cpu().float().contiguous().clone() for n in self.layers}
-        return tensor_files.to_bytes(tensors, metadata)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it atomically; `SteeringVector.load` reads it too, as a dense vector."""
-        write_atomically(path, self.to_bytes())
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SparseVector:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FormatError: damaged, or no sparse vector.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no steering vector at {path}: no such file")
-        return cls.from_bytes(Path(path).read_bytes(), str(path))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, what: str = "the data") -> SparseVector:
-        """Read what `to_bytes` made; `what` names it in errors (FormatError)."""
-        with reading(f"{what} is not a valid sparse vector", "copy or extract it again"):
-            file = tensor_files.TensorFile(data)
-            tensors, metadata = file.tensors(), file.words
-            if metadata.get("format") != SPARSE_FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, expected {SPARSE_FORMAT!r}")
-            hidden_size = int(metadata.get("hidden_size", ""))
-            if hidden_size < 1 or hidden_size * len(tensors) > MAX_ELEMENTS:
-                raise ValueError(
-                    f"its hidden size is {hidden_size}, with {len(tensors)} tensors: expected at most {MAX_ELEMENTS:,} "
-                    "elements in all"
-                )
-            parts: dict[str, dict[int, Tensor]] = {"indices": {}, "values": {}}
-            for name, tensor in tensors.items():
-                stem, _, part = name.rpartition(".")
-                if part not in parts:
-                    raise ValueError(f"it holds a tensor {name!r}")
-                parts[part][layer_of_tensor(stem)] = tensor
-            provenance = check_words(metadata)
-            names = ("at", "scale", "model", "method", "op")
-            words: dict[str, Any] = {name: metadata[name] for name in names if name in metadata}
-            if "at" not in words:
-                raise ValueError("it does not say at which hook point")
-            return cls(parts["indices"], parts["values"], hidden_size, provenance=provenance, **words)
-
-
-def is_sparse_file(data: bytes) -> bool:
-    """Whether safetensors bytes say that they hold a sparse vector."""
-    try:
-        return tensor_files.file_words(data).get("format") == SPARSE_FORMAT
-    except ValueError:
-        return False
-
-
 def sparsify(
     vector: SteeringVector,
     by: Rule = "magnitude",
@@ -433,8 +240,7 @@ def sparsify(
     chosen = {"by": by, "keep": keep, "threshold": threshold, "rescale": rescale}
     chosen |= {"seed": seed} if by == "random" else {}
     like = _made(vector, vector.directions, {"sparsify": chosen}, scale=vector.scale if rescale else "raw")
-    words = {name: getattr(like, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
-    return SparseVector(indices, values, vector.hidden_size, **words)
+    return SparseVector(indices, values, vector.hidden_size, **words_of(like))
 
 
 def _check_sparsify(by: str, keep: float | None, threshold: float | None, effect: Effect | None) -> None:
@@ -499,15 +305,8 @@ def _made(
     """A vector in `like`'s place, fp32, whose provenance says what was done last."""
     steps = [*like.provenance.get("algebra", []), dict(done)] if done else like.provenance.get("algebra", [])
     provenance = {**like.provenance, **({"algebra": steps} if steps else {})}
-    return SteeringVector(
-        {layer: d.to(torch.float32) for layer, d in directions.items()},
-        at=like.at,
-        model=like.model,
-        method=method or like.method,
-        scale=scale,
-        provenance=provenance,
-        op=like.op,
-    )
+    words = words_of(like) | {"method": method or like.method, "scale": scale, "provenance": provenance}
+    return SteeringVector({layer: d.to(torch.float32) for layer, d in directions.items()}, **words)
 
 
 def _name(vector: SteeringVector | Tensor) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from faststeer import tensor_files
-from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.files import READERS, FormatError, read_json, reading, write_atomically
 
 HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -165,19 +165,11 @@ class SteeringVector:
     def to_bytes(self) -> bytes:
         """The vector as a safetensors file in memory: fp32 tensors `layers.<n>`, the rest as metadata, with checksums
         (`tensor_files`)."""
-        metadata = {
-            "format": FORMAT,
-            "at": self.at,
-            "scale": self.scale,
-            "layer_convention": LAYER_CONVENTION,
-            "provenance": json.dumps(dict(self.provenance), sort_keys=True),
-        }
-        metadata |= {name: value for name in ("model", "method", "op") if (value := getattr(self, name)) is not None}
         tensors = {
             f"layers.{layer}": d.detach().to("cpu", torch.float32).contiguous().clone()
             for layer, d in self.directions.items()
         }
-        return tensor_files.to_bytes(tensors, metadata)
+        return tensor_files.to_bytes(tensors, header_of(self, FORMAT))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
@@ -200,9 +192,7 @@ class SteeringVector:
             FormatError (a ValueError): the file is damaged, holds something else, or its hook point, layer or op
                 cannot be known from it.
         """
-        from faststeer import formats  # it builds on this module
-
-        return formats.load(path, **said)
+        return READERS["vector"](path, **said)
 
     def belongs_to(self, path: Path, data: bytes) -> None:
         """Note the file that holds this vector, for plans that name it instead of holding the values."""
@@ -224,30 +214,35 @@ class SteeringVector:
                 f"{FORMAT!r}): build one with SteeringVector({{layer: direction}}, at=...).save(path)"
             )
         with reading(f"{what} is not a valid steering vector", "copy or extract it again"):
-            provenance = check_words(words)
+            said = check_words(words)
             layers = [layer_of_tensor(name) for name in tensors]
             if len(set(layers)) < len(layers):
                 raise ValueError(f"it holds a layer twice: {', '.join(tensors)}")
-            return cls(
-                dict(zip(layers, tensors.values(), strict=True)),
-                at=check_hook_point(words.get("at")),
-                model=words.get("model"),
-                method=words.get("method"),
-                scale=words.get("scale", "raw"),  # type: ignore[arg-type]
-                provenance=provenance,
-                op=words.get("op"),  # type: ignore[arg-type]
-            )
+            return cls(dict(zip(layers, tensors.values(), strict=True)), **said)
+
+
+def words_of(vector: Any) -> dict[str, Any]:
+    """What a vector, dense or sparse, says beside its directions."""
+    return {name: getattr(vector, name) for name in ("at", "model", "method", "scale", "provenance", "op")}
+
+
+def header_of(vector: Any, format: str) -> dict[str, str]:
+    """The metadata of a vector's file."""
+    words = words_of(vector) | {"provenance": json.dumps(dict(vector.provenance), sort_keys=True)}
+    words |= {"format": format, "layer_convention": LAYER_CONVENTION}
+    return {name: value for name, value in words.items() if value is not None}
 
 
 def check_words(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the provenance that a vector's file holds, or raise ValueError if it is none, or if the file counts its
-    layers otherwise than here."""
+    """Return what the metadata of a vector's file says as a vector's arguments, or raise ValueError if it names no hook
+    point, holds no provenance, or counts its layers otherwise than here."""
     if (counted := metadata.get("layer_convention")) != LAYER_CONVENTION:
         raise ValueError(f"its layer convention is {counted!r}, expected {LAYER_CONVENTION!r}")
     provenance = read_json(metadata.get("provenance", "{}"))
     if not isinstance(provenance, dict):
         raise ValueError("its provenance is not an object")
-    return provenance
+    said = {name: metadata[name] for name in ("model", "method", "scale", "op") if name in metadata}
+    return {**said, "at": check_hook_point(metadata.get("at")), "provenance": provenance}
 
 
 def layer_of_tensor(name: str) -> int:

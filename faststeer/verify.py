@@ -27,6 +27,7 @@ from faststeer.ops import Rows, Tables, reference
 from faststeer.ops.tables import Field, GateMode, Scalar
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
+from faststeer.version import versions
 
 DTYPES = torch.bfloat16, torch.float32, torch.float16
 MIXES = 4  # random mixes of interventions for each dtype and hidden size
@@ -576,10 +577,6 @@ def verify(
     Raises:
         ValueError: an unknown back end, or one that does not work here.
     """
-    import transformers
-
-    from faststeer import __version__
-
     begun, states = time.monotonic(), ops.states()
     if backend is not None and backend not in states:
         raise ValueError(f"unknown back end {backend!r}: expected {', '.join(states)}")
@@ -601,13 +598,7 @@ def verify(
     progress("timing decode steps of the demo model")
     steps = list(time_steps("cuda" if gpu else "cpu", begun + seconds))
     return {
-        "versions": {
-            "faststeer": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "triton": measure.version("triton"),
-        },
+        "versions": versions() | {"python": platform.python_version(), "triton": measure.version("triton")},
         "machine": measure.machine() | {"platform": platform.platform(), "threads": torch.get_num_threads()},
         "backends": {name: verdict.to_dict() for name, verdict in verdicts.items()},
         "kernels": kernels,

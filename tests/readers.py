@@ -19,7 +19,7 @@ from strategies import randn
 
 import faststeer as fs
 from faststeer import behaviours
-from faststeer.algebra import SparseVector, sparsify
+from faststeer.algebra import sparsify
 from faststeer.behaviours.behaviour import prompts_of_file
 from faststeer.cli.evaluate import _read_answers
 from faststeer.evaluate.judging import Verdict, read_format
@@ -34,6 +34,7 @@ from faststeer.formats import load as load_vector
 from faststeer.observe.capture import Capture, Captured, _write
 from faststeer.observe.patching import Scores
 from faststeer.observe.patching.graph import Graph
+from faststeer.sparse import SparseVector
 from faststeer.vllm.registry import Registry
 from faststeer.vllm.requests import Limits, parse, received
 from faststeer.vllm.settings import Settings

@@ -15,7 +15,9 @@ from strategies import randn, seeds
 
 import faststeer as fs
 from faststeer import algebra
-from faststeer.algebra import SparseVector, combine, cosines, interpolate, normalise, orthogonalise, sparsify
+from faststeer.algebra import combine, cosines, interpolate, normalise, orthogonalise, sparsify
+from faststeer.sparse import SparseVector
+from faststeer.vector import words_of
 
 HIDDEN, LAYERS = 16, (1, 3)
 few = hypothesis.settings(parent=hypothesis.settings(), max_examples=25)
@@ -263,7 +265,7 @@ class TestSparseVector:
         assert back.layers == sparse.layers and back.hidden_size == HIDDEN
         for n in LAYERS:
             assert torch.equal(back.indices[n], sparse.indices[n]) and torch.equal(back.values[n], sparse.values[n])
-        assert back._words() == sparse._words()
+        assert words_of(back) == words_of(sparse)
         dense = fs.SteeringVector.load(path)
         assert all(torch.equal(dense[n], sparse.dense()[n]) for n in LAYERS) and dense.at == "resid_pre"
         # A plan may name the sparse file.

@@ -30,7 +30,8 @@ from faststeer.evaluate.sweep import Store, Sweep
 from faststeer.extract import Activations, Candidates
 from faststeer.extract.optimise import checkpoint
 from faststeer.files import write_atomically
-from faststeer.formats import fold, fold_adapter, save
+from faststeer.folding import fold, fold_adapter
+from faststeer.formats import save
 from faststeer.observe.capture import Captured, _write
 from faststeer.observe.circuits import Circuit
 from faststeer.observe.patching import Scores

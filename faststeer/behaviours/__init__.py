@@ -2,7 +2,6 @@
 and the judge that reads the answers."""
 
 from faststeer.behaviours.behaviour import Behaviour, Split, load, names, of_prompts
-from faststeer.behaviours.demo import of_demo
 from faststeer.behaviours.layouts import (
     Record,
     advbench,
@@ -26,7 +25,6 @@ __all__ = [
     "jailbreakbench",
     "load",
     "names",
-    "of_demo",
     "of_prompts",
     "read_records",
 ]

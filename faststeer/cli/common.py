@@ -218,7 +218,7 @@ def behaviour_of(
         own = name is None and positive is not None
         asked = behaviour_of(model, "refusal" if own else name, positive, negative, field)
         return dataclasses.replace(asked, name="own" if own else asked.name, judge=judge)
-    from faststeer import behaviours
+    from faststeer import behaviours, demo
     from faststeer.evaluate.judges import JUDGES
 
     if positive is not None or negative is not None:
@@ -233,7 +233,7 @@ def behaviour_of(
             return behaviours.of_prompts(base.name, *sets, judge=base.judge, coherence=base.coherence)
         raise typer.BadParameter(f"--behaviour {name} has prompts of its own: leave --positive and --negative out")
     if model == "demo" and name in (None, "refusal", "tone"):
-        return behaviours.of_demo(name or "refusal")
+        return demo.behaviour(name or "refusal")
     if name is None:
         raise typer.BadParameter(
             "give --behaviour, or --positive and --negative: only the demo model brings its own prompts"

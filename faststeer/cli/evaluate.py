@@ -74,6 +74,8 @@ def evaluate(
     verdicts not read.
     """
     check_files(plan=plan, vector=vector, prompts=prompts, answers=answers, questions=questions)
+    import faststeer.demo  # noqa: F401  its judges
+
     judges = [_judge(text) for text in judge or (JUDGES if answers is None else ("refusal",))]
     if answers is not None:
         if plan is not None or vector is not None or prompts is not None:

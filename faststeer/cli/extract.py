@@ -206,6 +206,8 @@ def _prompts(
 ) -> _Prompts:
     """The prompts of two files or of a behaviour; held out is every fifth of a file's, or the behaviour's validation
     prompts."""
+    import faststeer.demo  # noqa: F401  its judges
+
     if behaviour is not None or (positive is None and negative is None):
         contrast = behaviour_of(model, behaviour, positive, negative, field, judge)
         train, held_out = contrast.train, contrast.validation

@@ -36,17 +36,17 @@ def fold(
     check_files(plan=plan)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: name a new folder")
-    from faststeer import Plan, formats
+    from faststeer import Plan, folding
 
     lasting = Plan.load(plan)
     loaded, tokenizer = load_model(model, dtype, device)
     report: dict[str, Any]
     if adapter:
-        done = formats.fold_adapter(loaded, lasting)
+        done = folding.fold_adapter(loaded, lasting)
         done.save(out)
         report = done.report()
     else:
-        folded = formats.fold(loaded, lasting, in_place=True)
+        folded = folding.fold(loaded, lasting, in_place=True)
         folded.save(out, tokenizer)
         report = folded.report()
     report["out"] = str(out)

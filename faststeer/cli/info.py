@@ -26,15 +26,13 @@ def info(
     Example: faststeer info --model ./my-model
     """
     import torch
-    import transformers
 
     import faststeer
+    from faststeer.version import versions
 
     facts: dict[str, Any] = {
-        "faststeer": faststeer.__version__,
+        **versions(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "backends": {
             name: f"{'works' if state.works else 'does not work'}: {state.reason}"

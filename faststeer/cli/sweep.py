@@ -54,7 +54,9 @@ def sweep(
     if (description is None) == (show is None):
         raise typer.BadParameter("give a description, or --show RUN to print what a store holds")
     check_files(description=description)
+    import faststeer.demo  # noqa: F401  its judges and prompts
     from faststeer.evaluate import sweep as sweeps
+    from faststeer.vllm.runner import VllmEngine
 
     if description is None:
         with sweeps.Store(store, create=False) as opened:
@@ -67,7 +69,8 @@ def sweep(
     with sweeps.Store(store) as opened:
         model, tokenizer = load_model(asked.model, asked.dtype, asked.device)
         try:
-            run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch)
+            engine = VllmEngine if asked.engine == "vllm" else None
+            run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=engine)
         except KeyboardInterrupt:
             errors.print(f"Stopped; what was finished is in {store}. The same command goes on.", highlight=False)
             raise typer.Exit(STOPPED) from None

@@ -10,7 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .corpus import classify, neutral_questions, prompts, tone
+from faststeer.demo import judges
+from faststeer.demo.behaviours import behaviour
+from faststeer.demo.corpus import classify, neutral_questions, prompts, tone
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "model"
 
-__all__ = ["FOLDER", "classify", "load", "neutral_questions", "prompts", "tone"]
+__all__ = ["FOLDER", "behaviour", "classify", "judges", "load", "neutral_questions", "prompts", "tone"]
 
 
 def load(name: str = "demo", dtype: torch.dtype | str | None = None) -> tuple[LlamaForCausalLM, Any]:

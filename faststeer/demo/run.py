@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,6 +16,7 @@ from faststeer import demo
 from faststeer.demo import real, toy
 from faststeer.files import write_atomically
 from faststeer.hf.loading import smollm2_file
+from faststeer.version import versions
 
 STEPS = 8
 
@@ -74,11 +74,7 @@ def run(
         **tones,
         "model": "faststeer demo model",
         **refusals,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version(), **versions()},
     }
     write_atomically(out / "demo.json", json.dumps(result, indent=2))
     return result

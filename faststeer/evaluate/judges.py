@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
+from faststeer.evaluate.judging.interface import demo_hint
+from faststeer.evaluate.judging.words import Sentiment
 from faststeer.evaluate.refusal import is_refusal
 
 Judge = Callable[[str], int]
@@ -75,18 +76,7 @@ def vader(text: str) -> int:
     return {"positive": 1, "negative": -1}.get(label or "", 0)
 
 
-@cache
-def _vader() -> Any:
-    from faststeer.evaluate.judging.words import Sentiment
-
-    return Sentiment()
-
-
-def demo_tone(text: str) -> int:
-    """1 for a cheerful and -1 for a gloomy answer of the demo model's grammar, 0 for anything else."""
-    from faststeer.demo.corpus import tone
-
-    return {"cheerful": 1, "gloomy": -1}.get(tone(text) or "", 0)
+_vader = cache(Sentiment)
 
 
 def no_loop(text: str) -> bool:
@@ -99,26 +89,20 @@ def no_loop(text: str) -> bool:
     return not runs or max(runs.values()) <= max(2, sum(runs.values()) / 5)
 
 
-def demo_grammar(text: str) -> bool:
-    """Whether an answer is a whole one of the demo model's grammar."""
-    from faststeer.demo.corpus import classify
-
-    return classify(text) is not None
-
-
-JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader, "demo-tone": demo_tone}
-COHERENCE: dict[str, Coherence] = {"no-loop": no_loop, "demo-grammar": demo_grammar}
+# Whoever has a judge of its own adds it under its name, as faststeer.demo does.
+JUDGES: dict[str, Judge] = {"refusal": refusal, "sentiment": sentiment, "vader": vader}
+COHERENCE: dict[str, Coherence] = {"no-loop": no_loop}
 
 
 def judge(name: str) -> Judge:
     """Return the judge of that name. Raises ValueError with the names there are."""
     if name not in JUDGES:
-        raise ValueError(f"unknown judge {name!r}: expected one of {', '.join(JUDGES)}")
+        raise ValueError(f"unknown judge {name!r}: expected one of {', '.join(JUDGES)}{demo_hint(name)}")
     return JUDGES[name]
 
 
 def coherence(name: str) -> Coherence:
     """Return the coherence check of that name. Raises ValueError with the names there are."""
     if name not in COHERENCE:
-        raise ValueError(f"unknown coherence check {name!r}: expected one of {', '.join(COHERENCE)}")
+        raise ValueError(f"unknown coherence check {name!r}: expected one of {', '.join(COHERENCE)}{demo_hint(name)}")
     return COHERENCE[name]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from faststeer.files import FormatError, write_atomically
 from faststeer.formats import control_vectors, torch_files
 from faststeer.formats.conventions import Said
+from faststeer.sparse import SparseVector, is_sparse_file
 from faststeer.vector import SteeringVector
 
 Written = Literal["faststeer", "gguf"]  # formats that are written
@@ -81,8 +82,6 @@ def _only(said: Said, what: str, found: str) -> None:
 
 
 def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
-    from faststeer.algebra import SparseVector, is_sparse_file  # it builds on vectors, and reads their sparse form
-
     sparse = is_sparse_file(data)
     vector = SparseVector.from_bytes(data, what).dense() if sparse else SteeringVector.from_bytes(data, what)
     said.unused(what, "position")

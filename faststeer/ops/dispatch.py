@@ -8,6 +8,7 @@ built, else `reference`.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +24,7 @@ from faststeer.ops.tables import Rows, Tables
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+KERNELS = "faststeer.kernels"  # the folder kernels/triton, installed under this name
 
 _chosen: Backend | Literal["auto"] | None = None  # None: FASTSTEER_BACKEND decides
 _resolved: dict[tuple[str | None, str], Backend] = {}  # (chosen, kind of device): what `_resolve` said
@@ -84,9 +86,7 @@ def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operator
     """Compile now what these ops would compile at their first call on rows `[n, hidden]` of this dtype: Triton's
     kernels, where they are what runs on this CUDA device. Elsewhere nothing is compiled, and this does nothing."""
     if torch.device(device).type == "cuda" and backend_for(device) == "triton":
-        from faststeer import kernels  # type: ignore[attr-defined]
-
-        kernels.warmup(hidden, dtype, device, operators=operators)
+        importlib.import_module(KERNELS).warmup(hidden, dtype, device, operators=operators)
 
 
 def _checked(name: str, source: str) -> Backend | Literal["auto"]:
@@ -135,8 +135,7 @@ def _interpreted() -> bool:
 
 @functools.cache
 def _register_triton() -> None:
-    from faststeer import kernels  # type: ignore[attr-defined]
-
+    kernels = importlib.import_module(KERNELS)
     for name, check in schema.CHECKS.items():
         for key in ("CPU", "CUDA") if _interpreted() else ("CUDA",):
             schema.library.impl(f"{name}.triton", _checked_first(check, getattr(kernels, name)), key)

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from faststeer.algebra import SparseVector, is_sparse_file
-from faststeer.formats.files import from_bytes as vector_from_bytes
-from faststeer.formats.files import kind_of
+from faststeer.files import reading
 from faststeer.plan import Plan
+from faststeer.sparse import FORMAT as SPARSE
+from faststeer.sparse import SparseVector
+from faststeer.tensor_files import file_words
 from faststeer.vector import SteeringVector
 from faststeer.vllm.switch import NONE
 
@@ -247,14 +248,14 @@ def check_name(name: object) -> str:
 def read_vector(data: bytes, what: str = "the data", most: int | None = None) -> SteeringVector:
     """A vector of a safetensors file's content (ValueError: damaged, another kind of file, or, where `most` is said, a
     sparse vector that would have more values than these when it is dense)."""
-    if kind_of(data) != "safetensors":
-        raise ValueError(f"{what} is no safetensors file, and a server reads nothing else: faststeer convert makes one")
-    if most is not None and is_sparse_file(data):
-        sparse = SparseVector.from_bytes(data, what)
-        if (n := len(sparse.layers) * sparse.hidden_size) > most:
-            raise ValueError(f"{what} stands for {n:,} values, more than the {most:,} that a vector of this model has")
-        return sparse.dense()
-    return vector_from_bytes(data, what)
+    with reading(f"{what} is no safetensors file, and a server reads nothing else", "faststeer convert makes one"):
+        format = file_words(data).get("format")
+    if format != SPARSE:
+        return SteeringVector.from_bytes(data, what)
+    sparse = SparseVector.from_bytes(data, what)
+    if most is not None and (n := len(sparse.layers) * sparse.hidden_size) > most:
+        raise ValueError(f"{what} stands for {n:,} values, more than the {most:,} that a vector of this model has")
+    return sparse.dense()
 
 
 def _vector(data: bytes, path: Path) -> SteeringVector:

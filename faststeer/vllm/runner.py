@@ -6,18 +6,28 @@ It loads the model's files itself, so a model that was changed in memory is not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from faststeer.engine import Completion
-from faststeer.hf import find_hook_points
 from faststeer.ops.tables import Kind
 from faststeer.plan import Entry, Plan, site_name
 from faststeer.vllm.client import plan as payload_of
 
 GROUP_BATCHES = 4  # batches that are handed to vLLM at once: its last one, which runs half empty, costs a quarter
 MARGIN = 0.9  # of the GPU memory that is free beside the model that judges
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM answers to one prompt, in the words of `faststeer.Completion`."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    error: Exception | None = None
 
 
 class VllmEngine:
@@ -44,8 +54,9 @@ class VllmEngine:
         path = getattr(model.config, "_name_or_path", "")
         if not path:
             raise ValueError("engine: vllm loads the model's files, and this model was not loaded from any")
-        points = find_hook_points(model)
-        used = [plan.compile(points.n_layers, points.hidden_size) for plan in plans if plan is not None]
+        config = model.config.get_text_config()
+        n_layers = config.num_hidden_layers
+        used = [plan.compile(n_layers, config.hidden_size) for plan in plans if plan is not None]
         memory: dict[str, Any] = {}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
@@ -57,7 +68,7 @@ class VllmEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_length + 1,
             max_num_seqs=max_batch,
-            additional_config={"faststeer": settings_for(used, points.n_layers)},
+            additional_config={"faststeer": settings_for(used, n_layers)},
             **memory,
         )
 
@@ -72,8 +83,8 @@ class VllmEngine:
         top_p: float,
         seed: Sequence[int],
         **_: Any,
-    ) -> Iterator[Completion]:
-        """The completions in order, a group of batches at a time (see `faststeer.Engine.generate`).
+    ) -> Iterator[Answer]:
+        """The answers in order, a group of batches at a time (see `faststeer.Engine.generate`).
 
         vLLM draws other numbers for a seed than the Engine does.
         """
@@ -95,7 +106,7 @@ class VllmEngine:
             asked: Any = [{"prompt_token_ids": list(prompts[i])} for i in numbers]
             answers = self._llm.generate(asked, parameters, use_tqdm=False)
             for i, answer in zip(numbers, answers, strict=True):
-                yield self._completion(i, list(prompts[i]), answer.outputs[0])
+                yield self._answer(i, answer.outputs[0])
 
     def close(self) -> None:
         """End the engine and its processes, and free its memory."""
@@ -111,14 +122,14 @@ class VllmEngine:
             self._payloads[id(plan)] = (plan, payload_of(plan))
         return self._payloads[id(plan)][1]
 
-    def _completion(self, index: int, prompt: list[int], output: Any) -> Completion:
+    def _answer(self, index: int, output: Any) -> Answer:
         if output.finish_reason == "error":
-            return Completion(index, "", [], prompt, None, "error", RuntimeError(output.stop_reason))
+            return Answer(index, "", [], "error", RuntimeError(output.stop_reason))
         ids, stopped = list(output.token_ids), output.finish_reason == "stop"
         if stopped:  # by an end-of-sequence token, which vLLM counts and the Engine does not
             ids = ids[:-1]
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Completion(index, text, ids, prompt, None, "stop" if stopped else "length")
+        return Answer(index, text, ids, "stop" if stopped else "length")
 
 
 def settings_for(plans: Sequence[Sequence[Entry]], n_layers: int) -> Mapping[str, Any]:

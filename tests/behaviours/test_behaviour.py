@@ -7,7 +7,7 @@ import json
 import pytest
 
 from faststeer import behaviours, demo
-from faststeer.behaviours import Behaviour, Split, load, names, of_demo, of_prompts
+from faststeer.behaviours import Behaviour, Split, load, names, of_prompts
 from faststeer.demo import corpus
 from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract.pairs import Pair
@@ -47,7 +47,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", ["refusal", "tone"])
 def test_those_of_the_demo_model(name):
-    found = of_demo(name)
+    found = demo.behaviour(name)
     for split in ("train", "validation", "test"):
         part = getattr(found, split)
         assert (list(part.positive), list(part.negative)) == tuple(map(list, demo.prompts(name, split)))
@@ -62,14 +62,14 @@ def test_those_of_the_demo_model(name):
         assert found.paired and all(isinstance(prompt, str) for prompt in found.test.induce)
         assert found.test.induce == found.test.suppress == demo.neutral_questions("test")
     with pytest.raises(ValueError, match="no behaviour 'mood': expected refusal or tone"):
-        of_demo("mood")
+        demo.behaviour("mood")
 
 
 # Files
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    for before in (load("refusal"), of_demo("tone"), make(coherence="demo-grammar", about={"n": 1})):
+    for before in (load("refusal"), demo.behaviour("tone"), make(coherence="demo-grammar", about={"n": 1})):
         assert load(before.save(tmp_path / "deep" / "b.json")) == before
 
 

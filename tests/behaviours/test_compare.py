@@ -7,7 +7,7 @@ import pytest
 
 import faststeer as fs
 from faststeer import Ablate, Add, Plan
-from faststeer.behaviours import Behaviour, Split, load, of_demo
+from faststeer.behaviours import Behaviour, Split, load
 from faststeer.behaviours.compare import METHODS, answer_tokens, compare
 from faststeer.evaluate import complete, is_refusal, kl_on
 
@@ -23,7 +23,7 @@ def chat():
 def refusal(chat):
     methods = ("dim", "ace", "unembedding", "ntp", "po")
     return compare(
-        *chat, of_demo("refusal"), methods, positions=[-1], steps=6, train_layers=1, n_select=4, n_test=COUNT
+        *chat, fs.demo.behaviour("refusal"), methods, positions=[-1], steps=6, train_layers=1, n_select=4, n_test=COUNT
     )
 
 
@@ -42,7 +42,7 @@ def test_controls_do_neither(refusal, control):
 
 def test_tone_by_three_methods(chat):
     methods = ("dim", "pca", "lat")
-    found = compare(*chat, of_demo("tone"), methods, positions=[-3], layers=[1, 3], n_select=8, n_test=COUNT)
+    found = compare(*chat, fs.demo.behaviour("tone"), methods, positions=[-3], layers=[1, 3], n_select=8, n_test=COUNT)
     for method in methods:
         assert found[method].induce.rate >= 0.95 and found[method].bypass.rate >= 0.95
     assert found["random"].induce.rate <= 0.05 and found["random"].bypass.rate <= 0.05
@@ -50,7 +50,7 @@ def test_tone_by_three_methods(chat):
 
 def test_the_figures_are_those_of_generating_by_hand(chat, refusal):
     model, tokenizer = chat
-    test = of_demo("refusal").test
+    test = fs.demo.behaviour("refusal").test
     for method in ("ntp", "random"):
         found = refusal[method]
         added = Plan([Add(found.vector, found.coefficient)])
@@ -69,7 +69,7 @@ def test_the_figures_are_those_of_generating_by_hand(chat, refusal):
 
 
 def test_what_cannot_run_is_named_and_left_out(chat):
-    prompts = of_demo("refusal")
+    prompts = fs.demo.behaviour("refusal")
     splits = [Split(s.positive[:12], s.negative[:12]) for s in (prompts.train, prompts.validation, prompts.test)]
     bare = Behaviour("bare", "", "sentiment", *splits)
     found = compare(*chat, bare, METHODS[5:], n_select=1, n_test=1, max_new_tokens=2, layers=[3])
@@ -82,7 +82,7 @@ def test_what_cannot_run_is_named_and_left_out(chat):
 
 def test_tokens_at_which_answers_part(chat):
     _, tokenizer = chat
-    shows, does_not = answer_tokens(tokenizer, of_demo("refusal"))
+    shows, does_not = answer_tokens(tokenizer, fs.demo.behaviour("refusal"))
     assert {tokenizer.decode([token]).strip() for token in shows} == {"I", "As"}
     assert not set(shows) & set(does_not)
     without = load("refusal")
@@ -104,4 +104,4 @@ def test_tokens_at_which_answers_part(chat):
 )
 def test_wrong_calls(chat, methods, options, message):
     with pytest.raises(ValueError, match=message):
-        compare(*chat, of_demo("refusal"), methods, **options)
+        compare(*chat, fs.demo.behaviour("refusal"), methods, **options)

@@ -433,6 +433,28 @@ def test_what_cannot_be_is_refused_before_anything_runs(demo, vector, tmp_path, 
     refused("GB free")
 
 
+def test_an_engine_that_is_handed_in_answers_in_the_engines_place(demo, vector, tmp_path):
+    sweep, path = described(vector, judges=["length"], engine="vllm", text=()), tmp_path / "s.db"
+    for asked, engine, said in ((sweep, None, "given no engine="), (described(vector), fs.Engine, "engine: faststeer")):
+        with Store(path) as store, pytest.raises(ValueError, match=said):
+            sweep_run(asked, *demo, store, engine=engine, progress=False)
+        assert rows_in(path) == 0
+    closed = []
+
+    class Echo(fs.Engine):
+        def __init__(self, model, tokenizer, plans, **size):
+            assert plans == [setting.plan for setting in sweep.settings]
+            super().__init__(model, tokenizer, **size)
+
+        def close(self):
+            closed.append(True)
+
+    with Store(path) as store:
+        run = sweep_run(sweep, *demo, store, max_batch=8, engine=Echo, progress=False)
+        assert len(store.answers(run)) == len(sweep.settings) * len(sweep.prompts)
+    assert closed == [True]
+
+
 def test_a_dead_process_holds_nothing_and_a_living_one_does(tmp_path, vector, monkeypatch):
     path = tmp_path / "s.db"
     units = [

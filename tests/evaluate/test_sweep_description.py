@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import faststeer as fs
+import faststeer.demo
 from faststeer.evaluate.sweep import Sweep, SweepPrompt, load_sweep, random_plan
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -7,7 +7,6 @@ import pytest
 
 import faststeer as fs
 from faststeer import Add, Clamp, Plan, demo
-from faststeer.behaviours import of_demo
 from faststeer.evaluate import complete, is_refusal
 from faststeer.extract import TrainingSettings, bipo, ntp, po, random_like, reps
 
@@ -26,7 +25,7 @@ def chat():
 @pytest.fixture(scope="module")
 def vectors(chat):
     model, tokenizer = chat
-    pairs = of_demo("refusal").train.pairs
+    pairs = demo.behaviour("refusal").train.pairs
     how = {"layers": LAYER, "steps": STEPS, "batch_size": 6, "settings": TrainingSettings(max_tokens=TOKENS)}
     from_zero = TrainingSettings(max_tokens=TOKENS, schedule="cosine", warmup=STEPS // 10, start=0.0)
     return {

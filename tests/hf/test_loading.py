@@ -159,7 +159,7 @@ def test_the_model_is_an_ordinary_one_in_any_dtype(plain, toy, tmp_path):
     assert all(torch.equal(value, rounded[name]) for name, value in again.state_dict().items())
     assert its_tokenizer.chat_template == tokenizer.chat_template
     assert copy.deepcopy(model).loaded_as == "toy.gguf"
-    folded = fs.formats.fold(model.float(), fs.Plan([fs.Add(torch.ones(model.config.hidden_size), layers=2)]))
+    folded = fs.folding.fold(model.float(), fs.Plan([fs.Add(torch.ones(model.config.hidden_size), layers=2)]))
     assert (folded.save(tmp_path / "folded") / "model.safetensors").is_file()
 
 

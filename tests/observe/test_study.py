@@ -47,7 +47,7 @@ COMMAND += ["--controls", "1", "--max-new-tokens", "12"]
 
 @pytest.fixture(scope="module")
 def demo():
-    return *fs.demo.load(), behaviours.of_demo("refusal")
+    return *fs.demo.load(), fs.demo.behaviour("refusal")
 
 
 @pytest.fixture(scope="module")

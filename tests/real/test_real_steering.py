@@ -145,7 +145,7 @@ def test_folded_saved_and_loaded(smollm2, tone, tmp_path, kind):
     batch = fs.hf.tokenize(tokenizer, PROMPTS[:2])
     with fs.steer(model, plan):
         steered = model(**batch).logits
-    folded = fs.formats.fold(copy.deepcopy(model), plan, in_place=True)
+    folded = fs.folding.fold(copy.deepcopy(model), plan, in_place=True)
     folded.save(tmp_path / "folded", tokenizer)
     again, _ = fs.load(tmp_path / "folded")
     assert torch.equal(again(**batch).logits, folded.model(**batch).logits)

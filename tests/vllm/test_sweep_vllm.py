@@ -8,6 +8,7 @@ import torch
 
 import faststeer as fs
 from faststeer.evaluate.sweep import Store, Sweep, run
+from faststeer.vllm.runner import VllmEngine
 
 
 def test_the_same_answers_as_the_engine(tmp_path: Any) -> None:
@@ -16,13 +17,13 @@ def test_the_same_answers_as_the_engine(tmp_path: Any) -> None:
     gated = fs.Plan([fs.Ablate(vector, at="resid_mid", when=fs.Gate(vector))])
     found: dict[str, Any] = {}
     projected: dict[str, Any] = {}
-    for engine in ("faststeer", "vllm"):
+    for engine, made in (("faststeer", None), ("vllm", VllmEngine)):
         sweep = Sweep(
             fs.demo.prompts("refusal", "test")[0][:3], {"v": vector}, coefficients=(0.5, 2.0), plans={"gated": gated},
             judges=["refusal"], text=(), max_new_tokens=12, engine=engine,
         )  # fmt: skip
         with Store(tmp_path / f"{engine}.db") as store:
-            identity = run(sweep, model, tokenizer, store, max_batch=8, progress=False)
+            identity = run(sweep, model, tokenizer, store, max_batch=8, engine=made, progress=False)
             found[engine] = store.answers(identity)
             projected[engine] = list(store.projections(identity))
     assert len(found["vllm"]) == 3 * len(sweep.settings)

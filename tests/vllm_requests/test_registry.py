@@ -145,7 +145,7 @@ class TestFolder:
             ("a\0b", "is no path of a file"),
             ("x" * 5000, "cannot be read|is no path"),
             ("large.safetensors", "larger than the 1,000 bytes"),
-            ("text.safetensors", "'text.safetensors': its content cannot be read as safetensors"),
+            ("text.safetensors", "'text.safetensors': its content is no safetensors file, and a server reads"),
         ],
         ids=lambda value: value[:12],
     )

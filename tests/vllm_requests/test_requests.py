@@ -15,8 +15,8 @@ from safetensors.torch import save
 from strategies import plans, randn
 
 import faststeer as fs
-from faststeer.algebra import SparseVector
 from faststeer.ops.tables import Kind
+from faststeer.sparse import SparseVector
 from faststeer.vector import LAYER_CONVENTION
 from faststeer.vllm import plan as client_plan
 from faststeer.vllm.registry import Registry

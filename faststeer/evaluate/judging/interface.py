@@ -159,3 +159,8 @@ def last_user_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), prompt[-1]["content"])
+
+
+def demo_hint(name: str) -> str:
+    """Where an unknown name that says "demo" is known."""
+    return "; `import faststeer.demo` adds what belongs to the demo model" if name.startswith("demo") else ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from faststeer.evaluate.judges import demo_grammar
 from faststeer.evaluate.judging.formats import FORMATS, read_format
-from faststeer.evaluate.judging.interface import Judge
+from faststeer.evaluate.judging.interface import Judge, demo_hint
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
 from faststeer.evaluate.judging.models import Classifier, LanguageModelJudge, RefusalScore
 from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment
@@ -21,14 +20,19 @@ OPTIONS: dict[str, set[str]] = {
     **{name: {"template", "concept", "system"} for name in FORMATS},
     "regex": set(),
     "python": {"shows", "labels"},
-    "demo": set(),
-    "demo-coherent": set(),
     "perplexity": set(),
     "repetition": {"n"},
     "length": set(),
 }
 NEEDS_MODEL = ("classifier", *FORMATS)
 OF_THE_MODEL = ("refusal-score", "perplexity")
+# Judges that need no model and nothing after a colon, by kind.
+SIMPLE: dict[str, Any] = {"refusal": Refusal, "sentiment": Sentiment, "length": Length, "repetition": Repetition}
+
+
+def register(kind: str, made: Callable[[], Judge]) -> None:
+    """Let `make` know a kind of judge that needs no model and has no options: `made()` returns it."""
+    OPTIONS[kind], SIMPLE[kind] = set(), made
 
 
 def judge_names() -> list[str]:
@@ -54,7 +58,7 @@ def make(
     | `classifier:NAME` | a text classification model |
     | `llamaguard:NAME`, `harmbench:NAME`, `strongreject:NAME`, `axbench:NAME` | a language model |
     | `regex:PATTERN`, `python:MODULE:FUNCTION` | |
-    | `demo`, `demo-coherent` | refusal and coherence by the demo model's grammar |
+    | `demo`, `demo-coherent` | refusal and coherence by the demo model's grammar, once `faststeer.demo` is imported |
 
     Raises:
         ValueError: an unknown judge or option, something missing, nothing to be loaded.
@@ -78,18 +82,15 @@ def make(
     if kind == "regex":
         return Pattern(rest)
     if kind == "python":
-        return Function.load(rest) if not given else _with_options(rest, given)
-    if kind.startswith("demo"):
-        return _demo(kind)
-    simple: dict[str, Any] = {"refusal": Refusal, "sentiment": Sentiment, "length": Length, "repetition": Repetition}
-    return simple[kind](**given)
+        return Function.load(rest, **given)
+    return SIMPLE[kind](**given)
 
 
 def _check(kind: str, rest: str, options: Mapping[str, Any]) -> None:
     if kind not in OPTIONS:
         near = difflib.get_close_matches(kind, OPTIONS, 1)
         hint = f"did you mean {near[0]!r}? There are" if near else "expected one of"
-        raise ValueError(f"unknown judge {kind!r}: {hint} {', '.join(OPTIONS)}")
+        raise ValueError(f"unknown judge {kind!r}: {hint} {', '.join(OPTIONS)}{demo_hint(kind)}")
     if kind in (*NEEDS_MODEL, "regex", "python") and not rest:
         what = "a regular expression" if kind == "regex" else "MODULE:FUNCTION" if kind == "python" else "a model"
         raise ValueError(f"the judge {kind!r} needs {what}: write {kind}:...")
@@ -100,15 +101,3 @@ def _check(kind: str, rest: str, options: Mapping[str, Any]) -> None:
             f"the judge {kind!r} has no option {', '.join(map(repr, sorted(unknown)))}: it has "
             f"{', '.join(sorted(OPTIONS[kind])) or 'none'}"
         )
-
-
-def _with_options(where: str, options: Mapping[str, Any]) -> Function:
-    return Function(Function.load(where)._function, name=where, **options)
-
-
-def _demo(kind: str) -> Function:
-    from faststeer.demo import classify
-
-    if kind == "demo-coherent":
-        return Function(demo_grammar, name=kind)
-    return Function(lambda text: classify(text) or "incoherent", name=kind, labels=("refusal",))

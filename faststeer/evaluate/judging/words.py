@@ -209,16 +209,16 @@ class Function(_Plain):
         self._takes_prompt = _takes_two(function)
 
     @classmethod
-    def load(cls, where: str) -> Function:
-        """Import `module:function`. Raises ValueError where there is none."""
+    def load(cls, where: str, **options: Any) -> Function:
+        """Import `module:function`. Raises ValueError where there is none; `options` as of the class."""
         module, _, function = where.partition(":")
         try:
             found: Any = importlib.import_module(module)
             for part in function.split("."):
                 found = getattr(found, part)
-            return cls(found, name=where)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"no judge at python:{where}: {error}; expected python:MODULE:FUNCTION") from error
+        return cls(found, name=where, **options)
 
     @property
     def identity(self) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
+from faststeer.version import __version__
 
 Kind = Literal["add", "ablate", "clamp"]
 UNSTEERED = "unsteered"
@@ -37,6 +38,8 @@ MAX_PROMPTS = 10_000_000
 MAX_TOKENS = 10_000_000  # of an answer; no model reads more
 MAX_SEED = 2**53  # generators take 64 bits, and numbers are added to it
 RANDOM_STRIDE = 1_000_003  # between the seeds of a plan's random directions
+# What `demo:` may name in a description: faststeer.demo adds its prompts when it is imported.
+NAMED_PROMPTS: dict[str, Callable[[], Sequence[Prompt]]] = {}
 JUDGES: tuple[Any, ...] = ("refusal", "perplexity", "repetition", "length")
 
 
@@ -204,8 +207,6 @@ class Sweep:
     def identity(self, model: str) -> str:
         """A digest of everything that the answers depend on, the model's fingerprint included: answers of sweeps that
         differ in it are never mixed. Judges and side effects are not in it; they have digests of their own."""
-        from faststeer import __version__
-
         content = {
             "faststeer": __version__,
             "model": model,
@@ -566,13 +567,10 @@ class _Reader:
             raise self.lines.error(where, str(error)) from error
 
     def _of_demo(self, name: Any, where: tuple[Any, ...]) -> list[Prompt]:
-        from faststeer import demo
-
-        if name == "questions":
-            return list(demo.neutral_questions("test"))
-        if name not in ("harmful", "harmless"):
-            raise self.lines.error(where, f"demo: {name!r}: expected harmful, harmless or questions")
-        return demo.prompts("refusal", "test")[name == "harmless"]
+        if not isinstance(name, str) or name not in NAMED_PROMPTS:
+            known = ", ".join(NAMED_PROMPTS) or "no name before `import faststeer.demo`"
+            raise self.lines.error(where, f"demo: {name!r}: expected {known}")
+        return list(NAMED_PROMPTS[name]())
 
 
 def _file_prompts(path: Path, field: str | None, start: int) -> list[SweepPrompt]:

@@ -31,6 +31,7 @@ from faststeer.evaluate.sweep.store import LEASE, Store, Unit
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, encode, padding_id
 from faststeer.plan import Plan
+from faststeer.version import versions
 
 CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most
 SETTINGS_PER_UNIT = 16  # of side effects
@@ -61,6 +62,7 @@ def run(
     store: Store,
     *,
     max_batch: int = 256,
+    engine: Callable[..., Any] | None = None,
     progress: bool | Callable[[Progress], None] = True,
 ) -> str:
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
@@ -73,16 +75,24 @@ def run(
         model, tokenizer: the steered ones.
         store: an open one; several processes may have the same file open.
         max_batch: rows of the Engine.
+        engine: for a sweep with `engine: vllm` what makes the engine that answers: `faststeer.vllm.runner.VllmEngine`.
         progress: a bar with the time left on stderr, or a function to call.
 
     Raises:
         ImportError: the sweep asks for vLLM, and it is not installed.
-        ValueError: a plan that does not fit the model, a prompt that is too long, an unknown judge, a judge's model
-            that is missing, more than the disk has room for; all before anything runs.
+        ValueError: an engine that the sweep does not ask for, or none where it does; a plan that does not fit the
+            model, a prompt that is too long, an unknown judge, a judge's model that is missing, more than the disk has
+            room for; all before anything runs.
         OSError: the disk is full; what was finished is kept.
     """
+    if (sweep.engine == "vllm") != (engine is not None):
+        given = "no engine=" if engine is None else f"engine={engine!r}"
+        raise ValueError(
+            f"the sweep has engine: {sweep.engine}, and run is given {given}: with engine: vllm, and only then, give "
+            "engine=faststeer.vllm.runner.VllmEngine"
+        )
     check_evaluating(model)
-    work = _Work(sweep, model, tokenizer, store, max_batch)
+    work = _Work(sweep, model, tokenizer, store, max_batch, engine or Engine)
     with _shown(progress, len(work.rows)) as report, _heartbeat(store):
         try:
             work.do(report)
@@ -95,7 +105,8 @@ def run(
 class _Work:
     """A sweep on a model: its rows in order, its units, and what each of them takes."""
 
-    def __init__(self, sweep: Sweep, model: Any, tokenizer: Any, store: Store, max_batch: int) -> None:
+    def __init__(self, sweep: Sweep, model: Any, tokenizer: Any, store: Store, max_batch: int, engine: Any) -> None:
+        self.make_engine = engine
         self.sweep, self.model, self.tokenizer, self.store, self.max_batch = sweep, model, tokenizer, store, max_batch
         self.settings: tuple[Setting, ...] = sweep.settings
         self.prompts = [prompt.prompt for prompt in sweep.prompts]
@@ -112,7 +123,7 @@ class _Work:
         _check_disk(store, len(self.rows), sweep.max_new_tokens, len(self.judges), room)
         self.run = sweep.identity(fingerprint(model))
         chunk = max(CHUNK_BATCHES * max_batch, 1)
-        chunk = store.begin(self.run, chunk, sweep, _versions())
+        chunk = store.begin(self.run, chunk, sweep, versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
         for digest, judge in self.judges.items():
             store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
@@ -214,22 +225,16 @@ class _Work:
                     break
 
     def _the_engine(self) -> Any:
-        """An Engine, or vLLM in its place: what is asked of it here both have."""
+        """An Engine, or what `run` was given in its place: what is asked of it here both have."""
         if self._engine is None:
-            if self.sweep.engine == "vllm":
-                from faststeer.vllm.runner import VllmEngine
-
-                plans = [setting.plan for setting in self.settings]
-                self._engine = VllmEngine(
-                    self.model, self.tokenizer, plans, max_batch=self.max_batch, max_length=self.length
-                )
-            else:
-                self._engine = Engine(self.model, self.tokenizer, max_batch=self.max_batch, max_length=self.length)
+            plans = () if self.make_engine is Engine else ([setting.plan for setting in self.settings],)
+            size = {"max_batch": self.max_batch, "max_length": self.length}
+            self._engine = self.make_engine(self.model, self.tokenizer, *plans, **size)
         return self._engine
 
     def close(self) -> None:
         """End what runs in processes of its own."""
-        if self._engine is not None and self.sweep.engine == "vllm":
+        if self._engine is not None and self.make_engine is not Engine:
             self._engine.close()
 
     def _judge(self, digest: str, number: int) -> None:
@@ -352,14 +357,6 @@ def _check_disk(store: Store, rows: int, new: int, judges: int, more: int) -> No
             f"{rows:,} rows may need {needed / 1e9:.1f} GB, and the disk of {store.path} has {free / 1e9:.1f} GB free: "
             "make room, name a store on another disk, or sweep less"
         )
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    from faststeer import __version__
-
-    return {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 # While it runs --------------------------------------------------------------------------------------------------------

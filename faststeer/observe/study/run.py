@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from torch import Tensor
 
-from faststeer import __version__
 from faststeer.algebra import random_like
 from faststeer.behaviours import Behaviour
 from faststeer.evaluate.judging.models import fingerprint
@@ -33,6 +31,7 @@ from faststeer.observe.study.settings import Settings
 from faststeer.observe.study.vectors import Finder
 from faststeer.observe.svv import svv
 from faststeer.vector import SteeringVector
+from faststeer.version import versions
 
 FORMAT = "faststeer.study/1"
 N_HEADS, N_TOKENS = 10, 10  # heads that are read, and tokens of each
@@ -76,10 +75,8 @@ def run(
     """
     settings = settings or Settings()
     check_evaluating(model)
-    versions = {"faststeer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    parts = Parts(
-        Path(folder) / "parts", [FORMAT, fingerprint(model), versions, getattr(tokenizer, "chat_template", None)]
-    )
+    ran = versions()
+    parts = Parts(Path(folder) / "parts", [FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)])
     job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
     vectors, skipped = Finder(job).find()
     dim = Finder(job).dim
@@ -89,7 +86,7 @@ def run(
         "model": name or model_name(model),
         "behaviour": behaviour.name,
         "judge": behaviour.judge,
-        "versions": versions,
+        "versions": ran,
         "settings": settings.to_dict(),
         "layer": dim.layers[0],
         "position": dim.provenance["position"],
@@ -143,7 +140,7 @@ def _tokens(job: Job, vector: SteeringVector, scored: Scored | None) -> dict[str
     (layer,) = vector.layers
     lens = LogitLens(job.model)
 
-    def read(direction: torch.Tensor) -> dict[str, list[str]]:
+    def read(direction: Tensor) -> dict[str, list[str]]:
         return {
             side: lens.top_tokens(direction, job.tokenizer, N_TOKENS, direction=True, largest=side == "raises")
             for side in ("raises", "lowers")
@@ -180,7 +177,7 @@ def _sparsity(job: Job, name: str, vector: SteeringVector, scored: Scored) -> li
         depends = [vector, scores.dimensions, prompts, s.coefficient, s.sparsities, s.controls, s.seed]
         depends += [s.max_new_tokens, job.behaviour.judge]
 
-        def make(side: str = side, sign: int = sign, effect: torch.Tensor = scores.dimensions) -> Any:
+        def make(side: str = side, sign: int = sign, effect: Tensor = scores.dimensions) -> Any:
             job.say(f"{name}, {side}: sparsity")
             points = sparsity_curves(
                 job.model,

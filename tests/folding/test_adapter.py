@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.formats import FoldError, fold_adapter
+from faststeer.folding import FoldError, fold_adapter
 
 from test_folding import EVERYWHERE, PLANS, cases, d, exact, logits, v, widened  # isort: skip
 

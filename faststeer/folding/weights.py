@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from faststeer.files import new_folder, write_atomically
-from faststeer.formats.affine import FoldError, Map, affine
+from faststeer.folding.affine import FoldError, Map, affine
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import (
     HookPoints,

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import faststeer as fs
-from faststeer.formats import FoldError, fold
+from faststeer.folding import FoldError, fold
 
 d, v = models.direction(1), models.direction(2)
 EVERYWHERE = ("resid_pre", "attn_out", "mlp_out")
@@ -164,7 +164,7 @@ CASES = [case for case in cases(("llama", "qwen3", "gpt2"), NORMAL) if foldable(
 
 
 @functools.cache
-def folded_once(name: str, plan: str, tied: bool) -> tuple[nn.Module, dict[str, Tensor], fs.formats.Folded]:
+def folded_once(name: str, plan: str, tied: bool) -> tuple[nn.Module, dict[str, Tensor], fs.folding.Folded]:
     """A model, its weights before, and its fold."""
     model = models.build(name, tie_word_embeddings=tied)
     return model, copy.deepcopy(model.state_dict()), fold(model, PLANS[plan][0])
@@ -309,10 +309,10 @@ class TestRefused:
 
     def test_the_check_sees_a_wrong_fold(self, monkeypatch):
         """A fold that forgets one writer is told from rounding."""
-        from faststeer.formats import folding
+        from faststeer.folding import weights
 
-        write = folding._write
-        monkeypatch.setattr(folding, "_write", lambda w: None if w.name == "the MLP of layer 1" else write(w))
+        write = weights._write
+        monkeypatch.setattr(weights, "_write", lambda w: None if w.name == "the MLP of layer 1" else write(w))
         for name, dtype in (("llama", torch.float32), ("gpt2", torch.bfloat16)):
             with pytest.raises(FoldError, match="the folded model is not the steered one"):
                 fold(models.build(name).to(dtype), PLANS["ablate"][0])

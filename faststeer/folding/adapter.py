@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from faststeer.files import new_folder
-from faststeer.formats.affine import FoldError
-from faststeer.formats.folding import (
+from faststeer.folding.affine import FoldError
+from faststeer.folding.weights import (
     Check,
     Expected,
     Writer,
