@@ -137,13 +137,6 @@ inline void check_row_table(const Tensor& tensor, const char* name, int32_t dtyp
   }
 }
 
-// Where a row that steering wrote and that is not finite is noted, or null.
-inline int32_t* check_nonfinite(const std::optional<Tensor>& nonfinite, const RowShape& shape) {
-  if (!nonfinite.has_value()) return nullptr;
-  check_row_table(*nonfinite, "nonfinite", aoti_torch_dtype_int32(), TableRows::AT_LEAST, shape);
-  return static_cast<int32_t*>(nonfinite->data_ptr());
-}
-
 // The tables of one call, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& fields,
                           const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot,

@@ -23,7 +23,6 @@
 // function shared between levels would be one that the lowest level's machines cannot run.
 #define FASTSTEER_LANES static inline __attribute__((always_inline))
 #define FASTSTEER_METHOD inline __attribute__((always_inline))
-#define FASTSTEER_INLINED __attribute__((always_inline))  // of a lambda
 
 namespace faststeer {
 namespace {
@@ -420,55 +419,6 @@ FASTSTEER_LANES void store_rounded(T* to, Lanes first, Lanes second) {
     store_rounded(to + LANES, second);
   }
 }
-
-// Whether values that were stored as T are all finite. Without their signs, bits order as magnitudes do, infinities and
-// NaN last: so it is the largest that tells, at two instructions per vector.
-template <class T>
-class Finite {
-  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
-  static constexpr Bits MAGNITUDE = static_cast<Bits>(~(Bits{1} << (8 * sizeof(T) - 1)));
-  static constexpr Bits INFINITE = static_cast<Bits>(sizeof(T) == 4                  ? 0x7F800000
-                                                     : std::is_same_v<T, BFloat> ? 0x7F80
-                                                                                 : 0x7C00);
-  // As many as one instruction has stored, so that they are looked at in its register.
-#if defined(__AVX2__)
-  static constexpr int COUNT = std::is_same_v<T, BFloat> ? 2 * PART : PART;
-#else
-  static constexpr int COUNT = PART;
-#endif
-  typedef Bits Vector __attribute__((vector_size(COUNT * sizeof(T))));
-
- public:
-  // 2 LANES values
-  FASTSTEER_METHOD void look(const T* stored) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * LANES; i += COUNT) {
-      Vector bits;
-      std::memcpy(&bits, stored + i, sizeof(bits));
-      bits &= MAGNITUDE;
-      largest_ = bits > largest_ ? bits : largest_;
-    }
-  }
-
-  FASTSTEER_METHOD void look(const T* stored, Whole) { look(stored, Some{LANES}); }
-
-  FASTSTEER_METHOD void look(const T* stored, Some some) {
-    T copy[2 * LANES] = {};
-    std::memcpy(copy, stored, some.count * sizeof(T));
-    look(copy);
-  }
-
-  FASTSTEER_METHOD bool all() const {
-    const auto over = largest_ >= INFINITE;
-    uint64_t words[sizeof(over) / sizeof(uint64_t)], any = 0;
-    std::memcpy(words, &over, sizeof(over));
-    for (const uint64_t word : words) any |= word;
-    return any == 0;
-  }
-
- private:
-  Vector largest_ = {};
-};
 
 // body(first column, Whole or Some) for every block of sixteen of a row.
 template <class Body>

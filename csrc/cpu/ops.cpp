@@ -94,11 +94,9 @@ Job make_job(const Tensor& x, const RowShape& shape, const Tables& tables) {
   return job;
 }
 
-std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns,
-                                 const std::optional<Tensor>& nonfinite) {
+std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
-  job.nonfinite = check_nonfinite(nonfinite, shape);
   Tensor probe = new_probe(x, shape, columns, job);
   Tensor hidden = new_hidden(x, shape);
   job.out = rows_of(hidden, shape.hidden);
@@ -106,21 +104,18 @@ std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, i
   return {hidden, probe};
 }
 
-void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe,
-            const std::optional<Tensor>& nonfinite) {
+void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
-  job.nonfinite = check_nonfinite(nonfinite, shape);
   write_probe(probe, TableRows::EXACTLY, shape, job);
   job.out = job.x;
   over_rows(of_dtype(routines().steer, shape.dtype), job, shape.rows);
 }
 
 std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                                     int64_t columns, const std::optional<Tensor>& nonfinite) {
+                                     int64_t columns) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
-  job.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, job);
   Tensor probe = new_probe(x, shape, columns, job);
   Tensor hidden = new_hidden(x, shape);
@@ -130,11 +125,9 @@ std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FA
 }
 
 void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                 const std::optional<Tensor>& probe,
-                 const std::optional<Tensor>& nonfinite) {
+                 const std::optional<Tensor>& probe) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES_OF(TableRows::AT_LEAST));
-  job.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, job);
   write_probe(probe, TableRows::AT_LEAST, shape, job);
   over_rows(of_dtype(routines().steer_pair, shape.dtype), job, shape.rows);
@@ -142,11 +135,9 @@ void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAM
 
 std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                      double eps, double weight_offset, bool fp32_weight,
-                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns,
-                                                     const std::optional<Tensor>& nonfinite) {
+                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
   const RowShape shape = check_rows(x, "x");
   Job job = make_job(x, shape, FASTSTEER_TABLES);
-  job.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, job);
   job.norm.weight_dtype = check_float(weight, "weight");
   check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);

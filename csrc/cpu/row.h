@@ -79,8 +79,7 @@ class Row {
       : x_(row_of<const T>(job.x, row)),
         residual_(ADDS ? row_of<const T>(job.residual, row) : nullptr),
         h_(buffer),
-        hidden_(job.hidden),
-        looks_(job.nonfinite != nullptr) {}
+        hidden_(job.hidden) {}
 
   // h . q
   float dot(const float* q) {
@@ -114,39 +113,40 @@ class Row {
     settle();
   }
 
-  // h rounded to T. False if somebody asks for it and not all of it is finite.
-  bool write(T* out) const {
-    bool finite = false;
+  // h rounded to T
+  void write(T* out) const {
     with_values([&](auto value) {
-      finite = written_finite(
-          out,
-          [=](int64_t i) FASTSTEER_INLINED { store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{})); },
-          [=](int64_t i, auto block) FASTSTEER_INLINED { store_rounded(out + i, value(i, block), block); });
+      each_two_blocks(
+          hidden_,
+          [=](int64_t i) {
+            prefetch_to_write(out + i);
+            store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{}));
+          },
+          [=](int64_t i, auto block) { store_rounded(out + i, value(i, block), block); });
     });
-    return finite;
   }
 
-  // The same, quicker where T is bf16 and h is x + w q as that of the row before.
-  bool write(T* out, Addend& addend) const {
+  // h rounded to T, where T is bf16 and h is x + w q as that of the row before. False where not, and nothing is written.
+  bool write_sum(T* out, Addend& addend) const {
     if constexpr (std::is_same_v<T, BFloat> && !ADDS) {
-      const bool is_sum = !settled_ && n_terms_ == 1;
-      if (const float* const sum = is_sum ? addend.of(terms_[0].w, terms_[0].q, hidden_) : nullptr) {
-        const T* const x = x_;
-        return written_finite(
-            out,
-            [=](int64_t i) FASTSTEER_INLINED {
+      if (settled_ || n_terms_ != 1) return false;
+      const float* const sum = addend.of(terms_[0].w, terms_[0].q, hidden_);
+      if (sum == nullptr) return false;
+      const T* const x = x_;
+      each_two_blocks(
+          hidden_,
+          [=](int64_t i) {
+            prefetch_to_write(out + i);
 #pragma GCC unroll 4
-              for (int64_t k = i; k < i + 2 * LANES; k += 2 * PART) {
-                const Apart values = take_apart(x + k);
-                put_together(out + k, {values.even + decode(sum + k), values.odd + decode(sum + k + PART)});
-              }
-            },
-            [=](int64_t i, auto block) FASTSTEER_INLINED {
-              store_rounded(out + i, load(x + i, block) + load(sum + i, block), block);
-            });
-      }
+            for (int64_t k = i; k < i + 2 * LANES; k += 2 * PART) {
+              const Apart values = take_apart(x + k);
+              put_together(out + k, {values.even + decode(sum + k), values.odd + decode(sum + k + PART)});
+            }
+          },
+          [=](int64_t i, auto block) { store_rounded(out + i, load(x + i, block) + load(sum + i, block), block); });
+      return true;
     }
-    return write(out);
+    return false;
   }
 
   // h rounded to T, also in the buffer; returns the sum of its squares.
@@ -175,36 +175,6 @@ class Row {
   static constexpr int64_t AHEAD = 4096;
   static constexpr int64_t CACHE_LINE = 64;
 
-  // Write `out` by two(first column) for two whole blocks and one(first column, Whole or Some) for what is left. Looking
-  // at what was written is two instructions per vector, of the dozen that a 16-bit row in a near cache takes: hence a
-  // loop of its own.
-  template <class Two, class One>
-  FASTSTEER_METHOD bool written_finite(T* out, Two two, One one) const {
-    if (!looks_) {
-      each_two_blocks(
-          hidden_,
-          [&](int64_t i) FASTSTEER_INLINED {
-            prefetch_to_write(out + i);
-            two(i);
-          },
-          one);
-      return true;
-    }
-    Finite<T> finite;
-    each_two_blocks(
-        hidden_,
-        [&](int64_t i) FASTSTEER_INLINED {
-          prefetch_to_write(out + i);
-          two(i);
-          finite.look(out + i);
-        },
-        [&](int64_t i, auto block) FASTSTEER_INLINED {
-          one(i, block);
-          finite.look(out + i, block);
-        });
-    return finite.all();
-  }
-
   // Two blocks from `out` on are about to be written.
   FASTSTEER_METHOD static void prefetch_to_write(T* out) {
     constexpr int64_t SIZE = 2 * LANES * sizeof(T);
@@ -218,11 +188,11 @@ class Row {
   FASTSTEER_METHOD void with_values(Use use) const {
     if (settled_) {
       const float* const h = h_;
-      with_terms([=](int64_t i, auto block) FASTSTEER_INLINED { return load(h + i, block); }, use);
+      with_terms([=](int64_t i, auto block) { return load(h + i, block); }, use);
     } else {
       const T *const x = x_, *const residual = residual_;
       with_terms(
-          [=](int64_t i, auto block) FASTSTEER_INLINED {
+          [=](int64_t i, auto block) {
             if constexpr (ADDS) return round_to<T>(load(x + i, block) + load(residual + i, block));
             return load(x + i, block);
           },
@@ -237,11 +207,11 @@ class Row {
       use(value);
     } else if (n_terms_ == 1) {
       const Term term = terms_[0];
-      use([=](int64_t i, auto block) FASTSTEER_INLINED { return value(i, block) + all(term.w) * load(term.q + i, block); });
+      use([=](int64_t i, auto block) { return value(i, block) + all(term.w) * load(term.q + i, block); });
     } else {
       const Term* const terms = terms_;
       const int n_terms = n_terms_;
-      use([=](int64_t i, auto block) FASTSTEER_INLINED {
+      use([=](int64_t i, auto block) {
         Lanes sum = value(i, block);
 #pragma GCC unroll 1
         for (int k = 0; k < n_terms; ++k) sum = sum + all(terms[k].w) * load(terms[k].q + i, block);
@@ -288,7 +258,6 @@ class Row {
   const T* residual_;
   float* h_;
   int64_t hidden_;
-  bool looks_;            // whether anybody asks if the row is finite
   bool settled_ = false;  // h_ holds the row, but for the terms
   int n_terms_ = 0;
   Term terms_[MAX_TERMS];
@@ -365,10 +334,6 @@ inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
   if (entry.gate_mode != GATE_LATCHED) return true;
   const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
   return cell >= 0 && tables.gate_state[cell] != 0;
-}
-
-inline void note_finite(const Job& job, int64_t row, bool finite) {
-  if (!finite && job.nonfinite != nullptr) job.nonfinite[row] = 1;
 }
 
 // All entries of the row's slot, in order. A row that no entry reads is not loaded. Returns whether any entry changed it.

@@ -26,7 +26,7 @@ void steer(const Job& job, int64_t first, int64_t end) {
     Row<T, false> h(job, row, buffer);
     T* out = row_of<T>(job.out, row);
     if (steer_row(job, row, h, weights)) {
-      note_finite(job, row, h.write(out, addend));
+      if (!h.write_sum(out, addend)) h.write(out);
     } else if (job.out.data != job.x.data) {
       std::memcpy(out, row_of<T>(job.x, row), job.hidden * sizeof(T));
     }
@@ -39,9 +39,8 @@ void add_steer(const Job& job, int64_t first, int64_t end) {
   Weights weights;
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
-    const bool changed = steer_row(job, row, h, weights);
-    const bool finite = h.write(row_of<T>(job.out, row));
-    note_finite(job, row, finite || !changed);
+    steer_row(job, row, h, weights);
+    h.write(row_of<T>(job.out, row));
   }
 }
 
@@ -55,7 +54,7 @@ void steer_pair(const Job& job, int64_t first, int64_t end) {
     if (job.columns > 0) std::memset(job.probe + row * job.columns, 0, job.columns * sizeof(float));
     Row<T, true> h(job, row, buffer);
     if (!steer_row(job, row, h, weights)) continue;
-    note_finite(job, row, h.write(row_of<T>(job.residual, row)));
+    h.write(row_of<T>(job.residual, row));
     std::memset(row_of<T>(job.x, row), 0, job.hidden * sizeof(T));
   }
 }
@@ -69,13 +68,6 @@ void load_weight(const Norm& norm, float* weight, int64_t hidden) {
     const Lanes w = load(from + i, block);
     store(weight + i, shifted ? w + offset : w, block);
   });
-}
-
-bool all_finite(const float* h, int64_t hidden) {
-  for (int64_t i = 0; i < hidden; ++i) {
-    if (!std::isfinite(h[i])) return false;
-  }
-  return true;
 }
 
 template <class T, bool ROUND_FIRST>
@@ -104,9 +96,8 @@ void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
   }
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
-    const bool changed = steer_row(job, row, h, weights);
+    steer_row(job, row, h, weights);
     const float squares = h.write_rounded(row_of<T>(job.out, row));
-    if (changed && job.nonfinite != nullptr && !std::isfinite(squares)) note_finite(job, row, all_finite(buffer, hidden));
     const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.norm.eps);
     T* normed = row_of<T>(job.norm.normed, row);
     if (job.norm.fp32_weight) {

@@ -32,8 +32,7 @@ struct Job {
   Rows out;       // x itself when steering in place
   float* probe = nullptr;
   int64_t columns = 0;
-  uint8_t* latched = nullptr;    // latch_ only: gate_state to be written
-  int32_t* nonfinite = nullptr;  // [rows]: 1 for rows that were changed and are not finite, the rest not written; or null
+  uint8_t* latched = nullptr;  // latch_ only: gate_state to be written
   Norm norm;                   // add_steer_rmsnorm only
 };
 

@@ -23,12 +23,11 @@ FASTSTEER_INLINE constexpr Dtype dtype_of() {
 }
 
 // Strides in elements. hidden is x itself where the op is in place, and residual where a pair is steered, whose x is
-// then also `cleared`. A null or empty probe is not written, nor is a null `nonfinite`.
+// then also `cleared`. A null or empty probe is not written.
 struct RowArguments {
   const void *x, *residual, *weight;
   void *hidden, *normed, *cleared;  // normed is contiguous
   float* probe;                     // [rows, probe_columns]
-  int32_t* nonfinite;               // [rows]: 1 for rows that were changed and are not finite, the rest not written
   int64_t rows, x_stride, residual_stride, hidden_stride;
   int32_t hidden_size, probe_columns;
   float eps, weight_offset;

@@ -153,11 +153,9 @@ void launch_rows(const char* name, RowOp op, const OnDevice& device, const RowSh
   check_launched(name, launch_row(op, shape.dtype, config, arguments, device.stream));
 }
 
-std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns,
-                                 const std::optional<Tensor>& nonfinite) {
+std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
-  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   const OnDevice device(x);
   Tensor probe = new_probe(x, shape, columns, arguments);
   Tensor hidden = new_hidden(x, shape, arguments);
@@ -165,11 +163,9 @@ std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, i
   return {hidden, probe};
 }
 
-void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe,
-            const std::optional<Tensor>& nonfinite) {
+void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Tensor>& probe) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
-  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   write_probe(probe, TableRows::EXACTLY, shape, arguments);
   arguments.hidden = x.data_ptr();
   arguments.hidden_stride = shape.stride;
@@ -177,10 +173,9 @@ void steer_(const Tensor& x, FASTSTEER_TABLES_PARAMETERS, const std::optional<Te
 }
 
 std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                                     int64_t columns, const std::optional<Tensor>& nonfinite) {
+                                     int64_t columns) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
-  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   const OnDevice device(x);
   Tensor probe = new_probe(x, shape, columns, arguments);
@@ -190,11 +185,9 @@ std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FA
 }
 
 void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAMETERS,
-                 const std::optional<Tensor>& probe,
-                 const std::optional<Tensor>& nonfinite) {
+                 const std::optional<Tensor>& probe) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES_OF(TableRows::AT_LEAST));
-  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   write_probe(probe, TableRows::AT_LEAST, shape, arguments);
   arguments.hidden = residual.data_ptr();
@@ -205,11 +198,9 @@ void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES_PARAM
 
 std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                      double eps, double weight_offset, bool fp32_weight,
-                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns,
-                                                     const std::optional<Tensor>& nonfinite) {
+                                                     FASTSTEER_TABLES_PARAMETERS, int64_t columns) {
   const RowShape shape = check_cuda_rows(x);
   RowArguments arguments = row_arguments(x, shape, FASTSTEER_TABLES);
-  arguments.nonfinite = check_nonfinite(nonfinite, shape);
   add_residual(residual, x, shape, arguments);
   arguments.weight_dtype = check_float(weight, "weight");
   check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);

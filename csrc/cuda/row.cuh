@@ -12,8 +12,6 @@
 //      h <- h + sum_k w_k q_k.
 //   4. Round and store h. A row that nothing acted on is copied, or, in place, left alone.
 //   5. RMSNorm from the rounded row.
-//   6. Where it is asked for, note whether a row that something acted on is finite, from registers: before a norm only if
-//      the sum of its squares is not.
 //
 // An entry of one vector keeps it in registers between dot and axpy (not on the scalar path with 32 columns, which has
 // none to spare). An entry of more sums the dots of CHUNK vectors with one barrier and reads each vector again for the
@@ -393,37 +391,16 @@ struct Row {
     }
   }
 
-  // hidden = h, rounded once; h becomes what was stored, and so does `out`.
-  __device__ __forceinline__ void finish(Raw (&out)[VECTORS]) {
+  // hidden = h, rounded once; h becomes what was stored.
+  __device__ __forceinline__ void finish() {
     T* to = static_cast<T*>(arguments.hidden) + int64_t{row} * arguments.hidden_stride;
     const Columns column = columns();
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-      out[v] = round_to_pack<T, ELEMENTS>(h + v * ELEMENTS);
-      unpack(out[v], h + v * ELEMENTS);
-      if (column.has(v)) store(to + column[v], out[v]);
+      const Raw out = round_to_pack<T, ELEMENTS>(h + v * ELEMENTS);
+      unpack(out, h + v * ELEMENTS);
+      if (column.has(v)) store(to + column[v], out);
     }
-  }
-
-  // Note that the row that was stored is not finite. Every thread that has such a number says so, hence no exchange.
-  // Columns beyond the row are 0, or NaN by an infinite factor, of which no number of the row has stayed finite either.
-  __device__ __forceinline__ void note_nonfinite(const Raw (&out)[VECTORS]) const {
-    if constexpr (ELEMENTS == 1) {
-      note_nonfinite();
-    } else {
-      Finite<T> finite;
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) finite.look(out[v]);
-      if (!finite.all()) arguments.nonfinite[row] = 1;
-    }
-  }
-
-  // The same from h, element by element.
-  __device__ __forceinline__ void note_nonfinite() const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) sum += h[i] * 0.0f;
-    if (sum != 0.0f) arguments.nonfinite[row] = 1;
   }
 
   // x = 0: its row of a pair is now all in the other.
@@ -447,8 +424,8 @@ struct Row {
       if (column.has(v)) store(to + column[v], load_once<T, ELEMENTS>(from + column[v]));
   }
 
-  // normed = RMSNorm of h, which holds the rounded row. `notes`: whether to note that it is not finite.
-  __device__ __forceinline__ void normalise(bool notes) {
+  // normed = RMSNorm of h, which holds the rounded row.
+  __device__ __forceinline__ void normalise() {
     const Columns column = columns();
     const bool same = arguments.weight_dtype == dtype_of<T>();
     const T* from = static_cast<const T*>(arguments.weight);
@@ -460,7 +437,6 @@ struct Row {
     }
     float squares[1] = {square()};
     group.sum(squares);
-    if (notes && !(squares[0] < INFINITY)) note_nonfinite();  // or only its squares are too large
     const float scale = rsqrtf(squares[0] / static_cast<float>(arguments.hidden_size) + arguments.eps);
     T* to = static_cast<T*>(arguments.normed) + int64_t{row} * arguments.hidden_size;
 #pragma unroll
@@ -564,19 +540,16 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     }
   }
 
-  // 4. to 6.
+  // 4. and 5.
   const bool touched = last.touched();
   if (!touched && IN_PLACE) return;
   if (!touched && OP == RowOp::STEER) {
     row.copy();  // rounding would keep every number, but not the bits of a NaN
     return;
   }
-  typename R::Raw out[VECTORS];
-  row.finish(out);
-  const bool notes = touched && arguments.nonfinite != nullptr;
+  row.finish();
   if constexpr (OP == RowOp::STEER_PAIR) row.clear_x();
-  if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise(notes);
-  else if (notes) row.note_nonfinite(out);
+  if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise();
 }
 
 }  // namespace faststeer

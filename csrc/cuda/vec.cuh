@@ -83,34 +83,6 @@ __device__ __forceinline__ Pack<T, N> round_to_pack(const float* x) {
   return pack;
 }
 
-// Whether numbers are finite: 0 times a finite one is 0, times an infinity or a NaN it is NaN, which stays in a sum. A
-// tensor core multiplies the 16 bytes of every lane by a matrix of zeros in one instruction, where four registers would
-// otherwise take two or more. The rows of its result that a lane gets are those of the lane's own numbers. All lanes of a
-// warp must come here together.
-template <typename T>
-struct Finite {
-  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-
-  __device__ __forceinline__ void look(const Pack<T, 16 / sizeof(T)>& pack) {
-#if defined(__CUDA_ARCH__)
-#define FASTSTEER_TIMES_ZERO(SHAPE)                                                                            \
-  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, {%0, %1, %2, %3};"             \
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                             \
-      : "r"(pack.word[0]), "r"(pack.word[1]), "r"(pack.word[2]), "r"(pack.word[3]), "r"(0u))
-    if constexpr (std::is_same_v<T, float>) FASTSTEER_TIMES_ZERO("m16n8k8.row.col.f32.tf32.tf32.f32");
-    else if constexpr (std::is_same_v<T, __half>) FASTSTEER_TIMES_ZERO("m16n8k16.row.col.f32.f16.f16.f32");
-    else FASTSTEER_TIMES_ZERO("m16n8k16.row.col.f32.bf16.bf16.f32");
-#undef FASTSTEER_TIMES_ZERO
-#else
-    float numbers[16 / sizeof(T)];
-    unpack(pack, numbers);
-    for (const float number : numbers) sums[0] += number * 0.0f;
-#endif
-  }
-
-  __device__ __forceinline__ bool all() const { return sums[0] + sums[2] == 0.0f; }
-};
-
 // Load what is read once. It does not enter L1, which is left to the bank: rows that share a plan read the same
 // vectors.
 template <typename T, int N>

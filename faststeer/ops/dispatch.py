@@ -159,7 +159,6 @@ def steer(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -167,8 +166,6 @@ def steer(
 
     Args:
         probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. So in the other ops.
-        nonfinite: `[rows]` int32, or longer: set to 1 for rows that steering wrote and that are not finite, else not
-            written. So in the other ops.
         backend: the one to use, as `backend_for` gave it; None asks it again.
 
     Raises:
@@ -176,9 +173,9 @@ def steer(
     """
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer", x, tables, rows, gate_state, _columns(probe), nonfinite)
-        return reference.steer(x, tables, rows, gate_state, _zeroed(probe), nonfinite)
-    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe), nonfinite))
+        _check("steer", x, tables, rows, gate_state, _columns(probe))
+        return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
+    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe)))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -190,7 +187,6 @@ def steer_(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> None:
@@ -202,10 +198,10 @@ def steer_(
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer_", x, tables, rows, gate_state, probe, nonfinite)
-        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe), nonfinite))
+        _check("steer_", x, tables, rows, gate_state, probe)
+        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
     else:
-        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe), nonfinite))
+        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe)))
 
 
 def add_steer(
@@ -215,17 +211,15 @@ def add_steer(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
     name = backend_of(x, backend)
     if name == "reference":
-        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe), nonfinite)
-        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe), nonfinite)
-    arguments = x, residual, *tables[:4], *rows, gate_state, _columns(probe), nonfinite
-    hidden, seen = _run("add_steer", name, arguments)
+        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
+        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
+    hidden, seen = _run("add_steer", name, (x, residual, *tables[:4], *rows, gate_state, _columns(probe)))
     if probe is not None:
         probe.copy_(seen)
     return hidden
@@ -238,7 +232,6 @@ def steer_pair_(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> None:
@@ -253,10 +246,10 @@ def steer_pair_(
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
     name = backend_of(x, backend)
     if name == "reference":
-        _check("steer_pair_", x, residual, tables, rows, gate_state, probe, nonfinite)
-        reference.steer_pair_(x, residual, tables, rows, gate_state, probe, nonfinite)
+        _check("steer_pair_", x, residual, tables, rows, gate_state, probe)
+        reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
     else:
-        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe, nonfinite))
+        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe))
 
 
 def add_steer_rmsnorm(
@@ -270,7 +263,6 @@ def add_steer_rmsnorm(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -278,10 +270,11 @@ def add_steer_rmsnorm(
     name = backend_of(x, backend)
     norm = weight, eps, weight_offset, fp32_weight
     if name == "reference":
-        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe), nonfinite)
-        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe), nonfinite)
-    arguments = x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe), nonfinite
-    normed, hidden, seen = _run("add_steer_rmsnorm", name, arguments)
+        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
+        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe))
+    normed, hidden, seen = _run(
+        "add_steer_rmsnorm", name, (x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe))
+    )
     if probe is not None:
         probe.copy_(seen)
     return normed, hidden

@@ -16,17 +16,17 @@ from faststeer.ops.tables import Rows
 
 def _steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema.check_steer(x, *rest)
-    *tables, slot, position, sequence, gate_state, columns = rest[: schema.N_TABLES + 1]
+    *tables, slot, position, sequence, gate_state, columns = rest
     probe = x.new_zeros(x.shape[0], columns, dtype=torch.float32)
-    arguments = schema.host_tables(*tables), Rows(slot, position, sequence), gate_state, probe if columns else None
-    return reference.steer(x, *arguments, *rest[schema.N_TABLES + 1 :]), probe
+    rows = Rows(slot, position, sequence)
+    return reference.steer(x, schema.host_tables(*tables), rows, gate_state, probe if columns else None), probe
 
 
 def _steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
     schema.check_steer_pair_(x, residual, *rest)
-    *tables, slot, position, sequence, gate_state, probe = rest[: schema.N_TABLES + 1]
-    arguments = schema.host_tables(*tables), Rows(slot, position, sequence), gate_state, probe
-    reference.steer_pair_(x, residual, *arguments, *rest[schema.N_TABLES + 1 :])
+    *tables, slot, position, sequence, gate_state, probe = rest
+    rows = Rows(slot, position, sequence)
+    reference.steer_pair_(x, residual, schema.host_tables(*tables), rows, gate_state, probe)
 
 
 def _latch_(x: Tensor, residual: Tensor | None, *rest: Any) -> None:

@@ -14,12 +14,7 @@ from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
 
 
 def steer(
-    x: Tensor,
-    tables: Tables,
-    rows: Rows,
-    gate_state: Tensor | None = None,
-    probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None = None, probe: Tensor | None = None
 ) -> Tensor:
     """Apply to each row of `x` the entries of its slot, in order, in fp32 (fp64 for fp64 rows), rounding once.
 
@@ -29,15 +24,11 @@ def steer(
         rows: slot, position and sequence of each row.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
         probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
-        nonfinite: `[rows]` int32, or longer. Set to 1 for every row that something acted on and whose result has an
-            infinity or a NaN in x's dtype. No other element is written: whoever owns the tensor zeroes it.
 
     Returns:
         A new tensor like `x`. A row that nothing acted on has the bits it came with. Formulas: docs/design.md.
     """
-    hidden, touched = _steer(x, tables, rows, gate_state, probe)
-    _note_nonfinite(nonfinite, hidden, touched)
-    return hidden
+    return _steer(x, tables, rows, gate_state, probe)[0]
 
 
 def _steer(
@@ -68,10 +59,9 @@ def add_steer(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
 ) -> Tensor:
     """`steer` of x + residual, the sum rounded to their dtype first."""
-    return steer(x + residual, tables, rows, gate_state, probe, nonfinite)
+    return steer(x + residual, tables, rows, gate_state, probe)
 
 
 def steer_pair_(
@@ -81,7 +71,6 @@ def steer_pair_(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
 ) -> None:
     """Steer a stream that is kept as the pair (x, residual), in place.
 
@@ -96,7 +85,6 @@ def steer_pair_(
     rows = Rows(*(table[:n_rows] for table in rows))
     seen = None if probe is None else probe.new_zeros(n_rows, probe.shape[1])
     hidden, touched = _steer(x + residual, tables, rows, gate_state, seen)
-    _note_nonfinite(nonfinite, hidden, touched)
     residual.copy_(torch.where(touched.unsqueeze(1), hidden, residual))
     x.masked_fill_(touched.unsqueeze(1), 0)
     if probe is not None and seen is not None and tables.depth:  # a site without entries has no rows to overwrite
@@ -115,10 +103,9 @@ def add_steer_rmsnorm(
     rows: Rows,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
-    nonfinite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_steer`, then `rmsnorm` of its result: `(normed, hidden)`. `nonfinite` says of hidden what it says there."""
-    hidden = add_steer(x, residual, tables, rows, gate_state, probe, nonfinite)
+    """`add_steer`, then `rmsnorm` of its result: `(normed, hidden)`."""
+    hidden = add_steer(x, residual, tables, rows, gate_state, probe)
     return rmsnorm(hidden, weight, eps, weight_offset, fp32_weight), hidden
 
 
@@ -175,11 +162,6 @@ def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
         votes.index_add_(1, cell, torch.stack([decides, verdict]).to(torch.int32))
         decided, opened = (votes > 0).view(2, *gate_state.shape)
         gate_state.copy_(torch.where(decided, opened, gate_state))
-
-
-def _note_nonfinite(nonfinite: Tensor | None, hidden: Tensor, touched: Tensor) -> None:
-    if nonfinite is not None:
-        nonfinite[: hidden.shape[0]].masked_fill_(touched & ~hidden.detach().isfinite().all(1), 1)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

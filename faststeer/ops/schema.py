@@ -23,14 +23,12 @@ _TABLES = (
     "Tensor row_sequence, Tensor? gate_state"
 )
 _NORM = "Tensor weight, float eps, float weight_offset, bool fp32_weight"
-_NONFINITE = "Tensor(z!)? nonfinite=None"
 SCHEMAS = {
-    "steer": f"(Tensor x, {_TABLES}, int columns, {_NONFINITE}) -> (Tensor, Tensor)",
-    "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe, {_NONFINITE}) -> ()",
-    "add_steer": f"(Tensor x, Tensor residual, {_TABLES}, int columns, {_NONFINITE}) -> (Tensor, Tensor)",
-    "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe, {_NONFINITE}) -> ()",
-    "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns, {_NONFINITE}) "
-    "-> (Tensor, Tensor, Tensor)",
+    "steer": f"(Tensor x, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe) -> ()",
+    "add_steer": f"(Tensor x, Tensor residual, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
+    "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
     "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
     "Tensor row_coefficient) -> ()",
@@ -127,42 +125,32 @@ def check_sparse(
         raise ValueError("offsets is empty: expected [n_vectors + 1], starting with 0")
 
 
-# Every op's check takes the op's own arguments. PyTorch leaves out a last one that is its default.
-
-N_TABLES = 8
+# Every op's check takes the op's own arguments.
 
 
 def check_steer(x: Tensor, *rest: Any) -> None:
-    tables, (columns, *nonfinite) = rest[:N_TABLES], rest[N_TABLES:]
+    *tables, columns = rest
     check_rows(x, "x")
     check_tables(x, *tables)
     if columns < 0:
         raise ValueError(f"columns is {columns}: expected the number of probe columns, 0 for none")
-    check_nonfinite(x, *nonfinite)
 
 
 def check_steer_(x: Tensor, *rest: Any) -> None:
-    tables, (probe, *nonfinite) = rest[:N_TABLES], rest[N_TABLES:]
+    *tables, probe = rest
     check_rows(x, "x")
     check_tables(x, *tables)
     if probe is not None:
         check_table(probe, "probe", (x.shape[0], None), torch.float32, x)
-    check_nonfinite(x, *nonfinite)
 
 
 def check_steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
-    tables, (probe, *nonfinite) = rest[:N_TABLES], rest[N_TABLES:]
+    *tables, probe = rest
     check_rows(x, "x")
     check_rows(residual, "residual", like=x)
     check_tables(x, *tables, more_rows=True)
     if probe is not None:
         check_row_table(probe, "probe", (None,), torch.float32, x, True)
-    check_nonfinite(x, *nonfinite)
-
-
-def check_nonfinite(x: Tensor, nonfinite: Tensor | None = None) -> None:
-    if nonfinite is not None:
-        check_row_table(nonfinite, "nonfinite", (), torch.int32, x, True)
 
 
 def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:
@@ -204,13 +192,12 @@ CHECKS: dict[str, Callable[..., None]] = {
 def fake(name: str) -> Callable[..., Any]:
     """The op's checks, then outputs without values: contiguous hidden-like tensors, and the probe behind them."""
     n_outputs = {"steer": 1, "add_steer": 1, "add_steer_rmsnorm": 2}.get(name)
-    before = {"steer": 0, "add_steer": 1, "add_steer_rmsnorm": 5}.get(name, 0)  # arguments between x and the tables
 
     def run(x: Tensor, *rest: Any) -> Any:
         CHECKS[name](x, *rest)
         if n_outputs is None:
             return None
-        probe = x.new_empty((x.shape[0], rest[before + N_TABLES]), dtype=torch.float32)
+        probe = x.new_empty((x.shape[0], rest[-1]), dtype=torch.float32)
         return *(x.new_empty(x.shape) for _ in range(n_outputs)), probe
 
     return run
@@ -283,6 +270,8 @@ def _fake_backward(
 library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("faststeer::backward", _fake_backward, lib=library)
 
+_N_TABLES = 8
+
 
 def _save(
     ctx: Any, leading: Sequence[Tensor | None], tables: Sequence[Tensor | None], norm: tuple[float, float, bool]
@@ -291,24 +280,27 @@ def _save(
     ctx.norm = norm
 
 
-def _setup_steer(ctx: Any, x: Tensor, *rest: Any) -> None:
-    _save(ctx, (x, None, None), rest[:N_TABLES], (0.0, 0.0, False))
+def _setup_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, *tables, _ = inputs
+    _save(ctx, (x, None, None), tables, (0.0, 0.0, False))
 
 
-def _setup_add_steer(ctx: Any, x: Tensor, residual: Tensor, *rest: Any) -> None:
-    _save(ctx, (x, residual, None), rest[:N_TABLES], (0.0, 0.0, False))
+def _setup_add_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, residual, *tables, _ = inputs
+    _save(ctx, (x, residual, None), tables, (0.0, 0.0, False))
 
 
-def _setup_add_steer_rmsnorm(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> None:
-    _save(ctx, (x, residual, weight), rest[3 : 3 + N_TABLES], rest[:3])
+def _setup_add_steer_rmsnorm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, residual, weight, eps, weight_offset, fp32_weight, *tables, _ = inputs
+    _save(ctx, (x, residual, weight), tables, (eps, weight_offset, fp32_weight))
 
 
 def _run_backward(ctx: Any, grad_normed: Tensor | None, grad_hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Gradients to s and the weight, and those of the eight tables, `columns` and `nonfinite` in the schema's order."""
+    """Gradients to s and the weight, and those of the eight tables and `columns` in the schema's order."""
     saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
     grads = torch.ops.faststeer.backward(grad_normed, grad_hidden, *saved[:3], *ctx.norm, *saved[3:])
     grad_s, grad_weight, grad_bank, grad_scalars = grads
-    return grad_s, grad_weight, (grad_bank, None, grad_scalars, *[None] * (N_TABLES - 3), None, None)
+    return grad_s, grad_weight, (grad_bank, None, grad_scalars, *[None] * (_N_TABLES - 3), None)
 
 
 def _backward_steer(ctx: Any, grad_hidden: Tensor, grad_probe: Tensor) -> tuple[Any, ...]:
@@ -342,33 +334,8 @@ def _define() -> None:
             op = getattr(getattr(torch.ops.faststeer, name), overload)
             torch.library.register_fake(op, fake(name), lib=library)
             if name in _GRADIENTS:
-                library.impl(f"{name}.{overload}", _differentiable(op, name), "Autograd")
-
-
-def _differentiable(op: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`op` with its gradients. `torch.library.register_autograd` takes no op that may write to an argument; this one
-    writes numbers of which there is no gradient."""
-    backward, setup = _GRADIENTS[name]
-
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*arguments)
-            setup(ctx, *arguments)
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)[: len(ctx.needs_input_grad)]
-
-    def run(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return Differentiable.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    return run
+                backward, setup = _GRADIENTS[name]
+                torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
 
 
 _define()

@@ -19,9 +19,7 @@ from faststeer.vllm.switch import NEW_BLOCKS_KEY, OVERFLOWS_KEY
 
 BAD = "the hidden states of token {} are not finite, or so large that the final norm makes them zero"
 REASONS = {  # why a request overflowed -> what it ends with
-    "steering": f"the steering overflowed: {BAD}; use a smaller coefficient",
-    "plan": f"the model overflowed under the plan: {BAD}, though what steering wrote was finite; use a smaller "
-    "coefficient",
+    "plan": f"the model overflowed under the plan: {BAD}; use a smaller coefficient",
     "model": f"the model overflowed: {BAD}, and the request has no plan; this is the model's own computation, or its "
     "weights",
 }

@@ -52,15 +52,12 @@ class Device:
 
     Attributes:
         rows: `[3, max_rows]` int32: slot, position, sequence of every row of a step.
-        nonfinite: `[max_rows]` int32: 1 for every row that steering made, or left, infinite or NaN at any site since
-            the owner of this object zeroed it, which is before every pass.
         gate_state: `[gates, sequences]` bool; None where no plan may have latched gates.
         probes: per site that is built in, `[max_rows, columns]` fp32; empty where nothing may be probed.
     """
 
     program: Program
     rows: Tensor
-    nonfinite: Tensor
     gate_state: Tensor | None
     probes: dict[int, Tensor]
 
@@ -72,7 +69,6 @@ class Site(nn.Module):
     position: Tensor
     sequence: Tensor
     ranges: Tensor
-    nonfinite: Tensor
     gate_state: Tensor | None
     probe: Tensor | None
 
@@ -83,8 +79,7 @@ class Site(nn.Module):
         tensors = {
             "bank": program.bank, "fields": program.fields, "scalars": program.scalars,
             "ranges": program.ranges[number], "slot": device.rows[0], "position": device.rows[1],
-            "sequence": device.rows[2], "nonfinite": device.nonfinite, "gate_state": device.gate_state,
-            "probe": probe,
+            "sequence": device.rows[2], "gate_state": device.gate_state, "probe": probe,
         }  # fmt: skip
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -100,7 +95,7 @@ class Site(nn.Module):
         tables = self.tables(x.shape[0])
         if self.gate_state is not None:
             self.operators.latch(x, None, *tables)
-        steered, seen = self.operators.steer(x, *tables, self.columns, self.nonfinite)
+        steered, seen = self.operators.steer(x, *tables, self.columns)
         self._keep(seen)
         return steered
 
@@ -108,7 +103,7 @@ class Site(nn.Module):
         """Steer the sum of a pair that nobody else reads, in place: (0, h) for the rows on which something acts."""
         if self.gate_state is not None:
             self.operators.latch(hidden, residual, *self.tables(hidden.shape[0]))
-        self.operators.steer_pair(hidden, residual, *self.tables(), self.probe, self.nonfinite)
+        self.operators.steer_pair(hidden, residual, *self.tables(), self.probe)
         return hidden, residual
 
     def _keep(self, seen: Tensor) -> None:

@@ -3,8 +3,7 @@ or captured; no step waits for it.
 
 One number per row decides: the sum of the absolute values of the row's final hidden states. NaN and infinity stay in
 the residual stream from where they arise up to the last layer, so the sum is not finite; a row so large that the final
-norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0. What the steering ops noted of the
-same rows tells whether steering wrote the first bad value, or the model did.
+norm's sum of squares overflows comes out of that norm as zeros, so the sum is 0.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class StepSums:
         request_ids, counts: whose the rows are, in their order, and how many each has.
         computed: the tokens of each request before the step.
         steered: the requests with a plan.
-        sums: `[rows]` fp32, on the host once `ready` says so; -1 where steering wrote what is not finite.
+        sums: `[rows]` fp32, on the host once `ready` says so.
         ready: a CUDA event; None: they are there.
     """
 
@@ -42,21 +41,17 @@ class StepSums:
     @classmethod
     @torch.inference_mode()
     def of(
-        cls, hidden: Tensor, nonfinite: Tensor | None, rows: tuple[Sequence[str], Sequence[int]],
-        computed: Mapping[str, int], steered: Set[str],
-    ) -> StepSums:  # fmt: skip
+        cls, hidden: Tensor, rows: tuple[Sequence[str], Sequence[int]], computed: Mapping[str, int], steered: Set[str]
+    ) -> StepSums:
         """Queue the sums of the final hidden states `[rows or more, hidden]`, and their copy; bad rows become zero.
 
         Args:
             hidden: the final hidden states.
-            nonfinite: what steering noted of the rows (`layers.Device`); None: no row is steered.
             rows, computed, steered: see above.
         """
         request_ids, counts = rows
         total = sum(counts)
         sums, ready = torch.linalg.vector_norm(hidden[:total], 1, dim=-1, dtype=torch.float32), None
-        if nonfinite is not None:
-            sums.masked_fill_(nonfinite[:total] != 0, -1.0)
         # Samplers are not made for NaN; what is drawn for such a row is given to nobody.
         hidden[:total].masked_fill_(~(sums.isfinite() & (sums > 0)).unsqueeze(1), 0)
         if sums.is_cuda:
@@ -66,8 +61,7 @@ class StepSums:
         return cls(request_ids, counts, computed, steered, sums, ready)
 
     def overflows(self) -> dict[str, tuple[int, str]]:
-        """The requests that have a bad row: the number of its first such token, and why, a key of `isolation.REASONS`:
-        steering if that wrote any of its bad rows."""
+        """The requests that have a bad row: the number of its first such token, and why, a key of `REASONS`."""
         if self.ready is not None:
             self.ready.synchronize()
         sums = self.sums.numpy()
@@ -79,10 +73,8 @@ class StepSums:
         for row in np.flatnonzero(bad)[::-1].tolist():  # backwards, so that a request's first one stays
             number = int(np.searchsorted(starts, row, side="right")) - 1
             name = self.request_ids[number]
-            # Attention may carry NaN from a later row to an earlier one: it computes what its mask hides.
-            by_steering = sums[row] < 0 or overflows.get(name, (0, ""))[1] == "steering"
-            reason = "steering" if by_steering else "plan" if name in self.steered else "model"
-            overflows[name] = self.computed[name] + row - int(starts[number]), reason
+            token = self.computed[name] + row - int(starts[number])
+            overflows[name] = token, "plan" if name in self.steered else "model"
         return overflows
 
     def attach(self, output: Any) -> Any:

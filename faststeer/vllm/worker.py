@@ -32,7 +32,7 @@ from faststeer.vllm.tables import Room, make_program
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what is built into a model: part of the key of vLLM's compiled artefacts
+VERSION = 3  # of what is built into a model: part of the key of vLLM's compiled artefacts
 KEPT_PROJECTIONS = 1024  # requests
 KEPT_PLANS = 4096  # plans that no request holds now, so that they need not be read again
 
@@ -135,8 +135,7 @@ class Steering:
             # What enters a layer is what left the one before, and is seen there.
             here = [s for s in sorted(room.sites) if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
             probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
-        nonfinite = torch.zeros(self.max_rows, dtype=torch.int32, device=target)
-        self.device = Device(program, rows, nonfinite, gate_state, probes)
+        self.device = Device(program, rows, gate_state, probes)
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
         patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
@@ -152,7 +151,6 @@ class Steering:
         """Of the tables."""
         program = self.device.program
         tensors = [program.bank, program.fields, program.scalars, program.ranges, self.device.rows]
-        tensors.append(self.device.nonfinite)
         tensors += [*self.device.probes.values(), *([] if self.device.gate_state is None else [self.device.gate_state])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -213,10 +211,9 @@ class Steering:
         """The step's passes are under way: keep what its probes see, and look at its rows."""
         self.probes.take()
         hidden = final_states(self.worker.model_runner, self.hidden_size) if self._rows[0] else None
-        nonfinite = None if self._layout is None else self.device.nonfinite
         self._sums = None
         if hidden is not None:
-            self._sums = StepSums.of(hidden, nonfinite, self._rows, self._computed, self._stepping)
+            self._sums = StepSums.of(hidden, self._rows, self._computed, self._stepping)
 
     def sampled(self, output: Any) -> Any:
         """A step's output, which carries the requests whose rows are not finite."""
@@ -286,7 +283,6 @@ class Steering:
             if not self._stepping.intersection(request_ids):
                 if self._rows_in_use:
                     self.device.rows[0, : self._rows_in_use].fill_(-1)
-                    self.device.nonfinite.zero_()
                 self._rows_in_use, self._layout = 0, None
                 return
             layout = self._layout = self._lay_out(request_ids, counts)
@@ -297,7 +293,6 @@ class Steering:
         if len(of_rows) < len(layout.offsets):
             of_rows = np.repeat(of_rows, counts)
         self._send(1, layout.offsets + of_rows)
-        self.device.nonfinite.zero_()
 
     def _lay_out(self, request_ids: list[str], counts: list[int]) -> Layout:
         """Write whose the rows are; their positions are still to come."""

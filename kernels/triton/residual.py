@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from faststeer.kernels.launch import Launch, no_gates, on_device_of, starts
-from faststeer.kernels.row import entries_of, finite_asm, load_row, note_nonfinite, steer_row, store_row
+from faststeer.kernels.row import entries_of, load_row, steer_row, store_row
 from torch import Tensor
 
 import triton
@@ -21,11 +21,11 @@ import triton.language as tl
 
 _VARYING = [
     *("x_stride", "residual_stride", "zero", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"),
-    *("n_columns", "notes"),
+    "n_columns",
 ]
 _POINTERS = [
     *("x", "residual", "weight", "normed", "hidden", "probe", "bank", "fields", "scalars", "ranges"),
-    *("row_slot", "row_position", "row_sequence", "gate_state", "nonfinite"),
+    *("row_slot", "row_position", "row_sequence", "gate_state"),
 ]
 
 
@@ -45,7 +45,6 @@ def residual_kernel(
     row_position,
     row_sequence,
     gate_state,
-    nonfinite,
     x_stride: tl.int64,
     residual_stride: tl.int64,
     zero: tl.int64,
@@ -55,7 +54,6 @@ def residual_kernel(
     n_gates: tl.int64,
     n_sequences: tl.int64,
     n_columns: tl.int64,
-    notes: tl.int64,
     eps: tl.float32,
     weight_offset: tl.float32,
     FP32_WEIGHT: tl.constexpr,
@@ -64,9 +62,6 @@ def residual_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ASM: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
 ):
     """One row.
 
@@ -76,8 +71,6 @@ def residual_kernel(
     4. Write hidden; in place only if something acted: into x, or, of a pair, into residual, and zeros into x.
     5. With a weight: n = hidden * rsqrt(mean(hidden^2) + eps); normed is n, rounded, times the weight, rounded; or
        (FP32_WEIGHT) n times the weight, rounded once.
-    6. With `notes`, write to `nonfinite` whether something acted and left hidden infinite or NaN; before a norm that is
-       looked for only if the sum of the squares is not finite.
 
     `zero` is 0, which the compiler does not know: addresses of a pair that are made with it are computed where they are
     needed, and wait in no registers beside the row. (Without it 8 bytes per thread do not fit into them at 4,096
@@ -123,17 +116,11 @@ def residual_kernel(
     else:  # the addition has rounded already: g has the bits of s where nothing acted
         store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
 
-    if weight is None:
-        if touched & (notes != 0):
-            note_nonfinite(nonfinite, row, g, ASM, CONSTRAINTS, ELEMENTS)
-    else:
+    if weight is not None:
         if not EARLY_WEIGHT:
             w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
         n = g.to(tl.float32)
-        squares = tl.sum(n * n)
-        if touched & (notes != 0) & ((squares == float("inf")) | (squares != squares)):
-            note_nonfinite(nonfinite, row, g, ASM, CONSTRAINTS, ELEMENTS)
-        n = n * tl.rsqrt(squares / HIDDEN + eps)
+        n = n * tl.rsqrt(tl.sum(n * n) / HIDDEN + eps)
         if FP32_WEIGHT:  # noqa: SIM108
             n = n * (weight_offset + w.to(tl.float32))
         else:
@@ -152,13 +139,12 @@ def steer(
     row_sequence: Tensor,
     gate_state: Tensor | None,
     columns: int,
-    nonfinite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows,
     columns]` fp32."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
     hidden, probe = _like(x), _probe(x, columns)
-    _launch(x, None, None, None, hidden, probe, tables, nonfinite)
+    _launch(x, None, None, None, hidden, probe, tables)
     return hidden, probe
 
 
@@ -173,11 +159,10 @@ def steer_(
     row_sequence: Tensor,
     gate_state: Tensor | None,
     probe: Tensor | None,
-    nonfinite: Tensor | None = None,
 ) -> None:
     """`steer` in place; rows that nothing acts on are not written, and not even read if their slot has no entries."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
-    _launch(x, None, None, None, None, probe, tables, nonfinite)
+    _launch(x, None, None, None, None, probe, tables)
 
 
 def add_steer(
@@ -192,12 +177,11 @@ def add_steer(
     row_sequence: Tensor,
     gate_state: Tensor | None,
     columns: int,
-    nonfinite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`steer` of x + residual."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
     hidden, probe = _like(x), _probe(x, columns)
-    _launch(x, residual, None, None, hidden, probe, tables, nonfinite)
+    _launch(x, residual, None, None, hidden, probe, tables)
     return hidden, probe
 
 
@@ -213,11 +197,10 @@ def steer_pair_(
     row_sequence: Tensor,
     gate_state: Tensor | None,
     probe: Tensor | None,
-    nonfinite: Tensor | None = None,
 ) -> None:
     """The pair (x, residual) in place: (0, `add_steer` of it) where something acts; other rows are left alone."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
-    _launch(x, residual, None, None, None, probe, tables, nonfinite)
+    _launch(x, residual, None, None, None, probe, tables)
 
 
 def add_steer_rmsnorm(
@@ -236,13 +219,11 @@ def add_steer_rmsnorm(
     row_sequence: Tensor,
     gate_state: Tensor | None,
     columns: int,
-    nonfinite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(normed, hidden, probe)`: `add_steer`, and the RMSNorm of its result."""
     tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
     normed, hidden, probe = _like(x), _like(x), _probe(x, columns)
-    norm = float(eps), float(weight_offset), bool(fp32_weight)
-    _launch(x, residual, weight, normed, hidden, probe, tables, nonfinite, *norm)
+    _launch(x, residual, weight, normed, hidden, probe, tables, float(eps), float(weight_offset), bool(fp32_weight))
     return normed, hidden, probe
 
 
@@ -262,7 +243,6 @@ def _launch(
     hidden: Tensor | None,
     probe: Tensor | None,
     tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    nonfinite: Tensor | None,
     eps: float = 0.0,
     weight_offset: float = 0.0,
     fp32_weight: bool = False,
@@ -280,8 +260,6 @@ def _launch(
     n_gates, n_sequences = (0, 0) if gate_state is None else gate_state.shape
     is_aligned = bits % 16 == 0
     how = Launch.of(size, x.element_size(), is_aligned, 0 if weight is None else weight.element_size())
-    elements = max(1, how.block // (32 * how.num_warps))
-    asm, constraints = finite_asm(x.dtype, elements)
     with on_device_of(x):
         residual_kernel[(rows,)](
             x,
@@ -298,7 +276,6 @@ def _launch(
             row_position,
             row_sequence,
             no_gates(x.device) if gate_state is None else gate_state,
-            ranges if nonfinite is None else nonfinite,  # without notes nothing is written
             x.stride(0),
             0 if residual is None else residual.stride(0),
             0,
@@ -308,7 +285,6 @@ def _launch(
             n_gates,
             n_sequences,
             0 if probe is None else probe.shape[1],
-            0 if nonfinite is None else 1,
             eps,
             weight_offset,
             FP32_WEIGHT=fp32_weight,
@@ -317,9 +293,6 @@ def _launch(
             HIDDEN=size,
             BLOCK=how.block,
             ALIGNED=is_aligned,
-            ASM=asm,
-            CONSTRAINTS=constraints,
-            ELEMENTS=elements,
             num_warps=how.num_warps,
             num_stages=1,
             maxnreg=how.registers,

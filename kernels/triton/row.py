@@ -13,10 +13,6 @@ every global that a kernel uses again at every launch.
 
 from __future__ import annotations
 
-import functools
-
-import torch
-
 import triton
 import triton.language as tl
 from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
@@ -69,58 +65,6 @@ def product(w, q, INTERPRETED: tl.constexpr = _INTERPRETED):
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [w, q], tl.float32, is_pure=True, pack=1
         )
     return rounded
-
-
-@functools.cache
-def finite_asm(dtype: torch.dtype, elements: int) -> tuple[str, str]:
-    """`(asm, constraints)` for `note_nonfinite`: its operands are a thread's `elements` numbers of a row and as many
-    times one address. If a number is not finite, 1 is written there.
-
-    0 times a finite number is 0, times another it is NaN, which stays in a sum. A tensor core multiplies 16 bytes of
-    every lane by a matrix of zeros in one instruction, where four registers would otherwise take two or more. The rows
-    of its result that a lane gets are those of the lane's own numbers.
-    """
-    registers = max(1, elements * dtype.itemsize // 4)
-    is_half_register = elements * dtype.itemsize < 4
-    short = {torch.float32: "tf32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
-    shape = f"m16n8k{32 // dtype.itemsize}.row.col.f32.{short}.{short}.f32"
-    numbers = ["wide"] if is_half_register else [f"${elements + i}" for i in range(registers)]
-    lines = [
-        ".reg .b32 zero, one, wide;",
-        ".reg .f32 s<4>;",
-        ".reg .pred p;",
-        "mov.b32 zero, 0;",
-        "mov.b32 one, 1;",
-        *(f"mov.b32 ${i}, 0;" for i in range(elements)),  # an asm must have results
-        *(f"mov.b32 s{i}, 0f00000000;" for i in range(4)),
-        *([f"cvt.u32.u16 wide, ${elements};"] if is_half_register else []),
-    ]
-    for first in range(0, registers, 4):
-        four = ", ".join([*numbers[first : first + 4], "zero", "zero", "zero"][:4])
-        lines.append(f"mma.sync.aligned.{shape} {{s0, s1, s2, s3}}, {{{four}}}, {{zero, zero}}, {{s0, s1, s2, s3}};")
-    lines += ["setp.nan.f32 p, s0, s2;", f"@p st.global.b32 [${elements + registers}], one;"]
-    constraints = ["=r"] * elements + ["h" if is_half_register else "r"] * registers + ["l"] * elements
-    return "{\n" + "\n".join(lines) + "\n}", ",".join(constraints)
-
-
-@triton.jit
-def note_nonfinite(
-    nonfinite,
-    row,
-    g,
-    ASM: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    INTERPRETED: tl.constexpr = _INTERPRETED,
-):
-    """Write 1 for the row if `g` `[BLOCK]` has an infinity or a NaN. Every thread that has one writes it, hence no
-    exchange between them."""
-    if INTERPRETED:
-        if tl.sum(g.to(tl.float32) * 0.0) != 0:
-            tl.store(nonfinite + row, 1)
-    else:
-        address = tl.broadcast_to((nonfinite + row).to(tl.int64), g.shape)
-        tl.inline_asm_elementwise(ASM, CONSTRAINTS, [g, address], tl.int32, is_pure=False, pack=ELEMENTS)
 
 
 @triton.jit

@@ -36,8 +36,8 @@ def off_by(share: float):
     """steer that is wrong by `share` of the tolerance, at one element of one row."""
     steer = ops.steer
 
-    def wrong(x, tables, rows, gate_state=None, probe=None, nonfinite=None, *, backend=None):
-        ours = steer(x, tables, rows, gate_state, probe, nonfinite, backend=backend)
+    def wrong(x, tables, rows, gate_state=None, probe=None, *, backend=None):
+        ours = steer(x, tables, rows, gate_state, probe, backend=backend)
         if x.dtype is not torch.float32:
             return ours
         exact = reference.steer(x.double(), tables, rows, gate_state)

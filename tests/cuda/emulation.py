@@ -44,10 +44,7 @@ class CTables(ctypes.Structure):
 
 class CRow(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, _pointer)
-            for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe", "nonfinite")
-        ),
+        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe")),
         *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
@@ -174,16 +171,10 @@ class Emulated:
     """
 
     def __init__(
-        self,
-        tables: Tables,
-        rows: Rows,
-        gate_state: Tensor | None,
-        sm_count: int = 132,
-        asked: int = 0,
-        nonfinite: Tensor | None = None,
+        self, tables: Tables, rows: Rows, gate_state: Tensor | None, sm_count: int = 132, asked: int = 0
     ) -> None:
         self.tables, self.rows, self.gate_state = tables, rows, gate_state
-        self.sm_count, self.asked, self.nonfinite = sm_count, asked, nonfinite
+        self.sm_count, self.asked = sm_count, asked
 
     def _row(
         self,
@@ -205,7 +196,6 @@ class Emulated:
             ("hidden", hidden),
             ("normed", normed),
             ("cleared", cleared),
-            ("nonfinite", self.nonfinite),
         ):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape

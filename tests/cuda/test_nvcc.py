@@ -138,7 +138,6 @@ def _count(source: str, code: str) -> dict[str, int]:
             "narrow loads": r"\bLDG\.E(\.\w+)*\.U16\b",
             "narrow stores": r"\bSTG\.E(\.\w+)*\.U16\b",
             "local": r"\b(LDL|STL)\b",
-            "matrix products": r"\bHMMA\b",
         },
         "PTX": {
             "row loads": r"\bld\.global\.L1::no_allocate\.v4\.",
@@ -147,13 +146,9 @@ def _count(source: str, code: str) -> dict[str, int]:
             "narrow loads": r"\bld\.global(\.nc)?\.[ub]16\b",
             "narrow stores": r"\bst\.global\.[ub]16\b",
             "local": r"\b(ld|st)\.local\b",
-            "matrix products": r"\bmma\.sync\b",
         },
     }[source]
-    counted = {what: len(re.findall(pattern, code)) for what, pattern in patterns.items()}
-    products = [found.start() for found in re.finditer(patterns["matrix products"], code)] or [0]
-    between = code[products[0] : products[-1]].splitlines()[1:]
-    return counted | {"between": sum(bool(line.strip()) and not re.search(r"\bNOP\b", line) for line in between)}
+    return {what: len(re.findall(pattern, code)) for what, pattern in patterns.items()}
 
 
 def check_kernels(dtype: str, archs: tuple[str, ...]) -> None:
@@ -182,11 +177,6 @@ def check_accesses(kernel: Kernel, dtype: str) -> None:
     assert counted["stores"] >= (2 if op in ("STEER_PAIR", "ADD_STEER_RMSNORM") else 1) * vectors, kernel
     # Three of an entry's fields, one of its scalars, and the vector that it is read for.
     assert counted["table loads"] >= 4 + elements * vectors // 4, kernel
-    # Whether the row is finite costs an instruction per 16 bytes, which a NOP follows on sm_90, and some per row; the
-    # squares that a norm sums say it for nothing. The rest are moves that ptxas puts between.
-    products = 0 if op == "ADD_STEER_RMSNORM" else vectors
-    assert counted["matrix products"] == products, kernel
-    assert counted["between"] <= max(0, products - 1) + 4, kernel
     if dtype != "fp32":
         assert counted["narrow stores"] == 0, kernel
         # A weight of another dtype is read an element at a time; nothing else is.

@@ -7,7 +7,6 @@ import pytest
 import torch
 from backend_cases import bits, check_close, steered
 from device import CUDA, DEVICE, DTYPES, MARKS, needs_device
-from nonfinite_cases import check_limits, check_neighbours, check_nonfinite, overflowing
 from torch import Tensor
 
 from faststeer import ops
@@ -49,17 +48,6 @@ def test_no_other_row_and_no_order_matters(kernels, dtype, rows):
     moved = rows_at(case.rows, order)
     shuffled = ops.steer(case.x[order], case.tables, moved, case.gate_state, backend=kernels)
     assert torch.equal(bits(shuffled), bits(found[order]))
-
-
-@EVERY_DTYPE
-@pytest.mark.parametrize("rows", [33, 600] if CUDA else [29])
-@pytest.mark.parametrize("hidden", [64, 111, 896, 4096] if CUDA else [111])
-def test_rows_that_are_not_finite_are_noted(backend, dtype, hidden, rows):
-    """Where a tensor core says it, too (rows of 16-byte vectors)."""
-    case = overflowing(rows, hidden, DTYPES[dtype], DEVICE, seed=hidden)
-    assert check_nonfinite(case, backend) >= 3
-    check_neighbours(case, backend)
-    check_limits(hidden, DTYPES[dtype], DEVICE, backend)
 
 
 @EVERY_DTYPE

@@ -73,14 +73,13 @@ def describe(kernel: Any) -> SimpleNamespace:
     """What a kernel was compiled to.
 
     Attributes:
-        kernel, num_warps, fp_fusion, block: its name and options, and the elements of a row.
+        kernel, num_warps, fp_fusion: its name and options.
         registers, stack: per thread; stack is the bytes that registers could not hold.
         local_in_loops: instructions inside a loop that read or write those bytes.
         fma, sass_fma: the fused multiply-adds of fp32 in PTX and in the machine's code.
         layout_conversions: exchanges of elements between threads that no formula asks for.
         loads, stores: counted by width, such as v4.b32.
         roots: the instructions for reciprocal square roots.
-        matrix_products: those of tensor cores in the machine's code.
     """
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +92,6 @@ def describe(kernel: Any) -> SimpleNamespace:
     return SimpleNamespace(
         kernel=kernel.name,
         num_warps=kernel.metadata.num_warps,
-        block=int(re.search(r"make_range \{end = (\d+)", kernel.asm["ttir"])[1]),
         fp_fusion=kernel.metadata.enable_fp_fusion,
         registers=int(registers),
         stack=int(stack),
@@ -104,7 +102,6 @@ def describe(kernel: Any) -> SimpleNamespace:
         loads=dict(Counter(re.findall(access.format("ld"), ptx))),
         stores=dict(Counter(re.findall(access.format("st"), ptx))),
         roots=re.findall(r"\brsqrt\S*", ptx),
-        matrix_products=len(re.findall(r"\bHMMA\b", sass)),
     )
 
 
@@ -161,18 +158,18 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
     )
     gates = torch.zeros(n, n, dtype=torch.bool)
     weight = torch.zeros(hidden + start, dtype=dtype)[start:]
-    for gate_state, columns, probe, nonfinite in (
-        (None, 0, None, None),
-        (gates, n, torch.zeros(rows, n), integers[0]),
-        (gates[:0], 1, torch.zeros(rows, 0), torch.zeros(2 * rows, dtype=torch.int32)),
+    for gate_state, columns, probe in (
+        (None, 0, None),
+        (gates, n, torch.zeros(rows, n)),
+        (gates[:0], 1, torch.zeros(rows, 0)),
     ):
-        kernels.steer(matrix(), *tables, gate_state, columns, nonfinite)
-        kernels.steer_(matrix(), *tables, gate_state, probe, nonfinite)
-        kernels.add_steer(matrix(), matrix(), *tables, gate_state, columns, nonfinite)
-        kernels.steer_pair_(matrix(), matrix(), *tables, gate_state, probe, nonfinite)
+        kernels.steer(matrix(), *tables, gate_state, columns)
+        kernels.steer_(matrix(), *tables, gate_state, probe)
+        kernels.add_steer(matrix(), matrix(), *tables, gate_state, columns)
+        kernels.steer_pair_(matrix(), matrix(), *tables, gate_state, probe)
         for eps, offset, fp32_weight in ((1e-6, 0.0, False), (0.0, 1.0, True), (1, 1, True)):
             kernels.add_steer_rmsnorm(
-                matrix(), matrix(), weight, eps, offset, fp32_weight, *tables, gate_state, columns, nonfinite
+                matrix(), matrix(), weight, eps, offset, fp32_weight, *tables, gate_state, columns
             )
     kernels.latch_(matrix(), None, *tables, gates)
     kernels.latch_(matrix(), matrix(), *tables, gates)

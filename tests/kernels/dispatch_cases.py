@@ -3,10 +3,8 @@ is one case of test_dispatch.py, and what it finds wrong it raises."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import faststeer.kernels as kernels
@@ -18,9 +16,6 @@ from triton.runtime.interpreter import GridExecutor
 
 from faststeer import ops
 from faststeer.ops import Rows, Tables
-
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from nonfinite_cases import check_limits, check_neighbours, check_nonfinite, overflowing
 
 assert kernels.INTERPRETED
 
@@ -68,16 +63,6 @@ def launches(expected: int) -> Iterator[None]:
 
 
 # Results --------------------------------------------------------------------------------------------------------------
-
-
-def nonfinite(dtype: torch.dtype, hidden: int) -> None:
-    case = overflowing(29, hidden, dtype, "cpu", seed=hidden)
-    assert check_nonfinite(case, "triton") >= 3
-    check_neighbours(case, "triton")
-
-
-def nonfinite_limits(dtype: torch.dtype) -> None:
-    check_limits(111, dtype, "cpu", "triton")
 
 
 def through_ops(c: Case, **options: Any) -> list[Tensor]:

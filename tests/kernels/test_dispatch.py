@@ -21,17 +21,6 @@ def test_operators_are_the_kernels(dispatched, dtype):
     dispatched("same_results", dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("hidden", [64, 111, 500])
-def test_rows_that_are_not_finite_are_noted(dispatched, dtype, hidden):
-    dispatched("nonfinite", dtype, hidden)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_the_largest_numbers_are_finite(dispatched, dtype):
-    dispatched("nonfinite_limits", dtype)
-
-
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments_are_named(dispatched, what):
     dispatched("refused", what)

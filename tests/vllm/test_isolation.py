@@ -109,7 +109,7 @@ def test_neighbours_keep_their_bits_before_during_and_after(engine: Watched, nam
     alone, _ = engine.neighbours()
     for _ in range(3):
         during, (ended,) = engine.neighbours([(prompt, poison(name), 12)])
-        is_error(ended, "the steering overflowed: the hidden states of token", "use a smaller coefficient")
+        is_error(ended, "the model overflowed under the plan: the hidden states of token", "use a smaller coefficient")
         assert len(ended.outputs[0].token_ids) == n_answered
         assert during == clean
         assert engine.neighbours()[0] == alone
@@ -122,7 +122,7 @@ def test_bad_blocks_do_change_hands_and_are_clean_by_then(engine: Watched) -> No
     wanted, _ = engine.neighbours()
     for _ in range(8):
         (ended,) = by_engine(engine.llm, [(engine.prompts[7], poison("every layer"))])
-        is_error(ended, "the steering overflowed")
+        is_error(ended, "the model overflowed under the plan")
     for start in range(6):
         engine.neighbours(start=start)
     assert engine.bad_blocks > before
@@ -178,7 +178,7 @@ def test_preempted_requests(engine: Watched, monkeypatch: pytest.MonkeyPatch) ->
         if plan is None:
             assert list(answer.outputs[0].token_ids) == alone[tuple(prompt)]
         else:
-            is_error(answer, "the steering overflowed")
+            is_error(answer, "the model overflowed under the plan")
 
 
 def test_aborted_before_anybody_looked(engine: Watched) -> None:

@@ -50,7 +50,7 @@ def test_waiting_and_preemption(found: dict[str, Any], demo: Any) -> None:
 def test_requests_that_overflow_end_and_leave_others_their_bits(found: dict[str, Any]) -> None:
     ends, answers = found["overflowing"]["ends"], found["overflowing"]["answers"]
     assert len(ends) == 16 and all(
-        end.startswith("the steering overflowed: the hidden states of token") for end in ends
+        end.startswith("the model overflowed under the plan: the hidden states of token") for end in ends
     )
     assert answers[2] == answers[0] and answers[3] == answers[1]
 
