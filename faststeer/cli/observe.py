@@ -54,6 +54,9 @@ def observe(
     prompts: Annotated[int, typer.Option(min=1, help="Test prompts a side that are answered, at most.")] = 100,
     patched: Annotated[int, typer.Option(min=1, help="Training prompts a side that score edges, at most.")] = 32,
     tried: Annotated[int, typer.Option(min=1, help="Test prompts a side that circuits are tried on, at most.")] = 16,
+    utility: Annotated[
+        int, typer.Option(min=1, help="Neutral texts, and questions, that are read under steering, at most.")
+    ] = 48,
     metric: Annotated[
         Literal["logit_difference", "directed_kl"], typer.Option(help="What edges are scored by.")
     ] = "logit_difference",
@@ -103,6 +106,7 @@ def observe(
         n_patch=patched,
         n_faithful=tried,
         n_test=prompts,
+        n_utility=utility,
         metric=metric,
         quadrature=points,
         shares=numbers(shares, "--shares"),
@@ -171,6 +175,11 @@ def _print(found: dict[str, Any], out: Path) -> None:
         table.add_row(vector, CONTEXTS[context], *shares)
     table.caption = "share of answers to test prompts that show it, with Wilson's 95 % interval"
     console.print(table)
+    loss = {(row["vector"], row["context"]): row for row in found["utility"] if row["side"] == "induce"}
+    for vector in found["methods"]:
+        own = (f"{CONTEXTS[c]} {row['loss']['mean']:.3f}, {row['right']['rate']:.0%}" for c in CONTEXTS
+               if (row := loss.get((vector, c))))  # fmt: skip
+        console.print(f"{vector}: loss on neutral text, questions answered rightly: {'; '.join(own)}", highlight=False)
     for vector, scored in found["patching"].items():
         best, total = reached(found, vector), scored["n_edges"]
         said = (

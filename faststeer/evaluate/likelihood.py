@@ -5,8 +5,8 @@ Perplexity, cross-entropy, KL over a text and multiple choice all come from here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from faststeer.hf.batching import (
 )
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
+
+Within = Callable[[Any, list[Plan | None]], AbstractContextManager[Any]]
 
 
 class Scored(NamedTuple):
@@ -47,12 +49,19 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def continuation_logits(
-    model: Any, rows: Sequence[Row], *, pad_id: int = 0, batch_size: int = 32, progress: bool = False
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    pad_id: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+    within: Within = steer,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (row number, logits `[tokens, vocabulary]` that predict the row's continuation) until every row was seen.
 
     The rows of a batch may have different plans; rows without a plan pass first, the model untouched. A row's context
-    is its prompt: positions are counted from its end, exactly as they are while a model generates.
+    is its prompt: positions are counted from its end, exactly as they are while a model generates. `within` is the
+    context that puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
 
     Raises:
         ValueError: an empty context or continuation, more tokens than the model has positions for, a model in training
@@ -75,7 +84,7 @@ def continuation_logits(
         work.append((plans, [[numbers[index] for index in group] for group in groups]))
     with progress_bar("Reading", sum(len(groups) for _, groups in work), progress) as advance:
         for plans, groups in work:
-            with steer(model, plans) if plans else nullcontext() as steering:
+            with within(model, plans) if plans else nullcontext() as steering:
                 for group in groups:
                     chosen = [rows[number] for number in group]
                     width = max(lengths[number] for number in group)
@@ -92,12 +101,10 @@ def continuation_logits(
                     advance()
 
 
-def score_rows(
-    model: Any, rows: Sequence[Row], *, pad_id: int = 0, batch_size: int = 32, progress: bool = False
-) -> list[Scored]:
-    """Return the log-probabilities of every row's continuation, in the rows' order (see `continuation_logits`)."""
+def score_rows(model: Any, rows: Sequence[Row], **options: Any) -> list[Scored]:
+    """Return the log-probabilities of every row's continuation, in the rows' order (options: `continuation_logits`)."""
     scored: dict[int, Scored] = {}
-    for number, logits in continuation_logits(model, rows, pad_id=pad_id, batch_size=batch_size, progress=progress):
+    for number, logits in continuation_logits(model, rows, **options):
         tokens = torch.tensor(list(rows[number].continuation), device=logits.device)
         chosen = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         scored[number] = Scored(chosen.cpu(), bool((logits.argmax(-1) == tokens).all()))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
+from faststeer.evaluate.likelihood import Row, Within, answer_ids, score_rows
 from faststeer.files import UNREADABLE, FormatError, read_json
 from faststeer.hf.batching import encode, padding_id
+from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
 
@@ -111,6 +112,7 @@ def multiple_choice(
     system: str | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    within: Within = steer,
 ) -> Accuracy | list[Accuracy]:
     """Answer every question by the likelihood of its choices, under one plan (or None) or under several.
 
@@ -118,6 +120,7 @@ def multiple_choice(
         chat: put the question to the model as a user's message, the choices being answers; False: as plain text.
         separator: put between question and choice (" " for plain text).
         batch_size: choices read together; those of several plans share batches.
+        within: the context that puts plans on the model; others than `steer` are in `faststeer.observe`.
 
     Returns:
         an Accuracy for one plan or None, a list of them for several.
@@ -141,7 +144,8 @@ def multiple_choice(
     else:
         pairs = [plain_pair(tokenizer, q.question, separator + c) for q in questions for c in q.choices]
         rows = [Row(context, choice, plan) for plan in listed for context, choice in pairs]
-    scored = iter(score_rows(model, rows, pad_id=padding_id(tokenizer), batch_size=batch_size, progress=progress))
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "within": within}
+    scored = iter(score_rows(model, rows, pad_id=padding_id(tokenizer), **options))
     found = [_accuracy(questions, [[next(scored).total for _ in q.choices] for q in questions]) for _ in listed]
     return found[0] if plans is None or isinstance(plans, Plan) else found
 

@@ -102,13 +102,7 @@ def text_effects(
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError("texts is empty or one text: expected a list of texts")
-    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
-    begin = tokenizer.bos_token_id
-    for i, ids in enumerate(encoded):
-        if begin is not None and ids[:1] != [begin]:
-            ids.insert(0, begin)
-        if len(ids) < 2:
-            raise ValueError(f"texts[{i}] {texts[i]!r} has {len(ids)} tokens: expected at least two")
+    encoded = text_ids(tokenizer, texts)
     found: list[list[tuple[float, float, float, int]]] = [[] for _ in plans]
     pad_id = padding_id(tokenizer)
     for ids in encoded:  # a text's base logits [tokens, vocabulary] are held while its plans are compared with it
@@ -126,6 +120,22 @@ def text_effects(
         for place, plan in enumerate(plans):
             found[place].append((*seen[id(plan)], base_entropy, len(tokens)))
     return [TextEffect(*(tuple(column) for column in zip(*rows, strict=True))) for rows in found]
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that stand alone, each behind the begin-of-sequence token, where the tokenizer has one.
+
+    Raises:
+        ValueError: a text with fewer than two tokens.
+    """
+    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
+    begin = tokenizer.bos_token_id
+    for i, ids in enumerate(encoded):
+        if begin is not None and ids[:1] != [begin]:
+            ids.insert(0, begin)
+        if len(ids) < 2:
+            raise ValueError(f"texts[{i}] {texts[i]!r} has {len(ids)} tokens: expected at least two")
+    return encoded
 
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -67,7 +67,7 @@ class Chart:
 
 def charts(study: Mapping[str, Any]) -> list[Chart]:
     """Every figure of a study."""
-    made = [_answers(study, side) for side in SIDES]
+    made = [_answers(study, side) for side in SIDES] + [_loss(study, side) for side in SIDES if study.get("utility")]
     if study["faithfulness"]:
         made += [_faithfulness(study, "own"), _faithfulness(study, "complement")]
     if study["overlap"]:
@@ -87,6 +87,17 @@ def _answers(study: Mapping[str, Any], side: str) -> Chart:
         series.append(_with_interval(vector, x, [row["shown"] for row in own], "rate", vector in ("none", "random")))
     title = f"Answers with {SIDES[side]}"
     return Chart(f"answers-{side}", title, "", "answers", series, "bars", part="answers")
+
+
+def _loss(study: Mapping[str, Any], side: str) -> Chart:
+    rows, series = [row for row in study["utility"] if row["side"] == side], []
+    for vector in study["methods"]:
+        own = [row for row in rows if row["vector"] == vector]
+        x = [CONTEXTS[row["context"]] for row in own]
+        series.append(_with_interval(vector, x, [row["loss"] for row in own], "mean"))
+    (base,) = (row["loss"]["mean"] for row in rows if row["vector"] == "none")
+    title = f"Loss on neutral text, {'vector added' if side == 'induce' else 'vector subtracted'}"
+    return Chart(f"loss-{side}", title, "", "nats per token", series, "bars", level=base, part="utility")
 
 
 def _faithfulness(study: Mapping[str, Any], which: str) -> Chart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.resources import files
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ TINY = {
     "n_patch": 2,
     "n_faithful": 1,
     "n_test": 2,
+    "n_utility": 2,
     "quadrature": 2,
     "shares": (0.1, 1.0),
     "sparsities": (0.5,),
@@ -41,7 +44,20 @@ TINY = {
     "max_new_tokens": 12,
 }
 COMMAND = ["observe", "--method", "dim,ntp", "--layer", "3", "--position", "-1", "--steps", "2", "--patched", "2"]
-COMMAND += ["--tried", "1", "--prompts", "2", "--points", "2", "--shares", "0.1,1", "--sparsities", "0.5"]
+COMMAND += [
+    "--tried",
+    "1",
+    "--prompts",
+    "2",
+    "--utility",
+    "2",
+    "--points",
+    "2",
+    "--shares",
+    "0.1,1",
+    "--sparsities",
+    "0.5",
+]
 COMMAND += ["--controls", "1", "--max-new-tokens", "12"]
 
 
@@ -97,6 +113,56 @@ def test_layer_and_token_are_chosen_on_validation_prompts(demo, tmp_path):
     scores = dim.provenance["selection"]["scores"]
     assert dim.layers == (scores["layer"],) and dim.provenance["position"] == scores["position"]
     assert scores["induce"]["n"] == scores["suppress"]["n"] == 2 and 0 <= scores["both"] <= 1
+
+
+def test_utility_is_that_of_single_texts_and_questions(demo, whole):
+    """Texts one by one, and each choice by itself, by the model's plain forward pass."""
+    model, tokenizer, _ = demo
+    folder, result = whole
+    dim = vector(folder, "dim")
+    rows = {(row["vector"], row["context"], row["side"]): row for row in result["utility"]}
+    assert len(rows) == 2 * (2 + 2 * 6) == len(result["utility"])
+    data = files("faststeer.evaluate") / "data"
+    texts = (data / "neutral.txt").read_text().splitlines()[:2]
+    questions = [json.loads(line) for line in (data / "knowledge.jsonl").read_text().splitlines()[:2]]
+
+    def log_probability(context, ids):
+        tokens = torch.tensor([context + ids])
+        found = model(tokens).logits[0].double().log_softmax(-1)
+        return float(found[len(context) - 1 : -1].gather(1, tokens[0, len(context) :, None]).sum())
+
+    contexts = {"steered": fs.steer, "unsteered": lambda *_: contextlib.nullcontext()}
+    contexts |= {what: partial(observe.freeze, what=what) for what in ("qk", "ov")}
+    contexts |= {what: partial(observe.ablate, what=what) for what in ("svv", "mlp")}
+    losses, right = {}, {}
+    for context, within in contexts.items():
+        for side, sign in (("induce", 1.0), ("suppress", -1.0)):
+            with torch.no_grad(), within(model, fs.Plan([fs.Add(dim, sign)])):
+                encoded = [
+                    [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts
+                ]
+                losses[context, side] = [-log_probability(ids[:1], ids[1:]) / (len(ids) - 1) for ids in encoded]
+                right[context, side] = []
+                for question in questions:
+                    asked = [{"role": "user", "content": question["question"]}]
+                    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+                        "input_ids"
+                    ]
+                    answers = [tokenizer(c, add_special_tokens=False)["input_ids"] for c in question["choices"]]
+                    likely = [log_probability(list(ids), answer) for answer in answers]
+                    chosen = question["choices"][likely.index(max(likely))]
+                    right[context, side].append(chosen == question["answer"])
+    for context, side in losses:
+        row = rows["dim", context, side]
+        assert row["loss"]["mean"] == pytest.approx(sum(losses[context, side]) / 2, rel=1e-5)
+        assert row["right"]["rate"] == sum(right[context, side]) / 2
+        change = [a - b for a, b in zip(losses[context, side], losses["steered", side], strict=True)]
+        if context == "steered":
+            assert row["loss_change"] is None
+        else:
+            assert row["loss_change"]["mean"] == pytest.approx(sum(change) / 2, rel=1e-3, abs=1e-6)
+    assert rows["none", "unsteered", "induce"]["loss"] == rows["dim", "unsteered", "suppress"]["loss"]
+    assert rows["random", "steered", "induce"]["loss"] != rows["dim", "steered", "induce"]["loss"]
 
 
 def test_answers_are_counted(demo, whole):

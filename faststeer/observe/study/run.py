@@ -28,6 +28,7 @@ from faststeer.observe.study.edges import Edges, Scored, summary
 from faststeer.observe.study.job import SIDES, Job
 from faststeer.observe.study.parts import Parts
 from faststeer.observe.study.settings import Settings
+from faststeer.observe.study.utility import Utility
 from faststeer.observe.study.vectors import Finder
 from faststeer.observe.svv import svv
 from faststeer.vector import SteeringVector
@@ -59,6 +60,7 @@ def run(
        them, and to the other vectors' circuits; how alike they are.
     4. The tokens that the steering value vectors of the strongest heads raise, and those of the vector itself.
     5. The behaviour against the share of the vector's coordinates that are zero.
+    6. Next-token loss on neutral text and questions answered rightly, in the same contexts as the answers.
 
     What could not be made (a vector that changes no verdict, attention that cannot be frozen) is named in the result
     with the reason, and left out.
@@ -96,7 +98,7 @@ def run(
         "skipped": {"methods": skipped},
     }
     answers = Answers(job).table(vectors, random_like(dim, settings.seed))
-    result |= {"answers": answers["rows"]}
+    result |= {"answers": answers["rows"], "utility": Utility(job).table(vectors, random_like(dim, settings.seed))}
     result["skipped"]["contexts"] = answers["skipped"]
     scored, circuits = _circuits(job, vectors)
     result |= circuits

@@ -29,6 +29,7 @@ class Settings:
         steps: of training (the methods' own 10 epochs).
         n_select, n_patch, n_faithful, n_test: prompts a side at most: validation prompts that choose the layer,
             training prompts that edges are scored on, test prompts that circuits are tried on, test prompts answered.
+        n_utility: neutral texts, and questions of common knowledge, that are read under steering, at most.
         metric, quadrature: of `patch`, and the points of its rule.
         shares: sizes of circuits, as shares of the edges.
         compared: the size at which circuits are compared, with intervals.
@@ -51,6 +52,7 @@ class Settings:
     n_patch: int = 32
     n_faithful: int = 16
     n_test: int = 100
+    n_utility: int = 48
     metric: MetricName = "logit_difference"
     quadrature: int = 10
     shares: Sequence[float] = SHARES
