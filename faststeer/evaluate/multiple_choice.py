@@ -15,6 +15,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
 from faststeer.files import UNREADABLE, FormatError, read_json
 from faststeer.hf.batching import encode, padding_id
+from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
 
 
@@ -130,7 +131,7 @@ def multiple_choice(
     listed = [plans] if plans is None or isinstance(plans, Plan) else list(plans)
     texts = [question.question for question in questions]
     if chat:
-        contexts = encode(tokenizer, texts, system)
+        contexts = encode(tokenizer, texts, system, what="questions")
         choices = [[answer_ids(tokenizer, separator + c) for c in question.choices] for question in questions]
         rows = [
             Row(context, choice, plan)
@@ -151,9 +152,8 @@ def plain_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[in
     the tokens it has in running text; white space at the seam belongs to the continuation."""
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
-    whole = list(tokenizer(bare + continuation)["input_ids"])
-    n = len(tokenizer(bare)["input_ids"])
-    return whole[:n], whole[n:]
+    whole, before = encode_texts(tokenizer, [bare + continuation, bare])
+    return whole[: len(before)], whole[len(before) :]
 
 
 def _accuracy(questions: Sequence[Question], totals: Sequence[Sequence[float]]) -> Accuracy:

@@ -19,6 +19,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging.words import refuses
 from faststeer.evaluate.likelihood import Row, continuation_logits
 from faststeer.hf.batching import Prompt, padding_id
+from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
 
 # Plain sentences about nothing in particular, for models and behaviours of any kind.
@@ -102,7 +103,7 @@ def text_effects(
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError("texts is empty or one text: expected a list of texts")
-    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
+    encoded = encode_texts(tokenizer, texts)
     begin = tokenizer.bos_token_id
     for i, ids in enumerate(encoded):
         if begin is not None and ids[:1] != [begin]:

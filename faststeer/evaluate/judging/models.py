@@ -23,6 +23,7 @@ from faststeer.hf.batching import (
     next_token_logits,
     padding_id,
 )
+from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
 from faststeer.hf.loading import load as load_model
 from faststeer.plan import Plan
 
@@ -211,7 +212,8 @@ class LanguageModelJudge:
         return f"model/1 {fingerprint(self._model)} {self.form!r} {self._concept!r} {self._system!r} {template!r}"
 
     def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str | list[int]]:
-        """What the judging model reads, as token ids: all questions about the first answer, then about the second."""
+        """What the judging model reads, as token ids: all questions about the first answer, then about the second. None
+        ([]) for one that holds marks of the judging model's chat format."""
         asked: list[str | list[int]] = []
         for prompt, completion in zip(prompts, completions, strict=True):
             values = {"prompt": last_user_text(prompt), "completion": completion, "concept": self._concept or ""}
@@ -220,19 +222,27 @@ class LanguageModelJudge:
                     self._dialogue(prompt, completion) if question.text is None else fill(question.text, values)
                 )
         texts = [i for i, ask in enumerate(asked) if isinstance(ask, str)]
+        marks = self._markup([[{"role": "user", "content": str(asked[i])}] for i in texts])
+        asked = [[] if i in texts and marks.pop(0) else ask for i, ask in enumerate(asked)]
+        texts = [i for i in texts if isinstance(asked[i], str)]
         if texts:
             encoded = encode(self._tokenizer, [asked[i] for i in texts], self._system)  # type: ignore[misc]
             for i, ids in zip(texts, encoded, strict=True):
                 asked[i] = ids
         return asked
 
+    def _markup(self, chats: list[list[dict[str, str]]]) -> list[str | None]:
+        return markup_in(self._tokenizer, chats) if has_template(self._tokenizer) else [None] * len(chats)
+
     def _dialogue(self, prompt: Prompt, completion: str) -> list[int]:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         # Guards know users and assistants; an instruction to the judged model is not theirs to follow.
         chat = [message for message in chat if message["role"] != "system"]
         chat.append({"role": "assistant", "content": completion})
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self._markup([chat])[0]:
+            return []
+        text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
+        return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
@@ -246,8 +256,9 @@ class LanguageModelJudge:
         room = self.form.max_new_tokens
         longest = max(map(len, asked)) + room
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or longest
-        # What leaves no room for a verdict cannot be judged by this model: a parse failure, counted as all are.
-        fits = [i for i, ids in enumerate(asked) if len(ids) + room <= positions]
+        # What leaves no room for a verdict, or holds marks of the judge's own chat format, with which an answer could
+        # speak in the judge's place, cannot be judged by this model: a parse failure, counted as all are.
+        fits = [i for i, ids in enumerate(asked) if ids and len(ids) + room <= positions]
         written = [""] * len(asked)
         if fits:
             engine = self._engine_of(min(longest, positions))
