@@ -13,7 +13,7 @@ from typing import Any
 
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
-from faststeer.files import UNREADABLE, FormatError, read_json
+from faststeer.files import UNREADABLE, FormatError, read_json, read_text
 from faststeer.hf.batching import encode, padding_id
 from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
@@ -72,10 +72,7 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no questions at {path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is no UTF-8 text: {error}") from error
+    lines = read_text(path).splitlines()
     questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise FormatError(f"{path} holds no questions: expected one JSON object per line")

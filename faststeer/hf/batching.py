@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from faststeer.hf.encoding import apply_template, check_markup, encode_rendered, encode_texts, has_template
+from faststeer.hf.encoding import (
+    apply_template,
+    check_markup,
+    check_tokenizer,
+    encode_rendered,
+    encode_texts,
+    has_template,
+)
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
@@ -75,6 +82,7 @@ def render(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None,
             earlier answers' thinking, may go); a message that holds the template's own marks or special tokens, so that
             it was rendered before, or would end a message and begin another.
     """
+    check_tokenizer(tokenizer)
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from faststeer.file_kinds import kind_of
 from faststeer.files import FormatError, read_json
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 
@@ -133,10 +134,15 @@ DISSIMILAR = (
 
 
 def _read(path: Path) -> str:
-    if path.suffix != ".json" and path.suffix not in _READERS:
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}")
+    known = path.suffix == ".json" or path.suffix in _READERS
+    kind = kind_of(path) if path.is_file() else None
+    if not known:
+        more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}{more}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}: {'a folder' if path.is_dir() else 'no such file'}")
+    if kind is not None and kind.name not in ("json", "empty"):
+        raise FormatError(f"{path} is {kind.words}, and holds no prompts that can be read: {kind.remedy}")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from faststeer.algebra import SparseVector, is_sparse_file
+from faststeer.file_kinds import kind_of
 from faststeer.formats.files import from_bytes as vector_from_bytes
-from faststeer.formats.files import kind_of
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 from faststeer.vllm.switch import NONE
@@ -247,8 +247,12 @@ def check_name(name: object) -> str:
 def read_vector(data: bytes, what: str = "the data", most: int | None = None) -> SteeringVector:
     """A vector of a safetensors file's content (ValueError: damaged, another kind of file, or, where `most` is said, a
     sparse vector that would have more values than these when it is dense)."""
-    if kind_of(data) != "safetensors":
-        raise ValueError(f"{what} is no safetensors file, and a server reads nothing else: faststeer convert makes one")
+    kind = kind_of(data)
+    if kind is not None and kind.name != "safetensors":
+        raise ValueError(
+            f"{what} is {kind.words}: a server reads vectors in safetensors alone; {kind.remedy}, or make one with "
+            "faststeer convert"
+        )
     if most is not None and is_sparse_file(data):
         sparse = SparseVector.from_bytes(data, what)
         if (n := len(sparse.layers) * sparse.hidden_size) > most:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from faststeer.evaluate.sweep.projections import packed, unpacked
+from faststeer.file_kinds import expect
 from faststeer.files import FormatError, read_json, reading, writing
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -106,6 +107,9 @@ class Store:
         self.path = Path(path)
         if not create and not self.path.is_file():
             raise FileNotFoundError(f"no store at {self.path}: no such file")
+        if self.path.is_file():
+            with reading(f"{self.path} is no store of sweeps", "name another file", StoreError):
+                expect(self.path, "sqlite", "empty")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.worker = uuid.uuid4().hex
