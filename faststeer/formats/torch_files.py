@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.files import FormatError, read_json
+from faststeer.files import FormatError, read_json, read_text
 from faststeer.formats.conventions import Said, as_said, built
 from faststeer.vector import MAX_LAYERS, SteeringVector
 
@@ -168,9 +168,11 @@ def _metadata_beside(path: Path | None) -> dict[str, int] | None:
     """Layer and position in refusal_direction's `direction_metadata.json`, if that is what lies beside the file."""
     if path is None or path.name != "direction.pt":
         return None
+    beside = path.parent / "direction_metadata.json"
+    text = read_text(beside) if beside.is_file() else ""
     try:
-        content = read_json((path.parent / "direction_metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(text)
+    except ValueError:
         return None
     if not isinstance(content, dict) or set(content) != {"pos", "layer"}:
         return None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from faststeer.algebra import SparseVector, is_sparse_file
-from faststeer.file_kinds import kind_of
+from faststeer.file_kinds import expect, kind_of
 from faststeer.formats.files import from_bytes as vector_from_bytes
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -250,8 +250,8 @@ def read_vector(data: bytes, what: str = "the data", most: int | None = None) ->
     kind = kind_of(data)
     if kind is not None and kind.name != "safetensors":
         raise ValueError(
-            f"{what} is {kind.words}: a server reads vectors in safetensors alone; {kind.remedy}, or make one with "
-            "faststeer convert"
+            f"{what} is {kind.words}, no safetensors file, and a server reads nothing else: {kind.remedy}; faststeer "
+            "convert writes safetensors"
         )
     if most is not None and is_sparse_file(data):
         sparse = SparseVector.from_bytes(data, what)
@@ -268,6 +268,7 @@ def _vector(data: bytes, path: Path) -> SteeringVector:
 
 
 def _text(data: bytes, path: Path) -> str:
+    expect(data, "json", "empty")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
