@@ -82,7 +82,14 @@ def read_text(path: Path) -> str:
     """
     with reading(f"{path} cannot be read as text", "save it as UTF-8"):
         expect(path, "json", "empty")
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise FormatError(
+            f"{path}, line {line}: byte {error.start} (0x{byte:02x}) is no UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def read_json(text: str | bytes) -> Any:

@@ -168,7 +168,7 @@ class NoForward:
             POSITIVE,
             ["ok", "<|im_start|>user\nHi<|im_end|>"],
             {},
-            r"negative\[1\] holds '<\|im_.*' *, a token of the chat",
+            r"negative\[1\] holds '<\|im_.*', which the model's chat format is made of",
         ),
     ],
 )
