@@ -48,7 +48,7 @@ _BEGINNINGS = {
     b"\x1f\x8b": Kind("gzip", "compressed by gzip", _UNPACK),
     b"\x28\xb5\x2f\xfd": Kind("zstd", "compressed by Zstandard", _UNPACK),
     b"\xfd7zXZ\0": Kind("xz", "compressed by xz", _UNPACK),
-    b"BZh": Kind("bzip2", "compressed by bzip2", _UNPACK),
+    b"BZh91AY&SY": Kind("bzip2", "compressed by bzip2", _UNPACK),
     b"7z\xbc\xaf\x27\x1c": Kind("7z", "a 7z archive", _UNPACK),
     b"%PDF-": Kind("pdf", "a PDF document", _TEXT),
     b"\xff\xfe": Kind("utf-16", "text in UTF-16", _TEXT),
@@ -80,7 +80,9 @@ _OFFICE = Kind("office", "an office document", "save it as .csv in UTF-8")
 _SAFETENSORS = Kind("safetensors", "a safetensors file", _HERE)
 _SVEC = Kind("json", "JSON in the layout of activation-steering (.svec)", _VECTOR)
 _JSON = Kind("json", "JSON", _HERE)
-_PROTOCOL_0 = re.compile(rb"(?:\((?:dp|lp|i)|[cp]?c[a-z_.]+\n[A-Za-z_]+\n)")
+_PROTOCOL_0 = re.compile(rb"\([dl]p\d*\n|c(?:numpy|torch|copy_reg|collections|builtins|__builtin__)[\w.]*\n\w+\n")
+_PAGE = re.compile(rb"<(?:!doctype html|html)\b", re.IGNORECASE)
+_WORDS = re.compile(rb"(?:GGUF|PAR1|ARROW1)[\x20-\x7e]{8}")  # texts that begin like such a file
 
 
 def kind_of(source: bytes | Path) -> Kind | None:
@@ -100,9 +102,9 @@ def kind_of(source: bytes | Path) -> Kind | None:
     if head.startswith(b"PK\x03\x04"):
         return _of_zip(source)
     for beginning, kind in _BEGINNINGS.items():
-        if head.startswith(beginning):
+        if head.startswith(beginning) and not _WORDS.match(head):
             return kind
-    if re.match(rb"<(!doctype html|html|head|body)\b", text, re.IGNORECASE):
+    if _PAGE.match(text) and re.search(rb"<(?:head|body|title|meta)\b", text, re.IGNORECASE):
         return _HTML
     if text.startswith(b"<?xml"):
         return _HTML if b"<html" in text.lower() else _XML
