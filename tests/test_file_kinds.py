@@ -84,7 +84,8 @@ def test_kinds_are_told_apart_in_memory_and_on_disk(name, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [b"one prompt\nand another", b"a,b\n1,2\n", b"version 2 of a text", b"<b>bold</b> words", b"prompts:\n- a\n", b"c",
-     b"\x80", b"P", "Ünï".encode(), b"GGUF files, what are they?\n", b"PAR1 is a word\n", b"BZhello", b"(lp records)\n",
+     b"\x80", b"P", "Ünï".encode(), b"GGUF files, what are they?\n", b"PAR1 is a word\n",
+     b"BZhello", b"(lp records)\n",
      b"ccc\nfoo\n", b"<html> is a tag, is it?\n", b"<head> or <body>?", b"version https://git-lfs.github.com/ is what?"],
 )  # fmt: skip
 def test_plain_texts_are_of_no_kind(content):

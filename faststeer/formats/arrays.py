@@ -117,19 +117,29 @@ def _of_layers(
 def _array(data: bytes, what: str, name: str) -> Tensor:
     """An array as NumPy writes it, from its header and its bytes; never more than the file holds."""
     with reading(f"{what}: {name} cannot be read as .npy", f"is it truncated or damaged? Copy it again, or {MEND}"):
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"version {version} of the format is not known")
-        shape, fortran, dtype = readers[version](file, max_header_size=MAX_HEADER)
+        shape, fortran, dtype, start = _header(data)
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"it holds {dtype}, expected floating numbers (what is pickled is never read)")
-        rest = data[file.tell() :]
+        rest = data[start:]
         if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) * dtype.itemsize != len(rest):
             raise ValueError(f"its shape is {list(shape)[:8]}, and it has {len(rest):,} bytes of numbers")
         array = np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
         return torch.from_numpy(np.array(array, dtype=np.float64 if dtype == np.float64 else np.float32, order="C"))
+
+
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether columns lie together, kind of number, and where the numbers begin."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of the format is not known")
+    try:
+        return (*readers[version](file, max_header_size=MAX_HEADER), file.tell())
+    except UNREADABLE:
+        raise
+    except Exception as error:  # the parser of its text has classes of its own
+        raise ValueError(f"its header is no description of an array: {error}") from error
 
 
 def _numbers(values: Any, what: str, name: str) -> Tensor:

@@ -223,8 +223,9 @@ class LanguageModelJudge:
                 )
         texts = [i for i, ask in enumerate(asked) if isinstance(ask, str)]
         marks = self._markup([[{"role": "user", "content": str(asked[i])}] for i in texts])
-        asked = [[] if i in texts and marks.pop(0) else ask for i, ask in enumerate(asked)]
-        texts = [i for i in texts if isinstance(asked[i], str)]
+        for i in (i for i, mark in zip(texts, marks, strict=True) if mark):
+            asked[i] = []
+        texts = [i for i in texts if asked[i]]
         if texts:
             encoded = encode(self._tokenizer, [asked[i] for i in texts], self._system)  # type: ignore[misc]
             for i, ids in zip(texts, encoded, strict=True):
