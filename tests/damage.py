@@ -252,7 +252,7 @@ def numpy_archive(rng: random.Random, whole: bytes, others: tuple[bytes, ...]) -
     elif kind == "dtype":
         entries[at] = name, content.replace(b"<f4", rng.choice((b"|O", b"<c8", b"|V4", b"<i4", b"<f8", b"|S4", b">f4")))
     elif kind == "name":
-        entries[at] = rng.choice(("layer_1.npy", "9" * 9 + ".npy", "", "../x.npy", "-1.npy", "01.npy")), content
+        entries[at] = rng.choice(("layer_1.npy", "9" * 9 + ".npy", " ", "../x.npy", "-1.npy", "01.npy")), content
     elif kind == "twice":
         entries.append(entries[at])
     else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import tarfile
 import zipfile
 
@@ -16,6 +17,7 @@ from readers import READERS
 from safetensors.torch import save
 from test_readers import reads, write
 
+from faststeer import Plan
 from faststeer.extract import sae_feature
 from faststeer.file_kinds import kind_of
 from faststeer.files import FormatError
@@ -86,7 +88,8 @@ def test_kinds_are_told_apart_in_memory_and_on_disk(name, tmp_path):
     [b"one prompt\nand another", b"a,b\n1,2\n", b"version 2 of a text", b"<b>bold</b> words", b"prompts:\n- a\n", b"c",
      b"\x80", b"P", "Ünï".encode(), b"GGUF files, what are they?\n", b"PAR1 is a word\n",
      b"BZhello", b"(lp records)\n",
-     b"ccc\nfoo\n", b"<html> is a tag, is it?\n", b"<head> or <body>?", b"version https://git-lfs.github.com/ is what?"],
+     b"ccc\nfoo\n", b"<html> is a tag, is it?\n", b"<head> or <body>?",
+     b"version https://git-lfs.github.com/ is what?"],
 )  # fmt: skip
 def test_plain_texts_are_of_no_kind(content):
     assert kind_of(content) is None
@@ -102,7 +105,7 @@ OF_FILES = [
     (name, file)
     for name, reader in READERS.items()
     for file in reader.wrong or tuple(reader.files)
-    if not name.startswith(("request", "wire", "server's settings"))
+    if not name.startswith(("request", "wire", "server's settings")) and (name, file) != ("plan", "plan.json")
 ]
 
 
@@ -133,6 +136,14 @@ def test_a_model_file_of_another_kind(kind, tmp_path):
     remedy = "name the folder it lies in" if kind in ("safetensors", "json") else FILES[kind][2]
     with pytest.raises(ValueError, match=rf"m\.gguf is .*{words}.*{remedy}.*no GGUF file"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_plans_file(kind, tmp_path):
+    content, words, remedy = FILES[kind]
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(FormatError, match=rf"p\.json cannot be read as text .*{re.escape(words)}.*{re.escape(remedy)}"):
+        Plan.load(tmp_path / "p.json")
 
 
 # Sparse autoencoders --------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def _array(data: bytes, what: str, name: str) -> Tensor:
         if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) * dtype.itemsize != len(rest):
             raise ValueError(f"its shape is {list(shape)[:8]}, and it has {len(rest):,} bytes of numbers")
         array = np.frombuffer(rest, dtype).reshape(shape, order="F" if fortran else "C")
-        return torch.from_numpy(np.array(array, dtype=np.float64 if dtype == np.float64 else np.float32, order="C"))
+        return torch.from_numpy(np.array(array, dtype=np.float64 if dtype.itemsize == 8 else np.float32, order="C"))
 
 
 def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -151,4 +151,5 @@ def _numbers(values: Any, what: str, name: str) -> Tensor:
         )
     with reading(f"{what}: {name} has a number that is too large", "mend the file"):
         array = np.fromiter(map(float, numbers), np.float64, len(numbers))
-        return torch.from_numpy(array.astype(np.float32))
+        with np.errstate(over="ignore"):  # what became infinite is refused by the vector
+            return torch.from_numpy(array.astype(np.float32))

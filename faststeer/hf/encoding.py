@@ -20,7 +20,7 @@ End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last m
 
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
 LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
-BRACKETED = re.compile(r"<<?[^<>\s]{2,40}>?>|\[/?[A-Z][A-Z_]{1,30}\]")
+BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
 THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
 CLOSED_THINKING = re.compile(
     r"(?:</|\[/|<\|(?:/|end_of_|end_))[\w:| -]{0,20}(?:think|thought|reason|analysis|reflect)[\w:-]{0,20}(?:\|?>|\])",

@@ -178,9 +178,10 @@ def test_bad_input_is_refused_before_any_forward_pass(positive, negative, option
 
 
 def test_sets_that_the_model_cannot_tell_apart_have_no_direction():
-    tokenizer = tiny_chat.bpe_tokenizer("{{ bos_token }}same for all")
+    model = tiny_chat.llama(len(TOKENIZER))
+    torch.nn.init.zeros_(model.model.embed_tokens.weight)
     with pytest.raises(ValueError, match="same mean at any layer"):
-        dim(MODEL, tokenizer, POSITIVE, NEGATIVE)
+        dim(model, TOKENIZER, POSITIVE, NEGATIVE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -127,11 +127,14 @@ REFUSED = {
 }
 
 
+SEVERAL = ("rows by layer", "rows of other lengths", "no layers")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name, tmp_path):
     file, content, message = REFUSED[name]
     with pytest.raises(FormatError, match=message) as caught:
-        load(written(tmp_path, file, content), at="resid_post", layer=None if "row" in name or "no" in name else 1)
+        load(written(tmp_path, file, content), at="resid_post", layer=None if name in SEVERAL else 1)
     assert file in str(caught.value)
 
 
@@ -139,7 +142,7 @@ def test_a_small_file_never_becomes_a_large_array(tmp_path):
     """A header that promises more than there is, and zeros that pack well."""
     path = written(tmp_path, "v.npy", ROWS[0])
     path.write_bytes(path.read_bytes().replace(b"(6,), }", b"(600000000000,), }"))
-    with pytest.raises(FormatError, match=r"its shape is \[600000000000\], and it has 24 bytes"):
+    with pytest.raises(FormatError, match=r"its shape is \[600000000000\], and it has 35 bytes"):
         load(path, at="resid_post", layer=1)
     np.savez_compressed(tmp_path / "z.npz", **{"1": np.zeros(2**24 + 1, np.float32)})
     assert (tmp_path / "z.npz").stat().st_size < 100_000
