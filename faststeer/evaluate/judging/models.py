@@ -214,21 +214,26 @@ class LanguageModelJudge:
     def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str | list[int]]:
         """What the judging model reads, as token ids: all questions about the first answer, then about the second. None
         ([]) for one that holds marks of the judging model's chat format."""
+        # A question that was written with the model's own marks is taken as it stands.
+        by_hand = self._markup([[{"role": "user", "content": q.text or ""}] for q in self.form.questions])
+        told = [(last_user_text(prompt), completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        marked = self._markup([[{"role": "user", "content": text} for text in texts] for texts in told])
         asked: list[str | list[int]] = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            values = {"prompt": last_user_text(prompt), "completion": completion, "concept": self._concept or ""}
-            for question in self.form.questions:
-                asked.append(
-                    self._dialogue(prompt, completion) if question.text is None else fill(question.text, values)
-                )
-        texts = [i for i, ask in enumerate(asked) if isinstance(ask, str)]
-        marks = self._markup([[{"role": "user", "content": str(asked[i])}] for i in texts])
-        for i in (i for i, mark in zip(texts, marks, strict=True) if mark):
-            asked[i] = []
-        texts = [i for i in texts if asked[i]]
-        if texts:
-            encoded = encode(self._tokenizer, [asked[i] for i in texts], self._system)  # type: ignore[misc]
-            for i, ids in zip(texts, encoded, strict=True):
+        groups: dict[bool, list[int]] = {}  # of questions that are texts: by whether they hold the marks already
+        for prompt, texts, mark in zip(prompts, told, marked, strict=True):
+            values = {"prompt": texts[0], "completion": texts[1], "concept": self._concept or ""}
+            for question, rendered in zip(self.form.questions, by_hand, strict=True):
+                if mark:
+                    asked.append([])
+                elif question.text is None:
+                    asked.append(self._dialogue(prompt, texts[1]))
+                else:
+                    groups.setdefault(rendered is not None, []).append(len(asked))
+                    asked.append(fill(question.text, values))
+        for rendered, places in groups.items():
+            questions: list[Prompt] = [str(asked[i]) for i in places]
+            encoded = encode(self._tokenizer, questions, self._system, rendered=rendered)
+            for i, ids in zip(places, encoded, strict=True):
                 asked[i] = ids
         return asked
 
