@@ -64,7 +64,9 @@ def prompt_fault(prompt: object) -> str | None:
     return None
 
 
-def render(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, *, what: str = "prompts") -> list[str]:
+def render(
+    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, *, what: str | Sequence[str] = "prompts"
+) -> list[str]:
     """Return each prompt as the text the model continues.
 
     A text becomes one user message; the tokenizer's chat template is applied with its generation prompt. A chat that
