@@ -107,11 +107,10 @@ class Store:
         self.path = Path(path)
         if not create and not self.path.is_file():
             raise FileNotFoundError(f"no store at {self.path}: no such file")
-        if self.path.is_file():
-            with reading(f"{self.path} is no store of sweeps", "name another file", StoreError):
-                expect(self.path, "sqlite", "empty")
-        with writing(self.path):
+        with writing(self.path), reading(f"{self.path} is no store of sweeps", "name another file", StoreError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                expect(self.path, "sqlite", "empty")
         self.worker = uuid.uuid4().hex
         try:
             self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
