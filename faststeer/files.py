@@ -18,6 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from faststeer.file_kinds import OtherKind, expect
+
 fcntl: Any
 try:
     import fcntl
@@ -60,15 +62,36 @@ class FormatError(ValueError):
 
 @contextmanager
 def reading(fault: str, mend: str, kind: type[FormatError] = FormatError) -> Iterator[None]:
-    """Turn what is raised inside by data that makes no sense into a FormatError (`kind`) "<fault> (<reason>): <mend>".
-    What is one already, and an OSError, go through as they are."""
+    """Turn what is raised inside by data that makes no sense into a FormatError (`kind`) "<fault> (<reason>): <mend>";
+    for a file of another kind, with that one's remedy. What is one already, and an OSError, go through as they are."""
     try:
         yield
     except kind:
         raise
+    except OtherKind as error:  # what is to be done about another kind of file is known better
+        raise kind(f"{fault} (it is {error.kind.words}): {error.kind.remedy}") from error
     except UNREADABLE as error:
         reason = f"it lacks {error}" if type(error) is KeyError else str(error) or type(error).__name__
         raise kind(f"{fault} ({reason[:500]}): {mend}") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, JSON among it.
+
+    Raises:
+        FormatError: it is another kind of file, or no UTF-8.
+        OSError: it cannot be read.
+    """
+    with reading(f"{path} cannot be read as text", "save it as UTF-8"):
+        expect(path, "json", "empty")
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise FormatError(
+            f"{path}, line {line}: byte {error.start} (0x{byte:02x}) is no UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def read_json(text: str | bytes) -> Any:

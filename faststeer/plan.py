@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from faststeer import tensor_files
-from faststeer.files import UNREADABLE, FormatError, read_json, reading, write_atomically
+from faststeer.files import UNREADABLE, FormatError, read_json, read_text, reading, write_atomically
 from faststeer.intervention import (
     KINDS,
     Direction,
@@ -162,9 +162,7 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}: no such file")
-        with reading(f"{path} is no text in UTF-8", "expected a plan as Plan.save writes it"):
-            text = path.read_text(encoding="utf-8")
-        return cls.from_json(text, folder=path.parent)
+        return cls.from_json(read_text(path), folder=path.parent)
 
     @classmethod
     def from_json(

@@ -21,6 +21,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from faststeer.file_kinds import expect
 from faststeer.files import read_json
 
 OF_WORDS, OF_TENSORS = "sha256", "sha256.tensors"
@@ -51,6 +52,8 @@ class TensorFile:
     """
 
     def __init__(self, source: bytes | Path) -> None:
+        if isinstance(source, bytes) or source.is_file():
+            expect(source, "safetensors")
         self._source = source
         self.words = file_words(source)
         expected, sums = self.words.pop(OF_WORDS, None), self.words.get(OF_TENSORS)

@@ -8,6 +8,7 @@ import io
 import json
 import random
 import sqlite3
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -234,6 +235,36 @@ def torch_file(rng: random.Random, whole: bytes, others: tuple[bytes, ...]) -> b
     return buffer.getvalue()
 
 
+def numpy_archive(rng: random.Random, whole: bytes, others: tuple[bytes, ...]) -> bytes:
+    """An archive with an array damaged, one whose header promises another shape or kind, or one twice."""
+    if rng.random() < 0.3:
+        return damaged(rng, whole, others)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    at = rng.randrange(len(entries))
+    name, content = entries[at]
+    kind = rng.choice(("bytes", "shape", "dtype", "name", "twice", "more"))
+    if kind == "bytes":
+        entries[at] = name, damaged(rng, content, others)
+    elif kind == "shape":
+        shape = rng.choice((b"(1000000000000,)", b"(0,)", b"(-8,)", b"()", b"(8, 1)", b"('8',)", b"(" * 300))
+        entries[at] = name, content.replace(b"(8,)", shape)
+    elif kind == "dtype":
+        entries[at] = name, content.replace(b"<f4", rng.choice((b"|O", b"<c8", b"|V4", b"<i4", b"<f8", b"|S4", b">f4")))
+    elif kind == "name":
+        entries[at] = rng.choice(("layer_1.npy", "9" * 9 + ".npy", " ", "../x.npy", "-1.npy", "01.npy")), content
+    elif kind == "twice":
+        entries.append(entries[at])
+    else:
+        entries.append((f"{rng.choice(HUGE[:5])}.npy", content))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", rng.choice((0, 8))) as archive:
+        warnings.simplefilter("ignore")  # about names given twice
+        for name, content in entries:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 def database(rng: random.Random, whole: bytes, path: Path) -> bytes:
     """A store with other values in its rows, without a table, with a view or a trigger of its own, or damaged."""
     if rng.random() < 0.3:
@@ -309,10 +340,12 @@ def mutated(rng: random.Random, name: str, whole: bytes, others: tuple[bytes, ..
         return tensor_file(rng, whole, others)
     if ending == ".pt":
         return torch_file(rng, whole, others)
+    if ending == ".npz":
+        return numpy_archive(rng, whole, others)
     if ending == ".sqlite":
         return database(rng, whole, scratch)
     if ending == ".jsonl":
         return lines(rng, whole, others)
-    if ending in (".json", ".yaml"):
+    if ending in (".json", ".yaml", ".svec"):
         return document(rng, whole, others, yaml=ending == ".yaml")
     return damaged(rng, whole, others)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from strategies import randn
@@ -100,6 +101,12 @@ class Reader:
 def _saved(content: object, zipped: bool = True) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def _numpy(save: Callable[..., None], *arrays: Any, **named: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arrays, **named)
     return buffer.getvalue()
 
 
@@ -320,6 +327,15 @@ def _readers() -> dict[str, Reader]:
         "rows": Reader(_vector("v.pt", at="resid_post"), {"v.pt": _saved(rows.half())}),
         "mean_diffs": Reader(
             _vector("v.pt", format="refusal_direction", position=-1), {"v.pt": _saved(mean_diffs)}
+        ),
+        "npz": Reader(
+            _vector("v.npz", at="resid_post"), {"v.npz": _numpy(np.savez, **{"1": V[1].numpy(), "2": V[2].numpy()})}
+        ),
+        "npy": Reader(_vector("v.npy", at="resid_pre"), {"v.npy": _numpy(np.save, rows.numpy())}),
+        "vector.json": Reader(_vector("v.json", at="attn_out", layer=1), {"v.json": _json(rows.tolist())}),
+        "svec": Reader(
+            _vector("v.svec", at="resid_post"),
+            {"v.svec": _json({"model_type": "m", "directions": {str(n): V[n].tolist() for n in (1, 2)}})},
         ),
         "refusal_direction": Reader(
             _direction_of_file,

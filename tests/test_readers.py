@@ -114,7 +114,7 @@ def test_damaged(name, tmp_path):
 def with_large_numbers(name: str, data: bytes) -> Iterator[bytes]:
     """A file with one of its numbers after the other made larger than anything there is."""
     ending = Path(name).suffix
-    if ending in (".json", ".yaml", ".jsonl"):
+    if ending in (".json", ".yaml", ".jsonl", ".svec"):
         first, *rest = data.splitlines() if ending == ".jsonl" else [data]
         whole = json.loads(first)
         holder = [whole]
@@ -167,6 +167,7 @@ def test_every_kind_of_file_has_numbers_that_are_tried():
     assert tried >= {
         "vector", "sparse vector", "refusal_direction", "plan", "candidates", "sae", "checkpoint", "capture", "scores",
         "sweep.yaml", "sweep.json", "questions", "request", "request, as an object", "server's settings",
+        "vector.json", "svec",
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from faststeer.behaviours.layouts import pairs_of, read_records
 from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract.pairs import Pair
-from faststeer.files import UNREADABLE, FormatError, read_json, write_atomically
+from faststeer.files import UNREADABLE, FormatError, read_json, read_text, write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.hf.prompts import load_prompts
 
@@ -174,7 +174,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
             "behaviour.json"
         )
     try:
-        data = read_json(path.read_text(encoding="utf-8"))
+        data = read_json(read_text(path))
+    except FormatError:
+        raise
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.extract.pairs import Pair
-from faststeer.files import FormatError, read_json
+from faststeer.file_kinds import kind_of
+from faststeer.files import FormatError, read_json, read_text
 
 Row = Mapping[str, Any]
 HARMBENCH_CONTEXT = "\n\n---\n\n"
@@ -244,14 +245,16 @@ def _rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str]:
 def _of_file(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no data at {path}: {'a folder' if path.is_dir() else 'no such file'}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+    if path.suffix not in (".csv", ".tsv", ".json", ".jsonl"):
+        kind = kind_of(path)
+        what = f" ({kind.words})" if kind else ""
+        raise FormatError(
+            f"{path} ends in {path.suffix!r}{what}: expected .csv, .tsv, .json or .jsonl"
+            f"{f'; {kind.remedy}' if kind else ''}"
+        )
+    text = read_text(path)
     if path.suffix in (".csv", ".tsv"):
         return _of_table(text, path)
-    if path.suffix not in (".json", ".jsonl"):
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected .csv, .tsv, .json or .jsonl")
     try:
         if path.suffix == ".jsonl":
             return [read_json(line) for line in text.split("\n") if line.strip()]

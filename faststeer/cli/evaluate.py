@@ -25,7 +25,7 @@ from faststeer.cli.common import (
     vector_layers,
 )
 from faststeer.cli.sweep import FAILED, results_table
-from faststeer.files import FormatError, read_json, reading
+from faststeer.files import FormatError, read_json, read_text
 
 JUDGES = ("refusal", "perplexity", "repetition", "length")
 
@@ -173,8 +173,7 @@ def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
 
 def _read_answers(path: Path) -> tuple[list[Any], list[str]]:
     prompts, completions = [], []
-    with reading(f"{path} cannot be read", "save it as UTF-8"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

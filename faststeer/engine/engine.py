@@ -160,6 +160,7 @@ class Engine:
         seed: int | Sequence[int] | None = None,
         stop: str | int | Sequence[str | int] = (),
         probe: Direction | None = None,
+        rendered: bool = False,
         in_order: bool = True,
         progress: bool | None = None,
     ) -> Iterator[Completion]:
@@ -181,6 +182,7 @@ class Engine:
             probe: a direction `[hidden]` or directions `[k, hidden]`, each normalised, watched at the `resid_pre` of
                 every layer and the `resid_post` of the last; a SteeringVector is watched at its own hook point and
                 layers. See `Completion.projections`.
+            rendered: texts hold the chat template's markup already and are taken as they are.
             in_order: yield in the order of the prompts; False: as they finish.
             progress: a bar with tokens/s on stderr; by default where that is a terminal.
 
@@ -193,7 +195,7 @@ class Engine:
         Out of memory: half the rows go on, from where they were.
         """
         self._check_free()
-        encoded = read_prompts(self.tokenizer, prompts, self.max_length, _vocabulary(self.model))
+        encoded = read_prompts(self.tokenizer, prompts, self.max_length, _vocabulary(self.model), rendered=rendered)
         n = len(encoded)
         probes = _probe(probe, self._points.n_layers)
         columns = (

@@ -103,9 +103,14 @@ class Stops:
 
 
 def read_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt | Sequence[int]], max_length: int, vocabulary: int
+    tokenizer: Any,
+    prompts: Sequence[Prompt | Sequence[int]],
+    max_length: int,
+    vocabulary: int,
+    *,
+    rendered: bool = False,
 ) -> list[list[int]]:
-    """Token ids of texts, chats, or token ids.
+    """Token ids of texts (`rendered` ones, or bare), chats, or token ids.
 
     Raises:
         ValueError: no list of prompts, an empty or blank one, one that leaves no room for a new token.
@@ -118,7 +123,9 @@ def read_prompts(
         if fault := prompt_fault(prompts[i]):
             raise ValueError(f"prompts[{i}] {fault}: expected a text, a list of messages, or a list of token ids")
     if texts:
-        for i, ids in zip(texts, encode(tokenizer, [prompts[i] for i in texts]), strict=True):  # type: ignore[misc]
+        names = [f"prompts[{i}]" for i in texts]
+        words: list[Prompt] = [prompts[i] for i in texts]  # type: ignore[misc]
+        for i, ids in zip(texts, encode(tokenizer, words, rendered=rendered, what=names), strict=True):
             encoded[i] = ids
     found = [ids or [] for ids in encoded]
     for i, ids in enumerate(found):

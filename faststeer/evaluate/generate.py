@@ -33,6 +33,7 @@ def complete(
     plans: Plan | Sequence[Plan | None] | None = None,
     *,
     system: str | None = None,
+    rendered: bool = False,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
@@ -44,6 +45,7 @@ def complete(
         prompts: texts or chat message lists.
         plans: one plan for all prompts, or one per prompt (None: unsteered), or None.
         system: a system prompt put before every prompt.
+        rendered: the prompts hold the chat template's markup already and are taken as they are.
         max_new_tokens: where a completion ends if no end-of-sequence token comes first.
         batch_size: prompts that are generated together; those of similar length are.
         progress: show a progress bar on stderr.
@@ -56,7 +58,7 @@ def complete(
         ValueError: no prompts, another number of plans than prompts, `max_new_tokens` or `batch_size` below 1, a model
             in training mode.
     """
-    encoded = encode(tokenizer, prompts, system)
+    encoded = encode(tokenizer, prompts, system, rendered=rendered)
     per_prompt = [plans] * len(encoded) if plans is None or isinstance(plans, Plan) else list(plans)
     if len(per_prompt) != len(encoded):
         raise ValueError(

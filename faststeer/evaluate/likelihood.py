@@ -21,6 +21,7 @@ from faststeer.hf.batching import (
     progress_bar,
     rounds,
 )
+from faststeer.hf.encoding import encode_texts
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
@@ -113,4 +114,4 @@ def score_rows(model: Any, rows: Sequence[Row], **options: Any) -> list[Scored]:
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of what is said after a prompt, without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_texts(tokenizer, [text], begin=False)[0]

@@ -14,6 +14,7 @@ from typing import Any
 from faststeer.engine import Engine
 from faststeer.evaluate.likelihood import Row, score_rows
 from faststeer.hf.batching import check_evaluating, padding_id
+from faststeer.hf.encoding import End, apply_template, encode_texts
 from faststeer.plan import Plan
 
 try:
@@ -67,18 +68,14 @@ class SteeredLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        end: End = "prompt" if add_generation_prompt else "begun"
+        return apply_template(self.tokenizer, chat_history, end, "a prompt of lm-eval")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         begin = self.tokenizer.bos_token
         # A chat template has written the begin-of-sequence token already.
         add = (begin is None or not string.startswith(begin)) if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=add)["input_ids"])
+        return encode_texts(self.tokenizer, [string], begin=add)[0]
 
     def _loglikelihood_tokens(
         self,

@@ -13,8 +13,9 @@ from typing import Any
 
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.likelihood import Row, Within, answer_ids, score_rows
-from faststeer.files import UNREADABLE, FormatError, read_json
+from faststeer.files import UNREADABLE, FormatError, read_json, read_text
 from faststeer.hf.batching import encode, padding_id
+from faststeer.hf.encoding import encode_texts
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
@@ -72,10 +73,7 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no questions at {path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is no UTF-8 text: {error}") from error
+    lines = read_text(path).splitlines()
     questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise FormatError(f"{path} holds no questions: expected one JSON object per line")
@@ -133,7 +131,7 @@ def multiple_choice(
     listed = [plans] if plans is None or isinstance(plans, Plan) else list(plans)
     texts = [question.question for question in questions]
     if chat:
-        contexts = encode(tokenizer, texts, system)
+        contexts = encode(tokenizer, texts, system, what="questions")
         choices = [[answer_ids(tokenizer, separator + c) for c in question.choices] for question in questions]
         rows = [
             Row(context, choice, plan)
@@ -155,9 +153,8 @@ def plain_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[in
     the tokens it has in running text; white space at the seam belongs to the continuation."""
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
-    whole = list(tokenizer(bare + continuation)["input_ids"])
-    n = len(tokenizer(bare)["input_ids"])
-    return whole[:n], whole[n:]
+    whole, before = encode_texts(tokenizer, [bare + continuation, bare])
+    return whole[: len(before)], whole[len(before) :]
 
 
 def _accuracy(questions: Sequence[Question], totals: Sequence[Sequence[float]]) -> Accuracy:

@@ -20,6 +20,7 @@ from faststeer.hf.batching import (
     padding_id,
     render,
 )
+from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
 
 REFUSAL_PHRASES = (
@@ -97,16 +98,12 @@ def refusal_tokens(
 
 
 def _first_token(tokenizer: Any, text: str) -> int | None:
-    bare = not getattr(tokenizer, "chat_template", None)
     prompt = render(tokenizer, ["Hello"])[0]
-    before, after = (tokenizer(whole, add_special_tokens=bare)["input_ids"] for whole in (prompt, prompt + text))
+    before, after = encode(tokenizer, [prompt, prompt + text], rendered=True)
     # A tokenizer that merges the phrase with the prompt's end says nothing about an answer, which starts with a token
     # of its own.
-    answer = (
-        after[len(before) :]
-        if after[: len(before)] == before
-        else tokenizer(text, add_special_tokens=False)["input_ids"]
-    )
+    apart = after[: len(before)] == before
+    answer = after[len(before) :] if apart else encode_texts(tokenizer, [text], begin=False)[0]
     return answer[0] if answer and tokenizer.decode(answer[:1]).strip() else None
 
 

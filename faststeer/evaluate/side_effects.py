@@ -19,6 +19,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging.words import refuses
 from faststeer.evaluate.likelihood import Row, continuation_logits
 from faststeer.hf.batching import Prompt, padding_id
+from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
 
 # Plain sentences about nothing in particular, for models and behaviours of any kind.
@@ -128,7 +129,7 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         ValueError: a text with fewer than two tokens.
     """
-    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
+    encoded = encode_texts(tokenizer, texts)
     begin = tokenizer.bos_token_id
     for i, ids in enumerate(encoded):
         if begin is not None and ids[:1] != [begin]:

@@ -10,6 +10,7 @@ from faststeer.extract.dim import Candidates
 from faststeer.extract.pairs import Pair, check_pairs
 from faststeer.extract.reading import SIDES, read_batches, side_means
 from faststeer.hf.batching import check_evaluating, encode, model_name
+from faststeer.hf.encoding import encode_texts
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 
@@ -74,10 +75,10 @@ def answer_rows(tokenizer: Any, pairs: Sequence[Pair], system: str | None = None
     pairs = check_pairs(pairs, rejected=True)
     if len(pairs) < 2:
         raise ValueError("pairs has 1 pair: a contrast needs at least two, or the direction is that of one prompt")
-    prompts = encode(tokenizer, [pair.prompt for pair in pairs], system)
+    prompts = encode(tokenizer, [pair.prompt for pair in pairs], system, what="prompts of pairs")
     rows: dict[str, list[list[int]]] = {side: [] for side in SIDES}
     for number, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
-        both = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (pair.positive, pair.negative)]
+        both = encode_texts(tokenizer, [str(pair.positive), str(pair.negative)], begin=False)
         place = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), None)
         if place is None:
             raise ValueError(

@@ -361,8 +361,8 @@ def contrast(
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
-    sets = check_contrast(tokenizer, positive, negative, paired=paired)
-    rows = {side: encode(tokenizer, prompts, system) for side, prompts in sets.items()}
+    sets = check_contrast(positive, negative, paired=paired)
+    rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
     check_lengths(rows, positions)
     adding = _Sums(rows, paired, covariance, keep)
     for batch in read_batches(

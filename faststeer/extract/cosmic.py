@@ -18,7 +18,6 @@ from faststeer.hf.batching import (
     Prompt,
     batches,
     check_evaluating,
-    check_prompts,
     encode,
     forecast,
     forward_arguments,
@@ -129,7 +128,7 @@ def select_cosmic(
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
     sides = [
-        encode(tokenizer, check_prompts(prompts, name), system)
+        encode(tokenizer, prompts, system, what=name)
         for prompts, name in ((positive, "positive"), (negative, "negative"))
     ]
     settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}

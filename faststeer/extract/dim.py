@@ -216,8 +216,8 @@ def candidates(
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
-    sets = check_contrast(tokenizer, positive, negative)
-    rows = {side: encode(tokenizer, prompts, system) for side, prompts in sets.items()}
+    sets = check_contrast(positive, negative)
+    rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
     check_lengths(rows, positions)
     batches = read_batches(model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress)
     means = side_means(batches, rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from faststeer.hf.batching import Prompt, encode, prompt_fault
+from faststeer.hf.encoding import apply_template, encode_texts, special_ids
 
 PLACEHOLDER = "faststeer"
 
@@ -99,17 +100,12 @@ def turn_end(tokenizer: Any) -> list[int]:
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt, answer = "Hello", {"role": "assistant", "content": PLACEHOLDER}
     chat = [{"role": "user", "content": prompt}, answer]
-    whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
+    whole = apply_template(tokenizer, chat, "closed", "an example of an answer")
     after = whole[whole.rindex(PLACEHOLDER) + len(PLACEHOLDER) :]
-    ids = list(tokenizer(after, add_special_tokens=False)["input_ids"]) if after else []
-    special = _special_ids(tokenizer)
+    ids = encode_texts(tokenizer, [after], begin=False)[0] if after else []
+    special = special_ids(tokenizer)
     end = next((place for place, token in enumerate(ids) if token in special), None)
     return [] if end is None else ids[: end + 1]
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
 def encode_completions(
@@ -127,7 +123,7 @@ def encode_completions(
     """
     ends = turn_end(tokenizer)
     before = encode(tokenizer, prompts, system)
-    after = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    after = encode_texts(tokenizer, completions, begin=False)
     texts = []
     for index, (prompt, completion) in enumerate(zip(before, after, strict=True)):
         if not completion:

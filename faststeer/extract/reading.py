@@ -47,15 +47,14 @@ def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_contrast(
-    tokenizer: Any, positive: Sequence[Prompt], negative: Sequence[Prompt], *, paired: bool = False
+    positive: Sequence[Prompt], negative: Sequence[Prompt], *, paired: bool = False
 ) -> dict[str, list[Prompt]]:
     """Return both sets if a direction between them can mean what they differ in.
 
     Raises:
         ValueError: an empty set, something that is no prompt, fewer than two different prompts a side, a
             prompt on both sides, sides whose chats have different formats (a system prompt on one side only, say: the
-            direction would be that of the format), a prompt that holds tokens of the chat template and so was rendered
-            before; pairs whose sides differ in number.
+            direction would be that of the format), pairs whose sides differ in number.
     """
     sets = {side: check_prompts(prompts, side) for side, prompts in zip(SIDES, (positive, negative), strict=True)}
     for side, prompts in sets.items():
@@ -71,7 +70,6 @@ def check_contrast(
         )
     _check_overlap(sets)
     _check_formats(sets)
-    _check_markup(tokenizer, sets)
     return sets
 
 
@@ -100,20 +98,6 @@ def _check_formats(sets: Mapping[str, list[Prompt]]) -> None:
                 f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} is one: "
                 "the direction would be that of the chat format; give both sides the same roles"
             )
-
-
-def _check_markup(tokenizer: Any, sets: Mapping[str, list[Prompt]]) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        return
-    marks = [mark for mark in tokenizer.get_added_vocab() if len(mark.strip()) > 2]
-    for side, prompts in sets.items():
-        for number, prompt in enumerate(prompts):
-            texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-            if mark := next((mark for mark in marks for text in texts if mark in text), None):
-                raise ValueError(
-                    f"{side}[{number}] holds {mark!r}, a token of the chat format: it was rendered already; give the "
-                    "bare text or a list of messages, the chat template is applied here"
-                )
 
 
 def check_lengths(rows: Rows, positions: Sequence[int]) -> None:

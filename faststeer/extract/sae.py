@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
-from faststeer.files import FormatError, read_json, reading
+from faststeer.file_kinds import expect, kind_of
+from faststeer.files import FormatError, read_json, read_text, reading
 from faststeer.vector import HookPoint, SteeringVector
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HOOK_NAME = re.compile(r"blocks\.(\d{1,6})\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
 UNSCALED = (None, "none")
+BY_HAND = "Expected is hook_name blocks.<layer>.hook_<hook point>, d_in, d_sae and W_dec [d_sae, d_in] in safetensors"
 
 
 def sae_feature(path: str | os.PathLike[str], feature: int) -> SteeringVector:
@@ -29,8 +31,8 @@ def sae_feature(path: str | os.PathLike[str], feature: int) -> SteeringVector:
 
     Args:
         path: a folder with cfg.json and sae_weights.safetensors (or one other .safetensors file), as SAELens saves it;
-            cfg.json with its entries side by side (before version 6) or under "metadata". For a transcoder the place it
-            writes to is taken.
+            cfg.json with its entries side by side (before version 6) or under "metadata", and `hook_point` for
+            `hook_name` (before version 3). For a transcoder the place it writes to is taken.
         feature: row number from 0.
 
     Raises:
@@ -44,7 +46,7 @@ def sae_feature(path: str | os.PathLike[str], feature: int) -> SteeringVector:
     weights = _weights(folder)
     with (
         reading(f"{weights} cannot be used", "download the autoencoder again, or name another feature"),
-        safe_open(weights, framework="pt") as file,
+        _open(weights) as file,
     ):
         if "W_dec" not in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             raise ValueError(f"it holds {', '.join(sorted(file.keys()))}, and no W_dec")
@@ -66,12 +68,18 @@ def sae_feature(path: str | os.PathLike[str], feature: int) -> SteeringVector:
         )
 
 
+def _open(weights: Path) -> Any:
+    expect(weights, "safetensors")
+    return safe_open(weights, framework="pt")
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}: expected a folder as SAELens saves it")
+        raise FileNotFoundError(f"no {CONFIG} in {folder}: expected a folder as SAELens saves it{_what_else(folder)}")
+    text = read_text(path)
     try:
-        config = read_json(path.read_text(encoding="utf-8"))
+        config = read_json(text)
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("metadata", {}), dict):
@@ -79,14 +87,48 @@ def _config(folder: Path) -> dict[str, Any]:
     return config | config.get("metadata", {})
 
 
+def _what_else(folder: Path) -> str:
+    """What lies there instead, and how to come to a vector of it."""
+    if folder.is_file():
+        kind = kind_of(folder)
+        return f"; this is a file{f' ({kind.words})' if kind else ''}: name the folder it lies in"
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".npz", ".pt", ".safetensors"))
+    if not others:
+        return ""
+    return (
+        f"; {others[0]} may hold another project's autoencoder, which does not say where it belongs: take the row of "
+        f"its decoder yourself, and make SteeringVector({{layer: row}}, at=...). {BY_HAND}"
+    )
+
+
 def _place(config: dict[str, Any], folder: Path) -> tuple[HookPoint, int]:
-    name = config.get("hook_name_out") or config.get("hook_name")
-    found = HOOK_NAME.fullmatch(name) if isinstance(name, str) else None
-    if found is None or config.get("hook_head_index") is not None:
-        head = "" if config.get("hook_head_index") is None else f", head {config['hook_head_index']}"
+    """Hook point and layer. SAELens before version 3 says hook_point and hook_point_layer, the layer's number perhaps
+    only in the latter: `blocks.{layer}.hook_resid_pre`."""
+    path = folder / CONFIG
+    said = {key: config[key] for key in ("hook_name", "hook_point") if config.get(key) is not None}
+    layers = {key: config[key] for key in ("hook_layer", "hook_point_layer") if config.get(key) is not None}
+    heads = {key: config[key] for key in ("hook_head_index", "hook_point_head_index") if config.get(key) is not None}
+    name = config.get("hook_name_out") or next(iter(said.values()), None)
+    if name is None:
         raise FormatError(
-            f"{folder / CONFIG} names the hook {name!r}{head}, which is no hook point of the residual stream: expected "
+            f"{path} does not say at which hook the autoencoder was trained (hook_name, or hook_point in older files), "
+            f"so its layer and hook point are not known: write hook_name into it. {BY_HAND}"
+        )
+    layer = next(iter(layers.values()), None)
+    if isinstance(name, str) and "{layer}" in name and type(layer) is int:
+        name = name.replace("{layer}", str(layer))
+    found = HOOK_NAME.fullmatch(name) if isinstance(name, str) else None
+    if found is None or heads:
+        head = f", head {next(iter(heads.values()))}" if heads else ""
+        raise FormatError(
+            f"{path} names the hook {name!r}{head}, which is no hook point of the residual stream: expected "
             "blocks.<layer>.hook_ and resid_pre, resid_mid, resid_post, attn_out or mlp_out"
+        )
+    names = {str(value).replace("{layer}", str(layer)) for value in said.values()}
+    numbers = {int(found[1]), *layers.values()} if not config.get("hook_name_out") else {int(found[1])}
+    if len(names) > 1 or len(numbers) > 1:
+        raise FormatError(
+            f"{path} contradicts itself ({said | layers}): write the hook that the autoencoder was trained on into it"
         )
     return found[2], int(found[1])  # type: ignore[return-value]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import model_name
 from faststeer.hf.changes import Changes, changing
+from faststeer.hf.encoding import encode_texts
 from faststeer.hf.hook_points import first_output, first_tensor, quiet, run_four_tokens
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -177,7 +178,7 @@ def _ids(tokenizer: Any, tokens: Tokens, vocabulary: int, what: str) -> list[int
     ids: list[int] = []
     for token in tokens:
         if isinstance(token, str):
-            found = tokenizer(token, add_special_tokens=False)["input_ids"]
+            found = encode_texts(tokenizer, [token], begin=False)[0]
             if len(found) != 1:
                 pieces = ", ".join(repr(tokenizer.decode([i])) for i in found)
                 raise ValueError(

@@ -31,6 +31,7 @@ class Said:
         position: which token of several (refusal_direction's mean_diffs), counted from the prompt's end (-1: the last).
         op: what the direction is meant for.
         model: name of the model it was found in.
+        scale: whether the directions' lengths mean something ("raw"), or are 1 ("unit").
 
     Raises:
         ValueError: an unknown format, hook point or op, a negative layer, a position that is not negative.
@@ -42,6 +43,7 @@ class Said:
     position: int | None = None
     op: str | None = None
     model: str | None = None
+    scale: Literal["raw", "unit"] | None = None
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
@@ -50,6 +52,8 @@ class Said:
             check_hook_point(self.at)
         if self.op is not None and self.op not in OPS:
             raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}")
+        if self.scale not in (None, "raw", "unit"):
+            raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
         for name, value, fits in (("layer", self.layer, _from_zero), ("position", self.position, _from_the_end)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not fits(value)):
                 counted = "counted from 0" if name == "layer" else "negative: -1 is the prompt's last token"
@@ -102,3 +106,26 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
         return SteeringVector(kept, provenance=provenance, **fields)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{what} is not a valid steering vector: {error}") from error
+
+
+def as_said(directions: dict[int, Tensor], what: str, said: Said, provenance: Mapping[str, Any]) -> SteeringVector:
+    """Directions by layer, of a tool that is not known: the hook point is the caller's to say."""
+    if said.format is not None:
+        raise FormatError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
+    said.unused(what, "position")
+    at = said.needed("at", what, f"holds directions for {len(directions)} layers and does not say at which hook point")
+    if said.layer is not None:
+        if said.layer not in directions:
+            raise FormatError(f"{what} has no direction for layer={said.layer}")
+        directions = {said.layer: directions[said.layer]}
+    return built(what, directions, at=at, op=said.op, model=said.model, provenance=provenance)
+
+
+def single(direction: Tensor, what: str, said: Said, provenance: Mapping[str, Any]) -> SteeringVector:
+    """One direction, of a tool that is not known: hook point and layer are the caller's to say."""
+    if said.format is not None:
+        raise FormatError(f"{what} holds one direction: no file of {said.format}")
+    said.unused(what, "position")
+    if said.at is None or said.layer is None:
+        raise FormatError(f"{what} is one direction and does not say where it belongs: say layer= and at=")
+    return built(what, {said.layer: direction}, at=said.at, op=said.op, model=said.model, provenance=provenance)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from faststeer.file_kinds import kind_of
 from faststeer.files import FormatError, write_atomically
-from faststeer.formats import control_vectors, torch_files
+from faststeer.formats import arrays, control_vectors, torch_files
 from faststeer.formats.conventions import Said
 from faststeer.sparse import SparseVector, is_sparse_file
 from faststeer.vector import SteeringVector
@@ -25,14 +27,15 @@ def load(
     position: int | None = None,
     op: str | None = None,
     model: str | None = None,
+    scale: str | None = None,
 ) -> SteeringVector:
     """Read a steering vector of this or another project (docs/vectors.md has the table).
 
     Args:
         path: the file; its content says what it is, its name is looked at only where CAA and refusal_direction keep the
             layer there.
-        format, at, layer, position, op, model: what the file does not say, see `faststeer.formats.Said`. What it does
-            say may be repeated, not contradicted.
+        format, at, layer, position, op, model, scale: what the file does not say, see `faststeer.formats.Said`. What
+            it does say may be repeated, not contradicted.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +43,7 @@ def load(
         ImportError: a GGUF file, and the gguf library is not installed.
     """
     path = Path(path)
-    said = Said(format, at, layer, position, op, model)  # type: ignore[arg-type]
+    said = Said(format, at, layer, position, op, model, scale)  # type: ignore[arg-type]
     if not path.is_file():
         raise FileNotFoundError(f"no steering vector at {path}: no such file")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -58,22 +61,33 @@ def from_bytes(
     """Read a file's content; `what` names it in errors, `path` is where it lay."""
     said = said or Said()
     kind = kind_of(data)
-    if kind == "gguf":
+    form = kind.name if kind is not None else "safetensors"  # what is no known kind is left for safetensors to refuse
+    if form == "gguf":
         _only(said, what, "gguf")
         return control_vectors.read(data, what, said)
-    if kind == "torch":
+    if form == "torch":
         if said.format in ("faststeer", "gguf"):
             raise FormatError(f"{what} was written by torch.save: it is no {said.format} file")
-        return torch_files.read(data, what, said, path)
+        return _scaled(torch_files.read(data, what, said, path), what, said)
+    if form in NUMBERS:
+        return _scaled(NUMBERS[form](data, what, said), what, said)
+    if kind is not None and form != "safetensors":
+        raise FormatError(f"{what} is {kind.words}, and no steering vector: {kind.remedy}")
     _only(said, what, "faststeer")
     return _ours(data, what, said)
 
 
-def kind_of(data: bytes) -> Literal["gguf", "torch", "safetensors"]:
-    """What a file is by its first bytes; what is nothing known is left for safetensors to refuse."""
-    if data.startswith(control_vectors.MAGIC):
-        return "gguf"
-    return "torch" if data.startswith((torch_files.ZIP, torch_files.LEGACY)) else "safetensors"
+NUMBERS = {"npy": arrays.read_npy, "npz": arrays.read_npz, "json": arrays.read_json_vector}
+
+
+def _scaled(vector: SteeringVector, what: str, said: Said) -> SteeringVector:
+    """A vector whose file says nothing of its scale, at that which the caller says."""
+    if said.scale in (None, vector.scale):
+        return vector
+    for layer, direction in vector.directions.items():
+        if abs((length := float(direction.double().norm())) - 1) > 1e-2:
+            raise FormatError(f"{what}: the direction of layer {layer} has length {length:.3g}: leave scale='unit' out")
+    return replace(vector, scale=said.scale)
 
 
 def _only(said: Said, what: str, found: str) -> None:
@@ -86,6 +100,7 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
     vector = SparseVector.from_bytes(data, what).dense() if sparse else SteeringVector.from_bytes(data, what)
     said.unused(what, "position")
     said.known("at", vector.at, what)
+    said.known("scale", vector.scale, what)
     for name in ("op", "model"):
         if getattr(vector, name) is not None:
             said.known(name, getattr(vector, name), what)
@@ -117,7 +132,9 @@ def save(
     """
     path, data = Path(path), to_bytes(vector, str(path), format, model_hint)
     write_atomically(path, data)
-    if kind_of(data) == "safetensors":  # the other may read back at another hook point: no plan is to name it
+    if not data.startswith(
+        control_vectors.MAGIC
+    ):  # the other may read back at another hook point: no plan is to name it
         vector.belongs_to(path, data)
     return path
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.files import FormatError, read_json
-from faststeer.formats.conventions import Said, built
+from faststeer.files import FormatError, read_json, read_text
+from faststeer.formats.conventions import Said, as_said, built
 from faststeer.vector import MAX_LAYERS, SteeringVector
 
 ZIP = b"PK\x03\x04"
@@ -55,11 +55,11 @@ def read(data: bytes, what: str, said: Said, path: Path | None = None) -> Steeri
         if tensor.ndim == 3:
             return _mean_diffs(tensor, what, said)
         if tensor.ndim == 2:
-            return _as_said(dict(enumerate(tensor)), what, said)
+            return as_said(dict(enumerate(tensor)), what, said, {"format": "torch"})
         shape = list(tensor.shape)
         raise FormatError(f"{what} holds a tensor of shape {shape}: expected [hidden] or [layers, hidden]")
     if isinstance(content, Mapping) and content:
-        return _as_said(_per_layer(content, what, len(data)), what, said)
+        return as_said(_per_layer(content, what, len(data)), what, said, {"format": "torch"})
     raise FormatError(
         f"{what} holds a {type(content).__name__}: expected a tensor, {{layer: tensor}} or a SteeringVector of "
         "steering-vectors"
@@ -168,9 +168,11 @@ def _metadata_beside(path: Path | None) -> dict[str, int] | None:
     """Layer and position in refusal_direction's `direction_metadata.json`, if that is what lies beside the file."""
     if path is None or path.name != "direction.pt":
         return None
+    beside = path.parent / "direction_metadata.json"
+    text = read_text(beside) if beside.is_file() else ""
     try:
-        content = read_json((path.parent / "direction_metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(text)
+    except ValueError:
         return None
     if not isinstance(content, dict) or set(content) != {"pos", "layer"}:
         return None
@@ -197,16 +199,3 @@ def _mean_diffs(tensor: Tensor, what: str, said: Said) -> SteeringVector:
         directions = {said.layer: directions[said.layer]}
     provenance = {"format": "refusal_direction", "position": position}
     return built(what, directions, at=at, op=said.op, model=said.model, method="dim", provenance=provenance)
-
-
-def _as_said(directions: dict[int, Tensor], what: str, said: Said) -> SteeringVector:
-    """Directions per layer, of a tool that is not known: the hook point is the caller's to say."""
-    if said.format is not None:
-        raise FormatError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
-    said.unused(what, "position")
-    at = said.needed("at", what, f"holds directions for {len(directions)} layers and does not say at which hook point")
-    if said.layer is not None:
-        if said.layer not in directions:
-            raise FormatError(f"{what} has no direction for layer={said.layer}")
-        directions = {said.layer: directions[said.layer]}
-    return built(what, directions, at=at, op=said.op, model=said.model, provenance={"format": "torch"})

@@ -15,11 +15,18 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from faststeer.hf.encoding import (
+    apply_template,
+    check_markup,
+    check_tokenizer,
+    encode_rendered,
+    encode_texts,
+    has_template,
+)
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
@@ -57,7 +64,9 @@ def prompt_fault(prompt: object) -> str | None:
     return None
 
 
-def render(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None) -> list[str]:
+def render(
+    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, *, what: str | Sequence[str] = "prompts"
+) -> list[str]:
     """Return each prompt as the text the model continues.
 
     A text becomes one user message; the tokenizer's chat template is applied with its generation prompt. A chat that
@@ -67,63 +76,85 @@ def render(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None)
     Args:
         prompts: texts or chat message lists.
         system: a system prompt put before every prompt.
+        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
         ValueError: no prompts, something that is no prompt, a second system prompt, a chat that the template (or its
-            absence) does not allow.
+            absence) does not allow; a template that drops or changes a message's text (white space around it, and
+            earlier answers' thinking, may go); a message that holds the template's own marks or special tokens, so that
+            it was rendered before, or would end a message and begin another.
     """
-    prompts = check_prompts(prompts)
+    check_tokenizer(tokenizer)
+    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
+    names = _names(what, len(prompts))
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    templated = has_template(tokenizer)
     for index, chat in enumerate(chats):
         if system is not None and chat[0]["role"] == "system":
             raise ValueError(
-                f"prompts[{index}] has a system message of its own, and system= gives another: leave one of them out"
+                f"{names[index]} has a system message of its own, and system= gives another: leave one of them out"
             )
-        if not has_template and (system is not None or len(chat) > 1):
+        if not templated and (system is not None or len(chat) > 1):
             raise ValueError(
-                f"prompts[{index}]: the tokenizer has no chat template, so it takes one text without a system prompt; "
+                f"{names[index]}: the tokenizer has no chat template, so it takes one text without a system prompt; "
                 "write the whole prompt as text"
             )
-    if not has_template:
+    if not templated:
         return [chat[0]["content"] for chat in chats]
     head = [] if system is None else [{"role": "system", "content": system}]
-    return [_apply_template(tokenizer, head + chat, index) for index, chat in enumerate(chats)]
+    check_markup(tokenizer, [head, *chats], ["system", *names])
+    return [
+        apply_template(tokenizer, [*head, *chat], "begun" if chat[-1]["role"] == "assistant" else "prompt", name)
+        for name, chat in zip(names, chats, strict=True)
+    ]
 
 
-def _apply_template(tokenizer: Any, chat: list[dict[str, str]], index: int) -> str:
-    begun = chat[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in chat)
-        raise ValueError(
-            f"prompts[{index}]: the tokenizer's chat template refuses messages by {roles} ({error}): "
-            "give only roles it knows, in an order it allows"
-        ) from error
-
-
-def encode(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None) -> list[list[int]]:
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    *,
+    rendered: bool = False,
+    what: str | Sequence[str] = "prompts",
+) -> list[list[int]]:
     """Return the token ids of each prompt as `render` writes it, with exactly the special tokens the model expects.
 
-    A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets the tokenizer's,
-    but never twice.
+    A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets what the
+    tokenizer puts in front, but never twice, and nothing that it appends: an answer begins where the prompt ends.
+
+    Args:
+        rendered: the prompts are texts that hold the chat template's markup already, and are taken as they are.
+        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
-        ValueError: as `render`, or a prompt that has no tokens.
+        ValueError: as `render`, or a prompt that has no tokens; with `rendered`, a chat or a system prompt.
     """
-    texts = render(tokenizer, prompts, system)
-    bare = not getattr(tokenizer, "chat_template", None)
-    encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=bare)["input_ids"]]
-    begin = tokenizer.bos_token_id
-    for index, ids in enumerate(encoded):
-        if begin is not None and ids[:2] == [begin, begin]:
-            del ids[0]
+    texts = _rendered(prompts, system, what) if rendered else render(tokenizer, prompts, system, what=what)
+    if has_template(tokenizer):
+        encoded = encode_rendered(tokenizer, texts, by_hand=rendered)
+    else:
+        encoded = encode_texts(tokenizer, texts)
+    for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
         if not ids:
-            raise ValueError(f"prompts[{index}] {texts[index]!r} has no tokens: expected at least one")
+            raise ValueError(f"{name} {text!r} has no tokens: expected at least one")
     return encoded
+
+
+def _names(what: str | Sequence[str], n: int) -> list[str]:
+    return [f"{what}[{index}]" for index in range(n)] if isinstance(what, str) else list(what)
+
+
+def _rendered(prompts: Sequence[Prompt], system: str | None, what: str | Sequence[str]) -> list[str]:
+    if system is not None:
+        raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
+    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        name = next(
+            n for n, prompt in zip(_names(what, len(prompts)), prompts, strict=True) if not isinstance(prompt, str)
+        )
+        raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
+    return texts
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -139,14 +170,18 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str =
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, device: torch.device | str = "cpu"
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    rendered: bool = False,
 ) -> dict[str, Tensor]:
     """Return the prompts as one batch padded on the left: `input_ids`, `attention_mask`, `position_ids` `[batch, seq]`.
 
-    Raises:
-        ValueError: as `render`.
+    Args and errors as `encode`.
     """
-    return pad(encode(tokenizer, prompts, system), padding_id(tokenizer), device)
+    return pad(encode(tokenizer, prompts, system, rendered=rendered), padding_id(tokenizer), device)
 
 
 def padding_id(tokenizer: Any) -> int:

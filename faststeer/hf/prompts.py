@@ -16,7 +16,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from faststeer.files import FormatError, read_json
+from faststeer.file_kinds import kind_of
+from faststeer.files import FormatError, read_json, read_text
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 
 TEXT_FIELDS = ("prompt", "instruction", "text", "goal", "question", "behavior", "query", "forbidden_prompt")
@@ -134,17 +135,12 @@ DISSIMILAR = (
 
 def _read(path: Path) -> str:
     if path.suffix != ".json" and path.suffix not in _READERS:
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}")
+        kind = kind_of(path) if path.is_file() else None
+        more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}{more}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}: {'a folder' if path.is_dir() else 'no such file'}")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise FormatError(
-            f"{path}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is no UTF-8; save the file as UTF-8"
-        ) from error
+    text = read_text(path)
     if not text.strip():
         raise FormatError(f"{path} is empty: expected at least one prompt")
     return text

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from faststeer.hf.batching import Prompt, encode, pad
+from faststeer.hf.encoding import encode_texts
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def rows(
 
 def _ids(tokenizer: Any, completion: str | Sequence[int]) -> list[int]:
     if isinstance(completion, str):
-        return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        return encode_texts(tokenizer, [completion], begin=False)[0]
     return [int(token) for token in completion]
 
 

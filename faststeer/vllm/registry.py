@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+from faststeer.file_kinds import expect
 from faststeer.files import reading
 from faststeer.plan import Plan
 from faststeer.sparse import FORMAT as SPARSE
@@ -249,6 +250,7 @@ def read_vector(data: bytes, what: str = "the data", most: int | None = None) ->
     """A vector of a safetensors file's content (ValueError: damaged, another kind of file, or, where `most` is said, a
     sparse vector that would have more values than these when it is dense)."""
     with reading(f"{what} is no safetensors file, and a server reads nothing else", "faststeer convert makes one"):
+        expect(data, "safetensors")
         format = file_words(data).get("format")
     if format != SPARSE:
         return SteeringVector.from_bytes(data, what)
@@ -265,6 +267,7 @@ def _vector(data: bytes, path: Path) -> SteeringVector:
 
 
 def _text(data: bytes, path: Path) -> str:
+    expect(data, "json", "empty")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from faststeer import SteeringVector
 from faststeer.extract import Candidates, candidates, dim, random_like
 from faststeer.hf.batching import encode
+from faststeer.hf.prompts import post_instruction_positions
 
 POSITIVE, NEGATIVE = tiny_chat.HARMFUL, tiny_chat.HARMLESS[:4]
 TOKENIZER = tiny_chat.bpe_tokenizer()
@@ -168,7 +170,7 @@ class NoForward:
             POSITIVE,
             ["ok", "<|im_start|>user\nHi<|im_end|>"],
             {},
-            r"negative\[1\] holds '<\|im_.*' *, a token of the chat",
+            r"negative\[1\] holds '<\|im_.*', which the model's chat format is made of",
         ),
     ],
 )
@@ -177,10 +179,12 @@ def test_bad_input_is_refused_before_any_forward_pass(positive, negative, option
         candidates(NoForward(), TOKENIZER, positive, negative, **options)
 
 
-def test_sets_that_the_model_cannot_tell_apart_have_no_direction():
-    tokenizer = tiny_chat.bpe_tokenizer("{{ bos_token }}same for all")
+def test_sets_that_the_model_cannot_tell_apart_have_no_direction(monkeypatch):
+    same = list(range(3, 3 + len(post_instruction_positions(TOKENIZER))))  # every prompt's tokens
+    module = sys.modules["faststeer.extract.dim"]
+    monkeypatch.setattr(module, "encode", lambda tokenizer, prompts, *args, **options: [same] * len(prompts))
     with pytest.raises(ValueError, match="same mean at any layer"):
-        dim(MODEL, tokenizer, POSITIVE, NEGATIVE)
+        dim(MODEL, TOKENIZER, POSITIVE, NEGATIVE, batch_size=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -37,7 +37,7 @@ def test_old_layout_beside_new_layout(tmp_path):
 
 @pytest.mark.parametrize("hook", ["resid_pre", "resid_mid", "attn_out", "mlp_out"])
 def test_hook_points(tmp_path, hook):
-    vector = sae_feature(folder(tmp_path / "a", OLD | {"hook_name": f"blocks.0.hook_{hook}"}), 0)
+    vector = sae_feature(folder(tmp_path / "a", OLD | {"hook_name": f"blocks.0.hook_{hook}", "hook_layer": 0}), 0)
     assert (vector.at, vector.layers) == (hook, (0,))
 
 
@@ -57,7 +57,7 @@ def test_rows_in_units_of_their_own_keep_their_direction_only(tmp_path):
     [
         (OLD | {"hook_name": "blocks.3.attn.hook_z"}, None, 0, "no hook point of the residual stream"),
         (OLD | {"hook_head_index": 2}, None, 0, "head 2, which is no hook point"),
-        ({"d_in": 4}, None, 0, "names the hook None"),
+        ({"d_in": 4}, None, 0, "does not say at which hook"),
         ("{", None, 0, "no valid JSON"),
         ("[]", None, 0, "holds no configuration"),
         (OLD, None, 6, r"no feature 6: it has features 0\.\.5"),

@@ -108,7 +108,8 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
         ("a.csv", 'id,prompt\n1,"two\nlines"\n2,"open\n', r"line \d: no CSV"),
         ("a.csv", 'id,prompt\n1,"two\nlines"\n2,\n', "line 4, column 'prompt' is blank"),
         ("a.txt", b"fine\ncaf\xe9\n", "line 2: byte 8 .0xe9. is no UTF-8"),
-        ("a.json", '["a"]'.encode("utf-16"), "line 1: byte 0 .0xff. is no UTF-8"),
+        ("a.json", '["a"]'.encode("utf-16"), "it is text in UTF-16"),
+        ("a.json", b'[\n"\xe9"]', "line 2: byte 3 .0xe9. is no UTF-8"),
         ("a.parquet", "x", r"ends in '.parquet': expected one of .json, .jsonl, .csv, .tsv, .txt"),
     ],
 )

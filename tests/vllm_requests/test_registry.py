@@ -158,7 +158,7 @@ class TestFolder:
             Registry(folder, max_file_bytes=1000).vector_file(path)
 
     def test_a_plan_that_is_no_text(self, folder):
-        (folder / "p.json").write_bytes(b"\xff\xfe")
+        (folder / "p.json").write_bytes(b"\xe9\xff")
         with pytest.raises(ValueError, match=r"'p.json': it is no UTF-8 text"):
             Registry(folder).plan("p")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from faststeer.evaluate.judging.interface import Verdict
-from faststeer.files import FormatError, read_json, reading
+from faststeer.files import FormatError, read_json, read_text, reading
 
 PLACE = re.compile(r"\{(\w+)\}")
 
@@ -218,7 +218,7 @@ def read_format(name: str, template: str | os.PathLike[str] | None = None) -> Ju
     if not path.is_file():
         raise FileNotFoundError(f"no judge template at {path}: no such file")
     with reading(f"{path} is no judge's template", "expected UTF-8 text, or a JSON list of texts"):
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         texts = read_json(text) if path.suffix == ".json" else [text]
     if not isinstance(texts, list) or len(texts) != len(chosen.questions):
         raise FormatError(f"{path}: {name!r} asks {len(chosen.questions)} questions: give a JSON list of as many texts")

@@ -23,6 +23,7 @@ from faststeer.hf.batching import (
     next_token_logits,
     padding_id,
 )
+from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
 from faststeer.hf.loading import load as load_model
 from faststeer.plan import Plan
 
@@ -211,28 +212,43 @@ class LanguageModelJudge:
         return f"model/1 {fingerprint(self._model)} {self.form!r} {self._concept!r} {self._system!r} {template!r}"
 
     def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str | list[int]]:
-        """What the judging model reads, as token ids: all questions about the first answer, then about the second."""
+        """What the judging model reads, as token ids: all questions about the first answer, then about the second. None
+        ([]) for one that holds marks of the judging model's chat format."""
+        # A question that was written with the model's own marks is taken as it stands.
+        by_hand = self._markup([[{"role": "user", "content": q.text or ""}] for q in self.form.questions])
+        told = [(last_user_text(prompt), completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        marked = self._markup([[{"role": "user", "content": text} for text in texts] for texts in told])
         asked: list[str | list[int]] = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            values = {"prompt": last_user_text(prompt), "completion": completion, "concept": self._concept or ""}
-            for question in self.form.questions:
-                asked.append(
-                    self._dialogue(prompt, completion) if question.text is None else fill(question.text, values)
-                )
-        texts = [i for i, ask in enumerate(asked) if isinstance(ask, str)]
-        if texts:
-            encoded = encode(self._tokenizer, [asked[i] for i in texts], self._system)  # type: ignore[misc]
-            for i, ids in zip(texts, encoded, strict=True):
+        groups: dict[bool, list[int]] = {}  # of questions that are texts: by whether they hold the marks already
+        for prompt, texts, mark in zip(prompts, told, marked, strict=True):
+            values = {"prompt": texts[0], "completion": texts[1], "concept": self._concept or ""}
+            for question, rendered in zip(self.form.questions, by_hand, strict=True):
+                if mark:
+                    asked.append([])
+                elif question.text is None:
+                    asked.append(self._dialogue(prompt, texts[1]))
+                else:
+                    groups.setdefault(rendered is not None, []).append(len(asked))
+                    asked.append(fill(question.text, values))
+        for rendered, places in groups.items():
+            questions: list[Prompt] = [str(asked[i]) for i in places]
+            encoded = encode(self._tokenizer, questions, self._system, rendered=rendered)
+            for i, ids in zip(places, encoded, strict=True):
                 asked[i] = ids
         return asked
+
+    def _markup(self, chats: list[list[dict[str, str]]]) -> list[str | None]:
+        return markup_in(self._tokenizer, chats) if has_template(self._tokenizer) else [None] * len(chats)
 
     def _dialogue(self, prompt: Prompt, completion: str) -> list[int]:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         # Guards know users and assistants; an instruction to the judged model is not theirs to follow.
         chat = [message for message in chat if message["role"] != "system"]
         chat.append({"role": "assistant", "content": completion})
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self._markup([chat])[0]:
+            return []
+        text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
+        return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
@@ -246,8 +262,9 @@ class LanguageModelJudge:
         room = self.form.max_new_tokens
         longest = max(map(len, asked)) + room
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or longest
-        # What leaves no room for a verdict cannot be judged by this model: a parse failure, counted as all are.
-        fits = [i for i, ids in enumerate(asked) if len(ids) + room <= positions]
+        # What leaves no room for a verdict, or holds marks of the judge's own chat format, with which an answer could
+        # speak in the judge's place, cannot be judged by this model: a parse failure, counted as all are.
+        fits = [i for i, ids in enumerate(asked) if ids and len(ids) + room <= positions]
         written = [""] * len(asked)
         if fits:
             engine = self._engine_of(min(longest, positions))

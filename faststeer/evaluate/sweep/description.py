@@ -21,7 +21,7 @@ from faststeer.algebra import random_like
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
-from faststeer.files import UNREADABLE, read_json
+from faststeer.files import UNREADABLE, read_json, read_text
 from faststeer.hf.batching import Prompt, prompt_fault
 from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
@@ -485,10 +485,7 @@ class _Reader:
         return self._named(SteeringVector.load, "vectors", value)
 
     def _plans(self, value: Any) -> Any:
-        def load(path: Path) -> Plan:
-            return Plan.from_json(path.read_text(encoding="utf-8"), folder=path.parent)
-
-        return self._named(load, "plans", value)
+        return self._named(Plan.load, "plans", value)
 
     def _questions(self, value: Any) -> Any:
         return self._load(load_questions, value, ("questions",)) if value else ()
@@ -578,7 +575,7 @@ def _file_prompts(path: Path, field: str | None, start: int) -> list[SweepPrompt
     listed = load_prompts(path, field=field)
     ids, tags = [str(start + i) for i in range(len(listed))], [""] * len(listed)
     if path.suffix == ".jsonl":
-        objects = [read_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        objects = [read_json(line) for line in read_text(path).splitlines() if line.strip()]
         first: dict[str, int] = {}
         for i, item in enumerate(objects):
             if isinstance(item, dict):

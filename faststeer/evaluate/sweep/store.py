@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from faststeer.evaluate.sweep.projections import packed, unpacked
+from faststeer.file_kinds import expect
 from faststeer.files import FormatError, read_json, reading, writing
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -106,8 +107,10 @@ class Store:
         self.path = Path(path)
         if not create and not self.path.is_file():
             raise FileNotFoundError(f"no store at {self.path}: no such file")
-        with writing(self.path):
+        with writing(self.path), reading(f"{self.path} is no store of sweeps", "name another file", StoreError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                expect(self.path, "sqlite", "empty")
         self.worker = uuid.uuid4().hex
         try:
             self._db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from faststeer.files import UNREADABLE, FormatError
+from faststeer.files import UNREADABLE, FormatError, read_text
 
 Where = tuple[Any, ...]
 MAX_VALUES = 200_000  # in a description: ten thousand prompts with ids and tags are a third of that
@@ -54,10 +54,7 @@ def read_lines(path: Path) -> tuple[dict[str, Any], Lines]:
         raise FileNotFoundError(f"no description at {path}: no such file")
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise FormatError(f"{path}: expected a file that ends in .yaml, .yml or .json")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is no UTF-8 text: {error}") from error
+    text = read_text(path)
     kind, lines = "JSON" if path.suffix == ".json" else "YAML", Lines(path, {})
     try:
         data = json.loads(text) if kind == "JSON" else None

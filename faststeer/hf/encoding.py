@@ -1,0 +1,310 @@
+"""The one place that calls a tokenizer or a chat template on a prompt's text.
+
+A tokenizer may append an end-of-sequence token, and a chat template may drop, trim or change what it is given, both
+without a word. Here only the special tokens in front of a text are kept, each message is looked for in what the
+template wrote, and markup inside a message is refused. Nothing here changes the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+Chat = Sequence[dict[str, str]]
+End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last message is continued; neither
+
+REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
+LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
+BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
+THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
+CLOSED_THINKING = re.compile(
+    r"(?:</|\[/|<\|(?:/|end_of_|end_))[\w:| -]{0,20}(?:think|thought|reason|analysis|reflect)[\w:-]{0,20}(?:\|?>|\])",
+    re.IGNORECASE,
+)
+CODED_ROLES = frozenset({"system", "user", "assistant", "developer"})  # others' texts may be written as JSON strings
+
+
+# Plain texts ----------------------------------------------------------------------------------------------------------
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) -> list[list[int]]:
+    """Return the token ids of texts without a chat template.
+
+    Args:
+        begin: put in front what the tokenizer puts there (a begin-of-sequence token, say), unless the text begins with
+            it; never what it appends. False: the text's own tokens alone, as for a completion.
+
+    Raises:
+        ValueError: a processor instead of a tokenizer; a tokenizer that writes the text itself in other tokens when it
+            adds special ones.
+    """
+    texts = list(texts)
+    own = _own_tokens(tokenizer, texts)
+    if not begin:
+        return own
+    front = _ends(tokenizer, texts, True)[0]
+    for text, ids, whole in zip(texts, own, _call(tokenizer, texts, True), strict=True):
+        if whole[: len(front) + len(ids)] != front + ids and whole[: len(ids)] != ids:
+            raise ValueError(
+                f"{text[:60]!r}: {type(tokenizer).__name__} gives it the tokens {whole[:8]}... with special tokens and "
+                f"{ids[:8]}... without, so which ones stand in front cannot be told: give token ids instead of texts"
+            )
+    return [_after(tokenizer, front, ids) for ids in own]
+
+
+def encode_rendered(tokenizer: Any, texts: Sequence[str], *, by_hand: bool) -> list[list[int]]:
+    """Return the token ids of prompts that hold the chat template's markup.
+
+    Args:
+        by_hand: they were not made by `apply_template`, and may lack the special tokens that the template begins with:
+            then these are put in front.
+    """
+    texts = list(texts)
+    own = _own_tokens(tokenizer, texts)
+    front = _ends(tokenizer, texts, False)[0]
+    if by_hand:
+        usual = _ends(tokenizer, texts, True)[0]
+        with suppress(ValueError):  # a template that takes no single message: then it is not known how it begins
+            example = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], "prompt", "an example")
+            front = usual if _own_tokens(tokenizer, [example])[0][: len(usual)] == usual else front
+    return [_after(tokenizer, front, ids) for ids in own]
+
+
+def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
+    """Token ids behind those of `front`, unless they begin with these; never two begin-of-sequence tokens."""
+    ids = ids if ids[: len(front)] == front else front + ids
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError for a multimodal processor, whose first argument is images."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None or hasattr(tokenizer, "convert_ids_to_tokens"):
+        return
+    template = ""
+    if getattr(tokenizer, "chat_template", None) and not getattr(inner, "chat_template", None):
+        template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
+    raise ValueError(
+        f"{type(tokenizer).__name__} is a processor, no tokenizer: give the tokenizer in it, "
+        f"processor.tokenizer{template}"
+    )
+
+
+def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    check_tokenizer(tokenizer)
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
+
+
+def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's tokens without special ones around it, also where a tokenizer adds some although asked not to."""
+    front, back = _ends(tokenizer, texts, False)
+    encoded = _call(tokenizer, texts, False)
+    if front:
+        encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
+    if back:
+        encoded = [ids[: -len(back)] if ids[-len(back) :] == back else ids for ids in encoded]
+    return encoded
+
+
+def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind every text, asked to (`special`) or not: found on a
+    text of one letter; where that has no tokens, on the first of `texts` that has some and holds no special token."""
+    numbers, marks = special_ids(tokenizer), special_texts(tokenizer)
+    for text in ("a", *(text for text in texts if not any(mark in text for mark in marks))):
+        ids = _call(tokenizer, [text], False)[0]
+        places = [place for place, token in enumerate(ids) if token not in numbers]
+        if not places:
+            continue
+        first, end = places[0], places[-1] + 1
+        if not special:
+            return ids[:first], ids[end:]
+        own, whole = ids[first:end], _call(tokenizer, [text], True)[0]
+        starts = [n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own]
+        if len(starts) == 1:
+            return whole[: starts[0]], whole[starts[0] + len(own) :]
+    return [], []
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The special tokens' ids, without that of the token for unknown words, which stands for a text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    return ids - {getattr(tokenizer, "unk_token_id", None)}
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens as they are written, the longest first; without those of one or two characters."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    texts = {*map(str, tokenizer.all_special_tokens), *(token.content for token in added.values() if token.special)}
+    return sorted((text for text in texts if len(text.strip()) > LETTERS), key=len, reverse=True)
+
+
+# Chat templates -------------------------------------------------------------------------------------------------------
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
+    """Return a chat as the tokenizer's template writes it, every message's text in it.
+
+    Templates that read a message as a list of parts get one. White space around a message may be trimmed, and an
+    earlier answer's thinking dropped, as the template has it. `what` names the chat in errors.
+
+    Raises:
+        ValueError: a template that raises, or that drops or changes a message's text.
+    """
+    check_tokenizer(tokenizer)
+    number = _number_for(tokenizer, [message["content"] for message in chat])
+    marked = [message | {"content": f"{message['content']}{number}{i:03}"} for i, message in enumerate(chat)]
+    everything = set(range(len(chat)))
+    parts: set[int] = set()
+    lost: list[int] = []
+    failure: Exception | None = None
+    tried: list[set[int]] = []
+    while parts not in tried:
+        tried.append(parts)
+        try:
+            text, check = (_written(tokenizer, messages, parts, end) for messages in (chat, marked))
+        except Exception as error:  # a template raises what it likes, and what the objects in it do
+            failure, parts = failure or error, everything
+            continue
+        last = len(chat) - 1 if end == "begun" else None
+        missing = [i for i, m in enumerate(chat) if not _survives(m, f"{number}{i:03}", text, check, begun=i == last)]
+        if parts and _shows_parts(check, marked):
+            missing = sorted(everything)
+        if not missing:
+            return text
+        lost = lost or missing
+        parts = parts | set(missing)
+    roles = ", ".join(message["role"] for message in chat)
+    if not lost:
+        reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+        if type(failure) is TemplateError:  # by raise_exception
+            raise ValueError(
+                f"{what}: the tokenizer's chat template refuses messages by {roles} ({reason}): "
+                "give only roles it knows, in an order it allows"
+            ) from failure
+        raise ValueError(
+            f"{what}: the tokenizer's chat template fails on messages by {roles} ({type(failure).__name__}: {reason}): "
+            f"correct tokenizer.chat_template, or {REMEDY}"
+        ) from failure
+    message = chat[lost[0]]
+    where = f"message {lost[0]} of {len(chat)}, the {message['role']}'s" if len(chat) > 1 else "the text"
+    system = "put the system prompt into the user's first message, or " if message["role"] == "system" else ""
+    raise ValueError(
+        f"{what}: the tokenizer's chat template drops or changes {where} {message['content'][:60]!r}, so the model "
+        f"would read something else: {system}correct tokenizer.chat_template, or {REMEDY}"
+    )
+
+
+def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
+    messages = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if i in parts else dict(message)
+        for i, message in enumerate(chat)
+    ]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=end == "prompt", continue_final_message=end == "begun"
+    )
+
+
+def _number_for(tokenizer: Any, texts: Iterable[str]) -> str:
+    """Digits that stand in none of the texts, nor in the template: no template changes their case or escapes them."""
+    everything = f"{tokenizer.chat_template} {' '.join(texts)}"
+    number = "7403918"
+    while number in everything:
+        number += "5"
+    return number
+
+
+def _survives(message: dict[str, str], number: str, text: str, marked: str, *, begun: bool) -> bool:
+    """Whether a message's text stands in what the template wrote, and, with a number at its end, in what it wrote of
+    that: so "a" is not found in "assistant", and not in another message of the same words."""
+    content, role = message["content"], message["role"]
+    forms = [content]
+    if role == "assistant" and not begun:
+        forms += [content[match.end() :] for match in CLOSED_THINKING.finditer(content)][-1:]
+    if role not in CODED_ROLES:
+        forms += [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
+    return any(form.strip() in text and form.lstrip() + number in marked for form in forms)
+
+
+def _shows_parts(marked: str, chat: Chat) -> bool:
+    """Whether a list of parts was printed as such."""
+    contents = " ".join(message["content"] for message in chat)
+    return any(key in marked and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: "))
+
+
+# Markup inside prompts ------------------------------------------------------------------------------------------------
+
+
+def check_markup(tokenizer: Any, chats: Sequence[Chat], names: Sequence[str]) -> None:
+    """Raise ValueError, with its name, for the first chat of which `markup_in` finds some."""
+    for name, mark in zip(names, markup_in(tokenizer, chats), strict=True):
+        if mark is not None:
+            raise ValueError(
+                f"{name} holds {mark!r}, which the model's chat format is made of. If the prompt was rendered already, "
+                "give the bare text or a list of messages, since the chat template is applied here, or give it with "
+                "rendered=True (Engine.generate, evaluate.complete, tokenize and encode take it). If the text only "
+                "mentions it, spell it otherwise: the model would read it as the beginning or the end of a message"
+            )
+
+
+def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
+    """Of each chat what only the chat template may write, None where its messages hold nothing of that: special tokens,
+    the marks that the template puts around messages, or the words it begins and ends a prompt with.
+
+    An assistant's message may hold marks of thinking, which templates read.
+    """
+    marks, head, tail = _marks(tokenizer)
+    numbers = special_ids(tokenizer)
+    contents = list(dict.fromkeys(message["content"] for chat in chats for message in chat))
+    tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
+
+    def found(message: dict[str, str]) -> Iterator[str]:
+        content = message["content"]
+        thinking = message["role"] == "assistant"
+        of_tokens = (tokenizer.decode([i]) for i in tokens[content] if i in numbers)
+        for mark in (*(mark for mark in marks if mark in content), *of_tokens):
+            if len(mark.strip()) > LETTERS and not (thinking and THINKING.search(mark)):
+                yield mark
+        text = content.strip()
+        if head and not thinking and text.startswith(head) and text.endswith(tail):
+            yield f"{head} ... {tail}"
+
+    return [next((mark for message in chat for mark in found(message)), None) for chat in chats]
+
+
+def _marks(tokenizer: Any) -> tuple[list[str], str, str]:
+    """What the template writes around messages: tokens and bracketed words; and, where there are none next to a user's
+    message, the words before and behind it."""
+    texts = {"system": "Kind words", "user": "Hello there", "assistant": "Good day"}
+    number = _number_for(tokenizer, texts.values())
+    written: list[str] = []
+    head = tail = ""
+    for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+        chat = [{"role": role, "content": texts[role] + number} for role in roles]
+        try:
+            text = apply_template(tokenizer, chat, "prompt", "an example prompt")
+        except ValueError:  # such as a template without system prompts; the prompts themselves are checked elsewhere
+            continue
+        pieces = re.split("|".join(text + number for text in texts.values()), text)
+        written += pieces
+        if roles == ("user",):
+            head, tail = pieces[0], pieces[-1]
+    markup = "\n".join(written)
+    added = [token for token in tokenizer.get_added_vocab() if len(token.strip()) > LETTERS and token in markup]
+    marks = list(dict.fromkeys([*special_texts(tokenizer), *added, *BRACKETED.findall(markup)]))
+    begin = getattr(tokenizer, "bos_token", None)
+    head = (head.removeprefix(begin) if begin else head).strip().rpartition("\n")[2]
+    tail = tail.strip()
+    if min(len(head), len(tail)) < LETTERS or any(mark in head + tail for mark in marks):
+        head = tail = ""
+    return marks, head, tail
