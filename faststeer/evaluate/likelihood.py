@@ -25,7 +25,7 @@ from faststeer.hf.encoding import encode_texts
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
-Within = Callable[[Any, list[Plan | None]], AbstractContextManager[Any]]
+Within = Callable[[Any, Sequence[Plan | None]], AbstractContextManager[Any]]
 
 
 class Scored(NamedTuple):

@@ -230,9 +230,9 @@ class LanguageModelJudge:
                 else:
                     groups.setdefault(rendered is not None, []).append(len(asked))
                     asked.append(fill(question.text, values))
-        for rendered, places in groups.items():
+        for is_rendered, places in groups.items():
             questions: list[Prompt] = [str(asked[i]) for i in places]
-            encoded = encode(self._tokenizer, questions, self._system, rendered=rendered)
+            encoded = encode(self._tokenizer, questions, self._system, rendered=is_rendered)
             for i, ids in zip(places, encoded, strict=True):
                 asked[i] = ids
         return asked

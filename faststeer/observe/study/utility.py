@@ -12,7 +12,7 @@ from typing import Any
 
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.likelihood import Row, score_rows
-from faststeer.evaluate.multiple_choice import load_questions, multiple_choice
+from faststeer.evaluate.multiple_choice import Accuracy, load_questions, multiple_choice
 from faststeer.evaluate.side_effects import text_ids
 from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
 from faststeer.hf.batching import padding_id
@@ -54,7 +54,7 @@ class Utility:
         rows, seed = [], self.job.settings.seed
         for side in SIDES:
             losses, right = found[side]
-            row = {
+            row: dict[str, Any] = {
                 "vector": name,
                 "context": context,
                 "side": side,
@@ -84,6 +84,7 @@ class Utility:
             rows = [Row(ids[:1], ids[1:], plan) for ids in text_ids(self.job.tokenizer, self.texts)]
             scored = score_rows(self.job.model, rows, pad_id=padding_id(self.job.tokenizer), **options)
             answers = multiple_choice(self.job.model, self.job.tokenizer, self.questions, plan, **options)
+            assert isinstance(answers, Accuracy)  # of one plan
             right = [choice.chosen == q.answer for choice, q in zip(answers.choices, self.questions, strict=True)]
             found[side] = [-float(one.log_probabilities.mean()) for one in scored], right
         return found
