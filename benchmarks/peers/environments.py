@@ -18,8 +18,6 @@ import transformers
 
 ROOT = Path(__file__).parents[2] / ".venv-peers"
 REQUIREMENTS = Path(__file__).parent / "requirements"
-# A build from source for the processor that runs it, without the parts for images.
-BUILD = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"}
 
 
 class NotInstalled(Exception):
@@ -32,7 +30,7 @@ def shared_pins() -> list[str]:
     return [f"torch=={version}", f"transformers=={transformers.__version__}", "numpy", "accelerate"]
 
 
-def make(name: str, seconds: float) -> Path:
+def make(name: str, seconds: float = 300) -> Path:
     """Return the Python of the peer's environment, which is made or brought up to date where it has to be.
 
     Raises:
@@ -69,9 +67,7 @@ def _venv(name: str, pins: list[str], below: Path | None, seconds: float) -> Pat
 def _run(command: list[str], log: Path, seconds: float) -> None:
     """Run a command whose output goes to the log; it and all it started end after so many seconds."""
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | BUILD, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

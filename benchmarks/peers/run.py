@@ -10,11 +10,11 @@ unsteered, with a vector added at one layer, at every layer (of 1 to 29: llama.c
 another plan in each row; and the largest difference of logits from the hand-written hook's. Ratios to hooks are those
 of medians of the same round.
 
-About 25 minutes on two idle cores, environments included (10 minutes of it, most for building llama.cpp); `--quick` is
-a try-out of the same path with few tokens. Every measurement is appended to `out/bench-peers/measurements.jsonl` as it
-is made; a run that was stopped goes on where it was, `--fresh` begins anew. At the end: benchmarks/results/peers.csv,
-peers.machine.json and peers.png (`--quick`: in out/bench-peers). A peer that cannot be installed or fails is a row that
-says why.
+About 20 minutes on two idle cores, environments included. llama.cpp is among them where its Python package has a wheel.
+`--quick` is a try-out of the same path with few tokens. Every measurement is appended to
+`out/bench-peers/measurements.jsonl` as it is made; a run that was stopped goes on where it was, `--fresh` begins anew.
+At the end: benchmarks/results/peers.csv, peers.machine.json and peers.png (`--quick`: in out/bench-peers). A peer that
+cannot be installed or fails is a row that says why.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class Entry:
     script: str
     environment: str | None = None  # None: this one
     variant: str = ""
-    install_seconds: float = 300
 
 
 PEERS = (
@@ -59,8 +58,8 @@ PEERS = (
     Entry("steering-vectors", "with_steering_vectors.py", "steering-vectors"),
     Entry("nnsight", "with_nnsight.py", "nnsight"),
     Entry("TransformerLens", "with_transformer_lens.py", "transformer-lens"),
-    Entry("llama.cpp, fp32", "with_llama_cpp.py", "llama-cpp", "f32", 720),
-    Entry("llama.cpp, Q4_1", "with_llama_cpp.py", "llama-cpp", "q4", 720),
+    Entry("llama.cpp, fp32", "with_llama_cpp.py", "llama-cpp", "f32"),
+    Entry("llama.cpp, Q4_1", "with_llama_cpp.py", "llama-cpp", "q4"),
 )
 
 
@@ -184,7 +183,7 @@ def main() -> None:
         name = entry.environment or ""
         if name not in pythons:
             try:
-                pythons[name] = environments.make(name, entry.install_seconds) if name else Path(sys.executable)
+                pythons[name] = environments.make(name) if name else Path(sys.executable)
             except environments.NotInstalled as error:
                 pythons[name] = str(error)
     job = write_job(options, out)
