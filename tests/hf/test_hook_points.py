@@ -151,7 +151,7 @@ def test_found_in_every_dtype(name, dtype):
 
 def test_a_known_model_is_not_run_again():
     model = models.build("llama")
-    points, runs = fs.steer(model, fs.Add(models.direction(), layers=0))._points, []
+    points, runs = fs.steer(model, fs.Add(models.direction(), layers=0)).points, []
     with model.register_forward_hook(lambda *_: runs.append(1)):
         assert find_hook_points(model) == points
         fs.steer(model, fs.Add(models.direction(), layers=0))

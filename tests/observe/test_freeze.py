@@ -138,7 +138,6 @@ def test_every_architecture_with_cache_as_without(name):
                 for t in (5, 6):
                     step = model(input_ids=ids[:, t : t + 1], **models.cached(model, cache), use_cache=True)
                     pieces.append(step.logits)
-                assert frozen.frozen == what
             assert whole.shape == plain.shape
             torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
             assert not torch.allclose(whole, plain, atol=0.05)
