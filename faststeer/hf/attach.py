@@ -39,9 +39,10 @@ class Entry:
     def check(self) -> None:
         """Raise RuntimeError in a thread that did not enter the steering and was not started inside of it."""
         if threading.get_ident() in self._before:
+            here = threading.current_thread().name
             raise RuntimeError(
-                f"the model is steered by the thread {self.thread!r}, and the thread {threading.current_thread().name!r} "
-                "runs it, which was there before: a plan acts for the thread that enters steer(...) and for those that "
+                f"the model is steered by the thread {self.thread!r}, and the thread {here!r} runs it, which was there "
+                "before: a plan acts for the thread that enters steer(...) and for those that "
                 f"it starts inside; enter steer(...) in the thread that runs the model, or {INSTEAD}"
             )
 

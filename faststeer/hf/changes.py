@@ -69,7 +69,7 @@ class Changes:
         _half_undone.discard(self)
 
 
-# What contexts have changed of a module ---------------------------------------------------------------------------------
+# What contexts have changed of a module -------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

@@ -64,7 +64,7 @@ def freeze(
 
 
 class Freezing:
-    """What acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
+    """Acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
 
     copies = 2
     alone = "the model is being steered: leave that context and give its plan to freeze(...)"

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.hf.changes import Changes, changing, own_attribute
-from faststeer.hf.hook_points import HookPoints, first_output, quiet, run_four_tokens
+from faststeer.hf.hook_points import HookPoints, quiet, run_four_tokens
 from faststeer.hf.known import Known
 from faststeer.ops import reference
 from faststeer.plan import site
@@ -79,7 +79,6 @@ class Fusion:
 
 def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
     """How to fuse a model's layers, or why that cannot be done. Two forward passes over four tokens the first time."""
-
 
     def find() -> Fusion | str:
         with quiet(model):
@@ -243,7 +242,12 @@ def _form(norm: nn.Module, path: str) -> NormForm:
     first value two of them are the same)."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
-    if own_attribute(norm, "forward") is not None or not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.is_meta:
+    if (
+        own_attribute(norm, "forward") is not None
+        or not isinstance(eps, float)
+        or not isinstance(weight, Tensor)
+        or weight.is_meta
+    ):
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
     trial = copy.deepcopy(norm)
     trial._forward_hooks.clear()

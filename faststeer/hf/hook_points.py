@@ -74,7 +74,6 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
         ValueError: no residual structure was found, or the named points do not behave as one.
     """
 
-
     def find() -> HookPoints:
         with quiet(model):
             points = _with_sizes(model, named) if named else _find(model)
@@ -365,7 +364,9 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
         raise ValueError(_unknown(model, f"a forward pass does not reach {first}"))
     shape = tuple(call.received.shape)
     if shape[:-1] != (ROWS, TOKENS):
-        what = "[tokens, batch, hidden]" if shape[:-1] == (TOKENS, ROWS) else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
+        what = (
+            "[tokens, batch, hidden]" if shape[:-1] == (TOKENS, ROWS) else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
+        )
         raise ValueError(
             f"{type(model).__name__}: {first} takes hidden states as {what}: rows of the batch and positions can be told "
             "in [batch, tokens, hidden] alone; steer a single module with register_forward_hook(faststeer.hook(...))"

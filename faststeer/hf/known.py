@@ -37,4 +37,6 @@ class Known(Generic[T]):
 def structure(model: nn.Module) -> Any:
     """A value that is equal as long as a model's modules are the same, each with the same code."""
     modules = model.named_modules(remove_duplicate=False)
-    return [(name, weakref.ref(m), id(own_attribute(m, "forward")), type(m), id(type(m).forward)) for name, m in modules]
+    return [
+        (name, weakref.ref(m), id(own_attribute(m, "forward")), type(m), id(type(m).forward)) for name, m in modules
+    ]

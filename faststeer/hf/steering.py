@@ -129,7 +129,7 @@ class Steering(Context["Steering"]):
 
     @property
     def path(self) -> Path:
-        """"fused" or "hooks", see `steer`."""
+        """ "fused" or "hooks", see `steer`."""
         return "hooks" if self.why else "fused"
 
     @property

@@ -35,7 +35,9 @@ AHEAD = (
     "tokens, so that nobody knows where it ends: switch prefill_chunk_size, assisted and prompt-lookup decoding off"
 )
 PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
-UNREADABLE = f"the attention mask is of a kind that does not show where a prompt ends: give a mask of two dimensions, or {SAY}"
+UNREADABLE = (
+    f"the attention mask is of a kind that does not show where a prompt ends: give a mask of two dimensions, or {SAY}"
+)
 PACKED = (
     "a packed pass (generate_batch, or sequences one after another in a row) does not say which token belongs to which "
     "sequence: it takes one plan for all, with positions='all' and without latched gates; use generate, or the Engine"
@@ -385,7 +387,7 @@ def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     return _stream(past + inputs.length, _mask_of(inputs, past, mask))
 
 
-def _stream(begin: int | Tensor, mask: _Mask | None | str) -> Stream:
+def _stream(begin: int | Tensor, mask: _Mask | str | None) -> Stream:
     return Stream(None, mask) if isinstance(mask, str) else Stream(begin, mask=mask)
 
 
@@ -410,7 +412,7 @@ def _first(run: Run, inputs: Inputs, past: int, around: _Around) -> Stream:
     return stream
 
 
-def _mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> _Mask | None | str:
+def _mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> _Mask | str | None:
     """The mask of a pass that is or begins a prompt; None: nothing is masked; a text: it cannot be read."""
     mask = inputs.mask
     if isinstance(mask, Mapping):  # by kind of attention

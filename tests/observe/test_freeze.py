@@ -131,7 +131,7 @@ def test_every_architecture_with_cache_as_without(name):
     with torch.no_grad():
         plain = model(input_ids=ids).logits
         for what in ("qk", "ov"):
-            with observe.freeze(model, plan, what) as frozen:
+            with observe.freeze(model, plan, what):
                 whole = model(input_ids=ids, use_cache=False).logits
                 first = model(input_ids=ids[:, :5], use_cache=True)
                 cache, pieces = models.cache_of(first), [first.logits]
