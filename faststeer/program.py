@@ -72,7 +72,7 @@ class Program:
             self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
         self.latches, self.latching, self.positioned = [False] * sites, 0, False
-        self._tables: list[Tables | None] = [None] * sites
+        self._tables = self._made_tables()
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
         self._trained: set[int] = set()  # slots whose plans are being trained
@@ -141,14 +141,15 @@ class Program:
             self._write(slot, entries, blocks, first_row)
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
+        self._tables = self._made_tables()
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
-        tables = self._tables[site]
-        if tables is None:
-            sizes = self.depth[site], self.width[site]
-            tables = self._tables[site] = Tables(self.bank, self.fields, self.scalars, self._ranges[site], *sizes)
-        return tables
+        return self._tables[site]
+
+    def _made_tables(self) -> list[Tables]:
+        sizes = zip(self._ranges, self.depth, self.width, strict=True)
+        return [Tables(self.bank, self.fields, self.scalars, *each) for each in sizes]
 
     def live(self) -> tuple[Tensor, Tensor]:
         """Bank and scalars with the present values of what is being trained, as functions of it: gradients flow from
@@ -217,7 +218,6 @@ class Program:
             if entry.probe_column >= 0:
                 self.columns[entry.site] = max(self.columns[entry.site], entry.probe_column + entry.basis.shape[0])
         self.latching = max(self.latching, sum(entry.kind == Kind.LATCH for entry in entries))
-        self._tables = [None] * len(self.depth)
 
 
 def send(values: Tensor, target: Tensor) -> None:

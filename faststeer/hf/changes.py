@@ -94,7 +94,7 @@ def _changed(module: nn.Module) -> _Changed:
     """The record of a module, which is copied and pickled without what is in it from now on."""
     record = _changed_modules.setdefault(module, _Changed())
     # Copying and pickling look for this on the instance, too.
-    vars(module)["__getstate__"] = functools.partial(_unchanged, module)
+    vars(module)["__getstate__"] = functools.partial(_state, module)
     return record
 
 
@@ -106,6 +106,17 @@ def is_changed(module: nn.Module) -> bool:
 def own_attribute(module: nn.Module, name: str) -> Any:
     """An attribute in a module's `__dict__` as it is without our contexts; None if there is none."""
     return _unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
+
+
+def _state(module: nn.Module) -> Any:
+    """What a copy or a pickle of a module is made of."""
+    kind, state = type(module), _unchanged(module)
+    own = getattr(kind, "__getstate__", None)
+    if own is None or own is getattr(object, "__getstate__", None):
+        return state
+    clean = kind.__new__(kind)  # a class that says itself what is copied
+    vars(clean).update(state)
+    return own(clean)
 
 
 def _unchanged(module: nn.Module) -> dict[str, Any]:
@@ -163,7 +174,8 @@ class Context(Generic[T]):
     def __init__(self, enter: Callable[[Changes], T]) -> None:
         self._make = enter
 
-    def _enter(self, changes: Changes) -> T:
+    def enter(self, changes: Changes) -> T:
+        """What entering does; a class of its own says it here."""
         return self._make(changes)
 
     @functools.cached_property
@@ -194,7 +206,7 @@ class Context(Generic[T]):
         changes = Changes()
         try:
             try:
-                yield self._enter(changes)
+                yield self.enter(changes)
             finally:
                 changes.undo()
         finally:  # nothing is left to do, unless that was interrupted

@@ -368,8 +368,8 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
             "[tokens, batch, hidden]" if shape[:-1] == (TOKENS, ROWS) else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
         )
         raise ValueError(
-            f"{type(model).__name__}: {first} takes hidden states as {what}: rows of the batch and positions can be told "
-            "in [batch, tokens, hidden] alone; steer a single module with register_forward_hook(faststeer.hook(...))"
+            f"{type(model).__name__}: {first} takes hidden states as {what}: rows of the batch and positions can be "
+            "told in [batch, tokens, hidden] alone; steer a module with register_forward_hook(faststeer.hook(...))"
         )
     return dataclasses.replace(points, n_layers=len(modules), hidden_size=shape[-1])
 

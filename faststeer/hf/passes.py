@@ -1,5 +1,5 @@
-"""The forward pass under way, and what acts on it at each site. What holds for a pass is made once, when it begins: each
-row's slot, position and sequence. A site is one function over that."""
+"""The forward pass under way, and what acts on it at each site. What holds for a pass is made once, when it begins:
+each row's slot, position and sequence. A site is one function over that."""
 
 from __future__ import annotations
 

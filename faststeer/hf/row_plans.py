@@ -79,8 +79,8 @@ class RowPlans:
             program.load(slot, plan)
 
     def rows(self, of: Inputs, run: Run | None) -> tuple[Tensor, Tensor]:
-        """`[batch * length]`, `[batch * length]`: slot and sequence of every token of a pass. Beams and return sequences
-        of a prompt stand side by side and share its plan."""
+        """`[batch * length]` twice: slot and sequence of every token of a pass. Beams and return sequences of a prompt
+        stand side by side and share its plan."""
         if self.per_row:
             if of.packed:
                 raise ValueError(PACKED)

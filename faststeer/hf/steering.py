@@ -112,7 +112,6 @@ class Steering(Context["Steering"]):
         part: Part | None = None,
     ) -> None:
         finish_undoing()
-        super().__init__(self._attach)
         self.model, self.part, self._named, self._wanted = model, part, hook_points, _checked_path(path)
         self.points = find_hook_points(model, hook_points)
         fusion = find_fusion(model, self.points)
@@ -182,7 +181,8 @@ class Steering(Context["Steering"]):
             return "inside another steer(...) or read(...), which acts by hooks"
         return ""
 
-    def _attach(self, changes: Changes) -> Steering:
+    def enter(self, changes: Changes) -> Steering:
+        """Attach everything to the model; for `with`, which undoes it."""
         self._check_model()
         part = self.part
         if part is not None and part.alone and is_steered(self.model):

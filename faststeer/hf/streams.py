@@ -31,8 +31,8 @@ TURNS = (
     "out what makes the other passes (guidance_scale)"
 )
 AHEAD = (
-    "generate reads its prompt in pieces or with guesses behind it, as embeddings whose number differs from that of its "
-    "tokens, so that nobody knows where it ends: switch prefill_chunk_size, assisted and prompt-lookup decoding off"
+    "generate reads its prompt in pieces or with guesses behind it, as embeddings whose number differs from that of "
+    "its tokens, so that nobody knows where it ends: switch prefill_chunk_size, assisted and prompt-lookup decoding off"
 )
 PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
 UNREADABLE = (
@@ -381,9 +381,12 @@ class Streams:
 def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     """A stream whose prompt ends with this pass."""
     ids = inputs.position_ids
-    if isinstance(ids, Tensor) and ids.ndim == 2 and inputs.mask is None and not torch.compiler.is_compiling():
-        if bool((ids.diff(dim=1) < 0).any()):
-            return Stream(None, PACKED)
+    if torch.compiler.is_compiling() or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        packed = False
+    else:
+        packed = bool((ids.diff(dim=1) < 0).any())
+    if packed:
+        return Stream(None, PACKED)
     return _stream(past + inputs.length, _mask_of(inputs, past, mask))
 
 
