@@ -15,7 +15,7 @@ from faststeer.hf.fused import Add, NormForm
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.streams import PACKED, Inputs, Stream, Streams
-from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_
+from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_, operator
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name
 from faststeer.program import Program
@@ -28,10 +28,11 @@ OUTSIDE = (
 
 
 class Here:
-    """What an op is given on one device in one pass."""
+    """What ops are given on one device in one pass, and the operators themselves where they are compiled."""
 
-    def __init__(self, program: Program, rows: Rows, gates: Tensor | None) -> None:
+    def __init__(self, program: Program, rows: Rows, gates: Tensor | None, x: Tensor) -> None:
         self.program, self.rows, self.gates = program, rows, gates
+        self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
         self._live: dict[bool, tuple[Tensor, Tensor]] = {}  # a reentrant checkpoint's forward pass has gradients off
 
     def tables(self, site: int) -> Tables:
@@ -55,15 +56,19 @@ class Pass:
         self.tokens, self.logged = rows.slot.shape[0], True
         self.here: dict[torch.device, Here] = {}
 
-    def on(self, device: torch.device) -> Here:
-        """What ops are given on a device."""
+    def rows(self, device: torch.device) -> Rows:
+        """Where the tokens stand, on a device."""
+        rows = self._rows
+        return rows if rows.slot.device == device else Rows(*(t.to(device) for t in rows))
+
+    def on(self, x: Tensor) -> Here:
+        """What ops are given for rows like x."""
+        device = x.device
         if device not in self.here:
-            program, gates, rows = self._plans.on(device), None, self._rows
+            program, gates = self._plans.on(device), None
             if program.latching and (program.positioned or not self._stream.why):
                 gates = self._stream.decisions(program.capacity.entries, self._sequences, device)
-            if rows.slot.device != device:
-                rows = Rows(*(t.to(device) for t in rows))
-            self.here[device] = Here(program, rows, gates)
+            self.here[device] = Here(program, self.rows(device), gates, x)
         return self.here[device]
 
     def again(self, logged: bool) -> Pass:
@@ -109,7 +114,7 @@ class Passes:
         now = self._thread.now
         if now is None:
             raise RuntimeError(OUTSIDE)
-        return now.on(device).rows
+        return now.rows(device)
 
     @property
     def derived(self) -> bool:
@@ -219,13 +224,18 @@ class Passes:
             now = thread.now
             if now is None:
                 raise RuntimeError(OUTSIDE)
-            here = now.here.get(x.device) or now.on(x.device)
+            here = now.here.get(x.device) or now.on(x)
             flat = x.reshape(-1, x.shape[-1])
             if flat.shape[0] != now.tokens:
                 raise self._wrong(site, flat.shape[0], now)
             tables, program, gates = here.tables(site), here.program, here.gates
             if gates is not None and program.latches[site]:
                 latch_(flat, tables, here.rows, gates)
+            if here.steer is not None and not program.columns[site]:
+                try:
+                    return here.steer(flat, *tables[:4], *here.rows, gates, 0, None)[0].view(x.shape)
+                except RuntimeError:  # said again, in words
+                    return steer_rows(flat, tables, here.rows, gates).view_as(x)
             if not program.columns[site]:
                 return steer_rows(flat, tables, here.rows, gates).view_as(x)
             probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
@@ -245,7 +255,7 @@ class Passes:
             now = thread.now
             if now is None:
                 raise RuntimeError(OUTSIDE)
-            here = now.here.get(branch.device) or now.on(branch.device)
+            here = now.here.get(branch.device) or now.on(branch)
             flat = branch.reshape(-1, branch.shape[-1])
             if flat.shape[0] != now.tokens:
                 raise self._wrong(site, flat.shape[0], now)
@@ -255,16 +265,21 @@ class Passes:
                 latch_(flat, tables, here.rows, gates, residual=other)
             if program.columns[site]:
                 probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
-            normed = None
             if norm is None:
-                hidden = add_steer(flat, other, tables, here.rows, gates, probe)
+                hidden, normed = add_steer(flat, other, tables, here.rows, gates, probe), None
             else:
                 weight, form = norm
-                how = form.eps, form.weight_offset, form.fp32_weight
-                normed, hidden = add_steer_rmsnorm(flat, other, weight, *how, tables, here.rows, gates, probe)
-                normed = normed.view_as(branch)
+                how = weight, form.eps, form.weight_offset, form.fp32_weight
+                try:
+                    if here.add_norm is None or probe is not None:
+                        normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+                    else:
+                        normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0, None)
+                except RuntimeError:  # said again, in words
+                    normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+                normed = normed.view(branch.shape)
             if probe is not None and now.logged:
                 log.add(site, now.steered(probe))
-            return hidden.view_as(branch), normed
+            return hidden.view(branch.shape), normed
 
         return add
