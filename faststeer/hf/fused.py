@@ -114,8 +114,9 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
 class _Handover(threading.local):
     """A tensor and what the norm that reads it next will make of it. Empty between passes."""
 
-    hidden: Tensor | None = None
-    normed: Tensor | None = None
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.normed: Tensor | None = None
 
     def take(self, hidden: Tensor) -> Tensor | None:
         given, normed = self.hidden, self.normed

@@ -83,8 +83,9 @@ class Pass:
 
 
 class _Thread(threading.local):
-    now: Pass | None = None
-    opening: Stream | None = None  # the pass's, where it was given no cache and may make one
+    def __init__(self) -> None:  # a compiler guards against attributes that appear later
+        self.now: Pass | None = None
+        self.opening: Stream | None = None  # the pass's, where it was given no cache and may make one
 
 
 class Passes:

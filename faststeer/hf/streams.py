@@ -112,7 +112,7 @@ class Stream:
         if (ends := self.ends()) is not None:
             ends = _for_rows(ends.to(of.device), of.batch).unsqueeze(-1)
             position = torch.where(position >= 0, position, column - ends)
-        return position.to(torch.int32).expand(of.batch, -1).reshape(-1)
+        return position.to(torch.int32).expand(of.batch, -1).reshape(-1).contiguous()
 
     def ends(self) -> Tensor | None:
         """`[batch]`: the column behind each row's last prompt token, where it may lie in front of `begin`."""
