@@ -363,7 +363,7 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
     if call is None:
         raise ValueError(_unknown(model, f"a forward pass does not reach {first}"))
     shape = tuple(call.received.shape)
-    if shape[:-1] != (ROWS, TOKENS):
+    if len(shape) != 3 or shape[0] != ROWS or shape[1] < TOKENS:  # more with virtual tokens
         what = (
             "[tokens, batch, hidden]" if shape[:-1] == (TOKENS, ROWS) else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
         )

@@ -217,6 +217,7 @@ class Steering(Context["Steering"]):
 
     def _ours(self, hook: Callable[..., None]) -> Callable[..., None]:
         hook.faststeer_order = self._order  # type: ignore[attr-defined]
+        hook.faststeer_context = self  # type: ignore[attr-defined]  # lives as long as it is entered
         return hook
 
     def _install(self) -> None:
