@@ -364,9 +364,8 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
         raise ValueError(_unknown(model, f"a forward pass does not reach {first}"))
     shape = tuple(call.received.shape)
     if len(shape) != 3 or shape[0] != ROWS or shape[1] < TOKENS:  # more with virtual tokens
-        what = (
-            "[tokens, batch, hidden]" if shape[:-1] == (TOKENS, ROWS) else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
-        )
+        turned = shape[1:-1] == (ROWS,)
+        what = "[tokens, batch, hidden]" if turned else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
         raise ValueError(
             f"{type(model).__name__}: {first} takes hidden states as {what}: rows of the batch and positions can be "
             "told in [batch, tokens, hidden] alone; steer a module with register_forward_hook(faststeer.hook(...))"

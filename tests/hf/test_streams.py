@@ -97,7 +97,9 @@ def test_under_peft_called_by_position(kind, positions, rule, model):
     base = peft.get_base_model()
     columns = steered(peft, base, plan(positions), lambda _: peft.generate(ids, **SETTINGS))
     end = 5 + virtual
-    assert columns.row(1) == [int(rule(end)(c)) for c in range(end + NEW - 1)]
+    assert columns.passes[0][1] == [int(rule(end)(c)) for c in range(end)]
+    if not virtual:  # some versions of PEFT put virtual tokens in front of every token
+        assert columns.row(1) == [int(rule(end)(c)) for c in range(end + NEW - 1)]
 
 
 class Wrapper(nn.Module):
