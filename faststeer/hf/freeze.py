@@ -89,8 +89,10 @@ class Freezing:
         owner, modules = points.owner(model), attention_modules(model, points)
         names = list(inspect.signature(type(owner).forward).parameters)[1:]
 
-        def double(_owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            if not changes.live:
+        def double(
+            _owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        ) -> tuple[Any, Any] | None:
+            if kwargs is None or not changes.live:  # the hook before has undone the changes, this one's options first
                 return None
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]

@@ -115,7 +115,8 @@ class Steering(Context["Steering"]):
         self.model, self.part, self._named, self._wanted = model, part, hook_points, _checked_path(path)
         self.points = find_hook_points(model, hook_points)
         fusion = find_fusion(model, self.points)
-        self._fusion, self._no_fusion = (fusion, "") if isinstance(fusion, Fusion) else (None, fusion)
+        self._fusion: Fusion | None = None if isinstance(fusion, str) else fusion
+        self._no_fusion = fusion if isinstance(fusion, str) else ""
         self._structure = structure(model)
         self._why, self._hooked, self._order = "", set[int](), 0
         if self._wanted == "fused" and self.path != "fused":

@@ -135,9 +135,12 @@ class Stream:
     def restart(self, past: Tensor, other: Stream) -> None:
         """Become another stream if nothing is cached; decided on the device."""
         fresh = past == 0
-        ends = [stream.begin if stream.ends() is None else stream.ends() for stream in (other, self)]
-        self._ends = torch.where(fresh, *ends)  # type: ignore[call-overload]
-        self.begin = torch.where(fresh, other.begin, self.begin)  # type: ignore[call-overload]
+        pairs = [
+            [torch.as_tensor(each, device=past.device) for each in (stream.begin, stream.ends()) if each is not None]
+            for stream in (other, self)
+        ]
+        self._ends = torch.where(fresh, pairs[0][-1], pairs[1][-1])
+        self.begin = torch.where(fresh, pairs[0][0], pairs[1][0])
         if self.gates is not None:
             self.gates &= ~fresh
 
