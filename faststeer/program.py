@@ -58,6 +58,7 @@ class Program:
         latches: per site, whether any plan loaded so far decides a gate there. latching: the most latched gates of any
             such plan.
         positioned: whether a loaded plan asks where tokens stand.
+        by_site: what `tables` gives.
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
@@ -72,7 +73,7 @@ class Program:
             self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
         self.latches, self.latching, self.positioned = [False] * sites, 0, False
-        self._tables = self._made_tables()
+        self.by_site = self._made_tables()
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
         self._trained: set[int] = set()  # slots whose plans are being trained
@@ -141,11 +142,11 @@ class Program:
             self._write(slot, entries, blocks, first_row)
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
-        self._tables = self._made_tables()
+        self.by_site = self._made_tables()
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
-        return self._tables[site]
+        return self.by_site[site]
 
     def _made_tables(self) -> list[Tables]:
         sizes = zip(self._ranges, self.depth, self.width, strict=True)

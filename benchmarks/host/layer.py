@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import results
 
 import faststeer as fs
+from faststeer.hf.cache import cache_argument
 
 LAYERS, HIDDEN, PROMPT = 30, 64, 16
 NONE, BY_HAND, HOOKS, FUSED = "none", "hook by hand", "fs.steer by hooks", "fs.steer fused"
@@ -62,11 +63,11 @@ def step_us(of: Any, steps: int) -> float:
     """Microseconds per step behind a prompt."""
     cache = DynamicCache(config=of.config)
     token: Tensor = torch.ones(1, PROMPT, dtype=torch.long)
-    of(token, past_key_values=cache)
+    of(token, **{cache_argument(of): cache})
     token = token[:, :1]
     start = time.perf_counter_ns()
     for _ in range(steps):
-        of(token, past_key_values=cache)
+        of(token, **{cache_argument(of): cache})
     return (time.perf_counter_ns() - start) / steps / 1e3
 
 

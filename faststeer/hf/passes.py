@@ -32,19 +32,19 @@ class Here:
 
     def __init__(self, program: Program, rows: Rows, gates: Tensor | None, x: Tensor) -> None:
         self.program, self.rows, self.gates = program, rows, gates
+        self.by_site = None if program.requires_grad else program.by_site
         self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
         self._live: dict[bool, tuple[Tensor, Tensor]] = {}  # a reentrant checkpoint's forward pass has gradients off
 
     def tables(self, site: int) -> Tables:
         """The tables at a site; with the present values of what is being trained, read once per pass."""
-        tables = self.program.tables(site)
-        if not self.program.requires_grad:
-            return tables
+        if self.by_site is not None:
+            return self.by_site[site]
         enabled = torch.is_grad_enabled()
         if enabled not in self._live:
             self._live[enabled] = self.program.live()
         bank, scalars = self._live[enabled]
-        return tables._replace(bank=bank, scalars=scalars)
+        return self.program.tables(site)._replace(bank=bank, scalars=scalars)
 
 
 class Pass:
@@ -229,7 +229,8 @@ class Passes:
             flat = x.reshape(-1, x.shape[-1])
             if flat.shape[0] != now.tokens:
                 raise self._wrong(site, flat.shape[0], now)
-            tables, program, gates = here.tables(site), here.program, here.gates
+            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            program, gates = here.program, here.gates
             if gates is not None and program.latches[site]:
                 latch_(flat, tables, here.rows, gates)
             if here.steer is not None and not program.columns[site]:
@@ -260,7 +261,8 @@ class Passes:
             flat = branch.reshape(-1, branch.shape[-1])
             if flat.shape[0] != now.tokens:
                 raise self._wrong(site, flat.shape[0], now)
-            tables, program, gates, probe = here.tables(site), here.program, here.gates, None
+            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            program, gates, probe = here.program, here.gates, None
             other = residual.reshape_as(flat)
             if gates is not None and program.latches[site]:
                 latch_(flat, tables, here.rows, gates, residual=other)
