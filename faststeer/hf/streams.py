@@ -22,6 +22,7 @@ from faststeer.hf.cache import cache_in
 
 SAY = "say where it ends by steering.set_prompt(columns)"
 UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
+CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
 UNDECIDED = (
     "the cache was filled outside of this context, so that nobody knows what latched gates say of its prompt: read the "
     "prompt inside"
@@ -318,7 +319,10 @@ class Streams:
             return known
         if isinstance(past, Tensor) or past == 0:
             return self._keep(inputs.cache, _fresh(inputs, past, around.mask))
-        return Stream(None, UNSEEN) if known is None else known
+        if known is None:
+            return Stream(None, UNSEEN)
+        begin = known.begin
+        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else known
 
     @torch.compiler.disable
     def _untraced(self, inputs: Inputs) -> Stream:

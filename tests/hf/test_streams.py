@@ -280,6 +280,23 @@ def test_a_cache_whose_rows_became_more_or_fewer(model):
         handle.remove()
 
 
+def test_a_cache_that_was_cropped_into_its_prompt(model):
+    """Another prompt behind the same beginning: where it ends must be said."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), fs.steer(model, plan("last")) as steering:
+        model(models.tokens(1, 7), **models.cached(model, cache))
+        cache.crop(-3)
+        tail = models.tokens(1, 2, seed=4)
+        with pytest.raises(ValueError, match=r"cropped.*set_prompt"):
+            model(tail, **models.cached(model, cache))
+        steering.set_prompt(6)
+        columns = Columns(model.model.layers[1]).watch()
+        model(tail, **models.cached(model, cache))
+        assert columns.passes == [[[0, 1]]]
+    for handle in columns._handles:
+        handle.remove()
+
+
 def test_sequences_one_after_another_in_a_row(model):
     ids, places = models.tokens(1, 7), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     with torch.no_grad():
