@@ -235,7 +235,7 @@ class Passes:
                 latch_(flat, tables, here.rows, gates)
             if here.steer is not None and not program.columns[site]:
                 try:
-                    return here.steer(flat, *tables[:4], *here.rows, gates, 0, None)[0].view(x.shape)
+                    return here.steer(flat, *tables[:4], *here.rows, gates, 0, None)[0].view_as(x)
                 except RuntimeError:  # said again, in words
                     return steer_rows(flat, tables, here.rows, gates).view_as(x)
             if not program.columns[site]:
@@ -280,9 +280,9 @@ class Passes:
                         normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0, None)
                 except RuntimeError:  # said again, in words
                     normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
-                normed = normed.view(branch.shape)
+                normed = normed.view_as(branch)
             if probe is not None and now.logged:
                 log.add(site, now.steered(probe))
-            return hidden.view(branch.shape), normed
+            return hidden.view_as(branch), normed
 
         return add
