@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from faststeer.intervention import Number
-from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, Kind, Tables
+from faststeer.ops.tables import N_FIELDS, N_SCALARS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
 from faststeer.plan import Entry, Plan, n_sites
 
 
@@ -57,21 +57,27 @@ class Program:
             through `live`.
         latches: per site, whether any plan loaded so far decides a gate there. latching: the most latched gates of any
             such plan.
+        positioned: whether a loaded plan asks where tokens stand.
+        by_site: what `tables` gives.
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
         self.n_layers, self.hidden_size = n_layers, hidden_size
         self.capacity, self.device = capacity, torch.device(device)
         sites, entries = n_sites(n_layers), capacity.slots * capacity.entries
-        self.bank = torch.zeros(capacity.vectors, hidden_size, dtype=torch.float32, device=device)
-        self.fields = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
-        self.scalars = torch.zeros(entries, N_SCALARS, dtype=torch.float32, device=device)
-        self.ranges = torch.zeros(sites, capacity.slots, 2, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # whoever makes them: they are used outside of it, too
+            self.bank = torch.zeros(capacity.vectors, hidden_size, dtype=torch.float32, device=device)
+            self.fields = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
+            self.scalars = torch.zeros(entries, N_SCALARS, dtype=torch.float32, device=device)
+            self.ranges = torch.zeros(sites, capacity.slots, 2, dtype=torch.int32, device=device)
+            self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
-        self.latches, self.latching = [False] * sites, 0
+        self.latches, self.latching, self.positioned = [False] * sites, 0, False
+        self.by_site = self._made_tables()
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
         self._trained: set[int] = set()  # slots whose plans are being trained
+        self._positioned: set[int] = set()  # slots whose plans ask where tokens stand
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
 
@@ -130,14 +136,21 @@ class Program:
         for slot, (entries, blocks) in compiled.items():
             plan = self.plans[slot] = changes[slot]
             (self._trained.add if plan is not None and plan.requires_grad else self._trained.discard)(slot)
+            asks = any(tuple(entry.position_range) != (POSITION_MIN, POSITION_MAX) for entry in entries)
+            (self._positioned.add if asks else self._positioned.discard)(slot)
             self._rows[slot] = [first_row[key] for key in blocks.basis]
             self._write(slot, entries, blocks, first_row)
             self._note_shape(entries)
-        self.requires_grad = bool(self._trained)
+        self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
+        self.by_site = self._made_tables()
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
-        return Tables(self.bank, self.fields, self.scalars, self.ranges[site], self.depth[site], self.width[site])
+        return self.by_site[site]
+
+    def _made_tables(self) -> list[Tables]:
+        sizes = zip(self._ranges, self.depth, self.width, strict=True)
+        return [Tables(self.bank, self.fields, self.scalars, *each) for each in sizes]
 
     def live(self) -> tuple[Tensor, Tensor]:
         """Bank and scalars with the present values of what is being trained, as functions of it: gradients flow from

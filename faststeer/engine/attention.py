@@ -51,7 +51,7 @@ class DecodeAttention(Context[None]):
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs = list({id(config): config for config in configs if config is not None}.values())
 
-    def _enter(self, changes: Changes) -> None:
+    def enter(self, changes: Changes) -> None:
         # Not by the property, which would set the configurations inside this one.
         for config in self._configs:
             changes.replace(config, "_attn_implementation_internal", NAME)

@@ -359,7 +359,7 @@ class _Bar(Context["_Bar"]):
         self._task = self._bar.add_task("", total=total, rate="")
         self._started = time.perf_counter()
 
-    def _enter(self, changes: Changes) -> _Bar:
+    def enter(self, changes: Changes) -> _Bar:
         changes.on_undo(self._bar.stop)
         self._bar.start()
         return self

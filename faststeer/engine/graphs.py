@@ -215,8 +215,9 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 # What of a model is fixed in a graph ----------------------------------------------------------------------------------
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# `generate` is no part of a step, and steering wraps it each time it is entered.
-_OTHERS = {*nn.Module().__dict__, "generate"} - {"training", "_parameters", "_buffers", *_HOOKS}
+# What is no part of a step, and made anew each time steering is entered.
+_WRAPPED = {"generate", "generate_batch", "init_continuous_batching", "__getstate__"}
+_OTHERS = {*nn.Module().__dict__, *_WRAPPED} - {"training", "_parameters", "_buffers", *_HOOKS}
 
 
 def model_constants(model: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Layers(Context[None]):
         self.parts = _parts(model) if whole else []
         self.intact = False  # whether, while entered, all parts are as they were found
 
-    def _enter(self, changes: Changes) -> None:
+    def enter(self, changes: Changes) -> None:
         watched = torch.nn.modules.module._has_any_global_hook()
         intact = [part for part in self.parts if part.is_intact() and not watched]
         changes.on_undo(setattr, self, "intact", False)

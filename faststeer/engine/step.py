@@ -107,7 +107,7 @@ class Step:
         """Whether the steering acts by fused sums, and nobody else hooks what is passed by."""
         if steering is None or steering.path != "fused":
             return False
-        passed = 1 + sum(map(self._is_passed, steering.hooked))  # and the one that begins a pass
+        passed = 3 + sum(map(self._is_passed, steering.hooked))  # and those that begin and end a pass
         return sum(map(len, self._hooks)) == passed
 
     def _is_passed(self, number: int) -> bool:
@@ -125,20 +125,20 @@ class Step:
     ) -> Tensor:
         """Logits `[n, vocabulary]` of the tokens `last` `[n]`, by default of all, where `token` `[rows]` is `tokens`
         after another of each sequence, at their columns `[rows]`."""
-        steering.begin_tokens(len(token) // tokens, tokens)
+        steering.passes.begin_tokens(len(token) // tokens, tokens)
         x = self._body.embed_tokens(token)
         cosine, sine = (t[:, 0] for t in self._body.rotary_emb(x.unsqueeze(1), position_ids=column.unsqueeze(1)))
         x, normed = self._sum(steering, 0, x, self._nothing(x), self._first_norm)
         for i, layer in enumerate(self._layers):
             branch = layer.attention.attend(normed, cosine, sine, column, None, cache, layer.window, tokens)
             if self._attn_out and 4 * i + 1 in steering.hooked:
-                branch = steering.at(4 * i + 1, branch)
+                branch = steering.passes.steer(4 * i + 1)(branch)
             for module in layer.after_attention:
                 branch = module(branch)
             x, normed = self._sum(steering, 4 * i + 2, branch, x, layer.mid_norm)
             branch = layer.mlp.compute(normed)
             if self._mlp_out and 4 * i + 3 in steering.hooked:
-                branch = steering.at(4 * i + 3, branch)
+                branch = steering.passes.steer(4 * i + 3)(branch)
             for module in layer.after_mlp:
                 branch = module(branch)
             x, normed = self._sum(steering, 4 * i + 4, branch, x, layer.next_norm)
@@ -154,5 +154,5 @@ class Step:
     @staticmethod
     def _sum(steering: Steering, number: int, branch: Tensor, x: Tensor, norm: _Norm | None) -> tuple[Tensor, Tensor]:
         """The stream behind a site, and what the next branch reads of it."""
-        x, normed = steering.add_at(number, branch, x, None if norm is None else (norm.module.weight, norm.form))
+        x, normed = steering.passes.add(number)(branch, x, None if norm is None else (norm.module.weight, norm.form))
         return x, x if normed is None else normed

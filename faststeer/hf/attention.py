@@ -21,13 +21,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from faststeer.hf.changes import Changes, Context, changing
 from faststeer.hf.hook_points import HookPoints, find_hook_points, quiet, run_four_tokens
+from faststeer.hf.known import Known
 
 PREFIX = "faststeer_"
 OURS = ("sdpa", "eager")  # what takes any mask and values of any width
 
 # Layer number and function of every attention module whose attention is exchanged now.
 _exchanged: weakref.WeakKeyDictionary[nn.Module, tuple[int, Attend]] = weakref.WeakKeyDictionary()
-_found: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+known_attention: Known[tuple[str, ...]] = Known()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +110,8 @@ def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tup
         ValueError: as `exchange_attention`.
     """
     points = points or find_hook_points(model)
-    if model not in _found:
-        _found[model] = _find(model, points)
-    return tuple(points.layer(model, i).get_submodule(name) for i, name in enumerate(_found[model]))
+    names = known_attention.get(model, lambda: _find(model, points))
+    return tuple(points.layer(model, i).get_submodule(name) for i, name in enumerate(names))
 
 
 def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:

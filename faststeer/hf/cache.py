@@ -18,3 +18,9 @@ def cache_argument(model: Any) -> str:
     """The name under which the model's forward pass takes a cache."""
     known = inspect.signature(model.forward).parameters
     return next((name for name in NAMES if name in known), NAMES[-1])
+
+
+def accepts(model: Any, name: str) -> bool:
+    """Whether the model's forward pass takes an argument of this name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,5 @@
-"""Changes to a model, undone whatever interrupts them: an error, Ctrl-C, a signal handler that raises.
+"""Changes to a model, undone whatever interrupts them: an error, Ctrl-C, a signal handler that raises. A copy of the
+model, and a pickle of it, has none of them.
 
 Three rules hold at every bytecode. The undo of a change is registered before the change is made. Undos are idempotent,
 and undoing what was not done does nothing. And leaving is one call into C, which closes a generator that has stood
@@ -14,6 +15,7 @@ import inspect
 import io
 import weakref
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -42,13 +44,18 @@ class Changes:
         self._undos.append(functools.partial(undo, *args))
 
     def replace(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute in an object's `__dict__`."""
-        self.on_undo(_put_back, vars(owner), name, value, vars(owner).get(name, _ABSENT))
+        """Set an attribute in an object's `__dict__`. Contexts that replaced the same one may end in any order."""
+        replaced = _Replaced(name, value, vars(owner).get(name, _ABSENT))
+        self.on_undo(_put_back, owner, replaced)
+        if isinstance(owner, nn.Module):
+            _changed(owner).replaced.append(replaced)
         vars(owner)[name] = value
 
     def hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
         """Register a forward hook: `register` is a module's `register_forward_hook` or `register_forward_pre_hook`."""
-        self.on_undo(_unhook, register.__self__, hook)  # type: ignore[attr-defined]
+        module: nn.Module = register.__self__  # type: ignore[attr-defined]
+        self.on_undo(_unhook, module, hook)
+        _changed(module).hooks.append(hook)
         register(hook, **options)
 
     def undo(self) -> None:
@@ -60,6 +67,79 @@ class Changes:
             undo()
         self._undos.clear()
         _half_undone.discard(self)
+
+
+# What contexts have changed of a module -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Replaced:
+    """An attribute, the value that a context gave it, and the one that it had."""
+
+    name: str
+    value: object
+    before: object
+
+
+@dataclass
+class _Changed:
+    replaced: list[_Replaced] = field(default_factory=list)
+    hooks: list[Callable[..., Any]] = field(default_factory=list)
+
+
+_changed_modules: weakref.WeakKeyDictionary[nn.Module, _Changed] = weakref.WeakKeyDictionary()
+
+
+def _changed(module: nn.Module) -> _Changed:
+    """The record of a module, which is copied and pickled without what is in it from now on."""
+    record = _changed_modules.setdefault(module, _Changed())
+    # Copying and pickling look for this on the instance, too.
+    vars(module)["__getstate__"] = functools.partial(_state, module)
+    return record
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether any context has a hook on the module or has replaced an attribute of it."""
+    return module in _changed_modules
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """An attribute in a module's `__dict__` as it is without our contexts; None if there is none."""
+    return _unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
+
+
+def _state(module: nn.Module) -> Any:
+    """What a copy or a pickle of a module is made of."""
+    kind, state = type(module), _unchanged(module)
+    own = getattr(kind, "__getstate__", None)
+    if own is None or own is getattr(object, "__getstate__", None):
+        return state
+    clean = kind.__new__(kind)  # a class that says itself what is copied
+    vars(clean).update(state)
+    return own(clean)
+
+
+def _unchanged(module: nn.Module) -> dict[str, Any]:
+    """A module's `__dict__` without what contexts have put there."""
+    state, record = dict(vars(module)), _changed_modules.get(module, _Changed())
+    state.pop("__getstate__", None)
+    for replaced in reversed(record.replaced):
+        if state.get(replaced.name) is replaced.value:
+            state[replaced.name] = replaced.before
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        ours = {key for key, hook in state[name].items() if any(hook is each for each in record.hooks)}
+        for options in (key for key in state if key == name or key.startswith(f"{name}_")):
+            kept = [(key, value) for key, value in state[options].items() if key not in ours]
+            state[options] = type(state[options])(kept)
+    return {name: value for name, value in state.items() if value is not _ABSENT}
+
+
+def _forget(module: nn.Module) -> None:
+    """Drop the record of a module that is as it was."""
+    record = _changed_modules.get(module)
+    if record is None or not (record.replaced or record.hooks):
+        vars(module).pop("__getstate__", None)
+        _changed_modules.pop(module, None)
 
 
 class _Exit(io.IOBase):
@@ -94,7 +174,8 @@ class Context(Generic[T]):
     def __init__(self, enter: Callable[[Changes], T]) -> None:
         self._make = enter
 
-    def _enter(self, changes: Changes) -> T:
+    def enter(self, changes: Changes) -> T:
+        """What entering does; a class of its own says it here."""
         return self._make(changes)
 
     @functools.cached_property
@@ -125,7 +206,7 @@ class Context(Generic[T]):
         changes = Changes()
         try:
             try:
-                yield self._enter(changes)
+                yield self.enter(changes)
             finally:
                 changes.undo()
         finally:  # nothing is left to do, unless that was interrupted
@@ -157,13 +238,22 @@ def _close_unfinished() -> None:
             generator.close()
 
 
-def _put_back(namespace: dict[str, Any], name: str, value: object, before: object) -> None:
-    """Undo `replace`, unless somebody else has replaced the value since."""
-    if namespace.get(name) is value:
-        if before is _ABSENT:
-            namespace.pop(name, None)
+def _put_back(owner: object, ours: _Replaced) -> None:
+    """Undo `replace`, unless somebody else has replaced the value since: a context of ours that has gets the value
+    before to put back."""
+    record = _changed_modules.get(owner) if isinstance(owner, nn.Module) else None
+    later = [each for each in record.replaced if each is not ours and each.before is ours.value] if record else []
+    if later:
+        later[0].before = ours.before
+    elif vars(owner).get(ours.name, _ABSENT) is ours.value:
+        if ours.before is _ABSENT:
+            vars(owner).pop(ours.name, None)
         else:
-            namespace[name] = before
+            vars(owner)[ours.name] = ours.before
+    if isinstance(owner, nn.Module):
+        if record is not None:
+            record.replaced[:] = [each for each in record.replaced if each is not ours]
+        _forget(owner)
 
 
 def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -176,3 +266,6 @@ def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
             for option in options:
                 option.pop(key, None)
             hooks.pop(key, None)
+    if module in _changed_modules:
+        _changed_modules[module].hooks[:] = [other for other in _changed_modules[module].hooks if other is not hook]
+    _forget(module)

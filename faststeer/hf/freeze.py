@@ -12,7 +12,8 @@ every token. Source: arXiv 2604.08524, section on freezing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -23,8 +24,8 @@ from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints
-from faststeer.hf.steering import Pass, Path, Plans, Steering, is_steered
-from faststeer.ops import Rows
+from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.plan import Plan
 from faststeer.program import Capacity
 
 Frozen = Literal["qk", "ov"]
@@ -38,7 +39,7 @@ def freeze(
     hook_points: HookPoints | None = None,
     capacity: Capacity | None = None,
     path: Path | None = None,
-) -> Freezing:
+) -> Steering:
     """Steer a model inside a `with` block, with part of every layer's attention taken from the unsteered run over the
     same tokens (prompt and completion alike, position by position):
 
@@ -59,80 +60,49 @@ def freeze(
     """
     if what not in _ATTENTION:
         raise ValueError(f"freeze what? {what!r}: expected 'qk' (the attention pattern) or 'ov' (the values)")
-    return Freezing(model, plans, what, hook_points, capacity, path)
+    return Steering(model, plans, hook_points, capacity, path, Freezing(what))
 
 
-class Freezing(Steering):
-    """What `freeze` returns: a `Steering` (see there for `assign`, `set_prompt`, `projections`) with part of attention
-    frozen.
+class Freezing:
+    """Acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
 
-    Attributes:
-        frozen: "qk" or "ov".
-    """
+    copies = 2
+    alone = "the model is being steered: leave that context and give its plan to freeze(...)"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plans: Plans,
-        what: Frozen,
-        hook_points: HookPoints | None = None,
-        capacity: Capacity | None = None,
-        path: Path | None = None,
-    ) -> None:
-        super().__init__(model, plans, hook_points, capacity, path)
-        self.frozen = what
+    def __init__(self, what: Frozen) -> None:
+        self._attend = _ATTENTION[what]
 
-    def _enter(self, changes: Changes) -> Freezing:
-        if is_steered(self.model):
-            raise RuntimeError("the model is being steered: leave that context and give its plan to freeze(...)")
-        owner, modules = self._points.owner(self.model), attention_modules(self.model, self._points)
-        # Before the steering's own hook, which asks how many rows there are.
-        changes.hook(owner.register_forward_pre_hook, self._double, with_kwargs=True)
-        super()._enter(changes)
-        exchange(changes, self.model, self._points, dict(enumerate(modules)), _ATTENTION[self.frozen])
+    def check(self, plan: Plan) -> None:
+        """Any plan will do."""
+
+    def check_generate(self, model: Any, given: Mapping[str, Any]) -> None:
+        """Raise ValueError for beam search."""
+        beams = given.get("num_beams")
+        for config in (given.get("generation_config"), getattr(model, "generation_config", None)):
+            beams = beams if beams is not None else getattr(config, "num_beams", None)
+        if cast(int, beams or 1) > 1:
+            raise ValueError(f"num_beams is {beams}: frozen generation is greedy or sampled; set num_beams=1")
+
+    def enter(self, changes: Changes, steering: Steering) -> None:
+        """Double the rows behind the hook that asks where they stand, and halve what comes out."""
+        model, points = steering.model, steering.points
+        owner, modules = points.owner(model), attention_modules(model, points)
+        names = list(inspect.signature(type(owner).forward).parameters)[1:]
+
+        def double(
+            _owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        ) -> tuple[Any, Any] | None:
+            if kwargs is None or not changes.live:  # the hook before has undone the changes, this one's options first
+                return None
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+            rows = tokens.shape[0]
+            _check_cache(cache_in(given), rows)
+            return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
+
+        changes.hook(owner.register_forward_pre_hook, double, with_kwargs=True)
+        exchange(changes, model, points, dict(enumerate(modules)), self._attend)
         changes.hook(owner.register_forward_hook, _steered_half)
-        return self
-
-    def _double(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if not self._changes.live:
-            return None
-        given = {**dict(zip(self._owner_arguments, args, strict=False)), **kwargs}
-        tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        rows = tokens.shape[0]
-        _check_cache(cache_in(given), rows)
-        return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
-
-    # A pass has twice the rows that plans are for: the first half is not steered.
-
-    def _row_slots(self, batch: int, device: torch.device) -> Tensor:
-        slots = super()._row_slots(batch // 2, device)
-        return torch.cat([torch.full_like(slots, -1), slots])
-
-    def set_prompt(self, columns: int | Sequence[int] | None) -> None:
-        super().set_prompt([*columns, *columns] if isinstance(columns, Sequence) else columns)
-
-    def _given_pass(self, rows: Rows, batch: int, length: int) -> Pass:
-        unsteered = rows._replace(slot=torch.full_like(rows.slot, -1))
-        both = Rows(*(torch.cat(pair) for pair in zip(unsteered, rows, strict=True)))
-        return super()._given_pass(both, batch, length)
-
-    def _forget_decisions(self, before: list[Any] | None) -> None:
-        state = self._gate_state
-        if state is None or self._rows is not None:
-            return super()._forget_decisions(before)
-        self._gate_state = state[:, state.shape[1] // 2 :]
-        super()._forget_decisions(before)
-        self._gate_state = state
-
-    def _keep(self, number: int, probe: Tensor | None, now: Pass) -> None:
-        seen = len(self._history.get(number, ()))
-        super()._keep(number, probe, now)
-        pieces = self._history.get(number, [])
-        pieces[seen:] = [piece[now.batch // 2 :] for piece in pieces[seen:]]
-
-    def _generation_begins(self, arguments: dict[str, Any]) -> None:
-        _check_no_beams(self.model, arguments)
-        super()._generation_begins(arguments)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -201,13 +171,3 @@ def _halved(part: Any) -> Any:
     if isinstance(part, (tuple, list)) and not isinstance(part, Cache):
         return tuple(_halved(each) for each in part)
     return part
-
-
-def _check_no_beams(model: Any, arguments: Mapping[str, Any]) -> None:
-    given = {**arguments, **arguments.get("kwargs", {})}
-    configs = [given.get("generation_config"), getattr(model, "generation_config", None)]
-    beams = given.get("num_beams")
-    for config in configs:
-        beams = beams if beams is not None else getattr(config, "num_beams", None)
-    if cast(int, beams or 1) > 1:
-        raise ValueError(f"num_beams is {beams}: frozen generation is greedy or sampled; set num_beams=1")

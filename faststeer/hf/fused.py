@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import types
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.changes import Changes, changing
-from faststeer.hf.hook_points import HookPoints, first_output, quiet, run_four_tokens
+from faststeer.hf.changes import Changes, changing, own_attribute
+from faststeer.hf.hook_points import HookPoints, quiet, run_four_tokens
+from faststeer.hf.known import Known
 from faststeer.ops import reference
 from faststeer.plan import site
 
-_known: weakref.WeakKeyDictionary[nn.Module, Fusion | str] = weakref.WeakKeyDictionary()
+known_fusion: Known[Fusion | str] = Known()
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class NormForm:
     fp32_weight: bool
 
 
-# (site, branch, residual, norm) -> (hidden, normed): residual + branch, steered at the site, and what the norm, given
-# by its weight and form, makes of it; None where there is no norm to compute.
-Add = Callable[[int, Tensor, Tensor, tuple[Tensor, NormForm] | None], tuple[Tensor, Tensor | None]]
+# (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm, given by its
+# weight and form, makes of it; None where there is no norm to compute.
+Add = Callable[[Tensor, Tensor, tuple[Tensor, NormForm] | None], tuple[Tensor, Tensor | None]]
 
 
 # What modules raise that are not called as they expect; not what a signal handler may raise.
@@ -78,17 +79,19 @@ class Fusion:
 
 def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
     """How to fuse a model's layers, or why that cannot be done. Two forward passes over four tokens the first time."""
-    if model not in _known:
+
+    def find() -> Fusion | str:
         with quiet(model):
             try:
-                _known[model] = _find(model, points)
+                return _find(model, points)
             except CannotFuse as reason:
-                _known[model] = str(reason)
-    return _known[model]
+                return str(reason)
+
+    return known_fusion.get(model, find)
 
 
-def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Add) -> None:
-    """Fuse the layers."""
+def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Callable[[int], Add]) -> None:
+    """Fuse the layers: `add(site)` computes the sum at a site."""
 
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
         forward.faststeer_fused = True  # type: ignore[attr-defined]
@@ -108,16 +111,12 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
         replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
 
 
-class _Handover:
+class _Handover(threading.local):
     """A tensor and what the norm that reads it next will make of it. Empty between passes."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None
-
-    def put(self, hidden: Tensor, normed: Tensor | None) -> None:
-        if normed is not None:
-            self.hidden, self.normed = hidden, normed
 
     def take(self, hidden: Tensor) -> Tensor | None:
         given, normed = self.hidden, self.normed
@@ -143,16 +142,26 @@ def _layer_forward(
     following: nn.Module | None,
     forms: Mapping[nn.Module, NormForm],
     handover: _Handover,
-    add: Add,
+    add: Callable[[int], Add],
 ) -> Callable[..., Tensor]:
     """The layer's `forward`, fused. `following`: the norm that reads the layer's output, `after`: the layer of it."""
     names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and hidden_states
-    mid_site, end_site = site("resid_mid", index), site("resid_post", index)
+    add_mid, add_end = add(site("resid_mid", index)), add(site("resid_post", index))
+    # Looked up in every pass, where a module that was replaced since is seen, but not by nn.Module's slow way.
+    modules, own_hooks = layer._modules, layer._forward_hooks
+    next_hooks: Mapping[int, Any] = {} if after is None else after._forward_pre_hooks
+    input_norm, mid_norm, after_attention, after_mlp = (
+        shape.input_norm or "", shape.mid_norm or "", shape.after_attention, shape.after_mlp
+    )  # fmt: skip
 
-    def sum_into(number: int, branch: Tensor, residual: Tensor, norm: nn.Module | None) -> Tensor:
-        fits = norm is not None and norm.weight.device == branch.device and not norm._forward_pre_hooks
-        hidden, normed = add(number, branch, residual, (norm.weight, forms[norm]) if fits else None)  # type: ignore
-        handover.put(hidden, normed)
+    def sum_into(add: Add, branch: Tensor, residual: Tensor, norm: Any) -> Tensor:
+        weight = None
+        if norm is not None and not norm._forward_pre_hooks:
+            weight = norm._parameters.get("weight")
+        if weight is None or weight.device != branch.device or norm not in forms:
+            return add(branch, residual, None)[0]
+        hidden, handover.normed = add(branch, residual, (weight, forms[norm]))
+        handover.hidden = hidden
         return hidden
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,19 +172,23 @@ def _layer_forward(
             )
         if args:
             kwargs = dict(zip(names, args, strict=False)) | kwargs
-        x = hidden_states
-        branch = x if shape.input_norm is None else getattr(self, shape.input_norm)(x)
-        branch = first_output(self.self_attn(hidden_states=branch, **kwargs))  # type: ignore[operator]
-        for name in shape.after_attention:
-            branch = getattr(self, name)(branch)
-        mid_norm = None if shape.mid_norm is None else getattr(self, shape.mid_norm)
-        x = sum_into(mid_site, branch, x, mid_norm)
-        branch = first_output(self.mlp(x if mid_norm is None else mid_norm(x)))  # type: ignore[operator]
-        for name in shape.after_mlp:
-            branch = getattr(self, name)(branch)
+        norm: Any = modules.get(input_norm)
+        branch = hidden_states if norm is None else norm(hidden_states)
+        branch = modules["self_attn"](hidden_states=branch, **kwargs)  # type: ignore[misc]
+        if not isinstance(branch, Tensor):
+            branch = branch[0]
+        for name in after_attention:
+            branch = modules[name](branch)  # type: ignore[misc]
+        norm = modules.get(mid_norm)
+        x = sum_into(add_mid, branch, hidden_states, norm)
+        branch = modules["mlp"](x if norm is None else norm(x))  # type: ignore[misc]
+        if not isinstance(branch, Tensor):
+            branch = branch[0]
+        for name in after_mlp:
+            branch = modules[name](branch)  # type: ignore[misc]
         # Who is shown the layer's output may write to it: then the next norm must look at it again.
-        shown = _may_write(self._forward_hooks) or (after is not None and _may_write(after._forward_pre_hooks))
-        return sum_into(end_site, branch, x, None if shown else following)
+        shown = (own_hooks and _may_write(own_hooks)) or (next_hooks and _may_write(next_hooks))
+        return sum_into(add_end, branch, x, None if shown else following)
 
     return forward
 
@@ -192,7 +205,7 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     shapes = tuple(_shape(layer) for layer in layers)
     for layer in layers:
-        if "forward" in layer.__dict__:
+        if own_attribute(layer, "forward") is not None:
             raise CannotFuse("a layer's forward is replaced already (accelerate does so where it moves weights)")
     forms = {}
     for i, shape in enumerate(shapes):
@@ -230,7 +243,12 @@ def _form(norm: nn.Module, path: str) -> NormForm:
     first value two of them are the same)."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
-    if "forward" in norm.__dict__ or not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.is_meta:
+    if (
+        own_attribute(norm, "forward") is not None
+        or not isinstance(eps, float)
+        or not isinstance(weight, Tensor)
+        or weight.is_meta
+    ):
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
     trial = copy.deepcopy(norm)
     trial._forward_hooks.clear()
@@ -248,7 +266,7 @@ def _form(norm: nn.Module, path: str) -> NormForm:
 
 
 def _add_unsteered(
-    number: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
+    branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
 ) -> tuple[Tensor, Tensor | None]:
     hidden = residual + branch
     if norm is None:
@@ -261,7 +279,7 @@ def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
     """Fused and unfused must give the same bits."""
     own = run_four_tokens(model)
     with changing() as changes:
-        patch(changes, model, points, fusion, _add_unsteered)
+        patch(changes, model, points, fusion, lambda site: _add_unsteered)
         try:
             fused = run_four_tokens(model)
         except WRONG_CALL as error:

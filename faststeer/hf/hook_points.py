@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import types
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.changes import Changes, Context, changing
+from faststeer.hf.cache import accepts
+from faststeer.hf.changes import Changes, Context, changing, is_changed, own_attribute
+from faststeer.hf.known import Known
 from faststeer.plan import n_sites, site_name
 
 Steer = Callable[[Tensor], Tensor]
 
+ROWS, TOKENS = 2, 4  # of a pass that looks for something
+
 next_order = itertools.count(1).__next__  # of entering a context: what was entered first acts first
 
-_holders: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()  # of own_forward
-
-_found: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
+known_points: Known[HookPoints] = Known()
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class HookPoints:
 
 
 def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookPoints:
-    """Find and confirm a model's hook points, with two forward passes over four tokens (none if the model is known
-    already).
+    """Find and confirm a model's hook points, by two short forward passes (none if the model is known already and has
+    not been changed since).
 
     Args:
         model: a causal language model of transformers, or its base model; anything whose forward pass takes `input_ids`
@@ -72,13 +73,14 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
     Raises:
         ValueError: no residual structure was found, or the named points do not behave as one.
     """
-    if named is None and model in _found:
-        return _found[model]
-    with quiet(model):
-        points = _with_sizes(model, named) if named else _find(model)
-        _confirm(model, points)
-    _found[model] = points
-    return points
+
+    def find() -> HookPoints:
+        with quiet(model):
+            points = _with_sizes(model, named) if named else _find(model)
+            _confirm(model, points)
+        return points
+
+    return known_points.get(model, find) if named is None else known_points.put(model, find())
 
 
 def install(
@@ -114,23 +116,14 @@ def own_forward(changes: Changes, module: nn.Module) -> None:
     run on without them; but it does look whether `forward` is still the class's. (A module that has one of its own
     already, as accelerate makes them, keeps it.)
     """
-    holder = object()
-    changes.on_undo(_let_go, module, holder)
-    _holders.setdefault(module, set()).add(holder)
-    if "forward" not in module.__dict__:
-        module.forward = types.MethodType(type(module).forward, module)
-
-
-def _let_go(module: nn.Module, holder: object) -> None:
-    _holders.get(module, set()).discard(holder)
-    own = module.__dict__.get("forward")
-    if not is_held(module) and getattr(own, "__func__", None) is type(module).forward:
-        del module.forward
+    own = own_attribute(module, "forward")
+    if own is None:
+        changes.replace(module, "forward", types.MethodType(type(module).forward, module))
 
 
 def is_held(owner: nn.Module) -> bool:
     """Whether any context of ours is active on a model."""
-    return bool(_holders.get(owner))
+    return is_changed(owner)
 
 
 def no_resid_mid(model: nn.Module) -> str:
@@ -216,8 +209,8 @@ class _Call:
 
 
 def _watch(model: nn.Module, names: list[str]) -> dict[str, _Call]:
-    """Run four tokens through the model and note what each named module received and sent (copies, since a later
-    operation may write in place)."""
+    """Make a short pass and note what each named module received and sent (copies, since a later operation may write
+    in place)."""
     calls: dict[str, _Call] = {}
     nothing = torch.empty(0)
 
@@ -253,19 +246,25 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def run_four_tokens(model: nn.Module) -> Tensor:
-    """The first output of the shortest forward pass that shows what a model does."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    device = embedding.weight.device
-    ids = torch.arange(1, 5, device="cpu" if device.type == "meta" else device).unsqueeze(0) % embedding.num_embeddings
-    return first_output(model(input_ids=ids, use_cache=False))
+    """The first output of the shortest forward pass that shows what a model does: four tokens of each of two rows."""
+    embeddings: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if isinstance(own := getattr(model, "get_input_embeddings", lambda: None)(), nn.Module):
+        embeddings.insert(0, own)
+    size = next((e.num_embeddings for e in embeddings if hasattr(e, "num_embeddings")), 9)
+    device = next((e.weight.device for e in embeddings), torch.device("cpu"))
+    ids = torch.arange(1, 9, device="cpu" if device.type == "meta" else device).view(ROWS, TOKENS) % size
+    return first_output(model(input_ids=ids, **({"use_cache": False} if accepts(model, "use_cache") else {})))
 
 
 def _find(model: nn.Module) -> HookPoints:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models can be steered")
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     members = [f"{name}.{i}" for name, module in lists.items() for i in range(len(module))]
     path = _chained(lists, _watch(model, members))
     if path is None:
-        raise ValueError(_unknown(model, "no ModuleList whose members pass one tensor from each to the next"))
+        what = "no ModuleList whose members pass one tensor from each to the next"
+        raise ValueError(_unknown(model, _shared(lists) or what))
     modules = lists[path]
     inside = [f"{path}.{i}.{name}".rstrip(".") for i, layer in enumerate(modules) for name, _ in layer.named_modules()]
     calls = _watch(model, inside)
@@ -274,9 +273,21 @@ def _find(model: nn.Module) -> HookPoints:
         found = _branches(calls, f"{path}.{i}")
         candidates = found if candidates is None else [names for names in candidates if names in found]
     if not candidates:
-        raise ValueError(_unknown(model, f"the layers of {path} are not input + attention + MLP, bit for bit"))
+        what = f"the layers of {path} are not input + attention + MLP, bit for bit"
+        raise ValueError(_unknown(model, _shared({path: modules}) or what))
     attn_out, mlp_out, resid_mid = candidates[0]
     return _with_sizes(model, HookPoints(path, attn_out, mlp_out, resid_mid))
+
+
+def _shared(lists: Mapping[str, nn.ModuleList]) -> str:
+    """Which module stands in two layers, where hooks cannot tell them apart; "" for none."""
+    for path, layers in lists.items():
+        first: dict[nn.Module, str] = {}
+        for i, layer in enumerate(layers):
+            for name, module in layer.named_modules(prefix=f"{path}.{i}"):
+                if first.setdefault(module, name) != name and next(module.parameters(), None) is not None:
+                    return f"{first[module]} and {name} are one module, and a hook cannot tell them apart: copy it"
+    return ""
 
 
 def _chained(lists: dict[str, nn.ModuleList], calls: dict[str, _Call]) -> str | None:
@@ -351,7 +362,15 @@ def _with_sizes(model: nn.Module, points: HookPoints) -> HookPoints:
     call = _watch(model, [first]).get(first)
     if call is None:
         raise ValueError(_unknown(model, f"a forward pass does not reach {first}"))
-    return dataclasses.replace(points, n_layers=len(modules), hidden_size=call.received.shape[-1])
+    shape = tuple(call.received.shape)
+    if len(shape) != 3 or shape[0] != ROWS or shape[1] < TOKENS:  # more with virtual tokens
+        turned = shape[1:-1] == (ROWS,)
+        what = "[tokens, batch, hidden]" if turned else f"{list(shape)} for {ROWS} x {TOKENS} tokens"
+        raise ValueError(
+            f"{type(model).__name__}: {first} takes hidden states as {what}: rows of the batch and positions can be "
+            "told in [batch, tokens, hidden] alone; steer a module with register_forward_hook(faststeer.hook(...))"
+        )
+    return dataclasses.replace(points, n_layers=len(modules), hidden_size=shape[-1])
 
 
 # Confirming -----------------------------------------------------------------------------------------------------------

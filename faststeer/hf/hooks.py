@@ -3,6 +3,7 @@ hook point."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -136,35 +137,37 @@ class _OneSite:
     shows its size and device."""
 
     def __init__(self, plan: Plan, layer: int) -> None:
-        self.plan, self.layer = plan, layer
+        self.plan, self.layer, self._site = plan, layer, site("resid_pre", layer)
         self.programs: dict[tuple[torch.device, int], Program] = {}
+        self._zeros: dict[torch.device, Tensor] = {}  # as many as the most rows so far
 
     def __call__(self, x: Tensor) -> Tensor:
         key = (x.device, x.shape[-1])
         if key not in self.programs:
             self.programs[key] = self._program(*key)
-        program = self.programs[key]
-        flat = x.reshape(-1, x.shape[-1])
-        zeros = torch.zeros(flat.shape[0], dtype=torch.int32, device=x.device)
-        tables = program.tables(site("resid_pre", self.layer))
+        program, flat = self.programs[key], x.reshape(-1, x.shape[-1])
+        zeros = self._zeros_for(flat)
+        tables = program.tables(self._site)
         if program.requires_grad:
             bank, scalars = program.live()
             tables = tables._replace(bank=bank, scalars=scalars)
         return steer(flat, tables, Rows(zeros, zeros, zeros)).view_as(x)
 
+    def _zeros_for(self, flat: Tensor) -> Tensor:
+        n = flat.shape[0]
+        if torch.compiler.is_compiling():
+            return torch.zeros(n, dtype=torch.int32, device=flat.device)
+        zeros = self._zeros.get(flat.device)
+        if zeros is None or len(zeros) < n:
+            with torch.inference_mode(False):  # a later tensor may come outside of it
+                zeros = self._zeros[flat.device] = torch.zeros(n, dtype=torch.int32, device=flat.device)
+        return zeros if len(zeros) == n else zeros[:n]
+
     def _program(self, device: torch.device, hidden_size: int) -> Program:
-        here = Plan([_moved(i, self.layer) for i in self.plan])
+        here = Plan([dataclasses.replace(i, layers=(self.layer,), at="resid_pre") for i in self.plan])
         program = Program(self.layer + 1, hidden_size, Capacity.of([here], self.layer + 1, hidden_size), device)
         program.load(0, here)
         return program
-
-
-def _moved(intervention: Intervention, layer: int) -> Intervention:
-    """The same intervention at `resid_pre` of `layer`."""
-    moved = object.__new__(type(intervention))
-    for name, value in {**vars(intervention), "layers": (layer,), "at": ("resid_pre",)}.items():
-        object.__setattr__(moved, name, value)
-    return moved
 
 
 def read(

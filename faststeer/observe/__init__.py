@@ -1,7 +1,7 @@
 """What steering changes, and through which parts: activations, lenses, steering value vectors, frozen attention."""
 
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
-from faststeer.hf.freeze import Freezing, freeze
+from faststeer.hf.freeze import freeze
 from faststeer.observe.capture import Capture, Captured, capture
 from faststeer.observe.circuits import Circuit, Faithfulness, Overlap, faithfulness, overlap, random_circuit, select
 from faststeer.observe.difference import Difference, difference, kept_positions
@@ -9,10 +9,9 @@ from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch, patch_bytes, with_positions
 from faststeer.observe.sparsity import SparsityPoint, plot_sparsity, sparsity_curves
-from faststeer.observe.svv import Ablating, Split, SteeringValueVectors, ablate, split, svv
+from faststeer.observe.svv import Split, SteeringValueVectors, ablate, split, svv
 
 __all__ = [
-    "Ablating",
     "AttentionCall",
     "Capture",
     "Captured",
@@ -20,7 +19,6 @@ __all__ = [
     "Difference",
     "Example",
     "Faithfulness",
-    "Freezing",
     "Graph",
     "LogitLens",
     "Norm",

@@ -186,7 +186,7 @@ def ablate(
     hook_points: HookPoints | None = None,
     capacity: Capacity | None = None,
     path: Path | None = None,
-) -> Ablating:
+) -> Steering:
     """Steer a model inside a `with` block, with what steering added withheld from some of its readers, in every layer
     from the steered one on:
 
@@ -203,61 +203,49 @@ def ablate(
     kinds = (what,) if isinstance(what, str) else tuple(what)
     if not kinds or set(kinds) - {"svv", "mlp"}:
         raise ValueError(f"ablate what? {what!r}: expected 'svv', 'mlp' or both")
-    return Ablating(model, plans, kinds, hook_points, capacity, path)
+    return Steering(model, plans, hook_points, capacity, path, Ablating(model, kinds))
 
 
-class Ablating(Steering):
-    """What `ablate` returns: a `Steering` (see there)."""
+class Ablating:
+    """What acts beside a steering that `ablate` returns."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plans: Plans,
-        kinds: tuple[Ablated, ...],
-        hook_points: HookPoints | None = None,
-        capacity: Capacity | None = None,
-        path: Path | None = None,
-    ) -> None:
-        self.ablated = kinds
-        self._by_slot: dict[int, Plan | None] = {}
+    copies, alone = 1, ""
+
+    def __init__(self, model: nn.Module, kinds: tuple[Ablated, ...]) -> None:
+        self._kinds, self._parts, self._points = kinds, find_parts(model), find_hook_points(model)
+        self._plans: list[Plan | None] | None = None  # that the groups are of
         self._groups: list[_Group] = []
         self._withheld: dict[tuple[str, int], Tensor] = {}
-        self._parts = find_parts(model)
-        super().__init__(model, plans, hook_points, capacity, path)
 
-    def _load(self, plans: list[Plan | None], per_row: bool) -> None:
-        # Refused before anything changes; the slots are known after.
-        self._groups_of(dict(enumerate(plans)))
-        super()._load(plans, per_row)
-        slots = next(iter(self._slot_table.values())).tolist()
-        self._use(dict(zip(slots, plans, strict=True)))
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError for a plan that does not only add."""
+        _groups({0: plan}, self._points.n_layers, self._points.hidden_size)
 
-    def load(self, slot: int, plan: Plan | None) -> None:
-        self._groups_of({slot: plan})
-        super().load(slot, plan)
-        self._use({**self._by_slot, slot: plan})
+    def check_generate(self, model: Any, given: Mapping[str, Any]) -> None:
+        """Any generation will do."""
 
-    def _use(self, by_slot: dict[int, Plan | None]) -> None:
-        self._by_slot, self._groups = by_slot, self._groups_of(by_slot)
-        self._withheld.clear()
+    def groups(self, steering: Steering) -> list[_Group]:
+        """What the plans that are loaded now add."""
+        loaded = list(steering.loaded)
+        if self._plans is None or any(old is not new for old, new in zip(self._plans, loaded, strict=True)):
+            self._groups = _groups(dict(enumerate(loaded)), self._points.n_layers, self._points.hidden_size)
+            self._plans = loaded
+            self._withheld.clear()
+        return self._groups
 
-    def _groups_of(self, by_slot: Mapping[int, Plan | None]) -> list[_Group]:
-        return _groups(by_slot, self._points.n_layers, self._points.hidden_size)
-
-    def _enter(self, changes: Changes) -> Ablating:
-        super()._enter(changes)
+    def enter(self, changes: Changes, steering: Steering) -> None:
+        """Withhold from every layer's readers."""
         for number, part in enumerate(self._parts):
-            layer = self._points.layer(self.model, number)
+            layer = self._points.layer(steering.model, number)
             scales: dict[str, Tensor] = {}
-            if "svv" in self.ablated:
+            if "svv" in self._kinds:
                 self._watch_scale(changes, layer, part.attention_norm, part.attention, scales)
-                withhold = self._values_withheld(number, part, layer, scales)
+                withhold = self._values_withheld(steering, number, part, layer, scales)
                 changes.hook(layer.get_submodule(part.value).register_forward_hook, withhold)
-            if "mlp" in self.ablated:
+            if "mlp" in self._kinds:
                 self._watch_scale(changes, layer, part.mlp_norm, part.mlp, scales)
-                take = self._input_withheld(number, part, layer, scales)
+                take = self._input_withheld(steering, number, part, layer, scales)
                 changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, take, with_kwargs=True)
-        return self
 
     def _watch_scale(
         self, changes: Changes, layer: nn.Module, norm: Norm | None, reader: str, scales: dict[str, Tensor]
@@ -272,14 +260,15 @@ class Ablating(Steering):
         changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
 
     def _values_withheld(
-        self, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             def make(added: Tensor) -> Tensor:
                 x = _linear(part.attention_norm, layer, _like(layer, added))
                 return x @ part.value_matrix(layer).flatten(0, 1).T
 
-            share = self._share("svv", number, site("resid_pre", number), make, output, scales.get(part.attention))
+            where = site("resid_pre", number)
+            share = self._share(steering, "svv", number, where, make, output, scales.get(part.attention))
             if share is None:
                 return output
             if part.value_rows.numel() == output.shape[-1]:
@@ -291,7 +280,7 @@ class Ablating(Steering):
         return hook
 
     def _input_withheld(
-        self, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
         where = site("resid_pre" if self._points.resid_mid is None else "resid_mid", number)
 
@@ -300,7 +289,7 @@ class Ablating(Steering):
                 return _linear(part.mlp_norm, layer, _like(layer, added))
 
             x = first_tensor(args, kwargs)
-            share = self._share("mlp", number, where, make, x, scales.get(part.mlp))
+            share = self._share(steering, "mlp", number, where, make, x, scales.get(part.mlp))
             if share is None:
                 return None
             less = (x - share).to(x.dtype)
@@ -311,18 +300,25 @@ class Ablating(Steering):
         return hook
 
     def _share(
-        self, kind: str, number: int, where: int, make: Callable[[Tensor], Tensor], like: Tensor, scale: Tensor | None
+        self,
+        steering: Steering,
+        kind: str,
+        number: int,
+        where: int,
+        make: Callable[[Tensor], Tensor],
+        like: Tensor,
+        scale: Tensor | None,
     ) -> Tensor | None:
         """What of a tensor `[..., out]` is the steering's: r(h) times the product of which groups act on each row and
         what they add there (`make`, of vectors `[groups, hidden]`; made once)."""
-        if not any(n <= where for group in self._groups for n in group.added):
+        groups = self.groups(steering)
+        if not any(n <= where for group in groups for n in group.added):
             return None
         key = kind, number
         if key not in self._withheld:
-            self._withheld[key] = make(torch.stack([group.before(where) for group in self._groups])).detach()
+            self._withheld[key] = make(torch.stack([group.before(where) for group in groups])).detach()
         table = self._withheld[key]
-        assert self._whole_pass is not None
-        share = _active(self._groups, self._whole_pass.rows_on(table.device), table) @ table
+        share = _active(groups, steering.passes.rows_on(table.device), table) @ table
         share = share.view(*like.shape[:-1], -1)
         return share if scale is None else share * scale.view(*like.shape[:-1], 1)
 
@@ -367,13 +363,14 @@ def split(
     points, parts = find_hook_points(model), find_parts(model)
     wanted = range(points.n_layers) if layers is None else sorted(set(layers))
     taken: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    steering = Ablating(model, plans, ())
+    ablating = Ablating(model, ())
+    steering = Steering(model, plans, part=ablating)
 
     def attend(call: AttentionCall) -> Tensor:
         out = call.attend()
         if call.layer in wanted:
             part, layer = parts[call.layer], points.layer(model, call.layer)
-            added = _added(steering, call.layer, streams[call.layer])
+            added = _added(ablating.groups(steering), steering, call.layer, streams[call.layer])
             x = _linear(part.attention_norm, layer, added)
             if part.attention_norm is not None:
                 x = x * part.attention_norm.scale(streams[call.layer])
@@ -392,15 +389,14 @@ def split(
         yield number, _split(points.layer(model, number), parts[number], *taken.pop(number))
 
 
-def _added(steering: Ablating, number: int, stream: Tensor) -> Tensor:
+def _added(groups: Sequence[_Group], steering: Steering, number: int, stream: Tensor) -> Tensor:
     """S `[batch, tokens, hidden]` at a layer's input."""
     wide = torch.promote_types(stream.dtype, torch.float32)
-    if not steering._groups:
+    if not groups:
         return torch.zeros_like(stream, dtype=wide)
-    table = torch.stack([group.before(site("resid_pre", number)) for group in steering._groups])
+    table = torch.stack([group.before(site("resid_pre", number)) for group in groups])
     table = table.to(stream.device, wide)
-    assert steering._whole_pass is not None
-    return (_active(steering._groups, steering._whole_pass.rows_on(stream.device), table) @ table).view(stream.shape)
+    return (_active(groups, steering.passes.rows_on(stream.device), table) @ table).view(stream.shape)
 
 
 def _split(layer: nn.Module, part: Parts, base: Tensor, steering: Tensor, whole: Tensor) -> Split:

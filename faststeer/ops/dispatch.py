@@ -350,6 +350,14 @@ _OPS = {
 _CALLS = {backend: {name: op._op for name, op in ops.items()} for backend, ops in _OPS.items()}
 
 
+def operator(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """The compiled operator that takes rows like `x`, for who calls it often with the arguments of its schema; None
+    where the function of its name is to be called: on the reference, and while a compiler traces."""
+    if torch.compiler.is_compiling() or (backend := backend_of(x, None)) == "reference":
+        return None
+    return _CALLS[backend][name]
+
+
 def _run(name: str, backend: Backend, arguments: tuple[Any, ...]) -> Any:
     try:
         return (_OPS if torch.compiler.is_compiling() else _CALLS)[backend][name](*arguments)

@@ -407,10 +407,9 @@ def test_plans_change_in_place():
     made = engine("llama")
 
     def addresses() -> list[int]:
-        program = next(iter(made._steering._programs.values()))
         device = made._device
         own = (device.long, device.int, device.real, device.cache.layers[0].keys)
-        return [t.data_ptr() for t in (program.bank, program.fields, program.scalars, program.ranges, *own)]
+        return [t.data_ptr() for t in (*made._steering.tables, *own)]
 
     list(made.generate(prompts(), plans=mixed("llama"), max_new_tokens=3))
     before = addresses()

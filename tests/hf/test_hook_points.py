@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import models
@@ -151,7 +152,7 @@ def test_found_in_every_dtype(name, dtype):
 
 def test_a_known_model_is_not_run_again():
     model = models.build("llama")
-    points, runs = fs.steer(model, fs.Add(models.direction(), layers=0))._points, []
+    points, runs = fs.steer(model, fs.Add(models.direction(), layers=0)).points, []
     with model.register_forward_hook(lambda *_: runs.append(1)):
         assert find_hook_points(model) == points
         fs.steer(model, fs.Add(models.direction(), layers=0))
@@ -365,3 +366,34 @@ class TestRefused:
         assert hooks_of(model) == before
         handle.remove()
         assert find_hook_points(model).n_layers == 2
+
+
+class Turned(Own):
+    """Keeps its hidden states as [tokens, batch, hidden], or flat."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).transpose(0, 1).contiguous()
+        shape = x.shape
+        x = x.reshape(-1, shape[-1]) if self.flat else x
+        for block in self.stack:
+            x = block(x)
+        return self.head(x.reshape(shape).transpose(0, 1))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_hidden_states_of_another_layout_are_refused(flat):
+    with pytest.raises(ValueError, match=r"hidden states as \[.*in \[batch, tokens, hidden\] alone"):
+        find_hook_points(Turned(flat))
+
+
+def test_layers_that_share_a_module_are_refused():
+    model = models.build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp and model\.layers\.1\.mlp are one module.*copy it"):
+        find_hook_points(model)
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    find_hook_points(model)

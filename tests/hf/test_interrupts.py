@@ -22,10 +22,12 @@ import torch
 
 import faststeer as fs
 from faststeer.engine.slots import Slots
-from faststeer.hf import attention, fused, hook_points, read
-from faststeer.hf.changes import Changes, Context, _half_undone, changing
+from faststeer.hf import read
+from faststeer.hf.attention import known_attention
+from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_changed
 from faststeer.hf.freeze import freeze
-from faststeer.hf.hook_points import _holders, quiet
+from faststeer.hf.fused import known_fusion
+from faststeer.hf.hook_points import known_points, quiet
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention
 
@@ -92,8 +94,8 @@ def closing(iterator: Any) -> Iterator[Any]:
 
 def found_anew() -> fs.Steering:
     """Hook points and fusion, looked for in a model that is not known."""
-    for known in (hook_points._found, fused._known, attention._found):
-        known.pop(MODEL, None)
+    for known in (known_points, known_fusion, known_attention):
+        known.forget(MODEL)
     return freeze(MODEL, RICH, "ov")
 
 
@@ -140,7 +142,7 @@ def state() -> dict[Any, Any]:
     def contents(value: object) -> object:
         return [(key, id(each)) for key, each in value.items()] if isinstance(value, dict) else id(value)
 
-    there: dict[Any, Any] = {"steered": is_steered(MODEL), "held": sum(map(len, _holders.values()))}
+    there: dict[Any, Any] = {"steered": is_steered(MODEL), "changed": any(map(is_changed, MODEL.modules()))}
     configs = {id(config): config for m in MODEL.modules() if (config := getattr(m, "config", None)) is not None}
     for name, owner in [*MODEL.named_modules(), *configs.items()]:
         there[name] = {key: contents(value) for key, value in vars(owner).items()}

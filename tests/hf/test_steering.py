@@ -502,11 +502,7 @@ class TestAssign:
         """Contract 6 in spirit: what a captured graph would read is where it was."""
 
         def addresses() -> list[int]:
-            (program,) = steering._programs.values()
-            return [
-                t.data_ptr()
-                for t in (program.bank, program.fields, program.scalars, program.ranges, *steering._slot_table.values())
-            ]
+            return [table.data_ptr() for table in steering.tables]
 
         with fs.steer(model, [self.a, None, self.b]) as steering:
             logits(model, ids)

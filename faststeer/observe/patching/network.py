@@ -121,7 +121,7 @@ class Network(Context["Network"]):
         self._taps = [_Tap() for _ in self.layers]
         self._callers: list[Callable[[Tensor], Any]] = []
 
-    def _enter(self, changes: Changes) -> Network:
+    def enter(self, changes: Changes) -> Network:
         changes.on_undo(self._forget)
         for number in range(self.graph.depth):
             self._hook(changes, number)

@@ -1,0 +1,178 @@
+"""What a steering puts on a model while it is entered: hooks around the passes, wrappers of `generate`, and who may
+have entered or may run the model."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from faststeer.hf.changes import Changes, changing
+from faststeer.hf.hook_points import HookPoints, own_forward
+from faststeer.hf.passes import Passes
+from faststeer.hf.streams import bind
+
+INSTEAD = (
+    "give one batch a plan per row, steer(model, [plan, other]), or give the requests to one faststeer.Engine; or let "
+    "the threads take turns"
+)
+PACKED_DOORS = ("generate_batch", "init_continuous_batching")
+
+_entered: weakref.WeakKeyDictionary[nn.Module, list[Entry]] = weakref.WeakKeyDictionary()  # by owner of the layers
+_here: contextvars.ContextVar[tuple[Entry, ...]] = contextvars.ContextVar("faststeer", default=())
+
+
+class Entry:
+    """A steering that is entered: by whom, and who was there before."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread().name
+        self._before = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+
+    def check(self) -> None:
+        """Raise RuntimeError in a thread that did not enter the steering and was not started inside of it."""
+        if threading.get_ident() in self._before:
+            here = threading.current_thread().name
+            raise RuntimeError(
+                f"the model is steered by the thread {self.thread!r}, and the thread {here!r} runs it, which was there "
+                "before: a plan acts for the thread that enters steer(...) and for those that "
+                f"it starts inside; enter steer(...) in the thread that runs the model, or {INSTEAD}"
+            )
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether the model is inside `with steer(...)`."""
+    return any(_entered.get(module) for module in model.modules())
+
+
+def register(changes: Changes, owner: nn.Module) -> Entry:
+    """Note that a steering is entered.
+
+    Raises:
+        RuntimeError: another thread, or another task, has entered one and not left it.
+    """
+    entry = Entry()
+    changes.on_undo(_leave, owner, entry)
+    entries = _entered.setdefault(owner, [])
+    entries.append(entry)
+    earlier = entries[: entries.index(entry)]
+    if not set(earlier) <= set(_here.get()):
+        raise RuntimeError(
+            f"the model is steered already, by the thread {earlier[0].thread!r} or another task: two contexts at once "
+            f"would both act on both; {INSTEAD}"
+        )
+    _here.set((*earlier, entry))
+    return entry
+
+
+def _leave(owner: nn.Module, entry: Entry) -> None:
+    entries = _entered.get(owner, [])
+    if entry in entries:
+        entries.remove(entry)
+
+
+def watch_passes(
+    changes: Changes, model: nn.Module, points: HookPoints, passes: Passes, entry: Entry, hook: Callable[..., Any]
+) -> None:
+    """Begin and end passes as the owner of the layers is called. `hook` marks a hook as ours."""
+    owner, (_, _, name) = points.owner(model), points.layers.rpartition(".")
+    names = list(inspect.signature(type(owner).forward).parameters)[1:]
+
+    def layers() -> list[Any]:
+        stack = owner._modules[name]
+        return [] if stack is None else list(stack._modules.values())
+
+    before = layers()
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not changes.live:  # leaving was interrupted more than once: this hook would have been the last to go
+            changes.undo()
+            return
+        if not passes.signature:
+            # Read, so that a compiled graph is made anew when it changes: torch.compile does not look whether a module
+            # that had no hooks has some now.
+            return
+        if not torch.compiler.is_compiling():
+            if module is not owner:
+                raise RuntimeError(
+                    "a replica of the steered model runs (DataParallel): replicas cannot be steered; run the model on "
+                    "one device, or load it with a device_map"
+                )
+            if layers() != before:
+                raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
+            if passes.derived:
+                entry.check()
+        passes.begin({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passes.end(output)
+
+    changes.hook(owner.register_forward_pre_hook, hook(begin), with_kwargs=True)
+    changes.hook(owner.register_forward_hook, hook(end))
+    own_forward(changes, owner)
+    path = points.layers.split(".")[:-1]
+    for depth in range(len(path)):
+        module = model.get_submodule(".".join(path[:depth]))
+        changes.hook(module.register_forward_pre_hook, hook(_note(module, depth, passes)), with_kwargs=True)
+
+
+def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            passes.streams.note(depth, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    return note
+
+
+def watch_generate(
+    changes: Changes, model: nn.Module, passes: Passes, entry: Entry, check: Callable[[Any, Mapping[str, Any]], None]
+) -> None:
+    """Wrap `generate` of every module that has one. `check(module, arguments)` may refuse."""
+    for module in list(model.modules()):
+        if hasattr(type(module), "generate"):
+            changes.replace(module, "generate", _generate(changes, module, passes, entry, check))
+        for name in PACKED_DOORS:
+            if hasattr(type(module), name):
+                changes.replace(module, name, _packed(changes, getattr(module, name), passes))
+
+
+def _generate(
+    changes: Changes, module: Any, passes: Passes, entry: Entry, check: Callable[[Any, Mapping[str, Any]], None]
+) -> Callable[..., Any]:
+    original, own = module.generate, type(module).generate
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if not changes.live:
+            return original(*args, **kwargs)
+        entry.check()
+        given, streams = bind(own, (module, *args), kwargs), passes.streams
+        check(module, given)
+        with changing() as generation:
+            run = streams.run_of(module)
+            generation.on_undo(streams.end, run, module)
+            streams.generate(run, module, given)
+            if run.batch is not None:
+                passes.plans.check_batch(run.batch)
+            return original(*args, **kwargs)
+
+    return generate
+
+
+def _packed(changes: Changes, original: Callable[..., Any], passes: Passes) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def packed(*args: Any, **kwargs: Any) -> Any:
+        if changes.live:
+            passes.check_packed()
+        return original(*args, **kwargs)
+
+    return packed

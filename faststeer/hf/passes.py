@@ -1,0 +1,288 @@
+"""The forward pass under way, and what acts on it at each site. What holds for a pass is made once, when it begins:
+each row's slot, position and sequence. A site is one function over that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faststeer.hf.fused import Add, NormForm
+from faststeer.hf.probe_log import ProbeLog
+from faststeer.hf.row_plans import RowPlans
+from faststeer.hf.streams import PACKED, Inputs, Stream, Streams
+from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_, operator
+from faststeer.ops import steer as steer_rows
+from faststeer.plan import site_name
+from faststeer.program import Program
+
+OUTSIDE = (
+    "a decoder layer was called outside the model's forward pass, which says where each row stands: use "
+    "faststeer.hook(...) on single modules; if a backward pass runs it again, switch checkpointing on by the model's "
+    "gradient_checkpointing_enable() before steer(...) is entered, or checkpoint the whole model"
+)
+
+
+class Here:
+    """What ops are given on one device in one pass, and the operators themselves where they are compiled."""
+
+    def __init__(self, program: Program, rows: Rows, gates: Tensor | None, x: Tensor) -> None:
+        self.program, self.rows, self.gates = program, rows, gates
+        self.by_site = None if program.requires_grad else program.by_site
+        self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
+        self._live: dict[bool, tuple[Tensor, Tensor]] = {}  # a reentrant checkpoint's forward pass has gradients off
+
+    def tables(self, site: int) -> Tables:
+        """The tables at a site; with the present values of what is being trained, read once per pass."""
+        if self.by_site is not None:
+            return self.by_site[site]
+        enabled = torch.is_grad_enabled()
+        if enabled not in self._live:
+            self._live[enabled] = self.program.live()
+        bank, scalars = self._live[enabled]
+        return self.program.tables(site)._replace(bank=bank, scalars=scalars)
+
+
+class Pass:
+    """A forward pass: `copies` times `batch` x `length` tokens, of which the last `batch` are the steered ones."""
+
+    def __init__(self, plans: RowPlans, rows: Rows, batch: int, copies: int, stream: Stream, sequences: int) -> None:
+        self._plans, self._rows, self._batch, self._copies = plans, rows, batch, copies
+        self._stream, self._sequences = stream, sequences
+        self.tokens, self.logged = rows.slot.shape[0], True
+        self.here: dict[torch.device, Here] = {}
+
+    def rows(self, device: torch.device) -> Rows:
+        """Where the tokens stand, on a device."""
+        rows = self._rows
+        return rows if rows.slot.device == device else Rows(*(t.to(device) for t in rows))
+
+    def on(self, x: Tensor) -> Here:
+        """What ops are given for rows like x."""
+        device = x.device
+        if device not in self.here:
+            program, gates = self._plans.on(device), None
+            if program.latching and (program.positioned or not self._stream.why):
+                gates = self._stream.decisions(program.capacity.entries, self._sequences, device)
+            self.here[device] = Here(program, self.rows(device), gates, x)
+        return self.here[device]
+
+    def again(self, logged: bool) -> Pass:
+        """The same pass, with nothing read yet of what is being trained."""
+        other = Pass(self._plans, self._rows, self._batch, self._copies, self._stream, self._sequences)
+        other.logged = logged
+        return other
+
+    def steered(self, probe: Tensor) -> Tensor:
+        """`[batch, length, k]` of `[tokens, k]`."""
+        return probe.view(self._copies, self._batch, -1, probe.shape[-1])[-1]
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:  # a compiler guards against attributes that appear later
+        self.now: Pass | None = None
+        self.opening: Stream | None = None  # the pass's, where it was given no cache and may make one
+
+
+class Passes:
+    """The passes of one steering, each of its own thread.
+
+    Attributes:
+        streams: which sequences they go on with.
+        copies: how often each row stands in a pass below the model's inputs; the last is steered.
+        signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
+    """
+
+    def __init__(self, plans: RowPlans, log: ProbeLog, n_layers: int, copies: int = 1) -> None:
+        self.plans, self.log, self.streams, self.copies = plans, log, Streams(), copies
+        self.signature = ""
+        self._n_layers, self._thread = n_layers, _Thread()
+        self._given: tuple[Rows, Stream, int] | None = None  # with the number of sequences
+        self._steers: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._adds: dict[int, Add] = {}
+
+    @property
+    def now(self) -> Pass | None:
+        """The pass under way in this thread."""
+        return self._thread.now
+
+    def rows_on(self, device: torch.device) -> Rows:
+        """The rows of the pass under way."""
+        now = self._thread.now
+        if now is None:
+            raise RuntimeError(OUTSIDE)
+        return now.rows(device)
+
+    @property
+    def derived(self) -> bool:
+        """Whether where rows stand is derived from the inputs of a pass."""
+        return self._given is None
+
+    def give(self, rows: Rows | None, n_sequences: int) -> None:
+        """`Steering.set_rows`."""
+        if rows is None:
+            self._given = None
+        elif self._given is None or self._given[2] != n_sequences:
+            self._given = rows, self.streams.given(), n_sequences
+        else:
+            self._given = rows, *self._given[1:]
+
+    def forget(self, sequence: int) -> None:
+        """`Steering.forget`."""
+        if self._given is not None and self._given[1].gates is not None:
+            self._given[1].gates[:, sequence] = False
+
+    def close(self) -> None:
+        """No pass is seen any more."""
+        self._thread.now = self._thread.opening = None
+        self.signature = ""
+        self.streams.close()
+
+    def check_packed(self) -> None:
+        """Raise ValueError if passes over several sequences one after another cannot be steered."""
+        if self.plans.per_row or self.plans.program.positioned:
+            raise ValueError(PACKED)
+
+    def begin(self, given: Mapping[str, Any]) -> None:
+        """A pass reaches the layers: derive each row's slot and position from its inputs, on the device."""
+        self._thread.now = self._thread.opening = None
+        inputs = Inputs.of(given)
+        if self._given is not None:
+            self.begin_tokens(inputs.batch, inputs.length)
+            return
+        past, needed = inputs.past(), self.plans.program.positioned
+        stream = self.streams.of(inputs, past, needed)
+        slot, sequence = self.plans.rows(inputs, self.streams.run)
+        known = needed or (stream.begin is not None and not torch.compiler.is_compiling())
+        position = stream.positions(inputs, past) if known else torch.zeros_like(slot)
+        self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch)
+        if inputs.cache is None:
+            self._thread.opening = stream
+
+    def begin_tokens(self, batch: int, length: int) -> None:
+        """A pass over the tokens of which `give` was given the rows."""
+        if self._given is None:
+            raise RuntimeError("begin_tokens is for passes whose rows were given by set_rows")
+        rows, stream, sequences = self._given
+        if rows.slot.shape[0] != batch * length:
+            raise RuntimeError(
+                f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {batch} x {length} tokens"
+            )
+        self._start(rows, batch, stream, sequences)
+
+    def _start(self, rows: Rows, batch: int, stream: Stream, sequences: int) -> None:
+        if self.copies > 1:
+            other = rows._replace(slot=torch.full_like(rows.slot, -1))
+            rows = Rows(*(torch.cat(parts) for parts in zip(*[other] * (self.copies - 1), rows, strict=True)))
+        self._thread.now = Pass(self.plans, rows, batch, self.copies, stream, sequences)
+
+    def end(self, output: Any) -> None:
+        """The pass is over; a cache that it made is its stream's."""
+        opening, self._thread.now, self._thread.opening = self._thread.opening, None, None
+        if opening is not None and not torch.compiler.is_compiling():
+            parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            for cache in (part for part in parts if hasattr(part, "get_seq_length")):
+                self.streams.cached(opening, cache)
+
+    @contextmanager
+    def resumed(self, now: Pass) -> Iterator[None]:
+        """A part of a pass, which may be over, runs (again)."""
+        before, self._thread.now = self._thread.now, now
+        try:
+            yield
+        finally:
+            self._thread.now = before
+
+    # Sites
+
+    def _wrong(self, site: int, rows: int, now: Pass) -> RuntimeError:
+        at, layer = site_name(site, self._n_layers)
+        return RuntimeError(
+            f"{at} of layer {layer} has {rows} rows in a forward pass of {now.tokens} tokens: this model cannot be "
+            "steered there"
+        )
+
+    def steer(self, site: int) -> Callable[[Tensor], Tensor]:
+        """The function that steers a tensor at a site, always the same."""
+        if site not in self._steers:
+            self._steers[site] = self._steer(site)
+        return self._steers[site]
+
+    def add(self, site: int) -> Add:
+        """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
+        if site not in self._adds:
+            self._adds[site] = self._add(site)
+        return self._adds[site]
+
+    def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
+        thread, log = self._thread, self.log
+
+        def steer(x: Tensor) -> Tensor:
+            now = thread.now
+            if now is None:
+                raise RuntimeError(OUTSIDE)
+            here = now.here.get(x.device) or now.on(x)
+            flat = x.reshape(-1, x.shape[-1])
+            if flat.shape[0] != now.tokens:
+                raise self._wrong(site, flat.shape[0], now)
+            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            program, gates = here.program, here.gates
+            if gates is not None and program.latches[site]:
+                latch_(flat, tables, here.rows, gates)
+            if here.steer is not None and not program.columns[site]:
+                try:
+                    return here.steer(flat, *tables[:4], *here.rows, gates, 0, None)[0].view_as(x)
+                except RuntimeError:  # said again, in words
+                    return steer_rows(flat, tables, here.rows, gates).view_as(x)
+            if not program.columns[site]:
+                return steer_rows(flat, tables, here.rows, gates).view_as(x)
+            probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
+            steered = steer_rows(flat, tables, here.rows, gates, probe).view_as(x)
+            if now.logged:
+                log.add(site, now.steered(probe))
+            return steered
+
+        return steer
+
+    def _add(self, site: int) -> Add:
+        thread, log = self._thread, self.log
+
+        def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
+            if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
+                return self.steer(site)(residual + branch), None
+            now = thread.now
+            if now is None:
+                raise RuntimeError(OUTSIDE)
+            here = now.here.get(branch.device) or now.on(branch)
+            flat = branch.reshape(-1, branch.shape[-1])
+            if flat.shape[0] != now.tokens:
+                raise self._wrong(site, flat.shape[0], now)
+            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            program, gates, probe = here.program, here.gates, None
+            other = residual.reshape_as(flat)
+            if gates is not None and program.latches[site]:
+                latch_(flat, tables, here.rows, gates, residual=other)
+            if program.columns[site]:
+                probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
+            if norm is None:
+                hidden, normed = add_steer(flat, other, tables, here.rows, gates, probe), None
+            else:
+                weight, form = norm
+                how = weight, form.eps, form.weight_offset, form.fp32_weight
+                try:
+                    if here.add_norm is None or probe is not None:
+                        normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+                    else:
+                        normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0, None)
+                except RuntimeError:  # said again, in words
+                    normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+                normed = normed.view_as(branch)
+            if probe is not None and now.logged:
+                log.add(site, now.steered(probe))
+            return hidden.view_as(branch), normed
+
+        return add

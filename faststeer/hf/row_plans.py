@@ -1,0 +1,145 @@
+"""Which plan each row of a batch has: the plans on every device that the model is on, and the table of their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from faststeer.hf.streams import PACKED, Inputs, Run
+from faststeer.intervention import Intervention
+from faststeer.plan import Plan
+from faststeer.program import Capacity, Program
+
+Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
+
+
+class RowPlans:
+    """Plans in slots, one for all rows or one per row.
+
+    Attributes:
+        plans: one, or one per row.
+        per_row: which of the two.
+    """
+
+    def __init__(
+        self, plans: Plans, n_layers: int, hidden_size: int, capacity: Capacity | None, home: torch.device
+    ) -> None:
+        self.plans, self.per_row = as_plans(plans)
+        capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
+        self._programs = {home: Program(n_layers, hidden_size, capacity, home)}
+        self._slots: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
+        self._expanded: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}  # by device, batch and length
+        self._load(self.plans, self.per_row)
+
+    @property
+    def program(self) -> Program:
+        """The plans on the device where the layers begin; elsewhere are copies."""
+        return next(iter(self._programs.values()))
+
+    def on(self, device: torch.device) -> Program:
+        """The plans on a device."""
+        if device not in self._programs:
+            self._programs[device] = self.program.to(device)
+        return self._programs[device]
+
+    def tables(self) -> list[Tensor]:
+        """Everything on devices that a captured graph reads: it is changed in place."""
+        programs = self._programs.values()
+        return [t for p in programs for t in (p.bank, p.fields, p.scalars, p.ranges)] + [*self._slots.values()]
+
+    def assign(self, plans: list[Plan | None], per_row: bool) -> list[bool] | None:
+        """Other plans. Returns which rows keep the plan that they have; None: the rows are other ones."""
+        same = self.per_row == per_row and len(self.plans) == len(plans)
+        kept = [old is new for old, new in zip(self.plans, plans, strict=True)] if same else None
+        self._load(plans, per_row)
+        return kept
+
+    def _load(self, plans: list[Plan | None], per_row: bool) -> None:
+        wanted, slots = distinct(plans), [0]
+        for program in self._programs.values():
+            slots = program.load_all(wanted)  # equal programs: the first refuses what does not fit, before any changes
+        slot_of = {id(plan): slot for plan, slot in zip(wanted, slots, strict=False)}
+        table = torch.tensor([-1 if plan is None else slot_of[id(plan)] for plan in plans], dtype=torch.int32)
+        fits = bool(self._slots) and len(plans) == len(self.plans)
+        self.plans, self.per_row = plans, per_row
+        if not fits:
+            with torch.inference_mode(False):
+                self._slots = {device: table.to(device, copy=True) for device in self._programs}
+            self._expanded.clear()
+        for own in self._slots.values():
+            own.copy_(table)
+        for (device, batch, length), (slot, _) in self._expanded.items():
+            slot.copy_(self._of_rows(device, batch).repeat_interleave(length))
+
+    def load(self, slot: int, plan: Plan | None) -> None:
+        """As `Program.load`, on all devices."""
+        for program in self._programs.values():
+            program.load(slot, plan)
+
+    def rows(self, of: Inputs, run: Run | None) -> tuple[Tensor, Tensor]:
+        """`[batch * length]` twice: slot and sequence of every token of a pass. Beams and return sequences of a prompt
+        stand side by side and share its plan."""
+        if self.per_row:
+            if of.packed:
+                raise ValueError(PACKED)
+            if run is None or run.batch is None or of.batch % len(self.plans):
+                self.check_batch(of.batch)
+        key = of.device, of.batch, of.length
+        # A graph reads the plans' own table.
+        if torch.compiler.is_compiling() or (of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return self._expand(*key)
+        if key not in self._expanded:
+            if len(self._expanded) > 32:
+                self._expanded.clear()
+            with torch.inference_mode(False):
+                self._expanded[key] = self._expand(*key)
+        return self._expanded[key]
+
+    def _expand(self, device: torch.device, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        sequence = torch.arange(batch, dtype=torch.int32, device=device)
+        return self._of_rows(device, batch).repeat_interleave(length), sequence.repeat_interleave(length)
+
+    def _of_rows(self, device: torch.device, batch: int) -> Tensor:
+        if device not in self._slots:
+            self._slots[device] = next(iter(self._slots.values())).to(device)
+        table = self._slots[device]
+        return table.repeat_interleave(batch // len(table)) if self.per_row else table.expand(batch)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise ValueError unless there is a plan for every row."""
+        if self.per_row and batch != len(self.plans):
+            raise ValueError(
+                f"the batch has {batch} rows, but there are {len(self.plans)} plans: give one plan per row, in "
+                "order, or a single plan for all rows"
+            )
+
+
+def as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:
+    """The plans as a list, and whether it has one per row."""
+    if isinstance(plans, (Plan, Intervention)):
+        return [_as_plan(plans, "plan")], False
+    if plans is None or isinstance(plans, str) or not isinstance(plans, Iterable):
+        raise TypeError(
+            f"expected a Plan or a list with one Plan or None per row of the batch, got {type(plans).__name__}"
+        )
+    listed = [_as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
+    if not listed:
+        raise ValueError("the list of plans is empty: give one Plan or None per row of the batch")
+    return listed, True
+
+
+def _as_plan(plan: object, what: str) -> Plan | None:
+    if isinstance(plan, Intervention):
+        return Plan([plan])
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    raise TypeError(
+        f"{what} is a {type(plan).__name__}: expected a Plan, an intervention, or None in a list with one per row"
+    )
+
+
+def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
+    """The different plan objects, in order."""
+    return list({id(plan): plan for plan in plans if plan is not None}.values())

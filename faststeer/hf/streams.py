@@ -1,0 +1,457 @@
+"""Which sequences a forward pass goes on with, and where their prompts end.
+
+A stream is the set of sequences behind one cache. A pass with a new or empty cache opens one, a pass with a known cache
+goes on with it, a pass without a cache is one of its own; a running `generate` has its own, whatever passes it makes.
+What cannot be known is an error where a plan asks for it; nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faststeer.hf.cache import cache_in
+
+SAY = "say where it ends by steering.set_prompt(columns)"
+UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
+CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
+UNDECIDED = (
+    "the cache was filled outside of this context, so that nobody knows what latched gates say of its prompt: read the "
+    "prompt inside"
+)
+TURNS = (
+    "passes without a cache, in turn, inside one generate cannot be told apart: generate with use_cache=True, or leave "
+    "out what makes the other passes (guidance_scale)"
+)
+AHEAD = (
+    "generate reads its prompt in pieces or with guesses behind it, as embeddings whose number differs from that of "
+    "its tokens, so that nobody knows where it ends: switch prefill_chunk_size, assisted and prompt-lookup decoding off"
+)
+PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
+UNREADABLE = (
+    f"the attention mask is of a kind that does not show where a prompt ends: give a mask of two dimensions, or {SAY}"
+)
+PACKED = (
+    "a packed pass (generate_batch, or sequences one after another in a row) does not say which token belongs to which "
+    "sequence: it takes one plan for all, with positions='all' and without latched gates; use generate, or the Engine"
+)
+# What makes `generate` read less or more than its prompt in its first pass.
+PIECEWISE = (
+    "prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Inputs:
+    """The arguments of a forward pass, as far as they say where its rows stand."""
+
+    batch: int
+    length: int
+    device: torch.device
+    cache: Any
+    mask: Any
+    position_ids: Any
+    ids: bool  # whether it was given tokens, not embeddings
+    packed: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Inputs:
+        ids, cache = given.get("input_ids"), cache_in(given)
+        tokens: Tensor = given["inputs_embeds"] if ids is None else ids
+        packed = given.get("cu_seq_lens_q") is not None or (cache is not None and not hasattr(cache, "get_seq_length"))
+        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        return cls(tokens.shape[0], tokens.shape[1], tokens.device, cache, mask, position_ids, ids is not None, packed)
+
+    def past(self) -> int | Tensor:
+        """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU."""
+        past: int | Tensor = 0 if self.cache is None or self.packed else self.cache.get_seq_length()
+        if isinstance(past, Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
+            return int(past)
+        return past
+
+
+class Stream:
+    """Sequences, where their prompts end, and what their latched gates have decided.
+
+    Attributes:
+        begin: the column where generated tokens begin (`[1]` or `[batch]` where that is not one number); None: not
+            known.
+        why: why not.
+        gates: `[entries, batch]`, once a plan has latched gates.
+    """
+
+    def __init__(self, begin: int | Tensor | None, why: str = "", mask: _Mask | None = None) -> None:
+        self.begin, self.why = begin, why
+        self.gates: Tensor | None = None
+        self._mask = mask
+        self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
+
+    def positions(self, of: Inputs, past: int | Tensor) -> Tensor:
+        """`[batch * length]` int32: 0, 1, ... for tokens behind the prompt; -1 for a row's own last prompt token."""
+        begin = self.begin
+        if begin is None:
+            raise ValueError(self.why)
+        if of.length == 1 and isinstance(past, int) and isinstance(begin, int) and past >= begin:
+            return torch.full((of.batch,), past - begin, dtype=torch.int32, device=of.device)
+        column = torch.arange(of.length, dtype=torch.int32, device=of.device) + past
+        if isinstance(begin, Tensor):
+            begin = begin.to(of.device).reshape(-1, 1)
+            if begin.shape[0] not in (1, of.batch):
+                raise ValueError(
+                    f"the batch has {of.batch} rows, but set_prompt was given {begin.shape[0]} numbers: give one for "
+                    "all rows or one per row"
+                )
+        position = column - begin
+        if (ends := self.ends()) is not None:
+            ends = _for_rows(ends.to(of.device), of.batch).unsqueeze(-1)
+            position = torch.where(position >= 0, position, column - ends)
+        return position.to(torch.int32).expand(of.batch, -1).reshape(-1).contiguous()
+
+    def ends(self) -> Tensor | None:
+        """`[batch]`: the column behind each row's last prompt token, where it may lie in front of `begin`."""
+        if self._mask is not None:
+            self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
+        return self._ends
+
+    def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
+        """`gates`, for this many rows."""
+        if self.why:
+            raise ValueError(self.why)
+        if self.gates is None:
+            # Not in inference mode: a later pass may be outside of it.
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self.gates = torch.zeros(entries, batch, dtype=torch.bool, device=device)
+        elif self.gates.shape[1] != batch or self.gates.device != device:
+            self.gates = _for_rows(self.gates, batch).to(device)
+        return self.gates
+
+    def restart(self, past: Tensor, other: Stream) -> None:
+        """Become another stream if nothing is cached; decided on the device."""
+        fresh = past == 0
+        pairs = [
+            [torch.as_tensor(each, device=past.device) for each in (stream.begin, stream.ends()) if each is not None]
+            for stream in (other, self)
+        ]
+        self._ends = torch.where(fresh, pairs[0][-1], pairs[1][-1])
+        self.begin = torch.where(fresh, pairs[0][0], pairs[1][0])
+        if self.gates is not None:
+            self.gates &= ~fresh
+
+
+def _for_rows(table: Tensor, rows: int) -> Tensor:
+    """A table with an entry (in its last dimension) per row of the prompt, for the rows that these have become."""
+    before = table.shape[-1]
+    if before in (1, rows):
+        return table
+    if rows % before:
+        raise ValueError(f"the batch has {rows} rows, but {before} when its prompt was read: {SAY}")
+    return table.repeat_interleave(rows // before, -1)
+
+
+@dataclass
+class _Mask:
+    """`[batch, columns]`, not 0 where a token is real, whose last column is `edge` - 1; to the left of it all are."""
+
+    real: Tensor
+    edge: int | Tensor | None  # None: as far right as the prompt goes, or further
+
+    def ends(self, begin: int | Tensor) -> Tensor:
+        """`[batch]`: the column behind each row's last prompt token."""
+        width = self.real.shape[1]
+        column = torch.arange(1, width + 1, device=self.real.device)
+        if self.edge is not None:
+            column = column + (self.edge - width)
+        elif isinstance(begin, Tensor):
+            column = column + (begin.to(column.device) - width).clamp(min=0)
+        elif begin > width:
+            column = column + (begin - width)
+        return (column * (self.real != 0) * (column <= begin)).amax(1).to(torch.int32)
+
+
+@dataclass(eq=False)
+class Run:
+    """A `generate` that is running in this thread.
+
+    Attributes:
+        total: columns of its prompt, as far as its arguments show them; None: they do not.
+        kind: what its prompt was given as, "input_ids" or "inputs_embeds".
+        piecewise: whether its first pass may read less or more than the prompt.
+        continues: whether it was given a cache.
+        batch: rows of its prompt, before they are repeated.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    total: int | None = None
+    kind: str = "input_ids"
+    piecewise: bool = False
+    continues: bool = False
+    batch: int | None = None
+    mask: Tensor | None = None
+    stream: Stream | None = None
+    cache: Any = None
+    width: int = 0  # of the last pass without a cache
+
+    def read(self, module: Any, given: Mapping[str, Any]) -> None:
+        """Take from the arguments of a `generate` what they show: the outermost mask, the innermost tokens."""
+        mask = given.get("attention_mask")
+        if self.mask is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            self.mask = mask
+        config = given.get("generation_config") or getattr(module, "generation_config", None)
+        settings = [given.get(name) or getattr(config, name, None) for name in PIECEWISE]
+        self.piecewise |= any(each is not None and each is not False for each in settings)
+        tokens = {n: given.get(n) for n in ("inputs_embeds", "input_ids", "inputs")}
+        for name, each in tokens.items():
+            if isinstance(each, Tensor) and each.ndim >= 2:
+                self.kind = "inputs_embeds" if name == "inputs_embeds" or each.is_floating_point() else "input_ids"
+                self.batch, self.total = each.shape[:2]
+                break
+        self.continues |= any(given.get(name) is not None for name in ("cache", "past_key_values"))
+        if self.continues and self.total is not None and self.mask is not None:
+            self.total = max(self.total, self.mask.shape[1])  # the new tokens alone may be given
+
+
+@dataclass(eq=False)
+class _Around:
+    """What the modules around the layers were called with in the pass that is about to reach these."""
+
+    depth: int = 0
+    widths: dict[str, int] = field(default_factory=dict)  # of input_ids, inputs_embeds: the innermost
+    mask: Tensor | None = None  # the outermost
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.around: _Around | None = None
+
+
+class Streams:
+    """The streams of one steering."""
+
+    def __init__(self) -> None:
+        self._by_cache: weakref.WeakKeyDictionary[Any, Stream] = weakref.WeakKeyDictionary()
+        self._all: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._thread = _Thread()
+        self._set: Stream | None = None
+
+    def set(self, columns: int | Sequence[int] | None) -> None:
+        """See `Steering.set_prompt`."""
+        self._by_cache.clear()
+        begin = columns if isinstance(columns, int) or columns is None else torch.as_tensor(columns, dtype=torch.int32)
+        self._set = None if columns is None else self._keep(None, Stream(begin))
+
+    def given(self) -> Stream:
+        """One for rows whose positions are given."""
+        return self._keep(None, Stream(0))
+
+    def close(self) -> None:
+        """Forget all: later passes are not seen."""
+        self._by_cache.clear()
+        self._thread = _Thread()
+
+    @property
+    def run(self) -> Run | None:
+        """The `generate` that runs in this thread."""
+        return self._thread.runs[-1] if self._thread.runs else None
+
+    # What `generate` and the modules around the layers are called with
+
+    def run_of(self, module: nn.Module) -> Run:
+        """The run that a module's `generate` belongs to: one of a wrapper goes on in that of what it wraps."""
+        run = self.run
+        return Run() if run is None or module in run.modules else run
+
+    def generate(self, run: Run, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """A module's `generate` begins."""
+        run.modules.append(module)
+        run.read(module, given)
+        if run not in self._thread.runs:
+            self._thread.runs, self._thread.around = [*self._thread.runs, run], None
+
+    def end(self, run: Run, module: nn.Module) -> None:
+        """A module's `generate` has ended."""
+        if run.modules[:1] == [module]:
+            self._thread.runs = [each for each in self._thread.runs if each is not run]
+
+    def note(self, depth: int, given: Mapping[str, Any]) -> None:
+        """A module `depth` steps into the model is called, around the layers."""
+        around = self._thread.around
+        if around is None or depth <= around.depth:
+            around = self._thread.around = _Around(depth)
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(tokens := given.get(name), Tensor) and tokens.ndim >= 2:
+                around.widths[name] = tokens.shape[1]
+        mask = given.get("attention_mask")
+        if around.mask is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            around.mask = mask
+
+    # Passes
+
+    def of(self, inputs: Inputs, past: int | Tensor, needed: bool) -> Stream:
+        """The stream of a pass that reaches the layers. `needed`: whether a plan asks where it stands."""
+        run = self.run
+        if inputs.packed:
+            return Stream(None, PACKED)
+        if torch.compiler.is_compiling():
+            if run is not None and run.stream is not None:
+                return run.stream
+            if self._set is not None:
+                return self._set
+            if inputs.cache is None or not needed:
+                return _fresh(inputs, past, None)
+            return self._untraced(inputs)
+        around, self._thread.around = self._thread.around or _Around(), None
+        known = None if inputs.cache is None else self._known(inputs.cache)
+        if run is None and self._set is not None:
+            return self._of_set(self._set, inputs, past, known)
+        if run is not None and (stream := self._of_run(run, inputs, past, around)) is not None:
+            return stream
+        if isinstance(past, Tensor) and known is not None:
+            known.restart(past, _fresh(inputs, past, around.mask))
+            return known
+        if isinstance(past, Tensor) or past == 0:
+            return self._keep(inputs.cache, _fresh(inputs, past, around.mask))
+        if known is None:
+            return Stream(None, UNSEEN)
+        begin = known.begin
+        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else known
+
+    @torch.compiler.disable
+    def _untraced(self, inputs: Inputs) -> Stream:
+        return self.of(inputs, inputs.past(), True)
+
+    def cached(self, stream: Stream, cache: Any) -> None:
+        """The pass of a stream has made this cache."""
+        run = self.run
+        if run is not None and run.stream is stream and run.cache is None:
+            run.cache = cache
+        self._keep(cache, stream)
+
+    def _known(self, cache: Any) -> Stream | None:
+        try:
+            return self._by_cache.get(cache)
+        except TypeError:  # a tuple, say: never kept
+            return None
+
+    def _keep(self, cache: Any, stream: Stream) -> Stream:
+        self._all.add(stream)
+        if cache is not None:
+            with suppress(TypeError):
+                self._by_cache[cache] = stream
+        return stream
+
+    def _of_set(self, given: Stream, inputs: Inputs, past: int | Tensor, known: Stream | None) -> Stream:
+        if inputs.cache is None:
+            return given
+        if known is None or known.begin is not given.begin:
+            gates = None if known is None else known.gates
+            unseen = known is None and bool(torch.as_tensor(past >= given.begin).any())  # type: ignore[operator]
+            known = self._keep(inputs.cache, Stream(given.begin, UNDECIDED if unseen else ""))
+            known.gates = gates
+        return known
+
+    def _of_run(self, run: Run, inputs: Inputs, past: int | Tensor, around: _Around) -> Stream | None:
+        """The run's own stream, if the pass is one of it; None: it has another cache."""
+        if run.stream is None:
+            run.stream, run.cache, run.width = _first(run, inputs, int(past), around), inputs.cache, inputs.length
+            return self._keep(inputs.cache, run.stream)
+        if inputs.cache is not None or run.cache is not None:
+            return run.stream if inputs.cache is run.cache else None
+        if inputs.length <= run.width:
+            return Stream(None, TURNS)
+        run.width = inputs.length
+        return run.stream
+
+    # Gates
+
+    def forget(self, kept: Sequence[bool] | None) -> None:
+        """Latched gates are undecided again, but for the kept rows (each for as many as a row has become)."""
+        for stream in list(self._all):
+            gates = stream.gates
+            if gates is None:
+                continue
+            if kept is None or gates.shape[1] % len(kept):
+                gates.zero_()
+            else:
+                rows = torch.tensor(kept, device=gates.device)
+                gates &= rows.repeat_interleave(gates.shape[1] // len(kept))
+
+
+def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
+    """A stream whose prompt ends with this pass."""
+    ids = inputs.position_ids
+    if torch.compiler.is_compiling() or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        packed = False
+    else:
+        packed = bool((ids.diff(dim=1) < 0).any())
+    if packed:
+        return Stream(None, PACKED)
+    return _stream(past + inputs.length, _mask_of(inputs, past, mask))
+
+
+def _stream(begin: int | Tensor, mask: _Mask | str | None) -> Stream:
+    return Stream(None, mask) if isinstance(mask, str) else Stream(begin, mask=mask)
+
+
+def _first(run: Run, inputs: Inputs, past: int, around: _Around) -> Stream:
+    """The first pass of a `generate`: it reads its prompt, or a piece of it, or that and guesses behind it."""
+    read = around.widths.get(run.kind, inputs.length if inputs.ids and run.kind == "input_ids" else None)
+    rest = 0  # columns of the prompt behind this pass
+    if run.total is not None and read is not None:
+        rest = run.total - (past if run.continues else 0) - read
+    elif run.piecewise:
+        return Stream(None, AHEAD)
+    begin, mask = past + inputs.length + rest, _mask_of(inputs, past, around.mask)
+    if run.mask is not None:
+        mask = _Mask(run.mask, None)
+    elif rest > 0 and mask is not None:
+        return Stream(None, PIECES)
+    if not getattr(inputs.cache, "is_compileable", False):
+        return _stream(begin, mask)
+    # For compiled passes to come, whose graph serves prompts of any length.
+    stream = _stream(torch.tensor([begin], dtype=torch.int32, device=inputs.device), mask)
+    stream.ends()
+    return stream
+
+
+def _mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> _Mask | str | None:
+    """The mask of a pass that is or begins a prompt; None: nothing is masked; a text: it cannot be read."""
+    mask = inputs.mask
+    if isinstance(mask, Mapping):  # by kind of attention
+        masks = [each for each in mask.values() if each is not None]
+        mask = max(masks, key=lambda each: each.shape[-1], default=None)
+    if outermost is not None and outermost.shape[0] == inputs.batch:
+        mask = outermost
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return UNREADABLE
+    if mask.ndim == 2:
+        return _Mask(mask, None)
+    if isinstance(past, int) and mask.shape[-1] < past + inputs.length:
+        return UNREADABLE
+    # By queries and columns: padding may not look at itself.
+    column = torch.arange(inputs.length, device=mask.device)
+    own = mask[:, 0, column if mask.shape[2] > 1 else torch.zeros_like(column), column + past]
+    return _Mask(own > -1000 if own.is_floating_point() else own, past + inputs.length)
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those that go into a var-keyword included."""
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    except TypeError:  # the function itself says what is wrong
+        return dict(kwargs)
+    named = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
