@@ -235,7 +235,7 @@ class Passes:
                 latch_(flat, tables, here.rows, gates)
             if here.steer is not None and not program.columns[site]:
                 try:
-                    return here.steer(flat, *tables[:4], *here.rows, gates, 0, None)[0].view_as(x)
+                    return here.steer(flat, *tables[:4], *here.rows, gates, 0)[0].view_as(x)
                 except RuntimeError:  # said again, in words
                     return steer_rows(flat, tables, here.rows, gates).view_as(x)
             if not program.columns[site]:
@@ -277,7 +277,7 @@ class Passes:
                     if here.add_norm is None or probe is not None:
                         normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
                     else:
-                        normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0, None)
+                        normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0)
                 except RuntimeError:  # said again, in words
                     normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
                 normed = normed.view_as(branch)
