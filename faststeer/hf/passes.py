@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from faststeer.hf.fused import Add, NormForm
+from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
-from faststeer.hf.streams import PACKED, Inputs, Stream, Streams
+from faststeer.hf.streams import PACKED, Stream, Streams
 from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_, operator
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from faststeer.hf.streams import PACKED, Inputs, Run
+from faststeer.hf.positions import Inputs
+from faststeer.hf.streams import PACKED, Run
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program

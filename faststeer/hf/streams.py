@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.cache import cache_in
+from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 
-SAY = "say where it ends by steering.set_prompt(columns)"
 UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
 CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
 UNDECIDED = (
@@ -36,9 +35,6 @@ AHEAD = (
     "its tokens, so that nobody knows where it ends: switch prefill_chunk_size, assisted and prompt-lookup decoding off"
 )
 PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
-UNREADABLE = (
-    f"the attention mask is of a kind that does not show where a prompt ends: give a mask of two dimensions, or {SAY}"
-)
 PACKED = (
     "a packed pass (generate_batch, or sequences one after another in a row) does not say which token belongs to which "
     "sequence: it takes one plan for all, with positions='all' and without latched gates; use generate, or the Engine"
@@ -49,77 +45,16 @@ PIECEWISE = (
 )  # fmt: skip
 
 
-@dataclass(eq=False)
-class Inputs:
-    """The arguments of a forward pass, as far as they say where its rows stand."""
-
-    batch: int
-    length: int
-    device: torch.device
-    cache: Any
-    mask: Any
-    position_ids: Any
-    ids: bool  # whether it was given tokens, not embeddings
-    packed: bool
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Inputs:
-        ids, cache = given.get("input_ids"), cache_in(given)
-        tokens: Tensor = given["inputs_embeds"] if ids is None else ids
-        packed = given.get("cu_seq_lens_q") is not None or (cache is not None and not hasattr(cache, "get_seq_length"))
-        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
-        return cls(tokens.shape[0], tokens.shape[1], tokens.device, cache, mask, position_ids, ids is not None, packed)
-
-    def past(self) -> int | Tensor:
-        """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU."""
-        past: int | Tensor = 0 if self.cache is None or self.packed else self.cache.get_seq_length()
-        if isinstance(past, Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
-            return int(past)
-        return past
-
-
-class Stream:
-    """Sequences, where their prompts end, and what their latched gates have decided.
+class Stream(Prompts):
+    """Sequences: where their prompts end, and what their latched gates have decided.
 
     Attributes:
-        begin: the column where generated tokens begin (`[1]` or `[batch]` where that is not one number); None: not
-            known.
-        why: why not.
         gates: `[entries, batch]`, once a plan has latched gates.
     """
 
-    def __init__(self, begin: int | Tensor | None, why: str = "", mask: _Mask | None = None) -> None:
-        self.begin, self.why = begin, why
+    def __init__(self, begin: int | Tensor | None, why: str = "", mask: Mask | None = None) -> None:
+        super().__init__(begin, why, mask)
         self.gates: Tensor | None = None
-        self._mask = mask
-        self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
-
-    def positions(self, of: Inputs, past: int | Tensor) -> Tensor:
-        """`[batch * length]` int32: 0, 1, ... for tokens behind the prompt; -1 for a row's own last prompt token."""
-        begin = self.begin
-        if begin is None:
-            raise ValueError(self.why)
-        if of.length == 1 and isinstance(past, int) and isinstance(begin, int) and past >= begin:
-            return torch.full((of.batch,), past - begin, dtype=torch.int32, device=of.device)
-        column = torch.arange(of.length, dtype=torch.int32, device=of.device) + past
-        if isinstance(begin, Tensor):
-            begin = begin.to(of.device).reshape(-1, 1)
-            if begin.shape[0] not in (1, of.batch):
-                raise ValueError(
-                    f"the batch has {of.batch} rows, but set_prompt was given {begin.shape[0]} numbers: give one for "
-                    "all rows or one per row"
-                )
-        position = column - begin
-        if (ends := self.ends()) is not None:
-            ends = _for_rows(ends.to(of.device), of.batch).unsqueeze(-1)
-            position = torch.where(position >= 0, position, column - ends)
-        return position.to(torch.int32).expand(of.batch, -1).reshape(-1).contiguous()
-
-    def ends(self) -> Tensor | None:
-        """`[batch]`: the column behind each row's last prompt token, where it may lie in front of `begin`."""
-        if self._mask is not None:
-            self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
-        return self._ends
 
     def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
         """`gates`, for this many rows."""
@@ -130,7 +65,7 @@ class Stream:
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 self.gates = torch.zeros(entries, batch, dtype=torch.bool, device=device)
         elif self.gates.shape[1] != batch or self.gates.device != device:
-            self.gates = _for_rows(self.gates, batch).to(device)
+            self.gates = for_rows(self.gates, batch).to(device)
         return self.gates
 
     def restart(self, past: Tensor, other: Stream) -> None:
@@ -144,36 +79,6 @@ class Stream:
         self.begin = torch.where(fresh, pairs[0][0], pairs[1][0])
         if self.gates is not None:
             self.gates &= ~fresh
-
-
-def _for_rows(table: Tensor, rows: int) -> Tensor:
-    """A table with an entry (in its last dimension) per row of the prompt, for the rows that these have become."""
-    before = table.shape[-1]
-    if before in (1, rows):
-        return table
-    if rows % before:
-        raise ValueError(f"the batch has {rows} rows, but {before} when its prompt was read: {SAY}")
-    return table.repeat_interleave(rows // before, -1)
-
-
-@dataclass
-class _Mask:
-    """`[batch, columns]`, not 0 where a token is real, whose last column is `edge` - 1; to the left of it all are."""
-
-    real: Tensor
-    edge: int | Tensor | None  # None: as far right as the prompt goes, or further
-
-    def ends(self, begin: int | Tensor) -> Tensor:
-        """`[batch]`: the column behind each row's last prompt token."""
-        width = self.real.shape[1]
-        column = torch.arange(1, width + 1, device=self.real.device)
-        if self.edge is not None:
-            column = column + (self.edge - width)
-        elif isinstance(begin, Tensor):
-            column = column + (begin.to(column.device) - width).clamp(min=0)
-        elif begin > width:
-            column = column + (begin - width)
-        return (column * (self.real != 0) * (column <= begin)).amax(1).to(torch.int32)
 
 
 @dataclass(eq=False)
@@ -394,10 +299,10 @@ def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
         packed = bool((ids.diff(dim=1) < 0).any())
     if packed:
         return Stream(None, PACKED)
-    return _stream(past + inputs.length, _mask_of(inputs, past, mask))
+    return _stream(past + inputs.length, mask_of(inputs, past, mask))
 
 
-def _stream(begin: int | Tensor, mask: _Mask | str | None) -> Stream:
+def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
     return Stream(None, mask) if isinstance(mask, str) else Stream(begin, mask=mask)
 
 
@@ -409,9 +314,9 @@ def _first(run: Run, inputs: Inputs, past: int, around: _Around) -> Stream:
         rest = run.total - (past if run.continues else 0) - read
     elif run.piecewise:
         return Stream(None, AHEAD)
-    begin, mask = past + inputs.length + rest, _mask_of(inputs, past, around.mask)
+    begin, mask = past + inputs.length + rest, mask_of(inputs, past, around.mask)
     if run.mask is not None:
-        mask = _Mask(run.mask, None)
+        mask = Mask(run.mask, None)
     elif rest > 0 and mask is not None:
         return Stream(None, PIECES)
     if not getattr(inputs.cache, "is_compileable", False):
@@ -420,28 +325,6 @@ def _first(run: Run, inputs: Inputs, past: int, around: _Around) -> Stream:
     stream = _stream(torch.tensor([begin], dtype=torch.int32, device=inputs.device), mask)
     stream.ends()
     return stream
-
-
-def _mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> _Mask | str | None:
-    """The mask of a pass that is or begins a prompt; None: nothing is masked; a text: it cannot be read."""
-    mask = inputs.mask
-    if isinstance(mask, Mapping):  # by kind of attention
-        masks = [each for each in mask.values() if each is not None]
-        mask = max(masks, key=lambda each: each.shape[-1], default=None)
-    if outermost is not None and outermost.shape[0] == inputs.batch:
-        mask = outermost
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        return UNREADABLE
-    if mask.ndim == 2:
-        return _Mask(mask, None)
-    if isinstance(past, int) and mask.shape[-1] < past + inputs.length:
-        return UNREADABLE
-    # By queries and columns: padding may not look at itself.
-    column = torch.arange(inputs.length, device=mask.device)
-    own = mask[:, 0, column if mask.shape[2] > 1 else torch.zeros_like(column), column + past]
-    return _Mask(own > -1000 if own.is_floating_point() else own, past + inputs.length)
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Where the tokens of a forward pass stand, counted from the end of each row's prompt. Everything is derived on the
+device from the pass's own inputs and what its stream knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faststeer.hf.cache import cache_in
+
+SAY = "say where it ends by steering.set_prompt(columns)"
+UNREADABLE = (
+    f"the attention mask is of a kind that does not show where a prompt ends: give a mask of two dimensions, or {SAY}"
+)
+
+
+@dataclass(eq=False)
+class Inputs:
+    """The arguments of a forward pass, as far as they say where its rows stand."""
+
+    batch: int
+    length: int
+    device: torch.device
+    cache: Any
+    mask: Any
+    position_ids: Any
+    ids: bool  # whether it was given tokens, not embeddings
+    packed: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Inputs:
+        ids, cache = given.get("input_ids"), cache_in(given)
+        tokens: Tensor = given["inputs_embeds"] if ids is None else ids
+        packed = given.get("cu_seq_lens_q") is not None or (cache is not None and not hasattr(cache, "get_seq_length"))
+        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+        return cls(tokens.shape[0], tokens.shape[1], tokens.device, cache, mask, position_ids, ids is not None, packed)
+
+    def past(self) -> int | Tensor:
+        """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU."""
+        past: int | Tensor = 0 if self.cache is None or self.packed else self.cache.get_seq_length()
+        if isinstance(past, Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
+            return int(past)
+        return past
+
+
+class Prompts:
+    """Where the prompts of some sequences end.
+
+    Attributes:
+        begin: the column where generated tokens begin (`[1]` or `[batch]` where that is not one number); None: not
+            known.
+        why: why not.
+    """
+
+    def __init__(self, begin: int | Tensor | None, why: str = "", mask: Mask | None = None) -> None:
+        self.begin, self.why = begin, why
+        self._mask = mask
+        self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
+
+    def positions(self, of: Inputs, past: int | Tensor) -> Tensor:
+        """`[batch * length]` int32: 0, 1, ... for tokens behind the prompt; -1 for a row's own last prompt token."""
+        begin = self.begin
+        if begin is None:
+            raise ValueError(self.why)
+        if of.length == 1 and isinstance(past, int) and isinstance(begin, int) and past >= begin:
+            return torch.full((of.batch,), past - begin, dtype=torch.int32, device=of.device)
+        column = torch.arange(of.length, dtype=torch.int32, device=of.device) + past
+        if isinstance(begin, Tensor):
+            begin = begin.to(of.device).reshape(-1, 1)
+            if begin.shape[0] not in (1, of.batch):
+                raise ValueError(
+                    f"the batch has {of.batch} rows, but set_prompt was given {begin.shape[0]} numbers: give one for "
+                    "all rows or one per row"
+                )
+        position = column - begin
+        if (ends := self.ends()) is not None:
+            ends = for_rows(ends.to(of.device), of.batch).unsqueeze(-1)
+            position = torch.where(position >= 0, position, column - ends)
+        return position.to(torch.int32).expand(of.batch, -1).reshape(-1).contiguous()
+
+    def ends(self) -> Tensor | None:
+        """`[batch]`: the column behind each row's last prompt token, where it may lie in front of `begin`."""
+        if self._mask is not None:
+            self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
+        return self._ends
+
+
+def for_rows(table: Tensor, rows: int) -> Tensor:
+    """A table with an entry (in its last dimension) per row of the prompt, for the rows that these have become."""
+    before = table.shape[-1]
+    if before in (1, rows):
+        return table
+    if rows % before:
+        raise ValueError(f"the batch has {rows} rows, but {before} when its prompt was read: {SAY}")
+    return table.repeat_interleave(rows // before, -1)
+
+
+@dataclass
+class Mask:
+    """`[batch, columns]`, not 0 where a token is real, whose last column is `edge` - 1; to the left of it all are."""
+
+    real: Tensor
+    edge: int | Tensor | None  # None: as far right as the prompt goes, or further
+
+    def ends(self, begin: int | Tensor) -> Tensor:
+        """`[batch]`: the column behind each row's last prompt token."""
+        width = self.real.shape[1]
+        column = torch.arange(1, width + 1, device=self.real.device)
+        if self.edge is not None:
+            column = column + (self.edge - width)
+        elif isinstance(begin, Tensor):
+            column = column + (begin.to(column.device) - width).clamp(min=0)
+        elif begin > width:
+            column = column + (begin - width)
+        return (column * (self.real != 0) * (column <= begin)).amax(1).to(torch.int32)
+
+
+def mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> Mask | str | None:
+    """The mask of a pass that is or begins a prompt; None: nothing is masked; a text: it cannot be read."""
+    mask = inputs.mask
+    if isinstance(mask, Mapping):  # by kind of attention
+        masks = [each for each in mask.values() if each is not None]
+        mask = max(masks, key=lambda each: each.shape[-1], default=None)
+    if outermost is not None and outermost.shape[0] == inputs.batch:
+        mask = outermost
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return UNREADABLE
+    if mask.ndim == 2:
+        return Mask(mask, None)
+    if isinstance(past, int) and mask.shape[-1] < past + inputs.length:
+        return UNREADABLE
+    # By queries and columns: padding may not look at itself.
+    column = torch.arange(inputs.length, device=mask.device)
+    own = mask[:, 0, column if mask.shape[2] > 1 else torch.zeros_like(column), column + past]
+    return Mask(own > -1000 if own.is_floating_point() else own, past + inputs.length)
