@@ -125,8 +125,15 @@ def freezing(rows: Rows) -> str:
     return grid(["", "seconds"], [[text, f"{median(rows, case):.1f}"] for case, text in names.items()])
 
 
+def host(rows: Rows) -> str:
+    head = ["", "positions", "us per layer over the model, median", "of the least"]
+    cells = ("way", "positions", "layer_us_median", "layer_us_of_least")
+    return grid(head, [[row[name] for name in cells] for row in rows if row["way"] != "none"])
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "generation": ("generation_smollm2", generation),
+    "host": ("host_layer", host),
     "extraction": ("extraction_smollm2", extraction),
     "selection": ("selection_smollm2", selection),
     "sweep": ("sweep_smollm2", sweep),

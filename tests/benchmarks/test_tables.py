@@ -92,5 +92,14 @@ def test_other_tables(name, cases, more, tmp_path):
     assert tables.filled(filled, tmp_path) == filled
 
 
+def test_the_table_of_the_host(tmp_path):
+    rows = [
+        {"way": way, "positions": "all", "layer_us_median": us, "layer_us_of_least": us - 1}
+        for way, us in (("none", 0.0), ("fused", 4.5))
+    ]
+    results.write("host_layer", rows, tmp_path)
+    assert tables.text_of("host", tmp_path).splitlines()[2:] == ["| fused | all | 4.5 | 3.5 |"]
+
+
 def test_without_results_a_place_says_so(tmp_path):
     assert tables.text_of("peers", tmp_path) == "Not measured yet."
