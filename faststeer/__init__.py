@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from faststeer.files import READERS
+from faststeer.file_kinds import READERS
 from faststeer.version import __version__
 
 if TYPE_CHECKING:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HEAD = 4096  # bytes that are looked at
 MAX_POINTER = 1024  # a pointer of Git LFS is smaller
+
+# Who reads what ("vector") in all its formats: faststeer/__init__.py names them, for modules that they build on.
+READERS: dict[str, Callable[..., Any]] = {}
 
 
 class Kind(NamedTuple):

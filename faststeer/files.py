@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ UNREADABLE = (
     MemoryError,
     SafetensorError,
 )
-# Who reads what ("vector") in all its formats: faststeer/__init__.py names them, for modules that they build on.
-READERS: dict[str, Callable[..., Any]] = {}
 REMEDIES = {
     errno.ENOSPC: "make room on its disk and do it again",
     errno.EDQUOT: "your quota on its disk is used up: make room and do it again",

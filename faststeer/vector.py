@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from faststeer import tensor_files
-from faststeer.files import READERS, FormatError, read_json, reading, write_atomically
+from faststeer.file_kinds import READERS
+from faststeer.files import FormatError, read_json, reading, write_atomically
 
 HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")

@@ -140,10 +140,10 @@ def _embedding(model: nn.Module, tables: list[str], seen: dict[str, Tensor], ent
     writer = Writer("the embedding", kind="embedding")
     width = entering.shape[-1]
     used = [name for name in tables if name in seen and seen[name].shape[-1] == width]
-    total = torch.zeros(1, width, dtype=torch.float64)
+    wanted = entering.double()
+    total = torch.zeros_like(wanted)
     for name in used:
-        total = total + seen[name].double().reshape(-1, width)
-    wanted = entering.double().reshape(-1, width)
+        total = total + seen[name].double()  # that of positions is one for all rows
     writer.scale = float((wanted * total).sum() / (total * total).sum()) if used else 0.0
     rounding = 8 * torch.finfo(entering.dtype).eps
     if not used or (wanted - writer.scale * total).abs().max() > rounding * wanted.abs().max():

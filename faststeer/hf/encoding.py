@@ -134,14 +134,17 @@ def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int
 def special_ids(tokenizer: Any) -> set[int]:
     """The special tokens' ids, without that of the token for unknown words, which stands for a text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    ids = {*getattr(tokenizer, "all_special_ids", ()), *(number for number, token in added.items() if token.special)}
     return ids - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def special_texts(tokenizer: Any) -> list[str]:
     """The special tokens as they are written, the longest first; without those of one or two characters."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    texts = {*map(str, tokenizer.all_special_tokens), *(token.content for token in added.values() if token.special)}
+    texts = {
+        *map(str, getattr(tokenizer, "all_special_tokens", ())),
+        *(token.content for token in added.values() if token.special),
+    }
     return sorted((text for text in texts if len(text.strip()) > LETTERS), key=len, reverse=True)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from faststeer.hf.attach import is_steered
 from faststeer.hf.batching import forward_arguments, model_device, pad
 from faststeer.hf.cache import cache_argument, cache_in
 
@@ -58,7 +59,8 @@ def common_prefix(
     pad_id: int,
     read: Callable[[dict[str, Any]], Sequence[Tensor]],
 ) -> Prefix:
-    """Return the prefix that all `rows` share, or the empty one where it saves little or changes what is read.
+    """Return the prefix that all `rows` share, or the empty one where it saves little, changes what is read, or the
+    model is steered: then positions count from the end of prompts, which whole ones show.
 
     Args:
         rows: token ids of whole prompts.
@@ -73,7 +75,7 @@ def common_prefix(
     ends = [min(rows, key=len), max(rows, key=len)]
     # The common tokens once, and two prompts twice.
     saved = length * (len(rows) - 1) - sum(map(len, ends)) - sum(len(row) - length for row in ends)
-    if saved < LEAST_SAVING * sum(map(len, rows)):
+    if saved < LEAST_SAVING * sum(map(len, rows)) or is_steered(model):
         return Prefix()
     layers = _layers_of(model, rows[0][:length])
     if not layers:

@@ -147,7 +147,7 @@ def test_a_model_that_looks_at_the_whole_length_is_run_on_whole_prompts():
     assert common_prefix(subject, prompts(0), 2, 0, reader(subject)).length == 0
 
 
-def test_a_steered_model_keeps_what_its_plan_says_of_positions():
+def test_a_steered_model_is_run_on_whole_prompts():
     subject, rows = build("llama"), prompts(1)
     read = reader(subject)
     vector = torch.ones(32)

@@ -18,7 +18,17 @@ from faststeer.vllm.requests import PAYLOAD_KEY, received
 from faststeer.vllm.settings import Settings
 from faststeer.vllm.switch import is_on
 
-LIGHT = {"", ".vllm", ".vllm.plugin", ".vllm.switch", ".vllm.admission", ".vllm.server", ".vllm.modes"}
+LIGHT = {
+    "",
+    ".file_kinds",
+    ".version",
+    ".vllm",
+    ".vllm.plugin",
+    ".vllm.switch",
+    ".vllm.admission",
+    ".vllm.server",
+    ".vllm.modes",
+}
 
 
 def config(**changed):
