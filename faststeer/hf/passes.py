@@ -23,7 +23,8 @@ from faststeer.program import Program
 
 OUTSIDE = (
     "a decoder layer was called outside the model's forward pass, which says where each row stands: use "
-    "faststeer.hook(...) on single modules; if a backward pass runs it again, switch checkpointing on by the model's "
+    "faststeer.hook(...) on single modules; if another thread entered steer(...) while this one ran the model, enter "
+    "it in the thread that runs it; if a backward pass runs it again, switch checkpointing on by the model's "
     "gradient_checkpointing_enable() before steer(...) is entered, or checkpoint the whole model"
 )
 
