@@ -343,8 +343,8 @@ def test_registering(ask: Any, complete: Any, expected: dict[str, str], vector: 
 @pytest.mark.parametrize(
     ("path", "data", "status", "says"),
     [
-        ("vectors/mine", b"no vector at all", 400, "cannot be read as safetensors"),
-        ("vectors/mine", b"\x80\x04pickle", 400, "cannot be read"),
+        ("vectors/mine", b"no vector at all", 400, "is no safetensors file"),
+        ("vectors/mine", b"\x80\x04pickle", 400, "it is a pickle"),
         ("vectors/none", None, 400, "is no name"),
         ("vectors/a%2Fb", None, 404, "Not Found"),
         ("plans/calm", b'{"add": "nothing"}', 400, "no vector is registered"),
