@@ -98,7 +98,8 @@ def run(
         "skipped": {"methods": skipped},
     }
     answers = Answers(job).table(vectors, random_like(dim, settings.seed))
-    result |= {"answers": answers["rows"], "utility": Utility(job).table(vectors, random_like(dim, settings.seed))}
+    result |= {"answers": answers["rows"]}
+    result["utility"] = Utility(job).table(vectors, random_like(dim, settings.seed), answers["skipped"])
     result["skipped"]["contexts"] = answers["skipped"]
     scored, circuits = _circuits(job, vectors)
     result |= circuits

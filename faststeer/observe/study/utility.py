@@ -6,7 +6,7 @@ cannot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -31,29 +31,28 @@ class Utility:
         self.texts = (DATA / "neutral.txt").read_text(encoding="utf-8").splitlines()[:n]
         self.questions = load_questions(str(DATA / "knowledge.jsonl"))[:n]
 
-    def table(self, vectors: Mapping[str, SteeringVector], control: SteeringVector) -> list[dict[str, Any]]:
+    def table(
+        self, vectors: Mapping[str, SteeringVector], control: SteeringVector, skipped: Collection[str]
+    ) -> list[dict[str, Any]]:
         """Rows of (vector, context, side): `loss`, the mean over texts of -log P(next token) in nats, and `right`, the
         share of questions whose likeliest answer is the right one, with intervals; `loss_change`, `right_change`: mean
-        differences to the steered model on the same texts and questions. A context that the architecture does not allow
-        is left out (`Answers` says why)."""
-        base = self._measured("none", "unsteered", None)
+        differences to the steered model on the same texts and questions. `skipped`: the contexts that the architecture
+        does not allow (`Answers` says why)."""
+        base = self._of_sides("none", "unsteered", None)
         rows = self._rows("none", "unsteered", base, {})
-        rows += self._rows("random", "steered", self._measured("random", "steered", control), {})
+        rows += self._rows("random", "steered", self._of_sides("random", "steered", control), {})
         for name, vector in vectors.items():
-            steered = self._measured(name, "steered", vector)
+            steered = self._of_sides(name, "steered", vector)
             rows += self._rows(name, "unsteered", base, steered)
             for context in CONTEXTS:
-                try:
-                    rows += self._rows(name, context, self._measured(name, context, vector), steered)
-                except ValueError:
-                    if context == "steered":
-                        raise
+                if context not in skipped:
+                    rows += self._rows(name, context, self._of_sides(name, context, vector), steered)
         return rows
 
-    def _rows(self, name: str, context: str, found: Any, steered: Any) -> list[dict[str, Any]]:
+    def _rows(self, name: str, context: str, sides: Any, steered: Any) -> list[dict[str, Any]]:
         rows, seed = [], self.job.settings.seed
         for side in SIDES:
-            losses, right = found[side]
+            losses, right = sides[side]
             row: dict[str, Any] = {
                 "vector": name,
                 "context": context,
@@ -63,21 +62,21 @@ class Utility:
             }
             compared = bool(steered) and context != "steered"
             for key, number in (("loss_change", 0), ("right_change", 1)):
-                change = paired_bootstrap(found[side][number], steered[side][number], seed=seed) if compared else None
+                change = paired_bootstrap(sides[side][number], steered[side][number], seed=seed) if compared else None
                 row[key] = None if change is None else change.to_dict()
             rows.append(row)
         return rows
 
-    def _measured(self, name: str, context: str, vector: SteeringVector | None) -> dict[str, Any]:
+    def _of_sides(self, name: str, context: str, vector: SteeringVector | None) -> dict[str, Any]:
         """By side: (the loss of every text, whether every question is answered rightly)."""
         depends = [vector, context, self.job.settings.coefficient, self.texts, [repr(q) for q in self.questions]]
         return self.job.parts.json(f"utility-{name}-{context}", depends, lambda: self._measure(context, vector))
 
     def _measure(self, context: str, vector: SteeringVector | None) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        sides: dict[str, Any] = {}
         for side in SIDES:
-            if vector is None and found:  # the unsteered model has no sides
-                found[side] = next(iter(found.values()))
+            if vector is None and sides:  # the unsteered model has no sides
+                sides[side] = next(iter(sides.values()))
                 continue
             plan = None if vector is None else self.job.plan(vector, side)
             options: dict[str, Any] = {**self.job.passing, "within": CONTEXTS.get(context, CONTEXTS["steered"])}
@@ -86,5 +85,5 @@ class Utility:
             answers = multiple_choice(self.job.model, self.job.tokenizer, self.questions, plan, **options)
             assert isinstance(answers, Accuracy)  # of one plan
             right = [choice.chosen == q.answer for choice, q in zip(answers.choices, self.questions, strict=True)]
-            found[side] = [-float(one.log_probabilities.mean()) for one in scored], right
-        return found
+            sides[side] = [-float(one.log_probabilities.mean()) for one in scored], right
+        return sides
