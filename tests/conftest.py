@@ -1,5 +1,5 @@
-"""What all tests share: one thread, so that a run is the same anywhere, quiet libraries, and how many examples
-hypothesis draws."""
+"""What all tests share: one thread, here and in the processes that tests start, so that a run is the same anywhere,
+quiet libraries, and how many examples hypothesis draws."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, models.py and the like
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 transformers.logging.set_verbosity_error()
 
 # Tests with a share of the examples ask for it by settings(parent=..., max_examples=examples(share)).
