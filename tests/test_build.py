@@ -410,10 +410,6 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     pair = x.clone(), residual.clone(), torch.zeros(9, 2)
     torch.ops.faststeer.steer_pair_.cpp(*pair[:2], *arguments[:-1], pair[2])
     results += pair
-    for size in (32, 40):
-        query, mask = torch.randn(2, 4, size, generator=g).to(dtype), torch.randn(2, 150, generator=g).to(dtype)
-        keys, values = (torch.randn(2, 2, 150, size, generator=g).to(dtype) for _ in range(2))
-        results.append(torch.ops.faststeer.decode_attention.cpp(query, keys, values, mask, 0.2, 5.0))
 torch.save(results, sys.argv[1])
 """
     native = build.native()

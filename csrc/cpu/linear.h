@@ -1,13 +1,11 @@
-// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand; and the first half of a
-// gated MLP, act(x G^T) * (x U^T).
+// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand.
 //
-// A panel is the weights of WIDTH outputs side by side, `[inputs][WIDTH]` fp32: of a linear layer WIDTH outputs, of a
-// gated one PART gates and what they are multiplied with. For every panel:
+// A panel is the weights of WIDTH outputs side by side, `[inputs][WIDTH]` fp32. For every panel:
 //   1. DEPTH inputs at a time are written to scratch: little work beside the products as long as there are some rows to
 //      share it.
 //   2. HEIGHT rows at a time stay in registers, WIDTH sums each, while the inputs go by: two loads of weights an input,
 //      and for each row one broadcast and two multiply-adds.
-//   3. Sums of DEPTH inputs are added up in fp32; bias or activation follow, and the result is rounded, once.
+//   3. Sums of DEPTH inputs are added up in fp32; the bias follows, and the result is rounded, once.
 // A result depends on its own row and weights alone, never on which rows and outputs are computed beside it. Products
 // are fused multiply-adds where the machine has them: the baseline level rounds otherwise.
 #pragma once
@@ -15,8 +13,8 @@
 #include <memory>
 #include <utility>
 
-#include "attention.h"
 #include "lanes.h"
+#include "row.h"
 #include "rows.h"
 
 namespace faststeer {
@@ -84,11 +82,11 @@ void pack_half(float* panel, const T* weight, int64_t stride, int64_t count, int
 // One panel of the inputs from `k` on.
 template <class T>
 void pack(float* panel, const LinearJob& job, int64_t unit, int64_t k, int64_t depth) {
-  const bool gated = job.up.data != nullptr;
-  const int64_t first = unit * (gated ? PART : WIDTH), next = gated ? first : first + PART;
-  const Rows& second = gated ? job.up : job.weight;
-  pack_half(panel, row_of<const T>(job.weight, first) + k, job.weight.stride, job.outputs - first, depth);
-  pack_half(panel + PART, row_of<const T>(second, next) + k, second.stride, job.outputs - next, depth);
+  const Rows& weight = job.weight;
+  for (int64_t half = 0; half < WIDTH; half += PART) {
+    const int64_t first = unit * WIDTH + half;
+    pack_half(panel + half, row_of<const T>(weight, first) + k, weight.stride, job.outputs - first, depth);
+  }
 }
 
 // sums `[ROWS][WIDTH]` += (or = where FIRST) ROWS rows of x times the panel.
@@ -129,12 +127,10 @@ FASTSTEER_LANES void multiply_some(int64_t rows, float* sums, const float* x, in
 template <class T>
 FASTSTEER_LANES void prefetch(const LinearJob& job, int64_t unit, int64_t output, int64_t k, int64_t depth) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  const bool gated = job.up.data != nullptr;
-  const int64_t first = unit * (gated ? PART : WIDTH) + output, next = gated ? first : first + PART;
-  const Rows& second = gated ? job.up : job.weight;
-  for (int64_t i = 0; i < depth; i += LINE) {
-    if (first < job.outputs) __builtin_prefetch(row_of<const T>(job.weight, first) + k + i);
-    if (next < job.outputs) __builtin_prefetch(row_of<const T>(second, next) + k + i);
+  for (int64_t from = unit * WIDTH + output; from < (unit + 1) * WIDTH; from += PART) {
+    for (int64_t i = 0; i < depth && from < job.outputs; i += LINE) {
+      __builtin_prefetch(row_of<const T>(job.weight, from) + k + i);
+    }
   }
 }
 
@@ -169,26 +165,14 @@ FASTSTEER_LANES void write_some(T* to, Floats value, int64_t count) {
   std::memcpy(to, copy, (count < PART ? count : PART) * sizeof(T));
 }
 
-FASTSTEER_LANES Floats sigmoid(Floats x) {
-  const Floats e = exponential(x > 0.0f ? -x : x);
-  return (x > 0.0f ? Floats{} + 1.0f : e) / (e + 1.0f);
-}
-
-// x sigmoid(x), and GELU by its tanh: (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-FASTSTEER_LANES Floats activate(Floats x, int32_t activation) {
-  if (activation == SILU) return x * sigmoid(x);
-  return x * sigmoid((x + x * x * x * 0.044715f) * 1.5957691216f);
-}
-
 // Units are panels.
 template <class T>
 void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
   const std::unique_ptr<float[]> scratch(new float[(DEPTH + job.rows) * WIDTH]);
   float *const panel = scratch.get(), *const sums = panel + DEPTH * WIDTH;
-  const bool gated = job.up.data != nullptr;
   for (int64_t unit = first_unit; unit < end_unit; ++unit) {
     products<T>(job, unit, panel, sums);
-    const int64_t first = unit * (gated ? PART : WIDTH), count = job.outputs - first;
+    const int64_t first = unit * WIDTH, count = job.outputs - first;
     T bias[WIDTH] = {};
     if (job.bias != nullptr) {
       std::memcpy(bias, static_cast<const T*>(job.bias) + first, (count < WIDTH ? count : WIDTH) * sizeof(T));
@@ -197,12 +181,8 @@ void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
     for (int64_t row = 0; row < job.rows; ++row) {
       const Floats a = decode(sums + row * WIDTH), b = decode(sums + row * WIDTH + PART);
       T* const to = row_of<T>(job.out, row) + first;
-      if (gated) {
-        write_some(to, activate(a, job.activation) * b, count);
-      } else {
-        write_some(to, a + low, count);
-        if (count > PART) write_some(to + PART, b + high, count - PART);
-      }
+      write_some(to, a + low, count);
+      if (count > PART) write_some(to + PART, b + high, count - PART);
     }
   }
 }

@@ -187,131 +187,6 @@ void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, c
   over_rows(of_dtype(routines().sparse_add, shape.dtype), job, shape.rows);
 }
 
-// `[rows, heads, size]`, or `[rows, heads, columns, size]` where there are columns; each row of numbers contiguous.
-Heads heads_of(const Tensor& tensor, const char* name, bool has_columns, Dtype dtype) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const size_t last = has_columns ? 3 : 2;
-  const std::string expected = has_columns ? "[rows, heads, columns, size]" : "[rows, heads, size]";
-  if (sizes.size() != last + 1) refuse(name, expected, sizes.size(), " dimensions");
-  if (sizes[last] < 1) refuse(name, expected + " of at least one number", shape_text(sizes));
-  if (sizes[last] > 1 && strides[last] != 1) refuse(name, "contiguous in its last dimension", shape_text(strides));
-  if (check_float(tensor, name) != dtype) refuse(name, "of the query's dtype", dtype_name(torch_dtype(tensor)));
-  return {tensor.data_ptr(), strides[0], strides[1], has_columns ? strides[2] : 0};
-}
-
-// What both attentions are given, checked; `rows` of the keys' and values' rows are used (the first, of a cache).
-AttentionJob attention_job(const Tensor& query, const Tensor& keys, const Tensor& values,
-                           const std::optional<Tensor>& mask, double scaling, double softcap, Dtype dtype, bool whole_cache,
-                           int64_t tokens = 1) {
-  AttentionJob job;
-  job.query = heads_of(query, "query", false, dtype);
-  job.keys = heads_of(keys, "keys", true, dtype);
-  job.values = heads_of(values, "values", true, dtype);
-  const int64_t rows = query.size(0), key_heads = keys.size(1), columns = keys.size(2);
-  job.heads = query.size(1);
-  job.key_size = query.size(2);
-  job.value_size = values.size(3);
-  if (key_heads < 1 || job.heads % key_heads != 0) {
-    refuse("keys", "of a number of heads that divides the query's " + std::to_string(job.heads), key_heads);
-  }
-  if (tokens < 1 || rows % tokens != 0) refuse("tokens", "a divisor of the " + std::to_string(rows) + " rows", tokens);
-  job.tokens = tokens;
-  if ((whole_cache ? keys.size(0) < rows / tokens : keys.size(0) != rows) || keys.size(3) != job.key_size) {
-    const std::string rows_wanted = whole_cache ? "at least as many rows and as many numbers as" : "as many rows and numbers as";
-    refuse("keys", "of " + rows_wanted + " the query, " + shape_text(query.sizes()), shape_text(keys.sizes()));
-  }
-  if (values.size(0) != keys.size(0) || values.size(1) != key_heads || values.size(2) != columns) {
-    refuse("values", "of the keys' rows, heads and columns, " + shape_text(keys.sizes()), shape_text(values.sizes()));
-  }
-  job.columns = columns;
-  if (mask.has_value()) {
-    const int64_t expected[] = {rows, columns};
-    if (check_float(*mask, "mask") != dtype) refuse("mask", "of the query's dtype", dtype_name(torch_dtype(*mask)));
-    const auto sizes = mask->sizes();
-    if (sizes.size() != 2 || sizes[0] != rows || (whole_cache ? sizes[1] > columns : sizes[1] != columns)) {
-      refuse("mask", (whole_cache ? "of at most shape " : "of shape ") + shape_text(expected), shape_text(sizes));
-    }
-    job.columns = sizes[1];
-    if (job.columns > 1 && mask->stride(1) != 1) refuse("mask", "contiguous in its last dimension", mask->stride(1));
-    job.mask = mask->data_ptr();
-    job.mask_stride = mask->stride(0);
-  }
-  job.group = job.heads / key_heads;
-  job.scaling = static_cast<float>(scaling);
-  job.softcap = static_cast<float>(softcap);
-  return job;
-}
-
-Tensor attend(const Tensor& query, AttentionJob& job, Dtype dtype) {
-  const int64_t rows = query.size(0);
-  const int64_t sizes[] = {rows, job.heads, job.value_size}, strides[] = {job.heads * job.value_size, job.value_size, 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(3, sizes, strides, torch_dtype(query), aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor out(handle);
-  job.out = out.data_ptr();
-  const int64_t units = rows * (job.heads / job.group);
-  if (job.tokens > 1) over_units(of_dtype(routines().keep_new, dtype), job, units, job.key_size + job.value_size);
-  over_units(of_dtype(routines().decode_attention, dtype), job, units, job.columns * (job.key_size + job.value_size));
-  return out;
-}
-
-Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& mask,
-                        double scaling, double softcap) {
-  const Dtype dtype = check_float(query, "query");
-  AttentionJob job = attention_job(query, keys, values, mask, scaling, softcap, dtype, false);
-  return attend(query, job, dtype);
-}
-
-// A row's own key or value: `[rows, key heads, size]`.
-Heads new_heads(const Tensor& tensor, const char* name, int64_t rows, const Tensor& cache, Dtype dtype) {
-  const Heads heads = heads_of(tensor, name, false, dtype);
-  const int64_t expected[] = {rows, cache.size(1), cache.size(3)};
-  if (!std::equal(expected, expected + 3, tensor.sizes().begin())) {
-    refuse(name, "of shape " + shape_text(expected), shape_text(tensor.sizes()));
-  }
-  return heads;
-}
-
-Rows angles(const Tensor& tensor, const char* name, int64_t rows, int64_t rotary, Dtype dtype) {
-  const auto sizes = tensor.sizes();
-  const int64_t expected[] = {rows, rotary};
-  if (sizes.size() != 2 || sizes[0] != rows || sizes[1] != rotary) {
-    refuse(name, "of shape " + shape_text(expected), shape_text(sizes));
-  }
-  if (check_float(tensor, name) != dtype) refuse(name, "of the query's dtype", dtype_name(torch_dtype(tensor)));
-  if (rotary > 1 && tensor.stride(1) != 1) refuse(name, "contiguous in its last dimension", tensor.stride(1));
-  return rows_of(tensor, tensor.stride(0));
-}
-
-Tensor rotary_attention_(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys,
-                         const Tensor& values, const Tensor& cosine, const Tensor& sine, const Tensor& column,
-                         const std::optional<Tensor>& mask, int64_t tokens, int64_t window, double scaling,
-                         double softcap) {
-  const Dtype dtype = check_float(query, "query");
-  AttentionJob job = attention_job(query, keys, values, mask, scaling, softcap, dtype, true, tokens);
-  if (window < 0) refuse("window", "0 (none) or more", window);
-  job.window = window;
-  const int64_t rows = query.size(0);
-  job.key = new_heads(key, "key", rows, keys, dtype);
-  job.value = new_heads(value, "value", rows, values, dtype);
-  job.rotary = cosine.sizes().size() == 2 ? cosine.size(1) : 0;
-  if (job.rotary % 2 != 0 || job.rotary > job.key_size) {
-    refuse("cosine", "of an even number of columns, at most " + std::to_string(job.key_size), job.rotary);
-  }
-  job.cosine = angles(cosine, "cosine", rows, job.rotary, dtype);
-  job.sine = angles(sine, "sine", rows, job.rotary, dtype);
-  const RowShape shape{rows, job.key_size, 0, dtype, device_type(query), query.get_device_index()};
-  check_table(column, "column", aoti_torch_dtype_int64(), {rows}, shape);
-  job.column = static_cast<const int64_t*>(column.data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    if (job.column[row] < 0 || job.column[row] >= keys.size(2)) {
-      refuse("column", "of columns of the keys, 0 to " + std::to_string(keys.size(2) - 1), job.column[row]);
-    }
-  }
-  return attend(query, job, dtype);
-}
-
 // `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
 void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
   if (matrix.sizes().size() != 2 || (columns >= 0 && matrix.size(1) != columns)) {
@@ -322,120 +197,34 @@ void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype
   if (matrix.size(1) > 1 && matrix.stride(1) != 1) refuse(name, "contiguous in its last dimension", matrix.stride(1));
 }
 
-// x in fp32 for any number of products: x itself, or a copy that this keeps.
-class Multiplied {
- public:
-  explicit Multiplied(const Tensor& x) : x_(x), dtype_(check_float(x, "x")) {
-    check_matrix(x, "x", -1, dtype_);
-    rows_ = rows_of(x, x.stride(0));
-    if (dtype_ == Dtype::FP32 || n_rows() == 0) return;
-    wide_ = new_rows(x, n_rows(), inputs(), aoti_torch_dtype_float32());
-    const WidenJob job{x.data_ptr(), x.stride(0), n_rows(), inputs(), static_cast<float*>(wide_->data_ptr())};
-    over_units(of_dtype(routines().widen, dtype_), job, n_rows(), inputs());
-    rows_ = rows_of(*wide_, inputs());
-  }
-
-  int64_t n_rows() const { return x_.size(0); }
-  int64_t inputs() const { return x_.size(1); }
-
-  // `[rows, columns]` of x's dtype
-  Tensor new_output(int64_t columns) const { return new_rows(x_, n_rows(), columns, torch_dtype(x_)); }
-
-  // x weight^T + bias into the columns of `out` from `first` on; with `up`, act(x weight^T) * (x up^T).
-  void by(const Tensor& weight, const char* name, const std::optional<Tensor>& bias, const Tensor& out, int64_t first,
-          const Tensor* up = nullptr, int32_t activation = SILU) const {
-    check_matrix(weight, name, inputs(), dtype_);
-    LinearJob job;
-    job.rows = n_rows();
-    job.inputs = inputs();
-    job.outputs = weight.size(0);
-    job.x = rows_;
-    job.weight = rows_of(weight, weight.stride(0));
-    if (up != nullptr) {
-      check_matrix(*up, "up", inputs(), dtype_);
-      if (up->size(0) != job.outputs) refuse("up", "of the weight's shape", shape_text(up->sizes()));
-      job.up = rows_of(*up, up->stride(0));
-    }
-    if (bias.has_value()) {
-      const RowShape shape{n_rows(), inputs(), 0, dtype_, device_type(x_), x_.get_device_index()};
-      check_table(*bias, "bias", torch_dtype(x_), {job.outputs}, shape);
-      job.bias = bias->data_ptr();
-    }
-    job.activation = activation;
-    if (job.rows == 0) return;
-    const int64_t size = dtype_ == Dtype::FP32 ? 4 : 2;
-    job.out = {static_cast<char*>(out.data_ptr()) + first * size, out.stride(0)};
-    const int64_t of_panel = up == nullptr ? routines().panel : routines().panel / 2;
-    const int64_t panels = (job.outputs + of_panel - 1) / of_panel;
-    over_units(of_dtype(routines().linear, dtype_), job, panels, job.rows * job.inputs);
-  }
-
- private:
-  const Tensor& x_;
-  Dtype dtype_;
-  std::optional<Tensor> wide_;
-  Rows rows_;
-};
-
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Multiplied multiplied(x);
-  check_matrix(weight, "weight", x.size(1), check_float(x, "x"));
-  const Tensor out = multiplied.new_output(weight.size(0));
-  multiplied.by(weight, "weight", bias, out, 0);
-  return out;
-}
-
-Tensor gated_linear(const Tensor& x, const Tensor& weight, const Tensor& up, int64_t activation) {
-  if (activation < SILU || activation > GELU_TANH) refuse("activation", "0 (SiLU) or 1 (GELU by tanh)", activation);
-  const Multiplied multiplied(x);
-  check_matrix(weight, "weight", x.size(1), check_float(x, "x"));
-  const Tensor out = multiplied.new_output(weight.size(0));
-  multiplied.by(weight, "weight", std::nullopt, out, 0, &up, static_cast<int32_t>(activation));
-  return out;
-}
-
-Tensor gated_mlp(const Tensor& x, const Tensor& weight, const Tensor& up, const Tensor& down,
-                 const std::optional<Tensor>& bias, int64_t activation) {
-  return linear(gated_linear(x, weight, up, activation), down, bias);
-}
-
-Tensor attention_branch_(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value,
-                         const std::optional<Tensor>& query_bias, const std::optional<Tensor>& key_bias,
-                         const std::optional<Tensor>& value_bias, const Tensor& output,
-                         const std::optional<Tensor>& output_bias, const Tensor& keys, const Tensor& values,
-                         const Tensor& cosine, const Tensor& sine, const Tensor& column, int64_t tokens,
-                         int64_t window, double scaling, double softcap) {
-  const Multiplied multiplied(x);
   const Dtype dtype = check_float(x, "x");
-  check_matrix(query, "query", x.size(1), dtype);
-  check_matrix(key, "key", x.size(1), dtype);
-  check_matrix(value, "value", x.size(1), dtype);
-  const int64_t queries = query.size(0), n_keys = key.size(0), n_values = value.size(0);
-  const Tensor read = multiplied.new_output(queries + n_keys + n_values);
-  multiplied.by(query, "query", query_bias, read, 0);
-  multiplied.by(key, "key", key_bias, read, queries);
-  multiplied.by(value, "value", value_bias, read, queries + n_keys);
-  const int64_t rows = x.size(0);
-  if (keys.sizes().size() != 4 || values.sizes().size() != 4 || keys.size(3) < 1 || queries % keys.size(3) != 0) {
-    refuse("keys", "[rows, heads, columns, size], of a size that divides the queries'", shape_text(keys.sizes()));
+  check_matrix(x, "x", -1, dtype);
+  check_matrix(weight, "weight", x.size(1), dtype);
+  LinearJob job;
+  job.rows = x.size(0);
+  job.inputs = x.size(1);
+  job.outputs = weight.size(0);
+  job.weight = rows_of(weight, weight.stride(0));
+  if (bias.has_value()) {
+    const RowShape shape{job.rows, job.inputs, 0, dtype, device_type(x), x.get_device_index()};
+    check_table(*bias, "bias", torch_dtype(x), {job.outputs}, shape);
+    job.bias = bias->data_ptr();
   }
-  const int64_t stride = read.stride(0), size = keys.size(3);
-  const auto heads = [&](int64_t first, int64_t count, int64_t of) {
-    const int64_t sizes[] = {rows, count, of}, strides[] = {stride, of, 1};
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(read.get(), 3, sizes, strides, first, &handle));
-    return Tensor(handle);
-  };
-  if (n_keys != keys.size(1) * size || n_values != values.size(1) * values.size(3)) {
-    refuse("keys", "of the key's and value's heads and sizes", shape_text(keys.sizes()));
+  const Tensor out = new_rows(x, job.rows, job.outputs, torch_dtype(x));
+  if (job.rows == 0) return out;
+  job.out = rows_of(out, job.outputs);
+  job.x = rows_of(x, x.stride(0));
+  std::optional<Tensor> wide;
+  if (dtype != Dtype::FP32) {
+    wide = new_rows(x, job.rows, job.inputs, aoti_torch_dtype_float32());
+    const WidenJob widen{x.data_ptr(), x.stride(0), job.rows, job.inputs, static_cast<float*>(wide->data_ptr())};
+    over_units(of_dtype(routines().widen, dtype), widen, job.rows, job.inputs);
+    job.x = rows_of(*wide, job.inputs);
   }
-  const Tensor attended = rotary_attention_(heads(0, queries / size, size), heads(queries, keys.size(1), size),
-                                            heads(queries + n_keys, values.size(1), values.size(3)), keys, values,
-                                            cosine, sine, column, std::nullopt, tokens, window, scaling, softcap);
-  const int64_t sizes[] = {rows, attended.size(1) * attended.size(2)}, strides[] = {sizes[1], 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(attended.get(), 2, sizes, strides, 0, &handle));
-  return linear(Tensor(handle), output, output_bias);
+  const int64_t panels = (job.outputs + routines().panel - 1) / routines().panel;
+  over_units(of_dtype(routines().linear, dtype), job, panels, job.rows * job.inputs);
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
@@ -446,12 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
   library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
-  library.impl("decode_attention.cpp", TORCH_BOX(&decode_attention));
-  library.impl("rotary_attention_.cpp", TORCH_BOX(&rotary_attention_));
   library.impl("linear.cpp", TORCH_BOX(&linear));
-  library.impl("gated_linear.cpp", TORCH_BOX(&gated_linear));
-  library.impl("gated_mlp.cpp", TORCH_BOX(&gated_mlp));
-  library.impl("attention_branch_.cpp", TORCH_BOX(&attention_branch_));
 }
 
 }  // namespace

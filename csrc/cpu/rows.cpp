@@ -3,7 +3,6 @@
 // never be taken for another's (faststeer/build.py links the levels in ascending order for the same reason).
 #include "rows.h"
 
-#include "attention.h"
 #include "linear.h"
 #include "row.h"
 
@@ -172,7 +171,6 @@ void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
     FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
-    FASTSTEER_BY_DTYPE(decode_attention), FASTSTEER_BY_DTYPE(keep_new),
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };
 

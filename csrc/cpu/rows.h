@@ -46,33 +46,6 @@ struct SparseJob {
   const float* row_coefficient;
 };
 
-// Numbers of `[rows, heads, ...]`, distances in elements. `column` only where there are columns.
-struct Heads {
-  const void* data = nullptr;
-  int64_t row = 0, head = 0, column = 0;
-
-  template <class T>
-  const T* at(int64_t r, int64_t h) const {
-    return static_cast<const T*>(data) + r * row + h * head;
-  }
-};
-
-struct AttentionJob {
-  int64_t heads, group, columns, key_size, value_size;  // heads of the query; how many share keys and values
-  Heads query, keys, values;
-  const void* mask = nullptr;  // [rows, columns], of the query's dtype; null: as `column` and `window` say
-  int64_t mask_stride = 0;
-  float scaling, softcap;  // softcap 0: none
-  void* out;               // [rows, heads, value_size], contiguous
-  // rotary_attention_ only: `tokens` rows after another share keys and values. Each row's own key and value
-  // `[rows, key heads, size]`, written to this column of them first, the columns up to it that it looks at (0: all), and
-  // the angles `[rows, rotary]` by which the query and the key are rotated.
-  const int64_t* column = nullptr;
-  Heads key, value;
-  Rows cosine, sine;
-  int64_t rotary = 0, window = 0, tokens = 1;
-};
-
 // x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
 struct WidenJob {
   const void* x;
@@ -80,28 +53,23 @@ struct WidenJob {
   float* to;
 };
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
-
-// out = x weight^T + bias; with a second weight, act(x weight^T) * (x up^T).
+// out = x weight^T + bias.
 struct LinearJob {
   int64_t rows, inputs, outputs;
-  Rows x;           // fp32
-  Rows weight, up;  // [outputs, inputs] each; up: no data where there is none
+  Rows x;                      // fp32
+  Rows weight;                 // [outputs, inputs]
   const void* bias = nullptr;  // [outputs], or null
-  int32_t activation = SILU;
-  Rows out;  // [rows, outputs]
+  Rows out;                    // [rows, outputs]
 };
 
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
   using Rows = void (*)(const Job&, int64_t first, int64_t end);
   using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
-  using Attention = void (*)(const AttentionJob&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
   Sparse sparse_add[N_DTYPES];
-  Attention decode_attention[N_DTYPES], keep_new[N_DTYPES];
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t panel;  // outputs of a panel

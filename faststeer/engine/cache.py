@@ -60,11 +60,6 @@ class RowCache(Cache):
         assert keys is not None
         return keys.dtype
 
-    @property
-    def decoding(self) -> bool:
-        """Whether the pass under way reads one token per row, which belongs at its `column`."""
-        return self._prompts is None
-
     def write(self, layer: _RowLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep `[batch, heads, tokens, head_dim]`; return what the pass attends to."""
         if layer.keys is None or layer.values is None:
@@ -82,21 +77,6 @@ class RowCache(Cache):
         for store, new in ((layer.keys, keys), (layer.values, values)):
             store.view(-1, store.shape[3]).index_copy_(0, self._flat[heads], new.reshape(-1, store.shape[3]))
         return layer.keys[:n, :, : self._width], layer.values[:n, :, : self._width]
-
-    def rows_of(self, number: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values in the rows that the pass under way writes, for an operator that writes them
-        itself. `like`: dtype and device."""
-        layer: Any = self.layers[number]
-        if layer.keys is None:
-            shape = like.new_empty(0, heads, 0, size)
-            layer.lazy_initialization(shape, shape)
-        if self._prompts is None:
-            return layer.keys, layer.values
-        keys, values = (store[self._prompts.start : self._prompts.stop] for store in (layer.keys, layer.values))
-        if self._prefix:
-            for rows, store in ((keys, layer.keys), (values, layer.values)):
-                rows[:, :, : self._prefix] = store[self._source, :, : self._prefix]
-        return keys, values
 
     def _behind_prefix(self, store: Tensor, new: Tensor) -> Tensor:
         if not self._prefix:

@@ -6,26 +6,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.engine.attention import DecodeAttention
 from faststeer.engine.cache import FrozenCache, RowCache
-from faststeer.engine.layers import Layers
+from faststeer.engine.linear import FastLinears
 from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
-from faststeer.engine.step import Step
 from faststeer.hf import Steering, find_hook_points
 from faststeer.hf.cache import cache_argument
 from faststeer.ops import Rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Tokens up to which prompts are read as steps are, each token by itself; longer ones share keys in the model's own
-# attention.
-SHORT = 512
 
 
 class Device:
@@ -48,30 +42,12 @@ class Device:
             self.int = torch.zeros(3, rows, dtype=torch.int32, device=self.device)
             self.real = torch.zeros(2, rows, dtype=torch.float32, device=self.device)
             self.int[0] = -1
-        # What passes are to run in, and what decode steps attend with where they still have the model's own attention.
-        fits = self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        self.layers = Layers(model, whole=fits and not frozen)
-        self.attention = DecodeAttention(model) if fits and not frozen else None
+        self.linears = FastLinears(model)  # what passes are to run in
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
-        self.step = Step.find(model, self.layers.parts, self._windows) if self.layers.parts else None
         self._cache_argument = cache_argument(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    def leave_to_model(self) -> bool:
-        """Compute less of a pass by means of our own, more as the model does; False: nothing is left to leave."""
-        if self.step is not None:
-            self.step = None
-        elif self.layers.parts:
-            self.layers.parts.clear()
-        elif self.attention is not None:
-            self.attention = None
-        else:
-            return False
-        return True
-
-    # Passes, to be made inside `layers`
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], first: int, prefix: int = 0, source: int = 0) -> Tensor:
@@ -101,14 +77,9 @@ class Device:
         slot, _, sequence = (t.unsqueeze(1).expand(-1, width) for t in self.int[:, first : first + len(ids)])
         self._place(torch.where(column < length, slot, -1), (column - prompt).int(), sequence)
         self.cache.prefill(first, len(ids), prefix, source)
-        if width <= SHORT and self._steps():
-            last = each * width + length.squeeze(1) - prefix - 1
-            flat = tokens.reshape(-1), column.reshape(-1).contiguous()  # of one column, `expand` makes stride 0
-            logits = self.step(*flat, self.cache, self.steering, width, last)  # type: ignore[misc, arg-type]
-        else:
-            distinct = sorted(set(lengths))
-            kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
-            logits = kept[each, self._sent([distinct.index(n) for n in lengths])]
+        distinct = sorted(set(lengths))
+        kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
+        logits = kept[each, self._sent([distinct.index(n) for n in lengths])]
         if self.probes:
             known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
             seen = torch.cat([known, self._probed().transpose(1, 2)], 2)
@@ -120,22 +91,13 @@ class Device:
         token, column = self.long[0, :n], self.long[1, :n]
         self._place(*self.int[:, :n])
         self.cache.decode(column, width)
-        if self._steps():
-            logits = self.step(token, column, self.cache, self.steering)  # type: ignore[misc, arg-type]
-        else:
-            masks = self._masks(column, width)
-            with self.attention or nullcontext():
-                logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), masks, None)[:, -1]
+        logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)[:, -1]
         if self.probes:
             row = torch.arange(n, device=self.device)
             self.projections[row, :, column] = self._probed()[:, 0]
         # A row that is not live must not run out of the cache.
         column.add_(1).clamp_(max=self.length - 1)
         return logits
-
-    def _steps(self) -> bool:
-        """Whether a pass can be made by `step`."""
-        return self.step is not None and self.layers.intact and self.step.fits(self.steering)
 
     def _choose(self, logits: Tensor, rows: slice, mode: Mode) -> Tensor:
         position = self.int[1, rows]

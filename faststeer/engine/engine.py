@@ -116,22 +116,12 @@ class Engine:
         while True:
             try:
                 device = Device(model, rows, length, self._frozen is not None)
-                self._check(device)
+                _check_logits(device, self._steering if self._frozen or self._steering.path == "fused" else None)
                 return device
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
                 rows //= 2
-
-    def _check(self, device: Device) -> None:
-        """See `_check_logits`. Layers compute as the model has them where only that gives its logits."""
-        steering = self._steering if self._frozen or self._steering.path == "fused" else None
-        while True:
-            try:
-                return _check_logits(device, steering)
-            except ValueError:
-                if not device.leave_to_model():
-                    raise
 
     @property
     def max_batch(self) -> int:
@@ -260,7 +250,7 @@ class Engine:
             self._device.device,
             ("steer", "add_steer", "add_steer_rmsnorm", "latch_"),
         )
-        with changing() as changes, self._context(requests) as steering, self._device.layers:
+        with changing() as changes, self._context(requests) as steering, self._device.linears:
             # What goes wrong under a plan is told again where it is asked for.
             deque(self._begin(changes, steering, requests, Stops(self.tokenizer, (), ()), probes).completions(), 0)
             self._steps.warm_up(requests[0].mode)
@@ -306,7 +296,7 @@ class Engine:
         with (
             changing() as changes,
             self._context(requests) as steering,
-            self._device.layers,
+            self._device.linears,
             _Bar(len(requests)) if shown else nullcontext() as advance,
         ):
             run = self._begin(changes, steering, requests, stops, probes)
@@ -437,7 +427,7 @@ def _check_logits(device: Device, steering: Steering | None) -> None:
     name = type(device.model).__name__
     try:
         alone = [_alone(device, row) for row in ids]
-        with steering or nullcontext(), device.layers:
+        with steering or nullcontext(), device.linears:
             device.steering = steering
             found = [device.read_prompts(requests, 0)]
             device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)

@@ -154,7 +154,13 @@ class Passes:
         self._thread.now = self._thread.opening = None
         inputs = Inputs.of(given)
         if self._given is not None:
-            self.begin_tokens(inputs.batch, inputs.length)
+            rows, stream, sequences = self._given
+            if rows.slot.shape[0] != inputs.batch * inputs.length:
+                raise RuntimeError(
+                    f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {inputs.batch} x "
+                    f"{inputs.length} tokens"
+                )
+            self._start(rows, inputs.batch, stream, sequences)
             return
         past, needed = inputs.past(), self.plans.program.positioned
         stream = self.streams.of(inputs, past, needed)
@@ -164,17 +170,6 @@ class Passes:
         self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch)
         if inputs.cache is None:
             self._thread.opening = stream
-
-    def begin_tokens(self, batch: int, length: int) -> None:
-        """A pass over the tokens of which `give` was given the rows."""
-        if self._given is None:
-            raise RuntimeError("begin_tokens is for passes whose rows were given by set_rows")
-        rows, stream, sequences = self._given
-        if rows.slot.shape[0] != batch * length:
-            raise RuntimeError(
-                f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {batch} x {length} tokens"
-            )
-        self._start(rows, batch, stream, sequences)
 
     def _start(self, rows: Rows, batch: int, stream: Stream, sequences: int) -> None:
         if self.copies > 1:

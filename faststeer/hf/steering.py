@@ -8,7 +8,7 @@ instances. Leaving the context removes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -98,7 +98,7 @@ class Steering(Context["Steering"]):
     Attributes:
         model: that is steered.
         points: where its hook points are.
-        passes: the pass under way and what acts at each site, for a loop of one's own over layers.
+        passes: the pass under way and what acts at each site.
         part: what acts beside it.
     """
 
@@ -162,11 +162,6 @@ class Steering(Context["Steering"]):
         """What a compiled or captured graph of the model takes for constant: when it changes, make the graph anew.
         Plans that change within the sites and sizes in use leave it as it is."""
         return self.passes.signature
-
-    @property
-    def hooked(self) -> Collection[int]:
-        """The sites (numbers, as `plan.site` gives them) at which hooks steer, while entered."""
-        return self._hooked
 
     def _why_hooks(self) -> str:
         if self._wanted == "hooks":

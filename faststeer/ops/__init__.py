@@ -2,14 +2,6 @@
 model, no plan and no hook."""
 
 from faststeer.ops import reference
-from faststeer.ops.decode import (
-    attention_branch_,
-    decode_attention,
-    gated_linear,
-    gated_mlp,
-    linear,
-    rotary_attention_,
-)
 from faststeer.ops.dispatch import (
     Backend,
     State,
@@ -26,6 +18,7 @@ from faststeer.ops.dispatch import (
     steer_pair_,
     warmup,
 )
+from faststeer.ops.linear import linear
 from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
 
 __all__ = [
@@ -39,17 +32,12 @@ __all__ = [
     "Tables",
     "add_steer",
     "add_steer_rmsnorm",
-    "attention_branch_",
     "backend",
     "backend_for",
-    "decode_attention",
-    "gated_linear",
-    "gated_mlp",
     "latch_",
     "linear",
     "operator",
     "reference",
-    "rotary_attention_",
     "sparse_add_",
     "states",
     "steer",

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import faststeer as fs
-from faststeer.engine import linear, sampling
+from faststeer.engine import sampling
 from faststeer.engine.graphs import CudaCaptures, Graphs, NotCapturable, _NoHostReads, model_constants
 
 
@@ -66,20 +66,17 @@ class Simulated:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """What a GPU's step is made of: operators of torch, no NumPy, none of the CPU's own products."""
+    """What a GPU's step is made of: operators of torch, no NumPy."""
 
     def top(logits):
         token = logits.argmax(-1)
         return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1), token
 
     monkeypatch.setattr(sampling, "top", top)
-    monkeypatch.setattr(linear, "most_rows", lambda weight: 0)
 
 
 def graphed(model, captures=None, **more):
     made = engine(model, **more)
-    while made._device.leave_to_model():
-        pass
     captures = captures or Simulated()
     made._steps = Graphs(made._device, captures)
     return made, captures

@@ -12,10 +12,8 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
-from faststeer import ops
-from faststeer.engine import attention, device, layers, linear, run
+from faststeer.engine import run
 from faststeer.engine.device import Device
-from faststeer.engine.step import Step
 from faststeer.hf import read
 from faststeer.intervention import orthonormal
 
@@ -165,69 +163,7 @@ def test_demo_model_answers_as_under_generate():
     assert texts == fs.evaluate.generate.complete(model, tokenizer, asked, plans, max_new_tokens=40)
 
 
-# Attention of decode steps --------------------------------------------------------------------------------------------
-
-
-def plain(made):
-    """An engine whose passes are the model's own, but for attention and linear layers."""
-    while made._device.layers.parts:
-        assert made._device.leave_to_model()
-    return made
-
-
-def test_steps_attend_with_the_operator_and_prompts_do_not(monkeypatch):
-    """On the CPU; the model's own attention is back after every step."""
-    model, calls = models.build("llama"), []
-    own = attention.decode_attention
-    monkeypatch.setattr(attention, "decode_attention", lambda *given: (calls.append(given[0].shape), own(*given))[1])
-    made = plain(engine(model, max_batch=8))
-    calls.clear()
-    list(made.generate(prompts((5, 5)), max_new_tokens=4))
-    assert calls == [(2, 4, 8)] * 3 * models.N_LAYERS
-    before_passes(monkeypatch, made, Raises(3, ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
-        list(made.generate(prompts((5, 5)), max_new_tokens=4))
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_a_model_whose_attention_the_operators_do_not_know_keeps_its_own(monkeypatch):
-    """They give something else, or refuse: found when the engine is made."""
-    for operator in (lambda query, *_: torch.zeros_like(query), _raise):
-        monkeypatch.setattr(attention, "decode_attention", operator)
-        monkeypatch.setattr(layers.Attention, "attend", lambda self, x, *_, operator=operator: operator(x))
-        made = engine("llama")
-        assert made._device.step is None and not made._device.layers.parts and made._device.attention is None
-        assert tokens(made.generate(prompts()[:3], max_new_tokens=4)) == [
-            generated(models.model("llama"), prompt, None, 4) for prompt in prompts()[:3]
-        ]
-
-
-def _raise(*_):
-    raise ValueError("attends in a way that decode_attention does not know")
-
-
-@pytest.mark.skipif(not ops.states()["cpu"].works, reason="the C++ is not built here")
-@pytest.mark.parametrize("faster", [False, True])
-def test_linear_layers_compute_with_the_operator_where_that_is_faster(faster, monkeypatch):
-    """Only they, only while the engine runs, and never one that is more than a linear layer."""
-    calls, own = [], linear.linear
-    monkeypatch.setattr(linear, "linear", lambda x, *given: (calls.append(x.shape), own(x, *given))[1])
-    monkeypatch.setattr(linear, "most_rows", lambda weight: 99 if faster else 0)
-    model = models.build("llama")
-    special = model.model.layers[0].mlp.up_proj
-    special.__class__ = type("Special", (torch.nn.Linear,), {})
-    made = plain(engine(model, max_batch=8))
-    calls.clear()
-    found = list(made.generate(prompts((5,) * 5), max_new_tokens=3))
-    # Seven a layer but for the special one, and the head; a prompt and two steps.
-    per_pass = 7 * models.N_LAYERS - 1 + 1
-    assert len(calls) == (3 * per_pass if faster else 0) and all(len(c.token_ids) == 3 for c in found)
-    assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-def test_which_models_take_steps_without_their_own_python():
-    known = {name for name in models.ARCHITECTURES if engine(name)._device.step is not None}
-    assert known == {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2"}
+# What others do to the model ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
@@ -281,19 +217,6 @@ def test_a_hook_that_changes_a_projection_is_heeded():
     handle.remove()
 
 
-def test_long_prompts_are_read_by_the_models_own_attention(monkeypatch):
-    """And steps go on behind them by ours."""
-    monkeypatch.setattr(device, "SHORT", 5)
-    made, passes = engine("llama"), []
-    before_passes(monkeypatch, made, lambda *sizes: passes.append(sizes))
-    own, read = made._device._forward, []
-    monkeypatch.setattr(made._device, "_forward", lambda ids, *more: (read.append(ids.shape[1]), own(ids, *more))[1])
-    found = tokens(made.generate(prompts(), plans=mixed("llama"), max_new_tokens=LIMITS))
-    asked = zip(prompts(), mixed("llama"), LIMITS, strict=True)
-    assert found == [generated(models.model("llama"), *each) for each in asked]
-    assert read and min(read) > 5 and len(passes) > len(read)
-
-
 def test_an_adapter_that_comes_later_is_not_passed_by():
     model = models.build("llama")
     made = engine(model)
@@ -330,18 +253,13 @@ def test_weights_that_change_are_seen():
 
 def before_passes(monkeypatch, made, call) -> None:
     """`call(sequences, tokens of each)` at every forward pass of an engine, when the rows' tables are written."""
-    forward, step = made._device._forward, Step.__call__
+    forward = made._device._forward
 
     def own(ids, *more):
         call(*ids.shape)
         return forward(ids, *more)
 
-    def ours(self, ids, column, cache, steering, tokens=1, last=None):
-        call(len(ids) // tokens, tokens)
-        return step(self, ids, column, cache, steering, tokens, last)
-
     monkeypatch.setattr(made._device, "_forward", own)
-    monkeypatch.setattr(Step, "__call__", ours)
 
 
 class Raises:
@@ -519,14 +437,10 @@ def test_logits_that_are_not_finite_end_that_request_alone():
         assert found[i].error is None and found[i].token_ids == generated(model, prompts()[i], plans[i], 6)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["operator", "the model's attention"])
-def test_a_row_that_held_nan_is_clean_for_the_next_request(own):
+def test_a_row_that_held_nan_is_clean_for_the_next_request():
     """A mask does not hide a NaN: a row looks at as many columns as the longest row has. The second NaN comes with a
     request's last token, when its row is another's already."""
     made = engine("llama", max_batch=2)
-    assert made._device.attention is not None
-    if not own:
-        made._device.attention = None
     bad = fs.Plan([fs.Add(models.direction(0), 3e38, layers="all", positions="[2:]")])
     asked, limits = prompts((9, 3, 2, 4, 2, 3)), [20, 6, 4, 4, 5, 4]
     plans = [None, bad, None, bad, None, None]
@@ -783,11 +697,7 @@ def test_a_model_that_is_being_steered_is_refused():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_prompts_of_one_token_together(name):
+    steered = [plan(name), None, plan(name, 1)]
     asked = prompts((1, 1, 1))
-    made = [engine(name), engine(name)]
-    while made[1]._device.leave_to_model():
-        pass
-    for one in made:
-        steered = [plan(name), None, plan(name, 1)]
-        found = tokens(one.generate(asked, plans=steered, max_new_tokens=4))
-        assert found == [generated(models.model(name), *each, 4) for each in zip(asked, steered, strict=True)]
+    found = tokens(engine(name).generate(asked, plans=steered, max_new_tokens=4))
+    assert found == [generated(models.model(name), *each, 4) for each in zip(asked, steered, strict=True)]

@@ -74,8 +74,6 @@ def test_the_mask_has_the_dtype_of_the_queries(monkeypatch):
     model = models.build("llama").to(torch.bfloat16)
     model.register_parameter("first", torch.nn.Parameter(torch.zeros(1)))
     made, kinds = engine(model), set()
-    while made._device.leave_to_model():
-        pass
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def watch(query, *others, attn_mask=None, **more):
