@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class Program:
             such plan.
         positioned: whether a loaded plan asks where tokens stand.
         by_site: what `tables` gives.
+        unfinished: slots whose change was interrupted: what they hold is not known, until they are changed again. The
+            next change of any slot empties them.
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
@@ -80,6 +83,7 @@ class Program:
         self._positioned: set[int] = set()  # slots whose plans ask where tokens stand
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
+        self.unfinished: set[int] = set()
 
     def load(self, slot: int, plan: Plan | None) -> None:
         """Put `plan` into `slot`, replacing what is there; None empties the slot. Nothing is changed if it does not
@@ -118,6 +122,7 @@ class Program:
 
     def _change(self, changes: dict[int, Plan | None]) -> None:
         """Check everything, then write."""
+        changes = dict.fromkeys(self.unfinished - changes.keys()) | changes
         compiled: dict[int, tuple[list[Entry], _Blocks]] = {}
         for slot, plan in changes.items():
             if not 0 <= slot < self.capacity.slots:
@@ -129,9 +134,22 @@ class Program:
                     "use a larger Capacity(entries=...)"
                 )
             compiled[slot] = entries, _Blocks.of(entries, slot)
-        first_row, new = self._allocation.replace({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        # A block that only unfinished slots use may not be in the bank.
+        before = self._allocation.replaced({slot: {} for slot in self.unfinished})
+        allocation = before.replaced({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        first_row = {key: allocation.blocks[key].first for _, blocks in compiled.values() for key in blocks.values}
+        there = {key: block.first for key, block in before.blocks.items()}
+        self.unfinished.update(changes)
+        self._allocation = allocation
+        for slot in changes:
+            self.plans[slot] = None
         self._write_bank(
-            {first_row[key]: b.values[key] for _, b in compiled.values() for key in b.values if key in new}
+            {
+                first_row[key]: b.values[key]
+                for _, b in compiled.values()
+                for key in b.values
+                if there.get(key) != first_row[key]
+            }
         )
         for slot, (entries, blocks) in compiled.items():
             plan = self.plans[slot] = changes[slot]
@@ -143,6 +161,7 @@ class Program:
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
         self.by_site = self._made_tables()
+        self.unfinished.clear()
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
@@ -245,12 +264,7 @@ def _pack(entry: Entry, vector: int, gate_vector: int) -> list[int]:
     return row
 
 
-_TRAINED = b"trained "
-
-
-def _is_trained(key: bytes) -> bool:
-    """Whether a block's key is its place alone: its values are others each time."""
-    return key.startswith(_TRAINED)
+_TRAINED = b"trained "  # begins the key of a block that is its place alone: its values are others each time
 
 
 @dataclass(frozen=True)
@@ -284,64 +298,48 @@ class _Blocks:
         return key
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
     """Where a block lies in the bank, and the slots that use it."""
 
     first: int
     length: int
-    users: set[int]
+    users: frozenset[int] = frozenset()
 
 
 class _Allocation:
-    """Which bank rows belong to which block, and which slots use it. First fit; a block goes with its last slot."""
+    """Which bank rows belong to which block, and which slots use it. First fit; a block goes with its last slot. A
+    change makes another one, so that it is made whole or not at all."""
 
     def __init__(self, rows: int) -> None:
-        self.rows = rows
+        self._rows = rows
         self.blocks: dict[bytes, _Block] = {}
-        self.of_slot: dict[int, set[bytes]] = {}
+        self._of_slot: dict[int, frozenset[bytes]] = {}
         self._free = [(0, rows)]  # (first, end) of what nobody has, ascending, no two adjacent
 
-    def replace(self, changes: dict[int, dict[bytes, Tensor]]) -> tuple[dict[bytes, int], set[bytes]]:
-        """Give each slot these blocks instead of those it has; returns each one's first row, and which are new in the
-        bank. Changes nothing if they do not fit."""
-        touched: dict[bytes, _Block | None] = {}
-        free, of_slot = list(self._free), {slot: self.of_slot.get(slot, set()) for slot in changes}
+    def replaced(self, changes: Mapping[int, Mapping[bytes, Tensor]]) -> _Allocation:
+        """With these blocks for each slot instead of those it has.
 
-        def touch(key: bytes) -> None:
-            if key not in touched:
-                block = self.blocks.get(key)
-                touched[key] = None if block is None else _Block(block.first, block.length, set(block.users))
-
-        try:
-            for slot, blocks in changes.items():
-                for key in of_slot[slot] - blocks.keys():
-                    touch(key)
-                    self._leave(key, slot)
-            for slot, blocks in changes.items():
-                self.of_slot[slot] = set(blocks)
-                for key, values in sorted(blocks.items(), key=lambda item: -len(item[1])):
-                    touch(key)
-                    if key not in self.blocks:
-                        self.blocks[key] = _Block(self._take(len(values)), len(values), set())
-                    self.blocks[key].users.add(slot)
-        except ValueError:
-            for key, block in touched.items():
-                self.blocks.pop(key, None)
-                if block is not None:
-                    self.blocks[key] = block
-            self._free = free
-            self.of_slot |= of_slot
-            raise
-        first = {key: self.blocks[key].first for blocks in changes.values() for key in blocks}
-        # One that went and came back lies elsewhere, or its rows were another's in between.
-        new = {key for key in first if (before := touched[key]) is None or before.first != first[key]}
-        return first, new
+        Raises:
+            ValueError: they do not fit.
+        """
+        other = _Allocation(self._rows)
+        other.blocks, other._of_slot, other._free = self.blocks.copy(), self._of_slot.copy(), self._free.copy()
+        for slot, blocks in changes.items():
+            for key in other._of_slot.get(slot, frozenset()) - blocks.keys():
+                other._leave(key, slot)
+        for slot, blocks in changes.items():
+            other._of_slot[slot] = frozenset(blocks)
+            for key, values in sorted(blocks.items(), key=lambda item: -len(item[1])):
+                block = other.blocks.get(key) or _Block(other._take(len(values)), len(values))
+                other.blocks[key] = replace(block, users=block.users | {slot})
+        return other
 
     def _leave(self, key: bytes, slot: int) -> None:
         block = self.blocks[key]
-        block.users.discard(slot)
-        if not block.users:
+        if users := block.users - {slot}:
+            self.blocks[key] = replace(block, users=users)
+        else:
             del self.blocks[key]
             self._give_back(block.first, block.first + block.length)
 
@@ -360,6 +358,6 @@ class _Allocation:
                 self._free[i : i + 1] = [(first + length, end)] if end - first > length else []
                 return first
         raise ValueError(
-            f"capacity exceeded: {length} more bank row(s) do not fit into {self.rows} (in use: "
+            f"capacity exceeded: {length} more bank row(s) do not fit into {self._rows} (in use: "
             f"{sum(block.length for block in self.blocks.values())}): use a larger Capacity(vectors=...)"
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from strategies import randn
@@ -240,3 +244,59 @@ def test_to_another_device_holds_the_same():
     assert torch.equal(outputs(other), outputs(program))
     other.load(0, None)
     assert not torch.equal(outputs(other), outputs(program)), "the copy has tables of its own"
+
+
+# Interrupted ----------------------------------------------------------------------------------------------------------
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupted(at: int, change: Callable[[], object]) -> bool:
+    """Make a change, interrupted at its `at`-th line of program.py; whether it was."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.endswith("faststeer/program.py"):
+            return None
+        if event == "line":
+            count += 1
+            if count == at:
+                raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        change()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_interrupted_at_any_line_the_next_change_makes_it_right():
+    """Whether it changes the same slot or another one; the plans of other slots act as before, shared vectors too."""
+    held = {0: add(0, layers="all"), 1: ablate(1, 2), 2: add(2)}
+    others = [
+        lambda p: p.load(1, fs.Plan([*add(0), *ablate(5, 3, layers=1)])),
+        lambda p: p.load_all([held[2], ablate(7, 2), add(0)]),
+    ]
+    for change in others:
+        at, wrong = 1, 0
+        while True:
+            program = fresh(held)
+            if not interrupted(at, lambda p=program, c=change: c(p)):
+                break
+            kept = {slot: plan for slot, plan in enumerate(program.plans) if plan and slot not in program.unfinished}
+            wrong += bool(program.unfinished)
+            program.load(3, add(9))
+            assert not program.unfinished
+            assert torch.equal(outputs(program), outputs(fresh(kept | {3: add(9)})))
+            change(program)
+            done = {slot: plan for slot, plan in enumerate(program.plans) if plan}
+            assert torch.equal(outputs(program), outputs(fresh(done)))
+            at += 1
+        assert at > 50 and wrong > 20

@@ -331,6 +331,7 @@ class Engine:
         """A run of these requests, until `changes` are undone."""
         changes.on_undo(setattr, self, "_busy", False)
         self._busy = True
+        self._slots.open()
         run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
         changes.on_undo(run.close)
         self._device.steering = steering

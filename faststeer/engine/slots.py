@@ -19,6 +19,12 @@ class Slots:
         self._now: dict[int, int] = {}  # of this call: id of a plan -> slot
         self._plans: list[Plan] = []  # whose ids these are
 
+    def open(self) -> None:
+        """A call begins: what an earlier one has not finished loading goes."""
+        for slot in list(self.steering.unfinished):
+            self._forget(slot)
+            self.steering.load(slot, None)
+
     def take(self, plan: Plan, others: bool) -> int | None:
         """The slot of a plan, which is loaded if it is not there; None: it must wait for others to leave.
 

@@ -28,6 +28,10 @@ OUTSIDE = (
     "gradient_checkpointing_enable() before steer(...) is entered, or checkpoint the whole model"
 )
 
+INTERRUPTED = (
+    "a change of plans was interrupted, so that nobody knows what acts: change them again, by assign(...) or load(...)"
+)
+
 
 class Here:
     """What ops are given on one device in one pass, and the operators themselves where they are compiled."""
@@ -152,6 +156,8 @@ class Passes:
     def begin(self, given: Mapping[str, Any]) -> None:
         """A pass reaches the layers: derive each row's slot and position from its inputs, on the device."""
         self._thread.now = self._thread.opening = None
+        if self.plans.interrupted:
+            raise RuntimeError(INTERRUPTED)
         inputs = Inputs.of(given)
         if self._given is not None:
             rows, stream, sequences = self._given

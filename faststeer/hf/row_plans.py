@@ -31,6 +31,7 @@ class RowPlans:
         capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
         self._programs = {home: Program(n_layers, hidden_size, capacity, home)}
         self._slots: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
+        self._changing = False
         self._expanded: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}  # by device, batch and length
         self._load(self.plans, self.per_row)
 
@@ -61,6 +62,7 @@ class RowPlans:
         wanted, slots = distinct(plans), [0]
         for program in self._programs.values():
             slots = program.load_all(wanted)  # equal programs: the first refuses what does not fit, before any changes
+            self._changing = True
         slot_of = {id(plan): slot for plan, slot in zip(wanted, slots, strict=False)}
         table = torch.tensor([-1 if plan is None else slot_of[id(plan)] for plan in plans], dtype=torch.int32)
         fits = bool(self._slots) and len(plans) == len(self.plans)
@@ -73,6 +75,13 @@ class RowPlans:
             own.copy_(table)
         for (device, batch, length), (slot, _) in self._expanded.items():
             slot.copy_(self._of_rows(device, batch).repeat_interleave(length))
+        self._changing = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a change was begun and not ended: what rows and slots hold is not known until they are changed
+        again."""
+        return self._changing or any(program.unfinished for program in self._programs.values())
 
     def load(self, slot: int, plan: Plan | None) -> None:
         """As `Program.load`, on all devices."""

@@ -8,7 +8,7 @@ instances. Leaving the context removes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -151,6 +151,11 @@ class Steering(Context["Steering"]):
     def loaded(self) -> Sequence[Plan | None]:
         """The plan in each slot."""
         return self._plans.program.plans
+
+    @property
+    def unfinished(self) -> Collection[int]:
+        """Slots whose `load` was interrupted: what they hold is not known, and passes are refused until it is said."""
+        return self._plans.program.unfinished
 
     @property
     def tables(self) -> Sequence[Tensor]:

@@ -28,8 +28,10 @@ from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_ch
 from faststeer.hf.freeze import freeze
 from faststeer.hf.fused import known_fusion
 from faststeer.hf.hook_points import known_points, quiet
+from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention
+from faststeer.program import Program
 
 FULL = os.environ.get("FASTSTEER_TEST_PROFILE") == "full"
 OURS = str(Path(fs.__file__).parent)
@@ -237,7 +239,7 @@ def moments(kind: str, inside: bool, opcodes: bool) -> list[int]:
 
 def _enters(phase: str, place: str) -> bool:
     """Whether an event is one of entering or leaving."""
-    return phase in ("enter", "leave") or place.startswith(("engine/engine.py", "engine/layers.py", "hf/changes.py"))
+    return phase in ("enter", "leave") or place.startswith(("engine/engine.py", "engine/linear.py", "hf/changes.py"))
 
 
 @pytest.mark.parametrize("opcodes", [False, pytest.param(True, marks=pytest.mark.full)], ids=["lines", "bytecodes"])
@@ -347,3 +349,19 @@ def test_changes_leave_alone_what_somebody_else_has_put_there():
         changes.replace(owner, "forward", ours)
         owner.forward = theirs
     assert owner.forward is theirs
+
+
+def test_after_an_interrupted_change_of_plans_passes_are_refused_until_it_is_made(monkeypatch):
+    """Also when what is interrupted is the table of rows, behind the program."""
+    plain, strong, other = fs.Plan([fs.Add(V, 1.0, layers=1)]), STRONG, fs.Plan([fs.Add(V, -1.0, layers="all")])
+    with fs.steer(MODEL, [plain, strong]) as steering, torch.no_grad():
+        expected = MODEL(**INPUTS).logits
+        for place, name in ((Program, "_write_bank"), (Program, "_made_tables"), (RowPlans, "_of_rows")):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    steering.assign([other, plain])
+            with pytest.raises(RuntimeError, match=r"change them again, by assign\(...\)"):
+                MODEL(**INPUTS)
+            steering.assign([plain, strong])
+            assert torch.equal(MODEL(**INPUTS).logits, expected)
