@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import faststeer as fs
-from faststeer.engine import sampling
+from faststeer.engine import linear, sampling
 from faststeer.engine.graphs import CudaCaptures, Graphs, NotCapturable, _NoHostReads, model_constants
 
 
@@ -66,13 +66,14 @@ class Simulated:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """What a GPU's step is made of: operators of torch, no NumPy."""
+    """What a GPU's step is made of: operators of torch, no NumPy, none of the CPU's own products."""
 
     def top(logits):
         token = logits.argmax(-1)
         return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1), token
 
     monkeypatch.setattr(sampling, "top", top)
+    monkeypatch.setattr(linear, "is_faster", lambda weight: False)
 
 
 def graphed(model, captures=None, **more):
