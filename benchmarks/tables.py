@@ -8,6 +8,7 @@ and exits with 1. Where a results file is not there, the place says so.
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from observe import study_tables
 from peers import table as peers_table
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +147,9 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
 
 def text_of(name: str, folder: Path = RESULTS) -> str:
     """Return the table of this name, or that its results are not there."""
+    if name in study_tables.TABLES:
+        file, of_study = study_tables.TABLES[name]
+        return grid(*of_study(json.loads((folder / file).read_text(encoding="utf-8"))))
     file, make = TABLES[name]
     path = folder / f"{file}.csv"
     if not path.is_file():

@@ -36,7 +36,7 @@ ASKED = {
 }
 FIGURES = {
     "refusal": ("faithfulness-own", "overlap", "sparsity-dim-induce"),
-    "tone": ("faithfulness-own", "sparsity-dim-induce"),
+    "tone": ("faithfulness-own", "sparsity-dim-suppress"),
 }
 
 

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from faststeer import ops
+from faststeer.engine.check import check_logits, vocabulary
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
@@ -116,7 +117,7 @@ class Engine:
         while True:
             try:
                 device = Device(model, rows, length, self._frozen is not None)
-                _check_logits(device, self._steering if self._frozen or self._steering.path == "fused" else None)
+                check_logits(device, self._steering if self._frozen or self._steering.path == "fused" else None)
                 return device
             except torch.OutOfMemoryError:
                 if rows == 1:
@@ -185,7 +186,7 @@ class Engine:
         Out of memory: half the rows go on, from where they were.
         """
         self._check_free()
-        encoded = read_prompts(self.tokenizer, prompts, self.max_length, _vocabulary(self.model), rendered=rendered)
+        encoded = read_prompts(self.tokenizer, prompts, self.max_length, vocabulary(self.model), rendered=rendered)
         n = len(encoded)
         probes = _probe(probe, self._points.n_layers)
         columns = (
@@ -411,49 +412,3 @@ def _check_model(model: Any) -> None:
             f'the model\'s attention is {attention!r}: the Engine needs "sdpa" (or "eager"); load the model with '
             'attn_implementation="sdpa"'
         )
-
-
-@torch.inference_mode()
-def _check_logits(device: Device, steering: Steering | None) -> None:
-    """Two prompts of different lengths and one more token: the passes over rows give what the model's own forward pass
-    gives for each sequence alone. `steering`: what passes run in, whatever the plans.
-
-    Raises:
-        ValueError: they do not; or the model cannot be called as the engine calls it.
-    """
-    vocabulary = _vocabulary(device.model)
-    ids = [[(7 * row + 3 * i + 1) % vocabulary for i in range(size)] for row, size in enumerate((6, 3))]
-    ids = [row[: device.length] for row in ids[: device.rows]]
-    requests = [Request(row, prompt[:-1], None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
-    name = type(device.model).__name__
-    try:
-        alone = [_alone(device, row) for row in ids]
-        with steering or nullcontext(), device.linears:
-            device.steering = steering
-            found = [device.read_prompts(requests, 0)]
-            device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)
-            found.append(device.read_tokens(len(ids), max(map(len, ids))))
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
-    finally:
-        device.steering = None
-    expected = torch.stack([row[0, -2:] for row in alone], 1).float()
-    away = (torch.stack(found).float() - expected).norm() / expected.norm()
-    if not away <= (1e-3 if device.dtype == torch.float32 else 0.1):
-        raise ValueError(
-            f"{name}: the Engine's logits are {away:.1%} away from the model's own: it cannot run this architecture; "
-            "use model.generate"
-        )
-    for row in range(len(ids)):
-        device.clear(row)
-
-
-def _vocabulary(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def _alone(device: Device, ids: list[int]) -> Tensor:
-    tokens = torch.tensor([ids]).to(device.device)
-    return device.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits

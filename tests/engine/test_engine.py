@@ -12,7 +12,7 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
-from faststeer.engine import run
+from faststeer.engine import device, run
 from faststeer.engine.device import Device
 from faststeer.hf import read
 from faststeer.intervention import orthonormal
@@ -686,6 +686,36 @@ def test_a_model_whose_logits_differ_is_refused(monkeypatch):
         rotary, "forward", lambda x, position_ids: forward(x, position_ids - position_ids.amin(1, True))
     )
     with pytest.raises(ValueError, match="away from the model's own"):
+        engine(model)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
+def test_a_rotation_that_depends_on_the_length_is_refused_past_the_switch_over(max_batch):
+    """Phi-3's: another rotation for all tokens once a sequence is longer than 8. The remedy works."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+    }
+    sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 8}
+    model = models.build("phi3", rope_scaling=rope, **sizes)
+    with pytest.raises(ValueError, match=r"tokens.* away .* so far: make the Engine with max_length=8, or use"):
+        engine(model, max_batch=max_batch)
+    made = engine(model, max_batch=max_batch, max_length=8)
+    asked, plans = prompts((3, 5, 1, 2)), mixed("phi3")[:4]
+    expected = [generated(model, *each, 3) for each in zip(asked, plans, strict=True)]
+    assert tokens(made.generate(asked, plans=plans, max_new_tokens=3)) == expected
+
+
+def test_windows_are_tried_on_both_sides(monkeypatch):
+    """An attention that forgets its window shows behind it alone."""
+    model = models.build("mistral", sliding_window=9)
+    assert tokens(engine(model).generate(prompts((20, 3)), max_new_tokens=8)) == [
+        generated(model, prompt, None, 8) for prompt in prompts((20, 3))
+    ]
+    monkeypatch.setattr(device, "_windows", lambda config: {"": None})
+    with pytest.raises(ValueError, match=r"sequences of 12, 3, 10 tokens together.*max_length=9"):
         engine(model)
 
 

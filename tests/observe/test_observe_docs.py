@@ -134,3 +134,45 @@ def test_where_half_of_the_answers_tip():
     added, subtracted = sides
     assert added["qk"]["change"]["low"] > 0 and subtracted["qk"]["change"]["high"] >= 0
     assert added["mlp"]["change"]["high"] >= 0 and subtracted["mlp"]["change"]["high"] < 0
+
+
+def test_what_is_said_of_the_real_model():
+    """The sentences; the tables are tests/benchmarks/test_tables.py's."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "observe" / "tone.json").read_text(encoding="utf-8"))
+    assert f"`{found['command']}`" in PAGE
+    assert (found["model"], found["layer"], found["n_prompts"]["suppress"]) == ("smollm2", 18, 24)
+    assert all(graph["n_edges"] == 10_981 for graph in found["patching"].values())
+    assert all(row["coherent"]["rate"] == 1 for row in found["answers"])
+    rows = {(r["vector"], r["context"]): r for r in found["answers"] if r["side"] == "suppress"}
+    for method in found["methods"]:
+        assert 0.33 <= rows[method, "steered"]["shown"]["rate"] <= 0.6
+        frozen, taken = rows[method, "qk"]["change"], [rows[method, c]["change"] for c in ("ov", "svv")]
+        assert frozen["low"] < 0 < frozen["high"] and all(each["high"] < 0 for each in taken)
+        assert all(29 <= round(-100 * each["mean"]) <= 46 for each in taken)
+    without = found["without_examples"]
+    assert set(without["train"]) == {"ntp"} and set(without["test"]["dim"]) == {"induce", "suppress"}
+    curves = {(r["vector"], r["circuit"], r["share"]): r["value"] for r in found["faithfulness"]}
+    assert round(100 * curves["po", "own", 0.2]) == 88 and round(100 * curves["po", "dim", 0.1]) == 78
+    assert max(curves["po", f"random {i}", 0.5] for i in (0, 1)) < 0.125
+    (pair,) = (r for r in found["overlap"] if {r["a"], r["b"]} == {"dim", "po"} and r["share"] == 0.1)
+    assert [round(100 * pair[key]) for key in ("cosine", "fraction", "iou")] == [17, 64, 47]
+    assert {round(100 * r["iou"]) for r in found["overlap"] if r["b"] == "random" and r["share"] == 0.1} == {6}
+    for scores in found["patching"].values():
+        kinds = {row["kind"]: row["value"] for row in scores["kinds"]}
+        assert 0.16 <= kinds["q"] + kinds["k"] < 0.225 < kinds["v"]
+        assert (scores["top"][0]["sender"], scores["top"][0]["receiver"]) == ("steering", "L18.V1")
+    rates = {
+        (r["rule"], r["seed"]): 100 * r["rate"]
+        for r in found["sparsity"]
+        if (r["vector"], r["side"], r["sparsity"]) == ("dim", "suppress", 0.9)
+    }
+    assert min(rates["magnitude", 0], rates["effect", 0]) > 29
+    assert max(rate for (rule, _), rate in rates.items() if rule in ("paper", "code", "random")) == 12.5
+    utility = {(r["vector"], r["context"]): r for r in found["utility"] if r["side"] == "suppress"}
+    costs = [-utility[m, "unsteered"]["loss_change"]["mean"] for m in found["methods"]]
+    assert (round(min(costs), 2), round(max(costs), 2)) == (0.06, 0.18)
+    assert [round(-utility[m, "qk"]["loss_change"]["mean"], 2) for m in found["methods"]] == [0.02, 0.01, 0.03]
+    assert utility["po", "qk"]["loss_change"]["high"] < 0
+    assert round(utility["none", "unsteered"]["loss"]["mean"], 2) == 4.63
+    change = utility["po", "qk"]["right_change"]
+    assert [round(100 * change[key]) for key in ("mean", "low", "high")] == [8, 2, 17]

@@ -100,6 +100,18 @@ def test_charts_hold_the_studys_numbers(study):
     assert all(picture[:4] == b"\x89PNG" for picture in pictures.values())
 
 
+def test_the_page_of_a_real_models_study():
+    """In which some vectors have no examples."""
+    found = json.loads((RESULTS.parent / "tone.json").read_text(encoding="utf-8"))
+    page = Text()
+    page.feed(html := report.study_page(found))
+    assert len(page.tables["answers"]) == 1 + len(found["answers"])
+    packed = re.search(r'id="data-charts">([^<]*)<', html)[1]
+    names = [chart["name"] for chart in json.loads(gzip.decompress(base64.b64decode(packed)))]
+    assert names == [chart.name for chart in charts(found)] and "sparsity-po-suppress" in names
+    assert "steering changed none of 8 answers" in html
+
+
 def test_in_a_browser(study, tmp_path):
     (tmp_path / "observe.html").write_text(report.study_page(study), encoding="utf-8")
     with drawn(tmp_path / "observe.html", tmp_path / "profile") as browser:
