@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import hypothesis
 import models
+import peft
 import pytest
 import torch
 import transformers
@@ -390,3 +391,62 @@ def test_any_plan_is_folded_right_or_refused_before(name, plan):
         assert "also changes what" in str(error) or "changes nothing" in str(error)
     else:
         assert check.difference <= check.tolerance
+
+
+# What is saved is what was folded -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["peft model", "model inside"])
+def test_a_model_with_an_adapter_is_refused_and_merged_it_can_be_folded(wrapped, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(models.build("llama"), config).eval()
+    with fs.steer(adapted, PLANS["ablate"][0]), torch.no_grad():
+        steered = logits(adapted)
+    with pytest.raises(FoldError, match=r"q_proj has an adapter.*merge_and_unload\(\)"):
+        fold(adapted if wrapped else adapted.base_model.model, PLANS["ablate"][0])
+    folded = fold(adapted.merge_and_unload(), PLANS["ablate"][0])
+    folded.save(tmp_path / "model")
+    loaded = type(folded.model).from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(loaded), logits(folded.model))
+    assert (logits(loaded) - steered).abs().max() <= 4 * folded.check.tolerance
+
+
+def test_what_does_not_load_as_it_was_is_not_kept(tmp_path, monkeypatch):
+    folded = fold(models.build("llama"), PLANS["ablate"][0])
+    save = type(folded.model).save_pretrained
+
+    def elsewhere(self, path):
+        other = models.build("llama")
+        save(other, path)
+
+    monkeypatch.setattr(type(folded.model), "save_pretrained", elsewhere)
+    with pytest.raises(FoldError, match="loaded again, its logits differ by"):
+        folded.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+class Quantizer:
+    """As transformers leaves one on a model whose weights it has dequantised: GGUF's."""
+
+    is_compileable = False
+
+    def is_serializable(self) -> bool:
+        return False
+
+
+def test_weights_that_were_dequantised_are_saved_as_they_are(tmp_path):
+    model = models.build("llama")
+    model.hf_quantizer, model.is_quantized = Quantizer(), True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    folded = fold(model, PLANS["ablate"][0])
+    folded.save(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(loaded), logits(folded.model)) and not hasattr(loaded.config, "quantization_config")
+
+
+def test_quantised_weights_that_cannot_be_saved_are_refused_before_the_work():
+    model = models.build("llama")
+    model.hf_quantizer = Quantizer()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(FoldError, match="load it without quantisation"):
+        fold(model, PLANS["ablate"][0])
