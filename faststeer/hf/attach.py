@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import nn
 
 from faststeer.hf.changes import Changes, changing
 from faststeer.hf.hook_points import HookPoints, own_forward
+from faststeer.hf.known import parameters
 from faststeer.hf.passes import Passes
 from faststeer.hf.streams import bind
 
@@ -83,7 +83,7 @@ def watch_passes(
 ) -> None:
     """Begin and end passes as the owner of the layers is called. `hook` marks a hook as ours."""
     owner, (_, _, name) = points.owner(model), points.layers.rpartition(".")
-    names = list(inspect.signature(type(owner).forward).parameters)[1:]
+    names = parameters(type(owner).forward)
 
     def layers() -> list[Any]:
         stack = owner._modules[name]
@@ -124,7 +124,7 @@ def watch_passes(
 
 
 def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = parameters(type(module).forward)
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():

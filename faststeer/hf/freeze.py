@@ -12,7 +12,6 @@ every token. Source: arXiv 2604.08524, section on freezing.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
@@ -24,6 +23,7 @@ from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints
+from faststeer.hf.known import parameters
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.plan import Plan
 from faststeer.program import Capacity
@@ -87,7 +87,7 @@ class Freezing:
         """Double the rows behind the hook that asks where they stand, and halve what comes out."""
         model, points = steering.model, steering.points
         owner, modules = points.owner(model), attention_modules(model, points)
-        names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        names = parameters(type(owner).forward)
 
         def double(
             _owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None

@@ -17,7 +17,6 @@ it computes, and the whole by a forward pass that must come out the same bit for
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from faststeer.hf.changes import Changes, changing, own_attribute
 from faststeer.hf.hook_points import HookPoints, quiet, run_four_tokens
-from faststeer.hf.known import Known
+from faststeer.hf.known import Known, parameters
 from faststeer.ops import reference
 from faststeer.plan import site
 
@@ -145,7 +144,7 @@ def _layer_forward(
     add: Callable[[int], Add],
 ) -> Callable[..., Tensor]:
     """The layer's `forward`, fused. `following`: the norm that reads the layer's output, `after`: the layer of it."""
-    names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and hidden_states
+    names = parameters(type(layer).forward)[1:]  # after hidden_states
     add_mid, add_end = add(site("resid_mid", index)), add(site("resid_post", index))
     # Looked up in every pass, where a module that was replaced since is seen, but not by nn.Module's slow way.
     modules, own_hooks = layer._modules, layer._forward_hooks
