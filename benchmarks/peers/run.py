@@ -11,7 +11,8 @@ another plan in each row; and the largest difference of logits from the hand-wri
 of medians of the same round.
 
 About 20 minutes on two idle cores, environments included. llama.cpp is among them where its Python package has a wheel.
-`--quick` is a try-out of the same path with few tokens. Every measurement is appended to
+`--quick` is a try-out of the same path with few tokens; `--peers` measures some anew, hooks beside them, and keeps the
+rest of what is in the results. Every measurement is appended to
 `out/bench-peers/measurements.jsonl` as it is made; a run that was stopped goes on where it was, `--fresh` begins anew.
 At the end: benchmarks/results/peers.csv, peers.machine.json and peers.png (`--quick`: in out/bench-peers). A peer that
 cannot be installed or fails is a row that says why.
@@ -26,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,10 +202,17 @@ def main() -> None:
             log.add({**at, "measure": "end", "failed": f"not installed: {python}"})
         else:
             run_peer(entry, python, job, round_, log, out, options.minutes)
-    rows = table.rows_of(log.rows)
+    rows: Sequence[table.Row] = table.rows_of(log.rows)
     folder = out if options.quick else results.FOLDER
     versions = {line["peer"]: line["versions"] for line in log.rows if "versions" in line}
-    more = {"versions": versions, "threads": job["threads"], "rows": options.rows, "new_tokens": options.new}
+    commits = dict.fromkeys(options.peers, results.machine()["commit"])
+    if set(options.peers) < set(names) and (folder / "peers.csv").is_file():
+        before = json.loads((folder / "peers.machine.json").read_text(encoding="utf-8"))
+        rows = table.renewed(results.read(folder / "peers.csv"), rows, options.peers)
+        versions = before["versions"] | versions
+        commits = before.get("commits", dict.fromkeys(names, before["commit"])) | commits
+    more = {"versions": versions, "commits": commits, "threads": job["threads"]}
+    more |= {"rows": options.rows, "new_tokens": options.new}
     path = results.write("peers", rows, folder, more)
     table.draw(rows, folder / "peers.png")
     print(table.markdown(rows))

@@ -44,6 +44,16 @@ def rows_of(lines: Sequence[Row]) -> list[dict[str, Any]]:
     return rows
 
 
+def renewed(old: Sequence[Row], new: Sequence[Row], peers: Sequence[str]) -> list[Row]:
+    """Return new rows of `peers` and the old ones of all others. New rounds are numbered behind the old ones, and the
+    baseline keeps both, since ratios are of one round."""
+    shift = 1 + max((int(row["round"]) for row in old), default=-1)
+    kept = [row for row in old if row["peer"] == BASELINE or row["peer"] not in peers]
+    later = [{**row, "round": int(row["round"]) + shift} for row in new]
+    order = list(dict.fromkeys(row["peer"] for row in (*old, *new)))
+    return sorted([*kept, *later], key=lambda row: order.index(row["peer"]))
+
+
 def values(rows: Sequence[Row], peer: str, measure: str, case: str = "") -> dict[int, float]:
     """Return the median of each round: seconds to a vector, or tokens per second."""
     rounds: dict[int, list[float]] = {}

@@ -118,6 +118,19 @@ def test_ratios_are_of_the_same_round():
     assert table.ratios(table.rows_of(lines), "other", "every layer") == [2.0, 2.0, 2.0]
 
 
+def test_some_peers_anew_keep_the_others():
+    def rows(peer, seconds, rounds=(0, 1)):
+        about = {"peer": peer, "measure": "generate", "case": "one layer", "repeat": 0, "tokens": 100}
+        return [{**about, "round": str(r), "seconds": str(seconds * (r + 1))} for r in rounds]
+
+    old = [*rows(table.BASELINE, 4.0), *rows("a", 2.0), *rows("b", 1.0)]
+    new = [*rows(table.BASELINE, 8.0, (0,)), *rows("a", 2.0, (0,))]
+    found = table.renewed(old, new, ["a"])
+    assert table.ratios(found, "a", "one layer") == [4.0] and table.ratios(found, "b", "one layer") == [4.0, 4.0]
+    assert list(dict.fromkeys(row["peer"] for row in found)) == [table.BASELINE, "a", "b"]
+    assert table.ratios(table.renewed([], new, ["a"]), "a", "one layer") == [4.0]
+
+
 def test_the_plans_of_rows_and_their_coefficients_say_the_same():
     work = {"prompts": [[0]] * 9, "layer": 3, "layers": [1, 2, 3, 4]}
     add, ablate = job.row_coefficients(work)
