@@ -315,8 +315,8 @@ def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
         rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
         prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
         metric = logit_difference(tokens, rest)
-        options = {"layers": job.layers, **job.passing}
-        return attribution(job.model, job.tokenizer, prompts, metric, found.candidates, **options).gradients
+        means = found.candidates
+        return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
     _need_pairs(job)
     layers = list(job.layers) if job.layers is not None else _best_layers(dim, job.train_layers)
     options: dict[str, Any] = {"layers": layers, "at": job.at, "steps": job.steps, "seed": job.seed}
