@@ -1,5 +1,5 @@
-"""docs/vectors.md: its examples run, its commands do what is said of them, its tables are those of the results files.
-(docs/observe.md and the README have tests of their own.)"""
+"""The examples of docs/ run, on the demo model; docs/vectors.md's commands do what is said of them, and its tables are
+those of the results files. (docs/observe.md and the README have tests of their own, docs/vllm.md one in tests/vllm.)"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,24 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import faststeer as fs
+from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt, load_sweep
+from faststeer.evaluate.sweep import run as run_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "vectors.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def blocks(language: str, page: str = "vectors.md") -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(example: str, page: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The names that an example of a page leaves behind."""
+    names = {} if names is None else names
+    exec(compile(example, f"docs/{page}", "exec"), names)
+    return names
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
@@ -31,13 +42,59 @@ def test_the_examples_run(tmp_path, monkeypatch):
     sae.mkdir(parents=True)
     (sae / "cfg.json").write_text(json.dumps({"hook_name": sae.name}))
     save_file({"W_dec": torch.ones(400, 8)}, sae / "sae_weights.safetensors")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for example in blocks("python"):
-        quick = example.replace("steps=20", "steps=2")
-        exec(compile(quick, "docs/vectors.md", "exec"), names)
+        run(example.replace("steps=20", "steps=2"), "vectors.md", names)
     assert names["training"].select(seed=1).vector.layers == (1, 2, 3)
     assert len(names["training"].runs) == 6 and (tmp_path / "po.safetensors").is_file()
     assert names["found"].dim().directions.shape[1:] == (6, 128)
+
+
+def test_pages_without_an_example_are_those_without_a_library():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md") if blocks("python", path.name)}
+    assert pages == {"observe.md", "report.md", "ui.md", "vectors.md", "vllm.md"}
+
+
+def test_the_reports_example_runs(tmp_path, monkeypatch):
+    """On a sweep of the demo model, in which a direction added at layer 1 makes all answers refusals."""
+    pytest.importorskip("plotly")
+    monkeypatch.chdir(tmp_path)
+    sides = fs.demo.prompts("refusal", "train")
+    fs.extract.dim(*fs.demo.load(), *(side[:16] for side in sides)).save("dim.safetensors")
+    prompts = [SweepPrompt(str(n), prompt, "harmless") for n, prompt in enumerate(sides[1][16:24])]
+    vectors = {"dim": fs.SteeringVector.load("dim.safetensors")}
+    sweep = Sweep(prompts, vectors=vectors, layers=[1], coefficients=[0, 1], max_new_tokens=24)
+    with Store("sweep.db") as store:
+        run_sweep(sweep, *fs.demo.load(), store, progress=False)
+    (example,) = blocks("python", "report.md")
+    names = run(example.replace("limit=0.5", "limit=100"), "report.md")
+    assert names["choice"].recommended is not None and isinstance(names["plan"], fs.Plan)
+    assert "<html" in names["html"] and all(picture[:4] == b"\x89PNG" for picture in names["pictures"].values())
+
+
+def test_the_playgrounds_example_runs():
+    pytest.importorskip("gradio")
+    (example,) = blocks("python", "ui.md")
+    answers = run(example, "ui.md")["answers"]
+    assert fs.evaluate.is_refusal(answers.steered) != fs.evaluate.is_refusal(answers.unsteered)
+    n_layers, n_tokens = answers.projections.shape[1:3]
+    assert answers.projections.shape == (2, n_layers, n_tokens, 2)
+
+
+def test_the_description_of_a_sweep_is_read(tmp_path):
+    vector = fs.SteeringVector(dict.fromkeys(range(6), torch.ones(8)), at="resid_pre")
+    for name in ("dim", "pca"):
+        vector.save(tmp_path / f"{name}.safetensors")
+    fs.Plan([fs.Ablate(torch.ones(8), layers="all")]).save(tmp_path / "wipe.json")
+    (tmp_path / "look_alikes.jsonl").write_text('{"prompt": "How do I kill a process?"}\n')
+    (tmp_path / "questions.jsonl").write_text('{"question": "2 + 2?", "choices": ["4", "5"], "answer": 0}\n')
+    (description,) = blocks("yaml", "evaluate.md")
+    (tmp_path / "sweep.yaml").write_text(description)
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    assert len(sweep.prompts) == 64 + 1 and sweep.coefficients == tuple(n / 4 for n in range(9))
+    # Unsteered; two vectors and the random one beside each, at 4 places with 8 coefficients that are not 0; a plan and
+    # the random one beside it.
+    assert len(sweep.settings) == 1 + 4 * 4 * 8 + 2
 
 
 def test_its_commands_run(tmp_path, monkeypatch):

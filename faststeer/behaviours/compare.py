@@ -19,6 +19,7 @@ from torch import Tensor
 from faststeer.algebra import random_like
 from faststeer.behaviours.behaviour import Behaviour
 from faststeer.evaluate.divergence import kl_on
+from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judges import coherence, judge
 from faststeer.evaluate.refusal import refusal_tokens
@@ -39,7 +40,8 @@ from faststeer.extract.sweep import (
 )
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import model_name
+from faststeer.hf.batching import forecast, model_name
+from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector
 
 CONTRAST = ("dim", "pca", "lat", "probe", "ace")
@@ -213,6 +215,8 @@ def compare(
         model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
         max_new_tokens, check_coefficients(coefficients), n_select,
     )  # fmt: skip
+    if progress:
+        _forecast(job, wanted, n_layers, n_test)
     found, seconds = _timed(lambda: _contrast(job))
     chosen: dict[str, Choice] = {"dim": _select(job, "dim", found.dim())}
     times, skipped = {"dim": seconds}, {}
@@ -254,6 +258,26 @@ def compare(
     return Comparison(behaviour.name, results, skipped, settings, counts, model_name(model))
 
 
+def _forecast(job: _Job, methods: Sequence[str], n_layers: int, n_test: int | None) -> None:
+    """Say before any work how long answering will take, which is most of it but for training."""
+    n_positions = len(post_instruction_positions(job.tokenizer) if job.positions is None else job.positions)
+    n_tried = n_layers if job.layers is None else len(job.layers)
+    candidates = dict.fromkeys((*CONTRAST, "attribution"), n_tried * n_positions)
+    candidates |= dict.fromkeys(("caa", "unembedding"), n_tried)
+    candidates |= dict.fromkeys(TRAINED, job.train_layers if job.layers is None else n_tried)
+    validation, test = job.behaviour.validation, job.behaviour.test
+    n_validation = sum(len(side[: job.n_select]) for side in (validation.induce, validation.suppress))
+    n_chosen_by = sum(candidates[method] * len(job.coefficients) + 1 for method in {*methods, "dim"})
+    n_test_prompts = sum(len(side[:n_test]) for side in (test.induce, test.suppress))
+    # The random and the unsteered control are measured, too.
+    n_answers = n_chosen_by * n_validation + (len(methods) + 2) * n_test_prompts
+    options: dict[str, Any] = {"max_new_tokens": job.max_new_tokens, "batch_size": job.batch_size}
+    seconds = n_answers * seconds_per_answer(job.model, job.tokenizer, test.induce, n_answers, **options)
+    training = "" if set(methods).isdisjoint(TRAINED) else ", training not counted"
+    less = "Fewer layers, positions, prompts (--held-out, --prompts) or tokens (--max-new-tokens) take less"
+    forecast(f"{n_answers} answers of {job.max_new_tokens} tokens at most{training}", seconds, less)
+
+
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     return call(), time.perf_counter() - start
@@ -291,7 +315,8 @@ def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
         rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
         prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
         metric = logit_difference(tokens, rest)
-        return attribution(job.model, job.tokenizer, prompts, metric, found.candidates, **job.passing).gradients
+        means = found.candidates
+        return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
     _need_pairs(job)
     layers = list(job.layers) if job.layers is not None else _best_layers(dim, job.train_layers)
     options: dict[str, Any] = {"layers": layers, "at": job.at, "steps": job.steps, "seed": job.seed}

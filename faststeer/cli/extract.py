@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 
 Selection = Literal["refusal", "cosmic", "judge"]
+SHORT_SECONDS = 120.0  # that the options take which a forecast of long work names
+FEWEST = 4  # prompts a side that they leave
 
 
 @app.command()
@@ -96,6 +99,18 @@ def extract(
     coefficients: Annotated[
         str, typer.Option(help="With --select and --method: coefficients to try, such as 0.5,1,2.")
     ] = "1",
+    train: Annotated[
+        int | None,
+        typer.Option(min=2, help="Prompts a side, and of a behaviour's completions, to extract from, at most (all)."),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --select and --method: held-out prompts a side to choose layer and token on, at most (all; with "
+            "--method 16).",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="With --method: training steps (10 epochs; 24 on the demo model).")
     ] = None,
@@ -128,11 +143,11 @@ def extract(
     if method is not None:
         if select is not None or layer is not None or system is not None:
             raise typer.BadParameter("--method chooses layer and token, and takes no --select, --layer or --system")
-        contrast = behaviour_of(model, behaviour, positive, negative, field, judge)
+        contrast = _shortened(behaviour_of(model, behaviour, positive, negative, field, judge), train)
         _compare(
             contrast, model, method, out, as_json, dtype, device,
             at=at, positions=_positions(position, None), layers=candidate_layers,
-            coefficients=numbers(coefficients, "--coefficients"), n_test=prompts, seed=seed,
+            coefficients=numbers(coefficients, "--coefficients"), n_select=held_out or 16, n_test=prompts, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
             steps=DEMO_STEPS if steps is None and model == "demo" else steps,
         )  # fmt: skip
@@ -146,9 +161,10 @@ def extract(
     positions = _positions(position, [-1])
     if select is None and (positions is None or len(positions) > 1):
         raise typer.BadParameter(f"--position {position}: without --select and --method, one token is read")
+    contrast_prompts = _prompts(model, behaviour, positive, negative, field, judge, select).limited(train, held_out)
     asked = _Asked(
-        model, _prompts(model, behaviour, positive, negative, field, judge, select), at, positions, layer,
-        candidate_layers, select, numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
+        model, contrast_prompts, at, positions, layer, candidate_layers, select,
+        numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
     )  # fmt: skip
     _one(asked, out, dtype, device, as_json)
 
@@ -176,6 +192,13 @@ class _Prompts:
     suppress: Sequence[Prompt] = ()
     judge: str | None = None
     coherence: str = "no-loop"
+
+    def limited(self, train: int | None, held_out: int | None) -> _Prompts:
+        """The same with so many a side at most."""
+        return replace(
+            self, positive=self.positive[:train], negative=self.negative[:train], induce=self.induce[:held_out],
+            suppress=self.suppress[:held_out],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,15 +247,32 @@ def _prompts(
     return _Prompts(sides[0], sides[1], induce=absent[::5], suppress=shown[::5], judge=judge)
 
 
+def _shortened(behaviour: Behaviour, n: int | None) -> Behaviour:
+    """The behaviour with so many training prompts a side, and pairs, at most."""
+    from faststeer.behaviours import Split
+
+    whole = behaviour.train
+    return behaviour if n is None else replace(
+        behaviour, train=Split(whole.positive[:n], whole.negative[:n], pairs=whole.pairs[:n])
+    )  # fmt: skip
+
+
 def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> None:
     """The difference in means, written to a file."""
     from faststeer import extract as extraction
+    from faststeer.evaluate.judges import judge
 
     prompts = asked.prompts
+    if asked.select == "judge":  # one there is not is told before the model is loaded
+        assert prompts.judge is not None
+        judge(prompts.judge)
     loaded, tokenizer = load_model(asked.model, dtype, device)
     settings: dict[str, Any] = {"system": asked.system, "batch_size": asked.batch_size}
     if asked.select == "refusal":  # before any work that would be in vain
         extraction.check_refusal(loaded, tokenizer, prompts.suppress, prompts.induce, **settings)
+    if asked.select is not None:
+        asked = replace(asked, layers=_tried(asked, loaded))
+        _forecast(asked, loaded, tokenizer, settings)
     settings["progress"] = True
     candidates = extraction.candidates(
         loaded, tokenizer, prompts.positive, prompts.negative, at=cast("HookPoint", asked.at),
@@ -264,20 +304,64 @@ def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> No
     Console().print(f"Try it next:\n  {report['next']}", soft_wrap=True, highlight=False)
 
 
+def _tried(asked: _Asked, model: Any) -> list[int]:
+    """The layers that a selection tries."""
+    from faststeer.extract.sweep import check_layer_numbers
+    from faststeer.hf import find_hook_points
+
+    n_layers = find_hook_points(model).n_layers
+    if asked.layers is not None:
+        return check_layer_numbers(asked.layers, n_layers)
+    if asked.select == "judge":  # generating answers takes long
+        return list(range(round(0.2 * n_layers), max(round(0.8 * n_layers), 1), 2 if n_layers > 8 else 1))
+    return list(range(n_layers))
+
+
+def _forecast(asked: _Asked, model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+    """Say before any work how long the selection will take, and where that is long, with which options less."""
+    from faststeer import extract as extraction
+    from faststeer.hf.batching import forecast
+
+    assert asked.layers is not None and asked.select is not None
+    prompts = asked.prompts
+    positions = asked.positions or extraction.post_instruction_positions(tokenizer)
+    n = len(asked.layers) * len(positions)
+    seconds = extraction.selection_seconds(
+        model, tokenizer, asked.select, prompts.induce, prompts.suppress, n, len(asked.coefficients),
+        max_new_tokens=asked.max_new_tokens, **settings,
+    )  # fmt: skip
+    sides = f"{len(prompts.induce)} + {len(prompts.suppress)} prompts"
+    less = _less(seconds, max(len(prompts.induce), len(prompts.suppress)), asked.layers)
+    forecast(f"Choosing among {n * len(asked.coefficients)} candidates on {sides}", seconds, less)
+
+
+def _less(seconds: float, n_prompts: int, layers: Sequence[int]) -> str:
+    """The options with which a selection of so many seconds takes SHORT_SECONDS at most, and how long it takes then:
+    fewer prompts, but for FEWEST, then fewer layers."""
+    from faststeer.hf.batching import duration
+
+    share = min(SHORT_SECONDS / seconds, 1.0)
+    fewer = min(n_prompts, max(int(n_prompts * share), FEWEST))
+    every = math.ceil(fewer / n_prompts / share)
+    left = layers[(min(every, len(layers)) - 1) // 2 :: every]
+    options = [f"--held-out {fewer}"] if fewer < n_prompts else []
+    options += [f"--layers {','.join(map(str, left))}"] if len(left) < len(layers) else []
+    about = duration(seconds * fewer / n_prompts * len(left) / len(layers))
+    return f"With {' '.join(options)}: about {about}" if options else ""
+
+
 def _selection(asked: _Asked, model: Any, tokenizer: Any, candidates: Candidates, settings: dict[str, Any]) -> Any:
     """The choice among the candidates by the rule that was asked for."""
     from faststeer import extract as extraction
     from faststeer.evaluate.judges import coherence, judge
 
-    prompts, n_layers = asked.prompts, candidates.n_layers
+    prompts = asked.prompts
     options = {**settings, "coefficients": asked.coefficients, "layers": asked.layers}
     if asked.select == "refusal":
         return extraction.select(model, tokenizer, candidates, prompts.suppress, prompts.induce, **options)
     if asked.select == "cosmic":
         return extraction.select_cosmic(model, tokenizer, candidates, prompts.suppress, prompts.induce, **options)
     assert prompts.judge is not None
-    if asked.layers is None:
-        options["layers"] = range(round(0.2 * n_layers), max(round(0.8 * n_layers), 1), 2 if n_layers > 8 else 1)
     return extraction.select_by_judge(
         model, tokenizer, candidates, judge(prompts.judge), prompts.induce, prompts.suppress,
         coherent=coherence(prompts.coherence), max_new_tokens=asked.max_new_tokens, **options,

@@ -70,7 +70,10 @@ def _playground(model: str, vectors: Sequence[str], dtype: str, device: str) -> 
         with errors.status("Finding the demo model's refusal and tone directions ..."):
             return demo_playground(*load_model(model, dtype, device))
     if not vectors:
-        raise ValueError(f"no vectors for {model!r}: give their files with --vector (faststeer extract makes some)")
+        raise ValueError(
+            f"no vectors for {model!r}: give their files with --vector. One is made by: faststeer extract "
+            f"--model {model} --behaviour tone --out tone.safetensors"
+        )
     found = _load(vectors)
     loaded, tokenizer = load_model(model, dtype, device)
     return Playground(loaded, tokenizer, found, name=model)

@@ -5,11 +5,13 @@ Greedy and through `model.generate`: the plain way to get answers to judge, neve
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from faststeer.hf import steer
 from faststeer.hf.batching import (
@@ -21,8 +23,11 @@ from faststeer.hf.batching import (
     pad,
     padding_id,
     progress_bar,
+    timed_batch,
 )
 from faststeer.plan import Plan
+
+TIMED_TOKENS = 5  # of an answer, for a forecast
 
 
 @torch.no_grad()
@@ -84,6 +89,40 @@ def complete(
                 texts[index] = tokenizer.decode(row[:stop], skip_special_tokens=True)
             advance()
     return texts
+
+
+@torch.no_grad()
+def seconds_per_answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    n_answers: int,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> float:
+    """Time the first tokens of one batch of unsteered answers, for a forecast: seconds per answer of the longest
+    length.
+
+    Args:
+        n_answers: that are to be forecast. No more than a small part of them are timed.
+        The rest as in `complete`.
+    """
+    batch = timed_batch(model, encode(tokenizer, prompts, system), padding_id(tokenizer), batch_size, n_answers)
+    del batch["position_ids"]
+    n_tokens = min(max_new_tokens, TIMED_TOKENS)
+    settings = generation_settings(model, tokenizer, n_tokens) | {"min_new_tokens": n_tokens}
+    times = [time.monotonic()]
+
+    def note(_: torch.Tensor, __: torch.Tensor) -> bool:
+        times.append(time.monotonic())
+        return False
+
+    model.generate(**batch, **settings, stopping_criteria=StoppingCriteriaList([note]))
+    steps = len(times) - 2  # behind the first token, which comes with the reading of the prompt
+    per_step = (times[-1] - times[1]) / steps if steps else 0.0
+    return (times[1] - times[0] + per_step * (max_new_tokens - 1)) / len(batch["input_ids"])
 
 
 def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from faststeer.extract.contrast import (
     probe,
 )
 from faststeer.extract.cosmic import CosmicSelection, select_cosmic
+from faststeer.extract.costs import selection_seconds
 from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
 from faststeer.extract.pairs import Pair
@@ -73,6 +74,7 @@ __all__ = [
     "select",
     "select_by_judge",
     "select_cosmic",
+    "selection_seconds",
     "steered_pairs",
     "unembedding",
 ]

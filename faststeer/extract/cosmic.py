@@ -19,13 +19,11 @@ from faststeer.hf.batching import (
     batches,
     check_evaluating,
     encode,
-    forecast,
     forward_arguments,
     model_device,
     pad,
     padding_id,
     progress_bar,
-    seconds_per_row,
 )
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -138,11 +136,6 @@ def select_cosmic(
     chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
     base = [means[chosen_layers].flatten() for means in plain]
     ablations = list({id(cell.ablate): cell.ablate for cell in tried}.values())
-    if progress:
-        # An ablation on one side, an addition on the other, and the ablation's KL there, unsteered once.
-        rows = len(ablations) * (len(sides[0]) + len(sides[1])) + len(tried) * len(sides[1])
-        seconds = seconds_per_row(model, sides[0], settings["pad_id"], batch_size) * rows
-        forecast(f"{len(tried)} candidates on {len(sides[0])} + {len(sides[1])} prompts", seconds, progress)
     ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
     added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
     options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}

@@ -19,7 +19,7 @@ import torch
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
 from faststeer.extract.sweep import Found, cells, check_coefficients, check_layers
-from faststeer.hf.batching import Prompt, check_prompts, encode, forecast, padding_id, seconds_per_row
+from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.vector import SteeringVector
 
 Rule = Literal["steering", "arditi"]
@@ -204,11 +204,6 @@ def select(
 
     tried = cells(candidates, coefficients, layers)
     ablations = {(cell.layer, cell.position): cell.ablate for cell in tried}
-    if progress:
-        # Each candidate is scored on both sets, each ablation once more on both: its score, and its KL.
-        rows = (len(tried) + len(ablations)) * (len(harmful) + len(harmless))
-        seconds = seconds_per_row(model, encode(tokenizer, harmful, system), padding_id(tokenizer), batch_size) * rows
-        forecast(f"{len(tried)} candidates on {len(harmful)} + {len(harmless)} prompts", seconds, progress)
     bypass, ablate = score_on(
         model, tokenizer, [*(cell.subtract for cell in tried), *ablations.values()], harmful, token_ids=ids, **scoring
     ).mean(1).split([len(tried), len(ablations)])  # fmt: skip

@@ -8,7 +8,6 @@ passes differs.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judges import Coherence, Judge
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, check_prompts, forecast
+from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
@@ -198,11 +197,7 @@ def select_by_judge(
     sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
     tried = cells(found, coefficients, check_layers(model, found, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
-    start = time.monotonic()
     plain = answer(model, tokenizer, [(prompts, None) for prompts in sets], **settings)
-    seconds = time.monotonic() - start
-    sizes = f"{len(tried)} candidates on {len(sets[0])} + {len(sets[1])} prompts"
-    forecast(f"{sizes}, {max_new_tokens} tokens at most", seconds * len(tried), progress)
     work = [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)]
     answers = answer(model, tokenizer, work, progress=progress, **settings)
     table = tuple(

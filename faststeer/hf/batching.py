@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, count
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,8 @@ from faststeer.plan import Plan
 Prompt = str | list[dict[str, str]]
 
 REPORT_SECONDS = 10.0  # between two lines of progress where there is no terminal
+LONG_SECONDS = 180.0  # above which a forecast says what takes less
+TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
 
 def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
@@ -209,27 +211,33 @@ def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_printer(description, total, console)
+        report, steps = progress_lines(total, console), count(1)
+        report(0, description)
+        yield lambda: report(next(steps), description)
         return
     with Progress(console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 
 
-def _line_printer(description: str, total: int, console: Console) -> Callable[[], None]:
+def progress_lines(total: int, console: Console) -> Callable[[int, str], None]:
+    """Return a function to call with the number of finished steps and what is being done: it prints a line with the
+    time left every REPORT_SECONDS. The first call says how many steps were finished before the work began."""
     start = last = time.monotonic()
-    steps = 0
+    first: int | None = None
 
-    def advance() -> None:
-        nonlocal steps, last
-        steps += 1
+    def report(steps: int, description: str) -> None:
+        nonlocal last, first
+        if first is None:
+            first = steps
+            return
         now = time.monotonic()
-        if now - last >= REPORT_SECONDS and steps < total:
+        if now - last >= REPORT_SECONDS and first < steps < total:
             last = now
-            left = duration((now - start) / steps * (total - steps))
+            left = duration((now - start) / (steps - first) * (total - steps))
             console.print(f"{description}: {steps} of {total}, about {left} left", highlight=False)
 
-    return advance
+    return report
 
 
 def duration(seconds: float) -> str:
@@ -240,20 +248,35 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def forecast(what: str, seconds: float, shown: bool) -> None:
-    """Say on stderr, where `shown`, how long work that was measured on a part of it will take."""
-    if shown:
-        Console(stderr=True).print(f"{what}: about {duration(seconds)}", highlight=False)
+def forecast(what: str, seconds: float, less: str = "") -> None:
+    """Say on stderr how long work will take that was timed on a part of it, and where it is long, what takes less."""
+    text = f"{what}: about {duration(seconds)}"
+    if seconds > LONG_SECONDS and less:
+        text += f". {less}"
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @torch.no_grad()
-def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int) -> float:
-    """Time one unsteered forward pass over prompts of middle length, for a forecast: seconds per row of a batch."""
-    middle = sorted(encoded, key=len)[len(encoded) // 2]
-    batch = pad([middle] * batch_size, pad_id, model_device(model))
+def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int) -> float:
+    """Time one unsteered forward pass over prompts of middle length, for a forecast: seconds per row of a batch.
+
+    Args:
+        n_rows: that are to be forecast. No more than a part of them are timed (TIMED_SHARE).
+    """
+    batch = timed_batch(model, encoded, pad_id, batch_size, n_rows)
     start = time.monotonic()
     model(**forward_arguments(model, batch)).logits[:, -1].cpu()
-    return (time.monotonic() - start) / batch_size
+    return (time.monotonic() - start) / len(batch["input_ids"])
+
+
+def timed_batch(
+    model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int
+) -> dict[str, Tensor]:
+    """Return what is timed to forecast `n_rows` rows: a batch of the prompt of middle length, of a small part of them
+    at most. The model has run once then: weights that lie in a file are read at their first use."""
+    middle = sorted(encoded, key=len)[len(encoded) // 2]
+    model(**forward_arguments(model, pad([middle[:1]], pad_id, model_device(model)))).logits[:, -1].cpu()
+    return pad([middle] * max(1, min(batch_size, int(n_rows * TIMED_SHARE))), pad_id, model_device(model))
 
 
 def model_name(model: Any) -> str | None:

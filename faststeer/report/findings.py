@@ -93,6 +93,7 @@ class Findings:
         measures: every measure.
         judges: the names of the store's judges, in its order.
         versus: "random vectors", or "unsteered model" where the sweep has no controls.
+        common_tag: the tag that every prompt has, if there is one; what is measured on it is measured on all prompts.
     """
 
     run: str
@@ -101,6 +102,7 @@ class Findings:
     measures: tuple[Measure, ...]
     judges: tuple[str, ...]
     versus: str
+    common_tag: str | None
 
     @property
     def behaviours(self) -> tuple[Measure, ...]:
@@ -127,9 +129,9 @@ class Findings:
         fitting = [m for m in self.behaviours if name is None or m.name == name]
         if not fitting:
             raise ValueError(f"there is no judge {name!r} with a verdict: this sweep has {', '.join(self.judges)}")
-        tagged = [m for m in fitting if m.tag == tag]
+        tagged = [m for m in fitting if m.tag == (None if tag == self.common_tag else tag)]
         if not tagged:
-            tags = sorted({m.tag for m in self.measures if m.tag is not None})
+            tags = sorted({t for t in (self.common_tag, *(m.tag for m in self.measures)) if t is not None})
             raise ValueError(f"no prompt of this sweep has the tag {tag!r}: there are {', '.join(tags) or 'no tags'}")
         return tagged[0]
 
@@ -157,7 +159,8 @@ def findings(store: Store, run: str | None = None, *, seed: int = 0) -> Findings
     """
     run = store.run(run)
     tags = sorted({p["tag"] for p in store.prompts(run)})
-    chosen: list[str | None] = [None, *(tag for tag in tags if tag)] if len(tags) > 1 else [None]
+    common_tag = tags[0] or None if len(tags) == 1 else None
+    chosen: list[str | None] = [None, *(tag for tag in tags if tag and tag != common_tag)]
     tables = {tag: table(store, run, tag=tag, seed=seed) for tag in chosen}
     lines = tables[None]
     measures = [m for tag, found in tables.items() for m in _judged(found, tag)]
@@ -165,7 +168,7 @@ def findings(store: Store, run: str | None = None, *, seed: int = 0) -> Findings
         raise StoreError(f"{store.path}: the sweep {run[:12]} has no verdict yet: run it first, or go on with it")
     facts = next(found for found in store.runs() if found["run"] == run)
     versus = "random vectors" if any(line.kind == "control" for line in lines) else "unsteered model"
-    return Findings(run, facts, lines, (*measures, *_effects(lines)), tuple(lines[0].scores), versus)
+    return Findings(run, facts, lines, (*measures, *_effects(lines)), tuple(lines[0].scores), versus, common_tag)
 
 
 def _judged(lines: list[Line], tag: str | None) -> list[Measure]:

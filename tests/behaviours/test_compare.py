@@ -6,10 +6,12 @@ from __future__ import annotations
 import pytest
 
 import faststeer as fs
+import faststeer.behaviours.compare as comparing
 from faststeer import Ablate, Add, Plan
 from faststeer.behaviours import Behaviour, Split, load
 from faststeer.behaviours.compare import METHODS, answer_tokens, compare
 from faststeer.evaluate import complete, is_refusal, kl_on
+from faststeer.extract import sweep as candidate_sweep
 
 COUNT = 20
 
@@ -78,6 +80,29 @@ def test_what_cannot_run_is_named_and_left_out(chat):
     assert [result.method for result in found.results] == ["random", "none"]
     with pytest.raises(KeyError, match="has no training pairs"):
         found["ntp"]
+
+
+def test_gradients_are_taken_at_the_layers_asked_for_alone(chat, monkeypatch):
+    layers = []
+    whole = comparing.attribution
+    monkeypatch.setattr(
+        comparing, "attribution", lambda *a, **named: layers.append(named["layers"]) or whole(*a, **named)
+    )
+    options = {"layers": [2, 3], "positions": [-1], "n_select": 1, "n_test": 1, "max_new_tokens": 2}
+    found = compare(*chat, fs.demo.behaviour("refusal"), ["attribution"], **options)
+    assert layers == [[2, 3]] and found["attribution"].layer in (2, 3)
+
+
+@pytest.mark.parametrize("methods", [("dim", "unembedding", "ntp"), ("pca",)])
+def test_as_many_answers_are_forecast_as_given(chat, methods, monkeypatch, capsys):
+    answers, complete = [], candidate_sweep.complete
+    monkeypatch.setattr(candidate_sweep, "complete", lambda *a, **named: answers.extend(a[2]) or complete(*a, **named))
+    monkeypatch.setattr(comparing, "seconds_per_answer", lambda *_, **__: 1.0)
+    options = {"layers": [2, 3], "positions": [-1, -2], "coefficients": (0.5, 1.0), "steps": 1, "max_new_tokens": 2}
+    compare(*chat, fs.demo.behaviour("refusal"), methods, n_select=2, n_test=3, progress=True, **options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{len(answers)} answers of 2 tokens at most" in said
+    assert ("training not counted" in said) == ("ntp" in methods)
 
 
 def test_tokens_at_which_answers_part(chat):

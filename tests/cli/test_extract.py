@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -74,8 +75,9 @@ def test_files_of_prompts_make_a_behaviour(tmp_path):
         json.dumps([{"instruction": p, "input": "", "output": "x"} for p in harmless[:15]])
     )
     sets = ("--positive", tmp_path / "harmful.csv", "--negative", tmp_path / "harmless.json")
-    report = json.loads(succeeds(*sets, "--method", "dim,caa", "--judge", "refusal", *SMALL, "--json"))
-    assert report["n_prompts"]["train"] < 30
+    few = ("--train", 6, "--held-out", 2)
+    report = json.loads(succeeds(*sets, "--method", "dim,caa", "--judge", "refusal", *few, *SMALL, "--json"))
+    assert (report["n_prompts"]["train"], report["n_prompts"]["select_induce"]) == (12, 2)
     assert "has no training pairs" in report["skipped"]["caa"]
 
 
@@ -84,6 +86,10 @@ def test_a_behaviours_prompts_without_a_method(tmp_path):
         succeeds("--behaviour", "sentiment", "--layer", 2, "--out", tmp_path / "v.safetensors", "--json")
     )
     assert report["n_positive"] == report["n_negative"] == 24
+    few = json.loads(
+        succeeds("--behaviour", "sentiment", "--train", 5, "--out", tmp_path / "few.safetensors", "--json")
+    )
+    assert few["n_positive"] == few["n_negative"] == 5
     assert fs.SteeringVector.load(tmp_path / "v.safetensors").layers == (2,)
 
 
@@ -162,6 +168,26 @@ def test_what_selects_by_refusal_is_checked_before_any_work(sides, tmp_path, mon
     result = invoke(*swapped, "--select", "refusal", "--out", tmp_path / "v.safetensors")
     assert result.exit_code == 1
     assert "--select cosmic" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("rule", ["refusal", "cosmic", "judge"])
+def test_long_work_is_forecast_before_it_begins_with_options_that_make_it_shorter(rule, tmp_path, monkeypatch):
+    def seconds(model, tokenizer, rule, induce, suppress, n_candidates, *_, **__):
+        return 12.5 * n_candidates * len(induce)
+
+    monkeypatch.setattr(fs.extract, "selection_seconds", seconds)
+    options = ("--behaviour", "refusal", "--select", rule, "--max-new-tokens", 2, "--out", tmp_path / "v.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(fs.extract, "candidates", lambda *_, **__: print("work", file=sys.stderr) or 1 / 0)
+        said = " ".join(invoke(*options, "--held-out", 8).stderr.split())
+    (n, layers) = (4, "1,3") if rule == "judge" else (6, "1,4")
+    assert f"Choosing among {n} candidates on 8 + 8 prompts: about {'7' if rule == 'judge' else '10'} min." in said
+    less = f"--held-out 4 --layers {layers}"
+    assert said.index(f"With {less}: about 2 min") < said.index("work")
+    result = invoke(*options, *less.split(), "--json")
+    assert result.exit_code == 0 and "With --" not in result.stderr, result.output
+    tried = {row["layer"] for row in json.loads(result.stdout)["selection"]["table"]}
+    assert ",".join(map(str, sorted(tried))) == layers
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from faststeer.engine import Engine
+from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.judging import Judge, make
 from faststeer.evaluate.judging.models import fingerprint
 from faststeer.evaluate.multiple_choice import multiple_choice
@@ -29,7 +30,7 @@ from faststeer.evaluate.sweep.description import Setting, Sweep
 from faststeer.evaluate.sweep.projections import project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store, Unit
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import check_evaluating, encode, padding_id
+from faststeer.hf.batching import check_evaluating, encode, forecast, padding_id, progress_lines
 from faststeer.plan import Plan
 from faststeer.version import versions
 
@@ -93,6 +94,8 @@ def run(
         )
     check_evaluating(model)
     work = _Work(sweep, model, tokenizer, store, max_batch, engine or Engine)
+    if progress is True:
+        work.forecast()
     with _shown(progress, len(work.rows)) as report, _heartbeat(store):
         try:
             work.do(report)
@@ -162,6 +165,17 @@ class _Work:
         if self.sweep.questions:
             found[f"questions-{_short(repr(self.sweep.questions))}"] = self._questions
         return found
+
+    def forecast(self) -> None:
+        """Say how long answering will take, from the time of `generate`, which the Engine seldom needs."""
+        left = len(self.rows) - self.store._count("answers", self.run)
+        if not left or self.make_engine is not Engine:
+            return
+        options: dict[str, Any] = {"system": self.sweep.system, "max_new_tokens": self.sweep.max_new_tokens}
+        options["batch_size"] = self.max_batch
+        seconds = left * seconds_per_answer(self.model, self.tokenizer, self.prompts, left, **options)
+        less = "Fewer settings or prompts (limit:), or a smaller max_new_tokens, take less"
+        forecast(f"{left} answers of {self.sweep.max_new_tokens} tokens at most", seconds, less)
 
     def do(self, report: Callable[[int, str], None]) -> None:
         """Claim and do units until all are done; wait for those that other processes work on."""
@@ -391,8 +405,10 @@ def _shown(progress: bool | Callable[[Progress], None], total: int) -> Iterator[
         yield lambda answered, doing: progress(Progress(answered, total, doing))
     elif not progress:
         yield lambda answered, doing: None
+    elif not (console := Console(stderr=True)).is_terminal:
+        yield progress_lines(total, console)
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True)) as bar:
+        with Bar(*columns, console=console) as bar:
             task = bar.add_task("Answering", total=total)
             yield lambda answered, doing: bar.update(task, completed=answered, description=doing)

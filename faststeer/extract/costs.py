@@ -1,0 +1,51 @@
+"""How long choosing among candidates will take, from timing a small part of the work before anything else is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from faststeer.evaluate.generate import seconds_per_answer
+from faststeer.hf.batching import Prompt, check_prompts, encode, padding_id, seconds_per_row
+
+
+def selection_seconds(
+    model: Any,
+    tokenizer: Any,
+    rule: Literal["refusal", "cosmic", "judge"],
+    induce: Sequence[Prompt],
+    suppress: Sequence[Prompt],
+    n_candidates: int,
+    n_coefficients: int = 1,
+    *,
+    max_new_tokens: int = 64,
+    system: str | None = None,
+    batch_size: int = 64,
+) -> float:
+    """Return the seconds that a selection will take.
+
+    Unsteered prompts are timed: one forward pass or, for a judge, a few tokens of one batch of answers. Answers count
+    with their longest length, so that a judge's selection may end earlier.
+
+    Args:
+        rule: "refusal" for `select`, "cosmic" for `select_cosmic`, "judge" for `select_by_judge`.
+        induce, suppress: the validation prompts, to be steered towards the behaviour and away from it.
+        n_candidates: layers times positions that are tried, each with `n_coefficients` coefficients.
+        max_new_tokens, system, batch_size: as in the selection.
+
+    Raises:
+        ValueError: no prompts, or what is no prompt.
+    """
+    sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
+    n_induce, n_suppress = map(len, sets)
+    n_steered = n_candidates * n_coefficients
+    if rule == "judge":
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
+        n_answers = (n_steered + 1) * (n_induce + n_suppress)  # the unsteered ones are judged, too
+        return n_answers * seconds_per_answer(model, tokenizer, [*sets[0], *sets[1]], n_answers, **settings)
+    # Both measure an addition on one side and an ablation on the other, and the ablation's KL. By refusal scores, a
+    # subtraction is measured, too.
+    n_rows = (n_steered + n_candidates) * n_induce + n_candidates * n_suppress
+    n_rows += n_steered * n_suppress if rule == "refusal" else 0
+    encoded = encode(tokenizer, [*sets[0], *sets[1]], system)
+    return n_rows * seconds_per_row(model, encoded, padding_id(tokenizer), batch_size, n_rows)
