@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faststeer.intervention import orthonormal
+from faststeer.compile import orthonormal
 from faststeer.sparse import SparseVector
 from faststeer.vector import SteeringVector, check_direction, words_of
 

@@ -1,5 +1,5 @@
 """Interventions: what to do to the residual stream, where and when. Frozen descriptions with no device memory; a
-`Plan` puts them in order and compiles them."""
+`Plan` puts them in order, `compile_plan` makes entries of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from faststeer.vector import (
     SteeringVector,
     check_direction,
     check_hook_point,
-    layers_text,
 )
 
 Direction = SteeringVector | Tensor
@@ -143,10 +142,6 @@ class Intervention:
         """The two numbers the op needs (columns A and B of `scalars`)."""
         return 0.0, 0.0
 
-    def basis(self, directions: list[Tensor]) -> Tensor:
-        """The bank rows `[k, hidden]` for one layer's directions."""
-        return orthonormal(directions[0], f"{type(self).__name__}'s direction")
-
     @property
     def position_range(self) -> tuple[int, int]:
         """low, high: acts where low <= r < high, r counted from the prompt's end."""
@@ -193,9 +188,6 @@ class Add(Intervention):
     @property
     def scalars(self) -> tuple[Number, Number]:
         return self.coefficient, 0.0
-
-    def basis(self, directions: list[Tensor]) -> Tensor:
-        return directions[0].unsqueeze(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,9 +294,6 @@ class Rotate(Intervention):
         angle = math.radians(math.remainder(self.degrees, 360.0))
         return math.cos(angle), math.sin(angle)
 
-    def basis(self, directions: list[Tensor]) -> Tensor:
-        return orthonormal(torch.stack(directions), "Rotate's plane (a, b)")
-
 
 @dataclass(frozen=True, eq=False)
 class Probe(Intervention):
@@ -322,39 +311,8 @@ class Probe(Intervention):
             raise ValueError("a Probe looks at every token and changes none: it takes no when, positions or keep_norm")
         object.__setattr__(self, "probe", True)
 
-    def basis(self, directions: list[Tensor]) -> Tensor:
-        rows = torch.atleast_2d(directions[0])
-        return torch.cat([orthonormal(row, "Probe's direction") for row in rows])
-
 
 KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in (Add, Ablate, Project, Clamp, Rotate, Probe)}
-
-
-def orthonormal(directions: Tensor, what: str) -> Tensor:
-    """Gram-Schmidt of `[hidden]` or `[k, hidden]` to `[k, hidden]`: the first row keeps its direction. Computed in
-    fp64, differentiable.
-
-    Raises:
-        ValueError: a zero direction, or directions that are linearly dependent (to 1e-5 of their length:
-            single-precision copies of one another are).
-    """
-    rows = torch.atleast_2d(directions).to(torch.float64)
-    norms = rows.norm(dim=1)
-    if not bool((norms > 0).all()):
-        raise ValueError(f"{what} is zero: it has no direction to normalise; check where it came from")
-    unit = rows / norms.unsqueeze(1)
-    if unit.shape[0] > unit.shape[1]:
-        raise ValueError(
-            f"{what} has {unit.shape[0]} directions in a space of {unit.shape[1]}: they cannot be independent"
-        )
-    q, r = torch.linalg.qr(unit.T)
-    diagonal = torch.diagonal(r)
-    if bool((diagonal.abs() < 1e-5).any()):
-        raise ValueError(
-            f"{what}: the directions are linearly dependent (or parallel): remove the ones that the others span"
-        )
-    # Not to a half dtype: a unit vector rounded to one is no unit vector.
-    return (q * diagonal.sign()).T.to(torch.promote_types(directions.dtype, torch.float32))
 
 
 def position_range(positions: Positions) -> tuple[int, int]:
@@ -452,43 +410,3 @@ def _switches(item: Gate | Intervention, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(item, name), bool):
             raise ValueError(f"{type(item).__name__}'s {name} must be True or False, got {getattr(item, name)!r}")
-
-
-def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
-    """The layers an intervention acts at in a model of `n_layers`, ascending.
-
-    Raises:
-        ValueError: out of range; none named for a bare tensor; one that a SteeringVector has no direction for.
-    """
-    name = type(intervention).__name__
-    vectors = [d for d in intervention.directions() if isinstance(d, SteeringVector)]
-    if intervention.layers is None:
-        if not vectors:
-            raise ValueError(f"{name} with a bare tensor needs layers=: an int, several, a range, or 'all'")
-        layers = sorted(set.intersection(*(set(v.layers) for v in vectors)))
-        if not layers:
-            raise ValueError(f"{name}: its vectors have no layer in common, so it would act nowhere: say layers=")
-    elif intervention.layers == "all":
-        layers = list(range(n_layers))
-    else:
-        layers = sorted(layer + n_layers if layer < 0 else layer for layer in intervention.layers)  # type: ignore[union-attr]
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"{name}: layers={intervention.layers} names a layer twice: -1 is layer {n_layers - 1}")
-    for layer in layers:
-        if not 0 <= layer < n_layers:
-            raise ValueError(
-                f"{name}: layer {layer} is out of range: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)"
-            )
-        for v in vectors:
-            if layer not in v:
-                raise ValueError(
-                    f"{name}: the vector has no direction for layer {layer}; it has {layers_text(v.layers)}. "
-                    f"To use one layer's direction elsewhere, say so by passing the tensor: {name}(v[{v.layers[-1]}], "
-                    "layers=...)"
-                )
-    return layers
-
-
-def direction_at(direction: Direction, layer: int) -> Tensor:
-    """A SteeringVector's direction for the layer; a bare tensor serves every layer."""
-    return direction[layer] if isinstance(direction, SteeringVector) else direction

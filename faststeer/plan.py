@@ -1,5 +1,4 @@
-"""Plans: interventions in order, as JSON that travels, and compiled into the entries that a `Program` puts on the
-device."""
+"""Plans: interventions in order, as JSON that travels; which plan each of several rows has; how sites are numbered."""
 
 from __future__ import annotations
 
@@ -24,12 +23,7 @@ from faststeer.intervention import (
     Direction,
     Gate,
     Intervention,
-    Number,
-    direction_at,
-    orthonormal,
-    resolve_layers,
 )
-from faststeer.ops.tables import POSITION_MAX, GateMode, Kind
 from faststeer.vector import HOOK_POINTS, HookPoint, SteeringVector
 
 FORMAT = "faststeer.plan/1"
@@ -50,23 +44,6 @@ def site_name(number: int, n_layers: int) -> tuple[HookPoint, int]:
     if number == 4 * n_layers:
         return "resid_post", n_layers - 1
     return HOOK_POINTS[number % 4], number // 4
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One intervention at one site, ready for the tables: what docs/design.md calls an entry."""
-
-    site: int
-    kind: Kind
-    basis: Tensor  # [k, hidden]
-    scalars: tuple[Number, Number] = (0.0, 0.0)
-    position_range: tuple[int, int] = (-1, POSITION_MAX)
-    gate_mode: int = int(GateMode.NONE)
-    gate_vector: Tensor | None = None  # [1, hidden]
-    gate_threshold: float = 0.0
-    gate_state: int = 0
-    keep_norm: bool = False
-    probe_column: int = -1
 
 
 class Plan:
@@ -115,24 +92,6 @@ class Plan:
     def requires_grad(self) -> bool:
         """Whether any direction or number in it is being trained."""
         return any(i.requires_grad for i in self.interventions)
-
-    def compile(self, n_layers: int, hidden_size: int) -> list[Entry]:
-        """The entries of a model of this shape, site by site, in the plan's order within a site (LATCH entries first).
-
-        Differentiable: directions and numbers that require a gradient keep it.
-
-        Raises:
-            ValueError: layer out of range, wrong hidden size, dependent or zero directions, a gate that looks later
-                than the intervention acts.
-        """
-        latches: dict[tuple[int, int], Entry] = {}  # (gate, its site) -> the entry that decides it
-        entries: list[Entry] = []
-        for intervention in self.interventions:
-            entries += _compile(intervention, n_layers, hidden_size, latches)
-        ordered = sorted(
-            [*latches.values(), *entries], key=lambda entry: entry.site
-        )  # stable: order within a site stays
-        return _number_probes(ordered)
 
     def to_json(
         self, names: Mapping[str, SteeringVector] | None = None, *, inline: bool = False, indent: int | None = None
@@ -196,121 +155,41 @@ class Plan:
         return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
 
 
-def _compile(
-    intervention: Intervention, n_layers: int, hidden_size: int, latches: dict[tuple[int, int], Entry]
-) -> list[Entry]:
-    name = type(intervention).__name__
-    for direction in [*intervention.directions(), *([intervention.when.direction] if intervention.when else [])]:
-        size = direction.hidden_size if isinstance(direction, SteeringVector) else direction.shape[-1]
-        if size != hidden_size:
-            raise ValueError(
-                f"{name}: a direction has hidden size {size}, the model has {hidden_size}: was it found in another "
-                "model?"
-            )
-    layers = resolve_layers(intervention, n_layers)
-    points = hook_points(intervention)
-    sites = sorted({site(at, layer): (at, layer) for layer in layers for at in points}.items())
-    low, high = intervention.position_range
-    entries = []
-    bases: dict[tuple[int, ...], Tensor] = {}  # once per direction, not per site
-    for number, (_, layer) in sites:
-        directions = [direction_at(d, layer) for d in intervention.directions()]
-        key = tuple(map(id, directions))
-        if key not in bases:
-            bases[key] = intervention.basis(directions)
-        gate = _gate(intervention.when, name, sites[0], layer, n_layers, latches)
-        if gate["gate_mode"] == GateMode.LATCHED:
-            low = max(low, -1)
-        entries.append(
-            Entry(
-                site=number,
-                kind=intervention.kind,
-                basis=bases[key],
-                scalars=intervention.scalars,
-                position_range=(low, high),
-                keep_norm=intervention.keep_norm,
-                probe_column=0 if intervention.probe else -1,
-                **gate,
-            )
+Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
+
+
+def plans_for(n: int | None, plans: Plans | None) -> list[Plan | None]:
+    """A plan, or None for unsteered, for each of n rows, prompts or requests.
+
+    Args:
+        n: how many; None: as many as the list has, one for a single plan.
+        plans: one for all (None: unsteered), or a list with one or None for each. An intervention stands for a plan of
+            it alone.
+
+    Raises:
+        TypeError: something else, or something else in the list.
+        ValueError: a list of another length, or an empty one.
+    """
+    if isinstance(plans, (Plan, Intervention)) or (plans is None and n is not None):
+        return [_as_plan(plans, "plans")] * (1 if n is None else n)
+    if plans is None or isinstance(plans, str) or not isinstance(plans, Iterable):
+        raise TypeError(
+            f"plans is a {type(plans).__name__}: expected a Plan or a list with one Plan or None per row of the batch"
         )
-    return entries
+    listed = [_as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
+    if n is not None and len(listed) != n:
+        raise ValueError(f"{len(listed)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
+    if not listed:
+        raise ValueError("the list of plans is empty: give one Plan or None per row of the batch")
+    return listed
 
 
-def hook_points(intervention: Intervention) -> tuple[HookPoint, ...]:
-    """Where in a layer an intervention acts: as it says, as its SteeringVector says, or `resid_post`."""
-    if intervention.at is not None:
-        return intervention.at  # type: ignore[return-value]
-    vectors = [d for d in intervention.directions() if isinstance(d, SteeringVector)]
-    if len({v.at for v in vectors}) > 1:
-        raise ValueError(
-            f"{type(intervention).__name__}: its vectors come from different hook points {[v.at for v in vectors]}: "
-            "say at= which one is meant"
-        )
-    return (vectors[0].at if vectors else "resid_post",)
-
-
-def _gate(
-    gate: Gate | None,
-    name: str,
-    first: tuple[int, tuple[HookPoint, int]],
-    layer: int,
-    n_layers: int,
-    latches: dict[tuple[int, int], Entry],
-) -> dict[str, Any]:
-    """The gate fields of an entry at `layer`; a latched gate gets its LATCH entry, once per gate and site, in
-    `latches`."""
-    if gate is None:
-        return {"gate_mode": int(GateMode.NONE)}
-    first_site, (first_at, first_layer) = first
-    where = layer
-    if gate.latched:
-        where = first_layer if gate.layer is None else gate.layer + n_layers if gate.layer < 0 else gate.layer
-        if not 0 <= where < n_layers:
-            raise ValueError(
-                f"{name}: its gate's layer {gate.layer} is out of range: the model has layers 0..{n_layers - 1}"
-            )
-    if isinstance(gate.direction, SteeringVector) and where not in gate.direction:
-        raise ValueError(
-            f"{name}: its gate's vector has no direction for layer {where}; pass one layer's tensor to use it elsewhere"
-        )
-    d = direction_at(gate.direction, where)
-    vector = orthonormal(d, "the gate's direction") if gate.kind == "cosine" else d.unsqueeze(0)
-    if not gate.latched:
-        return {"gate_mode": gate.mode, "gate_vector": vector, "gate_threshold": gate.threshold}
-    at = gate.at or (
-        gate.direction.at if isinstance(gate.direction, SteeringVector) and gate.layer is not None else first_at
-    )
-    number = site(at, where)
-    if number > first_site:
-        raise ValueError(
-            f"{name}: its gate looks at {at} of layer {where}, after the intervention first acts ({first_at} of layer "
-            f"{first_layer}): it must look there or earlier"
-        )
-    key = (id(gate), number)
-    if key not in latches:
-        latches[key] = Entry(
-            number,
-            Kind.LATCH,
-            vector,
-            gate_mode=gate.mode,
-            gate_vector=vector,
-            gate_threshold=gate.threshold,
-            gate_state=len(latches),
-        )
-    return {"gate_mode": int(GateMode.LATCHED), "gate_state": latches[key].gate_state}
-
-
-def _number_probes(entries: Sequence[Entry]) -> list[Entry]:
-    """Give each probing entry its columns: 0, 1, ... at each site, in order."""
-    used: dict[int, int] = {}
-    numbered = []
-    for entry in entries:
-        if entry.probe_column >= 0:
-            column = used.get(entry.site, 0)
-            used[entry.site] = column + entry.basis.shape[0]
-            entry = dataclasses.replace(entry, probe_column=column)
-        numbered.append(entry)
-    return numbered
+def _as_plan(plan: object, what: str) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Intervention):
+        return Plan([plan])
+    raise TypeError(f"{what} is a {type(plan).__name__}: expected a Plan, an intervention, or None")
 
 
 _digests = WeakTensorKeyDictionary()  # tensor -> (its version and address, its digest)

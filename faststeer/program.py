@@ -7,17 +7,18 @@ A program holds the vectors of all its slots in one bank, each only once, howeve
 from __future__ import annotations
 
 import bisect
-import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
 from faststeer.ops.tables import N_FIELDS, N_SCALARS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
-from faststeer.plan import Entry, Plan, n_sites
+from faststeer.plan import Plan, n_sites
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,9 @@ class Capacity:
     def of(cls, plans: list[Plan], n_layers: int, hidden_size: int) -> Capacity:
         """Room for these plans and as much again for plans to come; at the least 8 slots, and an entry and a vector
         for every site in two slots."""
-        compiled = [plan.compile(n_layers, hidden_size) for plan in plans]
-        vectors = sum(
-            len(block) for i, entries in enumerate(compiled) for block in _Blocks.of(entries, i).values.values()
-        )
-        entries = max(map(len, compiled), default=0)
+        need = Need.of([compile_plan(plan, n_layers, hidden_size) for plan in plans])
         sites = n_sites(n_layers)
-        return cls(slots=max(8, 2 * len(plans)), vectors=2 * max(vectors, sites), entries=2 * max(entries, sites))
+        return cls(max(8, 2 * need.slots), 2 * max(need.vectors, sites), 2 * max(need.entries, sites))
 
 
 class Program:
@@ -86,73 +83,43 @@ class Program:
         self.unfinished: set[int] = set()
 
     def load(self, slot: int, plan: Plan | None) -> None:
-        """Put `plan` into `slot`, replacing what is there; None empties the slot. Nothing is changed if it does not
-        fit.
+        """As `change`, for one slot."""
+        self.change({slot: plan})
+
+    def change(self, changes: Mapping[int, Plan | None]) -> None:
+        """Put a plan into each of these slots, replacing what is there; None empties a slot. Nothing is changed if they
+        do not all fit. Where rows of the bank are free, but not side by side, the others move together.
 
         Raises:
-            ValueError: no such slot; the plan does not fit the model (see `Plan.compile`); capacity exceeded, with the
-                capacity that is needed.
+            ValueError: no such slot; a plan that does not fit the model (see `compile_plan`); capacity exceeded, with
+                the capacity that is needed.
         """
-        self._change({slot: plan})
-
-    def load_all(self, plans: list[Plan]) -> list[int]:
-        """Hold these plans and no others; returns their slots. A plan that is held already keeps its slot. Nothing is
-        changed if they do not fit.
-
-        Raises:
-            ValueError: as `load`.
-        """
-        if len(plans) > self.capacity.slots:
-            raise ValueError(
-                f"capacity exceeded: {len(plans)} different plans, {self.capacity.slots} slots: use a larger "
-                "Capacity(slots=...)"
-            )
-        slots = {id(plan): slot for slot, plan in enumerate(self.plans) if plan is not None}
-        kept = {slots[id(plan)] for plan in plans if id(plan) in slots}
-        free = iter([slot for slot in range(self.capacity.slots) if slot not in kept])
-        changes: dict[int, Plan | None] = {
-            slot: None for slot, plan in enumerate(self.plans) if plan is not None and slot not in kept
-        }
-        for plan in plans:
-            if id(plan) not in slots:
-                slots[id(plan)] = next(free)
-                changes[slots[id(plan)]] = plan
-        self._change(changes)
-        return [slots[id(plan)] for plan in plans]
-
-    def _change(self, changes: dict[int, Plan | None]) -> None:
-        """Check everything, then write."""
-        changes = dict.fromkeys(self.unfinished - changes.keys()) | changes
-        compiled: dict[int, tuple[list[Entry], _Blocks]] = {}
+        changes = dict.fromkeys(self.unfinished.difference(changes)) | dict(changes)
+        compiled: dict[int, tuple[list[Entry], Blocks]] = {}
         for slot, plan in changes.items():
             if not 0 <= slot < self.capacity.slots:
                 raise ValueError(f"slot {slot} is out of range: the program has {self.capacity.slots} slots")
-            entries = [] if plan is None else plan.compile(self.n_layers, self.hidden_size)
+            entries = [] if plan is None else compile_plan(plan, self.n_layers, self.hidden_size)
             if len(entries) > self.capacity.entries:
                 raise ValueError(
                     f"capacity exceeded: the plan needs {len(entries)} entries, a slot holds {self.capacity.entries}: "
                     "use a larger Capacity(entries=...)"
                 )
-            compiled[slot] = entries, _Blocks.of(entries, slot)
+            compiled[slot] = entries, Blocks.of(entries, slot)
         # A block that only unfinished slots use may not be in the bank.
-        before = self._allocation.replaced({slot: {} for slot in self.unfinished})
-        allocation = before.replaced({slot: blocks.values for slot, (_, blocks) in compiled.items()})
-        first_row = {key: allocation.blocks[key].first for _, blocks in compiled.values() for key in blocks.values}
-        there = {key: block.first for key, block in before.blocks.items()}
-        self.unfinished.update(changes)
+        known, _ = self._allocation.replaced({slot: {} for slot in self.unfinished})
+        allocation, new = known.replaced({slot: blocks.values for slot, (_, blocks) in compiled.items()})
+        plans = self.plans.copy()
+        self.unfinished.update(range(self.capacity.slots) if allocation.moved else changes)
         self._allocation = allocation
-        for slot in changes:
+        for slot in self.unfinished:
             self.plans[slot] = None
-        self._write_bank(
-            {
-                first_row[key]: b.values[key]
-                for _, b in compiled.values()
-                for key in b.values
-                if there.get(key) != first_row[key]
-            }
-        )
+        if allocation.moved:
+            self._move(allocation.moved)
+        first_row = {key: allocation.blocks[key].first for _, blocks in compiled.values() for key in blocks.values}
+        self._write_bank({first_row[key]: values for key, values in new.items()})
         for slot, (entries, blocks) in compiled.items():
-            plan = self.plans[slot] = changes[slot]
+            plan = plans[slot] = changes[slot]
             (self._trained.add if plan is not None and plan.requires_grad else self._trained.discard)(slot)
             asks = any(tuple(entry.position_range) != (POSITION_MIN, POSITION_MAX) for entry in entries)
             (self._positioned.add if asks else self._positioned.discard)(slot)
@@ -161,6 +128,7 @@ class Program:
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
         self.by_site = self._made_tables()
+        self.plans[:] = plans
         self.unfinished.clear()
 
     def tables(self, site: int) -> Tables:
@@ -178,7 +146,7 @@ class Program:
         for slot, plan in enumerate(self.plans):
             if plan is None or not plan.requires_grad:
                 continue
-            entries = plan.compile(self.n_layers, self.hidden_size)
+            entries = compile_plan(plan, self.n_layers, self.hidden_size)
             start = slot * self.capacity.entries
             for i, entry in enumerate(entries):
                 row = self._rows[slot][i]
@@ -196,8 +164,19 @@ class Program:
         """A program with the same plans in the same slots on another device (a model spread over several has one
         each)."""
         other = Program(self.n_layers, self.hidden_size, self.capacity, device)
-        other._change({slot: plan for slot, plan in enumerate(self.plans) if plan is not None})
+        other.change({slot: plan for slot, plan in enumerate(self.plans) if plan is not None})
         return other
+
+    def _move(self, rows: list[int]) -> None:
+        """Copy these rows of the bank to its first ones, and have every entry read them there."""
+        to = [0] * self.capacity.vectors
+        for place, row in enumerate(rows):
+            to[row] = place
+        self._rows = [[to[row] for row in firsts] for firsts in self._rows]
+        self.bank[: len(rows)] = self.bank[torch.tensor(rows, device=self.device)]
+        places = torch.tensor(to, dtype=torch.int32, device=self.device)
+        for field in (Field.VECTOR, Field.GATE_VECTOR):
+            self.fields[:, field] = places[self.fields[:, field].long()]
 
     def _write_bank(self, blocks: dict[int, Tensor]) -> None:
         """Blocks by their first rows, in one copy per run of rows."""
@@ -214,7 +193,7 @@ class Program:
         if run:
             send(torch.cat(run), self.bank[start:end])
 
-    def _write(self, slot: int, entries: list[Entry], blocks: _Blocks, first_row: dict[bytes, int]) -> None:
+    def _write(self, slot: int, entries: list[Entry], blocks: Blocks, first_row: dict[bytes, int]) -> None:
         start = slot * self.capacity.entries
         sites = np.array([entry.site for entry in entries], dtype=np.int64)
         counts = np.bincount(sites, minlength=len(self.depth))
@@ -264,40 +243,6 @@ def _pack(entry: Entry, vector: int, gate_vector: int) -> list[int]:
     return row
 
 
-_TRAINED = b"trained "  # begins the key of a block that is its place alone: its values are others each time
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """The distinct blocks of bank rows `[k, hidden]` that a plan's entries use. Equal values are one block, but what
-    is being trained is its entry's own, since its values will move."""
-
-    values: dict[bytes, Tensor]
-    basis: list[bytes]  # per entry
-    gate: list[bytes | None]
-    keys: dict[int, bytes]  # of tensors seen already, by identity
-
-    @classmethod
-    def of(cls, entries: list[Entry], slot: int) -> _Blocks:
-        blocks = cls({}, [], [], {})
-        for i, entry in enumerate(entries):
-            own = _TRAINED + f"{slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
-            blocks.basis.append(blocks._add(entry.basis, own))
-            blocks.gate.append(None if entry.gate_vector is None else blocks._add(entry.gate_vector))
-        return blocks
-
-    def _add(self, block: Tensor, key: bytes | None = None) -> bytes:
-        known = None if key else self.keys.get(id(block))
-        if known is not None:
-            return known
-        values = block.detach().to("cpu", torch.float32).contiguous()
-        if key is None:
-            values_hash = hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
-            key = self.keys[id(block)] = len(values).to_bytes(4, "little") + values_hash
-        self.values[key] = values
-        return key
-
-
 @dataclass(frozen=True)
 class _Block:
     """Where a block lies in the bank, and the slots that use it."""
@@ -309,39 +254,48 @@ class _Block:
 
 class _Allocation:
     """Which bank rows belong to which block, and which slots use it. First fit; a block goes with its last slot. A
-    change makes another one, so that it is made whole or not at all."""
+    change makes another one, so that it is made whole or not at all.
+
+    Attributes:
+        moved: where the change that made it moved blocks together: the rows that are the bank's first ones since, in
+            order.
+    """
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
+        self.rows, self.used, self.moved = rows, 0, list[int]()
         self.blocks: dict[bytes, _Block] = {}
-        self._of_slot: dict[int, frozenset[bytes]] = {}
+        self.of_slot: dict[int, frozenset[bytes]] = {}
         self._free = [(0, rows)]  # (first, end) of what nobody has, ascending, no two adjacent
 
-    def replaced(self, changes: Mapping[int, Mapping[bytes, Tensor]]) -> _Allocation:
-        """With these blocks for each slot instead of those it has.
+    def replaced(self, changes: Mapping[int, Mapping[bytes, Tensor]]) -> tuple[_Allocation, dict[bytes, Tensor]]:
+        """With these blocks for each slot instead of those it has; and those that are new in the bank.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not fit, however they lie.
         """
-        other = _Allocation(self._rows)
-        other.blocks, other._of_slot, other._free = self.blocks.copy(), self._of_slot.copy(), self._free.copy()
-        for slot, blocks in changes.items():
-            for key in other._of_slot.get(slot, frozenset()) - blocks.keys():
-                other._leave(key, slot)
-        for slot, blocks in changes.items():
-            other._of_slot[slot] = frozenset(blocks)
-            for key, values in sorted(blocks.items(), key=lambda item: -len(item[1])):
-                block = other.blocks.get(key) or _Block(other._take(len(values)), len(values))
-                other.blocks[key] = replace(block, users=block.users | {slot})
-        return other
-
-    def _leave(self, key: bytes, slot: int) -> None:
-        block = self.blocks[key]
-        if users := block.users - {slot}:
-            self.blocks[key] = replace(block, users=users)
-        else:
-            del self.blocks[key]
-            self._give_back(block.first, block.first + block.length)
+        blocks = {key: values for own in changes.values() for key, values in own.items()}
+        before = {key for slot in changes for key in self.of_slot.get(slot, ())}
+        gone = [key for key in before - blocks.keys() if self.blocks[key].users <= changes.keys()]
+        new = {key: values for key, values in blocks.items() if key not in self.blocks}
+        needed, used = sum(map(len, new.values())), self.used - sum(self.blocks[key].length for key in gone)
+        if used + needed > self.rows:
+            raise ValueError(
+                f"capacity exceeded: {needed} more bank row(s) do not fit into {self.rows} (in use: {used}): use a "
+                "larger Capacity(vectors=...)"
+            )
+        other = _Allocation(self.rows)
+        other.blocks, other.used, other._free = self.blocks.copy(), used + needed, self._free.copy()
+        other.of_slot = self.of_slot | {slot: frozenset(own) for slot, own in changes.items()}
+        for key in gone:
+            block = other.blocks.pop(key)
+            other._give_back(block.first, block.first + block.length)
+        for key, values in sorted(new.items(), key=lambda item: -len(item[1])):
+            other.blocks[key] = _Block(other._take(len(values)), len(values))
+        for key in (before | blocks.keys()) & other.blocks.keys():
+            block = other.blocks[key]
+            now = {slot for slot, own in changes.items() if key in own}
+            other.blocks[key] = replace(block, users=block.users.difference(changes) | now)
+        return other, new
 
     def _give_back(self, first: int, end: int) -> None:
         at = bisect.bisect(self._free, (first, end))
@@ -353,11 +307,103 @@ class _Allocation:
         self._free.insert(at, (first, end))
 
     def _take(self, length: int) -> int:
-        for i, (first, end) in enumerate(self._free):
-            if end - first >= length:
-                self._free[i : i + 1] = [(first + length, end)] if end - first > length else []
-                return first
-        raise ValueError(
-            f"capacity exceeded: {length} more bank row(s) do not fit into {self._rows} (in use: "
-            f"{sum(block.length for block in self.blocks.values())}): use a larger Capacity(vectors=...)"
-        )
+        """The first of so many rows side by side; the blocks move together where that alone makes room."""
+        run = next((i for i, (first, end) in enumerate(self._free) if end - first >= length), None)
+        if run is None:
+            run = 0
+            for key, block in sorted(self.blocks.items(), key=lambda item: item[1].first):
+                self.blocks[key] = replace(block, first=len(self.moved))
+                self.moved += range(block.first, block.first + block.length)
+            self._free = [(len(self.moved), self.rows)]
+        first, end = self._free[run]
+        self._free[run : run + 1] = [(first + length, end)] if end - first > length else []
+        return first
+
+
+class SlotPool:
+    """Which plan has which slot of a program, by a key of the caller's. A plan that nobody uses stays until its slot or
+    its room is needed; the one left alone for longest goes first.
+
+    Args:
+        change: puts plans into slots, all of them or, with a ValueError, none (`Program.change`).
+        loaded: the plan in each slot, as `change` leaves them.
+
+    Attributes:
+        slots: of the plans that are held, by key, the one taken longest ago first.
+    """
+
+    def __init__(self, change: Callable[[Mapping[int, Plan | None]], None], loaded: Sequence[Plan | None]) -> None:
+        self.slots: dict[Hashable, int] = {}
+        self._change, self._loaded = change, loaded
+        self._users: Counter[Hashable] = Counter()
+
+    def take(self, plans: Mapping[Hashable, Plan], *, alone: bool = False) -> bool:
+        """Give each of these plans a slot, and one user more; load together those that have none.
+
+        Args:
+            alone: hold these and no others: whatever else there is goes, and nobody uses it.
+
+        Returns:
+            Whether they have slots. Else they wait for others to leave; nothing has changed.
+
+        Raises:
+            ValueError: they do not fit, and nobody is in the way; nothing has changed.
+        """
+        # An interrupted change may have left nothing in a slot.
+        self.slots = {key: slot for key, slot in self.slots.items() if self._loaded[slot] is not None}
+        if alone:
+            self._users.clear()
+        missing = {key: plan for key, plan in plans.items() if key not in self.slots}
+        if missing or alone:
+            others = [key for key in self.slots if key not in plans]
+            idle = [key for key in others if not self._users[key]]
+            short = len(self.slots) + len(missing) - len(self._loaded)
+            going = len(idle) if alone else max(0, short)
+            while not self._exchange(idle[:going], missing, wait=len(others) > len(idle) or going < len(idle)):
+                if going >= len(idle):
+                    return False
+                going += 1
+        for key in plans:
+            self.slots[key] = self.slots.pop(key)  # behind all the others
+            self._users[key] += 1
+        return True
+
+    def leave(self, keys: Iterable[Hashable]) -> None:
+        """Each of these plans has one user fewer, and stays."""
+        for key in keys:
+            self._users[key] -= 1
+
+    def release(self) -> None:
+        """Nobody uses any plan. Those that are being trained go: their values will be others."""
+        self._users.clear()
+        held = {key: self._loaded[slot] for key, slot in self.slots.items()}
+        if trained := [key for key, plan in held.items() if plan is not None and plan.requires_grad]:
+            self._exchange(trained, {})
+
+    def forget(self, slots: Collection[int]) -> None:
+        """Somebody else has put something into these slots."""
+        self.slots = {key: slot for key, slot in self.slots.items() if slot not in slots}
+
+    def _exchange(self, going: Collection[Hashable], coming: Mapping[Hashable, Plan], wait: bool = False) -> bool:
+        """Load plans in the place of others. `wait`: return False where they do not fit, instead of a ValueError."""
+        staying = {key: slot for key, slot in self.slots.items() if key not in going}
+        free = sorted(set(range(len(self._loaded))) - set(staying.values()))
+        placed = dict(zip(coming, free, strict=False))
+        changes: dict[int, Plan | None] = {slot: None for slot in free if self._loaded[slot] is not None}
+        before, self.slots = self.slots, staying  # at once: nobody is to find what an interrupt leaves in a slot
+        try:
+            if len(coming) > len(free):
+                raise ValueError(
+                    f"capacity exceeded: {len(staying) + len(coming)} different plans, {len(self._loaded)} slots: use "
+                    "a larger Capacity(slots=...)"
+                )
+            self._change(changes | {slot: coming[key] for key, slot in placed.items()})
+        except ValueError:
+            self.slots = before
+            if wait:
+                return False
+            raise
+        self.slots |= placed
+        for key in going:
+            del self._users[key]
+        return True

@@ -23,6 +23,7 @@ from faststeer import behaviours
 from faststeer.algebra import sparsify
 from faststeer.behaviours.behaviour import prompts_of_file
 from faststeer.cli.evaluate import _read_answers
+from faststeer.compile import compile_plan
 from faststeer.evaluate.judging import Verdict, read_format
 from faststeer.evaluate.multiple_choice import load_questions
 from faststeer.evaluate.sweep import Store, Sweep, load_sweep
@@ -134,7 +135,7 @@ def _plan(folder: Path) -> object:
         return None
     plan = fs.Plan.from_json(text, {"named": V}, folder)
     try:
-        return plan.compile(4, HIDDEN)
+        return compile_plan(plan, 4, HIDDEN)
     except ValueError:  # of another model
         return plan.to_json(inline=True)
 

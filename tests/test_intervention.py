@@ -13,7 +13,8 @@ from oracle import in_positions
 from strategies import positions, randn
 
 import faststeer as fs
-from faststeer.intervention import orthonormal, position_range, resolve_layers
+from faststeer.compile import compile_plan, orthonormal, resolve_layers
+from faststeer.intervention import position_range
 
 V = randn(0, 8)
 NAN, INF = float("nan"), float("inf")
@@ -24,7 +25,7 @@ def vector(*layers: int, at="resid_post") -> fs.SteeringVector:
 
 
 def compiled(intervention: fs.Intervention, n_layers: int = 4, hidden: int = 8) -> list:
-    return fs.Plan([intervention]).compile(n_layers, hidden)
+    return compile_plan(fs.Plan([intervention]), n_layers, hidden)
 
 
 class TestAccepted:

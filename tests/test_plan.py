@@ -14,7 +14,9 @@ from safetensors.torch import save
 from strategies import plans, randn
 
 import faststeer as fs
+from faststeer.compile import compile_plan
 from faststeer.ops.tables import Kind
+from faststeer.plan import plans_for
 
 V = randn(0, 8)
 
@@ -86,7 +88,7 @@ class TestPlan:
     @hypothesis.given(plan=plans(8, 3), n_layers=st.just(3))
     def test_compiles_to_an_entry_per_intervention_and_site(self, plan, n_layers):
         """In the order of the sites, and within one in the plan's; latched gates first, each decided once."""
-        entries = plan.compile(n_layers, 8)
+        entries = compile_plan(plan, n_layers, 8)
         assert [e.site for e in entries] == sorted(e.site for e in entries)
         acting = [(e.site, e.basis.shape[0]) for e in entries if e.kind != Kind.LATCH]
         expected = [
@@ -115,7 +117,8 @@ class TestPlan:
 
     def test_a_gate_that_several_interventions_share_is_decided_once(self):
         gate = fs.Gate(V, latched=True, layer=0, at="resid_pre")
-        entries = fs.Plan([fs.Add(V, layers=(0, 1), when=gate), fs.Ablate(V, layers=1, when=gate)]).compile(2, 8)
+        plan = fs.Plan([fs.Add(V, layers=(0, 1), when=gate), fs.Ablate(V, layers=1, when=gate)])
+        entries = compile_plan(plan, 2, 8)
         assert [e.kind for e in entries].count(Kind.LATCH) == 1
 
 
@@ -429,3 +432,29 @@ class TestRefused:
             assert str(error)
         else:
             assert fs.Plan.from_json(plan.to_json()) == plan
+
+
+class TestPlansFor:
+    def test_one_for_all_or_one_for_each(self):
+        plan, add = fs.Plan([fs.Add(V, layers=0)]), fs.Add(V, layers=1)
+        assert plans_for(3, None) == [None] * 3
+        assert plans_for(2, plan) == [plan, plan] and plans_for(None, plan) == [plan]
+        assert plans_for(3, [plan, None, plan]) == plans_for(None, iter([plan, None, plan])) == [plan, None, plan]
+        assert plans_for(2, add) == plans_for(2, [add, add]) == plans_for(None, [add, add]) == [fs.Plan([add])] * 2
+        assert len({id(each) for each in plans_for(3, add)}) == 1
+
+    @pytest.mark.parametrize(
+        ("n", "plans", "error", "message"),
+        [
+            (2, [fs.Plan()], ValueError, "1 plans for 2 prompts"),
+            (None, [], ValueError, "list of plans is empty"),
+            (0, [], ValueError, "list of plans is empty"),
+            (2, "plan", TypeError, "plans is a str: expected a Plan or a list"),
+            (2, 3, TypeError, "plans is a int"),
+            (None, None, TypeError, "plans is a NoneType"),
+            (2, [None, "plan"], TypeError, r"plans\[1\] is a str: expected a Plan, an intervention, or None"),
+        ],
+    )
+    def test_refused(self, n, plans, error, message):
+        with pytest.raises(error, match=message):
+            plans_for(n, plans)

@@ -45,8 +45,8 @@ def tables(steering: str, hidden: int, device: str, n_plans: int = 1, seed: int 
     own for the kernels, and made in no time."""
     one = plan(steering, hidden, seed)
     program = Program(1, hidden, Capacity.of([one], 1, hidden), device)
-    slot = program.load_all([one])[0]
-    first, count = program.ranges[0, slot].tolist()
+    program.load(0, one)
+    first, count = program.ranges[0, 0].tolist()
     fields, scalars = program.fields[first : first + count], program.scalars[first : first + count]
     n_vectors = int((fields[:, Field.VECTOR] + fields[:, Field.COUNT]).max()) if count else 1
     turned = (torch.arange(hidden, device=device) + torch.arange(n_plans, device=device).unsqueeze(1)) % hidden

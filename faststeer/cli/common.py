@@ -36,6 +36,9 @@ Model = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
+Rendered = Annotated[
+    bool, typer.Option("--rendered", help="Prompts hold the chat template's markup already: take them as they are.")
+]
 System = Annotated[str | None, typer.Option(help="A system prompt before every prompt.")]
 Positive = Annotated[Path | None, typer.Option(help="Prompts that show the behaviour: .txt, .json, .jsonl or .csv.")]
 Negative = Annotated[Path | None, typer.Option(help="Prompts that do not.")]

@@ -16,6 +16,7 @@ from faststeer.cli.common import (
     Dtype,
     Json,
     Model,
+    Rendered,
     System,
     VectorLayer,
     app,
@@ -55,6 +56,7 @@ def evaluate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     system: System = None,
+    rendered: Rendered = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -86,7 +88,7 @@ def evaluate(
             raise typer.BadParameter("give --prompts, and --plan or --vector")
         options = {"max_new_tokens": max_new_tokens, "system": system, "controls": controls, "judges": judges}
         loaded, tokenizer = load_model(model, dtype, device)
-        asked = _sweep(plan, vector, coefficient, layer, prompts, field, questions, look_alikes, options)
+        asked = _sweep(plan, vector, coefficient, layer, prompts, field, rendered, questions, look_alikes, options)
         failed = _measure(asked, loaded, tokenizer, max_batch, as_json)
     if failed:
         raise typer.Exit(FAILED)
@@ -108,6 +110,7 @@ def _sweep(
     layer: str | None,
     prompts: Path,
     field: str | None,
+    rendered: bool,
     questions: Path | None,
     look_alikes: bool,
     options: dict[str, Any],
@@ -117,8 +120,11 @@ def _sweep(
     from faststeer.evaluate.side_effects import LOOK_ALIKES
     from faststeer.evaluate.sweep import Sweep, SweepPrompt
     from faststeer.extract import load_prompts
+    from faststeer.hf.batching import as_rendered
 
-    asked = [SweepPrompt(str(i), p, "prompts") for i, p in enumerate(load_prompts(prompts, field=field))]
+    listed = load_prompts(prompts, field=field)
+    listed = as_rendered(listed) if rendered else listed
+    asked = [SweepPrompt(str(i), p, "prompts") for i, p in enumerate(listed)]
     if look_alikes:
         asked += [SweepPrompt(f"look-alike-{i}", p, "look-alikes") for i, p in enumerate(LOOK_ALIKES)]
     if questions is not None:

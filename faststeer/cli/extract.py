@@ -26,6 +26,7 @@ from faststeer.cli.common import (
     Model,
     Negative,
     Positive,
+    Rendered,
     System,
     app,
     behaviour_of,
@@ -120,6 +121,7 @@ def extract(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that a judge reads.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="With --method: of training and of the random control.")] = 0,
     system: System = None,
+    rendered: Rendered = False,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -141,8 +143,10 @@ def extract(
     check_sides(positive, negative)
     candidate_layers = None if layers is None else layer_numbers(layers)
     if method is not None:
-        if select is not None or layer is not None or system is not None:
-            raise typer.BadParameter("--method chooses layer and token, and takes no --select, --layer or --system")
+        if select is not None or layer is not None or system is not None or rendered:
+            raise typer.BadParameter(
+                "--method chooses layer and token, and takes no --select, --layer, --system or --rendered"
+            )
         contrast = _shortened(behaviour_of(model, behaviour, positive, negative, field, judge), train)
         _compare(
             contrast, model, method, out, as_json, dtype, device,
@@ -164,7 +168,7 @@ def extract(
     contrast_prompts = _prompts(model, behaviour, positive, negative, field, judge, select).limited(train, held_out)
     asked = _Asked(
         model, contrast_prompts, at, positions, layer, candidate_layers, select,
-        numbers(coefficients, "--coefficients"), max_new_tokens, system, batch_size,
+        numbers(coefficients, "--coefficients"), max_new_tokens, system, rendered, batch_size,
     )  # fmt: skip
     _one(asked, out, dtype, device, as_json)
 
@@ -215,6 +219,7 @@ class _Asked:
     coefficients: list[float]
     max_new_tokens: int
     system: str | None
+    rendered: bool
     batch_size: int
 
 
@@ -267,7 +272,9 @@ def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> No
         assert prompts.judge is not None
         judge(prompts.judge)
     loaded, tokenizer = load_model(asked.model, dtype, device)
-    settings: dict[str, Any] = {"system": asked.system, "batch_size": asked.batch_size}
+    settings: dict[str, Any] = {
+        "system": asked.system, "rendered": asked.rendered, "batch_size": asked.batch_size
+    }  # fmt: skip
     if asked.select == "refusal":  # before any work that would be in vain
         extraction.check_refusal(loaded, tokenizer, prompts.suppress, prompts.induce, **settings)
     if asked.select is not None:

@@ -137,7 +137,7 @@ def _table(plan: Plan) -> Table:
 
 def explained(intervention: Intervention) -> list[str]:
     """What an intervention does, at which layers and hook points, for which tokens and under which condition."""
-    from faststeer.plan import hook_points
+    from faststeer.compile import hook_points
 
     names = [_direction_name(direction) for direction in intervention.directions()]
     what = _formula(intervention, names)

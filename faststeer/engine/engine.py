@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from faststeer import ops
+from faststeer.compile import Need, compile_plan
 from faststeer.engine.check import check_logits, vocabulary
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
@@ -34,15 +35,14 @@ from faststeer.engine.requests import (
     read_seeds,
 )
 from faststeer.engine.run import Run
-from faststeer.engine.slots import Slots
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.changes import Changes, Context, changing, close_at_exit
 from faststeer.hf.freeze import freeze as frozen_steering
 from faststeer.hf.steering import is_steered
 from faststeer.intervention import Direction, Probe
-from faststeer.plan import Plan
-from faststeer.program import Capacity
+from faststeer.plan import Plan, Plans
+from faststeer.program import Capacity, SlotPool
 from faststeer.vector import SteeringVector
 
 
@@ -100,7 +100,7 @@ class Engine:
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
-        self._slots = Slots(self._steering)
+        self._slots = SlotPool(self._steering.change, self._steering.loaded)
         self._device = self._fitting(model, max_batch, max_length)
         self._busy = False
         on_gpu = self._device.device.type == "cuda"
@@ -142,7 +142,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Prompt | Sequence[int]],
-        plans: Plan | Sequence[Plan | None] | None = None,
+        plans: Plans | None = None,
         *,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float | Sequence[float] = 0.0,
@@ -208,7 +208,7 @@ class Engine:
 
     def warmup(
         self,
-        plans: Plan | Sequence[Plan | None] | None = None,
+        plans: Plans | None = None,
         *,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -258,27 +258,29 @@ class Engine:
 
     def _make_room(self, plans: Sequence[Plan | None]) -> Steering:
         """A steering that holds as many of these plans as can be live together."""
-        sizes: dict[int, tuple[int, int]] = {}
+        needs: dict[int, Need] = {}
         for i, plan in enumerate(plans):
-            if plan is None or id(plan) in sizes:
+            if plan is None or id(plan) in needs:
                 continue
             try:
-                sizes[id(plan)] = vectors, entries = _size(plan, self._points.n_layers, self._points.hidden_size)
+                entries = compile_plan(plan, self._points.n_layers, self._points.hidden_size)
                 self._steering.check(plan)
             except ValueError as error:
                 raise ValueError(f"plans[{i}]: {error}") from error
-            if self._fixed and (vectors > self._capacity.vectors or entries > self._capacity.entries):
+            need = needs[id(plan)] = Need.of([entries])
+            if self._fixed and (need.vectors > self._capacity.vectors or need.entries > self._capacity.entries):
                 raise ValueError(
-                    f"plans[{i}] needs {vectors} vectors and {entries} entries, the engine was given "
+                    f"plans[{i}] needs {need.vectors} vectors and {need.entries} entries, the engine was given "
                     f"{self._capacity}: use a larger capacity"
                 )
-        slots = min(len(sizes), self.max_batch)
-        largest = sorted((vectors for vectors, _ in sizes.values()), reverse=True)
-        needed = slots, sum(largest[:slots]), max((entries for _, entries in sizes.values()), default=0)
+        slots = min(len(needs), self.max_batch)
+        largest = sorted((need.vectors for need in needs.values()), reverse=True)
+        needed = slots, sum(largest[:slots]), max((need.entries for need in needs.values()), default=0)
         have = dataclasses.astuple(self._capacity)
         if not self._fixed and any(n > h for n, h in zip(needed, have, strict=True)):
             self._steering = self._steering_of(Capacity(*map(max, needed, have)))
-            self._slots, self._capacity = Slots(self._steering), self._steering.capacity
+            self._slots = SlotPool(self._steering.change, self._steering.loaded)
+            self._capacity = self._steering.capacity
         return self._steering
 
     def _check_free(self) -> None:
@@ -332,11 +334,12 @@ class Engine:
         """A run of these requests, until `changes` are undone."""
         changes.on_undo(setattr, self, "_busy", False)
         self._busy = True
-        self._slots.open()
-        run = Run(self._device, self._steps, self._ahead, self._slots, requests, stops)
+        if self._steering.unfinished:  # an earlier call was interrupted as it loaded a plan
+            self._steering.change({})
+        run = Run(self._device, self._steps, self._ahead, self._steering, self._slots, requests, stops)
         changes.on_undo(run.close)
         self._device.steering = steering
-        entries = Plan(probes).compile(self._points.n_layers, self._points.hidden_size) if probes else []
+        entries = compile_plan(Plan(probes), self._points.n_layers, self._points.hidden_size)
         sites = [entry.site for entry in entries]
         self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
         return run
@@ -381,13 +384,6 @@ def _watched(plans: Sequence[Plan | None], probes: Sequence[Probe]) -> list[Plan
         return list(plans)
     by_id = {id(plan): Plan([*(plan or ()), *probes]) for plan in plans}
     return [by_id[id(plan)] for plan in plans]
-
-
-def _size(plan: Plan, n_layers: int, hidden_size: int) -> tuple[int, int]:
-    """Bank rows, at most, and entries that a plan needs."""
-    entries = plan.compile(n_layers, hidden_size)
-    blocks = [block for entry in entries for block in (entry.basis, entry.gate_vector) if block is not None]
-    return sum(len(block) for block in {id(block): block for block in blocks}.values()), len(entries)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from faststeer.engine.sampling import Mode
 from faststeer.hf.batching import Prompt, encode, prompt_fault
-from faststeer.intervention import Intervention
-from faststeer.plan import Plan
+from faststeer.plan import Plan, Plans, plans_for
 
 T = TypeVar("T", int, float)
 FinishReason = Literal["stop", "length", "error"]
@@ -150,30 +149,23 @@ def _token_ids(prompt: Any) -> list[int] | None:
     return None
 
 
-def read_plans(plans: Any, n: int) -> list[Plan | None]:
+def read_plans(plans: Plans | None, n: int) -> list[Plan | None]:
     """One plan or None per prompt. Equal plans become one object.
 
     Raises:
-        TypeError, ValueError: something else, another number of them, a plan with probes of its own.
+        TypeError, ValueError: as `plans_for`; a plan with probes of its own.
     """
-    single = plans is None or isinstance(plans, (Plan, Intervention))
-    if not single and (isinstance(plans, str) or not isinstance(plans, Sequence)):
-        raise TypeError(f"plans is a {type(plans).__name__}: expected a Plan, or a list with a Plan or None per prompt")
-    listed = [plans] * n if single else list(plans)
-    if len(listed) != n:
-        raise ValueError(f"{len(listed)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
-    known: dict[int, Plan] = {}
+    listed = plans_for(n, plans)
+    one_of: dict[int, Plan] = {}
     equal: dict[Plan, Plan] = {}
     for i, plan in enumerate(listed):
-        if plan is None or id(plan) in known:
-            continue
-        if not isinstance(plan, (Plan, Intervention)):
-            raise TypeError(f"plans[{i}] is a {type(plan).__name__}: expected a Plan, an intervention or None")
-        whole = Plan([plan]) if isinstance(plan, Intervention) else plan
-        if any(intervention.probe for intervention in whole):
-            raise ValueError(f"plans[{i}] has probes of its own, which nobody would see: use generate(..., probe=...)")
-        known[id(plan)] = equal.setdefault(whole, whole)
-    return [None if plan is None else known[id(plan)] for plan in listed]
+        if plan is not None and id(plan) not in one_of:
+            if any(intervention.probe for intervention in plan):
+                raise ValueError(
+                    f"plans[{i}] has probes of its own, which nobody would see: use generate(..., probe=...)"
+                )
+            one_of[id(plan)] = equal.setdefault(plan, plan)
+    return [None if plan is None else one_of[id(plan)] for plan in listed]
 
 
 def per_request(value: T | Sequence[T], n: int, name: str, low: T, high: float = math.inf) -> list[T]:

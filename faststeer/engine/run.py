@@ -15,8 +15,9 @@ from torch import Tensor
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import Steps
 from faststeer.engine.requests import Completion, FinishReason, Request, Stops
-from faststeer.engine.slots import Slots
+from faststeer.hf import Steering
 from faststeer.ops.tables import POSITION_MIN
+from faststeer.program import SlotPool
 
 # Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), different lengths, tokens.
 PADDING, LENGTHS, PREFILL = 256, 8, 16384
@@ -37,11 +38,20 @@ class Run:
     """One call of `generate`."""
 
     def __init__(
-        self, device: Device, steps: Steps, ahead: int, slots: Slots, requests: Sequence[Request], stops: Stops
+        self,
+        device: Device,
+        steps: Steps,
+        ahead: int,
+        steering: Steering,
+        slots: SlotPool,
+        requests: Sequence[Request],
+        stops: Stops,
     ) -> None:
-        self.device, self.steps, self.ahead, self.slots, self.stops = device, steps, ahead, slots, stops
-        self.steering = slots.steering
+        self.device, self.steps, self.ahead, self.stops = device, steps, ahead, stops
+        self.steering, self.slots = steering, slots
         self.queue = deque(requests)
+        plans = {id(request.plan): request.plan for request in requests if request.plan is not None}
+        self.keys = {number: plan.key for number, plan in plans.items()}  # by which `slots` knows them
         self.live: list[Request] = []  # by row
         self.rows = device.rows  # fewer after running out of memory
         self.pending: deque[_Launched] = deque()
@@ -74,7 +84,7 @@ class Run:
         self.device.steering = None
         for row in range(self.device.rows):
             self.device.clear(row)
-        self.slots.close()
+        self.slots.release()
         self.steering.clear_projections()
 
     # Rows
@@ -89,7 +99,7 @@ class Run:
         while self.queue and len(taken) < free and len(waiting) < LOOK_AHEAD * self.rows:
             request = self.queue.popleft()
             try:
-                fits = self._take_slot(request, bool(self.live or taken))
+                fits = self._take_slot(request)
             except ValueError as error:
                 yield self._finish(request, "error", error)
                 continue
@@ -169,18 +179,18 @@ class Run:
 
     # Slots
 
-    def _take_slot(self, request: Request, others: bool) -> bool:
+    def _take_slot(self, request: Request) -> bool:
         """Give a request the slot of its plan; False: it must wait for one that others use."""
         if request.plan is not None:
-            slot = self.slots.take(request.plan, others)
-            if slot is None:
+            key = self.keys[id(request.plan)]
+            if not self.slots.take({key: request.plan}):
                 return False
-            request.slot = slot
+            request.slot = self.slots.slots[key]
         return True
 
     def _leave_slot(self, request: Request) -> None:
         if request.slot >= 0:
-            self.slots.leave(request.slot)
+            self.slots.leave([self.keys[id(request.plan)]])
             request.slot = -1
 
     # Tokens on the host

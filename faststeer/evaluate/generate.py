@@ -25,7 +25,7 @@ from faststeer.hf.batching import (
     progress_bar,
     timed_batch,
 )
-from faststeer.plan import Plan
+from faststeer.plan import Plan, Plans, plans_for
 
 TIMED_TOKENS = 5  # of an answer, for a forecast
 
@@ -35,7 +35,7 @@ def complete(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    plans: Plan | Sequence[Plan | None] | None = None,
+    plans: Plans | None = None,
     *,
     system: str | None = None,
     rendered: bool = False,
@@ -64,11 +64,7 @@ def complete(
             in training mode.
     """
     encoded = encode(tokenizer, prompts, system, rendered=rendered)
-    per_prompt = [plans] * len(encoded) if plans is None or isinstance(plans, Plan) else list(plans)
-    if len(per_prompt) != len(encoded):
-        raise ValueError(
-            f"{len(per_prompt)} plans for {len(encoded)} prompts: expected one plan for all, or one (or None) for each"
-        )
+    per_prompt = plans_for(len(encoded), plans)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     check_evaluating(model)

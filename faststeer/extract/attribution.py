@@ -22,7 +22,6 @@ from faststeer.hf.batching import (
     Prompt,
     batches,
     check_evaluating,
-    check_prompts,
     encode,
     forward_arguments,
     model_device,
@@ -71,6 +70,7 @@ def attribution(
     layers: Iterable[int] | None = None,
     steps: int = 8,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Attribution:
@@ -92,7 +92,7 @@ def attribution(
         baseline: means from `candidates` or `contrast(...).dim()`, which also say hook point and positions.
         layers: which (all).
         steps: points of the quadrature.
-        system, batch_size, progress: as in `candidates`; a batch mixes points and prompts.
+        system, rendered, batch_size, progress: as in `candidates`; a batch mixes points and prompts.
 
     Raises:
         ValueError: no prompts, `steps` below 1, a baseline of another model, a metric that is not finite or has no
@@ -108,7 +108,7 @@ def attribution(
             f"the baseline has [positions, layers, hidden] {list(baseline.negative_mean.shape)}, the model "
             f"{list(shape)}: extract it from this model"
         )
-    encoded = encode(tokenizer, check_prompts(prompts), system)
+    encoded = encode(tokenizer, prompts, system, rendered=rendered)
     check_lengths({"prompts": encoded}, baseline.positions)
     wanted = list(range(points.n_layers)) if layers is None else sorted(set(layers))
     nodes, weights = np.polynomial.legendre.leggauss(steps)

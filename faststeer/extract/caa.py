@@ -21,13 +21,14 @@ def caa_table(
     *,
     at: HookPoint = "resid_post",
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Directions:
     """Return `caa` as a table of one position, for selection."""
     check_hook_point(at)
     check_evaluating(model)
-    rows = answer_rows(tokenizer, pairs, system)
+    rows = answer_rows(tokenizer, pairs, system, rendered=rendered)
     n = len(rows["positive"])
     batches = read_batches(
         model, tokenizer, rows, at=at, positions=[-1], batch_size=batch_size, progress=progress, paired=True
@@ -46,6 +47,7 @@ def caa(
     *,
     at: HookPoint = "resid_post",
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeringVector:
@@ -59,23 +61,26 @@ def caa(
     Args:
         pairs: at least two, each with a rejected completion.
         at: hook point; a block's output is the source's.
-        system, batch_size, progress: as in `faststeer.extract.candidates`; both sides of a pair pass in one batch.
+        system, rendered, batch_size, progress: as in `faststeer.extract.candidates`; both sides of a pair pass in one
+            batch.
 
     Raises:
         ValueError: fewer than two pairs, one without a rejected completion or whose completions have the same first
             tokens up to the end of one of them; as `candidates`.
     """
-    return caa_table(model, tokenizer, pairs, at=at, system=system, batch_size=batch_size, progress=progress).vector(
-        None
-    )
+    return caa_table(
+        model, tokenizer, pairs, at=at, system=system, rendered=rendered, batch_size=batch_size, progress=progress
+    ).vector(None)
 
 
-def answer_rows(tokenizer: Any, pairs: Sequence[Pair], system: str | None = None) -> dict[str, list[list[int]]]:
+def answer_rows(
+    tokenizer: Any, pairs: Sequence[Pair], system: str | None = None, *, rendered: bool = False
+) -> dict[str, list[list[int]]]:
     """Return the token ids of every prompt with each completion up to its answer token."""
     pairs = check_pairs(pairs, rejected=True)
     if len(pairs) < 2:
         raise ValueError("pairs has 1 pair: a contrast needs at least two, or the direction is that of one prompt")
-    prompts = encode(tokenizer, [pair.prompt for pair in pairs], system, what="prompts of pairs")
+    prompts = encode(tokenizer, [pair.prompt for pair in pairs], system, rendered=rendered, what="prompts of pairs")
     rows: dict[str, list[list[int]]] = {side: [] for side in SIDES}
     for number, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
         both = encode_texts(tokenizer, [str(pair.positive), str(pair.negative)], begin=False)

@@ -18,7 +18,7 @@ from faststeer.extract import linear
 from faststeer.extract.activations import Activations
 from faststeer.extract.dim import Candidates, check_cell
 from faststeer.extract.reading import SIDES, Batch, Rows, check_contrast, check_lengths, check_positions, read_batches
-from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
+from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.intervention import Add, Clamp
 from faststeer.plan import Plan
@@ -337,6 +337,7 @@ def contrast(
     covariance: bool = False,
     keep: bool = False,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Contrast:
@@ -346,7 +347,7 @@ def contrast(
 
     Args:
         positive, negative: texts or chat message lists; directions point from the negative to the positive.
-        at, positions, system, batch_size, progress: as in `candidates`.
+        at, positions, system, rendered, batch_size, progress: as in `candidates`.
         paired: positive[i] and negative[i] differ in the behaviour alone (the same question under two system prompts);
             both pass in one batch.
         covariance: also add up second moments, for `pca` and `lat`: `(2 or 3) x positions x layers x hidden^2` fp64,
@@ -361,6 +362,8 @@ def contrast(
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
+    if rendered:
+        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
     sets = check_contrast(positive, negative, paired=paired)
     rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
     check_lengths(rows, positions)

@@ -16,6 +16,7 @@ from faststeer.evaluate.divergence import kl_on
 from faststeer.extract.sweep import Found, cells, check_layers
 from faststeer.hf.batching import (
     Prompt,
+    as_rendered,
     batches,
     check_evaluating,
     encode,
@@ -95,6 +96,7 @@ def select_cosmic(
     kl_below: float = 0.1,
     depth_below: float = 0.8,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CosmicSelection:
@@ -115,7 +117,7 @@ def select_cosmic(
         positive, negative: validation prompts, not those the candidates were extracted from.
         coefficients: with which a direction is added.
         layers: whose candidates are tried (all).
-        system, batch_size, progress: as in `candidates`; a batch mixes candidates.
+        system, rendered, batch_size, progress: as in `candidates`; a batch mixes candidates.
 
     Raises:
         ValueError: no prompts, candidates of another model or without direction, a share outside (0, 1], or no
@@ -125,6 +127,8 @@ def select_cosmic(
     tried_layers, n_layers = check_layers(model, found, layers), found.n_layers
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
+    if rendered:
+        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
     sides = [
         encode(tokenizer, prompts, system, what=name)
         for prompts, name in ((positive, "positive"), (negative, "negative"))

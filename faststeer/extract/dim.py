@@ -20,7 +20,7 @@ from torch import Tensor
 from faststeer import tensor_files
 from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
 from faststeer.files import read_json, reading, write_atomically
-from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name
+from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -193,6 +193,7 @@ def candidates(
     at: HookPoint = "resid_pre",
     positions: Sequence[int] | None = None,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Candidates:
@@ -204,6 +205,7 @@ def candidates(
         positions: token positions counted from the prompt's end; by default those after the instruction
             (`post_instruction_positions`).
         system: a system prompt put before every prompt.
+        rendered: the prompts hold the chat template's markup already and are taken as they are.
         batch_size: prompts per forward pass; prompts of similar length go together.
         progress: show a progress bar on stderr.
 
@@ -216,6 +218,8 @@ def candidates(
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
+    if rendered:
+        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
     sets = check_contrast(positive, negative)
     rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
     check_lengths(rows, positions)
@@ -241,6 +245,7 @@ def dim(
     at: HookPoint = "resid_pre",
     position: int = -1,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeringVector:
@@ -267,6 +272,7 @@ def dim(
         at=at,
         positions=[position],
         system=system,
+        rendered=rendered,
         batch_size=batch_size,
         progress=progress,
     )

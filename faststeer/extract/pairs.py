@@ -114,6 +114,7 @@ def encode_completions(
     completions: Sequence[str],
     *,
     system: str | None = None,
+    rendered: bool = False,
     max_tokens: int | None = None,
 ) -> list[Text]:
     """Return each prompt with its completion as tokens, the first `max_tokens` of the completion and its end.
@@ -122,7 +123,7 @@ def encode_completions(
         ValueError: as `render`; a completion without tokens.
     """
     ends = turn_end(tokenizer)
-    before = encode(tokenizer, prompts, system)
+    before = encode(tokenizer, prompts, system, rendered=rendered)
     after = encode_texts(tokenizer, completions, begin=False)
     texts = []
     for index, (prompt, completion) in enumerate(zip(before, after, strict=True)):

@@ -19,7 +19,7 @@ import torch
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
 from faststeer.extract.sweep import Found, cells, check_coefficients, check_layers
-from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.batching import Prompt, as_rendered, check_prompts
 from faststeer.vector import SteeringVector
 
 Rule = Literal["steering", "arditi"]
@@ -117,15 +117,20 @@ def check_refusal(
     *,
     token_ids: Sequence[int] | None = None,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 64,
 ) -> tuple[tuple[int, ...], dict[str, float]]:
     """Return the refusal tokens and the unsteered model's mean refusal scores on the "harmful" and the "harmless"
     prompts: what `select` needs before it measures any candidate.
 
+    Args: as in `select`.
+
     Raises:
         ValueError: no prompts, or default refusal tokens with which the model does not begin its answers to harmful
             prompts more often than those to harmless ones.
     """
+    if rendered:
+        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
     ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
     sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
     unsteered = {
@@ -160,6 +165,7 @@ def select(
     kl_below: float = 0.1,
     depth_below: float = 0.8,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Selection:
@@ -188,7 +194,7 @@ def select(
         harmful, harmless: validation prompts, not those the candidates were extracted from.
         coefficients, layers: which are tried (1; all layers).
         token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`, which must then tell the two sets apart.
-        system, batch_size, progress: as in `candidates`; a batch mixes candidates.
+        system, rendered, batch_size, progress: as in `candidates`; a batch mixes candidates.
 
     Raises:
         ValueError: no prompts, an unknown rule, candidates of another model, no candidate that has a direction and
@@ -196,6 +202,8 @@ def select(
     """
     if rule not in ("steering", "arditi"):
         raise ValueError(f"unknown rule {rule!r}: expected 'steering' or 'arditi'")
+    if rendered:
+        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
     layers = check_layers(model, candidates, layers)
     coefficients = check_coefficients(coefficients)
     scoring: dict[str, Any] = {"system": system, "batch_size": batch_size}
@@ -313,6 +321,7 @@ def filter_prompts(
     token_ids: Sequence[int] | None = None,
     minimum: int = 8,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Filtered:
@@ -324,10 +333,13 @@ def filter_prompts(
 
     Args:
         token_ids: the refusal tokens; by default `refusal_tokens(tokenizer)`.
+        rendered: as in `candidates`; what is kept is `Rendered` then, and needs no such argument any more.
 
     Raises:
         ValueError: no prompts, or something that is no prompt.
     """
+    if rendered:
+        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
     sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
     kept: dict[str, list[Prompt]] = {}
     unfiltered: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.judges import Coherence, Judge, no_loop, refusal
 from faststeer.extract.pairs import Pair
-from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.batching import Prompt, as_rendered, check_prompts
 from faststeer.intervention import Add, Layers
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -27,6 +27,7 @@ def steered_pairs(
     judge: Judge = refusal,
     coherence: Coherence = no_loop,
     system: str | None = None,
+    rendered: bool = False,
     max_new_tokens: int = 80,
     batch_size: int = 32,
     progress: bool = False,
@@ -44,6 +45,7 @@ def steered_pairs(
             if it says the sign of the chosen answer and something else of the rejected one.
         coherence: of the chosen answer, which goes where it is False.
         system: a system prompt put before every prompt; give it to the training, too.
+        rendered: the prompts hold the chat template's markup already and are taken as they are, by the training, too.
         max_new_tokens: of an answer; more than `TrainingSettings.max_tokens`, so that the end of one that was cut is
             not taught.
         batch_size, progress: as in `faststeer.evaluate.complete`.
@@ -51,6 +53,8 @@ def steered_pairs(
     Raises:
         ValueError: no prompts, a vector that does not fit the model, or no pair that stays.
     """
+    if rendered:
+        induce, suppress = as_rendered(induce, "induce"), as_rendered(suppress, "suppress")
     sides = ((1, check_prompts(induce, "induce")), (-1, check_prompts(suppress, "suppress")))
     prompts = [(sign, prompt) for sign, given in sides for prompt in given]
     plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign, _ in sides}

@@ -18,7 +18,7 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judges import Coherence, Judge
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, check_prompts
+from faststeer.hf.batching import Prompt, as_rendered, check_prompts
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
@@ -172,6 +172,7 @@ def select_by_judge(
     layers: Iterable[int] | None = None,
     max_new_tokens: int = 64,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Choice:
@@ -188,12 +189,15 @@ def select_by_judge(
         suppress: validation prompts that do (or the same, for a behaviour with two poles).
         coherent: whether an answer is one.
         coefficients, layers: which are tried (1; all).
-        max_new_tokens, system, batch_size, progress: as in `faststeer.evaluate.complete`; a batch mixes candidates.
+        max_new_tokens, system, rendered, batch_size, progress: as in `faststeer.evaluate.complete`; a batch mixes
+            candidates.
 
     Raises:
         ValueError: no prompts, coefficients that are not positive, candidates of another model or without direction, a
             judge that says something else.
     """
+    if rendered:
+        induce, suppress = as_rendered(induce, "induce"), as_rendered(suppress, "suppress")
     sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
     tried = cells(found, coefficients, check_layers(model, found, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from faststeer.intervention import orthonormal
+from faststeer.compile import Entry, orthonormal
 from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, GateMode, Kind
-from faststeer.plan import Entry
 
 NEGLIGIBLE = 1e-9  # singular values of a map in fp64 that are none
 SAME = 1e-6  # of maps made of fp32 directions: nobody computes orthogonal ones more exactly

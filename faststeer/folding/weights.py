@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.compile import Entry, compile_plan
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
 from faststeer.hf.changes import changing
@@ -40,7 +41,7 @@ from faststeer.hf.hook_points import (
 )
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
-from faststeer.plan import Entry, Plan, n_sites, site, site_name
+from faststeer.plan import Plan, n_sites, site, site_name
 from faststeer.vector import SteeringVector
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -495,7 +496,7 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
         raise FoldError("the model is being steered: leave steer(...) first")
     writers = find_writers(model, points)
     wide = Plan([_in_fp64(intervention) for intervention in plan])
-    schedule(wide.compile(points.n_layers, points.hidden_size), writers, points)
+    schedule(compile_plan(wide, points.n_layers, points.hidden_size), writers, points)
     if not any(writer.is_changed for writer in writers):
         raise FoldError("the plan changes nothing")
     return writers, points

@@ -1,6 +1,6 @@
 """Hugging Face models: where their hook points are, single hooks, and the context manager that steers a whole model."""
 
-from faststeer.hf.batching import Prompt, render, tokenize
+from faststeer.hf.batching import Prompt, Rendered, render, tokenize
 from faststeer.hf.hook_points import HookPoints, find_hook_points
 from faststeer.hf.hooks import hook, read
 from faststeer.hf.loading import load
@@ -9,6 +9,7 @@ from faststeer.hf.steering import Steering, steer
 __all__ = [
     "HookPoints",
     "Prompt",
+    "Rendered",
     "Steering",
     "find_hook_points",
     "hook",

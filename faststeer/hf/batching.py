@@ -37,6 +37,25 @@ LONG_SECONDS = 180.0  # above which a forecast says what takes less
 TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
 
+class Rendered(str):
+    """A prompt that holds the chat template's markup already, and is taken as it is."""
+
+
+def as_rendered(prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts") -> list[Prompt]:
+    """Return the prompts marked as `Rendered`: what `rendered=True` stands for wherever prompts are taken.
+
+    Raises:
+        ValueError: something that is no prompt, or a chat.
+    """
+    marked: list[Prompt] = []
+    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
+    for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
+        marked.append(Rendered(prompt))
+    return marked
+
+
 def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
     """Return `prompts` as a list, or raise ValueError naming the first that is no text and no chat message list."""
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
@@ -73,7 +92,7 @@ def render(
 
     A text becomes one user message; the tokenizer's chat template is applied with its generation prompt. A chat that
     ends with the assistant's message is continued from there instead. A tokenizer without a chat template takes the
-    text as it is.
+    text as it is. A `Rendered` text stays what it is.
 
     Args:
         prompts: texts or chat message lists.
@@ -81,14 +100,27 @@ def render(
         what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
-        ValueError: no prompts, something that is no prompt, a second system prompt, a chat that the template (or its
-            absence) does not allow; a template that drops or changes a message's text (white space around it, and
-            earlier answers' thinking, may go); a message that holds the template's own marks or special tokens, so that
-            it was rendered before, or would end a message and begin another.
+        ValueError: no prompts, something that is no prompt, a second system prompt or one beside a `Rendered` text, a
+            chat that the template (or its absence) does not allow; a template that drops or changes a message's text
+            (white space around it, and earlier answers' thinking, may go); a message that holds the template's own
+            marks or special tokens, so that it was rendered before, or would end a message and begin another.
     """
     check_tokenizer(tokenizer)
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
+    bare = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, Rendered)]
+    if system is not None and len(bare) < len(prompts):
+        raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
+    texts = cast("list[str]", prompts)
+    if bare:
+        written = _templated(tokenizer, [prompts[i] for i in bare], system, [names[i] for i in bare])
+        for index, text in zip(bare, written, strict=True):
+            texts[index] = text
+    return texts
+
+
+def _templated(tokenizer: Any, prompts: Sequence[Prompt], system: str | None, names: Sequence[str]) -> list[str]:
+    """`render`, of prompts that are none yet."""
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     templated = has_template(tokenizer)
     for index, chat in enumerate(chats):
@@ -125,15 +157,21 @@ def encode(
     tokenizer puts in front, but never twice, and nothing that it appends: an answer begins where the prompt ends.
 
     Args:
-        rendered: the prompts are texts that hold the chat template's markup already, and are taken as they are.
+        rendered: the prompts are texts that hold the chat template's markup already, and are taken as they are; as if
+            each were `Rendered`.
         what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
         ValueError: as `render`, or a prompt that has no tokens; with `rendered`, a chat or a system prompt.
     """
-    texts = _rendered(prompts, system, what) if rendered else render(tokenizer, prompts, system, what=what)
+    texts = render(tokenizer, as_rendered(prompts, what) if rendered else prompts, system, what=what)
     if has_template(tokenizer):
-        encoded = encode_rendered(tokenizer, texts, by_hand=rendered)
+        encoded: list[list[int]] = [[] for _ in texts]
+        for by_hand in (False, True):
+            places = [index for index, text in enumerate(texts) if isinstance(text, Rendered) is by_hand]
+            rows = encode_rendered(tokenizer, [str(texts[index]) for index in places], by_hand=by_hand)
+            for index, ids in zip(places, rows, strict=True):
+                encoded[index] = ids
     else:
         encoded = encode_texts(tokenizer, texts)
     for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
@@ -144,19 +182,6 @@ def encode(
 
 def _names(what: str | Sequence[str], n: int) -> list[str]:
     return [f"{what}[{index}]" for index in range(n)] if isinstance(what, str) else list(what)
-
-
-def _rendered(prompts: Sequence[Prompt], system: str | None, what: str | Sequence[str]) -> list[str]:
-    if system is not None:
-        raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
-    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) < len(prompts):
-        name = next(
-            n for n, prompt in zip(_names(what, len(prompts)), prompts, strict=True) if not isinstance(prompt, str)
-        )
-        raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
-    return texts
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -65,6 +65,8 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str], *, by_hand: bool) -> l
             then these are put in front.
     """
     texts = list(texts)
+    if not texts:
+        return []
     own = _own_tokens(tokenizer, texts)
     front = _ends(tokenizer, texts, False)[0]
     if by_hand:
@@ -255,8 +257,8 @@ def check_markup(tokenizer: Any, chats: Sequence[Chat], names: Sequence[str]) ->
             raise ValueError(
                 f"{name} holds {mark!r}, which the model's chat format is made of. If the prompt was rendered already, "
                 "give the bare text or a list of messages, since the chat template is applied here, or give it with "
-                "rendered=True (Engine.generate, evaluate.complete, tokenize and encode take it). If the text only "
-                "mentions it, spell it otherwise: the model would read it as the beginning or the end of a message"
+                "rendered=True, or --rendered on the command line. If the text only mentions it, spell it otherwise: "
+                "the model would read it as the beginning or the end of a message"
             )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import hook_points
 from faststeer.hf.changes import Changes, Context
 from faststeer.hf.hook_points import find_hook_points, first_tensor, install, next_order, own_forward
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
-from faststeer.plan import Plan, hook_points, site
+from faststeer.plan import Plan, site
 from faststeer.program import Capacity, Program
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 

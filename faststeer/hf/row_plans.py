@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,10 +10,8 @@ from torch import Tensor
 from faststeer.hf.positions import Inputs
 from faststeer.hf.streams import PACKED, Run
 from faststeer.intervention import Intervention
-from faststeer.plan import Plan
-from faststeer.program import Capacity, Program
-
-Plans = Plan | Intervention | Sequence[Plan | Intervention | None]
+from faststeer.plan import Plan, Plans, plans_for
+from faststeer.program import Capacity, Program, SlotPool
 
 
 class RowPlans:
@@ -30,6 +28,7 @@ class RowPlans:
         self.plans, self.per_row = as_plans(plans)
         capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
         self._programs = {home: Program(n_layers, hidden_size, capacity, home)}
+        self._pool = SlotPool(self._change, self.program.plans)
         self._slots: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
         self._changing = False
         self._expanded: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}  # by device, batch and length
@@ -59,12 +58,10 @@ class RowPlans:
         return kept
 
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
-        wanted, slots = distinct(plans), [0]
-        for program in self._programs.values():
-            slots = program.load_all(wanted)  # equal programs: the first refuses what does not fit, before any changes
-            self._changing = True
-        slot_of = {id(plan): slot for plan, slot in zip(wanted, slots, strict=False)}
-        table = torch.tensor([-1 if plan is None else slot_of[id(plan)] for plan in plans], dtype=torch.int32)
+        self._pool.take({id(plan): plan for plan in plans if plan is not None}, alone=True)
+        self._changing = True
+        slots = [-1 if plan is None else self._pool.slots[id(plan)] for plan in plans]
+        table = torch.tensor(slots, dtype=torch.int32)
         fits = bool(self._slots) and len(plans) == len(self.plans)
         self.plans, self.per_row = plans, per_row
         if not fits:
@@ -83,10 +80,14 @@ class RowPlans:
         again."""
         return self._changing or any(program.unfinished for program in self._programs.values())
 
-    def load(self, slot: int, plan: Plan | None) -> None:
-        """As `Program.load`, on all devices."""
-        for program in self._programs.values():
-            program.load(slot, plan)
+    def change(self, plans: Mapping[int, Plan | None]) -> None:
+        """As `Program.change`, on all devices, past what `assign` keeps there."""
+        self._change(plans)
+        self._pool.forget(plans)
+
+    def _change(self, plans: Mapping[int, Plan | None]) -> None:
+        for program in self._programs.values():  # equal ones: the first refuses what does not fit, before any changes
+            program.change(plans)
 
     def rows(self, of: Inputs, run: Run | None) -> tuple[Tensor, Tensor]:
         """`[batch * length]` twice: slot and sequence of every token of a pass. Beams and return sequences of a prompt
@@ -128,26 +129,7 @@ class RowPlans:
 
 def as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:
     """The plans as a list, and whether it has one per row."""
-    if isinstance(plans, (Plan, Intervention)):
-        return [_as_plan(plans, "plan")], False
-    if plans is None or isinstance(plans, str) or not isinstance(plans, Iterable):
-        raise TypeError(
-            f"expected a Plan or a list with one Plan or None per row of the batch, got {type(plans).__name__}"
-        )
-    listed = [_as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
-    if not listed:
-        raise ValueError("the list of plans is empty: give one Plan or None per row of the batch")
-    return listed, True
-
-
-def _as_plan(plan: object, what: str) -> Plan | None:
-    if isinstance(plan, Intervention):
-        return Plan([plan])
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    raise TypeError(
-        f"{what} is a {type(plan).__name__}: expected a Plan, an intervention, or None in a list with one per row"
-    )
+    return plans_for(None, plans), not isinstance(plans, (Plan, Intervention))
 
 
 def distinct(plans: Iterable[Plan | None]) -> list[Plan]:

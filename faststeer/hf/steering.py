@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import hook_points as points_of
 from faststeer.hf.attach import is_steered, register, watch_generate, watch_passes
 from faststeer.hf.changes import Changes, Context, finish_undoing
 from faststeer.hf.checkpointing import follow_checkpoints
@@ -25,7 +26,6 @@ from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import Plans, RowPlans, as_plans, distinct
 from faststeer.ops import Backend, Rows, backend_for
 from faststeer.plan import Plan, n_sites
-from faststeer.plan import hook_points as points_of
 from faststeer.program import Capacity
 from faststeer.vector import HookPoint
 
@@ -251,14 +251,14 @@ class Steering(Context["Steering"]):
             self._install()
 
     def load(self, slot: int, plan: Plan | None) -> None:
-        """Put a plan into a slot, for `set_rows`; None empties it.
+        """Put a plan into a slot, for `set_rows`; None empties it. Raises ValueError as `Program.change`."""
+        self.change({slot: plan})
 
-        Raises:
-            ValueError: as `Program.load`; nothing is changed then.
-        """
-        if plan is not None:
+    def change(self, plans: Mapping[int, Plan | None]) -> None:
+        """As `load`, for several slots: all of them or, with a ValueError, none."""
+        for plan in distinct(plans.values()):
             self.check(plan)
-        self._plans.load(slot, plan)
+        self._plans.change(plans)
         if self.entered:
             self._install()
 

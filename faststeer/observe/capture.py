@@ -32,11 +32,11 @@ from faststeer.hf.batching import (
 )
 from faststeer.hf.hook_points import find_hook_points
 from faststeer.hf.hooks import read
-from faststeer.hf.steering import Plans, Steering, steer
+from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range
 from faststeer.observe.memory import in_batches
 from faststeer.observe.tokens import Row, batch_of, rows
-from faststeer.plan import Plan
+from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_hook_point
 
 FORMAT = "faststeer.capture/1"
@@ -166,7 +166,7 @@ def capture(
     n_layers = find_hook_points(model).n_layers
     wanted = list(range(n_layers)) if layers is None else [layer % n_layers for layer in check_layers(layers, n_layers)]
     given = rows(tokenizer, prompts, completions, system)
-    chosen = per_prompt(plans, len(given))
+    chosen = plans_for(len(given), plans)
     low, high = position_range(positions)
     _check_keeps(given, low, high, max_new_tokens)
     kept = dtype or next(model.parameters()).dtype
@@ -199,20 +199,6 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     if not layers or not all(-n_layers <= layer < n_layers for layer in layers):
         raise ValueError(f"layers are {layers}: expected some of 0..{n_layers - 1} (or -{n_layers}..-1)")
     return layers
-
-
-def per_prompt(plans: Plans | None, n: int) -> list[Plan | None]:
-    """A plan (or None) for each of n prompts.
-
-    Raises:
-        ValueError: a list of another length.
-    """
-    if plans is None or not isinstance(plans, (list, tuple)):
-        plan = plans if plans is None or isinstance(plans, Plan) else Plan(plans)  # type: ignore[arg-type]
-        return [plan] * n
-    if len(plans) != n:
-        raise ValueError(f"{len(plans)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
-    return [plan if plan is None or isinstance(plan, Plan) else Plan([plan]) for plan in plans]
 
 
 def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int) -> None:

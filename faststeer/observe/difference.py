@@ -18,11 +18,11 @@ from faststeer.evaluate.divergence import kl_divergence
 from faststeer.hf.batching import Prompt, check_evaluating, forward_arguments, model_device, padding_id
 from faststeer.hf.hook_points import find_hook_points
 from faststeer.hf.hooks import read
-from faststeer.hf.steering import Plans, steer
-from faststeer.observe.capture import check_layers, per_prompt
+from faststeer.hf.steering import steer
+from faststeer.observe.capture import check_layers
 from faststeer.observe.memory import in_batches
 from faststeer.observe.tokens import Row, batch_of, rows
-from faststeer.plan import Plan
+from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_direction, check_hook_point
 
 CHUNK = 16  # tokens whose logits are compared at once in fp64
@@ -108,7 +108,7 @@ def difference(
     wanted = range(points.n_layers) if layers is None else check_layers(layers, points.n_layers)
     numbers = tuple(layer % points.n_layers for layer in wanted)
     given = rows(tokenizer, prompts, completions, system)
-    chosen = per_prompt(plans, len(given))
+    chosen = plans_for(len(given), plans)
     units = _units(directions, numbers, points.hidden_size)
 
     def run(group: list[int]) -> list[Difference]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import compile_plan
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor
@@ -153,7 +154,7 @@ def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int)
     """
     found: dict[tuple[int, int, int], _Group] = {}
     for slot, plan in by_slot.items():
-        for entry in plan.compile(n_layers, hidden_size) if plan is not None else ():
+        for entry in compile_plan(plan, n_layers, hidden_size) if plan is not None else ():
             if entry.kind == Kind.PROBE:
                 continue
             if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import Entry
 from faststeer.ops.tables import Kind
-from faststeer.plan import Entry, site_name
+from faststeer.plan import site_name
 from faststeer.vllm.layers import find_layers, replaced
 
 N_TOKENS = 64  # of the measured prompt; the median over them is not moved by the first one, whose norm is often huge

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from faststeer.plan import Entry
+from faststeer.compile import Entry
 from faststeer.vllm.dose import check_dose
 from faststeer.vllm.registry import Registry, Stamp
 from faststeer.vllm.requests import Limits, parse

@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import Tensor, float32
 
+from faststeer.compile import Entry, compile_plan
 from faststeer.files import read_json
 from faststeer.intervention import KINDS, Intervention
 from faststeer.ops.tables import Kind
-from faststeer.plan import FORMAT, Entry, Plan
+from faststeer.plan import FORMAT, Plan
 from faststeer.vector import SteeringVector
 from faststeer.vllm.registry import Registry, Stamp, read_vector
 from faststeer.vllm.switch import NONE, PAYLOAD_KEY
@@ -140,7 +141,7 @@ def parse(payload: Any, registry: Registry, limits: Limits) -> ParsedPlan | None
         raise ValueError(
             f"the plan has {len(plan)} interventions: this server takes at most {limits.max_interventions}"
         )
-    entries = compile_plan(plan, limits)
+    entries = _entries(plan, limits)
     if not entries:
         return None
     if limits.check is not None:
@@ -150,7 +151,7 @@ def parse(payload: Any, registry: Registry, limits: Limits) -> ParsedPlan | None
     return ParsedPlan(plan, digest(entries), tuple(sorted(changing)), probes, tuple(files))
 
 
-def compile_plan(plan: Plan, limits: Limits) -> list[Entry]:
+def _entries(plan: Plan, limits: Limits) -> list[Entry]:
     """The plan's entries in the model.
 
     Raises:
@@ -162,7 +163,7 @@ def compile_plan(plan: Plan, limits: Limits) -> list[Entry]:
                 f"interventions[{number}] has {k} directions: this server takes at most {limits.max_directions}"
             )
     try:
-        return plan.compile(limits.n_layers, limits.hidden_size)
+        return compile_plan(plan, limits.n_layers, limits.hidden_size)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"the plan does not fit the model: {error}") from error
 

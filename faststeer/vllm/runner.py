@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from faststeer.ops.tables import Kind
-from faststeer.plan import Entry, Plan, site_name
+from faststeer.compile import Entry, Need, compile_plan
+from faststeer.plan import Plan, site_name
 from faststeer.vllm.client import plan as payload_of
 
 GROUP_BATCHES = 4  # batches that are handed to vLLM at once: its last one, which runs half empty, costs a quarter
@@ -56,7 +56,7 @@ class VllmEngine:
             raise ValueError("engine: vllm loads the model's files, and this model was not loaded from any")
         config = model.config.get_text_config()
         n_layers = config.num_hidden_layers
-        used = [plan.compile(n_layers, config.hidden_size) for plan in plans if plan is not None]
+        used = [compile_plan(plan, n_layers, config.hidden_size) for plan in plans if plan is not None]
         memory: dict[str, Any] = {}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
@@ -135,17 +135,14 @@ class VllmEngine:
 def settings_for(plans: Sequence[Sequence[Entry]], n_layers: int) -> Mapping[str, Any]:
     """Settings of an engine that has room for these plans, compiled, and builds in what they use."""
     points = {site_name(entry.site, n_layers)[0] for entries in plans for entry in entries}
-    probed = [e.probe_column + len(e.basis) for entries in plans for e in entries if e.probe_column >= 0]
-    vectors = [
-        sum(len(rows) for e in entries for rows in (e.basis, e.gate_vector) if rows is not None) for entries in plans
-    ]
+    need = Need.of(plans)
     return {
         "hook_points": sorted(points) or ["resid_post"],
-        "max_entries": max([1, *map(len, plans)]),
-        "max_vectors": max([1, *vectors]),
-        "probe_columns": max([0, *probed]),
-        "latched_gates": max([0, *(sum(e.kind == Kind.LATCH for e in entries) for entries in plans)]),
-        "max_interventions": max([1, *map(len, plans)]),
+        "max_entries": max(1, need.entries),
+        "max_vectors": max([1, *(Need.of([entries]).vectors for entries in plans)]),
+        "probe_columns": need.probe_columns,
+        "latched_gates": need.latched_gates,
+        "max_interventions": max(1, need.entries),
         "max_directions": max([1, *(len(e.basis) for entries in plans for e in entries)]),
         "max_plan_bytes": 2**30,  # these plans are nobody else's
         "max_dose": None,

@@ -9,6 +9,7 @@ import functools
 import logging
 import re
 from collections import OrderedDict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.compile import compile_plan, probed_columns
 from faststeer.ops import backend_for, warmup
 from faststeer.ops.tables import Kind
-from faststeer.plan import Entry, Plan, site_name
-from faststeer.program import Program
+from faststeer.plan import Plan, site_name
+from faststeer.program import SlotPool
 from faststeer.vllm.dose import measure_norms
 from faststeer.vllm.fresh_blocks import FreshBlocks
 from faststeer.vllm.layers import Device, find_layers, patch_layers
@@ -28,7 +30,7 @@ from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.seen import Packed, Projections, merged, pack
 from faststeer.vllm.settings import Settings
 from faststeer.vllm.switch import CONFIG_KEY, NEW_BLOCKS_KEY
-from faststeer.vllm.tables import Room, make_program
+from faststeer.vllm.tables import make_program, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +58,8 @@ class LoadedPlan:
     @classmethod
     def of(cls, wire: Wire, n_layers: int, hidden_size: int) -> LoadedPlan:
         plan = Plan.from_json(wire.plan)
-        entries: list[Entry] = plan.compile(n_layers, hidden_size)
-        probed: dict[int, int] = {}
-        for entry in entries:
-            if entry.probe_column >= 0:
-                probed[entry.site] = max(probed.get(entry.site, 0), entry.probe_column + len(entry.basis))
-        return cls(wire.digest, plan, probed, any(entry.kind == Kind.LATCH for entry in entries))
+        entries = compile_plan(plan, n_layers, hidden_size)
+        return cls(wire.digest, plan, probed_columns(entries), any(entry.kind == Kind.LATCH for entry in entries))
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Steering:
 
     Attributes:
         requests: those with a plan that the worker knows, by id.
-        slots: the digest of the plan in each slot in use, the one used longest ago first.
+        pool: which slot each plan has, by its digest.
     """
 
     def __init__(self, worker: Any, settings: Settings) -> None:
@@ -102,16 +100,16 @@ class Steering:
         # Tensor-parallel ranks have the same residual stream, and see the same.
         self.keeps_projections = worker.rank % config.parallel_config.tensor_parallel_size == 0
         self.requests: dict[str, Running] = {}
-        self.slots: OrderedDict[str, int] = OrderedDict()
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
         self.norms: dict[int, float] = {}  # see `dose`
         self.device: Device
+        self.pool: SlotPool
         self.probes: Probes
-        self._free_slots = list(range(self.n_slots))
         self._free_sequences = list(range(self.n_sequences))
         self._rows_in_use = 0  # rows of the device's table that may hold a slot
         self._scheduled: set[str] = set()  # requests in this step
         self._stepping: set[str] = set()  # those of them that have a plan
+        self._in_use: dict[Hashable, Plan] = {}  # this step's plans, by digest
         self._computed: dict[str, int] = {}  # tokens of each before this step's
         self._rows: tuple[list[str], list[int]] = [], []  # of this step's pass: requests, how many each has
         self._sums: StepSums | None = None  # of the pass that is not sampled from yet
@@ -123,19 +121,19 @@ class Steering:
         """Allocate the tables and build steering into the model that the runner has loaded."""
         target = self.worker.device or torch.device("cpu")
         program = make_program(self.settings, self.n_layers, self.hidden_size, self.n_slots, target)
-        room = Room.of(self.settings, self.n_layers)
         layers = find_layers(runner.get_model())
         rows = torch.zeros(3, self.max_rows, dtype=torch.int32, device=target)
         rows[0] = -1
         gate_state = None
-        if room.latched_gates:
-            gate_state = torch.zeros(room.latched_gates, self.n_sequences, dtype=torch.bool, device=target)
+        if gates := self.settings.latched_gates:
+            gate_state = torch.zeros(gates, self.n_sequences, dtype=torch.bool, device=target)
         probes = {}
-        if room.probe_columns:
+        if columns := self.settings.probe_columns:
             # What enters a layer is what left the one before, and is seen there.
-            here = [s for s in sorted(room.sites) if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
-            probes = {s: torch.zeros(self.max_rows, room.probe_columns, device=target) for s in here}
-        self.device = Device(program, rows, gate_state, probes)
+            sites = sites_of(self.settings, self.n_layers)
+            here = [s for s in sites if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
+            probes = {s: torch.zeros(self.max_rows, columns, device=target) for s in here}
+        self.device, self.pool = Device(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
         patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
@@ -205,7 +203,8 @@ class Steering:
             self._add(new)
         self._scheduled, self._stepping = set(scheduled), self.requests.keys() & scheduled
         self._layout = None
-        self._load({self.requests[request_id].plan.digest for request_id in self._stepping})
+        loaded = [self.requests[request_id].plan for request_id in self._stepping]
+        self._load({each.digest: each.plan for each in loaded})
 
     def end_step(self) -> None:
         """The step's passes are under way: keep what its probes see, and look at its rows."""
@@ -256,23 +255,12 @@ class Steering:
         self.plans.move_to_end(wire.digest)
         return plan
 
-    def _load(self, digests: set[str]) -> None:
-        """See that these plans have slots, at the cost of those used longest ago."""
-        for digest in digests & self.slots.keys():
-            self.slots.move_to_end(digest)
-        without = digests - self.slots.keys()
-        if not without:
-            return
-        missing = {r.plan.digest: r.plan.plan for r in self.requests.values() if r.plan.digest in without}
-        for digest in sorted(without):
-            if not self._free_slots:
-                gone, slot = self.slots.popitem(last=False)
-                assert gone not in digests, "more plans in a step than slots"  # the scheduler holds requests back
-                self.device.program.load(slot, None)
-                self._free_slots.append(slot)
-            slot = self._free_slots.pop()
-            self.slots[digest] = slot
-            _put(self.device.program, slot, missing[digest])
+    def _load(self, plans: dict[Hashable, Plan]) -> None:
+        """See that these plans have slots, at the cost of those used longest ago. The scheduler sees that they do not
+        need more than there are (see `waiting`)."""
+        self.pool.leave(self._in_use)
+        self._in_use = plans
+        self.pool.take(plans)
 
     def map_rows(self, request_ids: list[str], counts: list[int]) -> None:
         """Say what the rows of the coming pass are: each request's tokens, one request after the other. Rows behind
@@ -298,7 +286,7 @@ class Steering:
         """Write whose the rows are; their positions are still to come."""
         found = [self.requests[i] if i in self._stepping else None for i in request_ids]
         of_requests = [
-            [-1 if r is None else self.slots[r.plan.digest] for r in found],
+            [-1 if r is None else self.pool.slots[r.plan.digest] for r in found],
             [0 if r is None else r.sequence for r in found],
             [0 if r is None else -r.prompt_length for r in found],
         ]
@@ -324,18 +312,6 @@ class Steering:
         if self.device.rows.is_cuda:
             host = host.pin_memory()
         self.device.rows[column, : len(values)].copy_(host, non_blocking=True)
-
-
-def _put(program: Program, slot: int, plan: Plan) -> None:
-    """Load a plan. Where rows of the bank are free, but not side by side, everything moves together first."""
-    try:
-        program.load(slot, plan)
-    except ValueError:
-        held = {number: held for number, held in enumerate(program.plans) if held is not None}
-        for number in held:
-            program.load(number, None)
-        for number, other in {**held, slot: plan}.items():
-            program.load(number, other)
 
 
 class Probes:

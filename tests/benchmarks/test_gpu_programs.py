@@ -11,6 +11,7 @@ import torch
 from benchmark_programs import load, processes_with, wait_for
 from processes import Command, Ended
 
+from faststeer.compile import compile_plan
 from faststeer.intervention import Add
 
 
@@ -125,7 +126,7 @@ class TestGeneration:
         for plan in plans:
             (intervention,) = plan
             assert isinstance(intervention, Add)
-            entries = plan.compile(config.num_hidden_layers, config.hidden_size)
+            entries = compile_plan(plan, config.num_hidden_layers, config.hidden_size)
             assert sorted({entry.site for entry in entries}) == sorted(entry.site for entry in entries)
             vectors += [entry.basis.flatten() for entry in entries]
         assert len(vectors) == 5 * config.num_hidden_layers

@@ -12,10 +12,10 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
+from faststeer.compile import orthonormal
 from faststeer.engine import device, run
 from faststeer.engine.device import Device
 from faststeer.hf import read
-from faststeer.intervention import orthonormal
 
 ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
 SOME = pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
@@ -352,17 +352,16 @@ def test_completions_come_while_others_run():
 
 def test_equal_plans_share_a_slot_and_others_wait():
     """Five different plans, two slots; two of equal value are one."""
-    made = engine("llama", capacity=fs.Capacity(slots=2, vectors=16, entries=24))
+    made = engine("llama", capacity=fs.Capacity(slots=2, vectors=32, entries=24))
     plans = [plan("llama", seed) for seed in (0, 1, 0, 2, 3, 1, 4, 0)]
     loads = []
-    load = made._steering.load
+    change = made._slots._change
 
-    def counted(slot, plan):
-        load(slot, plan)
-        if plan is not None:  # else room is made, for which plans of the call before leave one by one
-            loads.append(slot)
+    def counted(plans):
+        change(plans)
+        loads.extend(slot for slot, plan in plans.items() if plan is not None)
 
-    made._steering.load = counted
+    made._slots._change = counted
     found = tokens(made.generate(prompts(), plans=plans, max_new_tokens=LIMITS))
     assert found == [generated(models.model("llama"), *each) for each in zip(prompts(), plans, LIMITS, strict=True)]
     assert set(loads) == {0, 1}

@@ -9,13 +9,14 @@ import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
+from faststeer.compile import compile_plan
 from faststeer.program import Capacity, Program
 
 
 def counting(made):
     """The plans that an engine loads."""
-    loads, load = [], made._steering.load
-    made._steering.load = lambda slot, new: (loads.append(new), load(slot, new))[1]
+    loads, change = [], made._slots._change
+    made._slots._change = lambda plans: (change(plans), loads.extend(plans.values()))
     return loads
 
 
@@ -111,7 +112,7 @@ def test_the_bank_holds_what_is_loaded(seed):
             assert all(map(torch.equal, before[:3], (program.bank, program.fields, program.ranges)))
             assert before[3] == program.plans
         for slot, loaded in enumerate(program.plans):
-            entries = [] if loaded is None else loaded.compile(2, 8)
+            entries = [] if loaded is None else compile_plan(loaded, 2, 8)
             for entry, row in zip(entries, program._rows[slot], strict=True):
                 assert torch.equal(program.bank[row : row + len(entry.basis)], entry.basis)
             for site in range(9):

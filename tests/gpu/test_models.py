@@ -14,10 +14,10 @@ from support import LIMITS, Tokenizer, mixed, plan, prompts, tokens
 from torch import Tensor, nn
 
 import faststeer as fs
+from faststeer.compile import orthonormal
 from faststeer.engine import Engine
 from faststeer.engine.sampling import Mode
 from faststeer.hf import read
-from faststeer.intervention import orthonormal
 
 pytestmark = MARKS
 

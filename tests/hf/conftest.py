@@ -4,7 +4,7 @@ import pytest
 
 import faststeer as fs
 
-BOTH_WAYS = {"test_architectures", "test_steering"}
+BOTH_WAYS = {"test_architectures", "test_contracts", "test_steering"}
 # Architectures that have no fused layers (test_fused.py says so of each): both ways are the same hooks, with another
 # back end. GPT-2 stands for them in the shorter run.
 BY_HOOKS_ANYWAY = {"neox_parallel", "neox_sequential", "opt", "falcon", "phi", "cohere", "stablelm"}

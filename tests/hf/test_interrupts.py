@@ -21,7 +21,6 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.engine.slots import Slots
 from faststeer.hf import read
 from faststeer.hf.attention import known_attention
 from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_changed
@@ -31,7 +30,7 @@ from faststeer.hf.hook_points import known_points, quiet
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention
-from faststeer.program import Program
+from faststeer.program import Program, SlotPool
 
 FULL = os.environ.get("FASTSTEER_TEST_PROFILE") == "full"
 OURS = str(Path(fs.__file__).parent)
@@ -83,7 +82,7 @@ def forget_plans() -> None:
     """The Engine keeps plans loaded: without them it begins alike each time."""
     for slot in range(ENGINE._steering.capacity.slots):
         ENGINE._steering.load(slot, None)
-    ENGINE._slots = Slots(ENGINE._steering)
+    ENGINE._slots = SlotPool(ENGINE._steering.change, ENGINE._steering.loaded)
 
 
 @contextmanager

@@ -537,8 +537,8 @@ class TestAssign:
             (lambda: [fs.Add(d(i), layers="all") for i in range(3)] * 10, "capacity exceeded|rows"),
             (lambda: [None, 3, None], r"plans\[1\] is a int: expected a Plan, an intervention, or None"),
             (lambda: [], "list of plans is empty: give one Plan or None per row"),
-            (lambda: None, "expected a Plan or a list with one Plan or None per row of the batch, got NoneType"),
-            (lambda: "plan", "got str"),
+            (lambda: None, "plans is a NoneType: expected a Plan or a list with one Plan or None per row of the batch"),
+            (lambda: "plan", "plans is a str"),
         ],
         ids=["layer", "hidden", "slots", "vectors", "many", "type", "empty", "None", "str"],
     )

@@ -13,6 +13,7 @@ from strategies import plans, randn, seeds
 from torch import Tensor
 
 import faststeer as fs
+from faststeer.compile import compile_plan
 from faststeer.ops import Rows, backend_for, latch_, steer
 from faststeer.ops.tables import Kind
 
@@ -94,7 +95,7 @@ def check(dtype: torch.dtype, hidden: int, n_layers: int, loaded: list[fs.Plan],
             )
             within(probe[i, : len(row.probes)], np.array(row.probes), np.array(row.probe_bounds), f"{where}, probes")
     for index, plan in enumerate(loaded):
-        for entry in plan.compile(n_layers, hidden):
+        for entry in compile_plan(plan, n_layers, hidden):
             if entry.kind != Kind.LATCH:
                 continue
             for s in range(len(ends)):

@@ -67,4 +67,4 @@ def test_32_plans_and_none_give_what_hugging_face_gives(engines: Any, requests: 
     again = by_engine(engine, requests)
     assert tokens(again) == wanted
     assert sum(answer.num_cached_tokens for answer in again) >= 32 * len(requests)
-    assert not worker_of(engine).faststeer.slots.keys() - worker_of(engine).faststeer.plans.keys()
+    assert not worker_of(engine).faststeer.pool.slots.keys() - worker_of(engine).faststeer.plans.keys()

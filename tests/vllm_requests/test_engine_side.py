@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 import faststeer as fs
+from faststeer.compile import compile_plan
 from faststeer.vllm.prefix_cache import block_key, with_block_key
 from faststeer.vllm.requests import PAYLOAD_KEY, Wire
 from faststeer.vllm.settings import Settings
@@ -37,7 +38,7 @@ def direction(seed: int = 0, *shape: int) -> torch.Tensor:
 )
 def test_a_plan_without_room_is_refused_with_the_setting_it_needs(plan: fs.Plan, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_fits(plan.compile(3, 16), Settings(**settings), 3)
+        check_fits(compile_plan(plan, 3, 16), Settings(**settings), 3)
 
 
 def test_every_slot_holds_the_largest_plan_that_has_room() -> None:
@@ -45,7 +46,7 @@ def test_every_slot_holds_the_largest_plan_that_has_room() -> None:
     program = make_program(settings, 3, 16, slots=4, device="cpu")
     for slot in range(4):
         plan = fs.Plan([fs.Ablate(direction(slot, 5), layers=[0, 1, 2]), fs.Project(direction(slot, 5), layers=0)])
-        check_fits(plan.compile(3, 16), settings, 3)
+        check_fits(compile_plan(plan, 3, 16), settings, 3)
         program.load(slot, plan)
 
 

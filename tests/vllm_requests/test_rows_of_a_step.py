@@ -26,7 +26,7 @@ REQUEST = st.tuples(
 def test_rows_are_those_of_one_token_after_the_other(steps, repeats):
     """Also where a step is as the one before, but for tokens that have been computed since."""
     steering = object.__new__(Steering)
-    steering.slots, steering._rows_in_use = {"a": 5, "b": 2}, 0
+    steering.pool, steering._rows_in_use = SimpleNamespace(slots={"a": 5, "b": 2}), 0
     steering.device = SimpleNamespace(rows=torch.full((3, ROWS), -1, dtype=torch.int32))
     steering.probes = SimpleNamespace(rows=[])
     for step in steps:
@@ -36,7 +36,7 @@ def test_rows_are_those_of_one_token_after_the_other(steps, repeats):
             if plan != "none":
                 loaded = LoadedPlan(plan, None, {3: 1} if watched else {}, False)
                 steering.requests[name] = Running(loaded, prompt, sequence)
-            if plan in steering.slots:
+            if plan in steering.pool.slots:
                 steering._stepping.add(name)
         for since in range(repeats + 1):
             steering._computed = {
@@ -49,9 +49,9 @@ def test_rows_are_those_of_one_token_after_the_other(steps, repeats):
 def check_rows(steering, ids, step, since):
     slots, positions, sequences, probed, row = [], [], [], [], 0
     for name, (tokens, plan, prompt, computed, sequence, watched) in zip(ids, step, strict=True):
-        acts = plan in steering.slots
+        acts = plan in steering.pool.slots
         for token in range(tokens):
-            slots.append(steering.slots[plan] if acts else -1)
+            slots.append(steering.pool.slots[plan] if acts else -1)
             positions.append(computed + since + token - prompt)
             sequences.append(sequence)
         if acts and watched:

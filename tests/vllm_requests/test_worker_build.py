@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
+import faststeer as fs
+from faststeer.program import Capacity, Program, SlotPool
 from faststeer.vllm import worker as of_worker
 from faststeer.vllm.settings import Settings
 
@@ -29,3 +31,14 @@ def test_its_kernels_are_compiled_when_the_model_is_loaded(monkeypatch):
     of_worker.Steering(worker, Settings(max_dose=None)).build(runner)
     # The ops that layers call: faststeer.vllm.layers.Operators.
     assert calls == ["patched", (32, torch.bfloat16, torch.device("cpu"), ("steer", "steer_pair_", "latch_"))]
+
+
+def test_the_plan_used_longest_ago_gives_up_its_slot():
+    """Step by step, with room for two plans: those of a step stay, and so do others until their slot is needed."""
+    steering, program = object.__new__(of_worker.Steering), Program(2, 8, Capacity(slots=2, vectors=4, entries=4))
+    steering.pool, steering._in_use = SlotPool(program.change, program.plans), {}
+    plans = {name: fs.Plan([fs.Add(torch.full((8,), i + 1.0), layers=0)]) for i, name in enumerate("abc")}
+    for step, held in (("ab", "ab"), ("a", "ab"), ("ac", "ac"), ("", "ac"), ("b", "bc"), ("bc", "bc"), ("a", "ac")):
+        steering._load({name: plans[name] for name in step})
+        assert sorted(steering.pool.slots) == list(held)
+        assert all(program.plans[slot] is plans[name] for name, slot in steering.pool.slots.items())

@@ -22,7 +22,7 @@ from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
 from faststeer.files import UNREADABLE, read_json, read_text
-from faststeer.hf.batching import Prompt, prompt_fault
+from faststeer.hf.batching import Prompt, Rendered, prompt_fault
 from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
 from faststeer.plan import Plan
@@ -207,7 +207,7 @@ class Sweep:
     def identity(self, model: str) -> str:
         """A digest of everything that the answers depend on, the model's fingerprint included: answers of sweeps that
         differ in it are never mixed. Judges and side effects are not in it; they have digests of their own."""
-        content = {
+        content: dict[str, Any] = {
             "faststeer": __version__,
             "model": model,
             "prompts": [[p.id, p.tag, p.prompt] for p in self.prompts],
@@ -220,6 +220,8 @@ class Sweep:
         }
         if self.engine != "faststeer":  # stores from before there was another one keep their digests
             content["engine"] = self.engine
+        if rendered := [i for i, p in enumerate(self.prompts) if isinstance(p.prompt, Rendered)]:
+            content["rendered"] = rendered
         return _digest(json.dumps(content, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:

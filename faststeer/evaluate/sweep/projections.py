@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.compile import direction_at, resolve_layers
 from faststeer.evaluate.sweep.description import Setting
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import batches, forward_arguments, model_device, pad
 from faststeer.hf.steering import steer
-from faststeer.intervention import Probe, direction_at, resolve_layers
+from faststeer.intervention import Probe
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 

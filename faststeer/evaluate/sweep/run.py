@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from faststeer.compile import compile_plan
 from faststeer.engine import Engine
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.judging import Judge, make
@@ -345,7 +346,7 @@ def _check_plans(model: Any, settings: Sequence[Setting]) -> None:
     for setting in settings:
         if setting.plan is not None:
             try:
-                setting.plan.compile(points.n_layers, points.hidden_size)
+                compile_plan(setting.plan, points.n_layers, points.hidden_size)
             except ValueError as error:
                 raise ValueError(f"the setting {setting.name!r} does not fit the model: {error}") from error
 

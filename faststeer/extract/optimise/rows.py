@@ -127,11 +127,11 @@ def _scores(model: Any, steering: Steering, plans: Plans, terms: list[tuple[int,
 
 @torch.no_grad()
 def residual_sizes(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], layers: Sequence[int], system: str | None, rows: int
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], layers: Sequence[int], rows: int, **how: Any
 ) -> dict[int, float]:
     """Return for each layer |h| / sqrt(hidden), h the residual stream that leaves it: the median over all tokens of the
-    prompts, which the few tokens of enormous norm that many models have do not move."""
-    encoded = encode(tokenizer, prompts, system)
+    prompts, which the few tokens of enormous norm that many models have do not move. `how`: of `encode`."""
+    encoded = encode(tokenizer, prompts, **how)
     norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with read(model, at="resid_post", layers=layers) as taken:
         for group in batches([len(ids) for ids in encoded], rows):

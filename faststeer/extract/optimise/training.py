@@ -62,6 +62,7 @@ class TrainingSettings:
     Args:
         max_tokens: tokens of a completion, its end included, that are trained on.
         system: a system prompt put before every prompt.
+        rendered: the prompts hold the chat template's markup already and are taken as they are.
         positions: tokens at which the vector acts (as in an intervention), the completion's being "generated".
         schedule: the learning rate from its height to 0 ("linear", "cosine") or "constant".
         warmup: steps over which it rises first.
@@ -78,6 +79,7 @@ class TrainingSettings:
 
     max_tokens: int = 64
     system: str | None = None
+    rendered: bool = False
     positions: Positions = "all"
     schedule: Schedule = "linear"
     warmup: int = 0
@@ -349,7 +351,15 @@ class _Loop:
         if settings.unit == "absolute":
             return dict.fromkeys(layers, 1.0)
         prompts = [pair.prompt for pair in self.pairs[:UNIT_PROMPTS]]
-        sizes = residual_sizes(self.model, self.tokenizer, prompts, layers, settings.system, settings.rows)
+        sizes = residual_sizes(
+            self.model,
+            self.tokenizer,
+            prompts,
+            layers,
+            settings.rows,
+            system=settings.system,
+            rendered=settings.rendered,
+        )
         for layer, size in sizes.items():
             if not (math.isfinite(size) and size > 0):
                 raise ValueError(
@@ -363,7 +373,12 @@ class _Loop:
 
         def texts(prompts: list[Any], completions: list[str]) -> list[Text]:
             return encode_completions(
-                self.tokenizer, prompts, completions, system=settings.system, max_tokens=settings.max_tokens
+                self.tokenizer,
+                prompts,
+                completions,
+                system=settings.system,
+                rendered=settings.rendered,
+                max_tokens=settings.max_tokens,
             )
 
         with_rejected = pairs if self.recipe.objective.needs_rejected else []

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import Entry, compile_plan
 from faststeer.evaluate.generate import generation_settings
 from faststeer.hf.batching import (
     Prompt,
@@ -25,7 +26,7 @@ from faststeer.hf.steering import steer
 from faststeer.observe.difference import difference, kept_positions
 from faststeer.observe.tokens import Row
 from faststeer.ops.tables import GateMode, Kind
-from faststeer.plan import Entry, Plan, site_name
+from faststeer.plan import Plan, site_name
 
 Side = Literal["steered", "base"]
 
@@ -238,7 +239,7 @@ def added(group: Sequence[Example], batch: dict[str, Tensor], points: HookPoints
 
 
 def _additions(plan: Plan, points: HookPoints) -> list[Entry]:
-    entries = [each for each in plan.compile(points.n_layers, points.hidden_size) if each.kind != Kind.PROBE]
+    entries = [each for each in compile_plan(plan, points.n_layers, points.hidden_size) if each.kind != Kind.PROBE]
     for entry in entries:
         if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
             what = "a gate" if entry.gate_mode != GateMode.NONE else "keep_norm" if entry.keep_norm else entry.kind.name
