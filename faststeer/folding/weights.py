@@ -27,17 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
+from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import (
-    HookPoints,
-    find_hook_points,
-    first_output,
-    first_tensor,
-    install,
-    is_held,
-    quiet,
-    run_four_tokens,
-)
+from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, install, is_held, quiet
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
 from faststeer.plan import Entry, Plan, n_sites, site, site_name
@@ -437,6 +429,10 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
         FoldError, ValueError: as for `fold`.
     """
     points = find_hook_points(model)
+    try:
+        points.check_uniform(model, "fold")
+    except ValueError as error:
+        raise FoldError(str(error)) from None
     if is_held(points.owner(model)):
         raise FoldError("the model is being steered: leave steer(...) first")
     writers = find_writers(model, points)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.hf.anatomy import Call, find_hook_points, watch
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
-from faststeer.hf.hook_points import HookPoints, _Call, _watch, find_hook_points, quiet
+from faststeer.hf.hook_points import HookPoints, quiet
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Parts, ...]] = weakref.WeakKeyDictionary()
 
@@ -103,6 +104,7 @@ def find_parts(model: nn.Module) -> tuple[Parts, ...]:
     """
     if model not in _known:
         points = find_hook_points(model)
+        points.check_uniform(model, "an analysis of attention and MLP")
         _known[model] = tuple(_find(model, points))
     return _known[model]
 
@@ -126,7 +128,7 @@ def _find(model: nn.Module, points: HookPoints) -> Iterator[Parts]:
     paths = [f"{points.layers}.{i}" for i in range(points.n_layers)]
     inner = [f"{path}.{name}" for path, layer in zip(paths, layers, strict=True) for name, _ in _named(layer)]
     with quiet(model), exchange_attention(model, note, points):
-        calls = _watch(model, [*paths, *inner])
+        calls = watch(model, [*paths, *inner])
     for i, layer in enumerate(layers):
         inside = {name: calls[f"{paths[i]}.{name}"] for name, _ in _named(layer) if f"{paths[i]}.{name}" in calls}
         attention = next(name for name, module in layer.named_modules() if module is modules[i])
@@ -146,8 +148,8 @@ class _Layer:
 
     layer: nn.Module
     attention: str
-    whole: _Call
-    calls: dict[str, _Call]
+    whole: Call
+    calls: dict[str, Call]
     points: HookPoints
 
     def parts(self, call: AttentionCall, mixed: Tensor) -> Parts:
@@ -160,8 +162,8 @@ class _Layer:
         output = self._reader_of(mixed.flatten(2), inside=True, what="the projection behind the heads")
         _check_linear(self.layer, output)
         middle = self.whole.received
-        if self.points.resid_mid is not None:
-            middle = self.calls[self.points.resid_mid].received
+        if (mid := self.points.branch("resid_mid", 0)) is not None:
+            middle = self.calls[mid].received
         mlp, mlp_norm = self._mlp(middle)
         return Parts(
             self.attention,
@@ -216,10 +218,11 @@ class _Layer:
 
     def _output_norm(self, sent: Tensor) -> Norm | None:
         """The norm between attention's output and the residual stream."""
-        if _same(self.calls[self.points.attn_out].sent, sent):
+        end = self.points.branch("attn_out", 0) or ""
+        if _same(self.calls[end].sent, sent):
             return None
-        if _same(self.calls[self.points.attn_out].received, sent):
-            return norm_form(self.layer, self.points.attn_out)
+        if _same(self.calls[end].received, sent):
+            return norm_form(self.layer, end)
         raise _Unseen("no module that makes attn_out of attention's output")
 
     def _mlp(self, middle: Tensor) -> tuple[str, Norm | None]:
