@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
+from faststeer.folding.saving import check_savable, check_saved
 from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, install, is_held, quiet
@@ -308,6 +309,9 @@ def check_writers(model: nn.Module, writers: list[Writer]) -> None:
                 "cannot be folded"
             )
         for part in writer.parts:
+            if type(part.parameter.data) is not Tensor:
+                kind = type(part.parameter.data).__name__
+                raise FoldError(f"{part.full_name} is a {kind}: fold into plain weights, and quantise afterwards")
             tied = writer.kind == "embedding" and head is not None and head.weight is part.parameter
             if (others := _shared(model, part)) and not (tied and len(others) == 1):
                 raise FoldError(f"{part.full_name} is shared with {', '.join(others)}: changing one changes both")
@@ -355,13 +359,14 @@ class Folded:
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
         """Write the model (and tokenizer) with `save_pretrained`, and `faststeer_fold.json` with the plan and the
-        check. The folder appears whole or not at all.
+        check. The folder appears whole or not at all, after it was loaded again and its weights compared.
 
         Raises:
-            ValueError: the folder is there and not empty.
+            ValueError: the folder is there and not empty. FoldError: what is loaded from it is another model.
         """
         with new_folder(folder) as path:
             self.model.save_pretrained(path)  # type: ignore[operator]
+            check_saved(self.model, path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(path)
             write_report(path, self.plan, self.report())
@@ -382,7 +387,7 @@ def fold(
     plan's hooks.
 
     Args:
-        model: a causal language model of transformers, unquantised.
+        model: a causal language model of transformers, unquantised and without peft's adapters.
         plan: acting at all positions, without gates, norms kept or probes.
         in_place: change the model itself, not a copy.
         tokens: `[batch, seq]` token ids for the check (default: 4 random sequences of 16); 16 greedy tokens follow.
@@ -395,6 +400,7 @@ def fold(
             check failed (the copy is dropped; with `in_place` the model must be loaded again).
     """
     plan = Plan([plan]) if isinstance(plan, Intervention) else plan
+    check_savable(model)
     writers, points = prepare(model, plan)
     check_writers(model, writers)
     wanted = {f"{writer.parts[0].path}.bias" for writer in writers if _needs_bias(writer)}

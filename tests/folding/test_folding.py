@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -327,6 +328,48 @@ class TestRefused:
         with pytest.raises(ZeroDivisionError):
             folded.save(tmp_path / "new")
         assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+    @pytest.mark.parametrize("inside", [False, True])
+    @pytest.mark.parametrize("plan", ["ablate", "add"])
+    def test_adapters_are_saved_apart(self, plan, inside):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(models.build("llama"), config).eval()
+        with pytest.raises(FoldError, match=r"holds a peft adapter.*merge_and_unload\(\)"):
+            fold(wrapped.base_model.model if inside else wrapped, PLANS[plan][0])
+        fold(wrapped.merge_and_unload(), PLANS["ablate"][0])
+
+    def test_what_transformers_does_not_save(self, monkeypatch):
+        model = models.build("llama")
+        model.hf_quantizer = types.SimpleNamespace(
+            is_serializable=lambda: False, quantization_config=types.SimpleNamespace(quant_method="gguf")
+        )
+        monkeypatch.setattr(copy, "deepcopy", lambda _: pytest.fail("the work has begun"))
+        with pytest.raises(FoldError, match=r"was loaded from gguf weights.*faststeer\.load\(path\)"):
+            fold(model, PLANS["ablate"][0])
+
+    def test_weights_of_another_class(self):
+        class Packed(torch.Tensor):
+            pass
+
+        model = models.build("llama")
+        linear = model.model.layers[1].mlp.down_proj
+        linear.weight = nn.Parameter(linear.weight.data.as_subclass(Packed), requires_grad=False)
+        with pytest.raises(FoldError, match=r"down_proj\.weight is a Packed: fold into plain weights"):
+            fold(model, PLANS["ablate"][0])
+
+    def test_what_was_saved_is_loaded_and_compared(self, tmp_path, monkeypatch):
+        folded = fold(models.model("llama"), PLANS["half"][0])
+        save = folded.model.save_pretrained
+
+        def save_other(path):
+            weights = folded.model.state_dict() | {"lm_head.weight": torch.zeros_like(folded.model.lm_head.weight)}
+            save(path, state_dict=weights)
+
+        monkeypatch.setattr(folded.model, "save_pretrained", save_other)
+        with pytest.raises(FoldError, match=r"lm_head\.weight of the saved LlamaForCausalLM is not what is in memory"):
+            folded.save(tmp_path / "new")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("tokens", [torch.ones(3), torch.full((1, 2), 1000), torch.zeros(0, 4, dtype=torch.long)])
     def test_tokens_that_are_none(self, tokens):
