@@ -126,6 +126,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", _GLOBAL] * 2, "full_attn_idxs": [1, 3], "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", _GLOBAL] * 2},
     "longcat_flash": {"head_dim": 4, "num_key_value_heads": 4},
     "mamba2": {"head_dim": 16},

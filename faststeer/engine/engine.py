@@ -38,6 +38,7 @@ from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.changes import Changes, Context, changing, close_at_exit
 from faststeer.hf.freeze import freeze as frozen_steering
+from faststeer.hf.fused import WRONG_CALL
 from faststeer.hf.steering import is_steered
 from faststeer.intervention import Direction, Probe
 from faststeer.plan import Plan
@@ -444,7 +445,7 @@ def _check_logits(device: Device, steering: Steering | None) -> None:
             found.append(device.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except WRONG_CALL as error:
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
     finally:
         device.steering = None

@@ -202,7 +202,7 @@ def _parts(model: nn.Module) -> list[Attention | MLP]:
             continue
         if "o_proj" in children and names <= ATTENTION_NAMES and _rotates_by_halves(function, module):
             found.append(Attention(module))
-        elif "down_proj" in children and names <= MLP_NAMES and len(names) >= 3:
+        elif children & {"gate_proj", "gate_up_proj"} and "down_proj" in children and names <= MLP_NAMES:
             found.append(MLP(module))
     return found
 

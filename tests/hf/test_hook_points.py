@@ -326,6 +326,46 @@ class TestRefused:
         )
         assert find_hook_points(Two(), fs.HookPoints(layers="more")).n_layers == 3
 
+    def test_a_pass_that_cannot_be_told(self):
+        """Layers in a dictionary that nobody calls, in a module that runs twice, and with more columns than tokens."""
+
+        class Stack(nn.Module):
+            def __init__(self, stack: nn.ModuleList) -> None:
+                super().__init__()
+                self.stack = stack
+
+            def forward(self, x: Tensor) -> Tensor:
+                for block in self.stack:
+                    x = block(x)
+                return x
+
+        class Held(Own):
+            def __init__(self, times: int) -> None:
+                super().__init__()
+                self.held = Stack(self.stack) if times else nn.ModuleDict({"stack": self.stack})
+                self.times = times
+                del self.stack
+
+            def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+                x = self.embed(input_ids)
+                for block in [] if self.times else self.held["stack"]:
+                    x = block(x)
+                for _ in range(self.times):
+                    x = self.held(x)
+                return self.head(x)
+
+        class Wider(Own):
+            def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+                x = self.embed(input_ids).repeat(1, 2, 1)
+                for block in self.stack:
+                    x = block(x)
+                return self.head(x)
+
+        self.check(Held(0), "held, which holds the layers, is not called itself")
+        self.check(Held(2), "held runs 2 times in one forward pass")
+        self.check(Wider(), "its layers take 8 columns of hidden states for 4 tokens")
+        assert find_hook_points(Held(1)).layers == "held.stack"
+
     def test_one_branch_is_named(self):
         self.check(Own(), "layer 0 is given one of attn_out and mlp_out", fs.HookPoints("stack", attn_out="mix"))
         self.check(Own(), "attn_out has 2 names for 3 layers", fs.HookPoints("stack", ("mix", "mix"), "think"))
