@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from faststeer.hf.anatomy import Call, find_hook_points, watch
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
 from faststeer.hf.hook_points import HookPoints, quiet
+from faststeer.hf.known import Known
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Parts, ...]] = weakref.WeakKeyDictionary()
+known_parts: Known[tuple[Parts, ...]] = Known()
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,13 @@ def find_parts(model: nn.Module) -> tuple[Parts, ...]:
         ValueError: an architecture of another kind: attention that transformers cannot exchange, values that are no
             linear function of what attention reads, a norm that is neither RMSNorm nor LayerNorm, quantised weights.
     """
-    if model not in _known:
+
+    def find() -> tuple[Parts, ...]:
         points = find_hook_points(model)
         points.check_uniform(model, "an analysis of attention and MLP")
-        _known[model] = tuple(_find(model, points))
-    return _known[model]
+        return tuple(_find(model, points))
+
+    return known_parts.get(model, find)
 
 
 def matrix(projection: nn.Module) -> Tensor:
