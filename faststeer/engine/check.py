@@ -14,6 +14,7 @@ from torch import Tensor
 from faststeer.engine.device import Device
 from faststeer.engine.requests import Request
 from faststeer.hf import Steering
+from faststeer.hf.fused import WRONG_CALL
 
 # Settings of a model whose value is a number of tokens from which on it computes otherwise.
 EDGES = re.compile(r"window|chunk|original_max_position")
@@ -65,7 +66,7 @@ def _check(device: Device, steering: Steering | None, sizes: list[int], remedy: 
             found.append(device.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except WRONG_CALL as error:
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
     finally:
         device.steering = None

@@ -96,12 +96,14 @@ def attribution(
 
     Raises:
         ValueError: no prompts, `steps` below 1, a baseline of another model, a metric that is not finite or has no
-            gradient.
+            gradient, a model with several residual streams for each token.
     """
     check_evaluating(model)
     if steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1 point of the quadrature")
     points = find_hook_points(model)
+    if points.streams != (1, 1):
+        raise ValueError(f"{type(model).__name__} keeps several residual streams for each token: expected one")
     shape = len(baseline.positions), points.n_layers, points.hidden_size
     if baseline.negative_mean.shape != shape:
         raise ValueError(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.hf import find_hook_points
+from faststeer.hf.anatomy import run_four_tokens
 from faststeer.hf.batching import model_name
 from faststeer.hf.changes import Changes, changing
 from faststeer.hf.encoding import encode_texts
-from faststeer.hf.hook_points import first_output, first_tensor, quiet, run_four_tokens
+from faststeer.hf.hook_points import first_output, first_tensor, quiet
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 Tokens = Sequence[int | str]

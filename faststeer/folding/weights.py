@@ -28,17 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from faststeer.compile import Entry, compile_plan
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
+from faststeer.folding.saving import check_savable, check_saved, leave_quantizer
+from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import (
-    HookPoints,
-    find_hook_points,
-    first_output,
-    first_tensor,
-    install,
-    is_held,
-    quiet,
-    run_four_tokens,
-)
+from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, install, is_held, quiet
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, n_sites, site, site_name
@@ -317,6 +310,9 @@ def check_writers(model: nn.Module, writers: list[Writer]) -> None:
                 "cannot be folded"
             )
         for part in writer.parts:
+            if type(part.parameter.data) is not Tensor:
+                kind = type(part.parameter.data).__name__
+                raise FoldError(f"{part.full_name} is a {kind}: fold into plain weights, and quantise afterwards")
             tied = writer.kind == "embedding" and head is not None and head.weight is part.parameter
             if (others := _shared(model, part)) and not (tied and len(others) == 1):
                 raise FoldError(f"{part.full_name} is shared with {', '.join(others)}: changing one changes both")
@@ -352,7 +348,6 @@ class Folded:
     untied: bool
     switches: dict[str, bool]
     check: Check
-    ids: Tensor  # token ids `[batch, seq]` of the check
 
     def report(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -365,33 +360,18 @@ class Folded:
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
         """Write the model (and tokenizer) with `save_pretrained`, and `faststeer_fold.json` with the plan and the
-        check; then load it once, beside the model, and compare. The folder appears whole or not at all.
+        check. The folder appears whole or not at all, after it was loaded again and its weights compared.
 
         Raises:
-            ValueError: the folder is there and not empty.
-            FoldError: what was written gives other logits when it is loaded.
+            ValueError: the folder is there and not empty. FoldError: what is loaded from it is another model.
         """
         with new_folder(folder) as path:
             self.model.save_pretrained(path)  # type: ignore[operator]
-            self._compare(path)
+            check_saved(self.model, path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(path)
             write_report(path, self.plan, self.report())
         return Path(folder)
-
-    def _compare(self, path: Path) -> None:
-        """Raise FoldError unless the model in a folder is this one."""
-        model: Any = self.model
-        how = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-        loaded = type(model).from_pretrained(path, **how).to(model.device).eval()
-        with evaluating(model), torch.no_grad():
-            difference = float((_logits(loaded, self.ids) - _logits(model, self.ids)).abs().max())
-        if not difference <= self.check.tolerance:
-            raise FoldError(
-                f"what was saved is not the folded model: loaded again, its logits differ by {difference:.3g}, "
-                f"rounding explains {self.check.tolerance:.3g}; nothing was kept. Save folded.model in a way of your "
-                "own, or fold into an adapter (fold_adapter, faststeer fold --adapter)"
-            )
 
 
 def fold(
@@ -408,7 +388,7 @@ def fold(
     plan's hooks.
 
     Args:
-        model: a causal language model of transformers, unquantised.
+        model: a causal language model of transformers, unquantised and without peft's adapters.
         plan: acting at all positions, without gates, norms kept or probes.
         in_place: change the model itself, not a copy.
         tokens: `[batch, seq]` token ids for the check (default: 4 random sequences of 16); 16 greedy tokens follow.
@@ -421,7 +401,7 @@ def fold(
             check failed (the copy is dropped; with `in_place` the model must be loaded again).
     """
     plan = Plan([plan]) if isinstance(plan, Intervention) else plan
-    _check_plain(model)
+    check_savable(model)
     writers, points = prepare(model, plan)
     check_writers(model, writers)
     wanted = {f"{writer.parts[0].path}.bias" for writer in writers if _needs_bias(writer)}
@@ -438,7 +418,7 @@ def fold(
         switches, brought = found
     expected = Expected(model, plan, points, tokens)
     target = model if in_place else copy.deepcopy(model)
-    _leave_quantizer(target)
+    leave_quantizer(target)
     with torch.no_grad():
         _open_biases(target, switches, brought)
         here = [_moved(writer, target) for writer in writers if writer.is_changed]
@@ -447,42 +427,7 @@ def fold(
             _write(writer)
     changed = [name for writer in here for name in _changed_names(writer)]
     check = expected.compare(target)
-    return Folded(target, plan, tuple(changed), untied, switches, check, expected.ids)
-
-
-def _check_plain(model: Any) -> None:
-    """Raise FoldError if what is saved of the model would not be what runs."""
-    name = type(model).__name__
-    wrapped = next(
-        (path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)), ""
-    )
-    if wrapped or hasattr(model, "peft_config"):
-        what = f"{wrapped} has an adapter" if wrapped else "it is a peft model"
-        raise FoldError(
-            f"{name} cannot be folded: {what}, which would be saved apart from the folded weights or under other "
-            "names: merge it first, model = model.merge_and_unload()"
-        )
-    if not hasattr(type(model), "from_pretrained"):
-        raise FoldError(f"{name} cannot be folded: it has no save_pretrained and from_pretrained of transformers")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not _is_plain(model) and not quantizer.is_serializable():
-        raise FoldError(
-            f"{name} cannot be folded: its weights are quantised in a way that cannot be saved: load it without "
-            "quantisation, fold that, and quantise what was folded"
-        )
-
-
-def _is_plain(model: nn.Module) -> bool:
-    return all(type(p) is nn.Parameter and p.dtype in FLOATS for p in model.parameters())
-
-
-def _leave_quantizer(model: Any) -> None:
-    """A model whose weights were dequantised when it was loaded (GGUF) is a plain one."""
-    if getattr(model, "hf_quantizer", None) is not None and _is_plain(model):
-        model.hf_quantizer, model.is_quantized = None, False
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
+    return Folded(target, plan, tuple(changed), untied, switches, check)
 
 
 def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
@@ -492,6 +437,10 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
         FoldError, ValueError: as for `fold`.
     """
     points = find_hook_points(model)
+    try:
+        points.check_uniform(model, "fold")
+    except ValueError as error:
+        raise FoldError(str(error)) from None
     if is_held(points.owner(model)):
         raise FoldError("the model is being steered: leave steer(...) first")
     writers = find_writers(model, points)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.changes import Changes, Context, changing
-from faststeer.hf.hook_points import HookPoints, find_hook_points, quiet, run_four_tokens
+from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import Known
 
 PREFIX = "faststeer_"

@@ -1,4 +1,4 @@
-"""What a model calls its cache of keys and values: `cache` from transformers 5.24 on, `past_key_values` before."""
+"""What a model calls its cache: `cache` from transformers 5.24 on, `past_key_values` before, `state` in RWKV."""
 
 from __future__ import annotations
 
@@ -6,18 +6,43 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-NAMES = ("cache", "past_key_values")
+NAMES = ("cache", "past_key_values", "state")
 
 
 def cache_in(inputs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, under either name; None without one."""
+    """The cache among the arguments of a forward pass, under any of its names; None without one."""
     return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+
+
+def length_of(cache: Any) -> Any:
+    """Tokens in a cache, an int or a tensor; None where a recurrent state does not count them."""
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        return None
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # states of recurrent layers alone
+        return None if cache.has_previous_state() else 0
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache keeps the sequences of a packed pass in blocks."""
+    return hasattr(cache, "free_blocks")
+
+
+def caches_in(output: Any) -> list[Any]:
+    """The caches that a forward pass returned."""
+    if isinstance(output, Mapping):
+        return [value for name, value in output.items() if name in NAMES and value is not None]
+    parts = output if isinstance(output, tuple) else ()
+    return [part for part in parts if hasattr(part, "get_seq_length")]
 
 
 def cache_argument(model: Any) -> str:
     """The name under which the model's forward pass takes a cache."""
     known = inspect.signature(model.forward).parameters
-    return next((name for name in NAMES if name in known), NAMES[-1])
+    return next((name for name in NAMES if name in known), "past_key_values")
 
 
 def accepts(model: Any, name: str) -> bool:

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.anatomy import run_four_tokens
 from faststeer.hf.changes import Changes, changing, own_attribute
-from faststeer.hf.hook_points import HookPoints, quiet, run_four_tokens
+from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import Known, parameters
 from faststeer.ops import reference
 from faststeer.plan import site
@@ -201,6 +202,8 @@ def _may_write(hooks: Mapping[int, Callable[..., Any]]) -> bool:
 
 
 def _find(model: nn.Module, points: HookPoints) -> Fusion:
+    if not points.uniform:
+        raise CannotFuse("not every layer is seen to be its input, attention and an MLP, by the same names")
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     shapes = tuple(_shape(layer) for layer in layers)
     for layer in layers:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import hook_points
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.changes import Changes, Context
-from faststeer.hf.hook_points import find_hook_points, first_tensor, install, next_order, own_forward
+from faststeer.hf.hook_points import first_tensor, install, next_order, own_forward
 from faststeer.intervention import Intervention
 from faststeer.ops import Rows, steer
 from faststeer.plan import Plan, site
@@ -191,7 +192,11 @@ def read(
 
     Returns:
         A context manager over `{layer: [batch, seq or len(tokens), hidden]}`, detached, in the model's dtype,
-        overwritten by every forward pass. Reads what steering that was entered before left there.
+        overwritten by every forward pass. Reads what steering that was entered before left there. Of a model that
+        keeps several residual streams for each token, their mean.
+
+    Raises:
+        ValueError: a layer that the model does not have, or that lacks the hook point.
     """
     check_hook_point(at)
     points = find_hook_points(model)
@@ -200,14 +205,16 @@ def read(
     for layer in wanted:
         if not -n <= layer < n:
             raise ValueError(f"layer {layer} is out of range: the model has layers 0..{n - 1} (or -{n}..-1)")
+    points.check(model, at, [layer % n for layer in wanted], "read(...) looks")
     taken: dict[int, Tensor] = {}
 
     def taker(layer: int) -> Callable[[Tensor], Tensor]:
         def take(x: Tensor) -> Tensor:
+            own, x = x, points.mean_stream(x)
             kept = x.detach() if tokens is None else x.detach()[..., list(tokens), :]
             # The middle of a layer may be written in place later.
             taken[layer] = kept.clone() if reduce is None else reduce(layer, kept)
-            return x
+            return own
 
         return take
 

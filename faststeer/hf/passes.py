@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faststeer.hf.cache import caches_in
 from faststeer.hf.fused import Add, NormForm
 from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
-from faststeer.hf.streams import PACKED, Stream, Streams
+from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
 from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_, operator
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name
@@ -54,13 +55,20 @@ class Here:
 
 
 class Pass:
-    """A forward pass: `copies` times `batch` x `length` tokens, of which the last `batch` are the steered ones."""
+    """A forward pass: `copies` times `batch` x `length` tokens, of which the last `batch` are the steered ones.
 
-    def __init__(self, plans: RowPlans, rows: Rows, batch: int, copies: int, stream: Stream, sequences: int) -> None:
+    Attributes:
+        kept: the pass's `logits_to_keep`: layers without keys of their own may take the last so many tokens alone.
+    """
+
+    def __init__(
+        self, plans: RowPlans, rows: Rows, batch: int, copies: int, stream: Stream, sequences: int, kept: Any
+    ) -> None:
         self._plans, self._rows, self._batch, self._copies = plans, rows, batch, copies
-        self._stream, self._sequences = stream, sequences
+        self._stream, self._sequences, self.kept = stream, sequences, kept
         self.tokens, self.logged = rows.slot.shape[0], True
         self.here: dict[torch.device, Here] = {}
+        self._last: dict[torch.device, Here] = {}
 
     def rows(self, device: torch.device) -> Rows:
         """Where the tokens stand, on a device."""
@@ -77,9 +85,20 @@ class Pass:
             self.here[device] = Here(program, self.rows(device), gates, x)
         return self.here[device]
 
+    def on_last(self, x: Tensor) -> Here | None:
+        """What ops are given for the last `kept` tokens of each row; None if x is something else."""
+        columns = self.tokens // (self._copies * self._batch)
+        if not isinstance(self.kept, int) or not 0 < self.kept < columns or x.shape[:-1] != (self._batch, self.kept):
+            return None
+        if x.device not in self._last:
+            whole = self.on(x)
+            rows = Rows(*(part.view(-1, columns)[:, -self.kept :].flatten().contiguous() for part in whole.rows))
+            self._last[x.device] = Here(whole.program, rows, whole.gates, x)
+        return self._last[x.device]
+
     def again(self, logged: bool) -> Pass:
         """The same pass, with nothing read yet of what is being trained."""
-        other = Pass(self._plans, self._rows, self._batch, self._copies, self._stream, self._sequences)
+        other = Pass(self._plans, self._rows, self._batch, self._copies, self._stream, self._sequences, self.kept)
         other.logged = logged
         return other
 
@@ -100,11 +119,20 @@ class Passes:
     Attributes:
         streams: which sequences they go on with.
         copies: how often each row stands in a pass below the model's inputs; the last is steered.
+        residual_streams: how many each token has, in front of and behind `[batch, tokens]`; all are steered.
         signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
     """
 
-    def __init__(self, plans: RowPlans, log: ProbeLog, n_layers: int, copies: int = 1) -> None:
+    def __init__(
+        self,
+        plans: RowPlans,
+        log: ProbeLog,
+        n_layers: int,
+        copies: int = 1,
+        residual_streams: tuple[int, int] = (1, 1),
+    ) -> None:
         self.plans, self.log, self.streams, self.copies = plans, log, Streams(), copies
+        self.residual_streams = residual_streams
         self.signature = ""
         self._n_layers, self._thread = n_layers, _Thread()
         self._given: tuple[Rows, Stream, int] | None = None  # with the number of sequences
@@ -168,27 +196,32 @@ class Passes:
                 )
             self._start(rows, inputs.batch, stream, sequences)
             return
-        past, needed = inputs.past(), self.plans.program.positioned
-        stream = self.streams.of(inputs, past, needed)
+        past, needed = self.streams.past(inputs), self.plans.program.positioned
+        stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
         slot, sequence = self.plans.rows(inputs, self.streams.run)
         known = needed or (stream.begin is not None and not torch.compiler.is_compiling())
-        position = stream.positions(inputs, past) if known else torch.zeros_like(slot)
-        self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch)
+        position = stream.positions(inputs, 0 if past is None else past) if known else torch.zeros_like(slot)
+        kept = given.get("logits_to_keep", 0)
+        self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch, kept)
+        if isinstance(past, int):
+            stream.columns = past + inputs.length
         if inputs.cache is None:
             self._thread.opening = stream
 
-    def _start(self, rows: Rows, batch: int, stream: Stream, sequences: int) -> None:
+    def _start(self, rows: Rows, batch: int, stream: Stream, sequences: int, kept: Any = 0) -> None:
         if self.copies > 1:
             other = rows._replace(slot=torch.full_like(rows.slot, -1))
             rows = Rows(*(torch.cat(parts) for parts in zip(*[other] * (self.copies - 1), rows, strict=True)))
-        self._thread.now = Pass(self.plans, rows, batch, self.copies, stream, sequences)
+        ahead, behind = self.residual_streams
+        if ahead * behind > 1:
+            rows = Rows(*(part.repeat(ahead).repeat_interleave(behind) for part in rows))
+        self._thread.now = Pass(self.plans, rows, batch, self.copies, stream, sequences, kept)
 
     def end(self, output: Any) -> None:
         """The pass is over; a cache that it made is its stream's."""
         opening, self._thread.now, self._thread.opening = self._thread.opening, None, None
         if opening is not None and not torch.compiler.is_compiling():
-            parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-            for cache in (part for part in parts if hasattr(part, "get_seq_length")):
+            for cache in caches_in(output):
                 self.streams.cached(opening, cache)
 
     @contextmanager
@@ -229,9 +262,12 @@ class Passes:
             if now is None:
                 raise RuntimeError(OUTSIDE)
             here = now.here.get(x.device) or now.on(x)
-            flat = x.reshape(-1, x.shape[-1])
+            flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
             if flat.shape[0] != now.tokens:
-                raise self._wrong(site, flat.shape[0], now)
+                last = now.on_last(x)
+                if last is None:
+                    raise self._wrong(site, flat.shape[0], now)
+                here = last
             tables = here.tables(site) if here.by_site is None else here.by_site[site]
             program, gates = here.program, here.gates
             if gates is not None and program.latches[site]:
@@ -263,7 +299,10 @@ class Passes:
             here = now.here.get(branch.device) or now.on(branch)
             flat = branch.reshape(-1, branch.shape[-1])
             if flat.shape[0] != now.tokens:
-                raise self._wrong(site, flat.shape[0], now)
+                last = now.on_last(branch)
+                if last is None:
+                    raise self._wrong(site, flat.shape[0], now)
+                here = last
             tables = here.tables(site) if here.by_site is None else here.by_site[site]
             program, gates, probe = here.program, here.gates, None
             other = residual.reshape_as(flat)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.hf.cache import cache_in
+from faststeer.hf.cache import cache_in, is_paged, length_of
 
 SAY = "say where it ends by steering.set_prompt(columns)"
 UNREADABLE = (
@@ -34,17 +34,26 @@ class Inputs:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Inputs:
         ids, cache = given.get("input_ids"), cache_in(given)
-        tokens: Tensor = given["inputs_embeds"] if ids is None else ids
-        packed = given.get("cu_seq_lens_q") is not None or (cache is not None and not hasattr(cache, "get_seq_length"))
+        tokens = _first_states(given) if ids is None else ids
+        packed = given.get("cu_seq_lens_q") is not None or is_paged(cache)
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         return cls(tokens.shape[0], tokens.shape[1], tokens.device, cache, mask, position_ids, ids is not None, packed)
 
-    def past(self) -> int | Tensor:
-        """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU."""
-        past: int | Tensor = 0 if self.cache is None or self.packed else self.cache.get_seq_length()
+    def past(self) -> int | Tensor | None:
+        """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU. None: the cache is a
+        recurrent state, which does not count them."""
+        past: int | Tensor | None = 0 if self.packed else length_of(self.cache)
         if isinstance(past, Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
             return int(past)
         return past
+
+
+def _first_states(given: Mapping[str, Any]) -> Tensor:
+    """`[batch, tokens, hidden]`: the embeddings, or what else the module that runs the layers was given for hidden
+    states."""
+    embeds = given.get("inputs_embeds")
+    tensors = (each for each in given.values() if isinstance(each, Tensor) and each.is_floating_point())
+    return next(each for each in tensors if each.ndim == 3) if embeds is None else embeds
 
 
 class Prompts:

@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import hook_points as points_of
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attach import is_steered, register, watch_generate, watch_passes
 from faststeer.hf.changes import Changes, Context, finish_undoing
 from faststeer.hf.checkpointing import follow_checkpoints
 from faststeer.hf.fused import Fusion, find_fusion, patch
-from faststeer.hf.hook_points import HookPoints, find_hook_points, install, is_held, next_order, no_resid_mid
+from faststeer.hf.hook_points import HookPoints, check_points, install, is_held, next_order
 from faststeer.hf.known import structure
 from faststeer.hf.passes import Passes
 from faststeer.hf.probe_log import ProbeLog
@@ -125,7 +125,8 @@ class Steering(Context["Steering"]):
             self.check(plan)
         size, home = (self.points.n_layers, self.points.hidden_size), _device_of(self.points.layer(model, 0))
         self._plans, self._log = RowPlans(plans, *size, capacity, home), ProbeLog(size[0])
-        self.passes = Passes(self._plans, self._log, size[0], 1 if part is None else part.copies)
+        copies = 1 if part is None else part.copies
+        self.passes = Passes(self._plans, self._log, size[0], copies, self.points.streams)
 
     @property
     def path(self) -> Path:
@@ -264,8 +265,8 @@ class Steering(Context["Steering"]):
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError if the plan names a hook point that the model does not have."""
-        if self.points.resid_mid is None and any("resid_mid" in points_of(intervention) for intervention in plan):
-            raise ValueError(no_resid_mid(self.model))
+        if not self.points.uniform or self.points.resid_mid is None:
+            check_points(self.model, self.points, plan)
         if self.part is not None:
             self.part.check(plan)
 

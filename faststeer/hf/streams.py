@@ -22,6 +22,10 @@ from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 
 UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
 CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
+UNCOUNTED = (
+    "the model's recurrent state was made outside of this context and does not say how many tokens it has read: read "
+    "the prompt inside, or use positions='all'"
+)
 UNDECIDED = (
     "the cache was filled outside of this context, so that nobody knows what latched gates say of its prompt: read the "
     "prompt inside"
@@ -50,11 +54,13 @@ class Stream(Prompts):
 
     Attributes:
         gates: `[entries, batch]`, once a plan has latched gates.
+        columns: that were read, where the cache does not count them.
     """
 
     def __init__(self, begin: int | Tensor | None, why: str = "", mask: Mask | None = None) -> None:
         super().__init__(begin, why, mask)
         self.gates: Tensor | None = None
+        self.columns = 0
 
     def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
         """`gates`, for this many rows."""
@@ -200,6 +206,16 @@ class Streams:
 
     # Passes
 
+    def past(self, inputs: Inputs) -> int | Tensor | None:
+        """Tokens that the cache of a pass holds; None: nobody has counted them."""
+        past, run = inputs.past(), self.run
+        if past is not None:
+            return past
+        known = self._known(inputs.cache)
+        if known is None and run is not None and run.cache is inputs.cache:
+            known = run.stream
+        return None if known is None else known.columns
+
     def of(self, inputs: Inputs, past: int | Tensor, needed: bool) -> Stream:
         """The stream of a pass that reaches the layers. `needed`: whether a plan asks where it stands."""
         run = self.run
@@ -231,7 +247,8 @@ class Streams:
 
     @torch.compiler.disable
     def _untraced(self, inputs: Inputs) -> Stream:
-        return self.of(inputs, inputs.past(), True)
+        past = self.past(inputs)
+        return Stream(None, UNCOUNTED) if past is None else self.of(inputs, past, True)
 
     def cached(self, stream: Stream, cache: Any) -> None:
         """The pass of a stream has made this cache."""

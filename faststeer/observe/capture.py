@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from faststeer import tensor_files
 from faststeer.evaluate.generate import generation_settings
 from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
     Prompt,
     check_evaluating,
@@ -30,7 +31,6 @@ from faststeer.hf.batching import (
     model_name,
     padding_id,
 )
-from faststeer.hf.hook_points import find_hook_points
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range

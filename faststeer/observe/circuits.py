@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.files import write_atomically
-from faststeer.hf.hook_points import find_hook_points
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
 from faststeer.observe.patching.graph import Graph, Kind

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.evaluate.divergence import kl_divergence
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import Prompt, check_evaluating, forward_arguments, model_device, padding_id
-from faststeer.hf.hook_points import find_hook_points
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import steer
 from faststeer.observe.capture import check_layers

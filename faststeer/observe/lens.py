@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.hook_points import _watch, find_hook_points, quiet, run_four_tokens
+from faststeer.hf.anatomy import find_hook_points, run_four_tokens, watch
+from faststeer.hf.hook_points import quiet
 from faststeer.observe.parts import Norm, is_norm, matrix, norm_form
 
 WIDENED = 16384  # rows of the unembedding that are in fp32 at once
@@ -57,7 +58,7 @@ class LogitLens:
             if not name.startswith(f"{self._points.layers}.") and (is_norm(module) or module is self.head)
         ]
         with quiet(self.model):
-            calls = _watch(self.model, [last, *around])
+            calls = watch(self.model, [last, *around])
             expected = run_four_tokens(self.model)
             end = calls[last].sent
             read = next(call.received for name, call in calls.items() if self.model.get_submodule(name) is self.head)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.hf.anatomy import Call, find_hook_points, watch
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
-from faststeer.hf.hook_points import HookPoints, _Call, _watch, find_hook_points, quiet
+from faststeer.hf.hook_points import HookPoints, quiet
+from faststeer.hf.known import Known
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Parts, ...]] = weakref.WeakKeyDictionary()
+known_parts: Known[tuple[Parts, ...]] = Known()
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,13 @@ def find_parts(model: nn.Module) -> tuple[Parts, ...]:
         ValueError: an architecture of another kind: attention that transformers cannot exchange, values that are no
             linear function of what attention reads, a norm that is neither RMSNorm nor LayerNorm, quantised weights.
     """
-    if model not in _known:
+
+    def find() -> tuple[Parts, ...]:
         points = find_hook_points(model)
-        _known[model] = tuple(_find(model, points))
-    return _known[model]
+        points.check_uniform(model, "an analysis of attention and MLP")
+        return tuple(_find(model, points))
+
+    return known_parts.get(model, find)
 
 
 def matrix(projection: nn.Module) -> Tensor:
@@ -126,7 +130,7 @@ def _find(model: nn.Module, points: HookPoints) -> Iterator[Parts]:
     paths = [f"{points.layers}.{i}" for i in range(points.n_layers)]
     inner = [f"{path}.{name}" for path, layer in zip(paths, layers, strict=True) for name, _ in _named(layer)]
     with quiet(model), exchange_attention(model, note, points):
-        calls = _watch(model, [*paths, *inner])
+        calls = watch(model, [*paths, *inner])
     for i, layer in enumerate(layers):
         inside = {name: calls[f"{paths[i]}.{name}"] for name, _ in _named(layer) if f"{paths[i]}.{name}" in calls}
         attention = next(name for name, module in layer.named_modules() if module is modules[i])
@@ -146,8 +150,8 @@ class _Layer:
 
     layer: nn.Module
     attention: str
-    whole: _Call
-    calls: dict[str, _Call]
+    whole: Call
+    calls: dict[str, Call]
     points: HookPoints
 
     def parts(self, call: AttentionCall, mixed: Tensor) -> Parts:
@@ -160,8 +164,8 @@ class _Layer:
         output = self._reader_of(mixed.flatten(2), inside=True, what="the projection behind the heads")
         _check_linear(self.layer, output)
         middle = self.whole.received
-        if self.points.resid_mid is not None:
-            middle = self.calls[self.points.resid_mid].received
+        if (mid := self.points.branch("resid_mid", 0)) is not None:
+            middle = self.calls[mid].received
         mlp, mlp_norm = self._mlp(middle)
         return Parts(
             self.attention,
@@ -216,10 +220,11 @@ class _Layer:
 
     def _output_norm(self, sent: Tensor) -> Norm | None:
         """The norm between attention's output and the residual stream."""
-        if _same(self.calls[self.points.attn_out].sent, sent):
+        end = self.points.branch("attn_out", 0) or ""
+        if _same(self.calls[end].sent, sent):
             return None
-        if _same(self.calls[self.points.attn_out].received, sent):
-            return norm_form(self.layer, self.points.attn_out)
+        if _same(self.calls[end].received, sent):
+            return norm_form(self.layer, end)
         raise _Unseen("no module that makes attn_out of attention's output")
 
     def _mlp(self, middle: Tensor) -> tuple[str, Norm | None]:

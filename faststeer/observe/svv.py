@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import compile_plan
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, find_hook_points, first_tensor
+from faststeer.hf.hook_points import HookPoints, first_tensor
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.observe.lens import LogitLens

@@ -653,7 +653,7 @@ def test_a_plan_larger_than_the_capacity_is_refused():
 
 
 def test_resid_mid_where_there_is_none():
-    with pytest.raises(ValueError, match=r"plans\[0\].*no resid_mid"):
+    with pytest.raises(ValueError, match=r"plans\[0\].*Add at resid_mid of layer 0"):
         engine("phi").generate([[3]], plans=fs.Add(models.direction(0), layers=0, at="resid_mid"))
 
 

@@ -281,7 +281,7 @@ class TestRead:
             ("llama", {"layers": [0, 2]}, r"layer 2 .*0\.\.1"),
             ("llama", {"at": "resid_post", "layers": [2]}, r"layer 2 .*0\.\.1"),
             ("llama", {"at": "attn_out", "layers": [0, -3]}, r"layer -3 .*0\.\.1"),
-            ("phi", {"at": "resid_mid"}, "there is no resid_mid"),
+            ("phi", {"at": "resid_mid"}, "attention and MLP run in parallel"),
         ],
         ids=["hook_point", "layer", "layer_after_the_last", "layer_before_the_first", "no_resid_mid"],
     )

@@ -22,11 +22,12 @@ import torch
 
 import faststeer as fs
 from faststeer.hf import read
+from faststeer.hf.anatomy import known_points
 from faststeer.hf.attention import known_attention
 from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_changed
 from faststeer.hf.freeze import freeze
 from faststeer.hf.fused import known_fusion
-from faststeer.hf.hook_points import known_points, quiet
+from faststeer.hf.hook_points import quiet
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention

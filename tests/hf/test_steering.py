@@ -561,7 +561,7 @@ def test_assigning_a_point_the_model_does_not_have_changes_nothing():
         before, hooks = logits(model, ids), hooks_of(model)
         with pytest.raises(
             ValueError,
-            match="in parallel: there is no resid_mid; use resid_pre, attn_out, mlp_out or resid_post",
+            match="attn_out, mlp_out, resid_post; no layer has it, as attention and MLP run in parallel",
         ):
             steering.assign(bad)
         assert torch.equal(logits(model, ids), before)
@@ -610,12 +610,12 @@ class TestContexts:
         model = models.build("neox_parallel")
         fs.hf.find_hook_points(model)
         before = hooks_of(model)
-        with pytest.raises(ValueError, match="there is no resid_mid"):
+        with pytest.raises(ValueError, match="attention and MLP run in parallel"):
             fs.steer(
                 model, fs.Plan([fs.Add(d(), layers=0, at="attn_out"), fs.Add(d(), layers=0, at="resid_mid")])
             ).__enter__()
         assert hooks_of(model) == before
-        with pytest.raises(ValueError, match="there is no resid_mid"):
+        with pytest.raises(ValueError, match="attention and MLP run in parallel"):
             fs.steer(model, fs.Add(d(), layers=0, at="resid_mid"))
 
     def test_nested_contexts_act_in_the_order_of_entering(self, model, ids):

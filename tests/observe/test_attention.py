@@ -102,3 +102,10 @@ def test_one_exchange_at_a_time_and_exceptions_restore():
         with pytest.raises(RuntimeError, match="exchanged already"):
             observe.exchange_attention(model, broken).__enter__()
         torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_parts_are_found_anew_when_layers_change():
+    model = models.build("llama")
+    assert len(observe.find_parts(model)) == models.N_LAYERS
+    del model.model.layers[1]
+    assert len(observe.find_parts(model)) == models.N_LAYERS - 1

@@ -9,7 +9,6 @@ its rows of the projection), and the derivative of a norm.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.batching import check_evaluating, forward_arguments
 from faststeer.hf.changes import Changes, Context, changing
-from faststeer.hf.hook_points import HookPoints, find_hook_points, first_output, first_tensor, quiet, run_four_tokens
+from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, quiet
+from faststeer.hf.known import Known
 from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts, matrix
@@ -28,7 +29,7 @@ from faststeer.observe.patching.graph import Graph
 
 SAMPLES = 4  # random directions in which it is felt what a row of a projection moves
 
-_rows: weakref.WeakKeyDictionary[nn.Module, list[list[Rows]]] = weakref.WeakKeyDictionary()
+known_rows: Known[list[list[Rows]]] = Known()
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,8 @@ class Network(Context["Network"]):
         output = layer.get_submodule(part.output)
         changes.hook(output.register_forward_pre_hook, before_output, with_kwargs=True)
         changes.hook(output.register_forward_hook, after_output)
-        changes.hook(layer.get_submodule(self.points.attn_out).register_forward_hook, attention_out)
-        changes.hook(layer.get_submodule(self.points.mlp_out).register_forward_hook, mlp_out)
+        changes.hook(layer.get_submodule(self.points.branch("attn_out", i) or "").register_forward_hook, attention_out)
+        changes.hook(layer.get_submodule(self.points.branch("mlp_out", i) or "").register_forward_hook, mlp_out)
         if part.mlp_norm is not None:
             changes.hook(layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook, middle, with_kwargs=True)
         changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, mlp_in, with_kwargs=True)
@@ -375,10 +376,7 @@ def find_rows(model: nn.Module) -> list[list[Rows]]:
     Raises:
         ValueError: no linear projection of what attention reads makes the queries (or keys), or heads share rows.
     """
-    if model not in _rows:
-        points = find_hook_points(model)
-        _rows[model] = _find_rows(model, points, find_parts(model))
-    return _rows[model]
+    return known_rows.get(model, lambda: _find_rows(model, find_hook_points(model), find_parts(model)))
 
 
 def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> list[list[Rows]]:
