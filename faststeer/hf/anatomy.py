@@ -194,7 +194,8 @@ def _level_of_layers(model: nn.Module, path: str, calls: Sequence[Call]) -> Hook
     idle = set(range(n_layers)) - reached
     missing = [("resid_pre", i) for i in range(n_layers) if (i in apart and i > 0) or i in idle]
     missing += [("resid_post", i) for i in sorted(idle)]
-    return HookPoints(path, None, None, None, n_layers, shape[-1], streams, tuple(missing))
+    loops = max(call.times for call in calls)
+    return HookPoints(path, None, None, None, n_layers, shape[-1], streams, loops, tuple(missing))
 
 
 def _check_owner(model: nn.Module, path: str, columns: int) -> None:

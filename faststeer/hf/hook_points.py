@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from faststeer.compile import hook_points, resolve_layers
 from faststeer.hf.changes import Changes, Context, is_changed, own_attribute
 from faststeer.plan import Plan, site_name
-from faststeer.vector import HOOK_POINTS
+from faststeer.vector import HOOK_POINTS, SteeringVector
 
 Steer = Callable[[Tensor], Tensor]
 Names = str | tuple[str | None, ...] | None  # of a module in every layer: one for all, or one for each
@@ -40,6 +40,8 @@ class HookPoints:
         n_layers, hidden_size: filled in by `find_hook_points`.
         streams: residual streams of each token, `(in front of the batch, behind the tokens)`: (4, 1) for hidden states
             `[4, batch, tokens, hidden]`. Filled in by `find_hook_points`.
+        loops: how often a layer runs in a forward pass, at most; it is steered each time. Filled in by
+            `find_hook_points`.
         missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered. Filled in by
             `find_hook_points`.
     """
@@ -51,6 +53,7 @@ class HookPoints:
     n_layers: int = 0
     hidden_size: int = 0
     streams: tuple[int, int] = (1, 1)
+    loops: int = 1
     missing: tuple[tuple[str, int], ...] = ()
 
     def layer(self, model: nn.Module, layer: int) -> nn.Module:
@@ -75,7 +78,13 @@ class HookPoints:
     def uniform(self) -> bool:
         """Whether all layers have `attn_out` and `mlp_out`, each by one name, and one row of the stream per token."""
         one_name = isinstance(self.attn_out, str) and isinstance(self.mlp_out, str)
-        return one_name and not isinstance(self.resid_mid, tuple) and self.streams == (1, 1) and not self.missing
+        return (
+            one_name
+            and not isinstance(self.resid_mid, tuple)
+            and self.streams == (1, 1)
+            and self.loops == 1
+            and not self.missing
+        )
 
     def check_uniform(self, model: nn.Module, who: str) -> None:
         """Raise ValueError unless all layers are alike, for what needs attention and MLP of each."""
@@ -133,21 +142,26 @@ def install(
 
 
 def check_points(model: nn.Module, points: HookPoints, plan: Plan) -> None:
-    """Raise ValueError if a plan, or a latched gate of it, names a hook point that a layer does not have."""
+    """Raise ValueError if a plan, or a latched gate of it, names a hook point that a layer does not have, or looks at
+    one row where a token has several."""
     for intervention in plan:
-        layers, name, gate = (
-            resolve_layers(intervention, points.n_layers),
-            type(intervention).__name__,
-            intervention.when,
-        )
-        for at in hook_points(intervention):
+        name, gate = type(intervention).__name__, intervention.when
+        layers, places = resolve_layers(intervention, points.n_layers), hook_points(intervention)
+        for at in places:
             points.check(model, at, layers, name)
-        if gate is not None and gate.latched and gate.layer is not None and gate.at is not None:
-            points.check(model, gate.at, [gate.layer % points.n_layers], "a gate")
-        if points.streams != (1, 1) and (gate is not None or intervention.probe):
+        if gate is not None and gate.latched and gate.layer is not None:
+            own = gate.direction.at if isinstance(gate.direction, SteeringVector) else places[0]
+            points.check(model, gate.at or own, [gate.layer % points.n_layers], "a gate")
+        looks = gate is not None or intervention.probe
+        if looks and points.streams != (1, 1):
             raise ValueError(
                 f"{name}: {type(model).__name__} keeps {max(points.streams)} residual streams for each token, so that "
                 "a gate or a probe has no one row to look at: leave when= and probe= out"
+            )
+        if points.loops > 1 and (intervention.probe or (gate is not None and gate.latched)):
+            raise ValueError(
+                f"{name}: {type(model).__name__} runs a layer {points.loops} times in a pass, so that a probe or a "
+                "latched gate has no one row to look at: leave probe= and latched= out"
             )
 
 

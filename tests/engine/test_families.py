@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import every_model
 import pytest
+import transformers
+from packaging.version import Version
 from support import Tokenizer, generated, prompts, tokens
 
 import faststeer as fs
 from faststeer.hf import find_hook_points
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="the families and caches are those of transformers 5.24"
+)
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv", "xlstm", "lfm2", "nemotron_h", "qwen3_next", "bert"])

@@ -654,3 +654,10 @@ class TestStacks:
     def test_streams_have_no_one_row_to_look_at(self, more):
         with pytest.raises(ValueError, match="Ablate: Streams keeps 4 residual streams for each token"):
             fs.steer(Streams(0), fs.Ablate(self.v, layers=1, **more))
+
+    def test_loops_have_no_one_row_to_look_at(self):
+        v = models.direction(0, 16)
+        for more in ({"probe": True}, {"when": fs.Gate(v, latched=True)}):
+            with pytest.raises(ValueError, match="Ablate: Looped runs a layer 2 times in a pass"):
+                fs.steer(Looped(), fs.Ablate(v, layers=1, **more))
+        fs.steer(Looped(), fs.Ablate(v, layers=1, when=fs.Gate(v)))
