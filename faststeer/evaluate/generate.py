@@ -28,6 +28,7 @@ from faststeer.hf.batching import (
 from faststeer.plan import Plan, Plans, plans_for
 
 TIMED_TOKENS = 5  # of an answer, for a forecast
+TIMED_ANSWERS = 4  # times as many as there would be rows that are timed to the end
 
 
 @torch.no_grad()
@@ -105,7 +106,9 @@ def seconds_per_answer(
         n_answers: that are to be forecast. No more than a small part of them are timed.
         The rest as in `complete`.
     """
-    batch = timed_batch(model, encode(tokenizer, prompts, system), padding_id(tokenizer), batch_size, n_answers)
+    # Of each answer only the first tokens are timed, so that more rows may be: rows of a small batch take longer.
+    n_rows = TIMED_ANSWERS * n_answers
+    batch = timed_batch(model, encode(tokenizer, prompts, system), padding_id(tokenizer), batch_size, n_rows)
     del batch["position_ids"]
     n_tokens = min(max_new_tokens, TIMED_TOKENS)
     settings = generation_settings(model, tokenizer, n_tokens) | {"min_new_tokens": n_tokens}

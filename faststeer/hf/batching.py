@@ -245,9 +245,10 @@ def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable
         yield lambda: bar.advance(task)
 
 
-def progress_lines(total: int, console: Console) -> Callable[[int, str], None]:
+def progress_lines(total: int, console: Console, least: int = 1) -> Callable[[int, str], None]:
     """Return a function to call with the number of finished steps and what is being done: it prints a line with the
-    time left every REPORT_SECONDS. The first call says how many steps were finished before the work began."""
+    time left every REPORT_SECONDS, once `least` steps are finished. The first call says how many steps were finished
+    before the work began."""
     start = last = time.monotonic()
     first: int | None = None
 
@@ -257,7 +258,7 @@ def progress_lines(total: int, console: Console) -> Callable[[int, str], None]:
             first = steps
             return
         now = time.monotonic()
-        if now - last >= REPORT_SECONDS and first < steps < total:
+        if now - last >= REPORT_SECONDS and first + least <= steps < total:
             last = now
             left = duration((now - start) / (steps - first) * (total - steps))
             console.print(f"{description}: {steps} of {total}, about {left} left", highlight=False)

@@ -63,8 +63,8 @@ def test_a_forecast_costs_a_sixteenth_of_the_work_at_most(chat, rows):
     assert selection_seconds(*chat, "cosmic", prompts, prompts, 6, batch_size=8) > 0
     assert rows == [1, 8]
     rows.clear()
-    assert selection_seconds(*chat, "judge", prompts[:2], prompts[:2], 7, max_new_tokens=100, batch_size=8) > 0
-    assert rows == [1, 2, *[2] * (generate.TIMED_TOKENS - 1)]  # (7 + 1) * 4 / 16
+    assert selection_seconds(*chat, "judge", prompts[:2], prompts[:2], 5, max_new_tokens=100, batch_size=8) > 0
+    assert rows == [1, *[6] * generate.TIMED_TOKENS]  # 4 times (5 + 1) * 4 / 16
     rows.clear()
     assert selection_seconds(*chat, "judge", prompts[:1], prompts[:1], 1, max_new_tokens=1) > 0
     assert rows == [1, 1]

@@ -407,7 +407,7 @@ def _shown(progress: bool | Callable[[Progress], None], total: int) -> Iterator[
     elif not progress:
         yield lambda answered, doing: None
     elif not (console := Console(stderr=True)).is_terminal:
-        yield progress_lines(total, console)
+        yield progress_lines(total, console, least=total // 4 + 1)  # the rows of a batch end at about the same time
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, console=console) as bar:
