@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from faststeer.evaluate.generate import seconds_per_answer
-from faststeer.hf.batching import Prompt, check_prompts, encode, padding_id, seconds_per_row
+from faststeer.hf.batching import Prompt, as_rendered, check_prompts, encode, padding_id, seconds_per_row
 
 
 def selection_seconds(
@@ -20,6 +20,7 @@ def selection_seconds(
     *,
     max_new_tokens: int = 64,
     system: str | None = None,
+    rendered: bool = False,
     batch_size: int = 64,
 ) -> float:
     """Return the seconds that a selection will take.
@@ -31,12 +32,13 @@ def selection_seconds(
         rule: "refusal" for `select`, "cosmic" for `select_cosmic`, "judge" for `select_by_judge`.
         induce, suppress: the validation prompts, to be steered towards the behaviour and away from it.
         n_candidates: layers times positions that are tried, each with `n_coefficients` coefficients.
-        max_new_tokens, system, batch_size: as in the selection.
+        max_new_tokens, system, rendered, batch_size: as in the selection.
 
     Raises:
         ValueError: no prompts, or what is no prompt.
     """
-    sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
+    check = as_rendered if rendered else check_prompts
+    sets = check(induce, "induce"), check(suppress, "suppress")
     n_induce, n_suppress = map(len, sets)
     n_steered = n_candidates * n_coefficients
     if rule == "judge":

@@ -110,7 +110,7 @@ def test_what_is_refused_changes_nothing(name):
         "expected a Plan": 3,
     }
     if "resid_mid" not in models.points(name):
-        bad["no resid_mid"] = fs.Add(direction(0), layers=0, at="resid_mid")
+        bad["which that layer of .* does not have"] = fs.Add(direction(0), layers=0, at="resid_mid")
     before, plain = hooks_of(model), logits(model, ids)
     with fs.steer(model, plan) as steering:
         steered = logits(model, ids)
