@@ -498,6 +498,29 @@ The table is what `python tests/every_model.py` prints, and the tests compare it
 | family | path | hook points | tested |
 |---|---|---|---|
 """
+TAIL = """
+## Quantised weights
+
+Steering acts on hidden states: weights may be of any kind that the model's own forward pass takes. Tested on a
+small Llama in fp32 and bf16 against hooks written by hand, bit for bit, padding and rows without a plan included
+(`tests/hf/test_quantised.py`):
+
+| weights | path | a plan per row | Engine | fold |
+|---|---|---|---|---|
+| torchao int8, weights alone | fused | yes | yes | refused |
+| torchao int8, activations per token as well | hooks | yes | yes | refused |
+| bitsandbytes int8 | hooks | yes | yes | refused |
+| bitsandbytes NF4 | fused | yes | yes | refused |
+| PyTorch's dynamic quantisation | hooks | refused | refused | refused |
+
+- A layer that quantises what it is given is steered by hooks: a fused norm sums in another order than the model's own,
+  and where that changes the last bit of a row's largest number, it changes the row's scale.
+- PyTorch's dynamic quantisation takes one scale for the whole batch, so that each row depends on the others, steered or
+  not. One plan for all rows is what a hook does; rows with different plans are refused.
+- bitsandbytes on a CPU packs 4-bit weights anew in the first pass in evaluation mode without gradients, with another
+  rounding: outputs before that pass and after it differ, steered or not.
+- `fold` changes plain weights alone; fold first, and quantise afterwards. A GGUF file is dequantised when it is loaded.
+"""
 
 
 def line(family: str, row: Row) -> str:
@@ -516,6 +539,7 @@ def main(write: Callable[[str], Any] = sys.stdout.write) -> None:
             row = Row("-", "WRONG", f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " "))
         write(line(family, row))
         sys.stdout.flush()
+    write(TAIL)
 
 
 if __name__ == "__main__":

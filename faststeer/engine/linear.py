@@ -24,7 +24,10 @@ class FastLinears(Context[None]):
 
     def enter(self, changes: Changes) -> None:
         for module in self._model.modules():
-            if type(module) is nn.Linear and "forward" not in module.__dict__ and is_faster(module.weight):
+            if type(module) is not nn.Linear or "forward" in module.__dict__:
+                continue
+            # A weight of another class, such as torchao's, has a product of its own.
+            if type(module.weight) is nn.Parameter and is_faster(module.weight):
                 changes.replace(module, "forward", _forward(module))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.hf.anatomy import run_four_tokens
+from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
 from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import Known, parameters
@@ -209,6 +209,11 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
     for layer in layers:
         if own_attribute(layer, "forward") is not None:
             raise CannotFuse("a layer's forward is replaced already (accelerate does so where it moves weights)")
+        if quantising := _quantising(layer):
+            raise CannotFuse(
+                f"{quantising} quantises what it is given, so that a norm that sums in another order would move its "
+                "output by more than rounding"
+            )
     forms = {}
     for i, shape in enumerate(shapes):
         for name in (shape.input_norm, shape.mid_norm):
@@ -223,6 +228,25 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
     fusion = Fusion(shapes, forms, final or None)
     _confirm(model, points, fusion)
     return fusion
+
+
+def _quantising(layer: nn.Module) -> str:
+    """The first module that is no linear function of its input, though it takes `in_features` numbers and has no plain
+    weight; "" for none."""
+    plain = next((p for p in layer.parameters() if p.is_floating_point() and type(p) is nn.Parameter), torch.empty(0))
+    for name, module in layer.named_modules():
+        width = getattr(module, "in_features", None)
+        if not isinstance(width, int) or type(getattr(module, "weight", None)) is nn.Parameter or plain.is_meta:
+            continue
+        a, b = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(plain)
+        try:
+            with torch.no_grad():
+                together, apart = module(a + b) + module(torch.zeros_like(a)), module(a) + module(b)
+        except WRONG_CALL:  # takes more than a tensor: adapters of experts, say
+            continue
+        if not same_but_for_rounding(together, apart):
+            return name
+    return ""
 
 
 def _shape(layer: nn.Module) -> _Shape:

@@ -44,6 +44,8 @@ class HookPoints:
             `find_hook_points`.
         missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered. Filled in by
             `find_hook_points`.
+        mixed: whether a row's hidden states depend on the other rows of its batch, as where activations are quantised
+            over the whole batch; one plan for all rows then. Filled in by `find_hook_points`.
     """
 
     layers: str
@@ -55,6 +57,7 @@ class HookPoints:
     streams: tuple[int, int] = (1, 1)
     loops: int = 1
     missing: tuple[tuple[str, int], ...] = ()
+    mixed: bool = False
 
     def layer(self, model: nn.Module, layer: int) -> nn.Module:
         return model.get_submodule(self.layers)[layer]  # type: ignore[index]

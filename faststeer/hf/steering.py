@@ -121,8 +121,7 @@ class Steering(Context["Steering"]):
         self._why, self._hooked, self._order = "", set[int](), 0
         if self._wanted == "fused" and self.path != "fused":
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
-        for plan in distinct(as_plans(plans)[0]):
-            self.check(plan)
+        self._check_all(as_plans(plans)[0])
         size, home = (self.points.n_layers, self.points.hidden_size), _device_of(self.points.layer(model, 0))
         self._plans, self._log = RowPlans(plans, *size, capacity, home), ProbeLog(size[0])
         copies = 1 if part is None else part.copies
@@ -244,8 +243,7 @@ class Steering(Context["Steering"]):
         The tables keep their addresses; nothing is changed if a plan does not fit (ValueError).
         """
         listed, per_row = as_plans(plans)
-        for plan in distinct(listed):
-            self.check(plan)
+        self._check_all(listed)
         # A row's new plan has decided no latched gate yet; a row that keeps its plan keeps its decisions.
         self.passes.streams.forget(self._plans.assign(listed, per_row))
         if self.entered:
@@ -262,6 +260,16 @@ class Steering(Context["Steering"]):
         self._plans.change(plans)
         if self.entered:
             self._install()
+
+    def _check_all(self, plans: Sequence[Plan | None]) -> None:
+        for plan in distinct(plans):
+            self.check(plan)
+        if self.points.mixed and any(plan is not plans[0] for plan in plans):
+            raise ValueError(
+                f"{type(self.model).__name__} computes a row from the other rows of its batch as well (it quantises "
+                "over the whole batch, say), so that a plan would act on rows that do not have it: give one plan for "
+                "all rows, or run rows with different plans one after another"
+            )
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError if the plan names a hook point that the model does not have."""
