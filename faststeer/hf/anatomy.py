@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from faststeer.hf.cache import accepts
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import HookPoints, Names, Steer, first_output, install, quiet
-from faststeer.hf.known import Known
+from faststeer.hf.known import Known, known_of
 from faststeer.plan import n_sites, site, site_name
 
 ROWS, TOKENS = 2, 4  # of a pass that looks for something
@@ -29,10 +29,8 @@ BY_HOOK = "steer a single module with module.register_forward_hook(faststeer.hoo
 
 Branches = tuple[str, str, str | None]  # attn_out, mlp_out, resid_mid
 
-known_points: Known[HookPoints] = Known()
 
-
-def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookPoints:
+def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: Known | None = None) -> HookPoints:
     """Find and confirm a model's hook points, by a few short forward passes (none if the model is known already and has
     not been changed since).
 
@@ -40,6 +38,7 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
         model: a causal language model of transformers, or its base model; anything whose forward pass takes `input_ids`
             and runs a ModuleList of layers that take hidden states and give hidden states.
         named: names to confirm instead of finding them.
+        known: `known_of(model)`, where the caller has it.
 
     Raises:
         ValueError: no layers were found, or the named points are not what they are said to be.
@@ -49,7 +48,8 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None) -> HookP
         with quiet(model):
             return _confirm(model, _named(model, named), True) if named else _confirm(model, _find(model), False)
 
-    return known_points.get(model, find) if named is None else known_points.put(model, find())
+    known = known or known_of(model)
+    return known.get("hook points", find) if named is None else known.begin("hook points", find())
 
 
 # Watching -------------------------------------------------------------------------------------------------------------

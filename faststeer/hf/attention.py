@@ -22,14 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.changes import Changes, Context, changing
 from faststeer.hf.hook_points import HookPoints, quiet
-from faststeer.hf.known import Known
+from faststeer.hf.known import known_of
 
 PREFIX = "faststeer_"
 OURS = ("sdpa", "eager")  # what takes any mask and values of any width
 
 # Layer number and function of every attention module whose attention is exchanged now.
 _exchanged: weakref.WeakKeyDictionary[nn.Module, tuple[int, Attend]] = weakref.WeakKeyDictionary()
-known_attention: Known[tuple[str, ...]] = Known()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +110,7 @@ def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tup
         ValueError: as `exchange_attention`.
     """
     points = points or find_hook_points(model)
-    names = known_attention.get(model, lambda: _find(model, points))
+    names = known_of(model).get("attention", lambda: _find(model, points))
     return tuple(points.layer(model, i).get_submodule(name) for i, name in enumerate(names))
 
 

@@ -29,11 +29,9 @@ from torch import Tensor, nn
 from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
 from faststeer.hf.hook_points import HookPoints, quiet
-from faststeer.hf.known import Known, parameters
+from faststeer.hf.known import Known, known_of, parameters
 from faststeer.ops import reference
 from faststeer.plan import site
-
-known_fusion: Known[Fusion | str] = Known()
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Fusion:
     final_norm: str | None
 
 
-def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
+def find_fusion(model: nn.Module, points: HookPoints, known: Known | None = None) -> Fusion | str:
     """How to fuse a model's layers, or why that cannot be done. Two forward passes over four tokens the first time."""
 
     def find() -> Fusion | str:
@@ -87,7 +85,7 @@ def find_fusion(model: nn.Module, points: HookPoints) -> Fusion | str:
             except CannotFuse as reason:
                 return str(reason)
 
-    return known_fusion.get(model, find)
+    return (known or known_of(model)).get("fusion", find)
 
 
 def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Callable[[int], Add]) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,26 +14,43 @@ from faststeer.hf.changes import own_attribute
 
 T = TypeVar("T")
 
+_by_model: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 
-class Known(Generic[T]):
-    """One finding per model. It is made anew when a module was added, removed, replaced or given another `forward`."""
 
-    def __init__(self) -> None:
-        self._by_model: weakref.WeakKeyDictionary[nn.Module, tuple[Any, T]] = weakref.WeakKeyDictionary()
+class Known:
+    """What was found out about a model, by name; none of it may hold the model.
 
-    def get(self, model: nn.Module, find: Callable[[], T]) -> T:
-        """The finding, by `find()` if there is none or the model has changed since."""
-        now, known = structure(model), self._by_model.get(model)
-        return self.put(model, find()) if known is None or known[0] != now else known[1]
+    Attributes:
+        structure: of the model, while this is true of it.
+    """
 
-    def put(self, model: nn.Module, finding: T) -> T:
-        """Keep a finding."""
-        self._by_model[model] = structure(model), finding
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self._findings: dict[str, Any] = {}
+
+    def get(self, what: str, find: Callable[[], T]) -> T:
+        """A finding, by `find()` the first time."""
+        if what not in self._findings:
+            self._findings[what] = find()
+        return self._findings[what]
+
+    def begin(self, what: str, finding: T) -> T:
+        """Keep a finding that all others depend on: they are found anew."""
+        self._findings = {what: finding}
         return finding
 
-    def forget(self, model: nn.Module) -> None:
-        """Find anew the next time."""
-        self._by_model.pop(model, None)
+
+def known_of(model: nn.Module) -> Known:
+    """What is known of a model: nothing, once a module was added, removed, replaced or given another `forward`."""
+    now, known = structure(model), _by_model.get(model)
+    if known is None or known.structure != now:
+        known = _by_model[model] = Known(now)
+    return known
+
+
+def forget(model: nn.Module) -> None:
+    """Find everything anew the next time."""
+    _by_model.pop(model, None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from faststeer.hf.changes import Changes, Context, finish_undoing
 from faststeer.hf.checkpointing import follow_checkpoints
 from faststeer.hf.fused import Fusion, find_fusion, patch
 from faststeer.hf.hook_points import HookPoints, check_points, install, is_held, next_order
-from faststeer.hf.known import structure
+from faststeer.hf.known import known_of, structure
 from faststeer.hf.passes import Passes
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import Plans, RowPlans, as_plans, distinct
@@ -113,11 +113,12 @@ class Steering(Context["Steering"]):
     ) -> None:
         finish_undoing()
         self.model, self.part, self._named, self._wanted = model, part, hook_points, _checked_path(path)
-        self.points = find_hook_points(model, hook_points)
-        fusion = find_fusion(model, self.points)
+        known = known_of(model)
+        self.points = find_hook_points(model, hook_points, known)
+        fusion = find_fusion(model, self.points, known)
         self._fusion: Fusion | None = None if isinstance(fusion, str) else fusion
         self._no_fusion = fusion if isinstance(fusion, str) else ""
-        self._structure = structure(model)
+        self._structure = known.structure
         self._why, self._hooked, self._order = "", set[int](), 0
         if self._wanted == "fused" and self.path != "fused":
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
@@ -206,15 +207,16 @@ class Steering(Context["Steering"]):
 
     def _check_model(self) -> None:
         """Raise RuntimeError if the model's layers are others than when the steering was made."""
-        if (now := structure(self.model)) == self._structure:
+        if structure(self.model) == self._structure:
             return
-        points = find_hook_points(self.model, self._named)
-        fusion = find_fusion(self.model, points)
+        known = known_of(self.model)
+        points = find_hook_points(self.model, self._named, known)
+        fusion = find_fusion(self.model, points, known)
         if points != self.points or (fusion if isinstance(fusion, Fusion) else None) != self._fusion:
             raise RuntimeError(
                 "the model's layers have changed since this steering was made: make another one, steer(model, ...)"
             )
-        self._structure = now
+        self._structure = known.structure
 
     def _ours(self, hook: Callable[..., None]) -> Callable[..., None]:
         hook.faststeer_order = self._order  # type: ignore[attr-defined]

@@ -19,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from faststeer.hf.anatomy import Call, find_hook_points, watch
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
 from faststeer.hf.hook_points import HookPoints, quiet
-from faststeer.hf.known import Known
-
-known_parts: Known[tuple[Parts, ...]] = Known()
+from faststeer.hf.known import known_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def find_parts(model: nn.Module) -> tuple[Parts, ...]:
         points.check_uniform(model, "an analysis of attention and MLP")
         return tuple(_find(model, points))
 
-    return known_parts.get(model, find)
+    return known_of(model).get("parts", find)
 
 
 def matrix(projection: nn.Module) -> Tensor:

@@ -22,12 +22,10 @@ import torch
 
 import faststeer as fs
 from faststeer.hf import read
-from faststeer.hf.anatomy import known_points
-from faststeer.hf.attention import known_attention
 from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_changed
 from faststeer.hf.freeze import freeze
-from faststeer.hf.fused import known_fusion
 from faststeer.hf.hook_points import quiet
+from faststeer.hf.known import forget
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention
@@ -96,8 +94,7 @@ def closing(iterator: Any) -> Iterator[Any]:
 
 def found_anew() -> fs.Steering:
     """Hook points and fusion, looked for in a model that is not known."""
-    for known in (known_points, known_fusion, known_attention):
-        known.forget(MODEL)
+    forget(MODEL)
     return freeze(MODEL, RICH, "ov")
 
 

@@ -5,20 +5,24 @@ stand in for the model's own."""
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import models
 import pytest
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import faststeer as fs
 from faststeer.folding import FoldError, fold
 from faststeer.hf import read
 from faststeer.hf.anatomy import find_hook_points
+
+sys.path.append(str(Path(sys.prefix) / "quantised"))  # where `make test` has them
+bnb = pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao.quantization")
 
 LAYER, HIDDEN, NEW = 1, 64, 6  # bitsandbytes takes its weights in blocks of 64
 
@@ -29,7 +33,7 @@ def plain(dtype: torch.dtype = torch.float32) -> Any:
 
 def by_torchao(config: Any) -> Callable[[Any], Any]:
     def quantise(model: Any) -> Any:
-        quantize_(model, config)
+        torchao.quantize_(model, config)
         return model
 
     return quantise
@@ -66,8 +70,8 @@ def over_the_batch(model: Any) -> Any:
 
 
 KINDS: dict[str, Callable[[Any], Any]] = {
-    "torchao int8": by_torchao(Int8WeightOnlyConfig()),
-    "torchao int8 dynamic": by_torchao(Int8DynamicActivationInt8WeightConfig()),
+    "torchao int8": by_torchao(torchao.Int8WeightOnlyConfig()),
+    "torchao int8 dynamic": by_torchao(torchao.Int8DynamicActivationInt8WeightConfig()),
     "bitsandbytes int8": by_bitsandbytes(eight_bits),
     "bitsandbytes nf4": by_bitsandbytes(four_bits),
 }

@@ -21,15 +21,13 @@ from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.batching import check_evaluating, forward_arguments
 from faststeer.hf.changes import Changes, Context, changing
 from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, quiet
-from faststeer.hf.known import Known
+from faststeer.hf.known import known_of
 from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts, matrix
 from faststeer.observe.patching.graph import Graph
 
 SAMPLES = 4  # random directions in which it is felt what a row of a projection moves
-
-known_rows: Known[list[list[Rows]]] = Known()
 
 
 @dataclass(frozen=True)
@@ -376,7 +374,8 @@ def find_rows(model: nn.Module) -> list[list[Rows]]:
     Raises:
         ValueError: no linear projection of what attention reads makes the queries (or keys), or heads share rows.
     """
-    return known_rows.get(model, lambda: _find_rows(model, find_hook_points(model), find_parts(model)))
+    parts = find_parts(model)
+    return known_of(model).get("rows of projections", lambda: _find_rows(model, find_hook_points(model), parts))
 
 
 def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> list[list[Rows]]:
