@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from faststeer.hf.anatomy import find_hook_points, run_four_tokens, watch
 from faststeer.hf.hook_points import quiet
-from faststeer.observe.parts import Norm, is_norm, matrix, norm_form
+from faststeer.hf.norms import final_norm, unembedding_of
+from faststeer.observe.parts import matrix
 
 WIDENED = 16384  # rows of the unembedding that are in fp32 at once
 
@@ -34,51 +35,23 @@ class LogitLens:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self._points = model, find_hook_points(model)
-        causal: Any = model
-        head = causal.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is None:
-            raise ValueError(
-                f"{type(model).__name__} has no output embedding to read the stream with: load the causal language "
-                "model, not its base"
-            )
-        config = causal.config.get_text_config()
-        self.head: nn.Module = head
+        self.head, self.norm = unembedding_of(model), final_norm(model)
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self.norm = self._find_norm()
-
-    def _find_norm(self) -> Norm | None:
-        """The norm between the last layer and the unembedding, None where there is none."""
         last = f"{self._points.layers}.{self._points.n_layers - 1}"
-        around = [
-            name
-            for name, module in self.model.named_modules()
-            if not name.startswith(f"{self._points.layers}.") and (is_norm(module) or module is self.head)
-        ]
-        with quiet(self.model):
-            calls = watch(self.model, [last, *around])
-            expected = run_four_tokens(self.model)
-            end = calls[last].sent
-            read = next(call.received for name, call in calls.items() if self.model.get_submodule(name) is self.head)
-            passed = [calls[name] for name in around if name in calls]
-            norms = [c.name for c in passed if torch.equal(c.received, end) and torch.equal(c.sent, read)]
-            if not norms and not torch.equal(read, end):
-                raise ValueError(self._unlike())
-            norm = norm_form(self.model, norms[0]) if norms else None
-            self.norm = norm
-            found = self(end.to(expected.device))
+        with quiet(model):
+            end = watch(model, [last])[last].sent
+            expected = run_four_tokens(model)
+            logits = self(end.to(expected.device))
         slack = 16 * torch.finfo(torch.promote_types(expected.dtype, torch.bfloat16)).eps
-        if not torch.allclose(found.to(expected), expected, rtol=slack, atol=slack * float(expected.abs().max())):
-            raise ValueError(self._unlike())
-        return norm
-
-    def _unlike(self) -> str:
-        return (
-            f"{type(self.model).__name__}: its logits are not a norm, a linear map and a soft cap or scale of the last "
-            "layer's output, so the logit lens would not read what the model says"
-        )
+        if not torch.allclose(logits.to(expected), expected, rtol=slack, atol=slack * float(expected.abs().max())):
+            raise ValueError(
+                f"{type(model).__name__}: its logits are not a norm, a linear map and a soft cap or scale of the last "
+                "layer's output, so the logit lens would not read what the model says"
+            )
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ is where the values lie in a fused projection. What cannot be seen is refused.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,37 +18,7 @@ from faststeer.hf.anatomy import Call, find_hook_points, watch
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange_attention
 from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import known_of
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm y = r(x) C x * w + b, with r(x) = (mean((C x)^2) + eps)^-1/2: RMSNorm (C = 1, b = 0) or LayerNorm
-    (C subtracts the mean).
-
-    Attributes:
-        path: of the module inside its layer (or the model, for the last norm).
-        weight_offset: 1 where w = 1 + weight, as in Gemma.
-    """
-
-    path: str
-    eps: float
-    centred: bool
-    weight_offset: float
-
-    def scale(self, x: Tensor) -> Tensor:
-        """r(x) `[..., 1]`, in fp32 or better."""
-        x = self._centre(_wide(x))
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
-    def linear(self, holder: nn.Module, x: Tensor) -> Tensor:
-        """C x * w: what the norm does to x but for the scale that the whole stream gives it. `[..., hidden]`, in fp32
-        or better. `holder`: what `path` is a path in."""
-        weight = getattr(holder.get_submodule(self.path), "weight", None)
-        x = self._centre(_wide(x))
-        return x if weight is None else x * (self.weight_offset + _wide(weight)).to(x)
-
-    def _centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
+from faststeer.hf.norms import Norm, NotSeen, is_norm, norm_form, wide
 
 
 @dataclass(frozen=True)
@@ -82,11 +50,11 @@ class Parts:
     def value_matrix(self, layer: nn.Module) -> Tensor:
         """W_V `[kv_heads, head_dim, hidden]` in fp32 or better: values = W_V x (+ bias)."""
         rows = matrix(layer.get_submodule(self.value))[self.value_rows.to(_device(layer.get_submodule(self.value)))]
-        return _wide(rows).view(self.kv_heads, self.head_dim, -1)
+        return wide(rows).view(self.kv_heads, self.head_dim, -1)
 
     def output_matrix(self, layer: nn.Module) -> Tensor:
         """W_O `[heads, hidden, head_dim]` in fp32 or better."""
-        whole = _wide(matrix(layer.get_submodule(self.output)))
+        whole = wide(matrix(layer.get_submodule(self.output)))
         return whole.view(whole.shape[0], self.heads, self.head_dim).transpose(0, 1)
 
     def output_bias(self, layer: nn.Module) -> Tensor | None:
@@ -134,12 +102,8 @@ def _find(model: nn.Module, points: HookPoints) -> Iterator[Parts]:
         attention = next(name for name, module in layer.named_modules() if module is modules[i])
         try:
             yield _Layer(layer, attention, calls[paths[i]], inside, points).parts(*values[i])
-        except _Unseen as error:
+        except NotSeen as error:
             raise ValueError(f"{type(model).__name__}: {error} in layer {i}: its weights cannot be read") from error
-
-
-class _Unseen(ValueError):
-    """What a forward pass does not show."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +152,8 @@ class _Layer:
             return None
         for name, call in self.calls.items():
             if not self._is_inside(name) and _same(call.received, stream) and _same(call.sent, read):
-                return norm_form(self.layer, name)
-        raise _Unseen(f"no module that makes what {who} reads of the residual stream")
+                return norm_form(self.layer, name, self.points.hidden_size)
+        raise NotSeen(f"no module that makes what {who} reads of the residual stream")
 
     def _value(self, read: Tensor, values: Tensor, heads: int, kv_heads: int) -> tuple[str, Tensor]:
         """The projection that the values come from, and where in its output they are."""
@@ -201,7 +165,7 @@ class _Layer:
                 if torch.equal(sent[:, rows], values):
                     _check_linear(self.layer, name)
                     return name, rows
-        raise _Unseen(
+        raise NotSeen(
             "no projection whose output holds the values as they are (a norm or another step stands between them?)"
         )
 
@@ -213,7 +177,7 @@ class _Layer:
             if self._is_inside(name) == inside and name != self.attention and _same(call.received, sent)
         ]
         if not found:
-            raise _Unseen(f"no module that is {what}")
+            raise NotSeen(f"no module that is {what}")
         return min(found, key=lambda name: (name.count("."), self.calls[name].order))
 
     def _output_norm(self, sent: Tensor) -> Norm | None:
@@ -222,8 +186,8 @@ class _Layer:
         if _same(self.calls[end].sent, sent):
             return None
         if _same(self.calls[end].received, sent):
-            return norm_form(self.layer, end)
-        raise _Unseen("no module that makes attn_out of attention's output")
+            return norm_form(self.layer, end, self.points.hidden_size)
+        raise NotSeen("no module that makes attn_out of attention's output")
 
     def _mlp(self, middle: Tensor) -> tuple[str, Norm | None]:
         """The MLP's first module and its norm."""
@@ -234,8 +198,8 @@ class _Layer:
         ]
         for name in norms:
             try:
-                return self._mlp_behind(self.calls[name].sent), norm_form(self.layer, name)
-            except _Unseen:  # the norm of attention alone
+                return self._mlp_behind(self.calls[name].sent), norm_form(self.layer, name, self.points.hidden_size)
+            except NotSeen:  # the norm of attention alone
                 continue
         return self._mlp_behind(middle), None
 
@@ -273,55 +237,7 @@ def _check_linear(layer: nn.Module, name: str) -> None:
     weight = getattr(module, "weight", None)
     known = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta
     if not known or not isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer"):
-        raise _Unseen(f"{name} is a {type(module).__name__}, whose weight is no plain matrix (quantised? an adapter?)")
-
-
-# Norms ----------------------------------------------------------------------------------------------------------------
-
-
-def is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return next(module.children(), None) is None and (weight is None or weight.ndim == 1) and _eps(module) is not None
-
-
-def norm_form(holder: nn.Module, path: str) -> Norm:
-    """What a norm computes, found by comparing with the formulas, in fp32 and on a copy with a random weight (at its
-    first value two of them are the same).
-
-    Raises:
-        ValueError: neither RMSNorm nor LayerNorm.
-    """
-    module = holder.get_submodule(path)
-    eps, weight = _eps(module), getattr(module, "weight", None)
-    if eps is not None and isinstance(weight, Tensor) and not weight.is_meta:
-        generator = torch.Generator().manual_seed(0)
-        trial = copy.deepcopy(module).float()
-        trial._forward_hooks.clear()
-        trial._forward_pre_hooks.clear()
-        x = (3 * torch.randn(7, weight.shape[-1], generator=generator) + 0.5).to(weight.device)
-        with torch.no_grad():
-            trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
-            if (bias := getattr(trial, "bias", None)) is not None:
-                bias.zero_()
-            expected = trial(x)
-            for centred in (False, True):
-                for offset in (0.0, 1.0):
-                    norm = Norm("", eps, centred, offset)
-                    if torch.allclose(norm.scale(x) * norm.linear(trial, x), expected, rtol=1e-5, atol=1e-5):
-                        return dataclasses.replace(norm, path=path)
-    raise _Unseen(f"{path} is a {type(module).__name__}, neither RMSNorm nor LayerNorm")
-
-
-def _eps(module: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps"):
-        if isinstance(eps := getattr(module, name, None), float):
-            return eps
-    return None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
+        raise NotSeen(f"{name} is a {type(module).__name__}, whose weight is no plain matrix (quantised? an adapter?)")
 
 
 def _device(module: nn.Module) -> torch.device:
