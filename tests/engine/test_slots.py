@@ -6,6 +6,8 @@ from __future__ import annotations
 import models
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
@@ -88,6 +90,25 @@ def test_the_mask_has_the_dtype_of_the_queries(monkeypatch):
         torch.bool,
         torch.bfloat16,
     }
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="transformers repeats keys before")
+def test_keys_are_not_repeated(monkeypatch):
+    """A decode step reads as many columns as the longest row has, of as many heads as there are keys; so does the
+    prompt of rows without padding."""
+    model, seen = models.build("llama"), []
+    made = engine(model)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, value, **more):
+        seen.append((key.shape, query.shape[1] if more.get("enable_gqa") else query.shape[1] * query.shape[2]))
+        return attend(query, key, value, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    list(made.generate(prompts((5, 5)), max_new_tokens=4))
+    heads, own = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert own < heads and {(shape[1], rows) for shape, rows in seen} == {(own, heads)}
+    assert max(shape[2] for shape, _ in seen) == 5 + 4 - 1
 
 
 @pytest.mark.parametrize("seed", range(20))
