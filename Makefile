@@ -28,7 +28,7 @@ OLDEST_TORCH := torch==2.11.0 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-real test-oldest test-vllm lint format build bench-cpu bench-smollm2 bench-vllm bench-peers \
+.PHONY: demo test test-full test-real test-oldest test-vllm lint format docs build bench-cpu bench-smollm2 bench-vllm bench-peers \
 	gpu-libraries gpu-first gpu-second gpu-vllm clean
 
 # Where the real model cannot be had, the demonstration shows the toy alone, and says so.
@@ -60,6 +60,10 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+# The site, in out/site. A broken link fails.
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
@@ -116,6 +120,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) "$(TRITON)"
 	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
 	$(PIP) --no-deps --upgrade --target $(VENV)/quantised $(QUANTISED)
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
+	FASTSTEER_BUILD=none $(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 # The rest of what faststeer and its tests need, by name: pip would fetch what torch asks for as well.

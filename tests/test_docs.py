@@ -52,7 +52,18 @@ def test_the_examples_run(tmp_path, monkeypatch):
 
 def test_pages_without_an_example_are_those_without_a_library():
     pages = {path.name for path in (ROOT / "docs").glob("*.md") if blocks("python", path.name)}
-    assert pages == {"observe.md", "report.md", "ui.md", "vectors.md", "vllm.md"}
+    new = {"start.md", "concepts.md", "moving.md"}  # start.md: tests/real
+    assert pages == {"observe.md", "report.md", "ui.md", "vectors.md", "vllm.md", *new}
+
+
+@pytest.mark.parametrize("page", ["concepts.md", "moving.md"])
+def test_a_page_s_examples_run(page, tmp_path, monkeypatch):
+    """One after the other, on the toy."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in blocks("python", page):
+        run(example, page, names)
+    assert names["vector"].layers and not fs.hf.steering.is_steered(names["model"])
 
 
 def test_the_reports_example_runs(tmp_path, monkeypatch):

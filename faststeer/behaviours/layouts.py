@@ -54,8 +54,8 @@ def read_records(path: str | os.PathLike[str], *, concept: str | int | None = No
     | AxBench | input, output, output_concept, category | input | output; of the negative row: rejected |
 
     Args:
-        path: .csv, .tsv, .json (a list of objects) or .jsonl; or "datasets:<name or folder>[:<configuration>]
-            [@<split>]" for `datasets.load_dataset`, the split being "train" unless named.
+        path: .csv, .tsv, .json (a list of objects) or .jsonl; or, for `datasets.load_dataset`,
+            `datasets:<name or folder>[:<configuration>][@<split>]`, the split being "train" unless named.
         concept: which concept of an AxBench file (its words or its id); needed where there are several.
 
     Raises:

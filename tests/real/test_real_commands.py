@@ -112,6 +112,7 @@ def folder(tmp_path, monkeypatch, shared, vector) -> Path:
     for name in ("refusal", "pca"):
         vector.save(f"{name}.safetensors")
     fs.Plan([fs.Ablate(vector, layers=int(LAYER))]).save("plan.json")
+    fs.Plan([fs.Add(vector, -1.0, layers=int(LAYER))]).save("gloomy.json")
     hidden = vector[int(LAYER)].numel()
     fs.formats.save(fs.SteeringVector({1: torch.ones(hidden), 2: torch.ones(hidden)}, op="add"), "control_vector.gguf")
     torch.save(torch.randn(5, 30, hidden), "mean_diffs.pt")
