@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -153,6 +154,10 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   check_row_table(row_sequence, "row_sequence", int32, rows, shape);
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
+  const auto count = [](const char* name, int64_t number) {
+    if (number > std::numeric_limits<int32_t>::max()) refuse(name, "of fewer than 2^31 rows and columns", number);
+    return static_cast<int32_t>(number);
+  };
   Tables tables;
   tables.bank = static_cast<const float*>(bank.data_ptr());
   tables.fields = static_cast<const int32_t*>(fields.data_ptr());
@@ -162,11 +167,11 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   tables.row_position = static_cast<const int32_t*>(row_position.data_ptr());
   tables.row_sequence = static_cast<const int32_t*>(row_sequence.data_ptr());
   tables.gate_state = gate_state.has_value() ? static_cast<const uint8_t*>(gate_state->data_ptr()) : nullptr;
-  tables.n_vectors = bank.size(0);
-  tables.n_entries = n_entries;
-  tables.n_slots = ranges.size(0);
-  tables.n_gates = gate_state.has_value() ? gate_state->size(0) : 0;
-  tables.n_sequences = gate_state.has_value() ? gate_state->size(1) : 0;
+  tables.n_vectors = count("bank", bank.size(0));
+  tables.n_entries = count("fields", n_entries);
+  tables.n_slots = count("ranges", ranges.size(0));
+  tables.n_gates = gate_state.has_value() ? count("gate_state", gate_state->size(0)) : 0;
+  tables.n_sequences = gate_state.has_value() ? count("gate_state", gate_state->size(1)) : 0;
   return tables;
 }
 

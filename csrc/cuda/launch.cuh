@@ -26,19 +26,19 @@ Launched launch(void (*kernel)(Arguments), int64_t blocks, dim3 block, size_t sh
   return {error != cudaSuccess ? error : pending, config.gridDim, block};
 }
 
-template <typename T, int ELEMENTS, int VECTORS>
+template <typename T, int ELEMENTS, int VECTORS, int HIDDEN = 0>
 Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
   const dim3 block(config.threads_per_row, config.rows_per_block);
-  const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS>::STASH;
+  const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS, HIDDEN>::STASH;
   const auto with = [&](void (*kernel)(RowArguments)) {
     return launch(kernel, ceil_div(arguments.rows, block.y), block, sizeof(Partials) + stash, arguments, stream);
   };
   switch (op) {
-    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER>);
-    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_IN_PLACE>);
-    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER>);
-    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_PAIR>);
-    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER_RMSNORM>);
+    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>);
+    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_IN_PLACE>);
+    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
+    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
+    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
   }
   return {cudaErrorInvalidValue, {}, {}};
 }
@@ -49,6 +49,14 @@ Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments
   constexpr int WIDE = 16 / sizeof(T);
   const int columns = config.columns_per_thread();
   if (config.elements_per_vector == WIDE) {
+    if constexpr (sizeof(T) == 2) {  // many rows of the most common sizes: bound by the instructions that they issue
+      if (columns == MOST_COLUMNS && config.threads_per_row * columns == arguments.hidden_size) {
+        constexpr int V = MOST_COLUMNS / WIDE;
+        if (arguments.hidden_size == 2048) return launch_row_as<T, WIDE, V, 2048>(op, config, arguments, stream);
+        if (arguments.hidden_size == 4096) return launch_row_as<T, WIDE, V, 4096>(op, config, arguments, stream);
+        if (arguments.hidden_size == 8192) return launch_row_as<T, WIDE, V, 8192>(op, config, arguments, stream);
+      }
+    }
     if (columns == FEWEST_COLUMNS) return launch_row_as<T, WIDE, FEWEST_COLUMNS / WIDE>(op, config, arguments, stream);
     if (columns == MIDDLE_COLUMNS) return launch_row_as<T, WIDE, MIDDLE_COLUMNS / WIDE>(op, config, arguments, stream);
     if (columns == MOST_COLUMNS) return launch_row_as<T, WIDE, MOST_COLUMNS / WIDE>(op, config, arguments, stream);

@@ -76,9 +76,6 @@ bool rows_on_16_bytes(const void* first, int64_t stride, Dtype dtype) {
 #define FASTSTEER_TABLES FASTSTEER_TABLES_OF(TableRows::EXACTLY)
 
 RowArguments row_arguments(const Tensor& x, const RowShape& shape, const Tables& tables) {
-  if (tables.n_entries > std::numeric_limits<int32_t>::max()) {
-    refuse("fields", "of fewer than 2^31 entries", tables.n_entries);
-  }
   RowArguments arguments{};
   arguments.x = x.data_ptr();
   arguments.rows = shape.rows;

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-
 import triton.language as tl
 from triton.runtime import interpreter
 

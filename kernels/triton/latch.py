@@ -7,12 +7,12 @@ see row.py.
 
 from __future__ import annotations
 
-from faststeer.kernels.launch import Launch, on_device_of, starts
-from faststeer.kernels.row import entries_of, gate_cell, gate_verdict, load_row, read_entry
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from faststeer.kernels.launch import Launch, on_device_of, starts
+from faststeer.kernels.row import entries_of, gate_cell, gate_verdict, load_row, read_entry
 from faststeer.ops.tables import N_SCALARS, GateMode, Kind, Scalar
 
 _VARYING = ["x_stride", "residual_stride", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"]

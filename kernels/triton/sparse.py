@@ -7,11 +7,11 @@ Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no
 
 from __future__ import annotations
 
-from faststeer.kernels.launch import on_device_of
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from faststeer.kernels.launch import on_device_of
 
 # Elements of a vector per step: one per thread of four warps. A vector with a hundred elements is one step; one with a
 # thousand is still only eight, and more threads would idle on the short ones.

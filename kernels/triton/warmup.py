@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
+
 from faststeer.kernels.latch import latch_
 from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
 from faststeer.kernels.sparse import sparse_add_
-from torch import Tensor
-
 from faststeer.ops.tables import N_FIELDS, N_SCALARS
 
 OPERATORS = ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_")

@@ -39,7 +39,7 @@ _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 class CTables(ctypes.Structure):
     _names = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "row_sequence", "gate_state")
     _sizes = ("n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences")
-    _fields_ = [(name, _pointer) for name in _names] + [(name, _int64) for name in _sizes]
+    _fields_ = [(name, _pointer) for name in _names] + [(name, _int32) for name in _sizes]
 
 
 class CRow(ctypes.Structure):

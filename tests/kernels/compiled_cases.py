@@ -53,7 +53,6 @@ import faststeer.kernels as kernels  # noqa: E402
 from faststeer.kernels.latch import latch_kernel  # noqa: E402
 from faststeer.kernels.residual import residual_kernel  # noqa: E402
 from faststeer.kernels.sparse import sparse_add_kernel  # noqa: E402
-
 from faststeer.ops.tables import N_FIELDS, N_SCALARS  # noqa: E402
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import faststeer.kernels as kernels
 import pytest
 import torch
 from interpreted_cases import arguments, bits, generator, random_slot, rows_of, tables_of, where
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
+import faststeer.kernels as kernels
 from faststeer import ops
 from faststeer.ops import Rows, Tables
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faststeer.kernels as kernels
 import torch
 from torch import Tensor
 
+import faststeer.kernels as kernels
 from faststeer.ops import reference
 from faststeer.ops.tables import (
     N_FIELDS,

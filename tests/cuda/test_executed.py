@@ -1,0 +1,89 @@
+"""What a row costs on a GPU, counted without one: the machine code of `add_steer_rmsnorm` for bf16 rows of 4,096
+columns on sm_90, executed instruction by instruction (benchmarks/kernels/sass.py). The budgets are those of
+docs/kernels.md, 'Instructions per row'."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from faststeer import build
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
+import executed
+import sass
+
+
+def _nvcc():
+    try:
+        return build.find_nvcc()
+    except build.BuildError:
+        return None
+
+
+CUDA = pytest.param(
+    executed.compile_cuda, executed.execute_cuda, {"none": 450, "add": 680, "mixed4": 1700}, id="cuda",
+    marks=pytest.mark.skipif(_nvcc() is None, reason="no nvcc"),
+)  # fmt: skip
+TRITON = pytest.param(
+    executed.compile_triton, executed.execute_triton, {"none": 330, "add": 560, "mixed4": 1600}, id="triton",
+    marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"),
+)  # fmt: skip
+HOPS = 3
+
+
+@pytest.mark.parametrize("steering", executed.STEERINGS)
+@pytest.mark.parametrize(("compile_it", "execute", "budgets"), [CUDA, TRITON])
+def test_a_row_costs_no_more_than_its_budget(compile_it, execute, budgets, steering):
+    code = compile_it()
+    row = execute(steering, code)
+    assert code.stack == 0, "something is spilled"
+    assert row.trace.issued <= budgets.get(steering, row.trace.issued)
+    assert row.hops <= HOPS, "loads that the first vector waits for, one after another"
+    assert (row.hops == 0) == (steering == "none")
+    assert max(row.row_loads) < row.first_wait, "the loads of x and residual wait for a table"
+    moved = {name: row.trace.of(name) for name in ("x", "residual", "weight", "bank")}
+    assert len(moved["x"]) == len(moved["residual"]) == len(moved["weight"]) == 4
+    stores = [s for s in row.trace.stores if s.buffer in ("hidden", "normed")]
+    assert len(stores) == 8
+    assert {access.size for accesses in (stores, *moved.values()) for access in accesses} <= {16}
+
+
+@pytest.mark.parametrize("steering", executed.STEERINGS)
+@pytest.mark.parametrize(("compile_it", "execute", "budgets"), [CUDA, TRITON])
+def test_a_row_comes_out_as_the_reference_has_it(compile_it, execute, budgets, steering):
+    """Sums are added in another order, which may round the hidden state, and so the normed one, to a neighbour."""
+    row = execute(steering, compile_it())
+    for ours, theirs in zip((row.hidden, row.normed), row.expected, strict=True):
+        if steering in ("none", "add"):
+            assert torch.equal(row.hidden, row.expected[0])
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=2**-7)
+
+
+def test_the_first_vector_waits_for_what_it_must():
+    """Slot, range and entry: the measure of hops is not blind to them."""
+    code = executed.compile_triton()
+    row = executed.execute_triton("add", code)
+    depths = {name: row.trace.of(name)[0].depth for name in ("row_slot", "ranges", "fields", "bank")}
+    assert depths == {"row_slot": 1, "ranges": 2, "fields": 3, "bank": 4}
+
+
+def test_an_instruction_that_is_not_known_is_an_error():
+    code = "        /*0000*/                   FROB R1, R2 ;\n        /*0010*/                   EXIT ;\n"
+    with pytest.raises(AssertionError, match=r"not known: .*FROB"):
+        sass.Block(code, {}, b"", 32).run()
+
+
+def test_addresses_outside_a_buffer_are_an_error():
+    buffers = {"x": torch.zeros(4).numpy()}
+    code = (
+        "        /*0000*/                   LDC.64 R2, c[0x0][0x210] ;\n"
+        "        /*0010*/                   LDG.E R4, desc[UR4][R2.64+{}] ;\n"
+        "        /*0020*/                   EXIT ;\n"
+    )
+    parameters = sass.address(buffers, "x").to_bytes(8, "little")
+    assert sass.Block(code.format("0xc"), buffers, parameters, 32).run().of("x")[0].size == 4
+    with pytest.raises(AssertionError, match="beyond the end of x"):
+        sass.Block(code.format("0x10"), buffers, parameters, 32).run()
