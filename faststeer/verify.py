@@ -260,7 +260,6 @@ def check_ops(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
         verdict.note("add_steer_rmsnorm", case, _shares(normed, exact, plain, case.size))
     _check_pair(case, backend, added, decided, verdict)
     _check_latch(case, backend, verdict)
-    _check_sparse(case, backend, verdict)
 
 
 def _expected(case: Case, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,22 +331,6 @@ def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
     wrong = (low == high) & (ours.cpu() != low)
     if wrong.any():
         verdict.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
-
-
-def _check_sparse(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
-    x, n = case.cpu.x, len(case.cpu.x)
-    generator = torch.Generator().manual_seed(n)
-    length = min(16, x.shape[1])
-    indices = torch.cat([torch.randperm(x.shape[1], generator=generator)[:length] for _ in range(2)]).int()
-    offsets = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-    row_vector = (torch.arange(n) % 3 - 1).int()  # -1: nothing
-    numbers = [torch.randn(size, generator=generator) for size in (2 * length, n)]
-    arguments = indices, numbers[0], offsets, row_vector, numbers[1]
-    exact, plain = (reference.sparse_add(rows, *arguments) for rows in (x.double(), x))
-    ours = case.device.x.clone()
-    ops.sparse_add_(ours, *(t.to(ours.device) for t in arguments), backend=backend)
-    verdict.note("sparse_add_", case, _shares(ours, exact, plain, torch.zeros(())))
-    verdict.same("sparse_add_", case, ours, x, row_vector < 0, "a row without a vector keeps its bits")
 
 
 def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:

@@ -163,30 +163,6 @@ void latch_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor
   over_rows(of_dtype(routines().latch, shape.dtype), job, shape.rows);
 }
 
-void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, const Tensor& offsets,
-                 const Tensor& row_vector, const Tensor& row_coefficient) {
-  const RowShape shape = check_rows(x, "x");
-  const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(indices, "indices", int32, {-1}, shape);
-  const int64_t n_values = indices.size(0);
-  check_table(values, "values", fp32, {n_values}, shape);
-  check_table(offsets, "offsets", int32, {-1}, shape);
-  if (offsets.size(0) < 1) refuse("offsets", "of shape [vectors + 1]", "[0]");
-  check_table(row_vector, "row_vector", int32, {shape.rows}, shape);
-  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, shape);
-  SparseJob job;
-  job.hidden = shape.hidden;
-  job.n_vectors = offsets.size(0) - 1;
-  job.n_values = n_values;
-  job.x = rows_of(x, shape.stride);
-  job.indices = static_cast<const int32_t*>(indices.data_ptr());
-  job.values = static_cast<const float*>(values.data_ptr());
-  job.offsets = static_cast<const int32_t*>(offsets.data_ptr());
-  job.row_vector = static_cast<const int32_t*>(row_vector.data_ptr());
-  job.row_coefficient = static_cast<const float*>(row_coefficient.data_ptr());
-  over_rows(of_dtype(routines().sparse_add, shape.dtype), job, shape.rows);
-}
-
 // `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
 void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
   if (matrix.sizes().size() != 2 || (columns >= 0 && matrix.size(1) != columns)) {
@@ -234,7 +210,6 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
   library.impl("steer_pair_.cpp", TORCH_BOX(&steer_pair_));
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
-  library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
   library.impl("linear.cpp", TORCH_BOX(&linear));
 }
 

@@ -133,44 +133,13 @@ void latch(const Job& job, int64_t first, int64_t end) {
   }
 }
 
-float decode_one(float value) { return value; }
-template <class T>
-float decode_one(T value) {
-  T block[LANES] = {value};
-  return load(block).part[0][0];
-}
-
-template <class T>
-T encode_one(float value) {
-  T block[LANES];
-  store_rounded(block, all(value));
-  return block[0];
-}
-
-template <class T>
-void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
-  for (int64_t row = first; row < end; ++row) {
-    const int64_t vector = job.row_vector[row];
-    const float coefficient = job.row_coefficient[row];
-    if (vector < 0 || vector >= job.n_vectors || coefficient == 0) continue;
-    T* x = row_of<T>(job.x, row);
-    const int64_t from = job.offsets[vector] < 0 ? 0 : job.offsets[vector];
-    const int64_t to = job.offsets[vector + 1] > job.n_values ? job.n_values : job.offsets[vector + 1];
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t column = job.indices[i];
-      if (column < 0 || column >= job.hidden) continue;
-      x[column] = encode_one<T>(decode_one(x[column]) + coefficient * job.values[i]);
-    }
-  }
-}
-
 }  // namespace
 
 #define FASTSTEER_BY_DTYPE(routine) {routine<float>, routine<Half>, routine<BFloat>}
 
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
-    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
+    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch),
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };
 

@@ -36,16 +36,6 @@ struct Job {
   Norm norm;                   // add_steer_rmsnorm only
 };
 
-struct SparseJob {
-  int64_t hidden, n_vectors, n_values;
-  Rows x;
-  const int32_t* indices;
-  const float* values;
-  const int32_t* offsets;
-  const int32_t* row_vector;
-  const float* row_coefficient;
-};
-
 // x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
 struct WidenJob {
   const void* x;
@@ -65,11 +55,9 @@ struct LinearJob {
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
   using Rows = void (*)(const Job&, int64_t first, int64_t end);
-  using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
   Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
-  Sparse sparse_add[N_DTYPES];
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t panel;  // outputs of a panel

@@ -44,14 +44,6 @@ struct LatchArguments {
   Tables tables;
 };
 
-struct SparseAddArguments {
-  void* x;
-  const int32_t *indices, *offsets, *row_vector;
-  const float *values, *row_coefficient;
-  int64_t rows, x_stride, n_values, n_vectors;
-  int32_t hidden_size;
-};
-
 struct Launched {
   cudaError_t error;
   dim3 grid, block;
@@ -62,6 +54,5 @@ struct Launched {
 Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
                     cudaStream_t stream);
 Launched launch_latch(Dtype dtype, const LatchArguments& arguments, cudaStream_t stream);
-Launched launch_sparse_add(Dtype dtype, const SparseAddArguments& arguments, cudaStream_t stream);
 
 }  // namespace faststeer

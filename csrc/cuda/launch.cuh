@@ -4,7 +4,6 @@
 
 #include "latch.cuh"
 #include "row.cuh"
-#include "sparse.cuh"
 
 namespace faststeer {
 
@@ -73,15 +72,9 @@ Launched launch_latch_for(const LatchArguments& arguments, cudaStream_t stream) 
   return launch<LatchArguments>(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
 }
 
-template <typename T>
-Launched launch_sparse_add_for(const SparseAddArguments& arguments, cudaStream_t stream) {
-  return launch<SparseAddArguments>(sparse_add_kernel<T>, arguments.rows, dim3(SPARSE_THREADS), 0, arguments, stream);
-}
-
 // `template` for the file that compiles a dtype, `extern template` for those that only call it.
 #define FASTSTEER_LAUNCHERS(KEYWORD, T)                                                              \
   KEYWORD Launched launch_row_for<T>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t); \
-  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);                         \
-  KEYWORD Launched launch_sparse_add_for<T>(const SparseAddArguments&, cudaStream_t);
+  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);
 
 }  // namespace faststeer

@@ -234,33 +234,6 @@ void latch_(const Tensor& x, const std::optional<Tensor>& residual, const Tensor
   check_launched("latch_", launch_latch(shape.dtype, arguments, device.stream));
 }
 
-void sparse_add_(const Tensor& x, const Tensor& indices, const Tensor& values, const Tensor& offsets,
-                 const Tensor& row_vector, const Tensor& row_coefficient) {
-  const RowShape shape = check_cuda_rows(x);
-  const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(indices, "indices", int32, {-1}, shape);
-  check_table(values, "values", fp32, {indices.size(0)}, shape);
-  check_table(offsets, "offsets", int32, {-1}, shape);
-  if (offsets.size(0) < 1) refuse("offsets", "of shape [vectors + 1]", "[0]");
-  check_table(row_vector, "row_vector", int32, {shape.rows}, shape);
-  check_table(row_coefficient, "row_coefficient", fp32, {shape.rows}, shape);
-  SparseAddArguments arguments{};
-  arguments.x = x.data_ptr();
-  arguments.x_stride = shape.stride;
-  arguments.rows = shape.rows;
-  arguments.hidden_size = static_cast<int32_t>(shape.hidden);
-  arguments.indices = static_cast<const int32_t*>(indices.data_ptr());
-  arguments.values = static_cast<const float*>(values.data_ptr());
-  arguments.n_values = indices.size(0);
-  arguments.offsets = static_cast<const int32_t*>(offsets.data_ptr());
-  arguments.n_vectors = offsets.size(0) - 1;
-  arguments.row_vector = static_cast<const int32_t*>(row_vector.data_ptr());
-  arguments.row_coefficient = static_cast<const float*>(row_coefficient.data_ptr());
-  if (shape.rows == 0) return;
-  const OnDevice device(x);
-  check_launched("sparse_add_", launch_sparse_add(shape.dtype, arguments, device.stream));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(faststeer, CUDA, library) {
   library.impl("steer.cpp", TORCH_BOX(&steer));
   library.impl("steer_.cpp", TORCH_BOX(&steer_));
@@ -268,7 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CUDA, library) {
   library.impl("steer_pair_.cpp", TORCH_BOX(&steer_pair_));
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&add_steer_rmsnorm));
   library.impl("latch_.cpp", TORCH_BOX(&latch_));
-  library.impl("sparse_add_.cpp", TORCH_BOX(&sparse_add_));
 }
 
 }  // namespace

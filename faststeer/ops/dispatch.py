@@ -298,27 +298,6 @@ def latch_(
         _run("latch_", name, (x, residual, *tables[:4], *rows, gate_state))
 
 
-def sparse_add_(
-    x: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    row_vector: Tensor,
-    row_coefficient: Tensor,
-    *,
-    backend: Backend | None = None,
-) -> None:
-    """Add sparse vectors in place, for inference: see `faststeer.ops.reference.sparse_add`."""
-    refuse_gradient("sparse_add_", x, values, row_coefficient)
-    name = backend_of(x, backend)
-    arguments = x, indices, values, offsets, row_vector, row_coefficient
-    if name == "reference":
-        _check("sparse_add_", *arguments)
-        x.copy_(reference.sparse_add(*arguments))
-    else:
-        _run("sparse_add_", name, arguments)
-
-
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
 
 

@@ -30,8 +30,6 @@ SCHEMAS = {
     "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
     "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
-    "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
-    "Tensor row_coefficient) -> ()",
 }
 
 library = torch.library.Library("faststeer", "DEF")
@@ -111,20 +109,6 @@ def check_tables(
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
 
 
-def check_sparse(
-    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
-) -> None:
-    """Check the arguments of `sparse_add_`."""
-    check_rows(x, "x")
-    check_table(indices, "indices", (None,), torch.int32, x)
-    check_table(values, "values", (indices.shape[0],), torch.float32, x)
-    check_table(offsets, "offsets", (None,), torch.int32, x)
-    check_table(row_vector, "row_vector", (x.shape[0],), torch.int32, x)
-    check_table(row_coefficient, "row_coefficient", (x.shape[0],), torch.float32, x)
-    if offsets.shape[0] < 1:
-        raise ValueError("offsets is empty: expected [n_vectors + 1], starting with 0")
-
-
 # Every op's check takes the op's own arguments.
 
 
@@ -183,7 +167,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "steer_pair_": check_steer_pair_,
     "add_steer_rmsnorm": check_add_steer_rmsnorm,
     "latch_": check_latch_,
-    "sparse_add_": check_sparse,
 }
 
 # Fake implementations -------------------------------------------------------------------------------------------------

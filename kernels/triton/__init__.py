@@ -12,7 +12,6 @@ from triton import knobs as _knobs
 
 from faststeer.kernels.latch import latch_
 from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
-from faststeer.kernels.sparse import sparse_add_
 from faststeer.kernels.warmup import warmup
 
 INTERPRETED: bool = bool(_knobs.runtime.interpret)
@@ -28,7 +27,6 @@ __all__ = [
     "add_steer",
     "add_steer_rmsnorm",
     "latch_",
-    "sparse_add_",
     "steer",
     "steer_",
     "steer_pair_",

@@ -263,25 +263,6 @@ def test_latch(dtype, seed):
         assert not torch.equal(found, case.gate_state)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sparse_add(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 503, generator=generator).to(DTYPES[dtype])[:, :500]
-    offsets = torch.tensor([0, 3, 3, 300], dtype=torch.int32)
-    indices = torch.cat([torch.randperm(500, generator=generator)[:n] for n in (3, 297)]).int()
-    indices[-2:] = torch.tensor([4000, -1])  # outside the row
-    values = torch.randn(300, generator=generator)
-    vector = torch.tensor([0, 1, 2, -1, 2, 0, 7, 2, -(2**31)], dtype=torch.int32)
-    coefficient = torch.randn(9, generator=generator)
-    coefficient[7] = 0
-    expected = reference.sparse_add(x, indices, values, offsets, vector, coefficient)
-    found = x.clone()
-    emulation.sparse_add_(found, indices, values, offsets, vector, coefficient)
-    assert torch.equal(bits(found), bits(expected)) and not torch.equal(found, x)
-    offsets = torch.tensor([-5, 2**31 - 1, -9, 300], dtype=torch.int32)
-    emulation.sparse_add_(found, *(fenced(t) for t in (indices, values, offsets, vector, coefficient)))
-
-
 PROT_NONE = 0  # of mprotect, which mmap has from Python 3.13 on
 
 
