@@ -51,8 +51,9 @@ struct Entry {
   float a, b, threshold;
 };
 
-// The entries of a slot, cut to those there are; empty for a slot that does not exist.
-FASTSTEER_INLINE Range entries_of_slot(const Tables& tables, int32_t slot) {
+// The entries of a row's slot, cut to those there are; empty for a slot that does not exist.
+FASTSTEER_INLINE Range entries_of(const Tables& tables, int64_t row) {
+  const int32_t slot = tables.row_slot[row];
   if (slot < 0 || slot >= tables.n_slots) return {0, 0};
   const int32_t first = tables.ranges[2 * int64_t{slot}], count = tables.ranges[2 * int64_t{slot} + 1];
   // Nothing here can overflow, whatever the numbers.
@@ -60,8 +61,6 @@ FASTSTEER_INLINE Range entries_of_slot(const Tables& tables, int32_t slot) {
   const int32_t left = (count > 0 ? count : 0) + (first < 0 ? first : 0);
   return {begin, begin + (left < room ? left : room)};
 }
-
-FASTSTEER_INLINE Range entries_of(const Tables& tables, int64_t row) { return entries_of_slot(tables, tables.row_slot[row]); }
 
 // As unsigned numbers, negative ones are larger than any that is allowed.
 FASTSTEER_INLINE bool in_bank(const Tables& tables, int32_t vector, int32_t count) {

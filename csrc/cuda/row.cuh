@@ -29,16 +29,24 @@
 
 namespace faststeer {
 
-// A sum in N chains, 1 or 4: of four, no addition waits for the one before it.
+// A sum in N chains, 1, 2 or 4: of four, no addition waits for the one before it.
 template <int N>
 struct ChainsOf {
   float sum[N] = {};
   __device__ __forceinline__ void add(int i, float a, float b) { sum[i % N] += a * b; }
   __device__ __forceinline__ float total() const {
     if constexpr (N == 1) return sum[0];
+    else if constexpr (N == 2) return sum[0] + sum[1];
     else return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 };
+
+// Chains of each of two sums at once, such that nothing is spilled (seen: ptxas of CUDA 13.0).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int CHAINS_OF_TWO = 4;
+#else
+constexpr int CHAINS_OF_TWO = 2;
+#endif
 
 // HIDDEN: the row's size where it is known and fills its threads, which spares a third of the instructions; else 0.
 template <typename T, int ELEMENTS, int VECTORS, int HIDDEN>
@@ -50,17 +58,17 @@ struct Row {
   // Numbers of shared memory per thread; the four keep the 16-byte accesses of neighbours in different banks.
   static constexpr int STASH = COLUMNS + 4;
   static constexpr int KEPT = KEEPS_VECTOR ? COLUMNS : 1;
-  static constexpr bool PLANES = HIDDEN > 0 || (sizeof(T) == 2 && ELEMENTS > 1);
+  static constexpr bool PLANES = HIDDEN > 0;
   using Raw = Pack<T, ELEMENTS>;
   using Chains = ChainsOf<(HIDDEN > 0) ? 4 : 1>;  // where columns are counted, registers are short
 
   const RowArguments& arguments;
   RowGroup<THREADS> group;
-  uint32_t row;
+  int32_t row;
   int32_t entry = 0;
   float h[COLUMNS];
 
-  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup<THREADS> group, uint32_t row)
+  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup<THREADS> group, int32_t row)
       : arguments(arguments), group(group), row(row) {}
 
   // The group's threads take vectors in turn, so that a warp's accesses are contiguous. Counted anew wherever it is
@@ -111,17 +119,6 @@ struct Row {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
         if (column.has(v)) prefetch(static_cast<const T*>(arguments.weight) + column[v]);
-    }
-  }
-
-  // Ask for the vector that `keep` will read.
-  __device__ __forceinline__ void prefetch_vector(const Request& r) const {
-    if constexpr (ELEMENTS > 1) {
-      const float* from = bank(r.vector);
-      const Columns column = columns();
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v)
-        if (r.live() && column.has(v)) prefetch(from + column[v]);
     }
   }
 
@@ -226,7 +223,7 @@ struct Row {
 
   // The two vectors of a plane: one sum for both dots. Not all rows have registers for it.
   __device__ __forceinline__ bool act_in_plane(const Request& r, float& square_before) {
-    const float *first = bank(r.vector), *second = bank(r.vector + int64_t{1});
+    const float *const first = bank(r.vector), *const second = opaque(first + hidden_size());
     float sums[4];  // h . q_1, h . q_2, h . d, |h|^2
     sum_two(first, second, sums[0], sums[1]);
     if (r.has(Request::GATED | Request::NORM)) {
@@ -246,15 +243,15 @@ struct Row {
     square_before = sums[3];
     float w1, w2;
     rotate(r, sums[0], sums[1], w1, w2);
-    if (w1 != 0.0f) add(w1, first);
-    if (w2 != 0.0f) add(w2, second);
+    if (w1 != 0.0f) add(w1, opaque(first));
+    if (w2 != 0.0f) add(w2, opaque(second));
     return w1 != 0.0f || w2 != 0.0f;
   }
 
   // This thread's part of h . a and h . b.
   __device__ __forceinline__ void sum_two(const float* a, const float* b, float& of_a, float& of_b) const {
     const Columns column = columns();
-    Chains first, second;
+    ChainsOf<(HIDDEN > 0) ? CHAINS_OF_TWO : 1> first, second;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float p[ELEMENTS], q[ELEMENTS];
@@ -535,7 +532,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   using R = Row<T, ELEMENTS, VECTORS, HIDDEN>;
   constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
   constexpr bool IN_PLACE = OP == RowOp::STEER_IN_PLACE || OP == RowOp::STEER_PAIR;
-  const uint32_t index = HIDDEN > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y;
+  const int32_t index = static_cast<int32_t>(HIDDEN > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y);
   if (HIDDEN == 0 && index >= arguments.rows) return;  // only where rows share a block
   const RowGroup<R::THREADS> group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
   R row(arguments, group, index);
@@ -555,9 +552,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     if constexpr (EARLY) fetch();
     clear_probe();
   }
-  const int32_t slot = load_now(tables.row_slot + index);
-  const Place place{load_now(tables.row_position + index), load_now(tables.row_sequence + index)};
-  const Range range = entries_of_slot(tables, slot);
+  const Range range = entries_of(tables, index);
   const bool steered = range.first < range.end;
   Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
   if constexpr (IN_PLACE) {
@@ -577,24 +572,25 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   float q[R::KEPT];
   const auto read = [&] {
     const bool more = row.entry + 1 < last.end();
+    // With the entry, and not after it: beside it they cost no time. Every time, from L1: so they need no registers.
+    const Place place{load_now(tables.row_position + index), load_now(tables.row_sequence + index)};
     request = read_request<ALIGNED>(tables, row.entry, more, place, arguments.probe_columns);
   };
-  // Beside two fp32 rows there are no registers for the vector to wait in.
+  // Beside two fp32 rows there are no registers for an entry and its vector to wait in.
   constexpr bool WAITS = EARLY && (ADDS ? 2 : 1) * sizeof(x) + sizeof(q) <= 64 * sizeof(float);
   row.entry = range.first;
-  if (steered) {
-    read();
-    if constexpr (WAITS) row.keep(request, q);
-    else row.prefetch_vector(request);
-  }
+  const auto read_first = [&] {
+    if (steered) read(), row.keep(request, q);
+  };
+  if constexpr (WAITS) read_first();
 
   // 2. The row in fp32.
   if constexpr (EARLY) row.template begin<ADDS>(x, residual);
   else row.template begin_late<ADDS>();
 
   // 3. The entries.
+  if constexpr (!WAITS) read_first();
   if (steered) {
-    if constexpr (!WAITS) row.keep(request, q);
 #pragma unroll 1
     for (;;) {
       if (request.live() && row.act(request, q)) last.touch();
