@@ -17,11 +17,6 @@ from faststeer.kernels.warmup import warmup
 INTERPRETED: bool = bool(_knobs.runtime.interpret)
 """Whether the kernels run in the interpreter, on CPU tensors."""
 
-if INTERPRETED:
-    from faststeer.kernels import interpreter as _interpreter
-
-    _interpreter.mend()
-
 __all__ = [
     "INTERPRETED",
     "add_steer",
