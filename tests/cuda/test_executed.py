@@ -2,7 +2,9 @@
 columns on sm_90, executed instruction by instruction (benchmarks/kernels/sass.py). The budgets are those of
 docs/kernels.md, 'Instructions per row'."""
 
+import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from faststeer import build
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
 import executed
+import paper
 import sass
 
 
@@ -60,6 +63,32 @@ def test_a_row_comes_out_as_the_reference_has_it(compile_it, execute, budgets, s
         if steering in ("none", "add"):
             assert torch.equal(row.hidden, row.expected[0])
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=2**-7)
+
+
+def test_the_table_of_the_page_is_of_this_code():
+    """With the versions that it was made with, which decide how much a warp issues."""
+    if _nvcc() is None or "release 13.0" not in subprocess.check_output([_nvcc(), "--version"], text=True):
+        pytest.skip("the table is of nvcc 13.0")
+    if importlib.util.find_spec("triton") is None or importlib.metadata.version("triton") != "3.6.0":
+        pytest.skip("the table is of Triton 3.6.0")
+    page = paper.PAGE.read_text()
+    table = page[page.index(paper.BEGIN) + len(paper.BEGIN) : page.index(paper.END)].strip()
+    assert table == paper.table(paper.estimates(), paper.measured_in(page))
+
+
+def test_what_a_gpu_has_measured_fills_its_column(tmp_path):
+    results = tmp_path / "results.csv"
+    results.write_text(
+        "op,who,rows,hidden,plans,x,steering,us,percent_of_copy\n"
+        "add_steer_rmsnorm,cuda,16384,4096,1,cold,mixed4,131.4,95.2\n"
+        "add_steer_rmsnorm,triton,16384,4096,1,warm,mixed4,1,1\n"
+    )
+    measured = paper.measured_by(results, "H200")
+    assert measured == {("H200", "cuda", "four mixed"): "131 us, 95 %"}
+    lines = [paper.Estimate("H200", "cuda", "mixed4", 1581, 3, 4, 2.9, 125e-6, 98.6e-6)]
+    assert lines[0].of_copy == 1 and paper.Estimate("H200", "cuda", "add", 1, 3, 4, 0.5, 125e-6, 1e-6).of_copy == 0.5
+    page = paper.BEGIN + paper.table(lines, measured) + paper.END
+    assert paper.measured_in(page) == measured
 
 
 def test_the_first_vector_waits_for_what_it_must():
