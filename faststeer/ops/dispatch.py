@@ -123,7 +123,7 @@ def _triton_state() -> State:
             False, "there is no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
         )
     try:
-        _register_triton()
+        importlib.import_module(KERNELS)  # which registers them
     except Exception as error:  # an unfit Triton must not take the other back ends with it
         return State(False, f"its kernels cannot be imported: {error}")
     return State(True, "interpreted on the CPU" if _interpreted() else "Triton kernels")
@@ -131,23 +131,6 @@ def _triton_state() -> State:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _register_triton() -> None:
-    kernels = importlib.import_module(KERNELS)
-    for name, check in schema.CHECKS.items():
-        for key in ("CPU", "CUDA") if _interpreted() else ("CUDA",):
-            schema.library.impl(f"{name}.triton", _checked_first(check, getattr(kernels, name)), key)
-
-
-def _checked_first(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(kernel)
-    def run(*arguments: Any) -> Any:
-        check(*arguments)
-        return kernel(*arguments)
-
-    return run
 
 
 # The ops --------------------------------------------------------------------------------------------------------------
@@ -327,6 +310,15 @@ _OPS = {
 
 # What calling an operator's overload calls, without a Python frame between; a compiler must see the overload.
 _CALLS = {backend: {name: op._op for name, op in ops.items()} for backend, ops in _OPS.items()}
+
+
+def overload(name: str, device: torch.device | str) -> Callable[..., Any]:
+    """The operator that runs on tensors of this device, for who puts it into a graph; on the reference, one that a
+    compiler does not look into (`faststeer.ops.opaque`: there is "steer", "steer_pair_" and "latch_")."""
+    if (backend := backend_for(device)) != "reference":
+        return _OPS[backend][name]
+    importlib.import_module("faststeer.ops.opaque")
+    return getattr(torch.ops.faststeer, name).reference  # type: ignore[no-any-return]
 
 
 def operator(name: str, x: Tensor) -> Callable[..., Any] | None:

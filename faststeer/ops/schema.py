@@ -169,6 +169,24 @@ CHECKS: dict[str, Callable[..., None]] = {
     "latch_": check_latch_,
 }
 
+
+def implements(overload: str, *devices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator's overload, such as "steer.triton", for tensors on these devices ("CPU",
+    "CUDA"). Called through the operator, its arguments are checked first. The function itself stays as it is."""
+    check = CHECKS[overload.partition(".")[0]]
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            check(*arguments)
+            return kernel(*arguments)
+
+        for device in devices:
+            library.impl(overload, run, device)
+        return kernel
+
+    return register
+
+
 # Fake implementations -------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +202,14 @@ def fake(name: str) -> Callable[..., Any]:
         return *(x.new_empty(x.shape) for _ in range(n_outputs)), probe
 
     return run
+
+
+def define(name: str, overload: str) -> Any:
+    """Define an operator's overload, with its fake implementation; returns it."""
+    library.define(f"{name}.{overload}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(getattr(torch.ops.faststeer, name), overload)
+    torch.library.register_fake(op, fake(name), lib=library)
+    return op
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -309,16 +335,9 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add_steer_rmsnorm": (_backward_add_steer_rmsnorm, _setup_add_steer_rmsnorm),
 }
 
-
-def _define() -> None:
-    for name, schema in SCHEMAS.items():
-        for overload in OVERLOADS:
-            library.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            op = getattr(getattr(torch.ops.faststeer, name), overload)
-            torch.library.register_fake(op, fake(name), lib=library)
-            if name in _GRADIENTS:
-                backward, setup = _GRADIENTS[name]
-                torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
-
-
-_define()
+for _name in SCHEMAS:
+    for _overload in OVERLOADS:
+        _op = define(_name, _overload)
+        if _name in _GRADIENTS:
+            _formula, _setup = _GRADIENTS[_name]
+            torch.library.register_autograd(_op, _formula, setup_context=_setup, lib=library)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from faststeer.kernels.launch import Launch, on_device_of, starts
+from faststeer.kernels.launch import DEVICES, Launch, on_device_of, starts
 from faststeer.kernels.row import entries_of, gate_cell, gate_verdict, load_row, read_entry
+from faststeer.ops.schema import implements
 from faststeer.ops.tables import N_SCALARS, GateMode, Kind, Scalar
 
 _VARYING = ["x_stride", "residual_stride", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"]
@@ -79,6 +80,7 @@ def latch_kernel(
             tl.store(gate_state + cell, verdict, mask=exists)
 
 
+@implements("latch_.triton", *DEVICES)
 def latch_(
     x: Tensor,
     residual: Tensor | None,

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from faststeer.kernels.launch import Launch, no_gates, on_device_of, starts
+from faststeer.kernels.launch import DEVICES, Launch, no_gates, on_device_of, starts
 from faststeer.kernels.row import _INTERPRETED, entries_of, load_row, steer_row, store_row, widen
+from faststeer.ops.schema import implements
 
 _VARYING = [
     *("x_stride", "residual_stride", "zero", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"),
@@ -132,6 +133,7 @@ def residual_kernel(
         store_row(normed, row, HIDDEN, columns, n.to(g.dtype), HIDDEN, ALIGNED)
 
 
+@implements("steer.triton", *DEVICES)
 def steer(
     x: Tensor,
     bank: Tensor,
@@ -152,6 +154,7 @@ def steer(
     return hidden, probe
 
 
+@implements("steer_.triton", *DEVICES)
 def steer_(
     x: Tensor,
     bank: Tensor,
@@ -169,6 +172,7 @@ def steer_(
     _launch(x, None, None, None, None, probe, tables)
 
 
+@implements("add_steer.triton", *DEVICES)
 def add_steer(
     x: Tensor,
     residual: Tensor,
@@ -189,6 +193,7 @@ def add_steer(
     return hidden, probe
 
 
+@implements("steer_pair_.triton", *DEVICES)
 def steer_pair_(
     x: Tensor,
     residual: Tensor,
@@ -207,6 +212,7 @@ def steer_pair_(
     _launch(x, residual, None, None, None, probe, tables)
 
 
+@implements("add_steer_rmsnorm.triton", *DEVICES)
 def add_steer_rmsnorm(
     x: Tensor,
     residual: Tensor,
