@@ -54,7 +54,7 @@ class Operators {
                                               const std::optional<Tensor>& gate_state, int64_t columns) {
     const RowShape shape = Backend::check(x);
     RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    add_residual(residual, x, shape, arguments);
+    add_residual(residual, shape, arguments);
     Backend backend(x);
     Tensor probe = new_probe(x, shape, columns, arguments), hidden = new_hidden(x, shape, arguments);
     backend.run("add_steer", RowOp::ADD_STEER, shape, arguments);
@@ -65,7 +65,7 @@ class Operators {
                           const std::optional<Tensor>& gate_state, const std::optional<Tensor>& probe) {
     const RowShape shape = Backend::check(x);
     RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(AT_LEAST));
-    add_residual(residual, x, shape, arguments);
+    add_residual(residual, shape, arguments);
     write_probe(probe, TableRows::AT_LEAST, shape, arguments);
     arguments.hidden = residual.data_ptr();
     arguments.hidden_stride = arguments.residual_stride;
@@ -80,7 +80,7 @@ class Operators {
                                                               int64_t columns) {
     const RowShape shape = Backend::check(x);
     RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    add_residual(residual, x, shape, arguments);
+    add_residual(residual, shape, arguments);
     arguments.weight_dtype = check_float(weight, "weight");
     check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);
     arguments.weight = weight.data_ptr();
@@ -103,7 +103,7 @@ class Operators {
     arguments.x = x.data_ptr();
     arguments.x_stride = shape.stride;
     if (residual.has_value()) {
-      arguments.residual_stride = check_rows_like(*residual, "residual", x, shape);
+      arguments.residual_stride = check_rows_like(*residual, "residual", shape);
       arguments.residual = residual->data_ptr();
     }
     arguments.gate_state = static_cast<uint8_t*>(gate_state.data_ptr());
@@ -123,14 +123,13 @@ class Operators {
     return arguments;
   }
 
-  static void add_residual(const Tensor& residual, const Tensor& x, const RowShape& shape, RowArguments& arguments) {
-    arguments.residual_stride = check_rows_like(residual, "residual", x, shape);
+  static void add_residual(const Tensor& residual, const RowShape& shape, RowArguments& arguments) {
+    arguments.residual_stride = check_rows_like(residual, "residual", shape);
     arguments.residual = residual.data_ptr();
   }
 
   static void set_probe(const Tensor& probe, RowArguments& arguments) {
-    constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
-    if (probe.size(1) > MOST) refuse("probe", "of fewer than 2^31 columns", probe.size(1));
+    require(probe.size(1) <= std::numeric_limits<int32_t>::max(), "probe");
     arguments.probe = static_cast<float*>(probe.data_ptr());
     arguments.probe_columns = static_cast<int32_t>(probe.size(1));
   }
@@ -143,7 +142,7 @@ class Operators {
   }
 
   static Tensor new_probe(const Tensor& x, const RowShape& shape, int64_t columns, RowArguments& arguments) {
-    if (columns < 0) refuse("columns", "0 or more", columns);
+    require(columns >= 0, "columns");
     Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
     set_probe(probe, arguments);
     return probe;

@@ -77,12 +77,8 @@ Rows rows_of(const Tensor& tensor, int64_t stride) { return {tensor.data_ptr(), 
 
 // `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
 void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
-  if (matrix.sizes().size() != 2 || (columns >= 0 && matrix.size(1) != columns)) {
-    const int64_t expected[] = {-1, columns};
-    refuse(name, "of shape " + shape_text(expected), shape_text(matrix.sizes()));
-  }
-  if (check_float(matrix, name) != dtype) refuse(name, "of x's dtype", dtype_name(torch_dtype(matrix)));
-  if (matrix.size(1) > 1 && matrix.stride(1) != 1) refuse(name, "contiguous in its last dimension", matrix.stride(1));
+  require(matrix.sizes().size() == 2 && (columns < 0 || matrix.size(1) == columns), name);
+  require(check_float(matrix, name) == dtype && (matrix.size(1) <= 1 || matrix.stride(1) == 1), name);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -41,7 +41,8 @@ int32_t asked_columns() {
   static const int32_t columns = [] {
     const char* const text = std::getenv(COLUMNS_VARIABLE);
     const int32_t number = columns_of(text);
-    if (number < 0) refuse(COLUMNS_VARIABLE, "8, 16 or 32 (columns of a row per thread), or not set", text);
+    STD_TORCH_CHECK(number >= 0, COLUMNS_VARIABLE, " must be 8, 16 or 32 (columns of a row per thread), or not set; got ",
+                    text);
     return number;
   }();
   return columns;
@@ -59,9 +60,7 @@ class Cuda {
   // Rows on a CUDA device, few enough for the 32-bit numbers that the kernels count them with.
   static RowShape check(const Tensor& x) {
     const RowShape shape = check_rows(x, "x");
-    if (!x.is_cuda()) refuse("x", "on a CUDA device", device_name(device_type(x), x.get_device_index()));
-    constexpr int64_t MOST = std::numeric_limits<int32_t>::max() - MAX_THREADS_PER_ROW;
-    if (shape.rows > MOST) refuse("x", "of at most " + std::to_string(MOST) + " rows", shape.rows);
+    require(x.is_cuda() && shape.rows <= std::numeric_limits<int32_t>::max() - MAX_THREADS_PER_ROW, "x");
     return shape;
   }
 
@@ -70,10 +69,9 @@ class Cuda {
     const int32_t size = static_cast<int32_t>(item_size(shape.dtype));
     const LaunchConfig config =
         choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), sm_count(), asked_columns());
-    if (config.threads_per_row > MAX_THREADS_PER_ROW) {
-      refuse(COLUMNS_VARIABLE, "at least " + std::to_string(ceil_div(shape.hidden, MAX_THREADS_PER_ROW)) +
-             " for rows of " + std::to_string(shape.hidden) + " columns", asked_columns());
-    }
+    STD_TORCH_CHECK(config.threads_per_row <= MAX_THREADS_PER_ROW, COLUMNS_VARIABLE, " must be at least ",
+                    ceil_div(shape.hidden, MAX_THREADS_PER_ROW), " for rows of ", shape.hidden, " columns; got ",
+                    asked_columns());
     check_launched(name, launch_row(op, shape.dtype, config, arguments, stream));
   }
 
