@@ -323,8 +323,11 @@ def overload(name: str, device: torch.device | str) -> Callable[..., Any]:
 
 def operator(name: str, x: Tensor) -> Callable[..., Any] | None:
     """The compiled operator that takes rows like `x`, for who calls it often with the arguments of its schema; None
-    where the function of its name is to be called: on the reference, and while a compiler traces."""
+    where the function of its name is to be called: on the reference, while a compiler traces, and on rows that no
+    operator takes, which the function refuses in words."""
     if torch.compiler.is_compiling() or (backend := backend_of(x, None)) == "reference":
+        return None
+    if x.dtype not in schema.DTYPES or x.shape[-1] > schema.MAX_HIDDEN:
         return None
     return _CALLS[backend][name]
 

@@ -438,3 +438,10 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){9}\)", body)) == 1
     assert not re.search(r"clone|copy_\(", body), "a hidden copy"
     assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
+
+
+def test_rows_that_no_operator_takes_are_left_to_the_function_that_says_why(backend):
+    with ops.backend(backend):
+        assert ops.operator("steer", torch.zeros(2, 64)) is not None
+        for x in (torch.zeros(2, ops.schema.MAX_HIDDEN + 1), torch.zeros(2, 64, dtype=torch.int32)):
+            assert ops.operator("steer", x) is None
