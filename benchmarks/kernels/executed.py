@@ -30,9 +30,11 @@ TABLES = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "ro
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel: its SASS, registers per thread, bytes of local memory per thread, and threads of a block."""
+    """A compiled kernel: its SASS and what that is for, registers per thread, bytes of local memory per thread, and
+    threads of a block."""
 
     sass: str
+    arch: str
     registers: int
     stack: int
     threads: int = THREADS
@@ -96,7 +98,7 @@ def compile_cuda(arch: str = "90") -> Code:
             unit.write_text(source)
             subprocess.run([nvcc, *flags, "-o", str(output), str(unit)], check=True, capture_output=True)
             output.replace(cubin)
-    return _code(cubin, "row_kernel")
+    return _code(cubin, "row_kernel", arch)
 
 
 @functools.cache
@@ -135,16 +137,16 @@ def compile_triton(arch: str = "90") -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return _code(Path(file.name), "residual_kernel", 32 * how.num_warps)
+        return _code(Path(file.name), "residual_kernel", arch, 32 * how.num_warps)
 
 
-def _code(cubin: Path, kernel: str, threads: int = THREADS) -> Code:
+def _code(cubin: Path, kernel: str, arch: str, threads: int = THREADS) -> Code:
     disassembler, dump = tool("nvdisasm"), tool("cuobjdump")
     assert disassembler and dump, "nvdisasm and cuobjdump are needed: install the CUDA toolkit or Triton"
     usage = subprocess.run([dump, "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found, usage.stdout
-    return Code(sass.disassemble(disassembler, cubin, kernel), int(found[1]), int(found[2]), threads)
+    return Code(sass.disassemble(disassembler, cubin, kernel), arch, int(found[1]), int(found[2]), threads)
 
 
 # Executing ------------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def _execute(steering: str, code: Code, pack: Any) -> Execution:
     case, tensors = operands(steering)
     buffers = {n: t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy() for n, t in tensors.items()}
     addresses = {name: sass.address(buffers, name) for name in buffers}
-    trace = sass.Block(code.sass, buffers, pack(case, addresses), code.threads, index=ROW).run()
+    trace = sass.Block(code.sass, buffers, pack(case, addresses), code.threads, index=ROW, arch=code.arch).run()
     one = case.rows._replace(**{name: value[ROW:].contiguous() for name, value in case.rows._asdict().items()})
     x, residual = case.x[ROW:], case.residual[ROW:]
     expected = ops.add_steer_rmsnorm(

@@ -57,7 +57,7 @@ class Chip:
 CHIPS = {
     "H100": Chip("90", 132, 1.98e9, 3.35e12),
     "H200": Chip("90", 132, 1.98e9, 4.8e12),
-    "B200": Chip("90", 148, 1.965e9, 8.0e12),  # counted in the code for sm_90: executed.py does not know sm_100's
+    "B200": Chip("100", 148, 1.965e9, 8.0e12),
 }
 
 
@@ -111,14 +111,15 @@ def estimates() -> list[Estimate]:
     assert (threads, config["rows_per_block"]) == (executed.THREADS, 1), "not the kernel that executed.py compiles"
     lines = []
     for backend, compiled, execute in (
-        ("cuda", executed.compile_cuda(), executed.execute_cuda),
-        ("triton", executed.compile_triton(), executed.execute_triton),
+        ("cuda", executed.compile_cuda, executed.execute_cuda),
+        ("triton", executed.compile_triton, executed.execute_triton),
     ):
+        codes = {chip.arch: compiled(chip.arch) for chip in CHIPS.values()}
         for steering in executed.STEERINGS:
-            row = execute(steering, compiled)
-            for chip in CHIPS:
-                of = estimate(chip, backend, steering, compiled, row.trace.issued, row.hops, compiled.threads)
-                lines.append(of)
+            rows = {arch: execute(steering, code) for arch, code in codes.items()}
+            for name, chip in CHIPS.items():
+                row, code = rows[chip.arch], codes[chip.arch]
+                lines.append(estimate(name, backend, steering, code, row.trace.issued, row.hops, code.threads))
     return lines
 
 

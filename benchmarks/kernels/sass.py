@@ -1,4 +1,4 @@
-"""Executes the machine code of one block of threads (SASS of sm_90, as nvdisasm prints it) on the CPU: how many
+"""Executes the machine code of one block of threads (SASS of sm_90 or sm_100, as nvdisasm prints it) on the CPU: how many
 instructions a warp issues on the path that it takes, which loads wait for which, and what the kernel computes. Needs no
 GPU, and says nothing of time.
 
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-PARAMETERS = 0x210  # where a kernel's parameters begin in constant bank 0 on sm_90
+# Where in constant bank 0 a kernel's parameters and the block's dimensions are, by compute capability.
+BANKS = {"90": (0x210, 0x0), "100": (0x380, 0x360)}
 WARP = 32
 ONE_BUFFER = 1 << 32  # addresses of one buffer
 BITS = {"B": 1, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -137,18 +138,20 @@ class Block:
         parameters: bytes, with `address` for a buffer.
         threads: of the block in x; one in y and z.
         shared: bytes of shared memory.
+        index: of the block. arch: what the code is for, one of BANKS.
     """
 
     def __init__(
         self, sass: str, buffers: dict[str, np.ndarray], parameters: bytes, threads: int, shared: int = 1 << 16,
-        index: int = 0,
+        index: int = 0, arch: str = "90",
     ) -> None:  # fmt: skip
         self.code, self.labels = parse(sass)
         self.names = list(buffers)
         self.buffers = [buffer.reshape(-1).view(np.uint8) for buffer in buffers.values()]
-        self.bank = bytearray(PARAMETERS + len(parameters) + 64)
-        struct.pack_into("<III", self.bank, 0, threads, 1, 1)
-        self.bank[PARAMETERS : PARAMETERS + len(parameters)] = parameters
+        first, dimensions = BANKS[arch]
+        self.bank = bytearray(first + len(parameters) + 64)
+        struct.pack_into("<III", self.bank, dimensions, threads, 1, 1)
+        self.bank[first : first + len(parameters)] = parameters
         self.n, self.index = threads, index
         self.shared = np.zeros(shared, np.uint8)
         self.r = np.zeros((256, threads), np.uint32)
@@ -338,7 +341,7 @@ class Block:
         self.write(o[0], self.word(o[-1]))
 
     def _ldc(self, mods: list[str], o: list[str]) -> None:
-        value = [self.word(o[1], offset=i) for i in range(2 if "64" in mods else 1)]
+        value = [self.word(o[1], offset=i) for i in range(4 if "128" in mods else 2 if "64" in mods else 1)]
         if "U8" in mods or "S8" in mods:
             base = re.sub(r"0x([0-9a-f]+)\]$", lambda m: f"{int(m[1], 16) & ~3:#x}]", o[1])
             shift = int(re.search(r"0x([0-9a-f]+)\]$", o[1])[1], 16) % 4 * 8  # type: ignore[index]
@@ -346,9 +349,11 @@ class Block:
         for i, part in enumerate(value):
             self.write(o[0], part, i)
 
+    _ldcu = _ldc
+
     def _imad(self, mods: list[str], o: list[str]) -> None:
         d, *rest = o
-        carries = [rest.pop(0)] if rest[0] == "PT" or re.fullmatch(r"U?P\d", rest[0]) else []
+        carries = [rest.pop(0)] if re.fullmatch(r"U?P[\dT]", rest[0]) else []
         a, b = self.integer(rest[0]), self.integer(rest[1])
         if "WIDE" in mods or "HI" in mods:
             if "U32" in mods:
@@ -374,7 +379,7 @@ class Block:
     def _iadd3(self, mods: list[str], o: list[str]) -> None:
         d, *rest = o
         carries = []
-        while rest[0] == "PT" or re.fullmatch(r"U?P\d", rest[0]):
+        while re.fullmatch(r"U?P[\dT]", rest[0]):
             carries.append(rest.pop(0))
         total = np.zeros(self.n, np.uint64)
         for text in rest[:3]:
@@ -418,7 +423,8 @@ class Block:
         return np.where(least, np.minimum(a, b), np.maximum(a, b)).astype(a.dtype).view(np.uint32)
 
     def _vimnmx(self, mods: list[str], o: list[str]) -> None:
-        self.write(o[0], self._least(self.integer(o[1]), self.integer(o[2]), mods, self.predicate(o[3])))
+        a, b, least = o[-3:]  # sm_100 has two predicates more in front, which no code here uses
+        self.write(o[0], self._least(self.integer(a), self.integer(b), mods, self.predicate(least)))
 
     _imnmx = _vimnmx
 
@@ -428,7 +434,7 @@ class Block:
 
     def _lea(self, mods: list[str], o: list[str]) -> None:
         d, *rest = o
-        carry = rest.pop(0) if rest[0] == "PT" or re.fullmatch(r"U?P\d", rest[0]) else None
+        carry = rest.pop(0) if re.fullmatch(r"U?P[\dT]", rest[0]) else None
         a, b = self.integer(rest[0]), self.integer(rest[1])
         carried = self.predicate(rest[-1]) if "X" in mods else np.zeros(self.n, bool)
         if "HI" in mods:
@@ -457,7 +463,7 @@ class Block:
         self.write(o[0], part.astype(np.uint32))
 
     def _lop3(self, mods: list[str], o: list[str]) -> None:
-        out = o.pop(0) if o[0] == "PT" or re.fullmatch(r"U?P\d", o[0]) else None
+        out = o.pop(0) if re.fullmatch(r"U?P[\dT]", o[0]) else None
         d, a, b, c, table, extra = o
         bits = [self.integer(x) for x in (a, b, c)]
         result = np.zeros(self.n, np.uint32)
@@ -533,6 +539,20 @@ class Block:
     def _ffma(self, mods: list[str], o: list[str]) -> None:
         a, b, c = (self.real(x).astype(np.float64) for x in o[1:4])
         self.write_real(o[0], a * b + c)
+
+    def _fadd2(self, mods: list[str], o: list[str]) -> None:
+        self._two(o, np.add)
+
+    def _fmul2(self, mods: list[str], o: list[str]) -> None:
+        self._two(o, np.multiply)
+
+    def _two(self, o: list[str], compute: Callable[[Any, Any], Any]) -> None:
+        """Of sm_100: two numbers in neighbouring registers, or one."""
+        names = [text.partition(".")[0] for text in o]
+        count = 2 if ".F32x2" in o[1] else 1
+        results = [compute(*(float_of(self.register(name, i)) for name in names[1:])) for i in range(count)]
+        for i, result in enumerate(results):
+            self.write(names[0], result.astype(np.float32).view(np.uint32), i)
 
     def _fsel(self, mods: list[str], o: list[str]) -> None:
         self.write_real(o[0], np.where(self.predicate(o[3]), self.real(o[1]), self.real(o[2])))
