@@ -1,6 +1,6 @@
-"""Executes the machine code of one block of threads (SASS of sm_90 or sm_100, as nvdisasm prints it) on the CPU: how many
-instructions a warp issues on the path that it takes, which loads wait for which, and what the kernel computes. Needs no
-GPU, and says nothing of time.
+"""Executes the machine code of one block of threads (SASS of sm_90 or sm_100, as nvdisasm prints it) on the CPU: how
+many instructions a warp issues on the path that it takes, which loads wait for which, and what the kernel computes.
+Needs no GPU, and says nothing of time.
 
 Threads of a block are columns of NumPy arrays. The threads with the smallest program counter go first, which brings
 those that took different branches together again. An instruction that this file does not know is an error.
