@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "common/launch.h"
@@ -32,22 +31,6 @@ py::dict build_info() {
   return info;
 }
 
-std::pair<int64_t, int64_t> bytes_moved(const std::string& op, int64_t rows, int64_t hidden, int64_t itemsize,
-                                        int64_t vectors, int64_t columns, int64_t weight_itemsize) {
-  const int64_t tensor = rows * hidden * itemsize;
-  const int64_t tables = vectors * hidden * int64_t{sizeof(float)} + rows * 3 * int64_t{sizeof(int32_t)};
-  const int64_t probe = rows * columns * int64_t{sizeof(float)};
-  if (op == "steer" || op == "steer_") return {tensor + tables, tensor + probe};
-  if (op == "add_steer") return {2 * tensor + tables, tensor + probe};
-  if (op == "steer_pair_") return {2 * tensor + tables, 2 * tensor + probe};
-  if (op == "add_steer_rmsnorm") {
-    const int64_t weight = hidden * (weight_itemsize > 0 ? weight_itemsize : itemsize);
-    return {2 * tensor + weight + tables, 2 * tensor + probe};
-  }
-  if (op == "latch_") return {tensor + tables, rows};
-  throw py::value_error("op is '" + op + "': expected steer, steer_, add_steer, steer_pair_, add_steer_rmsnorm or latch_");
-}
-
 py::dict launch_config(int64_t rows, int64_t hidden, int32_t itemsize, bool aligned, int32_t sm_count) {
   if (rows < 0 || hidden < 1 || hidden > MAX_HIDDEN || (itemsize != 2 && itemsize != 4) || sm_count < 1) {
     throw py::value_error("expected rows >= 0, hidden 1 to 16384, itemsize 2 or 4, sm_count >= 1");
@@ -70,11 +53,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("build_info", &faststeer::build_info,
              "Compiler, flags, the torch whose headers were used, and the CPU instruction set levels: compiled, usable "
              "here, chosen.");
-  module.def("bytes_moved", &faststeer::bytes_moved, "op"_a, "rows"_a, "hidden"_a, "itemsize"_a, "vectors"_a = 0,
-             "columns"_a = 0, "weight_itemsize"_a = 0,
-             "Bytes (read, written) that an op cannot do without, if each byte of memory is touched once: the rows, "
-             "`vectors` different bank rows, three row numbers per row, `columns` probe columns, and the norm weight "
-             "(of the rows' itemsize if 0). All rows are taken to be steered.");
   module.def("launch_config", &faststeer::launch_config, "rows"_a, "hidden"_a, "itemsize"_a, "aligned"_a = true,
              "sm_count"_a = 132, "The launch configuration that the CUDA row kernels take for this shape.");
 }

@@ -51,6 +51,10 @@ class StepTiming:
 # Calls ----------------------------------------------------------------------------------------------------------------
 
 
+TENSORS_MOVED = {"copy": 2, "steer": 2, "steer_": 2, "add_steer": 3, "steer_pair_": 4, "add_steer_rmsnorm": 4}
+"""How many tensors of the rows' size an op on steered rows reads and writes, if it touches each byte once."""
+
+
 def tensor_sets(bytes_per_call: int, most: int = MOST_SETS) -> int:
     """How many sets of tensors a replay should rotate through, so that no call finds its own in the L2 cache."""
     return max(FEWEST_SETS, min(most, ROTATED_BYTES // max(bytes_per_call, 1)))

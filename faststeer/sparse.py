@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from faststeer import tensor_files
 from faststeer.files import reading, write_atomically
-from faststeer.ops import sparse_add_
 from faststeer.vector import (
     HookPoint,
     SteeringVector,
@@ -94,7 +93,9 @@ class SparseVector:
         return SparseVector(moved[0], moved[1], self.hidden_size, **words_of(self))
 
     def add_(self, x: Tensor, coefficient: float | Tensor = 1.0, layer: int | None = None) -> Tensor:
-        """Add coefficient * v to the rows of x in place, touching v's columns only (`ops.sparse_add_`); returns x.
+        """Add coefficient * v to the rows of x in place, touching v's columns only; returns x.
+
+        Computed in fp32, the product rounded before the sum, rounded once.
 
         Args:
             x: `[..., hidden]`, contiguous rows; no gradient.
@@ -108,12 +109,12 @@ class SparseVector:
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has hidden size {x.shape[-1]}, the vector {self.hidden_size}")
         rows = x.view(-1, x.shape[-1])
-        n = rows.shape[0]
-        each = torch.as_tensor(coefficient, dtype=torch.float32, device=x.device).reshape(-1).expand(n).contiguous()
-        indices, values = self.indices[layer].to(x.device), self.values[layer].to(x.device)
-        offsets = torch.tensor([0, len(indices)], dtype=torch.int32, device=x.device)
-        chosen = torch.zeros(n, dtype=torch.int32, device=x.device).masked_fill_(each == 0, -1)
-        sparse_add_(rows, indices, values, offsets, chosen, each)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("SparseVector.add_ has no gradient: use dense() with Add, or torch.no_grad()")
+        each = torch.as_tensor(coefficient, dtype=torch.float32, device=x.device).reshape(-1, 1)
+        indices, values = self.indices[layer].to(x.device).long(), self.values[layer].to(x.device)
+        before = rows[:, indices]
+        rows[:, indices] = torch.where(each == 0, before, (before.float() + each * values).to(x.dtype))
         return x
 
     def hook(self, coefficient: float = 1.0, layer: int | None = None) -> Callable[..., Any]:

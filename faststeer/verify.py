@@ -260,7 +260,6 @@ def check_ops(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
         verdict.note("add_steer_rmsnorm", case, _shares(normed, exact, plain, case.size))
     _check_pair(case, backend, added, decided, verdict)
     _check_latch(case, backend, verdict)
-    _check_sparse(case, backend, verdict)
 
 
 def _expected(case: Case, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,22 +331,6 @@ def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
     wrong = (low == high) & (ours.cpu() != low)
     if wrong.any():
         verdict.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
-
-
-def _check_sparse(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
-    x, n = case.cpu.x, len(case.cpu.x)
-    generator = torch.Generator().manual_seed(n)
-    length = min(16, x.shape[1])
-    indices = torch.cat([torch.randperm(x.shape[1], generator=generator)[:length] for _ in range(2)]).int()
-    offsets = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-    row_vector = (torch.arange(n) % 3 - 1).int()  # -1: nothing
-    numbers = [torch.randn(size, generator=generator) for size in (2 * length, n)]
-    arguments = indices, numbers[0], offsets, row_vector, numbers[1]
-    exact, plain = (reference.sparse_add(rows, *arguments) for rows in (x.double(), x))
-    ours = case.device.x.clone()
-    ops.sparse_add_(ours, *(t.to(ours.device) for t in arguments), backend=backend)
-    verdict.note("sparse_add_", case, _shares(ours, exact, plain, torch.zeros(())))
-    verdict.same("sparse_add_", case, ours, x, row_vector < 0, "a row without a vector keeps its bits")
 
 
 def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
@@ -432,27 +415,27 @@ def time_kernels(backends: Sequence[ops.Backend], end: float) -> Iterator[dict[s
         rows, hidden, dtype = (8192, 4096, torch.bfloat16) if on_gpu else (512, 4096, torch.float32)
         about = {"backend": backend, "device": device, "rows": rows, "hidden": hidden}
         about |= {"dtype": str(dtype).removeprefix("torch.")}
-        for op, tensors in (("steer_", 2), ("add_steer_rmsnorm", 4)):
+        for op in ("steer_", "add_steer_rmsnorm"):
             record: dict[str, Any] = {"op": op, **about}
             if time.monotonic() > end:
                 yield record | {"skipped": "out of time"}
                 continue
             try:
-                yield record | _against_copy(op, backend, rows, hidden, dtype, device, tensors)
+                yield record | _against_copy(op, backend, rows, hidden, dtype, device)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 yield record | {"failed": str(error).strip().split("\n")[0][:300]}
 
 
 def _against_copy(
-    op: str, backend: ops.Backend, rows: int, hidden: int, dtype: torch.dtype, device: str, tensors: int
+    op: str, backend: ops.Backend, rows: int, hidden: int, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     plan = Plan([Ablate(torch.randn(hidden, generator=torch.Generator().manual_seed(0)), layers=0, at="resid_pre")])
     program = Program(1, hidden, Capacity(1, 1, 1), device)
     program.load(0, plan)
     zeros = torch.zeros(rows, dtype=torch.int32, device=device)
     where, tables = Rows(zeros, zeros.clone(), zeros.clone()), program.tables(0)
-    row_bytes = rows * hidden * dtype.itemsize
-    sets = measure.tensor_sets(tensors * row_bytes, most=8)
+    n_bytes = measure.TENSORS_MOVED[op] * rows * hidden * dtype.itemsize
+    sets = measure.tensor_sets(n_bytes, most=8)
     x, residual = (torch.randn(sets, rows, hidden, device=device, dtype=dtype) for _ in range(2))
     weight = torch.ones(hidden, device=device, dtype=dtype)
 
@@ -463,8 +446,8 @@ def _against_copy(
 
     replays = 3 if backend == "reference" else 7
     timing = measure.time_calls(run, sets if device == "cuda" else 2, device, replays=replays)
-    copy, _ = measure.copy_bandwidth(device, tensors * row_bytes // 2, replays=7)
-    speed = tensors * row_bytes / max(timing.us, 1e-3) * 1e6
+    copy, _ = measure.copy_bandwidth(device, n_bytes // 2, replays=7)
+    speed = n_bytes / max(timing.us, 1e-3) * 1e6
     record = asdict(timing) | {"gb_per_s": round(speed / 1e9, 2), "copy_gb_per_s": round(copy / 1e9, 2)}
     return record | {"percent_of_copy": round(100 * speed / copy, 1)}
 

@@ -356,19 +356,6 @@ class TestNative:
         else:
             assert native.build_info()["cpu_isa"] == wanted
 
-    def test_bytes_moved(self, native):
-        rows, hidden = 512, 4096
-        tensor, tables_ = rows * hidden * 2, 3 * hidden * 4 + rows * 12
-        probed = native.bytes_moved("steer_", rows, hidden, 2, vectors=3, columns=2)
-        assert probed == (tensor + tables_, tensor + rows * 8)
-        assert native.bytes_moved("add_steer", rows, hidden, 2, vectors=3) == (2 * tensor + tables_, tensor)
-        pair = native.bytes_moved("steer_pair_", rows, hidden, 2, vectors=3, columns=2)
-        assert pair == (2 * tensor + tables_, 2 * tensor + rows * 8)
-        norm = native.bytes_moved("add_steer_rmsnorm", rows, hidden, 2, vectors=3, weight_itemsize=4)
-        assert norm == (2 * tensor + tables_ + 4 * hidden, 2 * tensor)
-        with pytest.raises(ValueError, match=r"op is 'norm': expected .* steer_pair_,"):
-            native.bytes_moved("norm", 1, 1, 2)
-
     def test_launch_config(self, native):
         config = native.launch_config(1, 4096, 2)
         columns = config["threads_per_row"] * config["elements_per_vector"] * config["vectors_per_thread"]

@@ -110,6 +110,7 @@ def test_info_names_the_hook_points_of_a_folder(folder):
         *("reference", "cpu", "triton", "cuda")
     }
     assert "reference" in succeeds("info")
+    assert json.loads(succeeds("info", "--json"))["cpp"]["cpu_isa"] in ("baseline", "avx2", "avx512")
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,7 @@ def bytes_moved(op: str, rows: int, hidden: int, c: Case) -> int:
         if op in IN_PLACE:
             return 0
     weight = c.weight.nbytes if op == "add_steer_rmsnorm" else 0
-    tensors = {"steer_": 2, "add_steer": 3, "steer_pair_": 4, "add_steer_rmsnorm": 4, "copy": 2}[op]
-    return tensors * row_bytes + vectors + weight
+    return measure.TENSORS_MOVED[op] * row_bytes + vectors + weight
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------

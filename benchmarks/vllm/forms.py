@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 import faststeer.vllm.layers as layers
-from faststeer.ops import backend_for
+from faststeer.ops import overload
 from faststeer.plan import site
 
 
@@ -26,9 +24,8 @@ def fuse() -> None:
 def patch_layers(found: dict[int, Any], device: layers.Device, hook_points: Any, n_layers: int) -> None:
     if set(hook_points) != {"resid_pre", "resid_post"}:
         raise ValueError(f"the fused form has resid_pre and resid_post alone, not {hook_points}")
-    backend, target = backend_for(device.program.device), device.program.device
-    overload = "triton" if backend == "triton" else "cpp"
-    op, operators = getattr(torch.ops.faststeer.add_steer_rmsnorm, overload), layers.Operators.of(target)
+    target = device.program.device
+    op, operators = overload("add_steer_rmsnorm", target), layers.Operators.of(target)
     for number, layer in found.items():
         layers.check_layer(layer, device)
         here = layers.Site(site("resid_pre", number), device, operators)

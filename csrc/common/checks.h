@@ -1,15 +1,17 @@
-// Checks of an operator's arguments, for the CPU and the CUDA operators alike, through torch's stable ABI. A wrong
-// argument raises RuntimeError with its name, what was expected and what came. What the tables hold is not checked here:
-// it may change between two replays of a graph, and tables.h keeps it from doing harm.
+// Checks of an operator's arguments, for the CPU and the CUDA operators alike, through torch's stable ABI: what must hold
+// lest memory be read that is not there. A wrong argument raises RuntimeError with its name; faststeer.ops then says what
+// was expected and what came (schema.py). What the tables hold is not checked: it may change between two replays of a
+// graph, and tables.h keeps it from doing harm.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "dtype.h"
 #include "launch.h"
@@ -26,13 +28,9 @@ struct RowShape {
   int32_t device_type, device_index;
 };
 
-// Raise RuntimeError: "<name> must be <expected>; got <got...>".
-template <class... Got>
-[[noreturn]] inline void refuse(const char* name, const std::string& expected, const Got&... got) {
-  std::ostringstream text;
-  text << name << " must be " << expected << "; got ";
-  (text << ... << got);
-  throw std::runtime_error(text.str());
+// Raise RuntimeError unless it holds.
+inline void require(bool holds, const char* name) {
+  if (!holds) throw std::runtime_error(std::string(name) + " does not fit this operator: faststeer.ops says why not");
 }
 
 inline int32_t torch_dtype(const Tensor& tensor) {
@@ -41,86 +39,48 @@ inline int32_t torch_dtype(const Tensor& tensor) {
   return dtype;
 }
 
-inline std::string dtype_name(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return "float32";
-  if (dtype == aoti_torch_dtype_float16()) return "float16";
-  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
-  if (dtype == aoti_torch_dtype_float64()) return "float64";
-  if (dtype == aoti_torch_dtype_int32()) return "int32";
-  if (dtype == aoti_torch_dtype_int64()) return "int64";
-  if (dtype == aoti_torch_dtype_bool()) return "bool";
-  return "another dtype";
-}
-
 inline int32_t device_type(const Tensor& tensor) {
   int32_t type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
 }
 
-inline std::string device_name(int32_t type, int32_t index) {
-  if (type == aoti_torch_device_type_cpu()) return "cpu";
-  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device ") + std::to_string(index);
-}
-
-template <class Numbers>
-inline std::string shape_text(const Numbers& numbers) {
-  std::string text = "[";
-  for (const int64_t number : numbers) {
-    text += (text.size() > 1 ? ", " : "") + (number < 0 ? std::string("any") : std::to_string(number));
-  }
-  return text + "]";
-}
-
 inline Dtype check_float(const Tensor& tensor, const char* name) {
   const int32_t dtype = torch_dtype(tensor);
   if (dtype == aoti_torch_dtype_float32()) return Dtype::FP32;
   if (dtype == aoti_torch_dtype_float16()) return Dtype::FP16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::BF16;
-  refuse(name, "float32, float16 or bfloat16", dtype_name(dtype));
+  require(dtype == aoti_torch_dtype_bfloat16(), name);
+  return Dtype::BF16;
 }
 
 // x: `[rows, hidden]`, of one of the three dtypes, each row contiguous and apart from the others.
 inline RowShape check_rows(const Tensor& x, const char* name) {
   const auto sizes = x.sizes(), strides = x.strides();
-  if (sizes.size() != 2) refuse(name, "[rows, hidden]", sizes.size(), " dimensions");
+  require(sizes.size() == 2, name);
   const int64_t rows = sizes[0], hidden = sizes[1];
-  if (hidden < 1 || hidden > MAX_HIDDEN) refuse(name, "of hidden size 1 to " + std::to_string(MAX_HIDDEN), "hidden size ", hidden);
-  if ((hidden > 1 && strides[1] != 1) || (rows > 1 && strides[0] < hidden)) {
-    refuse(name, "contiguous in its last dimension, rows not overlapping", "strides ", shape_text(strides));
-  }
+  require(hidden >= 1 && hidden <= MAX_HIDDEN, name);
+  require((hidden == 1 || strides[1] == 1) && (rows <= 1 || strides[0] >= hidden), name);
   return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name), device_type(x), x.get_device_index()};
 }
 
-inline void check_device(int32_t type, int32_t index, const char* name, const RowShape& x) {
-  if (type != x.device_type || index != x.device_index) {
-    refuse(name, "on x's device, " + device_name(x.device_type, x.device_index), device_name(type, index));
-  }
-}
-
 // Rows just like x's; only their stride may differ. Returns it.
-inline int64_t check_rows_like(const Tensor& tensor, const char* name, const Tensor& x, const RowShape& shape) {
+inline int64_t check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
   const RowShape mine = check_rows(tensor, name);
-  if (mine.rows != shape.rows || mine.hidden != shape.hidden) {
-    refuse(name, "of x's shape, " + shape_text(x.sizes()), shape_text(tensor.sizes()));
-  }
-  if (mine.dtype != shape.dtype) refuse(name, "of x's dtype, " + dtype_name(torch_dtype(x)), dtype_name(torch_dtype(tensor)));
-  check_device(mine.device_type, mine.device_index, name, shape);
+  require(mine.rows == shape.rows && mine.hidden == shape.hidden && mine.dtype == shape.dtype, name);
+  require(mine.device_type == shape.device_type && mine.device_index == shape.device_index, name);
   return mine.stride;
 }
 
 // A contiguous tensor of exactly this dtype and these sizes (-1: any) on x's device.
 inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
                         const RowShape& shape) {
-  if (torch_dtype(tensor) != dtype) refuse(name, dtype_name(dtype), dtype_name(torch_dtype(tensor)));
   const auto sizes = tensor.sizes();
-  bool fits = sizes.size() == expected.size();
+  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size() && tensor.is_contiguous();
   for (size_t i = 0; fits && i < sizes.size(); ++i) {
     fits = expected.begin()[i] < 0 || sizes[i] == expected.begin()[i];
   }
-  if (!fits) refuse(name, "of shape " + shape_text(expected), shape_text(sizes));
-  if (!tensor.is_contiguous()) refuse(name, "contiguous", "strides ", shape_text(tensor.strides()));
-  check_device(device_type(tensor), tensor.get_device_index(), name, shape);
+  fits = fits && device_type(tensor) == shape.device_type && tensor.get_device_index() == shape.device_index;
+  require(fits, name);
 }
 
 // Whether a table with a row per row of x has just those rows, or, as a server's buffers do, may have more.
@@ -153,6 +113,10 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   check_row_table(row_sequence, "row_sequence", int32, rows, shape);
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
+  const auto count = [](const char* name, int64_t number) {
+    require(number <= std::numeric_limits<int32_t>::max(), name);
+    return static_cast<int32_t>(number);
+  };
   Tables tables;
   tables.bank = static_cast<const float*>(bank.data_ptr());
   tables.fields = static_cast<const int32_t*>(fields.data_ptr());
@@ -162,11 +126,11 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   tables.row_position = static_cast<const int32_t*>(row_position.data_ptr());
   tables.row_sequence = static_cast<const int32_t*>(row_sequence.data_ptr());
   tables.gate_state = gate_state.has_value() ? static_cast<const uint8_t*>(gate_state->data_ptr()) : nullptr;
-  tables.n_vectors = bank.size(0);
-  tables.n_entries = n_entries;
-  tables.n_slots = ranges.size(0);
-  tables.n_gates = gate_state.has_value() ? gate_state->size(0) : 0;
-  tables.n_sequences = gate_state.has_value() ? gate_state->size(1) : 0;
+  tables.n_vectors = count("bank", bank.size(0));
+  tables.n_entries = count("fields", n_entries);
+  tables.n_slots = count("ranges", ranges.size(0));
+  tables.n_gates = gate_state.has_value() ? count("gate_state", gate_state->size(0)) : 0;
+  tables.n_sequences = gate_state.has_value() ? count("gate_state", gate_state->size(1)) : 0;
   return tables;
 }
 

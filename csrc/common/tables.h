@@ -39,11 +39,11 @@ struct Tables {
   const int32_t* row_position;
   const int32_t* row_sequence;
   const uint8_t* gate_state;  // [n_gates, n_sequences] bool, or null
-  int64_t n_vectors, n_entries, n_slots, n_gates, n_sequences;
+  int32_t n_vectors, n_entries, n_slots, n_gates, n_sequences;
 };
 
 struct Range {
-  int64_t first, end;
+  int32_t first, end;
 };
 
 struct Entry {
@@ -53,15 +53,25 @@ struct Entry {
 
 // The entries of a row's slot, cut to those there are; empty for a slot that does not exist.
 FASTSTEER_INLINE Range entries_of(const Tables& tables, int64_t row) {
-  const int64_t slot = tables.row_slot[row];
+  const int32_t slot = tables.row_slot[row];
   if (slot < 0 || slot >= tables.n_slots) return {0, 0};
-  const int64_t first = tables.ranges[2 * slot];
-  const int64_t end = first + tables.ranges[2 * slot + 1];
-  return {first < 0 ? 0 : first, end > tables.n_entries ? tables.n_entries : end};
+  const int32_t first = tables.ranges[2 * int64_t{slot}], count = tables.ranges[2 * int64_t{slot} + 1];
+  // Nothing here can overflow, whatever the numbers.
+  const int32_t begin = first > 0 ? first : 0, room = tables.n_entries - begin;
+  const int32_t left = (count > 0 ? count : 0) + (first < 0 ? first : 0);
+  return {begin, begin + (left < room ? left : room)};
 }
 
-FASTSTEER_INLINE bool in_bank(const Tables& tables, int64_t vector, int64_t count) {
-  return vector >= 0 && count >= 1 && vector + count <= tables.n_vectors;
+// As unsigned numbers, negative ones are larger than any that is allowed.
+FASTSTEER_INLINE bool in_bank(const Tables& tables, int32_t vector, int32_t count) {
+  const uint32_t n = tables.n_vectors;
+  return static_cast<uint32_t>(count) - 1u < n && static_cast<uint32_t>(vector) <= n - static_cast<uint32_t>(count);
+}
+
+// How many vectors an entry of this kind has; 0: any number.
+FASTSTEER_INLINE int32_t vectors_of(int32_t kind) {
+  constexpr uint32_t TWO_BITS_EACH = 1u << 2 * ADD | 1u << 2 * CLAMP | 2u << 2 * ROTATE | 2u << 2 * ROTATE_RELATIVE;
+  return TWO_BITS_EACH >> 2 * kind & 3u;
 }
 
 // Read entry i. False: it must be skipped, because it points outside the tables or is of no known kind.
@@ -71,13 +81,11 @@ FASTSTEER_INLINE bool read_entry(const Tables& tables, int64_t i, Entry& entry) 
   entry = {f[FIELD_KIND],      f[FIELD_VECTOR],      f[FIELD_COUNT],      f[FIELD_POSITION_LOW], f[FIELD_POSITION_HIGH], f[FIELD_GATE_MODE],
            f[FIELD_GATE_VECTOR], f[FIELD_GATE_STATE], f[FIELD_KEEP_NORM], f[FIELD_PROBE],        s[0],                   s[1],
            s[2]};
-  if (entry.kind < 0 || entry.kind >= N_KINDS || !in_bank(tables, entry.vector, entry.count)) return false;
-  const bool single = entry.kind == ADD || entry.kind == CLAMP;
-  const bool plane = entry.kind == ROTATE || entry.kind == ROTATE_RELATIVE;
-  if ((single && entry.count != 1) || (plane && entry.count != 2)) return false;
-  const int32_t mode = entry.gate_mode < 0 ? -entry.gate_mode : entry.gate_mode;
-  if (mode == GATE_DOT || mode == GATE_COSINE) return in_bank(tables, entry.gate_vector, 1);
-  return entry.gate_mode == GATE_NONE || entry.gate_mode == GATE_LATCHED;
+  if (static_cast<uint32_t>(entry.kind) >= N_KINDS || !in_bank(tables, entry.vector, entry.count)) return false;
+  const int32_t vectors = vectors_of(entry.kind);
+  if (vectors != 0 && vectors != entry.count) return false;
+  if (entry.gate_mode == GATE_NONE || entry.gate_mode == GATE_LATCHED) return true;
+  return entry.gate_mode >= -GATE_COSINE && entry.gate_mode <= GATE_COSINE && in_bank(tables, entry.gate_vector, 1);
 }
 
 FASTSTEER_INLINE bool in_position(const Entry& entry, int32_t position) {

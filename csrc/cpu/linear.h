@@ -85,7 +85,7 @@ void pack(float* panel, const LinearJob& job, int64_t unit, int64_t k, int64_t d
   const Rows& weight = job.weight;
   for (int64_t half = 0; half < WIDTH; half += PART) {
     const int64_t first = unit * WIDTH + half;
-    pack_half(panel + half, row_of<const T>(weight, first) + k, weight.stride, job.outputs - first, depth);
+    pack_half(panel + half, weight.row<const T>(first) + k, weight.stride, job.outputs - first, depth);
   }
 }
 
@@ -129,7 +129,7 @@ FASTSTEER_LANES void prefetch(const LinearJob& job, int64_t unit, int64_t output
   constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t from = unit * WIDTH + output; from < (unit + 1) * WIDTH; from += PART) {
     for (int64_t i = 0; i < depth && from < job.outputs; i += LINE) {
-      __builtin_prefetch(row_of<const T>(job.weight, from) + k + i);
+      __builtin_prefetch(job.weight.row<const T>(from) + k + i);
     }
   }
 }
@@ -144,7 +144,7 @@ void products(const LinearJob& job, int64_t unit, float* panel, float* sums) {
     for (int64_t row = 0; row < job.rows; row += HEIGHT) {
       const int64_t rows = job.rows - row < HEIGHT ? job.rows - row : HEIGHT;
       for (int64_t i = 0; i < PREFETCHED && prefetched < PART; ++i, ++prefetched) prefetch<T>(job, unit + 1, prefetched, k, depth);
-      const float* const x = row_of<const float>(job.x, row) + k;
+      const float* const x = job.x.row<const float>(row) + k;
       if (k == 0) {
         multiply_some<true>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);
       } else {
@@ -180,7 +180,7 @@ void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
     const Floats low = decode(bias), high = decode(bias + PART);
     for (int64_t row = 0; row < job.rows; ++row) {
       const Floats a = decode(sums + row * WIDTH), b = decode(sums + row * WIDTH + PART);
-      T* const to = row_of<T>(job.out, row) + first;
+      T* const to = job.out.row<T>(row) + first;
       write_some(to, a + low, count);
       if (count > PART) write_some(to + PART, b + high, count - PART);
     }

@@ -21,8 +21,13 @@ namespace faststeer {
 namespace {
 
 template <class T>
-T* row_of(const Rows& rows, int64_t row) {
-  return static_cast<T*>(rows.data) + row * rows.stride;
+T* row_of(void* rows, int64_t stride, int64_t row) {
+  return static_cast<T*>(rows) + row * stride;
+}
+
+template <class T>
+const T* row_of(const void* rows, int64_t stride, int64_t row) {
+  return static_cast<const T*>(rows) + row * stride;
 }
 
 // What bf16 rows that share an addition add, w q: taken apart as the rows will be, and with no NaN that has anything in
@@ -75,11 +80,12 @@ class Addend {
 template <class T, bool ADDS>
 class Row {
  public:
-  Row(const Job& job, int64_t row, float* buffer)
-      : x_(row_of<const T>(job.x, row)),
-        residual_(ADDS ? row_of<const T>(job.residual, row) : nullptr),
+  template <class Arguments>
+  Row(const Arguments& job, int64_t row, float* buffer)
+      : x_(row_of<T>(job.x, job.x_stride, row)),
+        residual_(ADDS ? row_of<T>(job.residual, job.residual_stride, row) : nullptr),
         h_(buffer),
-        hidden_(job.hidden) {}
+        hidden_(job.hidden_size) {}
 
   // h . q
   float dot(const float* q) {
@@ -338,34 +344,35 @@ inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
 
 // All entries of the row's slot, in order. A row that no entry reads is not loaded. Returns whether any entry changed it.
 template <class Row>
-inline bool steer_row(const Job& job, int64_t row, Row& h, Weights& weights) {
+inline bool steer_row(const RowArguments& job, int64_t row, Row& h, Weights& weights) {
   const Tables& tables = job.tables;
+  const int64_t hidden = job.hidden_size;
   const Range range = entries_of(tables, row);
   bool changed = false;
   for (int64_t i = range.first; i < range.end; ++i) {
     Entry entry;
     if (!read_entry(tables, i, entry)) continue;
-    const bool probes = entry.probe >= 0 && entry.probe < job.columns;
+    const bool probes = entry.probe >= 0 && entry.probe < job.probe_columns;
     bool acts = may_act(tables, entry, row);
-    if (acts && compares(entry)) acts = compare(tables, entry, h, job.hidden);
+    if (acts && compares(entry)) acts = compare(tables, entry, h, hidden);
     if (!acts && !probes) continue;
 
-    const float* q = tables.bank + entry.vector * job.hidden;
+    const float* q = tables.bank + entry.vector * hidden;
     float* p = weights.of(entry.count);
     if (probes || entry.kind != ADD) {
-      for (int32_t k = 0; k < entry.count; ++k) p[k] = h.dot(q + k * job.hidden);
+      for (int32_t k = 0; k < entry.count; ++k) p[k] = h.dot(q + k * hidden);
     }
     if (probes) {
-      const int64_t room = job.columns - entry.probe;
+      const int64_t room = job.probe_columns - entry.probe;
       const int64_t count = entry.count < room ? entry.count : room;
-      std::memcpy(job.probe + row * job.columns + entry.probe, p, count * sizeof(float));
+      std::memcpy(job.probe + row * job.probe_columns + entry.probe, p, count * sizeof(float));
     }
 
     if (!acts || !weigh(entry, p)) continue;
     changed = true;
     const float before = entry.keep_norm ? h.norm_squared() : 0.0f;
     if (entry.kind == PROJECT) h.clear();
-    for (int32_t k = 0; k < entry.count; ++k) h.add(p[k], q + k * job.hidden);
+    for (int32_t k = 0; k < entry.count; ++k) h.add(p[k], q + k * hidden);
     if (entry.keep_norm) {
       const float after = h.norm_squared();
       if (after > 0) h.scale(std::sqrt(before) / std::sqrt(after));

@@ -17,52 +17,53 @@ namespace {
 // saves: a twentieth in place, a quarter into other memory (512 fp32 rows of 4096, Zen 5).
 
 template <class T>
-void steer(const Job& job, int64_t first, int64_t end) {
+void steer(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
   Addend addend;
   for (int64_t row = first; row < end; ++row) {
     Row<T, false> h(job, row, buffer);
-    T* out = row_of<T>(job.out, row);
+    T* out = row_of<T>(job.hidden, job.hidden_stride, row);
     if (steer_row(job, row, h, weights)) {
       if (!h.write_sum(out, addend)) h.write(out);
-    } else if (job.out.data != job.x.data) {
-      std::memcpy(out, row_of<T>(job.x, row), job.hidden * sizeof(T));
+    } else if (job.hidden != job.x) {
+      std::memcpy(out, row_of<T>(job.x, job.x_stride, row), job.hidden_size * sizeof(T));
     }
   }
 }
 
 template <class T>
-void add_steer(const Job& job, int64_t first, int64_t end) {
+void add_steer(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
-    h.write(row_of<T>(job.out, row));
+    h.write(row_of<T>(job.hidden, job.hidden_stride, row));
   }
 }
 
 template <class T>
-void steer_pair(const Job& job, int64_t first, int64_t end) {
+void steer_pair(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
   for (int64_t row = first; row < end; ++row) {
     const Range range = entries_of(job.tables, row);
     if (range.first >= range.end) continue;
-    if (job.columns > 0) std::memset(job.probe + row * job.columns, 0, job.columns * sizeof(float));
+    if (job.probe_columns > 0) std::memset(job.probe + row * job.probe_columns, 0, job.probe_columns * sizeof(float));
     Row<T, true> h(job, row, buffer);
     if (!steer_row(job, row, h, weights)) continue;
-    h.write(row_of<T>(job.residual, row));
-    std::memset(row_of<T>(job.x, row), 0, job.hidden * sizeof(T));
+    h.write(row_of<T>(job.hidden, job.hidden_stride, row));
+    std::memset(row_of<T>(job.cleared, job.x_stride, row), 0, job.hidden_size * sizeof(T));
   }
 }
 
 template <class W>
-void load_weight(const Norm& norm, float* weight, int64_t hidden) {
-  const W* from = static_cast<const W*>(norm.weight);
-  const Lanes offset = all(norm.weight_offset);
-  const bool shifted = norm.weight_offset != 0;  // adding 0 would turn a weight of -0 into 0
+void load_weight(const RowArguments& job, float* weight) {
+  const int64_t hidden = job.hidden_size;
+  const W* from = static_cast<const W*>(job.weight);
+  const Lanes offset = all(job.weight_offset);
+  const bool shifted = job.weight_offset != 0;  // adding 0 would turn a weight of -0 into 0
   each_block(hidden, [=](int64_t i, auto block) {
     const Lanes w = load(from + i, block);
     store(weight + i, shifted ? w + offset : w, block);
@@ -79,27 +80,27 @@ void store_normed(T* normed, const float* h, float factor, const float* weight, 
 }
 
 template <class T>
-void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
+void add_steer_rmsnorm(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN], weight[MAX_HIDDEN];
   Weights weights;
-  const int64_t hidden = job.hidden;
-  switch (job.norm.weight_dtype) {
+  const int64_t hidden = job.hidden_size;
+  switch (job.weight_dtype) {
     case Dtype::FP16:
-      load_weight<Half>(job.norm, weight, hidden);
+      load_weight<Half>(job, weight);
       break;
     case Dtype::BF16:
-      load_weight<BFloat>(job.norm, weight, hidden);
+      load_weight<BFloat>(job, weight);
       break;
     case Dtype::FP32:
-      load_weight<float>(job.norm, weight, hidden);
+      load_weight<float>(job, weight);
   }
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
-    const float squares = h.write_rounded(row_of<T>(job.out, row));
-    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.norm.eps);
-    T* normed = row_of<T>(job.norm.normed, row);
-    if (job.norm.fp32_weight) {
+    const float squares = h.write_rounded(row_of<T>(job.hidden, job.hidden_stride, row));
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.eps);
+    T* normed = row_of<T>(job.normed, hidden, row);
+    if (job.fp32_weight) {
       store_normed<T, false>(normed, buffer, factor, weight, hidden);
     } else {
       store_normed<T, true>(normed, buffer, factor, weight, hidden);
@@ -108,7 +109,7 @@ void add_steer_rmsnorm(const Job& job, int64_t first, int64_t end) {
 }
 
 template <class T, bool ADDS>
-void latch_rows(const Job& job, int64_t first, int64_t end) {
+void latch_rows(const LatchArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   const Tables& tables = job.tables;
   for (int64_t row = first; row < end; ++row) {
@@ -119,48 +120,17 @@ void latch_rows(const Job& job, int64_t first, int64_t end) {
       Entry entry;
       if (!read_entry(tables, i, entry) || entry.kind != LATCH) continue;
       const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
-      if (cell >= 0) job.latched[cell] = compares(entry) && compare(tables, entry, h, job.hidden);
+      if (cell >= 0) job.gate_state[cell] = compares(entry) && compare(tables, entry, h, job.hidden_size);
     }
   }
 }
 
 template <class T>
-void latch(const Job& job, int64_t first, int64_t end) {
-  if (job.residual.data == nullptr) {
+void latch(const LatchArguments& job, int64_t first, int64_t end) {
+  if (job.residual == nullptr) {
     latch_rows<T, false>(job, first, end);
   } else {
     latch_rows<T, true>(job, first, end);
-  }
-}
-
-float decode_one(float value) { return value; }
-template <class T>
-float decode_one(T value) {
-  T block[LANES] = {value};
-  return load(block).part[0][0];
-}
-
-template <class T>
-T encode_one(float value) {
-  T block[LANES];
-  store_rounded(block, all(value));
-  return block[0];
-}
-
-template <class T>
-void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
-  for (int64_t row = first; row < end; ++row) {
-    const int64_t vector = job.row_vector[row];
-    const float coefficient = job.row_coefficient[row];
-    if (vector < 0 || vector >= job.n_vectors || coefficient == 0) continue;
-    T* x = row_of<T>(job.x, row);
-    const int64_t from = job.offsets[vector] < 0 ? 0 : job.offsets[vector];
-    const int64_t to = job.offsets[vector + 1] > job.n_values ? job.n_values : job.offsets[vector + 1];
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t column = job.indices[i];
-      if (column < 0 || column >= job.hidden) continue;
-      x[column] = encode_one<T>(decode_one(x[column]) + coefficient * job.values[i]);
-    }
   }
 }
 
@@ -170,7 +140,7 @@ void sparse_add(const SparseJob& job, int64_t first, int64_t end) {
 
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
-    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(sparse_add),
+    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch),
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
 };
 

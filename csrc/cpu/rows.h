@@ -4,9 +4,8 @@
 
 #include <cstdint>
 
-#include "../common/dtype.h"
+#include "../common/arguments.h"
 #include "../common/launch.h"
-#include "../common/tables.h"
 
 namespace faststeer {
 
@@ -14,36 +13,11 @@ namespace faststeer {
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
-};
 
-struct Norm {
-  const void* weight = nullptr;  // [hidden], of weight_dtype
-  Dtype weight_dtype = Dtype::FP32;
-  float eps = 0, weight_offset = 0;
-  bool fp32_weight = false;
-  Rows normed;
-};
-
-struct Job {
-  Tables tables;
-  int64_t hidden = 0;
-  Rows x;
-  Rows residual;  // steer_pair_, the add_* operators and latch_ only
-  Rows out;       // x itself when steering in place
-  float* probe = nullptr;
-  int64_t columns = 0;
-  uint8_t* latched = nullptr;  // latch_ only: gate_state to be written
-  Norm norm;                   // add_steer_rmsnorm only
-};
-
-struct SparseJob {
-  int64_t hidden, n_vectors, n_values;
-  Rows x;
-  const int32_t* indices;
-  const float* values;
-  const int32_t* offsets;
-  const int32_t* row_vector;
-  const float* row_coefficient;
+  template <class T>
+  T* row(int64_t number) const {
+    return static_cast<T*>(data) + number * stride;
+  }
 };
 
 // x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
@@ -64,12 +38,12 @@ struct LinearJob {
 
 // The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
-  using Rows = void (*)(const Job&, int64_t first, int64_t end);
-  using Sparse = void (*)(const SparseJob&, int64_t first, int64_t end);
+  using Rows = void (*)(const RowArguments&, int64_t first, int64_t end);
+  using Latch = void (*)(const LatchArguments&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
-  Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES], latch[N_DTYPES];
-  Sparse sparse_add[N_DTYPES];
+  Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES];
+  Latch latch[N_DTYPES];
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t panel;  // outputs of a panel

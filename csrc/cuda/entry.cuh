@@ -45,24 +45,31 @@ __device__ __forceinline__ bool read_any_entry(const Tables& tables, int32_t i, 
   else return read_entry(tables, i, entry);
 }
 
-__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, int32_t row, int32_t probe_columns) {
+// Where a row stands in its prompt, and whose it is.
+struct Place {
+  int32_t position, sequence;
+};
+
+__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, const Place& row,
+                                            int32_t probe_columns) {
   uint32_t bits = static_cast<uint32_t>(e.kind) << Request::KIND_SHIFT;
   if (e.probe >= 0 && e.probe < probe_columns) bits |= Request::PROBES;
-  if (e.kind == PROBE || e.kind == LATCH || !in_position(e, tables.row_position[row])) return bits;
-  if (e.gate_mode == GATE_LATCHED) {
-    const int64_t cell = gate_cell(tables, e, tables.row_sequence[row]);
-    if (cell < 0 || tables.gate_state[cell] == 0) return bits;
-  }
+  if (e.kind >= PROBE || !in_position(e, row.position)) return bits;
   bits |= Request::MAY_ACT;
-  if (e.gate_mode != GATE_NONE && e.gate_mode != GATE_LATCHED) bits |= Request::GATED;
   if (e.keep_norm != 0) bits |= Request::KEEPS_NORM | Request::NORM;
+  if (e.gate_mode == GATE_NONE) return bits;
+  if (e.gate_mode == GATE_LATCHED) {
+    const int64_t cell = gate_cell(tables, e, row.sequence);
+    return cell >= 0 && tables.gate_state[cell] != 0 ? bits : bits & ~uint32_t{Request::MAY_ACT};
+  }
+  bits |= Request::GATED;
   if (e.gate_mode == GATE_COSINE || e.gate_mode == -GATE_COSINE) bits |= Request::NORM;
   return bits;
 }
 
 // Read entry i for this row; `more` says that another follows it, which is asked for at once.
 template <bool ALIGNED>
-__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, int32_t row,
+__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, const Place& row,
                                                 int32_t probe_columns) {
   Entry e;
   const bool valid = read_any_entry<ALIGNED>(tables, i, e);

@@ -20,7 +20,7 @@ constexpr int LATCH_ROWS = WARP, LATCH_THREADS = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_constant__ LatchArguments arguments) {
-  RowGroup group{threadIdx.x, LATCH_THREADS, *reinterpret_cast<Partials*>(shared_memory)};
+  RowGroup<LATCH_THREADS> group{threadIdx.x, LATCH_THREADS, *reinterpret_cast<Partials*>(shared_memory)};
   const Tables& tables = arguments.tables;
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * LATCH_ROWS;
   const int32_t mine = first_row + static_cast<int32_t>(threadIdx.x % WARP);

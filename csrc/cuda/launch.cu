@@ -26,13 +26,4 @@ Launched launch_latch(Dtype dtype, const LatchArguments& arguments, cudaStream_t
   return {cudaErrorInvalidValue, {}, {}};
 }
 
-Launched launch_sparse_add(Dtype dtype, const SparseAddArguments& arguments, cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::FP32: return launch_sparse_add_for<float>(arguments, stream);
-    case Dtype::FP16: return launch_sparse_add_for<__half>(arguments, stream);
-    case Dtype::BF16: return launch_sparse_add_for<__nv_bfloat16>(arguments, stream);
-  }
-  return {cudaErrorInvalidValue, {}, {}};
-}
-
 }  // namespace faststeer

@@ -4,7 +4,6 @@
 
 #include "latch.cuh"
 #include "row.cuh"
-#include "sparse.cuh"
 
 namespace faststeer {
 
@@ -26,19 +25,19 @@ Launched launch(void (*kernel)(Arguments), int64_t blocks, dim3 block, size_t sh
   return {error != cudaSuccess ? error : pending, config.gridDim, block};
 }
 
-template <typename T, int ELEMENTS, int VECTORS>
+template <typename T, int ELEMENTS, int VECTORS, int HIDDEN = 0>
 Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
   const dim3 block(config.threads_per_row, config.rows_per_block);
-  const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS>::STASH;
+  const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS, HIDDEN>::STASH;
   const auto with = [&](void (*kernel)(RowArguments)) {
     return launch(kernel, ceil_div(arguments.rows, block.y), block, sizeof(Partials) + stash, arguments, stream);
   };
   switch (op) {
-    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER>);
-    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_IN_PLACE>);
-    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER>);
-    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::STEER_PAIR>);
-    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, RowOp::ADD_STEER_RMSNORM>);
+    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>);
+    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_IN_PLACE>);
+    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
+    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
+    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
   }
   return {cudaErrorInvalidValue, {}, {}};
 }
@@ -49,6 +48,14 @@ Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments
   constexpr int WIDE = 16 / sizeof(T);
   const int columns = config.columns_per_thread();
   if (config.elements_per_vector == WIDE) {
+    if constexpr (sizeof(T) == 2) {  // many rows of the most common sizes: bound by the instructions that they issue
+      if (columns == MOST_COLUMNS && config.threads_per_row * columns == arguments.hidden_size) {
+        constexpr int V = MOST_COLUMNS / WIDE;
+        if (arguments.hidden_size == 2048) return launch_row_as<T, WIDE, V, 2048>(op, config, arguments, stream);
+        if (arguments.hidden_size == 4096) return launch_row_as<T, WIDE, V, 4096>(op, config, arguments, stream);
+        if (arguments.hidden_size == 8192) return launch_row_as<T, WIDE, V, 8192>(op, config, arguments, stream);
+      }
+    }
     if (columns == FEWEST_COLUMNS) return launch_row_as<T, WIDE, FEWEST_COLUMNS / WIDE>(op, config, arguments, stream);
     if (columns == MIDDLE_COLUMNS) return launch_row_as<T, WIDE, MIDDLE_COLUMNS / WIDE>(op, config, arguments, stream);
     if (columns == MOST_COLUMNS) return launch_row_as<T, WIDE, MOST_COLUMNS / WIDE>(op, config, arguments, stream);
@@ -65,15 +72,9 @@ Launched launch_latch_for(const LatchArguments& arguments, cudaStream_t stream) 
   return launch<LatchArguments>(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
 }
 
-template <typename T>
-Launched launch_sparse_add_for(const SparseAddArguments& arguments, cudaStream_t stream) {
-  return launch<SparseAddArguments>(sparse_add_kernel<T>, arguments.rows, dim3(SPARSE_THREADS), 0, arguments, stream);
-}
-
 // `template` for the file that compiles a dtype, `extern template` for those that only call it.
 #define FASTSTEER_LAUNCHERS(KEYWORD, T)                                                              \
   KEYWORD Launched launch_row_for<T>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t); \
-  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);                         \
-  KEYWORD Launched launch_sparse_add_for<T>(const SparseAddArguments&, cudaStream_t);
+  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);
 
 }  // namespace faststeer

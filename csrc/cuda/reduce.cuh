@@ -24,10 +24,15 @@ extern __shared__ float4 shared_memory[];
 //
 // All threads of a group get the same bits, so that all take the same branch on them: the exchange within a warp is
 // symmetric (a + b = b + a), and the warps' partial sums are added in one order.
+//
+// THREADS: how many they are, or 0 where only the launch says.
+template <int THREADS>
 struct RowGroup {
-  unsigned thread, threads;
+  unsigned thread, launched;
   Partials& partials;
   unsigned turn = 0;
+
+  __device__ __forceinline__ unsigned threads() const { return THREADS > 0 ? THREADS : launched; }
 
   __device__ __forceinline__ unsigned lane() const { return opaque(thread) % WARP; }
 
@@ -45,8 +50,8 @@ struct RowGroup {
   __device__ __forceinline__ void sum(float (&value)[N]) {
     static_assert(N <= MAX_SUMS);
     sum_in_warp(value);
-    if (threads == WARP) return;
-    const unsigned warp = opaque(thread) / WARP, warps = opaque(threads) / WARP;
+    if (threads() == WARP) return;
+    const unsigned warp = opaque(thread) / WARP, warps = THREADS > 0 ? THREADS / WARP : opaque(launched) / WARP;
     float(&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
     turn ^= 1;
     if (lane() <= padding(warp, warps)) {
@@ -60,8 +65,8 @@ struct RowGroup {
 
   // Many sums in one register: lane j holds its warp's sum j, and gets the group's.
   __device__ __forceinline__ float sum_lanes(float value) {
-    if (threads == WARP) return value;
-    const unsigned warp = opaque(thread) / WARP, warps = opaque(threads) / WARP;
+    if (threads() == WARP) return value;
+    const unsigned warp = opaque(thread) / WARP, warps = THREADS > 0 ? THREADS / WARP : opaque(launched) / WARP;
     float(&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
     turn ^= 1;
     if (lane() < MAX_SUMS) {
@@ -85,7 +90,7 @@ struct RowGroup {
 
   static __device__ __forceinline__ float total(const float* of_warps, unsigned warps) {
     float sum = 0.0f;
-#pragma unroll 1
+#pragma unroll(THREADS > 0 ? THREADS / WARP : 1)
     for (unsigned first = 0; first < warps; first += 4) {
       const float4 four = *reinterpret_cast<const float4*>(of_warps + first);
       sum += (four.x + four.y) + (four.z + four.w);

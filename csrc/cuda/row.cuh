@@ -29,21 +29,46 @@
 
 namespace faststeer {
 
-template <typename T, int ELEMENTS, int VECTORS>
+// A sum in N chains, 1, 2 or 4: of four, no addition waits for the one before it.
+template <int N>
+struct ChainsOf {
+  float sum[N] = {};
+  __device__ __forceinline__ void add(int i, float a, float b) { sum[i % N] += a * b; }
+  __device__ __forceinline__ float total() const {
+    if constexpr (N == 1) return sum[0];
+    else if constexpr (N == 2) return sum[0] + sum[1];
+    else return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+};
+
+// Chains of each of two sums at once, such that nothing is spilled (seen: ptxas of CUDA 13.0).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int CHAINS_OF_TWO = 4;
+#else
+constexpr int CHAINS_OF_TWO = 2;
+#endif
+
+// HIDDEN: the row's size where it is known and fills its threads, which spares a third of the instructions; else 0.
+template <typename T, int ELEMENTS, int VECTORS, int HIDDEN>
 struct Row {
   static constexpr int COLUMNS = ELEMENTS * VECTORS;
+  static constexpr int THREADS = HIDDEN / COLUMNS;
+  static_assert(HIDDEN == 0 || (THREADS > WARP && THREADS % WARP == 0 && THREADS * COLUMNS == HIDDEN && ELEMENTS > 1));
   static constexpr bool KEEPS_VECTOR = ELEMENTS > 1 || COLUMNS == FEWEST_COLUMNS;
   // Numbers of shared memory per thread; the four keep the 16-byte accesses of neighbours in different banks.
   static constexpr int STASH = COLUMNS + 4;
   static constexpr int KEPT = KEEPS_VECTOR ? COLUMNS : 1;
+  static constexpr bool PLANES = HIDDEN > 0;
   using Raw = Pack<T, ELEMENTS>;
+  using Chains = ChainsOf<(HIDDEN > 0) ? 4 : 1>;  // where columns are counted, registers are short
 
   const RowArguments& arguments;
-  RowGroup group;
-  int32_t row, entry = 0;
+  RowGroup<THREADS> group;
+  int32_t row;
+  int32_t entry = 0;
   float h[COLUMNS];
 
-  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup group, int32_t row)
+  __device__ __forceinline__ Row(const RowArguments& arguments, RowGroup<THREADS> group, int32_t row)
       : arguments(arguments), group(group), row(row) {}
 
   // The group's threads take vectors in turn, so that a warp's accesses are contiguous. Counted anew wherever it is
@@ -52,15 +77,16 @@ struct Row {
   struct Columns {
     int32_t first, step, end;
     __device__ __forceinline__ int operator[](int vector) const { return first + vector * step; }
-    __device__ __forceinline__ bool has(int vector) const { return first + vector * step < end; }
+    __device__ __forceinline__ bool has(int vector) const { return HIDDEN > 0 || first + vector * step < end; }
   };
   __device__ __forceinline__ Columns columns() const {
     const auto first = static_cast<int32_t>(opaque(group.thread) * ELEMENTS);
-    return {first, static_cast<int32_t>(group.threads * ELEMENTS), arguments.hidden_size};
+    return {first, static_cast<int32_t>(group.threads() * ELEMENTS), hidden_size()};
   }
+  __device__ __forceinline__ int32_t hidden_size() const { return HIDDEN > 0 ? HIDDEN : arguments.hidden_size; }
 
   __device__ __forceinline__ const float* bank(int64_t i) const {
-    return opaque(arguments.tables.bank + i * arguments.hidden_size);
+    return opaque(arguments.tables.bank + i * hidden_size());
   }
 
   // What only a gate or a probe needs of the entry at hand is read where it is needed: rarely, and then from L1.
@@ -96,17 +122,6 @@ struct Row {
     }
   }
 
-  // Ask for the vector that `keep` will read.
-  __device__ __forceinline__ void prefetch_vector(const Request& r) const {
-    if constexpr (ELEMENTS > 1) {
-      const float* from = bank(r.vector);
-      const Columns column = columns();
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v)
-        if (r.live() && column.has(v)) prefetch(from + column[v]);
-    }
-  }
-
   __device__ __forceinline__ void write(void* rows, int64_t stride, const Raw (&raw)[VECTORS]) const {
     T* to = static_cast<T*>(rows) + int64_t{row} * stride;
     const Columns column = columns();
@@ -133,26 +148,27 @@ struct Row {
       const bool wanted = r.live() && r.count == 1;
       const float* from = bank(r.vector);
       const Columns column = columns();
+      if (HIDDEN > 0 && !wanted) return;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        load_bank_if<ELEMENTS>(wanted && column.has(v), from + column[v], q + v * ELEMENTS);
+        load_bank_if<ELEMENTS>(HIDDEN > 0 || (wanted && column.has(v)), from + column[v], q + v * ELEMENTS);
     }
   }
 
   __device__ __forceinline__ float dot(const float* from) const {
-    float sum = 0.0f;
+    Chains sum;
     with_bank(from, [&](int v, const float* q) {
 #pragma unroll
-      for (int i = 0; i < ELEMENTS; ++i) sum += h[v * ELEMENTS + i] * q[i];
+      for (int i = 0; i < ELEMENTS; ++i) sum.add(v * ELEMENTS + i, h[v * ELEMENTS + i], q[i]);
     });
-    return sum;
+    return sum.total();
   }
 
   __device__ __forceinline__ float square() const {
-    float sum = 0.0f;
+    Chains sum;
 #pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) sum += h[i] * h[i];
-    return sum;
+    for (int i = 0; i < COLUMNS; ++i) sum.add(i, h[i], h[i]);
+    return sum.total();
   }
 
   // Each probe column has one thread that writes it, so that a zero and the value that follows it arrive in order.
@@ -167,8 +183,10 @@ struct Row {
     float sums[3] = {0.0f, 0.0f, 0.0f};  // h . q, h . d, |h|^2
     if (dots) {
       if constexpr (KEEPS_VECTOR) {
+        Chains sum;
 #pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) sums[0] += h[i] * q[i];
+        for (int i = 0; i < COLUMNS; ++i) sum.add(i, h[i], q[i]);
+        sums[0] = sum.total();
       } else {
         sums[0] = dot(bank(r.vector));
       }
@@ -186,8 +204,7 @@ struct Row {
     if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[1], sums[2]))) return false;
     square_before = sums[2];
     const float w = weight_of(r, sums[0]);
-    if (r.kind() == PROJECT) clear();
-    else if (w == 0.0f) return false;
+    if (w == 0.0f) return false;
     if constexpr (KEEPS_VECTOR) {
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) h[i] = __fadd_rn(h[i], __fmul_rn(w, q[i]));
@@ -197,11 +214,6 @@ struct Row {
     return true;
   }
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) h[i] = 0.0f;
-  }
-
   __device__ __forceinline__ void add(float w, const float* from) {
     with_bank(from, [&](int v, const float* q) {
 #pragma unroll
@@ -209,11 +221,56 @@ struct Row {
     });
   }
 
+  // The two vectors of a plane: one sum for both dots. Not all rows have registers for it.
+  __device__ __forceinline__ bool act_in_plane(const Request& r, float& square_before) {
+    const float *const first = bank(r.vector), *const second = opaque(first + hidden_size());
+    float sums[4];  // h . q_1, h . q_2, h . d, |h|^2
+    sum_two(first, second, sums[0], sums[1]);
+    if (r.has(Request::GATED | Request::NORM)) {
+      sums[2] = r.has(Request::GATED) ? gate_dot() : 0.0f;
+      sums[3] = r.has(Request::NORM) ? square() : 0.0f;
+      group.sum(sums);
+    } else {
+      float two[2] = {sums[0], sums[1]};
+      group.sum(two);
+      sums[0] = two[0], sums[1] = two[1];
+    }
+    if (r.has(Request::PROBES)) {
+      const auto column = static_cast<uint32_t>(field(FIELD_PROBE));
+      probe(column, sums[0]), probe(column + 1, sums[1]);
+    }
+    if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[2], sums[3]))) return false;
+    square_before = sums[3];
+    float w1, w2;
+    rotate(r, sums[0], sums[1], w1, w2);
+    if (w1 != 0.0f) add(w1, opaque(first));
+    if (w2 != 0.0f) add(w2, opaque(second));
+    return w1 != 0.0f || w2 != 0.0f;
+  }
+
+  // This thread's part of h . a and h . b.
+  __device__ __forceinline__ void sum_two(const float* a, const float* b, float& of_a, float& of_b) const {
+    const Columns column = columns();
+    ChainsOf<(HIDDEN > 0) ? CHAINS_OF_TWO : 1> first, second;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float p[ELEMENTS], q[ELEMENTS];
+      load_bank_if<ELEMENTS>(column.has(v), a + column[v], p);
+      load_bank_if<ELEMENTS>(column.has(v), b + column[v], q);
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) {
+        first.add(v * ELEMENTS + i, h[v * ELEMENTS + i], p[i]);
+        second.add(v * ELEMENTS + i, h[v * ELEMENTS + i], q[i]);
+      }
+    }
+    of_a = first.total(), of_b = second.total();
+  }
+
   // The stash: one more number per column, in shared memory, each thread's own: no barrier. Few entries need it, so it
   // is not unrolled where it need not be, for the sake of the registers.
   __device__ __forceinline__ float4& stashed(int i) const {
     float* const stash = reinterpret_cast<float*>(shared_memory) + sizeof(Partials) / sizeof(float);
-    const unsigned thread = opaque(threadIdx.y) * group.threads + opaque(group.thread);
+    const unsigned thread = opaque(threadIdx.y) * group.threads() + opaque(group.thread);
     return *reinterpret_cast<float4*>(stash + thread * STASH + i);
   }
 
@@ -239,18 +296,21 @@ struct Row {
     }
   }
 
-  __device__ __forceinline__ void add_stash() {
+  // h <- h + stash, or, for PROJECT, stash: h times `kept`, 1 or 0, would make a NaN of infinity.
+  __device__ __forceinline__ void add_stash(bool projects) {
 #pragma unroll
     for (int i = 0; i < COLUMNS; i += 4) {
       const float4 s = stashed(i);
-      h[i] += s.x, h[i + 1] += s.y, h[i + 2] += s.z, h[i + 3] += s.w;
+      const float more[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) h[i + j] = (projects ? 0.0f : h[i + j]) + more[j];
     }
   }
 
-  // Several vectors, CHUNK at a time, all dots of the row as it is: where more than one CHUNK is to come, sum_k w_k q_k
-  // collects in the stash. p_k and w_k are lane k's, so that a loop may run over them.
+  // Several vectors, CHUNK at a time, all dots of the row as it is: where more than one CHUNK is to come, or where
+  // nothing of the row stays, sum_k w_k q_k collects in the stash. p_k and w_k are lane k's, so that a loop may run over them.
   __device__ __forceinline__ bool act_within(const Request& r, float& square_before) {
-    const bool stashes = r.count > CHUNK;
+    const bool stashes = r.count > CHUNK || r.kind() == PROJECT;
     bool acts = r.has(Request::MAY_ACT), changes = r.kind() == PROJECT;
     if (stashes) clear_stash();
 #pragma unroll 1
@@ -279,26 +339,22 @@ struct Row {
       }
       if (!acts) continue;
       float w = r.kind() == PROJECT ? p : -r.a * p;
-      if (r.kind() == ROTATE || r.kind() == ROTATE_RELATIVE) {
+      if (!PLANES && (r.kind() == ROTATE || r.kind() == ROTATE_RELATIVE)) {
         float second;
         rotate(r, group.from_lane(p, 0), group.from_lane(p, 1), w, second);
         if (group.lane() != 0) w = second;
       }
-      if (r.kind() == PROJECT && !stashes) clear();
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
         const float w_k = group.from_lane(w, k);
         if (w_k == 0.0f) continue;
         changes = true;
-        if (stashes) add_to_stash(w_k, q + k * arguments.hidden_size);
-        else add(w_k, q + k * arguments.hidden_size);
+        if (stashes) add_to_stash(w_k, q + k * hidden_size());
+        else add(w_k, q + k * hidden_size());
       }
     }
     if (!acts || !changes) return false;
-    if (stashes) {
-      if (r.kind() == PROJECT) clear();
-      add_stash();
-    }
+    if (stashes) add_stash(r.kind() == PROJECT);
     return true;
   }
 
@@ -307,28 +363,23 @@ struct Row {
     float p = 0.0f;
 #pragma unroll 1
     for (int k = 0; k < count; k += 2) {
-      const Columns column = columns();
-      const float* next = k + 1 < count ? q + arguments.hidden_size : q;
-      float two[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        float a[ELEMENTS], b[ELEMENTS];
-        load_bank_if<ELEMENTS>(column.has(v), q + column[v], a);
-        load_bank_if<ELEMENTS>(column.has(v), next + column[v], b);
-#pragma unroll
-        for (int i = 0; i < ELEMENTS; ++i) two[0] += h[v * ELEMENTS + i] * a[i], two[1] += h[v * ELEMENTS + i] * b[i];
-      }
+      float two[2];
+      sum_two(q, k + 1 < count ? q + hidden_size() : q, two[0], two[1]);
       group.sum_in_warp(two);
       if (group.lane() == k) p = two[0];
       if (group.lane() == k + 1) p = two[1];  // beyond the last vector: a number that nobody reads
-      q = opaque(q + 2 * arguments.hidden_size);
+      q = opaque(q + 2 * hidden_size());
     }
     return p;
   }
 
   __device__ __forceinline__ bool act(const Request& r, const float (&q)[KEPT]) {
     float square_before = 0.0f;
-    const bool changed = r.count == 1 ? act_along(r, q, square_before) : act_within(r, square_before);
+    const uint32_t kind = opaque(r.bits) >> Request::KIND_SHIFT;  // or all that asks for the kind becomes one table
+    bool changed;
+    if (r.count == 1 && kind != PROJECT) changed = act_along(r, q, square_before);
+    else if (PLANES && kind - ROTATE <= ROTATE_RELATIVE - ROTATE) changed = act_in_plane(r, square_before);
+    else changed = act_within(r, square_before);
     if (!changed || !r.has(Request::KEEPS_NORM)) return changed;
     float after[1] = {square()};
     group.sum(after);
@@ -348,13 +399,10 @@ struct Row {
     for (int v = 0; v < VECTORS; ++v) {
       float s[ELEMENTS] = {};
       if (column.has(v)) {
-        unpack(x[v], s);
         if constexpr (ADD_RESIDUAL) {
-          float r[ELEMENTS];
-          unpack(residual[v], r);
-#pragma unroll
-          for (int i = 0; i < ELEMENTS; ++i) s[i] += r[i];
-          unpack(round_to_pack<T, ELEMENTS>(s), s);
+          unpack(add_packs<T, ELEMENTS>(x[v], residual[v]), s);
+        } else {
+          unpack(x[v], s);
         }
       }
 #pragma unroll
@@ -437,8 +485,20 @@ struct Row {
     }
     float squares[1] = {square()};
     group.sum(squares);
-    const float scale = rsqrtf(squares[0] / static_cast<float>(arguments.hidden_size) + arguments.eps);
-    T* to = static_cast<T*>(arguments.normed) + int64_t{row} * arguments.hidden_size;
+    const float scale = rsqrtf(squares[0] / static_cast<float>(hidden_size()) + arguments.eps);
+    T* to = static_cast<T*>(arguments.normed) + int64_t{row} * hidden_size();
+    if constexpr (ELEMENTS > 1) {
+      if (same && !arguments.fp32_weight) {  // Llama: both factors are of the row's type
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+          float n[ELEMENTS];
+#pragma unroll
+          for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
+          if (column.has(v)) store(to + column[v], multiply_packs<T, ELEMENTS>(round_to_pack<T, ELEMENTS>(n), weight[v]));
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       if (!column.has(v)) continue;
@@ -467,14 +527,14 @@ struct Last {
   __device__ __forceinline__ bool touched() const { return bits >> 31 != 0; }
 };
 
-template <typename T, int ELEMENTS, int VECTORS, RowOp OP>
+template <typename T, int ELEMENTS, int VECTORS, int HIDDEN, RowOp OP>
 __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
-  using R = Row<T, ELEMENTS, VECTORS>;
+  using R = Row<T, ELEMENTS, VECTORS, HIDDEN>;
   constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
   constexpr bool IN_PLACE = OP == RowOp::STEER_IN_PLACE || OP == RowOp::STEER_PAIR;
-  const int32_t index = static_cast<int32_t>(blockIdx.x * blockDim.y + threadIdx.y);
-  if (index >= arguments.rows) return;
-  const RowGroup group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
+  const int32_t index = static_cast<int32_t>(HIDDEN > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y);
+  if (HIDDEN == 0 && index >= arguments.rows) return;  // only where rows share a block
+  const RowGroup<R::THREADS> group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
   R row(arguments, group, index);
   const Tables& tables = arguments.tables;
 
@@ -493,7 +553,6 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     clear_probe();
   }
   const Range range = entries_of(tables, index);
-  const int32_t first = static_cast<int32_t>(range.first);
   const bool steered = range.first < range.end;
   Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
   if constexpr (IN_PLACE) {
@@ -513,24 +572,25 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   float q[R::KEPT];
   const auto read = [&] {
     const bool more = row.entry + 1 < last.end();
-    request = read_request<ALIGNED>(tables, row.entry, more, index, arguments.probe_columns);
+    // With the entry, and not after it: beside it they cost no time. Every time, from L1: so they need no registers.
+    const Place place{load_now(tables.row_position + index), load_now(tables.row_sequence + index)};
+    request = read_request<ALIGNED>(tables, row.entry, more, place, arguments.probe_columns);
   };
-  // Beside two fp32 rows there are no registers for the vector to wait in.
+  // Beside two fp32 rows there are no registers for an entry and its vector to wait in.
   constexpr bool WAITS = EARLY && (ADDS ? 2 : 1) * sizeof(x) + sizeof(q) <= 64 * sizeof(float);
-  row.entry = first;
-  if (steered) {
-    read();
-    if constexpr (WAITS) row.keep(request, q);
-    else row.prefetch_vector(request);
-  }
+  row.entry = range.first;
+  const auto read_first = [&] {
+    if (steered) read(), row.keep(request, q);
+  };
+  if constexpr (WAITS) read_first();
 
   // 2. The row in fp32.
   if constexpr (EARLY) row.template begin<ADDS>(x, residual);
   else row.template begin_late<ADDS>();
 
   // 3. The entries.
+  if constexpr (!WAITS) read_first();
   if (steered) {
-    if constexpr (!WAITS) row.keep(request, q);
 #pragma unroll 1
     for (;;) {
       if (request.live() && row.act(request, q)) last.touch();

@@ -83,6 +83,51 @@ __device__ __forceinline__ Pack<T, N> round_to_pack(const float* x) {
   return pack;
 }
 
+// a + b and a b of packs. Those of 16-bit elements are two at a time, and have the bits that fp32 numbers rounded once
+// would have: fp32 has at least 2 p + 2 bits where the type has p. (Products below fp32's normal numbers apart.)
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> add_packs(const Pack<T, N>& a, const Pack<T, N>& b) {
+  static_assert(N > 1);
+  Pack<T, N> sum;
+#pragma unroll
+  for (int i = 0; i < Pack<T, N>::WORDS; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      sum.word[i] = bits_as<uint32_t>(__fadd_rn(bits_as<float>(a.word[i]), bits_as<float>(b.word[i])));
+    } else {
+      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+      sum.word[i] = bits_as<uint32_t>(__hadd2(bits_as<Pair>(a.word[i]), bits_as<Pair>(b.word[i])));
+    }
+  }
+  return sum;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> multiply_packs(const Pack<T, N>& a, const Pack<T, N>& b) {
+  static_assert(N > 1);
+  Pack<T, N> product;
+#pragma unroll
+  for (int i = 0; i < Pack<T, N>::WORDS; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      product.word[i] = bits_as<uint32_t>(__fmul_rn(bits_as<float>(a.word[i]), bits_as<float>(b.word[i])));
+    } else {
+      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+      product.word[i] = bits_as<uint32_t>(__hmul2(bits_as<Pair>(a.word[i]), bits_as<Pair>(b.word[i])));
+    }
+  }
+  return product;
+}
+
+// Load a number here and now, and not where it is first used.
+__device__ __forceinline__ int32_t load_now(const int32_t* from) {
+#if defined(__CUDA_ARCH__)
+  int32_t number;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(number) : "l"(from));
+  return number;
+#else
+  return *from;
+#endif
+}
+
 // Load what is read once. It does not enter L1, which is left to the bank: rows that share a plan read the same
 // vectors.
 template <typename T, int N>

@@ -28,6 +28,7 @@ def info(
     import torch
 
     import faststeer
+    import faststeer.build
     from faststeer.version import versions
 
     facts: dict[str, Any] = {
@@ -39,6 +40,11 @@ def info(
             for name, state in faststeer.ops.states().items()
         },
     }
+    if (native := faststeer.build.native()) is not None:
+        try:
+            facts["cpp"] = {name: value for name, value in native.build_info().items() if name != "flags"}
+        except RuntimeError as error:  # FASTSTEER_CPU_ISA names what there is not
+            facts["cpp"] = str(error)
     if model is not None:
         loaded, _ = load_model(model, dtype, device)
         points, steering = faststeer.hf.find_hook_points(loaded), faststeer.steer(loaded, [None])

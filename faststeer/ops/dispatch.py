@@ -123,7 +123,7 @@ def _triton_state() -> State:
             False, "there is no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
         )
     try:
-        _register_triton()
+        importlib.import_module(KERNELS)  # which registers them
     except Exception as error:  # an unfit Triton must not take the other back ends with it
         return State(False, f"its kernels cannot be imported: {error}")
     return State(True, "interpreted on the CPU" if _interpreted() else "Triton kernels")
@@ -131,23 +131,6 @@ def _triton_state() -> State:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _register_triton() -> None:
-    kernels = importlib.import_module(KERNELS)
-    for name, check in schema.CHECKS.items():
-        for key in ("CPU", "CUDA") if _interpreted() else ("CUDA",):
-            schema.library.impl(f"{name}.triton", _checked_first(check, getattr(kernels, name)), key)
-
-
-def _checked_first(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(kernel)
-    def run(*arguments: Any) -> Any:
-        check(*arguments)
-        return kernel(*arguments)
-
-    return run
 
 
 # The ops --------------------------------------------------------------------------------------------------------------
@@ -298,27 +281,6 @@ def latch_(
         _run("latch_", name, (x, residual, *tables[:4], *rows, gate_state))
 
 
-def sparse_add_(
-    x: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    row_vector: Tensor,
-    row_coefficient: Tensor,
-    *,
-    backend: Backend | None = None,
-) -> None:
-    """Add sparse vectors in place, for inference: see `faststeer.ops.reference.sparse_add`."""
-    refuse_gradient("sparse_add_", x, values, row_coefficient)
-    name = backend_of(x, backend)
-    arguments = x, indices, values, offsets, row_vector, row_coefficient
-    if name == "reference":
-        _check("sparse_add_", *arguments)
-        x.copy_(reference.sparse_add(*arguments))
-    else:
-        _run("sparse_add_", name, arguments)
-
-
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
 
 
@@ -350,10 +312,22 @@ _OPS = {
 _CALLS = {backend: {name: op._op for name, op in ops.items()} for backend, ops in _OPS.items()}
 
 
+def overload(name: str, device: torch.device | str) -> Callable[..., Any]:
+    """The operator that runs on tensors of this device, for who puts it into a graph; on the reference, one that a
+    compiler does not look into (`faststeer.ops.opaque`: there is "steer", "steer_pair_" and "latch_")."""
+    if (backend := backend_for(device)) != "reference":
+        return _OPS[backend][name]
+    importlib.import_module("faststeer.ops.opaque")
+    return getattr(torch.ops.faststeer, name).reference
+
+
 def operator(name: str, x: Tensor) -> Callable[..., Any] | None:
     """The compiled operator that takes rows like `x`, for who calls it often with the arguments of its schema; None
-    where the function of its name is to be called: on the reference, and while a compiler traces."""
+    where the function of its name is to be called: on the reference, while a compiler traces, and on rows that no
+    operator takes, which the function refuses in words."""
     if torch.compiler.is_compiling() or (backend := backend_of(x, None)) == "reference":
+        return None
+    if x.dtype not in schema.DTYPES or x.shape[-1] > schema.MAX_HIDDEN:
         return None
     return _CALLS[backend][name]
 

@@ -123,27 +123,6 @@ def rmsnorm(hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, fp
     return (normed.to(hidden.dtype) * weight).to(hidden.dtype)
 
 
-def sparse_add(
-    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
-) -> Tensor:
-    """x with `row_coefficient[r]` times the sparse vector `row_vector[r]` added to row r, in fp32, rounded once.
-
-    Vector i has the values `values[offsets[i] : offsets[i + 1]]` at the columns `indices[...]` of that range; a
-    negative or unknown vector, or a column outside the row, adds nothing. Untouched elements keep their bits.
-    """
-    n_vectors = offsets.shape[0] - 1
-    owner = torch.repeat_interleave(torch.arange(n_vectors, device=x.device), offsets.diff().clamp(min=0).long())
-    inside = (indices >= 0) & (indices < x.shape[1])
-    dense = torch.zeros(n_vectors, x.shape[1], dtype=_compute_dtype(x), device=x.device)
-    present = torch.zeros_like(dense, dtype=torch.bool)
-    dense[owner[inside], indices[inside].long()] = values[inside].to(dense.dtype)
-    present[owner[inside], indices[inside].long()] = True
-    known = (row_vector >= 0) & (row_vector < n_vectors)
-    vector = torch.where(known, row_vector, 0).long()
-    moved = x.to(dense.dtype) + row_coefficient.to(dense.dtype).unsqueeze(1) * dense[vector]
-    return torch.where(present[vector] & known.unsqueeze(1), moved.to(x.dtype), x)
-
-
 def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
     """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row as it
     stands to `gate_state[gate, sequence]` in place.

@@ -30,8 +30,6 @@ SCHEMAS = {
     "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
     "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
-    "sparse_add_": "(Tensor(a!) x, Tensor indices, Tensor values, Tensor offsets, Tensor row_vector, "
-    "Tensor row_coefficient) -> ()",
 }
 
 library = torch.library.Library("faststeer", "DEF")
@@ -111,20 +109,6 @@ def check_tables(
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
 
 
-def check_sparse(
-    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
-) -> None:
-    """Check the arguments of `sparse_add_`."""
-    check_rows(x, "x")
-    check_table(indices, "indices", (None,), torch.int32, x)
-    check_table(values, "values", (indices.shape[0],), torch.float32, x)
-    check_table(offsets, "offsets", (None,), torch.int32, x)
-    check_table(row_vector, "row_vector", (x.shape[0],), torch.int32, x)
-    check_table(row_coefficient, "row_coefficient", (x.shape[0],), torch.float32, x)
-    if offsets.shape[0] < 1:
-        raise ValueError("offsets is empty: expected [n_vectors + 1], starting with 0")
-
-
 # Every op's check takes the op's own arguments.
 
 
@@ -183,8 +167,25 @@ CHECKS: dict[str, Callable[..., None]] = {
     "steer_pair_": check_steer_pair_,
     "add_steer_rmsnorm": check_add_steer_rmsnorm,
     "latch_": check_latch_,
-    "sparse_add_": check_sparse,
 }
+
+
+def implements(overload: str, *devices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator's overload, such as "steer.triton", for tensors on these devices ("CPU",
+    "CUDA"). Called through the operator, its arguments are checked first. The function itself stays as it is."""
+    check = CHECKS[overload.partition(".")[0]]
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            check(*arguments)
+            return kernel(*arguments)
+
+        for device in devices:
+            library.impl(overload, run, device)
+        return kernel
+
+    return register
+
 
 # Fake implementations -------------------------------------------------------------------------------------------------
 
@@ -201,6 +202,14 @@ def fake(name: str) -> Callable[..., Any]:
         return *(x.new_empty(x.shape) for _ in range(n_outputs)), probe
 
     return run
+
+
+def define(name: str, overload: str) -> Any:
+    """Define an operator's overload, with its fake implementation; returns it."""
+    library.define(f"{name}.{overload}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(getattr(torch.ops.faststeer, name), overload)
+    torch.library.register_fake(op, fake(name), lib=library)
+    return op
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -326,16 +335,9 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add_steer_rmsnorm": (_backward_add_steer_rmsnorm, _setup_add_steer_rmsnorm),
 }
 
-
-def _define() -> None:
-    for name, schema in SCHEMAS.items():
-        for overload in OVERLOADS:
-            library.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            op = getattr(getattr(torch.ops.faststeer, name), overload)
-            torch.library.register_fake(op, fake(name), lib=library)
-            if name in _GRADIENTS:
-                backward, setup = _GRADIENTS[name]
-                torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
-
-
-_define()
+for _name in SCHEMAS:
+    for _overload in OVERLOADS:
+        _op = define(_name, _overload)
+        if _name in _GRADIENTS:
+            _formula, _setup = _GRADIENTS[_name]
+            torch.library.register_autograd(_op, _formula, setup_context=_setup, lib=library)

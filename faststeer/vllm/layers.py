@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import faststeer.ops.opaque  # noqa: F401  (it registers operators)
-from faststeer.ops import backend_for
+from faststeer.ops import overload
 from faststeer.ops.schema import DTYPES
 from faststeer.plan import site
 from faststeer.program import Program
@@ -40,10 +39,7 @@ class Operators:
 
     @classmethod
     def of(cls, device: torch.device) -> Operators:
-        overload = {"reference": "reference", "triton": "triton"}.get(backend_for(device), "cpp")
-        return cls(
-            *(getattr(getattr(torch.ops.faststeer, name), overload) for name in ("steer", "steer_pair_", "latch_"))
-        )
+        return cls(*(overload(name, device) for name in ("steer", "steer_pair_", "latch_")))
 
 
 @dataclass(frozen=True)

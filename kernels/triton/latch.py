@@ -7,12 +7,13 @@ see row.py.
 
 from __future__ import annotations
 
-from faststeer.kernels.launch import Launch, on_device_of, starts
-from faststeer.kernels.row import entries_of, gate_cell, gate_verdict, load_row, read_entry
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from faststeer.kernels.launch import DEVICES, Launch, on_device_of, starts
+from faststeer.kernels.row import entries_of, gate_cell, gate_verdict, load_row, read_entry
+from faststeer.ops.schema import implements
 from faststeer.ops.tables import N_SCALARS, GateMode, Kind, Scalar
 
 _VARYING = ["x_stride", "residual_stride", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"]
@@ -36,11 +37,11 @@ def latch_kernel(
     gate_state,
     x_stride: tl.int64,
     residual_stride: tl.int64,
-    n_vectors: tl.int64,
-    n_entries: tl.int64,
-    n_slots: tl.int64,
-    n_gates: tl.int64,
-    n_sequences: tl.int64,
+    n_vectors: tl.int32,
+    n_entries: tl.int32,
+    n_slots: tl.int32,
+    n_gates: tl.int32,
+    n_sequences: tl.int32,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -79,6 +80,7 @@ def latch_kernel(
             tl.store(gate_state + cell, verdict, mask=exists)
 
 
+@implements("latch_.triton", *DEVICES)
 def latch_(
     x: Tensor,
     residual: Tensor | None,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 # What a thread holds of a row: four 16-byte loads of a 16-bit type, in flight together. The row and what becomes of it
 # are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more,
@@ -93,6 +94,10 @@ def asked_elements() -> int | None:
             f"per thread), or not set; got {text!r}"
         )
     return int(text)
+
+
+DEVICES = ("CPU", "CUDA") if knobs.runtime.interpret else ("CUDA",)
+"""Where the kernels run, as `faststeer.ops.schema.implements` wants it."""
 
 
 def starts(*tensors: Tensor) -> int:

@@ -12,12 +12,13 @@ see row.py.
 from __future__ import annotations
 
 import torch
-from faststeer.kernels.launch import Launch, no_gates, on_device_of, starts
-from faststeer.kernels.row import entries_of, load_row, steer_row, store_row
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from faststeer.kernels.launch import DEVICES, Launch, no_gates, on_device_of, starts
+from faststeer.kernels.row import _INTERPRETED, entries_of, load_row, steer_row, store_row, widen
+from faststeer.ops.schema import implements
 
 _VARYING = [
     *("x_stride", "residual_stride", "zero", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"),
@@ -48,12 +49,12 @@ def residual_kernel(
     x_stride: tl.int64,
     residual_stride: tl.int64,
     zero: tl.int64,
-    n_vectors: tl.int64,
-    n_entries: tl.int64,
-    n_slots: tl.int64,
-    n_gates: tl.int64,
-    n_sequences: tl.int64,
-    n_columns: tl.int64,
+    n_vectors: tl.int32,
+    n_entries: tl.int32,
+    n_slots: tl.int32,
+    n_gates: tl.int32,
+    n_sequences: tl.int32,
+    n_columns: tl.int32,
     eps: tl.float32,
     weight_offset: tl.float32,
     FP32_WEIGHT: tl.constexpr,
@@ -62,6 +63,7 @@ def residual_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INTERPRETED: tl.constexpr = _INTERPRETED,
 ):
     """One row.
 
@@ -92,13 +94,16 @@ def residual_kernel(
     if EARLY_WEIGHT:  # before the reductions, so that nothing waits for it after them
         w = load_row(weight, 0, HIDDEN, columns, HIDDEN, ALIGNED, "evict_last")
     if not IN_PLACE:
+        if not INTERPRETED:
+            tl.debug_barrier()  # ptxas would have the loads of the row wait for the slot
         first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
 
-    h, touched = steer_row(
-        s.to(tl.float32), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state,
-        probe, n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
-    )  # fmt: skip
-
+    h, touched = s.to(tl.float32), first < 0  # False, as a scalar of the program
+    if first < end:
+        h, touched = steer_row(
+            widen(s), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state,
+            probe, n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
+        )  # fmt: skip
     g = h.to(x.dtype.element_ty)
     if IN_PLACE:
         if touched:
@@ -128,6 +133,7 @@ def residual_kernel(
         store_row(normed, row, HIDDEN, columns, n.to(g.dtype), HIDDEN, ALIGNED)
 
 
+@implements("steer.triton", *DEVICES)
 def steer(
     x: Tensor,
     bank: Tensor,
@@ -148,6 +154,7 @@ def steer(
     return hidden, probe
 
 
+@implements("steer_.triton", *DEVICES)
 def steer_(
     x: Tensor,
     bank: Tensor,
@@ -165,6 +172,7 @@ def steer_(
     _launch(x, None, None, None, None, probe, tables)
 
 
+@implements("add_steer.triton", *DEVICES)
 def add_steer(
     x: Tensor,
     residual: Tensor,
@@ -185,6 +193,7 @@ def add_steer(
     return hidden, probe
 
 
+@implements("steer_pair_.triton", *DEVICES)
 def steer_pair_(
     x: Tensor,
     residual: Tensor,
@@ -203,6 +212,7 @@ def steer_pair_(
     _launch(x, residual, None, None, None, probe, tables)
 
 
+@implements("add_steer_rmsnorm.triton", *DEVICES)
 def add_steer_rmsnorm(
     x: Tensor,
     residual: Tensor,

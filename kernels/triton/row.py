@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
 from triton import knobs
 
+from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
+
+_COUNTS = 1 << 2 * Kind.ADD | 1 << 2 * Kind.CLAMP | 2 << 2 * Kind.ROTATE | 2 << 2 * Kind.ROTATE_RELATIVE
+"""Two bits for each kind: how many vectors an entry of it has, or 0 for any number."""
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -70,11 +73,31 @@ def product(w, q, INTERPRETED: tl.constexpr = _INTERPRETED):
 @triton.jit
 def entries_of(row, row_slot, ranges, n_slots, n_entries):
     """`first, end`: the entries of the row's slot, cut to those there are; none for a slot that does not exist."""
-    slot = tl.load(row_slot + row).to(tl.int64)
+    slot = tl.load(row_slot + row)
     exists = (slot >= 0) & (slot < n_slots)
-    first = tl.load(ranges + 2 * slot, mask=exists, other=0).to(tl.int64)
-    count = tl.load(ranges + 2 * slot + 1, mask=exists, other=0).to(tl.int64)
-    return tl.maximum(first, 0).to(tl.int32), tl.minimum(tl.maximum(first + count, 0), n_entries).to(tl.int32)
+    first = tl.load(ranges + 2 * slot.to(tl.int64), mask=exists, other=0)
+    count = tl.load(ranges + 2 * slot.to(tl.int64) + 1, mask=exists, other=0)
+    # Nothing here can overflow, whatever the numbers.
+    begin = tl.maximum(first, 0)
+    return begin, begin + tl.minimum(tl.maximum(count, 0) + tl.minimum(first, 0), n_entries - begin)
+
+
+@triton.jit
+def below(number, end):
+    """0 <= number < end, for an end that is not negative: as unsigned numbers, negative ones are the largest."""
+    return tl.cast(number, tl.uint32, bitcast=True) < tl.cast(end, tl.uint32, bitcast=True)
+
+
+@triton.jit
+def widen(value, INTERPRETED: tl.constexpr = _INTERPRETED):
+    """fp32 of a row. bf16 is the upper half of fp32: two instructions for two numbers, where Triton takes three."""
+    if INTERPRETED or value.dtype != tl.bfloat16:
+        wide = value.to(tl.float32)
+    else:
+        wide = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=f,=f,r", [value], tl.float32, is_pure=True, pack=2
+        )
+    return wide
 
 
 @triton.jit
@@ -89,10 +112,7 @@ def read_entry(
     MODE: tl.constexpr = int(Field.GATE_MODE),
     GATE_VECTOR: tl.constexpr = int(Field.GATE_VECTOR),
     N_KINDS: tl.constexpr = len(Kind),  # noqa: B008
-    ADD: tl.constexpr = int(Kind.ADD),
-    CLAMP: tl.constexpr = int(Kind.CLAMP),
-    ROTATE: tl.constexpr = int(Kind.ROTATE),
-    ROTATE_RELATIVE: tl.constexpr = int(Kind.ROTATE_RELATIVE),
+    COUNTS: tl.constexpr = _COUNTS,
     NONE: tl.constexpr = int(GateMode.NONE),
     COSINE: tl.constexpr = int(GateMode.COSINE),
     LATCHED: tl.constexpr = int(GateMode.LATCHED),
@@ -105,11 +125,11 @@ def read_entry(
     count = tl.load(f + COUNT)
     mode = tl.load(f + MODE)
     gate_vector = tl.load(f + GATE_VECTOR)
-    valid = (kind >= 0) & (kind < N_KINDS) & (vector >= 0) & (count >= 1) & (vector.to(tl.int64) + count <= n_vectors)
-    valid &= ((kind != ADD) & (kind != CLAMP)) | (count == 1)
-    valid &= ((kind != ROTATE) & (kind != ROTATE_RELATIVE)) | (count == 2)
-    looks = (mode >= -COSINE) & (mode <= COSINE) & (mode != NONE)
-    valid &= (mode == NONE) | (mode == LATCHED) | (looks & (gate_vector >= 0) & (gate_vector < n_vectors))
+    valid = below(kind, N_KINDS) & below(count - 1, n_vectors) & below(vector, n_vectors - count + 1)
+    wanted = (COUNTS >> 2 * kind) & 3
+    valid &= (wanted == 0) | (wanted == count)
+    looks = below(mode + COSINE, 2 * COSINE + 1) & below(gate_vector, n_vectors)
+    valid &= (mode == NONE) | (mode == LATCHED) | looks
     return valid, kind, vector, count, mode, gate_vector
 
 

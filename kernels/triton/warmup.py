@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from faststeer.kernels.latch import latch_
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
-from faststeer.kernels.sparse import sparse_add_
 from torch import Tensor
 
+from faststeer.kernels.latch import latch_
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
 from faststeer.ops.tables import N_FIELDS, N_SCALARS
 
-OPERATORS = ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_")
+OPERATORS = ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_")
 
 
 def warmup(
@@ -35,7 +34,7 @@ def warmup(
         dtype: of x.
         device: where to.
         weight_dtype: of the norm's weight; default: dtype.
-        operators: which; `sparse_add_` does not depend on `hidden`.
+        operators: which.
     """
     itemsize = dtype.itemsize
     for start in (0, 1) if hidden * itemsize % 16 == 0 else (1,):
@@ -78,7 +77,3 @@ def _launch_all(
     if "latch_" in operators:
         latch_(one_row(), None, *tables)
         latch_(one_row(), one_row(), *tables)
-    if "sparse_add_" in operators:
-        sparse_add_(
-            one_row(), row, torch.zeros(1, device=device), integers(2), untouched, torch.zeros(1, device=device)
-        )

@@ -114,7 +114,6 @@ def test_other_mistakes_are_told(quick, monkeypatch, tmp_path):
 
     for name, wrong, message in (
         ("latch_", nothing, "gates are decided otherwise"),
-        ("sparse_add_", nothing, "sparse_add_, "),
         ("steer_", nothing, "it writes what steer gives"),
         ("steer", all_rows, "a row without a plan keeps its bits"),
         ("add_steer", no_number, "inf times what is allowed"),

@@ -39,7 +39,7 @@ _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 class CTables(ctypes.Structure):
     _names = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "row_sequence", "gate_state")
     _sizes = ("n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences")
-    _fields_ = [(name, _pointer) for name in _names] + [(name, _int64) for name in _sizes]
+    _fields_ = [(name, _pointer) for name in _names] + [(name, _int32) for name in _sizes]
 
 
 class CRow(ctypes.Structure):
@@ -63,14 +63,6 @@ class CLatch(ctypes.Structure):
     ]
 
 
-class CSparseAdd(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("x", "indices", "offsets", "row_vector", "values", "row_coefficient")),
-        *((name, _int64) for name in ("rows", "x_stride", "n_values", "n_vectors")),
-        ("hidden_size", _int32),
-    ]
-
-
 def sources() -> list[Path]:
     return sorted(p for folder in (ROOT / "csrc" / "cuda", ROOT / "csrc" / "common", HERE) for p in folder.rglob("*.*"))
 
@@ -90,9 +82,9 @@ def library() -> ctypes.CDLL:
             _build(target)
     loaded = ctypes.CDLL(str(target))
     loaded.emulator_error.restype = ctypes.c_char_p
-    sizes = (_int64 * 3)()
+    sizes = (_int64 * 2)()
     loaded.emulate_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(c) for c in (CRow, CLatch, CSparseAdd)], "kernels.h has changed"
+    assert list(sizes) == [ctypes.sizeof(c) for c in (CRow, CLatch)], "kernels.h has changed"
     return loaded
 
 
@@ -248,16 +240,6 @@ class Emulated:
         if residual is not None:
             a.residual, a.residual_stride = residual.data_ptr(), _stride(residual)
         _check(library().emulate_latch(DTYPES[x.dtype], ctypes.byref(a)))
-
-
-def sparse_add_(
-    x: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, row_vector: Tensor, row_coefficient: Tensor
-) -> None:
-    a = CSparseAdd(n_values=len(values), n_vectors=len(offsets) - 1, x_stride=_stride(x))
-    a.rows, a.hidden_size = x.shape
-    a.x, a.indices, a.offsets, a.values = (t.data_ptr() for t in (x, indices, offsets, values))
-    a.row_vector, a.row_coefficient = row_vector.data_ptr(), row_coefficient.data_ptr()
-    _check(library().emulate_sparse_add(DTYPES[x.dtype], ctypes.byref(a)))
 
 
 def seed(number: int) -> None:

@@ -29,6 +29,7 @@ OPS = ("STEER", "STEER_IN_PLACE", "ADD_STEER", "STEER_PAIR", "ADD_STEER_RMSNORM"
 # csrc/common/launch.h: registers per thread, and for rows of these sizes, when there are many, threads per row and the
 # number of rows that must share the 65,536 registers of a multiprocessor for one's loads to hide another's sums.
 MAX_REGISTERS = 128
+FULL_ROWS = (2048, 4096, 8192)  # sizes with kernels of their own (launch.cuh)
 IN_FLIGHT = {1024: (32, 16), 2048: (64, 8), 4096: (128, 4), 8192: (256, 2), 16384: (512, 1)}
 
 
@@ -56,10 +57,10 @@ class Kernel:
     source: str
 
     @property
-    def row(self) -> tuple[int, int, str] | None:
-        """(elements per vector, vectors per thread, op) of a row kernel."""
-        found = re.search(r"row_kernelI.*?Li(\d+)ELi(\d+)ELNS_5RowOpE(\d)E", self.name)
-        return (int(found[1]), int(found[2]), OPS[int(found[3])]) if found else None
+    def row(self) -> tuple[int, int, int, str] | None:
+        """(elements per vector, vectors per thread, hidden size or 0, op) of a row kernel."""
+        found = re.search(r"row_kernelI.*?Li(\d+)ELi(\d+)ELi(\d+)ELNS_5RowOpE(\d)E", self.name)
+        return (int(found[1]), int(found[2]), int(found[3]), OPS[int(found[4])]) if found else None
 
     def __str__(self) -> str:
         return f"{self.name} for sm_{self.arch}"
@@ -157,9 +158,10 @@ def check_kernels(dtype: str, archs: tuple[str, ...]) -> None:
         here = [kernel for kernel in kernels if kernel.arch == arch]
         shapes = {kernel.row for kernel in here if kernel.row}
         wide = WIDE[dtype]
-        expected = [(wide, 8 // wide), (wide, 16 // wide), (wide, 32 // wide), (1, 8), (1, 32)]
+        expected = [(wide, 8 // wide, 0), (wide, 16 // wide, 0), (wide, 32 // wide, 0), (1, 8, 0), (1, 32, 0)]
+        expected += [] if dtype == "fp32" else [(wide, 32 // wide, hidden) for hidden in FULL_ROWS]
         assert shapes == {(*shape, op) for shape in expected for op in OPS}, "not what launch.cuh dispatches to"
-        assert len(here) == len(shapes) + 2, "and latch_ and sparse_add_"
+        assert len(here) == len(shapes) + 1, "and latch_"
     for kernel in kernels:
         assert kernel.stack == 0 and kernel.spilled == 0 and kernel.instructions["local"] == 0, kernel
         assert kernel.registers <= MAX_REGISTERS, kernel
@@ -168,7 +170,7 @@ def check_kernels(dtype: str, archs: tuple[str, ...]) -> None:
 
 
 def check_accesses(kernel: Kernel, dtype: str) -> None:
-    elements, vectors, op = kernel.row
+    elements, vectors, _, op = kernel.row
     counted = kernel.instructions
     if elements == 1:
         return

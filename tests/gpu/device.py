@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 BACKENDS = ("cuda", "triton", "reference") if CUDA else ("cpu", "triton", "reference")
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(not (CUDA or DRY_RUN), reason="no GPU that PyTorch can use")]
 needs_device = pytest.mark.skipif(not CUDA, reason="dry run: there is no such thing on the CPU")
+if DRY_RUN and os.environ.get("TRITON_INTERPRET") == "1":
+    sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+    importlib.import_module("triton_interpreter").mend()
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Triton's interpreter, which a dry run has, takes milliseconds per entry and row.

@@ -56,15 +56,6 @@ def run(backend: ops.Backend, hidden: int, rows: int, dtype: torch.dtype) -> Non
     fields[::2, 0] = int(Kind.LATCH)
     tables = there.tables._replace(fields=fields.to(DEVICE))
     ops.latch_(there.x, tables, there.rows, there.gate_state, residual=there.residual, backend=backend)
-    numbers = torch.arange(rows).int()
-    sparse = (
-        numbers % 7,
-        torch.ones(rows),
-        torch.tensor([0, 3, rows, 5 * rows]).int(),
-        numbers % 4 - 1,
-        torch.ones(rows),
-    )
-    ops.sparse_add_(there.x, *(t.to(DEVICE) for t in sparse), backend=backend)
 
 
 def run_hostile(backend: ops.Backend, seed: int) -> None:

@@ -27,10 +27,6 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
     """Every op once, on one case."""
     probe = torch.zeros(len(case.x), columns, device=DEVICE) if columns else None
     arguments = case.tables, case.rows, case.gate_state
-    indices = torch.arange(8, dtype=torch.int32, device=DEVICE)
-    offsets = torch.tensor([0, 8], dtype=torch.int32, device=DEVICE)
-    values, coefficient = torch.ones(8, device=DEVICE), torch.ones(len(case.x), device=DEVICE)
-    vector = torch.zeros(len(case.x), dtype=torch.int32, device=DEVICE)
     run = functools.partial
     return {
         "steer": run(ops.steer, case.x, *arguments, probe, backend=backend),
@@ -41,12 +37,10 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
             ops.add_steer_rmsnorm, case.x, case.residual, case.weight, *NORM, *arguments, probe, backend=backend
         ),
         "latch_": run(ops.latch_, case.x, case.tables, case.rows, case.gate_state, backend=backend),
-        "sparse_add_": run(ops.sparse_add_, case.x, indices, values, offsets, vector, coefficient, backend=backend),
     }
 
 
-RESULTS = {"steer": 1, "steer_": 0, "add_steer": 1, "steer_pair_": 0, "add_steer_rmsnorm": 2}
-RESULTS |= {"latch_": 0, "sparse_add_": 0}
+RESULTS = {"steer": 1, "steer_": 0, "add_steer": 1, "steer_pair_": 0, "add_steer_rmsnorm": 2, "latch_": 0}
 
 
 @needs_device

@@ -259,26 +259,6 @@ def test_latch(backend, dtype, with_residual, hidden):
     assert not torch.equal(found, case.gate_state)
 
 
-@EVERY_DTYPE
-def test_sparse_add(backend, dtype):
-    generator = torch.Generator().manual_seed(0)
-    rows, hidden = 9, 1000
-    wide = torch.randn(rows, hidden + 3, generator=generator).to(DEVICE, DTYPES[dtype])
-    x = wide[:, :hidden]
-    offsets = torch.tensor([0, 3, 3, 600], dtype=torch.int32, device=DEVICE)
-    indices = torch.cat([torch.randperm(hidden, generator=generator)[:n] for n in (3, 597)]).int()
-    indices[-2:] = torch.tensor([4000, -1])  # outside the row: add nothing
-    values = torch.randn(600, generator=generator).to(DEVICE)
-    vector = torch.tensor([0, 1, 2, -1, 2, 0, 7, 2, -5], dtype=torch.int32, device=DEVICE)
-    coefficient = torch.randn(rows, generator=generator).to(DEVICE)
-    expected = ops.reference.sparse_add(x, indices.to(DEVICE), values, offsets, vector, coefficient)
-    before = wide.clone()
-    ops.sparse_add_(x, indices.to(DEVICE), values, offsets, vector, coefficient, backend=backend)
-    assert torch.equal(bits(x), bits(expected))
-    assert not torch.equal(x, before[:, :hidden])
-    assert torch.equal(wide[:, hidden:], before[:, hidden:]), "written outside the rows"
-
-
 BAD = {
     "x": lambda c: {"x": c.x.double()},
     "bank": lambda c: {"tables": c.tables._replace(bank=c.tables.bank[:, :-1].contiguous())},

@@ -52,8 +52,6 @@ JITFunction.__getitem__ = only_compile  # type: ignore[method-assign]
 import faststeer.kernels as kernels  # noqa: E402
 from faststeer.kernels.latch import latch_kernel  # noqa: E402
 from faststeer.kernels.residual import residual_kernel  # noqa: E402
-from faststeer.kernels.sparse import sparse_add_kernel  # noqa: E402
-
 from faststeer.ops.tables import N_FIELDS, N_SCALARS  # noqa: E402
 
 
@@ -125,7 +123,7 @@ def tool(name: str, *args: str) -> str:
 def caches() -> list[dict[Any, Any]]:
     """The compiled variants of each kernel, for the device that the driver names."""
     device = no_driver.get_current_device()
-    return [kernel.device_caches[device][0] for kernel in (residual_kernel, latch_kernel, sparse_add_kernel)]
+    return [kernel.device_caches[device][0] for kernel in (residual_kernel, latch_kernel)]
 
 
 def compilations(hidden: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -173,4 +171,3 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
             )
     kernels.latch_(matrix(), None, *tables, gates)
     kernels.latch_(matrix(), matrix(), *tables, gates)
-    kernels.sparse_add_(matrix(), integers[0][:n], bank.flatten()[:n], integers[0], integers[1], torch.zeros(rows))

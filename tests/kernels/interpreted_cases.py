@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faststeer.kernels as kernels
 import torch
 from torch import Tensor
 
+import faststeer.kernels as kernels
 from faststeer.ops import reference
 from faststeer.ops.tables import (
     N_FIELDS,
@@ -600,7 +600,6 @@ def no_rows(dtype: torch.dtype) -> None:
         len(kernels.add_steer_rmsnorm(x, x, torch.ones(64), 1e-6, 0.0, False, *arguments(tables, rows, None), 0)) == 3
     )
     kernels.latch_(x, None, *arguments(tables, rows, torch.zeros(1, 1, dtype=torch.bool)))
-    kernels.sparse_add_(x, none, torch.zeros(0), torch.zeros(1, dtype=torch.int32), none, torch.zeros(0))
 
 
 # Hostile tables ----------------------------------------------------------------------------------------------------
@@ -698,33 +697,6 @@ def hostile_rows(dtype: torch.dtype) -> None:
 
 
 # Sparse ------------------------------------------------------------------------------------------------------------
-
-
-def sparse_add(dtype: torch.dtype, hidden: int, layout: str = "contiguous") -> None:
-    """Against a loop, with vectors, offsets and indices that do not exist."""
-    g = generator(hidden, layout, dtype)
-    lengths = [min(hidden, 3), 0, min(hidden, 300), 1]
-    indices = torch.cat([torch.randperm(hidden, generator=g)[:n] for n in lengths]).int()
-    values = torch.randn(sum(lengths), generator=g)
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    vector = torch.tensor([0, 1, 2, 3, -1, -(2**31), 4, 2**31 - 1, 2], dtype=torch.int32)
-    coefficient = torch.randn(len(vector), generator=g)
-    coefficient[-1] = 0
-    x = rows_of(g, len(vector), hidden, dtype, layout)
-    expected = x.clone()
-    for r, (v, c) in enumerate(zip(vector.tolist(), coefficient, strict=True)):
-        if 0 <= v < len(lengths) and c != 0:
-            part = slice(offsets[v], offsets[v + 1])
-            columns = indices[part].long()
-            expected[r, columns] = (expected[r, columns].float() + c * values[part]).to(dtype)
-    kernels.sparse_add_(x, fenced(indices), fenced(values), fenced(offsets), vector, coefficient)
-    assert torch.equal(bits(x), bits(expected))
-    hostile = torch.tensor([-(2**31), 2**31 - 1, -7, 1000, 2**31 - 1], dtype=torch.int32)
-    before = x.clone()
-    kernels.sparse_add_(x, torch.full_like(indices, hidden), values, fenced(hostile), vector, coefficient)
-    for index in (-1, -(2**31), 2**31 - 1):
-        kernels.sparse_add_(x, torch.full_like(indices, index), values, offsets, vector, coefficient)
-    assert torch.equal(bits(x), bits(before)), "an index outside the row was written"
 
 
 def warm(dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 ROW_OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
-OPERATORS = [*ROW_OPERATORS, "sparse_add_"]
 HALF = [torch.bfloat16, torch.float16]
 MULTIPROCESSOR = 65536  # registers
 BLOCKS = 32  # programs that a multiprocessor takes at most
@@ -89,18 +88,9 @@ def test_fused_multiply_adds_do_not_grow_with_the_row(compiled):
     assert counts[64] == counts[4096]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda c: f"sm_{c}")
-def test_code_of_sparse_add(compiled, capability):
-    for code in compiled("machine_code", capability, 4096, torch.bfloat16, "sparse_add_"):
-        assert not code.fp_fusion
-        assert code.fma == code.sass_fma == 0, "a product is not rounded before it is added"
-        assert code.stack == 0
-        assert code.registers <= MULTIPROCESSOR // 2048, "fewer threads than a multiprocessor takes"
-
-
 def test_every_compilation_happens_in_warmup(compiled):
     """Rows, strides, addresses, table sizes and numbers make no variant."""
     in_warmup, later = compiled("compilations", 64, torch.float16)
     assert later == 0
-    aligned_and_not, of_sparse = 2 * (4 + 2 + 2), 1
-    assert in_warmup == aligned_and_not + of_sparse
+    aligned_and_not = 2 * (4 + 2 + 2)
+    assert in_warmup == aligned_and_not

@@ -9,7 +9,7 @@ BAD = ["x dtype", "x dimensions", "x stride", "x overlap", "residual shape", "re
 BAD += ["weight dtype", "bank shape", "bank dtype", "bank device", "bank strided", "fields dtype", "scalars shape"]
 BAD += ["ranges strided", "row_slot shape", "row_position dtype", "row_sequence device", "gate_state dtype"]
 BAD_PAIR = ["row_slot", "probe", "probe dtype"]
-OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_", "sparse_add_"]
+OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
 
 
 def name(dtype):
@@ -29,10 +29,6 @@ def test_bad_arguments_are_named(dispatched, what):
 @pytest.mark.parametrize("what", BAD_PAIR)
 def test_bad_arguments_of_a_pair_are_named(dispatched, what):
     dispatched("pair_refused", what)
-
-
-def test_bad_arguments_of_sparse_add_are_named(dispatched):
-    dispatched("sparse_refused")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

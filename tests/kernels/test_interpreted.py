@@ -8,7 +8,7 @@ The interpreter takes some 6 ms for an entry of a row, so that not everything me
   well, and mixes of 2 and 3; cells of 7 rows the mix and six kinds. The five steering operators take turns, two in each
   cell up to 7 rows and one in the others: each meets every dtype, hidden size and number of rows.
 - every operator, with every norm, at hidden {1, 2, 64, 111} x dtype; layouts of x in memory, hostile tables, bits that
-  must not change, and sparse_add_.
+  must not change.
 
 `-m full` runs all six row operators, with every norm, in every cell of that grid, and every layout at more hidden
 sizes.
@@ -121,13 +121,6 @@ def test_hostile_entries(interpreted, dtype):
 @every_dtype
 def test_hostile_rows(interpreted, dtype):
     interpreted("hostile_rows", dtype)
-
-
-@every_dtype
-@pytest.mark.parametrize("hidden", [5, 111, 1024])
-@pytest.mark.parametrize("layout", ["contiguous", "odd stride"])
-def test_sparse_add(interpreted, dtype, hidden, layout):
-    interpreted("sparse_add", dtype, hidden, layout)
 
 
 @every_dtype

@@ -19,6 +19,8 @@ def begin(environment: dict[str, str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if environment["TRITON_INTERPRET"] == "1":
+        importlib.import_module("triton_interpreter").mend()
 
 
 def call(module: str, function: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ vLLM takes that runner where Triton has a back end for the device. A CPU has non
 and is given a back end that says it is there.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ def interpret() -> None:
         def is_active(cls) -> bool:
             return False
 
+    sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+    importlib.import_module("triton_interpreter").mend()
     triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Interpreted)
 
 

@@ -15,10 +15,6 @@ int emulate_latch(int dtype, const LatchArguments* arguments) {
   return launch_latch(static_cast<Dtype>(dtype), *arguments, nullptr).error;
 }
 
-int emulate_sparse_add(int dtype, const SparseAddArguments* arguments) {
-  return launch_sparse_add(static_cast<Dtype>(dtype), *arguments, nullptr).error;
-}
-
 void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int aligned, int32_t sm_count,
                            int32_t asked, int32_t* config) {
   const LaunchConfig chosen = choose_launch(rows, hidden, itemsize, aligned != 0, sm_count, asked);
@@ -29,6 +25,6 @@ void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int a
 int32_t emulate_columns_of(const char* text) { return columns_of(text); }
 
 void emulate_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(RowArguments), sizes[1] = sizeof(LatchArguments), sizes[2] = sizeof(SparseAddArguments);
+  sizes[0] = sizeof(RowArguments), sizes[1] = sizeof(LatchArguments);
 }
 }

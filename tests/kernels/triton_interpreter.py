@@ -1,5 +1,5 @@
-"""Mends Triton's interpreter (TRITON_INTERPRET=1) where it differs from hardware, fails or dawdles. Imported only where
-it is on.
+"""Mends Triton's interpreter (TRITON_INTERPRET=1) where it differs from hardware, fails or dawdles. For tests only, in
+processes where it is on.
 
 - It truncates where it makes bf16 of fp32; hardware rounds to nearest, ties to even (seen in Triton 3.6 and 3.9).
 - Its scalars are arrays of one element, which NumPy 2.4 no longer takes for a number: loops with a bound that was
@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-
 import triton.language as tl
 from triton.runtime import interpreter
 

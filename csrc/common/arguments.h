@@ -1,0 +1,35 @@
+// What the operators' kernels are given, on every device. Knows no framework.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "tables.h"
+
+namespace faststeer {
+
+enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM };
+
+// Strides in elements. hidden is x itself where the op is in place, and residual where a pair is steered, whose x is
+// then also `cleared`. A null or empty probe is not written.
+struct RowArguments {
+  const void *x, *residual, *weight;
+  void *hidden, *normed, *cleared;  // normed is contiguous
+  float* probe;                     // [rows, probe_columns]
+  int64_t rows, x_stride, residual_stride, hidden_stride;
+  int32_t hidden_size, probe_columns;
+  float eps, weight_offset;
+  bool fp32_weight;
+  Dtype weight_dtype;
+  Tables tables;
+};
+
+struct LatchArguments {
+  const void *x, *residual;  // residual may be null
+  uint8_t* gate_state;       // the one in tables, to be written
+  int64_t rows, x_stride, residual_stride;
+  int32_t hidden_size;
+  Tables tables;
+};
+
+}  // namespace faststeer
