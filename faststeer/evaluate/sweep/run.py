@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
 from faststeer.engine import Engine
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.judging import Judge, make
-from faststeer.evaluate.judging.models import fingerprint
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from faststeer.artefacts import ArtefactStore
 from faststeer.behaviours import Behaviour
 from faststeer.evaluate import judges
 from faststeer.hf.batching import Prompt
 from faststeer.intervention import Add
-from faststeer.observe.study.parts import Parts
 from faststeer.observe.study.settings import Settings
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -29,7 +29,7 @@ class Job:
     tokenizer: Any
     behaviour: Behaviour
     settings: Settings
-    parts: Parts
+    parts: ArtefactStore
     batch_size: int
     patch_batch: int
     progress: bool

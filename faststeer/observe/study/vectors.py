@@ -47,7 +47,7 @@ class Finder:
         if s.layer is None or s.position is None:
             depends += [self.job.prompts("validation", side, s.n_select) for side in SIDES]
             depends += [self.behaviour.judge, self.behaviour.coherence, s.coefficient, s.max_new_tokens]
-        return self.parts.vector("dim", depends, self._dim)
+        return self.parts.record(SteeringVector, "dim", depends, self._dim)
 
     def _dim(self) -> SteeringVector:
         s = self.settings
@@ -86,7 +86,7 @@ class Finder:
         depends: list[Any] = [self.dim, self.behaviour.train.positive, self.behaviour.train.negative]
         if method in TRAIN:
             depends += [self.pairs, self.settings.steps, self.settings.seed]
-        return self.parts.vector(method, depends, lambda: self._like_dim(self._found(method, depends)))
+        return self.parts.record(SteeringVector, method, depends, lambda: self._like_dim(self._found(method, depends)))
 
     def _found(self, method: str, depends: Any) -> SteeringVector:
         (layer,) = self.dim.layers
