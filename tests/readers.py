@@ -61,7 +61,7 @@ AXBENCH = [
     {"input": "q", "output": "n", "output_concept": "sea", "category": "negative", "concept_id": 1},
 ]
 BEHAVIOUR = {
-    "format": "faststeer.behaviour/1",
+    "format": "faststeer.behaviour/2",
     "name": "n",
     "judge": "refusal",
     "about": {"source": "s"},

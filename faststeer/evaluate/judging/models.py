@@ -62,6 +62,7 @@ class Classifier:
         ValueError: nothing to be loaded there, no such label, a classification head that was not in the file.
     """
 
+    opposes = None
     KNOWN = ("positive", "toxic", "unsafe", "harmful", "refusal", "rejection", "yes", "label_1")
 
     def __init__(
@@ -87,7 +88,7 @@ class Classifier:
             raise ValueError(f"the judge {self.name!r} needs its model's tokenizer as well")
         check_evaluating(model)
         self._model, self._tokenizer, self._pair = model, tokenizer, with_prompt
-        self.shows, self._batch_size = shows, batch_size
+        self.shows, self.reads_prompts, self._batch_size = shows, with_prompt, batch_size
         self._ids = self._shown(labels)
 
     def _shown(self, labels: Sequence[str]) -> list[int]:

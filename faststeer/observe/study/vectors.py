@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from faststeer.algebra import normalise
-from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract import Pair, Training, TrainingDiverged, bipo, ntp, po, reps, select_by_judge, steered_pairs
 from faststeer.extract.contrast import Contrast, contrast
 from faststeer.observe.study.job import SIDES, Job
@@ -58,9 +57,9 @@ class Finder:
             self.job.model,
             self.job.tokenizer,
             table,
-            judge(self.behaviour.judge),
+            self.behaviour.judge,
             *(self.job.prompts("validation", side, s.n_select) for side in SIDES),
-            coherent=coherence(self.behaviour.coherence),
+            coherent=self.behaviour.coherence,
             coefficients=[s.coefficient],
             layers=None if s.layer is None else [s.layer],
             max_new_tokens=s.max_new_tokens,
@@ -131,8 +130,8 @@ class Finder:
             train.induce,
             train.suppress,
             coefficient=self.settings.coefficient,
-            judge=judge(self.behaviour.judge),
-            coherence=coherence(self.behaviour.coherence),
+            judge=self.behaviour.judge,
+            coherence=self.behaviour.coherence,
             **self.job.passing,
         )
 
