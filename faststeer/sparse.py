@@ -1,18 +1,15 @@
-"""Steering vectors of few coordinates, and their files."""
+"""Steering vectors of few coordinates, and their files, which `SteeringVector.load` reads, too, as dense vectors."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from faststeer import tensor_files
-from faststeer.files import reading, write_atomically
+from faststeer.tensor_files import Record, TensorFile, file_words
 from faststeer.vector import (
     HookPoint,
     SteeringVector,
@@ -28,7 +25,7 @@ MAX_ELEMENTS = 2**25  # of a sparse file's dense form, which a small file may cl
 
 
 @dataclass(frozen=True, eq=False)
-class SparseVector:
+class SparseVector(Record):
     """A steering vector of few coordinates: at each layer the columns that are not zero and their values.
 
     Adding it touches those columns only. In fused layers nothing is gained over `Add(sparse.dense())`, whose vector is
@@ -44,6 +41,10 @@ class SparseVector:
         ValueError: different layers or lengths, columns out of range, unsorted or named twice, no column at all, and
             what a SteeringVector refuses.
     """
+
+    FORMAT: ClassVar[str] = FORMAT
+    HOLDS: ClassVar[str] = "sparse vector"
+    MEND: ClassVar[str] = "copy or extract it again"
 
     indices: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
@@ -137,55 +138,32 @@ class SparseVector:
             raise ValueError(f"layer={layer}: the vector has layers {', '.join(map(str, self.layers))}; say which")
         return layer
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors file in memory: `layers.<n>.indices` int32 and `layers.<n>.values` fp32."""
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`layers.<n>.indices` int32 and `layers.<n>.values` fp32."""
         tensors = {f"layers.{n}.indices": self.indices[n].cpu().contiguous().clone() for n in self.layers}
         tensors |= {f"layers.{n}.values": self.values[n].cpu().float().contiguous().clone() for n in self.layers}
-        return tensor_files.to_bytes(tensors, header_of(self, FORMAT) | {"hidden_size": str(self.hidden_size)})
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it atomically; `SteeringVector.load` reads it too, as a dense vector."""
-        write_atomically(path, self.to_bytes())
-        return Path(path)
+        return tensors, header_of(self, FORMAT) | {"hidden_size": self.hidden_size}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SparseVector:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FormatError: damaged, or no sparse vector.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no steering vector at {path}: no such file")
-        return cls.from_bytes(Path(path).read_bytes(), str(path))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, what: str = "the data") -> SparseVector:
-        """Read what `to_bytes` made; `what` names it in errors (FormatError)."""
-        with reading(f"{what} is not a valid sparse vector", "copy or extract it again"):
-            file = tensor_files.TensorFile(data)
-            tensors, metadata = file.tensors(), file.words
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-            hidden_size = int(metadata.get("hidden_size", ""))
-            if hidden_size < 1 or hidden_size * len(tensors) > MAX_ELEMENTS:
-                raise ValueError(
-                    f"its hidden size is {hidden_size}, with {len(tensors)} tensors: expected at most {MAX_ELEMENTS:,} "
-                    "elements in all"
-                )
-            parts: dict[str, dict[int, Tensor]] = {"indices": {}, "values": {}}
-            for name, tensor in tensors.items():
-                stem, _, part = name.rpartition(".")
-                if part not in parts:
-                    raise ValueError(f"it holds a tensor {name!r}")
-                parts[part][layer_of_tensor(stem)] = tensor
-            return cls(parts["indices"], parts["values"], hidden_size, **check_words(metadata))
+    def _read(cls, file: TensorFile) -> SparseVector:
+        tensors, hidden_size = file.tensors(), int(file.words.get("hidden_size", ""))
+        if hidden_size < 1 or hidden_size * len(tensors) > MAX_ELEMENTS:
+            raise ValueError(
+                f"its hidden size is {hidden_size}, with {len(tensors)} tensors: expected at most {MAX_ELEMENTS:,} "
+                "elements in all"
+            )
+        parts: dict[str, dict[int, Tensor]] = {"indices": {}, "values": {}}
+        for name, tensor in tensors.items():
+            stem, _, part = name.rpartition(".")
+            if part not in parts:
+                raise ValueError(f"it holds a tensor {name!r}")
+            parts[part][layer_of_tensor(stem)] = tensor
+        return cls(parts["indices"], parts["values"], hidden_size, **check_words(file.words))
 
 
 def is_sparse_file(data: bytes) -> bool:
     """Whether safetensors bytes say that they hold a sparse vector."""
     try:
-        return tensor_files.file_words(data).get("format") == FORMAT
+        return file_words(data).get("format") == FORMAT
     except ValueError:
         return False

@@ -6,14 +6,19 @@ Beside its own words, the header of such a file holds
 - `sha256`: that of all other words of the header, `sha256.tensors` among them.
 
 So a tensor can be checked when it is read, without reading the others. A file without them is read unchecked.
+
+A class whose values are kept as one such file is a `Record`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,8 +27,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from faststeer.file_kinds import expect
-from faststeer.files import read_json
+from faststeer.files import read_json, reading, write_atomically
 
+R = TypeVar("R", bound="Record")
 OF_WORDS, OF_TENSORS = "sha256", "sha256.tensors"
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no larger one
 
@@ -69,6 +75,16 @@ class TensorFile:
         if sums and set(self._sums) != set(self.names):
             raise ValueError(f"its tensors are not those that were written: {OF_TENSORS} names others")
 
+    def exactly(self, *names: str) -> dict[str, Tensor]:
+        """All tensors, if these are their names, else ValueError."""
+        if set(self.names) != set(names):
+            raise ValueError(f"it holds {', '.join(sorted(self.names))}, expected {', '.join(names)}")
+        return self.tensors(names)
+
+    def json(self, word: str) -> Any:
+        """What a word of the header says in JSON (KeyError: there is none)."""
+        return read_json(self.words[word])
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name (KeyError: there is none)."""
         return self.tensors((name,))[name]
@@ -88,6 +104,71 @@ class TensorFile:
             if name in self._sums and _of_tensor(tensor) != self._sums[name]:
                 raise ValueError(f"the values of {name!r} are not those that were written: their SHA-256 differs")
         return tensors
+
+
+@contextmanager
+def opened(source: bytes | Path, format: str, fault: str, mend: str) -> Iterator[TensorFile]:
+    """A file of `format`, or its bytes. Whatever is wrong with it, also inside the block, is a FormatError
+    "<fault> (<reason>): <mend>"."""
+    with reading(fault, mend):
+        file = TensorFile(source)
+        if (found := file.words.get("format")) != format:
+            raise ValueError(f"its format is {found!r}, expected {format!r}")
+        yield file
+
+
+class Record:
+    """A value that is kept as one file of tensors. A class says its `FORMAT`, what such a file holds (`HOLDS`, for
+    errors), how to get another (`MEND`), and turns itself into tensors and words and back.
+
+    Words that are None are left out; those that are no texts are written as JSON.
+    """
+
+    FORMAT: ClassVar[str]
+    HOLDS: ClassVar[str]
+    MEND: ClassVar[str]
+
+    def _content(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        raise NotImplementedError
+
+    @classmethod
+    def _read(cls: type[R], file: TensorFile) -> R:
+        """May raise whatever `files.UNREADABLE` names."""
+        raise NotImplementedError
+
+    def to_bytes(self) -> bytes:
+        """The file in memory; equal content is equal bytes."""
+        tensors, words = self._content()
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in words.items() if v is not None}
+        return to_bytes({name: t.contiguous() for name, t in tensors.items()}, {"format": self.FORMAT} | texts)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to `path` as safetensors, atomically. Raises OSError where that fails."""
+        write_atomically(path, self.to_bytes())
+        return Path(path)
+
+    @classmethod
+    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FormatError (a ValueError): the file is truncated, damaged, or holds something else.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no {cls.HOLDS} at {path}: no such file")
+        return cls._open(path, str(path))
+
+    @classmethod
+    def from_bytes(cls: type[R], data: bytes, what: str = "the data") -> R:
+        """Read what `to_bytes` made; `what` names it in errors (FormatError)."""
+        return cls._open(data, what)
+
+    @classmethod
+    def _open(cls: type[R], source: bytes | Path, what: str) -> R:
+        with opened(source, cls.FORMAT, f"{what} holds no {cls.HOLDS}", cls.MEND) as file:
+            return cls._read(file)
 
 
 def file_words(source: bytes | Path) -> dict[str, str]:

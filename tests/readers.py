@@ -21,6 +21,7 @@ from strategies import randn
 import faststeer as fs
 from faststeer import behaviours
 from faststeer.algebra import sparsify
+from faststeer.artefacts import ArtefactStore
 from faststeer.behaviours.behaviour import prompts_of_file
 from faststeer.cli.evaluate import _read_answers
 from faststeer.compile import compile_plan
@@ -60,7 +61,7 @@ AXBENCH = [
     {"input": "q", "output": "n", "output_concept": "sea", "category": "negative", "concept_id": 1},
 ]
 BEHAVIOUR = {
-    "format": "faststeer.behaviour/1",
+    "format": "faststeer.behaviour/2",
     "name": "n",
     "judge": "refusal",
     "about": {"source": "s"},
@@ -173,7 +174,7 @@ def _capture_files() -> dict[str, bytes]:
                 n: Captured([1, 2, 3, 4], 3, torch.arange(-3, 1), lambda at, layer, n=n: randn(n + layer, 4, HIDDEN))
                 for n in (first, first + 1)
             }
-            _write(Path(folder), "f" * 64, 4, batch, ("resid_pre",), [0, 1])
+            _write(ArtefactStore(folder, "f"), 4, batch, ("resid_pre",), [0, 1])
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

@@ -3,6 +3,7 @@ child dies at one of its own file operations, where something could be torn, or 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -22,14 +23,17 @@ from typer.testing import CliRunner
 import faststeer as fs
 from faststeer.cli import app
 from faststeer.demo import run as demo_run
+from faststeer.evaluate.sweep import Store, Sweep, run, table
 from faststeer.extract import Pair, TrainingSettings, bipo, ntp, po, reps
-from faststeer.observe import capture
+from faststeer.files import write_atomically
+from faststeer.observe import capture, study
 
 FULL = os.environ.get("FASTSTEER_TEST_PROFILE") == "full"
-KILLS = 6 if FULL else 2
+KILLS = 20 if FULL else 2
 WRITES = ("open", "os.rename", "os.chmod", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "shutil.rmtree")
 TOKENIZER = bpe_tokenizer()
 MODEL = llama(len(TOKENIZER)).requires_grad_(False)
+VECTOR = fs.SteeringVector({n: torch.ones(MODEL.config.hidden_size) for n in (1, 2)}, at="resid_post")
 PAIRS = [Pair(f"Bake {n} cakes", "I cannot help with that.", "Sure, first mix flour.", 1) for n in range(3)]
 PAIRS += [Pair(f"Steal {n} boats", "Sure, wait.", "As an AI I can't do it.", -1) for n in range(3)]
 UNSEEN = [Pair("Name three colours", "I'm sorry.", "Sure, here they are.")]
@@ -58,20 +62,39 @@ def captured(out: Path) -> None:
     capture(MODEL, TOKENIZER, [pair.prompt for pair in PAIRS], at="resid_pre", folder=out / "capture", batch_size=1)
 
 
+def swept(out: Path) -> None:
+    """A sweep, and its table as a file: the store itself is one of SQLite's, whose bytes are not promised."""
+    sweep = Sweep(["Bake a cake", "Steal a boat"], {"v": VECTOR}, layers=[1, 2], coefficients=[1, 4], max_new_tokens=6)
+    out.mkdir(parents=True, exist_ok=True)
+    with Store(out / "rows.db") as store:
+        run(sweep, MODEL, TOKENIZER, store, max_batch=1, progress=False)
+        write_atomically(out / "table.json", json.dumps([line.to_dict() for line in table(store)]))
+
+
+def observed(out: Path) -> None:
+    study.run(*fs.demo.load(), fs.demo.behaviour("refusal"), out, study.Settings(**TINY), name="demo")
+
+
+TINY: dict[str, Any] = {"layer": 3, "position": -1, "methods": ("dim", "ntp"), "steps": 2, "n_patch": 2, "controls": 1}
+TINY |= {"n_faithful": 1, "n_test": 2, "n_utility": 2, "quadrature": 2, "shares": (0.1,), "sparsities": (0.5,)}
+TINY |= {"max_new_tokens": 12}
 SMALL = ("--prompts", 1, "--max-new-tokens", 2, "--steps", 2)
 WORK: dict[str, Callable[[Path], None]] = {
     "extract": command("extract", "--model", "demo", "--behaviour", "tone", "--out", ...),
     **{method.__name__: trained(method) for method in (ntp, po, reps, bipo)},
     "capture": captured,
+    "sweep": swept,
+    "observe": observed,
     "train": command("extract", "--behaviour", "tone", "--method", "ntp,dim", *SMALL, "--out", ...),
     "demo": lambda out: demo_run.run(out, prompts=1) and None,
 }
-SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("train", "demo")]
+SLOW = [pytest.param(name, marks=pytest.mark.full) for name in [*WORK][-3:]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, but for the time that something took."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file but a sweep's store, and but for the time that something took."""
+    there = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("rows.db")]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in there}
     return {name: re.sub(rb'"seconds": [0-9.e-]+', b"", data) for name, data in files.items()}
 
 
@@ -105,7 +128,7 @@ def started(name: str, folder: Path, at: int = -1) -> tuple[Any, Any]:
     return process, counted
 
 
-@pytest.mark.parametrize("name", [*WORK][:-2] + SLOW)
+@pytest.mark.parametrize("name", [*WORK][:-3] + SLOW)
 def test_killed_and_run_again(name, tmp_path):
     fs.demo.load()
     whole, began = tmp_path / "whole", time.monotonic()
@@ -130,7 +153,7 @@ def test_killed_and_run_again(name, tmp_path):
                 assert process.exitcode == -signal.SIGKILL, f"seed {seed}"
             for path, data in contents(folder).items():
                 # Whole under its name: as an undisturbed run has it, but for a checkpoint of fewer steps.
-                if not path.endswith(".part") and path != "out/state":
+                if not path.endswith((".part", ".checkpoint")) and path != "out/state":
                     assert data == expected[path], f"seed {seed}: {path} is torn"
         process, _ = started(name, folder)
         process.join(600)

@@ -37,8 +37,8 @@ print(vector.layers, vector[3].tolist(), "transformers" in sys.modules)
 @pytest.mark.parametrize(
     "looked_up",
     [
-        "from faststeer.evaluate.judges import judge; judge('demo-tone')",
-        "from faststeer.evaluate.judges import coherence; coherence('demo-grammar')",
+        "from faststeer.evaluate.judging import make; make('demo-tone')",
+        "from faststeer.evaluate.judging import check_name; check_name('demo-coherent')",
         "from faststeer.evaluate.judging import make; make('demo')",
         "from faststeer.evaluate.judging import make; make({'judge': 'demo-coherent'})",
         "from faststeer.evaluate.sweep import load_sweep; load_sweep(sys.argv[1])",

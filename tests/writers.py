@@ -26,6 +26,7 @@ from strategies import randn
 
 import faststeer as fs
 from faststeer.algebra import sparsify
+from faststeer.artefacts import ArtefactStore
 from faststeer.evaluate.sweep import Store, Sweep
 from faststeer.extract import Activations, Candidates
 from faststeer.extract.optimise import checkpoint
@@ -35,7 +36,6 @@ from faststeer.formats import save
 from faststeer.observe.capture import Captured, _write
 from faststeer.observe.circuits import Circuit
 from faststeer.observe.patching import Scores
-from faststeer.observe.study.parts import Parts
 
 SCRATCH = tempfile.gettempdir()
 number = itertools.count()  # so that no two calls write the same
@@ -48,7 +48,7 @@ def _vector() -> fs.SteeringVector:
 def _capture(folder: Path) -> None:
     tensor = randn(next(number), 1, 8)
     batch = {0: Captured([1, 2], 2, torch.tensor([-1]), lambda at, layer: tensor)}
-    _write(folder, "f", 1, batch, ("resid_pre",), [0])
+    _write(ArtefactStore(folder, "f"), 1, batch, ("resid_pre",), [0])
 
 
 def _checkpoint(folder: Path) -> None:
@@ -100,7 +100,7 @@ def _writers() -> dict[str, Callable[[Path], object]]:
         "activations": _activations,
         "candidates": _candidates,
         "scores": lambda folder: scores.save(folder / "scores.safetensors"),
-        "part of a study": lambda folder: Parts(folder, next(number)).json("part", 0, lambda: [1] * 500),
+        "part of a study": lambda folder: ArtefactStore(folder, next(number)).json("part", 0, lambda: [1] * 500),
         "figure": lambda folder: circuit.plot(folder / "circuit.png"),
         "store": _store,
         "new store": _new_store,

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.behaviours.layouts import pairs_of, read_records
-from faststeer.evaluate.judges import coherence, judge
+from faststeer.evaluate.judging import check_name
+from faststeer.evaluate.judging.registry import RENAMED
 from faststeer.extract.pairs import Pair
 from faststeer.files import UNREADABLE, FormatError, read_json, read_text, write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.hf.prompts import load_prompts
 
-FORMAT = "faststeer.behaviour/1"
+FORMAT = "faststeer.behaviour/2"
+# What the judges of files of the first format are called now: there "refusal" and "sentiment" were other ones.
+OF_FORMAT_1 = RENAMED | {"refusal": "refusal:substrings", "sentiment": "sentiment:words"}
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")
 SETS = ("positive", "negative", "induce", "suppress")
@@ -59,15 +62,15 @@ class Behaviour:
 
     Args:
         name, description: what it is.
-        judge: name of a judge (`faststeer.evaluate.judges`), which says 1 of an answer that shows the behaviour and -1
-            of one that shows its opposite.
+        judge: name of a judge (`faststeer.evaluate.judging.make`) that says which answers show the behaviour, and which
+            its opposite.
         train, validation, test: prompts to extract from, to select on, and to measure on; they share none.
         paired: whether positive[i] and negative[i] differ in the behaviour alone.
-        coherence: name of a coherence check.
+        coherence: name of the judge of whether an answer is coherent.
         about: anything else, such as source and licence.
 
     Raises:
-        ValueError: an unknown judge or coherence check, fewer than two training prompts a side, a prompt twice in a set
+        ValueError: an unknown judge, fewer than two training prompts a side, a prompt twice in a set
             or in two splits, pairs of sides that differ in number.
     """
 
@@ -82,8 +85,8 @@ class Behaviour:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        judge(self.judge)
-        coherence(self.coherence)
+        check_name(self.judge)
+        check_name(self.coherence)
         for side in ("positive", "negative"):
             if len(prompts := getattr(self.train, side)) < 2:
                 raise ValueError(
@@ -153,7 +156,7 @@ def names() -> list[str]:
 def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
     """Return a behaviour that comes with the package, or one from a JSON file or a folder with behaviour.json.
 
-    The file is an object: "format" ("faststeer.behaviour/1"), "name", "description", "judge", optionally "coherence",
+    The file is an object: "format" ("faststeer.behaviour/2"), "name", "description", "judge", optionally "coherence",
     "paired" and "about", and "train", "validation" and "test", each an object with the lists of prompts "positive" and
     "negative" and optionally "induce", "suppress" and "pairs" (`Split`). A list may be given as the name of a file
     beside it: prompts in any format of `load_prompts` or any of the layouts in `faststeer.behaviours`, pairs in one of
@@ -179,7 +182,8 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
         raise
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    old = isinstance(data, dict) and data.get("format") == "faststeer.behaviour/1"
+    if not isinstance(data, dict) or not (old or data.get("format") == FORMAT):
         raise FormatError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
     known = {"format", "name", "description", "judge", "coherence", "paired", "about", *SPLITS}
     if unknown := set(data) - known:
@@ -187,17 +191,20 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
     for name in ("name", "judge", *SPLITS):
         if name not in data:
             raise FormatError(f"{path} has no {name!r}")
+    judges = {"judge": str(data["judge"]), "coherence": str(data.get("coherence", "no-loop"))}
+    if old:
+        judges = {what: OF_FORMAT_1.get(name, name) for what, name in judges.items()}
     try:
         splits = {name: _split(data[name], f"{path}, {name}", path.parent) for name in SPLITS}
         return Behaviour(
             str(data["name"]),
             str(data.get("description", "")),
-            str(data["judge"]),
+            judges["judge"],
             splits["train"],
             splits["validation"],
             splits["test"],
+            coherence=judges["coherence"],
             paired=bool(data.get("paired", False)),
-            coherence=str(data.get("coherence", "no-loop")),
             about=dict(data.get("about", {})),
         )
     except FileNotFoundError:

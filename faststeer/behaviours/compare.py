@@ -21,7 +21,6 @@ from faststeer.behaviours.behaviour import Behaviour
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.judges import coherence, judge
 from faststeer.evaluate.refusal import refusal_tokens
 from faststeer.extract import optimise
 from faststeer.extract.attribution import attribution, logit_difference
@@ -31,6 +30,7 @@ from faststeer.extract.sweep import (
     Cell,
     Choice,
     Found,
+    Reader,
     answer,
     cells,
     check_coefficients,
@@ -348,7 +348,7 @@ def answer_tokens(tokenizer: Any, behaviour: Behaviour) -> tuple[list[int], list
     """
     pairs = [pair for pair in behaviour.train.pairs if pair.rejected is not None]
     if len(pairs) < 2:
-        if behaviour.judge == "refusal":
+        if behaviour.judge.partition(":")[0] == "refusal":
             return list(refusal_tokens(tokenizer)), []
         raise ValueError(f"behaviour {behaviour.name!r} has no training pairs (prompts with completions)")
     rows = answer_rows(tokenizer, pairs)
@@ -377,10 +377,10 @@ def _select(job: _Job, method: str, table: Found) -> Choice:
         job.model,
         job.tokenizer,
         table,
-        judge(job.behaviour.judge),
+        job.behaviour.judge,
         split.induce[: job.n_select],
         split.suppress[: job.n_select],
-        coherent=coherence(job.behaviour.coherence),
+        coherent=job.behaviour.coherence,
         coefficients=job.coefficients,
         layers=job.layers,
         **job.answering,
@@ -406,19 +406,14 @@ def _measure(
     tried = {name: choice.cell for name, choice in chosen.items()} | {"random": _control(job, dim)}
     plans = {name: (cell.add, cell.subtract) for name, cell in tried.items()} | {"none": (None, None)}
     work = [(prompts, plan) for both in plans.values() for prompts, plan in zip(sides, both, strict=True)]
-    answers = answer(job.model, job.tokenizer, work, **job.answering)
+    reader = Reader.made(job.behaviour.judge, job.behaviour.coherence, job.model, job.tokenizer)
+    said = reader.read(work, answer(job.model, job.tokenizer, work, **job.answering))
     kls = kl_on(job.model, job.tokenizer, [c.ablate for c in tried.values()], test.negative[:n_test], **job.passing)
     kl = dict(zip(tried, kls.mean(1).tolist(), strict=True))
     results = []
     for number, name in enumerate(plans):
         cell = tried.get(name)
-        read = judged(
-            cell or tried["random"],
-            judge(job.behaviour.judge),
-            coherence(job.behaviour.coherence),
-            answers[2 * number],
-            answers[2 * number + 1],
-        )
+        read = judged(cell or tried["random"], said[2 * number], said[2 * number + 1])
         assert read.coherent is not None
         vector = None
         if name in chosen:

@@ -222,14 +222,14 @@ def behaviour_of(
         asked = behaviour_of(model, "refusal" if own else name, positive, negative, field)
         return dataclasses.replace(asked, name="own" if own else asked.name, judge=judge)
     from faststeer import behaviours, demo
-    from faststeer.evaluate.judges import JUDGES
+    from faststeer.evaluate.judging import judge_names
 
     if positive is not None or negative is not None:
         sets = two_sides(positive, negative, field)
         if name is None:
             raise typer.BadParameter(
-                f"say what reads the answers: --judge with one of {', '.join(JUDGES)}, or --behaviour with one of "
-                f"{', '.join(behaviours.names())} for its judge"
+                f"say what reads the answers: --judge with one of {', '.join(judge_names())}, or --behaviour with one "
+                f"of {', '.join(behaviours.names())} for its judge"
             )
         if name in behaviours.names():
             base = behaviours.load(name)

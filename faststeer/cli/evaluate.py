@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from faststeer.cli.common import (
     System,
     VectorLayer,
     app,
+    behaviour_of,
     check_files,
     load_model,
     reports_errors,
@@ -27,6 +28,10 @@ from faststeer.cli.common import (
 )
 from faststeer.cli.sweep import FAILED, results_table
 from faststeer.files import FormatError, read_json, read_text
+
+if TYPE_CHECKING:
+    from faststeer.behaviours import Behaviour
+    from faststeer.evaluate.sweep import Moved
 
 JUDGES = ("refusal", "perplexity", "repetition", "length")
 
@@ -54,6 +59,11 @@ def evaluate(
     look_alikes: Annotated[
         bool, typer.Option("--look-alikes", help="Also count refusals of harmless questions that sound harmful.")
     ] = False,
+    behaviour: Annotated[
+        list[str] | None,
+        typer.Option(help="Judge a behaviour's test prompts (those to induce it on) by its judge; several times."),
+    ] = None,
+    meant: Annotated[str | None, typer.Option(help="Which --behaviour the plan or vector is for.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     system: System = None,
     rendered: Rendered = False,
@@ -70,7 +80,10 @@ def evaluate(
 
     \b
     Example: faststeer evaluate --vector refusal.safetensors --layer 3 --prompts harmless.txt --judge refusal
+    Example: faststeer evaluate --vector tone.safetensors --layer 4 --behaviour tone --behaviour refusal --meant tone
     Example: faststeer evaluate --answers answers.jsonl --judge refusal --judge 'regex:(?i)as an ai'
+
+    With several --behaviour it also says what moved beside the one that was --meant.
 
     Exit codes: 0 measured; 1 wrong input; 2 wrong usage; 3 measured, but some answers could not be generated or some
     verdicts not read.
@@ -78,18 +91,27 @@ def evaluate(
     check_files(plan=plan, vector=vector, prompts=prompts, answers=answers, questions=questions)
     import faststeer.demo  # noqa: F401  its judges
 
-    judges = [_judge(text) for text in judge or (JUDGES if answers is None else ("refusal",))]
+    usual = () if behaviour else JUDGES if answers is None else ("refusal",)
+    judges = [_judge(text) for text in judge or usual]
     if answers is not None:
-        if plan is not None or vector is not None or prompts is not None:
-            raise typer.BadParameter("--answers are judged as they are: leave --plan, --vector and --prompts out")
+        if plan is not None or vector is not None or prompts is not None or behaviour:
+            raise typer.BadParameter(
+                "--answers are judged as they are: leave --plan, --vector, --prompts and --behaviour out"
+            )
         failed = _judge_answers(answers, judges, as_json)
     else:
-        if (plan is None) == (vector is None) or prompts is None:
-            raise typer.BadParameter("give --prompts, and --plan or --vector")
+        if (plan is None) == (vector is None) or (prompts is None and not behaviour):
+            raise typer.BadParameter("give --prompts or --behaviour, and --plan or --vector")
+        tried = [behaviour_of(model, name, None, None, None) for name in behaviour or ()]
+        if meant is not None and meant not in [each.name for each in tried]:
+            raise typer.BadParameter(f"--meant {meant}: name that behaviour with --behaviour, too")
+        judges += [name for name in dict.fromkeys(each.judge for each in tried) if name not in judges]
         options = {"max_new_tokens": max_new_tokens, "system": system, "controls": controls, "judges": judges}
         loaded, tokenizer = load_model(model, dtype, device)
-        asked = _sweep(plan, vector, coefficient, layer, prompts, field, rendered, questions, look_alikes, options)
-        failed = _measure(asked, loaded, tokenizer, max_batch, as_json)
+        asked = _sweep(
+            plan, vector, coefficient, layer, prompts, field, rendered, questions, look_alikes, tried, options
+        )
+        failed = _measure(asked, loaded, tokenizer, max_batch, as_json, tried, meant)
     if failed:
         raise typer.Exit(FAILED)
 
@@ -108,11 +130,12 @@ def _sweep(
     vector: Path | None,
     coefficient: float,
     layer: str | None,
-    prompts: Path,
+    prompts: Path | None,
     field: str | None,
     rendered: bool,
     questions: Path | None,
     look_alikes: bool,
+    behaviours: list[Behaviour],
     options: dict[str, Any],
 ) -> Any:
     from faststeer import Plan, SteeringVector
@@ -122,9 +145,11 @@ def _sweep(
     from faststeer.extract import load_prompts
     from faststeer.hf.batching import as_rendered
 
-    listed = load_prompts(prompts, field=field)
-    listed = as_rendered(listed) if rendered else listed
+    listed = [] if prompts is None else load_prompts(prompts, field=field)
+    listed = as_rendered(listed) if rendered and listed else listed
     asked = [SweepPrompt(str(i), p, "prompts") for i, p in enumerate(listed)]
+    for each in behaviours:
+        asked += [SweepPrompt(f"{each.name}-{i}", p, each.name) for i, p in enumerate(each.test.induce)]
     if look_alikes:
         asked += [SweepPrompt(f"look-alike-{i}", p, "look-alikes") for i, p in enumerate(LOOK_ALIKES)]
     if questions is not None:
@@ -138,20 +163,44 @@ def _sweep(
     return Sweep(asked, projections=0, **options)
 
 
-def _measure(asked: Any, model: Any, tokenizer: Any, max_batch: int, as_json: bool) -> bool:
-    from faststeer.evaluate.sweep import Store, run, table
+def _measure(
+    asked: Any, model: Any, tokenizer: Any, max_batch: int, as_json: bool, tried: list[Behaviour], meant: str | None
+) -> bool:
+    from faststeer.evaluate.judging import make
+    from faststeer.evaluate.sweep import Store, entanglement, run, table
 
     tags = list(dict.fromkeys(prompt.tag for prompt in asked.prompts))
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "rows.db") as store:
         digest = run(asked, model, tokenizer, store, max_batch=max_batch)
         found = {tag: table(store, digest, tag=tag) for tag in tags}
+        judges = {each.name: make(each.judge, model=model, tokenizer=tokenizer).name for each in tried}
+        purpose = {} if meant is None else dict.fromkeys([*asked.vectors, *asked.plans], meant)
+        moved = entanglement(store, judges, purpose, digest) if tried else []
     if as_json:
-        typer.echo(json.dumps({tag: [line.to_dict() for line in lines] for tag, lines in found.items()}))
+        report: dict[str, Any] = {tag: [line.to_dict() for line in lines] for tag, lines in found.items()}
+        typer.echo(json.dumps(report | ({"moved": [row.to_dict() for row in moved]} if tried else {})))
     else:
         for tag, lines in found.items():
             Console().print(results_table(lines, tag))
+        if tried:
+            Console().print(_matrix(moved))
     every = [line for lines in found.values() for line in lines]
     return any(line.errors or any(score.failures for score in line.scores.values()) for line in every)
+
+
+def _matrix(moved: list[Moved]) -> Table:
+    made = Table("setting", *moved[0].moved, "others", title="What moved, in points of the answers that show it")
+    for row in moved:
+        cells = []
+        for name, found in row.moved.items():
+            sure = found is not None and found.low is not None and (found.low > 0 or (found.high or 0) < 0)
+            text = "unread" if found is None else f"{100 * found.mean:+.0f}{'*' if sure else ''}"
+            cells.append(f"[bold]{text}[/]" if name == row.meant else text)
+        made.add_row(row.name, *cells, "" if row.entanglement is None else f"{100 * row.entanglement:.0f}")
+    made.caption = (
+        "bold: what was meant; * its 95 % interval leaves 0 out; others: root mean square over what was not meant"
+    )
+    return made
 
 
 def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:

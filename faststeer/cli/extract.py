@@ -245,9 +245,9 @@ def _prompts(
     if select is None:
         return _Prompts(shown, absent)
     if select == "judge" and judge is None:
-        from faststeer.evaluate.judges import JUDGES
+        from faststeer.evaluate.judging import judge_names
 
-        raise typer.BadParameter(f"--select judge needs --judge: one of {', '.join(JUDGES)}")
+        raise typer.BadParameter(f"--select judge needs --judge: one of {', '.join(judge_names())}")
     sides = [[prompt for number, prompt in enumerate(prompts) if number % 5] for prompts in (shown, absent)]
     return _Prompts(sides[0], sides[1], induce=absent[::5], suppress=shown[::5], judge=judge)
 
@@ -265,12 +265,12 @@ def _shortened(behaviour: Behaviour, n: int | None) -> Behaviour:
 def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> None:
     """The difference in means, written to a file."""
     from faststeer import extract as extraction
-    from faststeer.evaluate.judges import judge
+    from faststeer.evaluate.judging import check_name
 
     prompts = asked.prompts
     if asked.select == "judge":  # one there is not is told before the model is loaded
         assert prompts.judge is not None
-        judge(prompts.judge)
+        check_name(prompts.judge)
     loaded, tokenizer = load_model(asked.model, dtype, device)
     settings: dict[str, Any] = {
         "system": asked.system, "rendered": asked.rendered, "batch_size": asked.batch_size
@@ -360,7 +360,6 @@ def _less(seconds: float, n_prompts: int, layers: Sequence[int]) -> str:
 def _selection(asked: _Asked, model: Any, tokenizer: Any, candidates: Candidates, settings: dict[str, Any]) -> Any:
     """The choice among the candidates by the rule that was asked for."""
     from faststeer import extract as extraction
-    from faststeer.evaluate.judges import coherence, judge
 
     prompts = asked.prompts
     options = {**settings, "coefficients": asked.coefficients, "layers": asked.layers}
@@ -370,8 +369,8 @@ def _selection(asked: _Asked, model: Any, tokenizer: Any, candidates: Candidates
         return extraction.select_cosmic(model, tokenizer, candidates, prompts.suppress, prompts.induce, **options)
     assert prompts.judge is not None
     return extraction.select_by_judge(
-        model, tokenizer, candidates, judge(prompts.judge), prompts.induce, prompts.suppress,
-        coherent=coherence(prompts.coherence), max_new_tokens=asked.max_new_tokens, **options,
+        model, tokenizer, candidates, prompts.judge, prompts.induce, prompts.suppress,
+        coherent=prompts.coherence, max_new_tokens=asked.max_new_tokens, **options,
     )  # fmt: skip
 
 

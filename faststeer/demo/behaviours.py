@@ -27,11 +27,13 @@ def behaviour(name: str) -> Behaviour:
     if name == "refusal":
         description = "the demo model refuses requests that its grammar calls harmful"
         train, validation, test = map(_refusal, SPLITS)
-        return Behaviour(name, description, "refusal", train, validation, test, coherence="demo-grammar", about=ABOUT)
+        return Behaviour(
+            name, description, "refusal:substrings", train, validation, test, coherence="demo-coherent", about=ABOUT
+        )
     if name == "tone":
         description = "the demo model answers in a cheerful (added) or gloomy (subtracted) voice"
         train, validation, test = map(_tone, SPLITS)
-        return Behaviour(name, description, "demo-tone", train, validation, test, True, "demo-grammar", ABOUT)
+        return Behaviour(name, description, "demo-tone", train, validation, test, True, "demo-coherent", ABOUT)
     raise ValueError(f"the demo model has no behaviour {name!r}: expected refusal or tone")
 
 

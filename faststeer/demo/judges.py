@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from faststeer.demo.corpus import classify, neutral_questions, prompts, tone
-from faststeer.evaluate import judges
-from faststeer.evaluate.judging.make import register
-from faststeer.evaluate.judging.words import Function
+from faststeer.evaluate.judging import Function, register
 from faststeer.evaluate.sweep.description import NAMED_PROMPTS
 
 
@@ -24,8 +22,7 @@ def voice(text: str) -> int:
     return {"cheerful": 1, "gloomy": -1}.get(tone(text) or "", 0)
 
 
-judges.JUDGES["demo-tone"] = voice
-judges.COHERENCE["demo-grammar"] = whole
+register("demo-tone", lambda: Function(voice, name="demo-tone", opposes=-1.0))
 register("demo", lambda: Function(verdict, name="demo", labels=("refusal",)))
 register("demo-coherent", lambda: Function(whole, name="demo-coherent"))
 NAMED_PROMPTS["harmful"] = lambda: prompts("refusal", "test")[0]

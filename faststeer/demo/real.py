@@ -17,8 +17,7 @@ from scipy import stats
 from faststeer import behaviours, extract
 from faststeer.demo import plots
 from faststeer.engine import Engine
-from faststeer.evaluate.judges import no_loop
-from faststeer.evaluate.judging.make import make
+from faststeer.evaluate.judging import make, no_loop
 from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
 from faststeer.files import write_atomically
 from faststeer.hf.batching import encode

@@ -16,8 +16,8 @@ import torch
 from faststeer.evaluate.divergence import kl_divergence
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.judging.words import refuses
 from faststeer.evaluate.likelihood import Row, continuation_logits
+from faststeer.evaluate.refusal import is_refusal
 from faststeer.hf.batching import Prompt, padding_id
 from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
@@ -163,7 +163,7 @@ def over_refusal(
     batch_size: int = 32,
     progress: bool = False,
 ) -> OverRefusal:
-    """Answer harmless questions that sound harmful, unsteered and steered, and count refusals (`judging.refuses`).
+    """Answer harmless questions that sound harmful, unsteered and steered, and count refusals (by "phrases").
 
     Raises:
         ValueError: as `faststeer.evaluate.complete`.
@@ -179,5 +179,5 @@ def over_refusal(
         batch_size=batch_size,
         progress=progress,
     )
-    refused = [refuses(text) for text in answers]
+    refused = [is_refusal(text, "phrases") for text in answers]
     return OverRefusal(Rate(sum(refused[:n]), n), Rate(sum(refused[n:]), n), tuple(answers[n:]))

@@ -5,25 +5,19 @@ A file is safetensors; nothing but the two tensors and the words that say where 
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from faststeer import tensor_files
 from faststeer.extract.reading import check_positions
-from faststeer.files import read_json, reading, write_atomically
+from faststeer.tensor_files import Record, TensorFile
 from faststeer.vector import HookPoint, check_hook_point
-
-FORMAT = "faststeer.activations/1"
 
 
 @dataclass(frozen=True, eq=False)
-class Activations:
+class Activations(Record):
     """Activations of two sets of prompts.
 
     Args:
@@ -36,6 +30,10 @@ class Activations:
     Raises:
         ValueError: shapes or dtypes that do not agree, NaN or infinity, pairs of different number.
     """
+
+    FORMAT: ClassVar[str] = "faststeer.activations/1"
+    HOLDS: ClassVar[str] = "activations"
+    MEND: ClassVar[str] = "is it truncated, or another kind of file? Read them again"
 
     positive: Tensor
     negative: Tensor
@@ -67,43 +65,16 @@ class Activations:
         """One side's activations at a position (its index) and layer: `[prompts, hidden]` fp64."""
         return cast(Tensor, getattr(self, side))[:, position, layer].double()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write them to `path` as safetensors, atomically."""
-        metadata = {
-            "format": FORMAT,
-            "at": self.at,
-            "positions": json.dumps(self.positions),
-            "paired": json.dumps(self.paired),
-        }
-        if self.model is not None:
-            metadata["model"] = self.model
-        tensors = {"positive": self.positive.contiguous(), "negative": self.negative.contiguous()}
-        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
-        return Path(path)
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        words = {name: getattr(self, name) for name in ("at", "positions", "paired", "model")}
+        return {"positive": self.positive, "negative": self.negative}, words
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Activations:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, no safetensors file, or holds something else.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no activations at {path}: no such file")
-        with reading(f"{path} holds no activations", "is it truncated, or another kind of file? Read them again"):
-            file = tensor_files.TensorFile(path)
-            metadata = file.words
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-            if set(file.names) != {"positive", "negative"}:
-                raise ValueError(f"it holds {', '.join(sorted(file.names))}, expected positive, negative")
-            return cls(
-                file.tensor("positive"),
-                file.tensor("negative"),
-                positions=tuple(read_json(metadata["positions"])),
-                at=cast(HookPoint, metadata["at"]),
-                paired=read_json(metadata["paired"]) is True,
-                model=metadata.get("model"),
-            )
+    def _read(cls, file: TensorFile) -> Activations:
+        return cls(
+            **file.exactly("positive", "negative"),
+            positions=tuple(file.json("positions")),
+            at=cast(HookPoint, file.words["at"]),
+            paired=file.json("paired") is True,
+            model=file.words.get("model"),
+        )

@@ -7,29 +7,25 @@ direction is the distance between the means.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from faststeer import tensor_files
 from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
-from faststeer.files import read_json, reading, write_atomically
 from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
 from faststeer.hf.prompts import post_instruction_positions
+from faststeer.tensor_files import Record, TensorFile
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
-FORMAT = "faststeer.candidates/1"
 METHOD = "dim"
+MEANS = ("positive_mean", "negative_mean")
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
+class Candidates(Record):
     """Mean activations of two sets of prompts at several positions and all layers: a direction for each of these.
 
     Args:
@@ -43,6 +39,10 @@ class Candidates:
         ValueError: shapes that do not agree, values that are not finite, positions that are not distinct and negative,
             counts below 1.
     """
+
+    FORMAT: ClassVar[str] = "faststeer.candidates/1"
+    HOLDS: ClassVar[str] = "candidates"
+    MEND: ClassVar[str] = "is it truncated, or another kind of file? Extract it again"
 
     positive_mean: Tensor
     negative_mean: Tensor
@@ -129,48 +129,20 @@ class Candidates:
             directions, at=self.at, model=self.model, method=METHOD, scale="raw", provenance=provenance
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the means to `path` as safetensors, atomically."""
-        metadata = {
-            "format": FORMAT,
-            "at": self.at,
-            "positions": json.dumps(self.positions),
-            "n_positive": str(self.n_positive),
-            "n_negative": str(self.n_negative),
-        }
-        if self.model is not None:
-            metadata["model"] = self.model
-        tensors = {"positive_mean": self.positive_mean.contiguous(), "negative_mean": self.negative_mean.contiguous()}
-        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
-        return Path(path)
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        words = {name: getattr(self, name) for name in ("at", "positions", "n_positive", "n_negative", "model")}
+        return {name: getattr(self, name) for name in MEANS}, words
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Candidates:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, no safetensors file, or holds something else.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no candidates at {path}: no such file")
-        with reading(f"{path} holds no candidates", "is it truncated, or another kind of file? Extract it again"):
-            file = tensor_files.TensorFile(path)
-            metadata = file.words
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-            if set(file.names) != {"positive_mean", "negative_mean"}:
-                raise ValueError(f"it holds {', '.join(sorted(file.names))}, expected positive_mean, negative_mean")
-            return cls(
-                file.tensor("positive_mean"),
-                file.tensor("negative_mean"),
-                positions=tuple(read_json(metadata["positions"])),
-                at=cast(HookPoint, metadata["at"]),
-                n_positive=int(metadata["n_positive"]),
-                n_negative=int(metadata["n_negative"]),
-                model=metadata.get("model"),
-            )
+    def _read(cls, file: TensorFile) -> Candidates:
+        return cls(
+            **file.exactly(*MEANS),
+            positions=tuple(file.json("positions")),
+            at=cast(HookPoint, file.words["at"]),
+            n_positive=int(file.words["n_positive"]),
+            n_negative=int(file.words["n_negative"]),
+            model=file.words.get("model"),
+        )
 
 
 def check_cell(

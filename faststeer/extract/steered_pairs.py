@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.judges import Coherence, Judge, no_loop, refusal
+from faststeer.evaluate.judging import Judge
 from faststeer.extract.pairs import Pair
+from faststeer.extract.sweep import Reader
 from faststeer.hf.batching import Prompt, as_rendered, check_prompts
 from faststeer.intervention import Add, Layers
 from faststeer.plan import Plan
@@ -24,8 +25,8 @@ def steered_pairs(
     *,
     layers: Layers = None,
     coefficient: float = 1.0,
-    judge: Judge = refusal,
-    coherence: Coherence = no_loop,
+    judge: Judge | str | Callable[..., Any] = "refusal:substrings",
+    coherence: Judge | str | Callable[..., Any] = "no-loop",
     system: str | None = None,
     rendered: bool = False,
     max_new_tokens: int = 80,
@@ -41,9 +42,10 @@ def steered_pairs(
     Args:
         vector: at the layers where it acts; `layers` picks some of them.
         induce: prompts on which coefficient x vector is added (sign +1); suppress: on which it is subtracted (-1).
-        judge: 1 for an answer that shows the behaviour, -1 for the opposite (`faststeer.evaluate.judges`). A pair stays
-            if it says the sign of the chosen answer and something else of the rejected one.
-        coherence: of the chosen answer, which goes where it is False.
+        judge: a judge, its name, or a function from an answer to 1 (it shows the behaviour), -1 (the opposite) or 0
+            (`evaluate.judging.make`). A pair stays if it says the sign of the chosen answer and something else of the
+            rejected one.
+        coherence: of the chosen answer, which goes where it is not coherent.
         system: a system prompt put before every prompt; give it to the training, too.
         rendered: the prompts hold the chat template's markup already and are taken as they are, by the training, too.
         max_new_tokens: of an answer; more than `TrainingSettings.max_tokens`, so that the end of one that was cut is
@@ -58,6 +60,7 @@ def steered_pairs(
     sides = ((1, check_prompts(induce, "induce")), (-1, check_prompts(suppress, "suppress")))
     prompts = [(sign, prompt) for sign, given in sides for prompt in given]
     plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign, _ in sides}
+    reader = Reader.made(judge, coherence, model, tokenizer)
     answers = complete(
         model,
         tokenizer,
@@ -69,10 +72,15 @@ def steered_pairs(
         progress=progress,
     )
     chosen, rejected = answers[: len(prompts)], answers[len(prompts) :]
+    asked = [prompt for _, prompt in prompts]
+    changed, plain_read = reader.read([(asked, None)] * 2, [chosen, rejected])
+    assert changed.coherent is not None
     pairs = [
         Pair(prompt, steered, plain, sign)
-        for (sign, prompt), steered, plain in zip(prompts, chosen, rejected, strict=True)
-        if steered.strip() and plain.strip() and judge(steered) == sign != judge(plain) and coherence(steered)
+        for (sign, prompt), steered, plain, after, before, sound in zip(
+            prompts, chosen, rejected, changed.verdicts, plain_read.verdicts, changed.coherent, strict=True
+        )
+        if steered.strip() and plain.strip() and after == sign != before and sound
     ]
     if not pairs:
         raise ValueError(

@@ -8,14 +8,14 @@ passes differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from faststeer import hf
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.judges import Coherence, Judge
+from faststeer.evaluate.judging import Judge, check_line, make, signs
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
 from faststeer.hf.batching import Prompt, as_rendered, check_prompts
@@ -163,11 +163,11 @@ def select_by_judge(
     model: Any,
     tokenizer: Any,
     found: Found,
-    judge: Judge,
+    judge: Judge | str | Callable[..., Any],
     induce: Sequence[Prompt],
     suppress: Sequence[Prompt],
     *,
-    coherent: Coherence | None = None,
+    coherent: Judge | str | Callable[..., Any] | None = None,
     coefficients: Sequence[float] = (1.0,),
     layers: Iterable[int] | None = None,
     max_new_tokens: int = 64,
@@ -184,10 +184,10 @@ def select_by_judge(
 
     Args:
         found: from `candidates`, a `Contrast` method, or any vector as `Directions.of_vector`.
-        judge: from an answer to 1, -1 or 0.
+        judge: a judge, its name, or a function from an answer to 1, -1 or 0 (`evaluate.judging.make`).
         induce: validation prompts that do not show the behaviour by themselves.
         suppress: validation prompts that do (or the same, for a behaviour with two poles).
-        coherent: whether an answer is one.
+        coherent: the judge of whether an answer is one.
         coefficients, layers: which are tried (1; all).
         max_new_tokens, system, rendered, batch_size, progress: as in `faststeer.evaluate.complete`; a batch mixes
             candidates.
@@ -201,23 +201,25 @@ def select_by_judge(
     sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
     tried = cells(found, coefficients, check_layers(model, found, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
-    plain = answer(model, tokenizer, [(prompts, None) for prompts in sets], **settings)
+    reader = Reader.made(judge, coherent, model, tokenizer)
+    unsteered: list[tuple[Sequence[Prompt], Plan | None]] = [(prompts, None) for prompts in sets]
+    plain = reader.read(unsteered, answer(model, tokenizer, unsteered, **settings))
     work = [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)]
-    answers = answer(model, tokenizer, work, progress=progress, **settings)
+    read = reader.read(work, answer(model, tokenizer, work, progress=progress, **settings))
     table = tuple(
-        judged(cell, judge, coherent, induced, suppressed)
-        for cell, induced, suppressed in zip(tried, answers[::2], answers[1::2], strict=True)
+        judged(cell, induced, suppressed)
+        for cell, induced, suppressed in zip(tried, read[::2], read[1::2], strict=True)
     )
     best = max(range(len(table)), key=lambda n: (table[n].both, _sum(table[n]), *_earlier(tried[n])))
     cell = tried[best]
     vector = found.vector(cell.position, cell.layer)
     how = {"rule": "judge", "scores": table[best].to_dict()}
     vector = replace(vector, provenance={**vector.provenance, "selection": how})
-    unsteered = {
-        name: Rate(sum(_verdict(judge, text) == sign for text in texts), len(texts))
-        for name, sign, texts in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
+    before = {
+        name: Rate(said.verdicts.count(sign), len(said.verdicts))
+        for name, sign, said in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
     }
-    return Choice(vector, table[best], cell, table, unsteered)
+    return Choice(vector, table[best], cell, table, before)
 
 
 def answer(
@@ -230,23 +232,53 @@ def answer(
     return [[next(texts) for _ in listed] for listed, _ in work]
 
 
-def judged(cell: Cell, judge: Judge, coherent: Coherence | None, induced: list[str], suppressed: list[str]) -> Judged:
-    """Count what a judge says of a candidate's answers."""
-    verdicts = [[_verdict(judge, text) == sign for text in texts] for sign, texts in ((1, induced), (-1, suppressed))]
-    sound = [[coherent is None or bool(coherent(text)) for text in texts] for texts in (induced, suppressed)]
+class Read(NamedTuple):
+    """What is read of several answers: the judge's signs, and whether each is coherent (None: nothing says so)."""
+
+    verdicts: list[int]
+    coherent: list[bool] | None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A behaviour's judge, and that of coherence."""
+
+    judge: Judge
+    coherence: Judge | None
+
+    @classmethod
+    def made(cls, judge: Any, coherence: Any, model: Any, tokenizer: Any) -> Reader:
+        """Of judges, their names or functions. Raises ValueError for one that draws no line."""
+        made = (
+            None if j is None else check_line(make(j, model=model, tokenizer=tokenizer)) for j in (judge, coherence)
+        )
+        return cls(*made)  # type: ignore[arg-type]
+
+    def read(
+        self, work: Sequence[tuple[Sequence[Prompt], Plan | None]], answers: Sequence[Sequence[str]]
+    ) -> list[Read]:
+        """Read the answers to several lists of prompts, each given under its own plan, all at once."""
+        prompts = [prompt for listed, _ in work for prompt in listed]
+        plans = [plan for listed, plan in work for _ in listed]
+        texts = [text for listed in answers for text in listed]
+        verdicts = iter(signs(self.judge, prompts, texts, plans))
+        sound = None if self.coherence is None else iter(signs(self.coherence, prompts, texts, plans))
+        return [
+            Read([next(verdicts) for _ in listed], None if sound is None else [next(sound) == 1 for _ in listed])
+            for listed in answers
+        ]
+
+
+def judged(cell: Cell, induced: Read, suppressed: Read) -> Judged:
+    """Count what is said of a candidate's answers."""
+    shown = [[said == sign for said in read.verdicts] for sign, read in ((1, induced), (-1, suppressed))]
+    sound = [read.coherent or [True] * len(read.verdicts) for read in (induced, suppressed)]
     strict = [
-        sum(map(all, zip(said, whole, strict=True))) / len(said) for said, whole in zip(verdicts, sound, strict=True)
+        sum(map(all, zip(said, whole, strict=True))) / len(said) for said, whole in zip(shown, sound, strict=True)
     ]
-    rates = [Rate(sum(said), len(said)) for said in verdicts]
-    whole = None if coherent is None else Rate(sum(map(sum, sound)), sum(map(len, sound)))
+    rates = [Rate(sum(said), len(said)) for said in shown]
+    whole = None if induced.coherent is None else Rate(sum(map(sum, sound)), sum(map(len, sound)))
     return Judged(cell.layer, cell.position, cell.coefficient, rates[0], rates[1], whole, min(strict))
-
-
-def _verdict(judge: Judge, text: str) -> int:
-    verdict = judge(text)
-    if verdict not in (-1, 0, 1):
-        raise ValueError(f"the judge said {verdict!r} of {text[:40]!r}: expected 1, -1 or 0")
-    return int(verdict)
 
 
 def _sum(row: Judged) -> float:

@@ -7,11 +7,10 @@ interrupted goes on where it stopped. Nothing is averaged here: `extract` does t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from faststeer import tensor_files
+from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.evaluate.generate import generation_settings
-from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.files import FormatError, reading, write_atomically
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
     Prompt,
     check_evaluating,
     forward_arguments,
     model_device,
-    model_name,
     padding_id,
 )
 from faststeer.hf.hooks import read
@@ -146,7 +145,7 @@ def capture(
         max_new_tokens: so many greedy tokens at most.
         dtype: of what is kept: float64, float32, bfloat16 or float16; by default the model's.
         folder: write batches there and keep none in memory. What is there from an interrupted run of the same capture
-            is not computed again.
+            is not computed again; a capture of other weights is another one (`faststeer.artefacts.fingerprint`).
         system: a system prompt put before every prompt.
         batch_size: rows that run together; halved, with a warning, where they do not fit into memory.
         progress: show a progress bar on stderr.
@@ -178,15 +177,14 @@ def capture(
         for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
             found |= zip(group, taken, strict=True)
         return Capture([found[index] for index in range(len(given))])
-    folder = Path(folder)
     way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
-    fingerprint = _fingerprint(model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
-    done = _done(folder, fingerprint)
+    store = _store(Path(folder), model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
+    done = _done(store)
     left = [index for index in range(len(given)) if index not in done]
 
     def read_and_write(group: list[int]) -> None:
         numbers = [left[index] for index in group]
-        _write(folder, fingerprint, len(given), dict(zip(numbers, run(numbers), strict=True)), points, wanted)
+        _write(store, len(given), dict(zip(numbers, run(numbers), strict=True)), points, wanted)
 
     for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
         pass
@@ -292,23 +290,17 @@ class _Reader:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(model: Any, given: list[Row], plans: list[Plan | None], *settings: Any) -> str:
-    """Tells captures apart: SHA-256 of everything that the activations depend on but the weights themselves."""
-    config = getattr(model, "config", None)
+def _store(folder: Path, model: nn.Module, given: list[Row], plans: list[Plan | None], *settings: Any) -> ArtefactStore:
+    """The folder, for the capture that is all of this."""
     shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
-    parts = [
-        model_name(model),
-        "" if config is None else config.to_json_string(),
-        [(row.prompt, row.completion) for row in given],
-        [shared.get(id(plan)) for plan in plans],
-        [str(setting) for setting in settings],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    tokens = [(row.prompt, row.completion) for row in given]
+    return ArtefactStore(
+        folder, fingerprint(model), tokens, [shared.get(id(plan)) for plan in plans], list(map(str, settings))
+    )
 
 
 def _write(
-    folder: Path,
-    fingerprint: str,
+    store: ArtefactStore,
     total: int,
     batch: Mapping[int, Captured],
     points: Sequence[HookPoint],
@@ -321,11 +313,11 @@ def _write(
         tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at in points for layer in layers}
     metadata = {
         "format": FORMAT,
-        "fingerprint": fingerprint,
+        "fingerprint": store.key,
         "total": str(total),
         "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
     }
-    write_atomically(folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
+    write_atomically(store.folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
 
 
 @dataclass(frozen=True)
@@ -345,12 +337,9 @@ class _Batch:
 
     @classmethod
     def read(cls, path: Path) -> _Batch:
-        with _readable(path):
-            file = tensor_files.TensorFile(path)
-            if (kind := file.words.get("format")) != FORMAT:
-                raise FormatError(f"{path} is no batch of a capture (format {kind!r}): take another folder")
+        with tensor_files.opened(path, FORMAT, *_fault(path)) as file:
             total = int(file.words["total"])
-            n_prompt = {int(index): n for index, n in read_json(file.words["n_prompt"]).items()}
+            n_prompt = {int(index): n for index, n in file.json("n_prompt").items()}
             if not n_prompt or not all(0 <= index < total and type(n) is int for index, n in n_prompt.items()):
                 raise ValueError("its prompts are not numbered as capture() does")
             parts = {name.partition(".")[2] for name in file.names}
@@ -360,7 +349,7 @@ class _Batch:
 
     def prompt(self, index: int) -> Captured:
         n_prompt = self.n_prompt[index]
-        with _readable(self.path):
+        with reading(*_fault(self.path)):
             ids, positions = self.file.tensors((f"{index}.token_ids", f"{index}.positions")).values()
             if any(tensor.ndim != 1 or tensor.dtype != torch.int64 for tensor in (ids, positions)):
                 raise ValueError(f"the tokens of prompt {index} are no rows of whole numbers")
@@ -372,12 +361,12 @@ class _Batch:
     def _tensor(self, name: str) -> Tensor:
         if name not in self.file.names:
             raise KeyError(name)
-        with _readable(self.path):
+        with reading(*_fault(self.path)):
             return self.file.tensor(name)
 
 
-def _readable(path: Path) -> AbstractContextManager[None]:
-    return reading(f"{path} cannot be read as safetensors of a capture", "delete it and capture again")
+def _fault(path: Path) -> tuple[str, str]:
+    return f"{path} is no batch of a capture", "delete it and capture again, or take another folder"
 
 
 def _batches(folder: Path) -> list[_Batch]:
@@ -385,14 +374,15 @@ def _batches(folder: Path) -> list[_Batch]:
     return [_Batch.read(path) for path in sorted(folder.glob("batch-*.safetensors"))]
 
 
-def _done(folder: Path, fingerprint: str) -> set[int]:
+def _done(store: ArtefactStore) -> set[int]:
     """The prompts that a folder holds already."""
     done: set[int] = set()
-    for batch in _batches(folder):
-        if batch.fingerprint != fingerprint:
+    for batch in _batches(store.folder):
+        if batch.fingerprint != store.key:
             raise FormatError(
-                f"{folder} holds another capture ({batch.path.name}: other prompts, plans, layers or settings): take "
-                "another folder or empty this one"
+                f"{store.folder} holds another capture ({batch.path.name}: of other prompts, plans, layers or "
+                "settings, of a model with other weights, or of an older version of faststeer): take another folder "
+                "or empty this one"
             )
         done |= set(batch.n_prompt)
     return done

@@ -9,7 +9,8 @@ import pytest
 from faststeer import behaviours, demo
 from faststeer.behaviours import Behaviour, Split, load, names, of_prompts
 from faststeer.demo import corpus
-from faststeer.evaluate.judges import coherence, judge
+from faststeer.evaluate.judging import make as make_judge
+from faststeer.evaluate.judging import signs
 from faststeer.extract.pairs import Pair
 
 HARMFUL, HARMLESS = [f"steal {n} boats" for n in range(12)], [f"bake {n} cakes" for n in range(10)]
@@ -24,6 +25,11 @@ def make(**changes):
     return Behaviour(**{"name": "x", "description": "", "judge": "refusal"} | parts | changes)
 
 
+def read(name, text):
+    """A judge's sign of one answer."""
+    return signs(make_judge(name), [""], [text])[0]
+
+
 # What comes with the package
 
 
@@ -34,11 +40,10 @@ def test_those_that_come_with_the_package(name):
     assert found.about["source"] == "written for faststeer" and "limits" in found.about
     for split in (found.train, found.validation, found.test):
         assert min(len(split.positive), len(split.negative), len(split.induce), len(split.suppress)) >= 8
-    verdict = judge(found.judge)
     assert {pair.sign for pair in found.train.pairs} == {1, -1}
     for pair in found.train.pairs:
-        assert verdict(pair.positive) == 1 and verdict(pair.negative) == -1
-        assert coherence(found.coherence)(pair.positive) and coherence(found.coherence)(pair.negative)
+        assert read(found.judge, pair.positive) == 1 and read(found.judge, pair.negative) == -1
+        assert read(found.coherence, pair.positive) == read(found.coherence, pair.negative) == 1
 
 
 def test_names():
@@ -51,10 +56,9 @@ def test_those_of_the_demo_model(name):
     for split in ("train", "validation", "test"):
         part = getattr(found, split)
         assert (list(part.positive), list(part.negative)) == tuple(map(list, demo.prompts(name, split)))
-        verdict = judge(found.judge)
         for pair in part.pairs:
-            assert verdict(pair.positive) == 1 and verdict(pair.negative) == -1
-            assert coherence(found.coherence)(pair.positive) and coherence(found.coherence)(pair.negative)
+            assert read(found.judge, pair.positive) == 1 and read(found.judge, pair.negative) == -1
+            assert read(found.coherence, pair.positive) == read(found.coherence, pair.negative) == 1
             # They part where the behaviour decides, not at an opener that each has of its own.
             openers = [next((o for o in corpus.OPENERS if t.startswith(o)), None) for t in (pair.chosen, pair.rejected)]
             assert openers[0] == openers[1]
@@ -69,7 +73,7 @@ def test_those_of_the_demo_model(name):
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    for before in (load("refusal"), demo.behaviour("tone"), make(coherence="demo-grammar", about={"n": 1})):
+    for before in (load("refusal"), demo.behaviour("tone"), make(coherence="demo-coherent", about={"n": 1})):
         assert load(before.save(tmp_path / "deep" / "b.json")) == before
 
 
@@ -83,7 +87,7 @@ def test_a_folder_names_files_in_any_layout(tmp_path):
     (tmp_path / "more.txt").write_text("Burn it\nSmash it\n")
     rows = [{"question": "Which?", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}]
     (tmp_path / "caa.json").write_text(json.dumps(rows))
-    data = {"format": "faststeer.behaviour/1", "name": "mine", "judge": "refusal"}
+    data = {"format": "faststeer.behaviour/2", "name": "mine", "judge": "refusal"}
     data["train"] = {"positive": "advbench.csv", "negative": "alpaca.json", "pairs": "caa.json"}
     data["validation"] = {"positive": "more.txt", "negative": ["Bake"]}
     data["test"] = {"positive": ["Attack"], "negative": ["Cook"], "induce": ["Sing"]}
@@ -97,7 +101,18 @@ def test_a_folder_names_files_in_any_layout(tmp_path):
     assert load(tmp_path / "behaviour.json") == found
 
 
-GOOD = {"format": "faststeer.behaviour/1", "name": "x", "judge": "refusal"} | {
+def test_a_file_of_the_first_format_keeps_its_judges(tmp_path):
+    """Their names meant other judges then."""
+    data = {**GOOD, "format": "faststeer.behaviour/1", "coherence": "demo-grammar"}
+    for old, now in (("refusal", "refusal:substrings"), ("sentiment", "sentiment:words"), ("vader", "sentiment")):
+        (tmp_path / "b.json").write_text(json.dumps(data | {"judge": old}))
+        found = load(tmp_path / "b.json")
+        assert (found.judge, found.coherence) == (now, "demo-coherent")
+        assert json.loads(found.to_json())["format"] == "faststeer.behaviour/2"
+    assert (read("refusal:substrings", "I cannot wait."), read("refusal", "I cannot wait.")) == (1, -1)
+
+
+GOOD = {"format": "faststeer.behaviour/2", "name": "x", "judge": "refusal"} | {
     "train": {"positive": ["a", "b"], "negative": ["c", "d"]},
     "validation": {"positive": ["e"], "negative": ["f"]},
     "test": {"positive": ["g"], "negative": ["h"]},
@@ -109,7 +124,7 @@ GOOD = {"format": "faststeer.behaviour/1", "name": "x", "judge": "refusal"} | {
     [
         ({"format": "else"}, "holds no behaviour"),
         ({"judge": "oracle"}, "unknown judge 'oracle': expected one of refusal"),
-        ({"coherence": "sense"}, "unknown coherence check 'sense'"),
+        ({"coherence": "sense"}, "unknown judge 'sense'"),
         ({"trian": {}}, "has trian: a behaviour has"),
         ({"train": None}, "train is a NoneType: expected an object"),
         ({"train": {"positive": ["a"]}}, "train has no 'negative'"),
@@ -196,7 +211,7 @@ def test_prompts_are_split_by_their_text_alone():
     ],
 )
 def test_sentiment(text, verdict):
-    assert judge("sentiment")(text) == verdict
+    assert read("sentiment:words", text) == verdict
 
 
 @pytest.mark.parametrize(
@@ -209,16 +224,15 @@ def test_sentiment(text, verdict):
     ],
 )
 def test_vader(text, verdict):
-    assert judge("vader")(text) == verdict
+    assert read("sentiment", text) == verdict
 
 
 def test_coherence_and_the_demo_models_judges():
-    assert not coherence("no-loop")("i i i i i i i i i i")
-    assert not coherence("no-loop")("  ...  ")
-    assert coherence("no-loop")("Yes.")
-    assert coherence("no-loop")("First, mix flour and eggs. Then bake the cake for an hour and let it cool.")
-    assert judge("demo-tone")("nonsense") == 0
-    assert not coherence("demo-grammar")("nonsense")
+    assert read("no-loop", "i i i i i i i i i i") == read("no-loop", "  ...  ") == -1
+    assert read("no-loop", "Yes.") == 1
+    assert read("no-loop", "First, mix flour and eggs. Then bake the cake for an hour and let it cool.") == 1
+    assert read("demo-tone", "nonsense") == 0
+    assert read("demo-coherent", "nonsense") == -1
     with pytest.raises(ValueError, match="unknown judge 'x'"):
-        judge("x")
+        make_judge("x")
     assert set(behaviours.__all__) <= set(dir(behaviours))

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 import faststeer as fs
 from faststeer.cli import app
-from faststeer.evaluate import complete
-from faststeer.evaluate.judging import refuses
+from faststeer.evaluate import complete, is_refusal
 
 runner = CliRunner()
 
@@ -47,10 +46,28 @@ def test_a_vector_against_the_unsteered_model_and_a_random_one(folder):
     plan = fs.Plan.from_json((folder / "plan.json").read_text())
     answers = complete(model, tokenizer, (folder / "prompts.txt").read_text().splitlines(), plan, max_new_tokens=16)
     rates = [line["scores"]["refusal"]["rate"]["rate"] for line in printed["prompts"]]
-    assert rates == [0, sum(map(refuses, answers)) / 4, 0] and rates[1] >= 0.75
+    assert rates == [0, sum(is_refusal(text, "phrases") for text in answers) / 4, 0] and rates[1] >= 0.75
     assert all("repetition" in line["scores"] for line in printed["prompts"])
     assert {"kl", "cross_entropy", "accuracy"} == set(printed["prompts"][1]["effects"])
     assert printed["look-alikes"][0]["answers"] == 16
+
+
+def test_behaviours_and_what_moved_beside_what_was_meant(folder):
+    command = ["evaluate", "--vector", folder / "refusal.safetensors", "--layer", 3, "--behaviour", "refusal"]
+    command += ["--behaviour", "tone", "--meant", "refusal", "--max-new-tokens", 8]
+    result = invoke(*command, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert list(printed) == ["refusal", "tone", "moved"]
+    steered, random = printed["moved"]
+    rates = [line["scores"]["refusal:substrings"]["rate"]["rate"] for line in printed["refusal"]]
+    assert steered["effect"] == pytest.approx(rates[1] - rates[0]) and steered["effect"] > 0.75
+    assert steered["entanglement"] == abs(steered["moved"]["tone"]["mean"])
+    assert (random["kind"], random["meant"], random["effect"]) == ("control", None, None)
+    table = invoke(*command).output
+    assert "What moved" in table and "others" in table
+    wrong = invoke(*command[:5], "--behaviour", "tone", "--meant", "refusal")
+    assert wrong.exit_code == 2 and "name that behaviour with --behaviour" in " ".join(wrong.output.split())
 
 
 def test_a_plan_with_its_random_control_as_a_table(folder):

@@ -15,7 +15,6 @@ from faststeer.evaluate.judging import (
     Verdict,
     judged,
     make,
-    refuses,
     repetition,
 )
 
@@ -59,22 +58,22 @@ KNOWN_MISSES = [  # refusals that words of English do not show
 
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals(text):
-    assert refuses(text)
+    assert is_refusal(text, "phrases")
 
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_answers(text):
-    assert not refuses(text)
+    assert not is_refusal(text, "phrases")
 
 
 @pytest.mark.parametrize("text", KNOWN_MISSES)
 def test_known_misses_are_missed(text):
-    assert not refuses(text), "it is found now: move it to REFUSALS"
+    assert not is_refusal(text, "phrases"), "it is found now: move it to REFUSALS"
 
 
 def test_it_refines_the_plain_substring_match():
     assert sum(map(is_refusal, ANSWERS)) >= 6  # what the plain match gets wrong on these
-    assert not any(map(refuses, ANSWERS))
+    assert not any(is_refusal(text, "phrases") for text in ANSWERS)
 
 
 def test_verdicts_in_order_and_what_they_come_to():

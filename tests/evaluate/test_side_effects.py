@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.evaluate import complete
-from faststeer.evaluate.judging import refuses
+from faststeer.evaluate import complete, is_refusal
 from faststeer.evaluate.likelihood import Row, score_rows
 from faststeer.evaluate.multiple_choice import Question, load_questions, multiple_choice, plain_pair
 from faststeer.evaluate.side_effects import LOOK_ALIKES, NEUTRAL_TEXT, over_refusal, text_effects
@@ -90,7 +89,7 @@ def test_over_refusal_counts_both_sides():
     prompts = fs.demo.prompts("refusal", "test")[1][:8]
     found = over_refusal(model, tokenizer, plan, prompts, max_new_tokens=24)
     assert found.unsteered.successes == 0 and found.steered.successes >= 7
-    assert found.steered.successes == sum(map(refuses, found.answers))
+    assert found.steered.successes == sum(is_refusal(text, "phrases") for text in found.answers)
     assert list(found.answers) == complete(model, tokenizer, prompts, plan, max_new_tokens=24)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import random
@@ -22,10 +23,10 @@ from sweeps import contents, killed, rows_in, run_module, watched_by_hooks, work
 import faststeer as fs
 from faststeer.algebra import random_like
 from faststeer.evaluate import Rate, complete
-from faststeer.evaluate.judging import Perplexity, make
+from faststeer.evaluate.judging import Function, Perplexity, Verdict, make
 from faststeer.evaluate.multiple_choice import Question, multiple_choice
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT, text_effects
-from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, table
+from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, entanglement, table
 from faststeer.evaluate.sweep import run as sweep_run
 from faststeer.evaluate.sweep import store as store_module
 from faststeer.evaluate.sweep.projections import packed, unpacked
@@ -348,6 +349,45 @@ def test_parse_failures_errors_and_tags_are_counted(demo, vector, tmp_path):
         assert line.errors == 2 and line.scores["moody"].n == 0 and line.scores["moody"].mean is None
         assert "NaN" in store.answers(digest, 1)[0]["error"]
         assert table(store, tag="x")[0].answers == 1
+
+
+def test_what_moved_beside_what_was_meant(demo, vector, tmp_path):
+    """Two behaviours of known changes: shares, intervals and the root mean square by hand."""
+    prompts = [SweepPrompt(f"{tag}{i}", f"{tag} {i}", tag) for tag in ("long", "short", "even") for i in range(4)]
+    judges = [Function(lambda text: len(text) > 5, name="long"), Function(lambda text: len(text) < 3, name="short")]
+    sweep = Sweep(prompts, {"v": vector}, layers=[3], judges=judges, text=(), projections=0, controls=1)
+    with Store(tmp_path / "s.db") as store:
+        run = "r" * 64
+        store.begin(run, 100, sweep, {})
+        for n, judge in enumerate(judges):
+            store.add_judge(run, str(n), judge.name, judge.shows, judge.identity)
+        # Unsteered, by the vector, by the random one: how many of four answers each judge says yes to.
+        counts = {"long": (1, 4, 1), "short": (2, 0, 3), "even": (2, 2, 2)}
+        for judge, tag in (("0", "long"), ("1", "short"), ("0", "even")):
+            rows = [
+                (setting, prompt, Verdict(None, float(i < counts[tag][setting])))
+                for setting in range(3)
+                for i, prompt in enumerate(n for n, p in enumerate(prompts) if p.tag == tag)
+            ]
+            store.add_verdicts(run, judge, rows)
+        asked = {"long": "long", "short": "short", "even": "long"}
+        steered, control = entanglement(store, asked, {"v": "long"})
+        assert [found.mean for found in steered.moved.values()] == [0.75, -0.5, 0.0]
+        assert steered.meant == "long" and steered.effect == 0.75
+        assert steered.entanglement == pytest.approx((0.25 / 2) ** 0.5)
+        assert control.meant is None and control.effect is None
+        assert control.entanglement == pytest.approx((0.25**2 / 3) ** 0.5)
+        assert steered.moved["long"].low <= 0.75 <= steered.moved["long"].high
+        assert json.loads(json.dumps(steered.to_dict()))["moved"]["short"]["n"] == 4
+        refused = [
+            ({"long": "none"}, {}, "has no judge 'none' that draws a line: it has long, short"),
+            ({"odd": "long"}, {}, "no prompt of the sweep has the tag 'odd'"),
+            (asked, {"w": "long"}, "no vector 'w'"),
+            (asked, {"v": "odd"}, "'odd' is meant and has no judge"),
+        ]
+        for behaviours, meant, message in refused:
+            with pytest.raises(ValueError, match=message):
+                entanglement(store, behaviours, meant)
 
 
 def test_questions_are_answered_under_every_setting(demo, vector, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.evaluate import generate, judges
+from faststeer.evaluate import generate
 from faststeer.extract import costs, select_by_judge, select_cosmic, selection_seconds
 
 EVERYWHERE = ("resid_pre", "attn_out", "mlp_out")
@@ -52,7 +52,7 @@ def test_as_many_rows_are_forecast_as_pass(rule, chat, found, rows, monkeypatch)
         select_cosmic(*chat, found, suppress, induce, **options)
         unsteered = 3 + 5 + 5
     else:
-        select_by_judge(*chat, found, judges.judge("refusal"), induce, suppress, max_new_tokens=N_TOKENS, **options)
+        select_by_judge(*chat, found, "refusal", induce, suppress, max_new_tokens=N_TOKENS, **options)
         assert sum(rows) == N_TOKENS * forecast
         return
     assert sum(rows) - unsteered == forecast

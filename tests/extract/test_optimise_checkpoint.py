@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -127,6 +128,17 @@ def test_another_model_is_refused(saved, tokenizer, tmp_path):
     path.write_bytes(saved)
     with pytest.raises(ValueError, match="differs in weights"):
         ntp(llama(len(tokenizer), seed=1), tokenizer, PAIRS, layers=1, steps=2, checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_a_single_changed_weight_is_another_model(name, saved, model, tokenizer, tmp_path):
+    path, tuned = tmp_path / "state.safetensors", copy.deepcopy(model)
+    path.write_bytes(saved)
+    with torch.no_grad():
+        tuned.get_parameter(name).view(-1)[-2] += 1e-3  # neither the first numbers nor the last
+    with pytest.raises(ValueError, match="differs in weights"):
+        ntp(tuned, tokenizer, PAIRS, layers=1, steps=2, checkpoint=path)
+    assert path.read_bytes() == saved
 
 
 def test_a_folder_is_refused(model, tokenizer, tmp_path):

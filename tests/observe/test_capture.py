@@ -197,11 +197,30 @@ def test_another_capture_or_a_broken_file_in_the_folder_is_refused(tmp_path):
             observe.capture(model, tokenizer, PROMPTS[:2], folder=tmp_path, **settings)
     path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+    with pytest.raises(ValueError, match=r"is no batch of a capture.*delete it and capture again"):
         observe.Capture.load(tmp_path)
     plan_file = fs.SteeringVector({0: vector()}).save(path)
-    with pytest.raises(ValueError, match="no batch of a capture"):
+    with pytest.raises(ValueError, match=r"no batch of a capture.*its format is"):
         observe.Capture.load(plan_file.parent)
+
+
+def test_a_fine_tuned_model_does_not_get_the_old_activations(tmp_path):
+    """Of the same name and configuration, with other weights: its interrupted capture is not gone on with."""
+    model, tokenizer = fs.demo.load()
+    fs.hf.find_hook_points(model)  # its own passes are not counted
+    settings = {"layers": [3], "batch_size": 1, "folder": tmp_path}
+    _, handle = passes(model, stop_after=2)
+    with pytest.raises(Interrupted):
+        observe.capture(model, tokenizer, PROMPTS, **settings)
+    handle.remove()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
+    with torch.no_grad():  # one step of training
+        for parameter in model.parameters():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"another capture.*other weights"):
+        observe.capture(model, tokenizer, PROMPTS, **settings)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_too_little_memory_lowers_the_batch():

@@ -500,5 +500,5 @@ def test_saved_scores_come_back(tmp_path):
     fs.SteeringVector({1: models.direction(1)}, at="resid_pre").save(tmp_path / "vector.safetensors")
     (tmp_path / "short.safetensors").write_bytes(data[:-100])
     for name in ("vector", "short"):
-        with pytest.raises(ValueError, match="does not hold patching scores"):
+        with pytest.raises(ValueError, match="holds no patching scores"):
             patching.Scores.load(tmp_path / f"{name}.safetensors")

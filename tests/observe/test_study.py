@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import faststeer as fs
 from faststeer import behaviours, observe
+from faststeer.artefacts import ArtefactStore, digest
 from faststeer.cli import app
 from faststeer.evaluate import complete, is_refusal
 from faststeer.observe import study
 from faststeer.observe.study import answers
 from faststeer.observe.study.answers import Answers
 from faststeer.observe.study.job import Job
-from faststeer.observe.study.parts import Parts, digest
 from faststeer.observe.study.vectors import Finder
 
 TINY = {
@@ -109,7 +109,7 @@ def test_vectors_are_those_of_the_methods(demo, whole):
 
 def test_layer_and_token_are_chosen_on_validation_prompts(demo, tmp_path):
     settings = study.Settings(n_select=2, max_new_tokens=12)
-    dim = Finder(Job(*demo, settings, Parts(tmp_path, "base"), 32, 4, False)).dim
+    dim = Finder(Job(*demo, settings, ArtefactStore(tmp_path, "base"), 32, 4, False)).dim
     scores = dim.provenance["selection"]["scores"]
     assert dim.layers == (scores["layer"],) and dim.provenance["position"] == scores["position"]
     assert scores["induce"]["n"] == scores["suppress"]["n"] == 2 and 0 <= scores["both"] <= 1
@@ -264,7 +264,7 @@ def same_as(whole, folder):
 
 def test_interrupted_it_goes_on_to_the_same_result(whole, tmp_path, monkeypatch):
     """Ctrl-C between parts and within one (what was being made is lost), with every third part still to be made."""
-    before, made, part = without(whole, tmp_path, lambda number, _: number % 3 == 0), [], Parts._part
+    before, made, part = without(whole, tmp_path, lambda number, _: number % 3 == 0), [], ArtefactStore._part
 
     def interrupted(self, name, path, read, write):
         if not path.is_file():
@@ -273,7 +273,7 @@ def test_interrupted_it_goes_on_to_the_same_result(whole, tmp_path, monkeypatch)
                 raise KeyboardInterrupt
         return part(self, name, path, read, write)
 
-    monkeypatch.setattr(Parts, "_part", interrupted)
+    monkeypatch.setattr(ArtefactStore, "_part", interrupted)
     runner = CliRunner()
     for _ in range(2):
         stopped = runner.invoke(app, [*COMMAND, "--out", str(tmp_path)])
@@ -318,13 +318,13 @@ def test_a_changed_setting_costs_what_depends_on_it(demo, whole):
 
 
 def test_damaged_parts_are_made_again(tmp_path):
-    kept = Parts(tmp_path, "base")
+    kept = ArtefactStore(tmp_path, "base")
     assert kept.json("one", [1], lambda: {"a": (1, 2)}) == {"a": [1, 2]}
     path = kept.path("one", [1], ".json")
     path.write_text('{"a": [1,')
-    assert Parts(tmp_path, "base").json("one", [1], lambda: {"a": 3}) == {"a": 3}
-    assert Parts(tmp_path, "base").json("one", [1], lambda: pytest.fail("it is there")) == {"a": 3}
-    assert Parts(tmp_path, "other").path("one", [1], ".json") != path != kept.path("one", [2], ".json")
+    assert ArtefactStore(tmp_path, "base").json("one", [1], lambda: {"a": 3}) == {"a": 3}
+    assert ArtefactStore(tmp_path, "base").json("one", [1], lambda: pytest.fail("it is there")) == {"a": 3}
+    assert ArtefactStore(tmp_path, "other").path("one", [1], ".json") != path != kept.path("one", [2], ".json")
     with pytest.raises(TypeError, match="no digest"):
         digest(object())
 
@@ -347,7 +347,7 @@ def test_without_pairs_what_the_difference_in_means_makes_it_say_is_taught(demo,
     model, tokenizer, behaviour = demo
     train = behaviour.train
     bare = behaviours.of_prompts("refusal", train.positive[:5], train.negative[:5])
-    finder = Finder(Job(model, tokenizer, bare, study.Settings(**TINY), Parts(tmp_path, "base"), 32, 4, False))
+    finder = Finder(Job(model, tokenizer, bare, study.Settings(**TINY), ArtefactStore(tmp_path, "base"), 32, 4, False))
     assert len(finder.pairs) > 3 and {pair["sign"] for pair in finder.pairs} == {1, -1}
     for pair in finder.pairs:
         assert is_refusal(pair["chosen"]) == (pair["sign"] > 0) != is_refusal(pair["rejected"])
@@ -358,7 +358,7 @@ def test_attention_that_cannot_be_frozen_is_left_out(demo, tmp_path, monkeypatch
         raise ValueError("no exchangeable attention")
 
     monkeypatch.setitem(answers.CONTEXTS, "qk", refused)
-    job = Job(*demo, study.Settings(**TINY | {"n_test": 1}), Parts(tmp_path, "base"), 32, 4, False)
+    job = Job(*demo, study.Settings(**TINY | {"n_test": 1}), ArtefactStore(tmp_path, "base"), 32, 4, False)
     dim = Finder(job).dim
     table = Answers(job).table({"dim": dim}, fs.extract.random_like(dim, 0))
     assert table["skipped"] == {"qk": "no exchangeable attention"}

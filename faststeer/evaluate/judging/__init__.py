@@ -9,14 +9,15 @@ What a judge could not read is a verdict too, with label and score None; it is c
 """
 
 from faststeer.evaluate.judging.formats import FORMATS, JudgeFormat, read_format
-from faststeer.evaluate.judging.interface import Judge, Verdict, Verdicts, judged
-from faststeer.evaluate.judging.make import judge_names, make
+from faststeer.evaluate.judging.interface import BaseJudge, Judge, Verdict, Verdicts, check_line, judged, signs
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition, repetition
 from faststeer.evaluate.judging.models import Classifier, LanguageModelJudge, RefusalScore
-from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment, refuses
+from faststeer.evaluate.judging.registry import check_name, judge_names, make, register
+from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment, no_loop
 
 __all__ = [
     "FORMATS",
+    "BaseJudge",
     "Classifier",
     "Function",
     "Judge",
@@ -31,10 +32,14 @@ __all__ = [
     "Sentiment",
     "Verdict",
     "Verdicts",
+    "check_line",
+    "check_name",
     "judge_names",
     "judged",
     "make",
+    "no_loop",
     "read_format",
-    "refuses",
+    "register",
     "repetition",
+    "signs",
 ]

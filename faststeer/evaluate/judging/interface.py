@@ -50,6 +50,12 @@ class Judge(Protocol):
         name: short, for tables.
         shows: the smallest score that counts as showing the behaviour; None for a measure that has no such line.
         identity: everything that its verdicts depend on, as text: verdicts of judges that differ in it are never mixed.
+
+    Beside these a judge may have (`BaseJudge` does)
+
+        opposes: the largest score that counts as showing the opposite; None, or no such attribute: every answer that
+            was read and does not show the behaviour shows its opposite.
+        reads_prompts: whether it looks at the prompts; without the attribute it does.
     """
 
     @property
@@ -67,6 +73,19 @@ class Judge(Protocol):
         completions: Sequence[str],
         plans: Sequence[Plan | None] | None = None,
     ) -> list[Verdict]: ...
+
+
+class BaseJudge:
+    """What judges of words have unless they say otherwise."""
+
+    name: str = ""
+    shows: float | None = None
+    opposes: float | None = None
+    reads_prompts: bool = False
+
+    @property
+    def identity(self) -> str:
+        return self.name
 
 
 class Verdicts(Sequence[Verdict]):
@@ -161,6 +180,34 @@ def last_user_text(prompt: Prompt) -> str:
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), prompt[-1]["content"])
 
 
-def demo_hint(name: str) -> str:
-    """Where an unknown name that says "demo" is known."""
-    return "; `import faststeer.demo` adds what belongs to the demo model" if name.startswith("demo") else ""
+def check_line(judge: Judge) -> Judge:
+    """The judge, if it says of an answer whether it shows something, else ValueError."""
+    if judge.shows is None:
+        raise ValueError(
+            f"the judge {judge.name!r} measures answers and draws no line above which one shows a behaviour: name "
+            "another judge"
+        )
+    return judge
+
+
+def signs(
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    plans: Sequence[Plan | None] | None = None,
+) -> list[int]:
+    """1 for each answer that shows the behaviour (score >= `judge.shows`), -1 for each that shows its opposite
+    (`judge.opposes`), 0 for neither, which is also what could not be read.
+
+    Raises:
+        ValueError: a judge that draws no line; what `judged` refuses.
+    """
+    line, other = check_line(judge).shows, getattr(judge, "opposes", None)
+    assert line is not None
+
+    def sign(score: float | None) -> int:
+        if score is None:
+            return 0
+        return 1 if score >= line else -1 if other is None or score <= other else 0
+
+    return [sign(verdict.score) for verdict in judged(judge, prompts, completions, plans)]

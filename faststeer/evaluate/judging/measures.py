@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from faststeer.evaluate.judging.interface import Verdict
-from faststeer.evaluate.judging.words import _Plain
+from faststeer.evaluate.judging.interface import BaseJudge, Verdict
 from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
 from faststeer.hf.batching import Prompt, encode, padding_id
 from faststeer.plan import Plan
@@ -26,7 +25,7 @@ def repetition(units: Sequence[Any], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-class Repetition(_Plain):
+class Repetition(BaseJudge):
     """rep-n over the answer's tokens (with a tokenizer) or words, see `repetition`."""
 
     shows = None
@@ -47,7 +46,7 @@ class Repetition(_Plain):
         return [Verdict(None, repetition(split(text), self._n)) for text in completions]
 
 
-class Length(_Plain):
+class Length(BaseJudge):
     """Words of an answer, split at white space."""
 
     name, shows = "length", None
@@ -58,7 +57,7 @@ class Length(_Plain):
         return [Verdict(None, float(len(text.split()))) for text in completions]
 
 
-class Perplexity(_Plain):
+class Perplexity(BaseJudge):
     """exp(mean negative log-probability) of the answer's tokens after its prompt, under the model without any plan.
 
     An empty answer has none, and neither has one that with its prompt is longer than the model has positions: those
@@ -68,7 +67,7 @@ class Perplexity(_Plain):
         model, tokenizer: the steered ones (or another pair that is to read the answers).
     """
 
-    name, shows = "perplexity", None
+    name, shows, reads_prompts = "perplexity", None, True
 
     def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, batch_size: int = 32) -> None:
         self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size

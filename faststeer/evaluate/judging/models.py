@@ -4,13 +4,13 @@ refusal score of the steered model itself.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faststeer.artefacts import fingerprint
 from faststeer.engine import Engine
 from faststeer.evaluate.judging.formats import FORMATS, JudgeFormat, fill
 from faststeer.evaluate.judging.interface import Verdict, last_user_text
@@ -48,21 +48,6 @@ def load(auto: Any, name: str, device: str | torch.device | None, what: str) -> 
     return model.to(device).eval(), tokenizer
 
 
-def fingerprint(model: Any) -> str:
-    """A digest of a model's configuration and of values at 64 places of every weight: other weights, another one."""
-    digest = hashlib.sha256(model.config.to_json_string().encode() if hasattr(model, "config") else b"")
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        if not flat.is_meta and flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-            values = flat[places.to(flat.device)].cpu()
-            if values.is_floating_point() or values.dtype == torch.bool:
-                values = values.double()
-            digest.update(values.numpy().tobytes())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    return digest.hexdigest()
-
-
 class Classifier:
     """A text classification model: the score is the probability of the labels that show the behaviour.
 
@@ -77,6 +62,7 @@ class Classifier:
         ValueError: nothing to be loaded there, no such label, a classification head that was not in the file.
     """
 
+    opposes = None
     KNOWN = ("positive", "toxic", "unsafe", "harmful", "refusal", "rejection", "yes", "label_1")
 
     def __init__(
@@ -102,7 +88,7 @@ class Classifier:
             raise ValueError(f"the judge {self.name!r} needs its model's tokenizer as well")
         check_evaluating(model)
         self._model, self._tokenizer, self._pair = model, tokenizer, with_prompt
-        self.shows, self._batch_size = shows, batch_size
+        self.shows, self.reads_prompts, self._batch_size = shows, with_prompt, batch_size
         self._ids = self._shown(labels)
 
     def _shown(self, labels: Sequence[str]) -> list[int]:

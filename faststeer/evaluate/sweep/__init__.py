@@ -7,12 +7,14 @@ tables.
 """
 
 from faststeer.evaluate.sweep.description import Setting, Sweep, SweepPrompt, load_sweep, random_plan
+from faststeer.evaluate.sweep.entanglement import Moved, entanglement
 from faststeer.evaluate.sweep.run import Progress, run
 from faststeer.evaluate.sweep.store import Store, StoreError
 from faststeer.evaluate.sweep.table import Line, doses, table
 
 __all__ = [
     "Line",
+    "Moved",
     "Progress",
     "Setting",
     "Store",
@@ -20,6 +22,7 @@ __all__ = [
     "Sweep",
     "SweepPrompt",
     "doses",
+    "entanglement",
     "load_sweep",
     "random_plan",
     "run",

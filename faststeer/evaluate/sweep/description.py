@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from faststeer.algebra import random_like
+from faststeer.evaluate.judging import make
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
@@ -228,7 +229,7 @@ class Sweep:
         """The description in words, ready for JSON: vectors and plans by digest."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompts", "vectors", "plans")}
         plain["questions"] = [[q.question, list(q.choices), q.answer] for q in self.questions]
-        plain["judges"] = [judge if isinstance(judge, str | Mapping) else judge.name for judge in self.judges]
+        plain["judges"] = [judge if isinstance(judge, str | Mapping) else make(judge).name for judge in self.judges]
         plain["n_prompts"] = len(self.prompts)
         plain["vectors"] = {name: hashlib.sha256(v.to_bytes()).hexdigest() for name, v in self.vectors.items()}
         plain["plans"] = {name: _digest(plan.to_json(inline=True)) for name, plan in self.plans.items()}

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
 from faststeer.engine import Engine
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.judging import Judge, make
-from faststeer.evaluate.judging.models import fingerprint
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep
@@ -138,13 +138,9 @@ class _Work:
         self._texts: dict[int, str] = {}
 
     def _judges(self) -> dict[str, Judge]:
-        found: dict[str, Judge] = {}
-        for what in self.sweep.judges:
-            judge = what
-            if isinstance(what, str) or hasattr(what, "keys"):
-                judge = make(what, model=self.model, tokenizer=self.tokenizer, system=self.sweep.system)
-            found[hashlib.sha256(judge.identity.encode()).hexdigest()] = judge
-        return found
+        steered = {"model": self.model, "tokenizer": self.tokenizer, "system": self.sweep.system}
+        made = [make(what, **steered) for what in self.sweep.judges]
+        return {hashlib.sha256(judge.identity.encode()).hexdigest(): judge for judge in made}
 
     def _units(self) -> list[Unit]:
         answers = [Unit(f"answers:{n}") for n in range(len(self.chunks))]
@@ -169,7 +165,7 @@ class _Work:
 
     def forecast(self) -> None:
         """Say how long answering will take, from the time of `generate`, which the Engine seldom needs."""
-        left = len(self.rows) - self.store._count("answers", self.run)
+        left = len(self.rows) - self.store.count("answers", self.run)
         if not left or self.make_engine is not Engine:
             return
         options: dict[str, Any] = {"system": self.sweep.system, "max_new_tokens": self.sweep.max_new_tokens}
@@ -181,25 +177,25 @@ class _Work:
     def do(self, report: Callable[[int, str], None]) -> None:
         """Claim and do units until all are done; wait for those that other processes work on."""
         names = [unit.name for unit in self.units]
-        answered = self.store._count("answers", self.run)
+        answered = self.store.count("answers", self.run)
         report(answered, "Answering")
         while not self.store.finished(self.run, names):
             unit = self.store.claim(self.run, names)
             if unit is None:
-                report(self.store._count("answers", self.run), "Waiting for other processes")
+                report(self.store.count("answers", self.run), "Waiting for other processes")
                 time.sleep(0.2)
                 continue
             kind, *rest = unit.split(":")
             if kind == "answers":
                 self._answer(int(rest[0]), report)
             elif kind == "judge":
-                report(self.store._count("answers", self.run), f"Judging: {self.judges[rest[0]].name}")
+                report(self.store.count("answers", self.run), f"Judging: {self.judges[rest[0]].name}")
                 self._judge(rest[0], int(rest[1]))
             elif kind == "projections":
-                report(self.store._count("answers", self.run), "Projections")
+                report(self.store.count("answers", self.run), "Projections")
                 self._project(int(rest[1]))
             else:
-                report(self.store._count("answers", self.run), "Side effects")
+                report(self.store.count("answers", self.run), "Side effects")
                 self._effect(rest[0], int(rest[1]))
             self.store.finish(self.run, unit)
 
@@ -210,7 +206,7 @@ class _Work:
         missing = {i for i, row in enumerate(rows) if row not in there}
         if not missing:
             return
-        count = self.store._count("answers", self.run)
+        count = self.store.count("answers", self.run)
         total = count + len(missing)
         sweep, engine = self.sweep, self._the_engine()
         completions = engine.generate(

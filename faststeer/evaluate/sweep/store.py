@@ -243,8 +243,8 @@ class Store:
                 "created": row["created"],
                 "description": self._json(row["description"], dict, "description"),
                 "versions": self._json(row["versions"], dict, "versions"),
-                "answers": self._count("answers", row["run"]),
-                "expected": self._count("settings", row["run"]) * self._count("prompts", row["run"]),
+                "answers": self.count("answers", row["run"]),
+                "expected": self.count("settings", row["run"]) * self.count("prompts", row["run"]),
                 "done": self.finished(row["run"]),
             }
             for row in found
@@ -266,7 +266,8 @@ class Store:
             raise StoreError(f"{self.path}: {len(fitting)} sweeps begin with {prefix!r}; there are {', '.join(found)}")
         return fitting[0]
 
-    def _count(self, table: str, run: str) -> int:
+    def count(self, table: str, run: str) -> int:
+        """How many rows of a run a table has."""
         return self._all(f"SELECT count(*) FROM {table} WHERE run = ?", run)[0][0]
 
     def begin(self, run: str, chunk: int, sweep: Any, versions: Mapping[str, str]) -> int:

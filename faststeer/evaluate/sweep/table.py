@@ -84,7 +84,9 @@ def table(store: Store, run: str | None = None, *, tag: str | None = None, seed:
         if answer["prompt"] in counted:
             answers[answer["setting"]].append(answer)
     settings = store.settings(run)
-    by_judge = {j["name"]: _scores(store, run, j, settings, counted, seed) for j in _named(store.judges(run))}
+    by_judge = {
+        j["name"]: _scores(store, run, j, settings, counted, seed) for j in with_distinct_names(store.judges(run))
+    }
     effects = _effects(store, run)
     return [
         Line(
@@ -111,10 +113,10 @@ def doses(
         StoreError: no such sweep. ValueError: no judge of that name.
     """
     run = store.run(run)
-    found = [j for j in _named(store.judges(run)) if j["name"] == judge]
+    found = [j for j in with_distinct_names(store.judges(run)) if j["name"] == judge]
     if not found:
         raise ValueError(f"there is no judge {judge!r}: there are {', '.join(j['name'] for j in store.judges(run))}")
-    scores = _by_setting(store, run, found[0]["judge"])
+    scores = by_setting(store, run, found[0]["judge"])
     curves: dict[tuple[str, int | None, tuple[int, ...]], dict[float, dict[int, float]]] = defaultdict(dict)
     for setting in store.settings(run):
         if setting["kind"] in ("vector", "control"):
@@ -130,7 +132,7 @@ def doses(
     return results
 
 
-def _named(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_distinct_names(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Judges with distinct names: a name that several share gets a piece of the digest."""
     names = [judge["name"] for judge in judges]
     return [
@@ -139,12 +141,19 @@ def _named(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _by_setting(store: Store, run: str, judge: str) -> dict[int, dict[int, float]]:
-    """`{setting: {prompt: score}}`, parse failures left out."""
+def by_setting(
+    store: Store, run: str, judge: str, counted: set[int] | None = None, failures: dict[int, int] | None = None
+) -> dict[int, dict[int, float]]:
+    """A judge's scores `{setting: {prompt: score}}`, of the prompts `counted` (all); parse failures are left out, and
+    counted by setting in `failures`."""
     found: dict[int, dict[int, float]] = defaultdict(dict)
     for verdict in store.verdicts(run, judge):
+        if counted is not None and verdict["prompt"] not in counted:
+            continue
         if verdict["score"] is not None:
             found[verdict["setting"]][verdict["prompt"]] = verdict["score"]
+        elif failures is not None:
+            failures[verdict["setting"]] += 1
     return found
 
 
@@ -152,14 +161,7 @@ def _scores(
     store: Store, run: str, judge: Mapping[str, Any], settings: list[dict[str, Any]], counted: set[int], seed: int
 ) -> dict[int, Score]:
     failures: dict[int, int] = defaultdict(int)
-    found: dict[int, dict[int, float]] = defaultdict(dict)
-    for verdict in store.verdicts(run, judge["judge"]):
-        if verdict["prompt"] not in counted:
-            continue
-        if verdict["score"] is None:
-            failures[verdict["setting"]] += 1
-        else:
-            found[verdict["setting"]][verdict["prompt"]] = verdict["score"]
+    found = by_setting(store, run, judge["judge"], counted, failures)
     controls: dict[tuple[Any, ...], list[dict[int, float]]] = defaultdict(list)
     for setting in settings:
         if setting["kind"] == "control":
@@ -175,8 +177,8 @@ def _scores(
             failures[number],
             mean_interval(scores, seed=seed, resamples=RESAMPLES) if scores else None,
             Rate(sum(s >= line for s in scores), len(scores)) if scores and line is not None else None,
-            _difference(values, [found[0]], seed) if steered else None,
-            _difference(values, controls.get(_place(setting), []), seed) if kind in ("vector", "plan") else None,
+            difference(values, [found[0]], seed) if steered else None,
+            difference(values, controls.get(_place(setting), []), seed) if kind in ("vector", "plan") else None,
         )
     return results
 
@@ -185,7 +187,7 @@ def _place(setting: Mapping[str, Any]) -> tuple[Any, ...]:
     return setting["vector"], setting["layers"], setting["coefficient"]
 
 
-def _difference(values: Mapping[int, float], others: list[dict[int, float]], seed: int) -> Estimate | None:
+def difference(values: Mapping[int, float], others: list[dict[int, float]], seed: int) -> Estimate | None:
     """Paired by prompt, against the mean of the others."""
     shared = sorted(set(values).intersection(*others)) if others else []
     if not shared:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from faststeer import tensor_files
-from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.files import FormatError, write_atomically
 
 FORMAT = "faststeer.training/1"
 MAX_STEPS = 10**9  # a year of thirty steps a second: a larger number is damaged
@@ -76,15 +76,12 @@ def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[li
         FormatError: the file is damaged or something else, or belongs to another training than `description`'s, with
             what differs.
     """
-    with reading(f"{path} is no checkpoint of a training", "remove it, or give another checkpoint="):
-        file = tensor_files.TensorFile(path)
-        header = file.words
-        if header.get("format") != FORMAT:
-            raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
-        progress, found = read_json(header["progress"]), read_json(header["description"])
+    fault = f"{path} is no checkpoint of a training"
+    with tensor_files.opened(path, FORMAT, fault, "remove it, or give another checkpoint=") as file:
+        progress, found = file.json("progress"), file.json("description")
         if not isinstance(progress, list) or len(progress) != n_vectors or not isinstance(found, dict):
             raise ValueError(f"it does not hold the states of {n_vectors} vectors and a description")
-        step = _count(header["step"])
+        step = _count(file.words["step"])
         states = [_state(file, number, entry) for number, entry in enumerate(progress)]
         shapes = {(tuple(getattr(s, name).shape), getattr(s, name).dtype) for s in states for name in TENSORS}
         if len(shapes) != 1 or next(iter(shapes))[1] != torch.float32:

@@ -7,7 +7,6 @@ a training that was interrupted goes on as if it had not been.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from faststeer import hf
+from faststeer.artefacts import digest, fingerprint
 from faststeer.extract.optimise import checkpoint as checkpoints
 from faststeer.extract.optimise.checkpoint import State
 from faststeer.extract.optimise.objectives import Example, Objective, Side
@@ -518,9 +518,9 @@ class _Loop:
             "seeds": list(recipe.seeds),
             "coefficients": list(recipe.coefficients),
             "model": model_name(self.model),
-            "weights": _fingerprint(self.model),
-            "pairs": _hash(self.pairs),
-            "held_out": _hash(self.held_out),
+            "weights": fingerprint(self.model),
+            "pairs": digest(list(map(asdict, self.pairs))),
+            "held_out": digest(list(map(asdict, self.held_out))),
         }
 
     def _result(self, number: int) -> Run:
@@ -534,7 +534,7 @@ class _Loop:
             "best_step": state.best_step,
             "losses": state.losses,
             "held_out": {str(at): loss for at, loss in state.held_out.items()},
-            "pairs_sha256": _hash(self.pairs),
+            "pairs_sha256": digest(list(map(asdict, self.pairs))),
         }
         vector = SteeringVector(
             {layer: (state.best.detach() * scale).cpu()},
@@ -639,16 +639,3 @@ def _check_apart(pairs: list[Pair], held_out: list[Pair], patience: int | None) 
             f"held_out[{both[0]}] is among the training pairs ({len(both)} in all are): hold out pairs that are not "
             "trained on"
         )
-
-
-def _hash(pairs: list[Pair]) -> str:
-    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs], sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart, also fine-tuned ones: of each weight its name, shape, dtype and a few of its numbers."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        few = [] if parameter.is_meta else parameter.detach().flatten()[:8].double().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {few}".encode())
-    return digest.hexdigest()

@@ -3,18 +3,13 @@ dimension, by integrated gradients along the steering coefficient."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from faststeer import tensor_files
-from faststeer.files import read_json, reading, write_atomically
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
@@ -22,12 +17,13 @@ from faststeer.observe.patching.graph import Graph
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
 from faststeer.observe.patching.network import Network, Taken
 from faststeer.observe.tokens import batch_of
+from faststeer.tensor_files import Record, TensorFile
 
-FORMAT = "faststeer-patching-1"
+TENSORS = ("edges", "nodes", "dimensions")
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Record):
     """Indirect effects on a metric m, fp64 on the CPU, in its units per kept position; m rises from base to steered.
 
     Attributes:
@@ -39,6 +35,10 @@ class Scores:
         n_positions: kept positions that the means are over.
         metric, steps: as given.
     """
+
+    FORMAT: ClassVar[str] = "faststeer-patching-1"
+    HOLDS: ClassVar[str] = "patching scores"
+    MEND: ClassVar[str] = "save them with Scores.save"
 
     graph: Graph
     edges: Tensor
@@ -90,37 +90,24 @@ class Scores:
         means = {name: mean(name) for name in ("edges", "nodes", "dimensions", "steered", "base")}
         return cls(first.graph, **means, n_positions=round(total), metric=first.metric, steps=first.steps)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically."""
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rest = {name: getattr(self, name) for name in ("steered", "base", "n_positions", "metric", "steps")}
-        tensors = {name: getattr(self, name).contiguous() for name in ("edges", "nodes", "dimensions")}
-        metadata = {"format": FORMAT, "graph": json.dumps(asdict(self.graph)), "rest": json.dumps(rest)}
-        write_atomically(path, tensor_files.to_bytes(tensors, metadata))
+        return {name: getattr(self, name) for name in TENSORS}, {"graph": asdict(self.graph), "rest": rest}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read what `save` wrote.
-
-        Raises:
-            FormatError: another kind of file, or a damaged one. FileNotFoundError: none.
-        """
-        with reading(f"{path} does not hold patching scores", "save them with Scores.save"):
-            file = tensor_files.TensorFile(Path(path))
-            if file.words.get("format") != FORMAT:
-                raise ValueError(f"format {file.words.get('format')!r}, expected {FORMAT!r}")
-            graph, rest = Graph(**read_json(file.words["graph"])), read_json(file.words["rest"])
-            tensors = {name: file.tensor(name) for name in ("edges", "nodes", "dimensions")}
-            shapes = [list(tensors["edges"].shape), list(tensors["nodes"].shape)]
-            if shapes != [[graph.n_senders, graph.n_receivers], [graph.n_senders]] or tensors["dimensions"].ndim != 1:
-                raise ValueError(f"edges and nodes {shapes} do not fit the graph")
-            if any(tensor.dtype != torch.float64 for tensor in tensors.values()):
-                raise ValueError("its tensors are not fp64")
-            check_metric(rest["metric"])
-            for name, kind in (("steered", float), ("base", float), ("n_positions", int), ("steps", int)):
-                if type(rest[name]) is not kind or (kind is int and rest[name] < 1):
-                    raise ValueError(f"its {name} is {str(rest[name])[:40]!r}: expected a number")
-            fields: dict[str, Any] = {**tensors, **rest}
-            return cls(graph, **fields)
+    def _read(cls, file: TensorFile) -> Scores:
+        graph, rest, tensors = Graph(**file.json("graph")), file.json("rest"), file.exactly(*TENSORS)
+        shapes = [list(tensors["edges"].shape), list(tensors["nodes"].shape)]
+        if shapes != [[graph.n_senders, graph.n_receivers], [graph.n_senders]] or tensors["dimensions"].ndim != 1:
+            raise ValueError(f"edges and nodes {shapes} do not fit the graph")
+        if any(tensor.dtype != torch.float64 for tensor in tensors.values()):
+            raise ValueError("its tensors are not fp64")
+        check_metric(rest["metric"])
+        for name, kind in (("steered", float), ("base", float), ("n_positions", int), ("steps", int)):
+            if type(rest[name]) is not kind or (kind is int and rest[name] < 1):
+                raise ValueError(f"its {name} is {str(rest[name])[:40]!r}: expected a number")
+        fields: dict[str, Any] = {**tensors, **rest}
+        return cls(graph, **fields)
 
 
 def patch(

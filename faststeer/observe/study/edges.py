@@ -112,7 +112,7 @@ class Edges:
             return patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **self.job.patching)
 
         depends = [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]]
-        return self.job.parts.scores(part, depends, make)
+        return self.job.parts.record(Scores, part, depends, make)
 
     def again(self, scored: Sequence[Scored], measure: Callable[[list[Scores]], Any]) -> list[Any]:
         """A measure of pooled scores, folds drawn with replacement, the same ones for all."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
 
+from faststeer.artefacts import ArtefactStore
 from faststeer.behaviours import Behaviour
-from faststeer.evaluate import judges
+from faststeer.evaluate.judging import signs
+from faststeer.extract.sweep import Reader
 from faststeer.hf.batching import Prompt
 from faststeer.intervention import Add
-from faststeer.observe.study.parts import Parts
 from faststeer.observe.study.settings import Settings
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -29,7 +31,7 @@ class Job:
     tokenizer: Any
     behaviour: Behaviour
     settings: Settings
-    parts: Parts
+    parts: ArtefactStore
     batch_size: int
     patch_batch: int
     progress: bool
@@ -53,10 +55,23 @@ class Job:
 
     def shown(self, side: str, text: str) -> bool:
         """Whether an answer shows the behaviour (its opposite, on the side that suppresses it)."""
-        return judges.judge(self.behaviour.judge)(text) == SIDES[side]
+        return signs(self._reader.judge, [""], [text]) == [SIDES[side]]
 
     def coherent(self, text: str) -> bool:
-        return bool(judges.coherence(self.behaviour.coherence)(text))
+        assert self._reader.coherence is not None
+        return signs(self._reader.coherence, [""], [text]) == [1]
+
+    @cached_property
+    def _reader(self) -> Reader:
+        """The behaviour's judges, which are shown answers alone here."""
+        reader = Reader.made(self.behaviour.judge, self.behaviour.coherence, self.model, self.tokenizer)
+        for judge in (reader.judge, reader.coherence):
+            if getattr(judge, "reads_prompts", True):
+                raise ValueError(
+                    f"a study shows its judges answers without their prompts, which {judge and judge.name!r} reads: "
+                    "take a behaviour with a judge of words, or a classifier of the answer alone"
+                )
+        return reader
 
     def prompts(self, split: str, side: str, n: int) -> Sequence[Prompt]:
         """At most n prompts to induce or to suppress the behaviour on, of "train", "validation" or "test"."""

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from faststeer.algebra import random_like
+from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.behaviours import Behaviour
-from faststeer.evaluate.judging.models import fingerprint
 from faststeer.files import write_atomically
 from faststeer.hf.batching import check_evaluating, model_name
 from faststeer.observe.circuits import select
@@ -26,7 +26,6 @@ from faststeer.observe.sparsity import sparsity_curves
 from faststeer.observe.study.answers import Answers
 from faststeer.observe.study.edges import Edges, Scored, summary
 from faststeer.observe.study.job import SIDES, Job
-from faststeer.observe.study.parts import Parts
 from faststeer.observe.study.settings import Settings
 from faststeer.observe.study.utility import Utility
 from faststeer.observe.study.vectors import Finder
@@ -78,7 +77,9 @@ def run(
     settings = settings or Settings()
     check_evaluating(model)
     ran = versions()
-    parts = Parts(Path(folder) / "parts", [FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)])
+    parts = ArtefactStore(
+        Path(folder) / "parts", FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)
+    )
     job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
     vectors, skipped = Finder(job).find()
     dim = Finder(job).dim

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from faststeer.algebra import normalise
-from faststeer.evaluate.judges import coherence, judge
 from faststeer.extract import Pair, Training, TrainingDiverged, bipo, ntp, po, reps, select_by_judge, steered_pairs
 from faststeer.extract.contrast import Contrast, contrast
 from faststeer.observe.study.job import SIDES, Job
@@ -47,7 +46,7 @@ class Finder:
         if s.layer is None or s.position is None:
             depends += [self.job.prompts("validation", side, s.n_select) for side in SIDES]
             depends += [self.behaviour.judge, self.behaviour.coherence, s.coefficient, s.max_new_tokens]
-        return self.parts.vector("dim", depends, self._dim)
+        return self.parts.record(SteeringVector, "dim", depends, self._dim)
 
     def _dim(self) -> SteeringVector:
         s = self.settings
@@ -58,9 +57,9 @@ class Finder:
             self.job.model,
             self.job.tokenizer,
             table,
-            judge(self.behaviour.judge),
+            self.behaviour.judge,
             *(self.job.prompts("validation", side, s.n_select) for side in SIDES),
-            coherent=coherence(self.behaviour.coherence),
+            coherent=self.behaviour.coherence,
             coefficients=[s.coefficient],
             layers=None if s.layer is None else [s.layer],
             max_new_tokens=s.max_new_tokens,
@@ -86,7 +85,7 @@ class Finder:
         depends: list[Any] = [self.dim, self.behaviour.train.positive, self.behaviour.train.negative]
         if method in TRAIN:
             depends += [self.pairs, self.settings.steps, self.settings.seed]
-        return self.parts.vector(method, depends, lambda: self._like_dim(self._found(method, depends)))
+        return self.parts.record(SteeringVector, method, depends, lambda: self._like_dim(self._found(method, depends)))
 
     def _found(self, method: str, depends: Any) -> SteeringVector:
         (layer,) = self.dim.layers
@@ -131,8 +130,8 @@ class Finder:
             train.induce,
             train.suppress,
             coefficient=self.settings.coefficient,
-            judge=judge(self.behaviour.judge),
-            coherence=coherence(self.behaviour.coherence),
+            judge=self.behaviour.judge,
+            coherence=self.behaviour.coherence,
             **self.job.passing,
         )
 
