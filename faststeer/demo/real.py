@@ -16,7 +16,7 @@ from scipy import stats
 
 from faststeer import behaviours, extract
 from faststeer.demo import plots
-from faststeer.engine import Engine
+from faststeer.evaluate.generate import complete
 from faststeer.evaluate.judging import make, no_loop
 from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
 from faststeer.files import write_atomically
@@ -124,9 +124,8 @@ def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> 
     """Answer the questions of all cells as rows of the same batches, each under its own plan, and score the answers."""
     prompts = [question for cell in cells for question in cell.questions]
     plans = [plan for cell in cells for plan in cell.plans]
-    length = max(map(len, encode(tokenizer, list(dict.fromkeys(prompts))))) + MAX_NEW_TOKENS
-    engine = Engine(model, tokenizer, max_batch=MAX_BATCH, max_length=length)
-    texts = iter([completion.text for completion in engine.generate(prompts, plans, max_new_tokens=MAX_NEW_TOKENS)])
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": MAX_BATCH, "progress": True}
+    texts = iter(complete(model, tokenizer, prompts, plans, **options))
     for cell in cells:
         cell.texts = [next(texts) for _ in cell.questions]
         cell.scores = [verdict.score for verdict in judge(cell.questions, cell.texts)]

@@ -26,7 +26,6 @@ from faststeer.engine.check import check_logits, vocabulary
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
-    Completion,
     Request,
     Stops,
     per_request,
@@ -35,6 +34,7 @@ from faststeer.engine.requests import (
     read_seeds,
 )
 from faststeer.engine.run import Run
+from faststeer.generator import GREEDY, Completion, SamplingParams
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
 from faststeer.hf.changes import Changes, Context, changing, close_at_exit
@@ -205,6 +205,17 @@ class Engine:
         stops = Stops(self.tokenizer, _end_tokens(self.model, self.tokenizer), stop)
         shown = sys.stderr.isatty() if progress is None else progress
         return close_at_exit(self._run(requests, stops, probes, in_order, shown))
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        plans: Plans | None = None,
+        sampling: SamplingParams = GREEDY,
+        *,
+        probe: Direction | None = None,
+    ) -> Iterator[Completion]:
+        """`generate` as a `faststeer.generator.Generator`: completions as they end, no progress bar."""
+        return self.generate(prompts, plans, probe=probe, in_order=False, progress=False, **vars(sampling))
 
     def warmup(
         self,

@@ -1,11 +1,11 @@
-"""What is asked of the engine and what it answers: checked arguments, and where a completion ends."""
+"""What is asked of the engine: checked arguments, and where a completion ends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,33 +15,6 @@ from faststeer.hf.batching import Prompt, encode, prompt_fault
 from faststeer.plan import Plan, Plans, plans_for
 
 T = TypeVar("T", int, float)
-FinishReason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the engine answers to one prompt.
-
-    Attributes:
-        index: the prompt's place in the list.
-        text: decoded without special tokens; cut before the stop string that ended it.
-        token_ids: what was generated, without the end-of-sequence or stop token that ended it.
-        prompt_ids: the tokens of the prompt.
-        projections: with `probe=`, `[sites, tokens]` or, for k directions, `[sites, tokens, k]`, fp32, on the CPU:
-            h . v / |v| at every token that went through the model, which are the prompt's and the generated ones but
-            the last one drawn (that one is nobody's input).
-        finish_reason: "stop": end of sequence, stop token or stop string; "length": `max_new_tokens` or the engine's
-            `max_length`; "error": see `error`.
-        error: what failed this request alone.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-    projections: Tensor | None
-    finish_reason: FinishReason
-    error: Exception | None = None
 
 
 @dataclass(eq=False)

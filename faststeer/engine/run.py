@@ -14,7 +14,8 @@ from torch import Tensor
 
 from faststeer.engine.device import Device
 from faststeer.engine.graphs import Steps
-from faststeer.engine.requests import Completion, FinishReason, Request, Stops
+from faststeer.engine.requests import Request, Stops
+from faststeer.generator import Completion, FinishReason
 from faststeer.hf import Steering
 from faststeer.ops.tables import POSITION_MIN
 from faststeer.program import SlotPool
@@ -215,7 +216,7 @@ class Run:
             return completion
         self.drawn += 1
         if token in self.stops.tokens:
-            return self._finish(request, "stop")
+            return self._finish(request, "stop", stop_token=token)
         request.tokens.append(token)
         if self.stops.found(request.tokens):
             return self._finish(request, "stop", unread=1)
@@ -224,7 +225,12 @@ class Run:
         return None
 
     def _finish(
-        self, request: Request, reason: FinishReason, error: Exception | None = None, unread: int = 0
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: Exception | None = None,
+        unread: int = 0,
+        stop_token: int | None = None,
     ) -> Completion:
         """`unread`: tokens at the end that were no input of the model."""
         request.done = True
@@ -238,7 +244,7 @@ class Run:
         if seen is not None:
             seen = seen.cpu()[:, : len(request.prompt) + len(request.tokens) - unread]
             seen = seen.squeeze(2) if seen.shape[2] == 1 else seen
-        return Completion(request.index, text, request.tokens, request.prompt, seen, reason, error)
+        return Completion(request.index, text, request.tokens, request.prompt, seen, reason, error, stop_token)
 
 
 def _shared_prefixes(live: list[Request], taken: list[Request]) -> list[tuple[list[Request], Request | None, int]]:

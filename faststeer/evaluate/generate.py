@@ -1,18 +1,27 @@
 """Completions of many prompts, each under its own plan, in mixed batches.
 
-Greedy and through `model.generate`: the plain way to get answers to judge, never the fast one.
+The Engine answers where it can, `model.generate` where the Engine refuses the model or something else than `steer` is
+to be in force.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from faststeer.engine import Engine
+from faststeer.engine.check import vocabulary
+from faststeer.engine.requests import Stops, per_request, read_prompts, read_seeds
+from faststeer.engine.sampling import Mode, Sampling, choose
+from faststeer.generator import GREEDY, Completion, Generator, SamplingParams
 from faststeer.hf import steer
 from faststeer.hf.batching import (
     Prompt,
@@ -25,13 +34,185 @@ from faststeer.hf.batching import (
     progress_bar,
     timed_batch,
 )
+from faststeer.hf.steering import is_steered
 from faststeer.plan import Plan, Plans, plans_for
 
 TIMED_TOKENS = 5  # of an answer, for a forecast
 TIMED_ANSWERS = 4  # times as many as there would be rows that are timed to the end
+# Of a generation config: what says nothing of which tokens a greedy completion holds, or what every generator reads.
+UNHEEDED = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "num_beams", "temperature", "top_k", "top_p", "min_p",
+    "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length", "max_new_tokens", "max_time", "use_cache",
+    "cache_implementation", "cache_config", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "return_dict_in_generate", "early_stopping", "length_penalty", "num_return_sequences",
+    "transformers_version", "_from_model_config", "disable_compile", "prefill_chunk_size",
+}  # fmt: skip
+Within = Callable[[Any, list[Plan | None]], AbstractContextManager[Any]]
 
 
-@torch.no_grad()
+class HuggingFace:
+    """A `Generator` by `model.generate`, in batches of prompts of similar length.
+
+    Penalties and forced tokens of the model's generation config are in force. Tokens are drawn as the Engine draws
+    them: the same seed gives the same tokens, to rounding.
+
+    Args:
+        model, tokenizer: any causal language model of transformers, in evaluation mode.
+        max_batch: prompts that are generated together.
+        within: the context that puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
+        why: the reason that the Engine does not answer.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_batch: int = 32, within: Within = steer, why: str = ""
+    ) -> None:
+        check_evaluating(model)
+        self.model, self.tokenizer, self.max_batch, self.within, self.why = model, tokenizer, max_batch, within, why
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        plans: Plans | None = None,
+        sampling: SamplingParams = GREEDY,
+        *,
+        probe: Any = None,
+    ) -> Iterator[Completion]:
+        """See `faststeer.generator.Generator`; completions come batch by batch.
+
+        Raises:
+            ValueError: as the Engine; a probe, which only the Engine watches.
+        """
+        if probe is not None:
+            reason = f" ({self.why})" if self.why else ""
+            raise ValueError(
+                f"probe= needs the Engine, and model.generate answers here{reason}: read activations with "
+                "faststeer.observe.capture"
+            )
+        # A prompt that is too long for the model's positions is `generate`'s to refuse.
+        encoded = read_prompts(self.tokenizer, prompts, sys.maxsize, vocabulary(self.model))
+        n = len(encoded)
+        per_prompt = plans_for(n, plans)
+        limits = per_request(sampling.max_new_tokens, n, "max_new_tokens", 1)
+        numbers = torch.tensor(
+            [
+                per_request(sampling.temperature, n, "temperature", 0.0, 1e6),
+                per_request(sampling.top_k, n, "top_k", 0),
+                per_request(sampling.top_p, n, "top_p", 1e-9, 1.0),
+            ],
+            dtype=torch.float64,
+        )
+        seeds = torch.tensor(read_seeds(sampling.seed, n))
+        stops = Stops(self.tokenizer, end_tokens(self.model, self.tokenizer), sampling.stop)
+        return self._run(encoded, per_prompt, limits, numbers, seeds, stops)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        encoded: list[list[int]],
+        plans: list[Plan | None],
+        limits: list[int],
+        numbers: Tensor,
+        seeds: Tensor,
+        stops: Stops,
+    ) -> Iterator[Completion]:
+        device, pad_id = model_device(self.model), padding_id(self.tokenizer)
+        for group in batches([len(ids) for ids in encoded], self.max_batch):
+            batch = pad([encoded[index] for index in group], pad_id, device)
+            del batch["position_ids"]  # generate counts positions itself, from the mask
+            temperature, top_k, top_p = numbers[:, group].to(device)
+            draw = _Draw(Sampling(temperature.float(), top_k.long(), top_p.float(), seeds[group].to(device)))
+            settings: dict[str, Any] = {
+                "max_new_tokens": max(limits[index] for index in group),
+                "do_sample": False,
+                "num_beams": 1,
+            }
+            if stops.tokens:
+                settings["eos_token_id"] = sorted(stops.tokens)
+            chosen = [plans[index] for index in group]
+            with self.within(self.model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
+                output = self.model.generate(
+                    **batch, **settings, pad_token_id=pad_id, logits_processor=LogitsProcessorList([draw])
+                )
+            new = output[:, batch["input_ids"].shape[1] :].tolist()
+            for row, index in enumerate(group):
+                yield _completion(index, encoded[index], new[row][: limits[index]], draw.failed[row], stops)
+
+
+class _Draw(LogitsProcessor):
+    """Draws as the Engine does, behind the other processors, and leaves `generate` that token alone."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling, self.count = sampling, torch.zeros_like(sampling.seed)
+        self.failed = [-1] * len(sampling.seed)  # of each row: the step whose logits are not finite
+        hot = bool((sampling.temperature > 0).any())
+        filters = bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any())
+        self.mode = Mode.GREEDY if not hot else Mode.FILTER if filters else Mode.TEMPERATURE
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = choose(scores, self.sampling, self.count, self.mode)
+        for row in (tokens < 0).nonzero().flatten().tolist():
+            self.failed[row] = int(self.count[row]) if self.failed[row] < 0 else self.failed[row]
+        self.count += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens.clamp(min=0).unsqueeze(-1), 0.0)
+
+
+def _completion(index: int, prompt: list[int], row: list[int], failed: int, stops: Stops) -> Completion:
+    """What a row of `generate` comes to: tokens up to the first that ends it, as the Engine reads them."""
+    tokens: list[int] = []
+    for step, token in enumerate(row):
+        if step == failed:
+            fault = ValueError("the logits hold NaN or infinity: is the steering too strong for the model's dtype?")
+            return Completion(index, stops.text(tokens), tokens, prompt, None, "error", fault)
+        if token in stops.tokens:
+            return Completion(index, stops.text(tokens), tokens, prompt, None, "stop", stop_token=token)
+        tokens.append(token)
+        if stops.found(tokens):
+            return Completion(index, stops.text(tokens), tokens, prompt, None, "stop")
+    return Completion(index, stops.text(tokens), tokens, prompt, None, "length")
+
+
+def generator(
+    model: Any, tokenizer: Any, *, max_batch: int = 32, max_length: int | None = None, within: Within = steer
+) -> Generator:
+    """Return what answers prompts: the Engine; `HuggingFace`, whose `why` gives the reason, where the Engine refuses
+    the model, the model's generation config asks for what the Engine does not do, the model is being steered already,
+    or with another `within`.
+
+    Args:
+        max_batch: rows that run together.
+        max_length: tokens of a prompt and its completion together, as of the Engine.
+
+    Raises:
+        ValueError: a model in training mode.
+    """
+    check_evaluating(model)
+    if max_batch < 1:
+        raise ValueError(f"batch_size is {max_batch}: expected at least 1")
+    why = "another context than steer is asked for" if within is not steer else ""
+    if not why and is_steered(model):
+        why = "the model is being steered already"
+    if not why and (asked := _processors(model)):
+        why = f"the model's generation config asks for {', '.join(asked)}"
+    if not why:
+        try:
+            return Engine(model, tokenizer, max_batch=max_batch, max_length=max_length)
+        except ValueError as error:
+            why = str(error)
+    return HuggingFace(model, tokenizer, max_batch=max_batch, within=within, why=why)
+
+
+def _processors(model: Any) -> list[str]:
+    """What a model's generation config asks for that changes which tokens a greedy completion holds."""
+    plain = GenerationConfig().to_dict()
+    return sorted(
+        name
+        for name, value in model.generation_config.to_dict().items()
+        if name not in UNHEEDED
+        and value not in (None, [], {}, plain.get(name))
+        and value != (1 if name.endswith(("penalty", "scale")) else 0)
+    )
+
+
 def complete(
     model: Any,
     tokenizer: Any,
@@ -43,7 +224,7 @@ def complete(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
-    within: Callable[[Any, list[Plan | None]], AbstractContextManager[Any]] = steer,
+    within: Within = steer,
 ) -> list[str]:
     """Return the greedy completion of each prompt, without special tokens, in the order of the prompts.
 
@@ -53,12 +234,13 @@ def complete(
         system: a system prompt put before every prompt.
         rendered: the prompts hold the chat template's markup already and are taken as they are.
         max_new_tokens: where a completion ends if no end-of-sequence token comes first.
-        batch_size: prompts that are generated together; those of similar length are.
+        batch_size: rows that run together.
         progress: show a progress bar on stderr.
         within: the context that puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
 
     The end-of-sequence tokens are those of the model's own generation config (else the tokenizer's), and so are
-    penalties it may ask for.
+    penalties it may ask for. The Engine answers; `generator` says when `model.generate` does. A completion whose logits
+    are not finite ends there, with a warning.
 
     Raises:
         ValueError: no prompts, another number of plans than prompts, `max_new_tokens` or `batch_size` below 1, a model
@@ -68,27 +250,39 @@ def complete(
     per_prompt = plans_for(len(encoded), plans)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
-    check_evaluating(model)
-    settings = generation_settings(model, tokenizer, max_new_tokens)
-    ends = settings.get("eos_token_id", [])
-    groups = batches([len(ids) for ids in encoded], batch_size)
-    texts = [""] * len(encoded)
-    with progress_bar("Generating", len(groups), progress) as advance:
-        for group in groups:
-            batch = pad([encoded[index] for index in group], padding_id(tokenizer), model_device(model))
-            # generate counts positions itself, from the mask.
-            del batch["position_ids"]
-            chosen = [per_prompt[index] for index in group]
-            with within(model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
-                output = model.generate(**batch, **settings)
-            for index, row in zip(group, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-                texts[index] = tokenizer.decode(row[:stop], skip_special_tokens=True)
+    answers = completions(
+        model, tokenizer, encoded, per_prompt, SamplingParams(max_new_tokens),
+        batch_size=batch_size, progress=progress, within=within,
+    )  # fmt: skip
+    return [answer.text for answer in answers]
+
+
+def completions(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    plans: Plans | None,
+    sampling: SamplingParams,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    within: Within = steer,
+) -> list[Completion]:
+    """Return the completions of prompts given as token ids, in their order. Options as in `complete`."""
+    limit = sampling.max_new_tokens
+    length = max(map(len, encoded)) + (limit if isinstance(limit, int) else max(limit))
+    rows = min(batch_size, len(encoded))
+    answering = generator(model, tokenizer, max_batch=rows, max_length=length, within=within)
+    answers: dict[int, Completion] = {}
+    with progress_bar("Generating", len(encoded), progress) as advance:
+        for answer in answering.complete(encoded, plans, sampling):
+            answers[answer.index] = answer
             advance()
-    return texts
+    if failed := [answer for answer in answers.values() if answer.error is not None]:
+        warnings.warn(f"{len(failed)} of {len(answers)} completions end early: {failed[0].error}", stacklevel=3)
+    return [answers[index] for index in range(len(encoded))]
 
 
-@torch.no_grad()
 def seconds_per_answer(
     model: Any,
     tokenizer: Any,
@@ -109,35 +303,22 @@ def seconds_per_answer(
     # Of each answer only the first tokens are timed, so that more rows may be: rows of a small batch take longer.
     n_rows = TIMED_ANSWERS * n_answers
     batch = timed_batch(model, encode(tokenizer, prompts, system), padding_id(tokenizer), batch_size, n_rows)
-    del batch["position_ids"]
+    rows = batch["input_ids"].tolist()
     n_tokens = min(max_new_tokens, TIMED_TOKENS)
-    settings = generation_settings(model, tokenizer, n_tokens) | {"min_new_tokens": n_tokens}
-    times = [time.monotonic()]
-
-    def note(_: torch.Tensor, __: torch.Tensor) -> bool:
-        times.append(time.monotonic())
-        return False
-
-    model.generate(**batch, **settings, stopping_criteria=StoppingCriteriaList([note]))
-    steps = len(times) - 2  # behind the first token, which comes with the reading of the prompt
-    per_step = (times[-1] - times[1]) / steps if steps else 0.0
-    return (times[1] - times[0] + per_step * (max_new_tokens - 1)) / len(batch["input_ids"])
-
-
-def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
-    """The arguments of `model.generate` for greedy completions of at most so many tokens."""
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": padding_id(tokenizer),
-    }
-    if ends := _end_tokens(model, tokenizer):
-        settings["eos_token_id"] = ends
-    return settings
+    answering = generator(model, tokenizer, max_batch=len(rows), max_length=len(rows[0]) + n_tokens)
+    seconds, drawn = [0.0], [len(rows)]
+    for limit in sorted({1, n_tokens}):
+        start = time.monotonic()
+        lengths = [len(answer.token_ids) for answer in answering.complete(rows, None, SamplingParams(limit))]
+        seconds.append(time.monotonic() - start)
+        drawn.append(sum(lengths))
+    # Behind the first token, which comes with the reading of the prompt.
+    per_token = max(seconds[-1] - seconds[1], 0.0) / max(drawn[-1] - len(rows), 1)
+    return seconds[1] / len(rows) + per_token * (max_new_tokens - 1)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The end-of-sequence tokens: those of the model's generation config, else the tokenizer's."""
     for ends in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
         if ends is not None:
             return list(ends) if isinstance(ends, list) else [ends]

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from faststeer.engine import Engine
+from faststeer.evaluate.generate import generator
 from faststeer.evaluate.likelihood import Row, score_rows
-from faststeer.hf.batching import check_evaluating, padding_id
+from faststeer.generator import SamplingParams
+from faststeer.hf.batching import check_evaluating, padding_id, progress_bar
 from faststeer.hf.encoding import End, apply_template, encode_texts
 from faststeer.plan import Plan
 
@@ -24,7 +25,7 @@ except ImportError as error:
 
 
 class SteeredLM(TemplateLM):
-    """A model under a plan, as lm-eval asks it: log-likelihoods in mixed batches, generation through the Engine.
+    """A model under a plan, as lm-eval asks it: log-likelihoods in mixed batches, generation by the Engine if it can.
 
     A request's context is the prompt, so that a plan's positions mean what they mean while generating.
 
@@ -131,22 +132,17 @@ class SteeredLM(TemplateLM):
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(_settings(request.args[1], self.max_gen_toks), []).append(number)
-        engine = Engine(self.model, self.tokenizer, max_batch=self.batch_size, max_length=self.max_length)
+        answering = generator(self.model, self.tokenizer, max_batch=self.batch_size, max_length=self.max_length)
         for (until, new, temperature, top_p), numbers in groups.items():
             room = max(1, self.max_length - new)
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            found = engine.generate(
-                prompts,
-                None if self.plan is None else [self.plan] * len(prompts),
-                max_new_tokens=new,
-                temperature=temperature,
-                top_p=top_p,
-                stop=until,
-                progress=not disable_tqdm,
-            )
-            for number, completion in zip(numbers, found, strict=True):
-                answers[number] = completion.text
-                self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
+            sampling = SamplingParams(new, temperature, top_p=top_p, stop=until)
+            with progress_bar("Generating", len(prompts), not disable_tqdm) as advance:
+                for completion in answering.complete(prompts, self.plan, sampling):
+                    number = numbers[completion.index]
+                    answers[number] = completion.text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
+                    advance()
         return answers
 
 

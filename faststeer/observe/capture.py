@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from faststeer import tensor_files
 from faststeer.artefacts import ArtefactStore, fingerprint
-from faststeer.evaluate.generate import generation_settings
+from faststeer.evaluate.generate import HuggingFace
 from faststeer.files import FormatError, reading, write_atomically
+from faststeer.generator import SamplingParams
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
     Prompt,
@@ -267,12 +268,10 @@ class _Reader:
         return chosen
 
     def _generate(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
-        settings = generation_settings(self.model, self.tokenizer, self.max_new_tokens)
-        given = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
-        output = self.model.generate(**given, **settings)[:, batch["input_ids"].shape[1] :].tolist()
-        stops = settings.get("eos_token_id", [])
-        ends = (next((i for i, token in enumerate(row) if token in stops), len(row)) for row in output)
-        return [Row(row.prompt, out[:end]) for row, out, end in zip(chosen, output, ends, strict=True)]
+        """The rows with what they go on with, generated in the contexts that read them, as one batch in this order."""
+        answering = HuggingFace(self.model, self.tokenizer, max_batch=len(chosen))
+        answers = answering.complete([row.prompt for row in chosen], None, SamplingParams(self.max_new_tokens))
+        return [Row(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
 
     def _row(
         self, row: Row, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]

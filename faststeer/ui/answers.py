@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from faststeer.engine.sampling import Mode, Sampling, choose
-from faststeer.evaluate.generate import generation_settings
+from faststeer.evaluate.generate import end_tokens
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import check_evaluating, encode, model_device
 from faststeer.hf.cache import cache_argument, cache_in
@@ -167,7 +167,7 @@ class Playground:
         if self._positions is not None and len(ids) >= self._positions:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the model positions for {self._positions}")
         limit = max_new_tokens if self._positions is None else min(max_new_tokens, self._positions - len(ids))
-        ends = set(generation_settings(self.model, self.tokenizer, 1).get("eos_token_id", []))
+        ends = set(end_tokens(self.model, self.tokenizer))
         run = _Run(self, ids, self._steering(controls, len(ids)), temperature, seed, ends)
         for count in range(limit):
             with self._one_at_a_time, torch.inference_mode():

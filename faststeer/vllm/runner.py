@@ -1,4 +1,4 @@
-"""vLLM in the Engine's place, for a sweep: the same `generate`, every row under its own plan.
+"""vLLM in the Engine's place, for a sweep: a `faststeer.generator.Generator`, every row under its own plan.
 
 It loads the model's files itself, so a model that was changed in memory is not the one that runs.
 """
@@ -6,28 +6,17 @@ It loads the model's files itself, so a model that was changed in memory is not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from faststeer.compile import Entry, Need, compile_plan
+from faststeer.generator import Completion, SamplingParams
 from faststeer.plan import Plan, site_name
 from faststeer.vllm.client import plan as payload_of
 
 GROUP_BATCHES = 4  # batches that are handed to vLLM at once: its last one, which runs half empty, costs a quarter
 MARGIN = 0.9  # of the GPU memory that is free beside the model that judges
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What vLLM answers to one prompt, in the words of `faststeer.Completion`."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    error: Exception | None = None
 
 
 class VllmEngine:
@@ -72,33 +61,40 @@ class VllmEngine:
             **memory,
         )
 
-    def generate(
+    def complete(
         self,
         prompts: Sequence[Sequence[int]],
         plans: Sequence[Plan | None],
+        sampling: SamplingParams,
         *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: Sequence[int],
-        **_: Any,
-    ) -> Iterator[Answer]:
-        """The answers in order, a group of batches at a time (see `faststeer.Engine.generate`).
+        probe: Any = None,
+    ) -> Iterator[Completion]:
+        """The answers in order, a group of batches at a time (see `faststeer.generator.Generator`).
 
         vLLM draws other numbers for a seed than the Engine does.
-        """
-        from vllm import SamplingParams
 
-        for start in range(0, len(prompts), self._group):
-            numbers = range(start, min(start + self._group, len(prompts)))
+        Raises:
+            ValueError: a probe or a stop, which nobody asks a sweep for.
+        """
+        import vllm
+
+        if probe is not None or sampling.stop:
+            raise ValueError("vLLM answers sweeps, which have no probe and no stop: take faststeer.Engine for them")
+        n, seed = len(prompts), sampling.seed
+        seeds: Sequence[int | None] = [seed + i for i in range(n)] if isinstance(seed, int) else seed or [None] * n
+        limits, temperatures, top_ks, top_ps = (
+            list(value) if isinstance(value, Sequence) else [value] * n
+            for value in (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
+        )
+        for start in range(0, n, self._group):
+            numbers = range(start, min(start + self._group, n))
             parameters = [
-                SamplingParams(
-                    max_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    seed=seed[i],
+                vllm.SamplingParams(
+                    max_tokens=limits[i],
+                    temperature=temperatures[i],
+                    top_k=top_ks[i],
+                    top_p=top_ps[i],
+                    seed=seeds[i],
                     extra_args=self._payload(plans[i]),
                 )
                 for i in numbers
@@ -106,7 +102,7 @@ class VllmEngine:
             asked: Any = [{"prompt_token_ids": list(prompts[i])} for i in numbers]
             answers = self._llm.generate(asked, parameters, use_tqdm=False)
             for i, answer in zip(numbers, answers, strict=True):
-                yield self._answer(i, answer.outputs[0])
+                yield self._completion(i, asked[i - start]["prompt_token_ids"], answer.outputs[0])
 
     def close(self) -> None:
         """End the engine and its processes, and free its memory."""
@@ -122,14 +118,15 @@ class VllmEngine:
             self._payloads[id(plan)] = (plan, payload_of(plan))
         return self._payloads[id(plan)][1]
 
-    def _answer(self, index: int, output: Any) -> Answer:
+    def _completion(self, index: int, prompt: list[int], output: Any) -> Completion:
         if output.finish_reason == "error":
-            return Answer(index, "", [], "error", RuntimeError(output.stop_reason))
-        ids, stopped = list(output.token_ids), output.finish_reason == "stop"
-        if stopped:  # by an end-of-sequence token, which vLLM counts and the Engine does not
-            ids = ids[:-1]
+            return Completion(index, "", [], prompt, None, "error", RuntimeError(output.stop_reason))
+        # An end-of-sequence token counts here, and for the Engine it does not.
+        ids, end = list(output.token_ids), None
+        if output.finish_reason == "stop":
+            *ids, end = ids
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(index, text, ids, "stop" if stopped else "length")
+        return Completion(index, text, ids, prompt, None, "length" if end is None else "stop", stop_token=end)
 
 
 def settings_for(plans: Sequence[Sequence[Entry]], n_layers: int) -> Mapping[str, Any]:

@@ -184,7 +184,7 @@ def test_projections_of_plans_and_of_none(demo, vector, tmp_path):
 def test_more_projections_later_leave_the_answers_alone(demo, vector, finished, tmp_path, monkeypatch):
     path = tmp_path / "copy.db"
     shutil.copy(finished, path)
-    monkeypatch.setattr(run_module, "Engine", None)
+    monkeypatch.setattr(run_module, "generator", None)
     work(described(vector, projections=100), demo, path)
     before, after = contents(finished), contents(path)
     assert before["answers"] == after["answers"] and set(before["projections"]) < set(after["projections"])
@@ -212,13 +212,13 @@ def test_more_settings_than_slots(demo, vector, finished, tmp_path, monkeypatch)
     """Two slots, eight plans: rows wait for a slot, and every answer is what it was with a slot for each."""
     slots = []
 
-    class Small(run_module.Engine):
+    class Small(fs.Engine):
         def generate(self, prompts, plans, **options):
             slots.append((self._steering.capacity.slots, len({id(plan) for plan in plans if plan is not None})))
             return super().generate(prompts, plans, **options)
 
     capacity = fs.Capacity(slots=2, vectors=4, entries=2)
-    monkeypatch.setattr(run_module, "Engine", functools.partial(Small, capacity=capacity))
+    monkeypatch.setattr(run_module, "generator", functools.partial(Small, capacity=capacity))
     monkeypatch.setattr(run_module, "CHUNK_BATCHES", 100)
     path = tmp_path / "slots.db"
     work(described(vector), demo, path)
@@ -243,7 +243,7 @@ def test_a_unit_that_was_begun_is_asked_for_as_a_whole(demo, vector, finished, t
     class Stop(Exception):
         pass
 
-    class Spy(run_module.Engine):
+    class Spy(fs.Engine):
         def generate(self, prompts, plans, **options):
             asked.append((prompts, plans, options))
             return super().generate(prompts, plans, **options)
@@ -253,7 +253,7 @@ def test_a_unit_that_was_begun_is_asked_for_as_a_whole(demo, vector, finished, t
         if progress.answered == 21:  # the second unit, of 16 rows, is under way
             raise Stop
 
-    monkeypatch.setattr(run_module, "Engine", Spy)
+    monkeypatch.setattr(run_module, "generator", Spy)
     path, sweep = tmp_path / "s.db", described(vector)
     with Store(path) as store, pytest.raises(Stop):
         sweep_run(sweep, *demo, store, max_batch=8, progress=stopped)
@@ -295,7 +295,7 @@ def test_processes_make_a_store_at_the_same_moment(tmp_path):
 
 
 def test_a_finished_sweep_asks_the_model_nothing(demo, vector, finished, monkeypatch):
-    monkeypatch.setattr(run_module, "Engine", None)
+    monkeypatch.setattr(run_module, "generator", None)
     before = contents(finished)
     work(described(vector), demo, finished)
     assert contents(finished) == before
@@ -304,7 +304,7 @@ def test_a_finished_sweep_asks_the_model_nothing(demo, vector, finished, monkeyp
 def test_another_judge_reads_the_answers_that_are_there(demo, vector, finished, tmp_path, monkeypatch):
     path = tmp_path / "copy.db"
     shutil.copy(finished, path)
-    monkeypatch.setattr(run_module, "Engine", None)
+    monkeypatch.setattr(run_module, "generator", None)
     work(described(vector, judges=["refusal", "perplexity", "demo", "length"]), demo, path)
     with Store(path) as store:
         assert len(store.runs()) == 1

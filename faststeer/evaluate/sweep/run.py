@@ -22,14 +22,14 @@ from rich.progress import Progress as Bar
 
 from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
-from faststeer.engine import Engine
-from faststeer.evaluate.generate import seconds_per_answer
+from faststeer.evaluate.generate import generator, seconds_per_answer
 from faststeer.evaluate.judging import Judge, make
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep
 from faststeer.evaluate.sweep.projections import project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store, Unit
+from faststeer.generator import SamplingParams
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, encode, forecast, padding_id, progress_lines
 from faststeer.plan import Plan
@@ -69,14 +69,14 @@ def run(
 ) -> str:
     """Do what is missing of a sweep, and return the run's digest, by which the store knows it.
 
-    Answers come from one Engine, rows of any plan mixed in a batch, the longest prompts first;
+    Answers come from one generator, rows of any plan mixed in a batch, the longest prompts first;
     then judges, then side effects and projections. Every answer is on disk before the next is waited for (with
     `engine: vllm` every group of four batches).
 
     Args:
         model, tokenizer: the steered ones.
         store: an open one; several processes may have the same file open.
-        max_batch: rows of the Engine.
+        max_batch: rows that are answered together.
         engine: for a sweep with `engine: vllm` what makes the engine that answers: `faststeer.vllm.runner.VllmEngine`.
         progress: a bar with the time left on stderr, or a function to call.
 
@@ -94,7 +94,7 @@ def run(
             "engine=faststeer.vllm.runner.VllmEngine"
         )
     check_evaluating(model)
-    work = _Work(sweep, model, tokenizer, store, max_batch, engine or Engine)
+    work = _Work(sweep, model, tokenizer, store, max_batch, engine)
     if progress is True:
         work.forecast()
     with _shown(progress, len(work.rows)) as report, _heartbeat(store):
@@ -164,9 +164,9 @@ class _Work:
         return found
 
     def forecast(self) -> None:
-        """Say how long answering will take, from the time of `generate`, which the Engine seldom needs."""
+        """Say how long answering will take at most, if no answer ends early."""
         left = len(self.rows) - self.store.count("answers", self.run)
-        if not left or self.make_engine is not Engine:
+        if not left or self.make_engine is not None:
             return
         options: dict[str, Any] = {"system": self.sweep.system, "max_new_tokens": self.sweep.max_new_tokens}
         options["batch_size"] = self.max_batch
@@ -209,18 +209,16 @@ class _Work:
         count = self.store.count("answers", self.run)
         total = count + len(missing)
         sweep, engine = self.sweep, self._the_engine()
-        completions = engine.generate(
-            [self.encoded[row.prompt] for row in rows],
-            [self.settings[row.setting].plan for row in rows],
-            max_new_tokens=sweep.max_new_tokens,
-            temperature=sweep.temperature,
-            top_k=sweep.top_k,
-            top_p=sweep.top_p,
+        sampling = SamplingParams(
+            sweep.max_new_tokens,
+            sweep.temperature,
+            sweep.top_k,
+            sweep.top_p,
             # The same numbers are drawn for a prompt under every setting: settings differ by what they do, not by luck.
             seed=[sweep.seed + row.prompt for row in rows],
-            in_order=False,
-            progress=False,
         )
+        prompts, plans = [self.encoded[row.prompt] for row in rows], [self.settings[row.setting].plan for row in rows]
+        completions: Any = engine.complete(prompts, plans, sampling)
         with closing(completions):
             for completion in completions:
                 if completion.index not in missing:
@@ -236,16 +234,19 @@ class _Work:
                     break
 
     def _the_engine(self) -> Any:
-        """An Engine, or what `run` was given in its place: what is asked of it here both have."""
+        """What answers: what `run` was given, which is told all plans beforehand, or this model's `generator`."""
         if self._engine is None:
-            plans = () if self.make_engine is Engine else ([setting.plan for setting in self.settings],)
-            size = {"max_batch": self.max_batch, "max_length": self.length}
-            self._engine = self.make_engine(self.model, self.tokenizer, *plans, **size)
+            size: dict[str, Any] = {"max_batch": self.max_batch, "max_length": self.length}
+            if self.make_engine is None:
+                self._engine = generator(self.model, self.tokenizer, **size)
+            else:
+                plans = [setting.plan for setting in self.settings]
+                self._engine = self.make_engine(self.model, self.tokenizer, plans, **size)
         return self._engine
 
     def close(self) -> None:
         """End what runs in processes of its own."""
-        if self._engine is not None and self.make_engine is not Engine:
+        if self._engine is not None and self.make_engine is not None:
             self._engine.close()
 
     def _judge(self, digest: str, number: int) -> None:

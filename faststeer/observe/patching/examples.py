@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import Entry, compile_plan
-from faststeer.evaluate.generate import generation_settings
-from faststeer.hf.batching import (
-    Prompt,
-    batches,
-    check_evaluating,
-    encode,
-    model_device,
-    pad,
-    padding_id,
-    progress_bar,
-)
+from faststeer.evaluate.generate import completions
+from faststeer.generator import SamplingParams
+from faststeer.hf.batching import Prompt, check_evaluating, encode
 from faststeer.hf.hook_points import HookPoints
-from faststeer.hf.steering import steer
 from faststeer.observe.difference import difference, kept_positions
 from faststeer.observe.tokens import Row
 from faststeer.ops.tables import GateMode, Kind
@@ -158,7 +149,6 @@ def with_positions(
     return made
 
 
-@torch.no_grad()
 def _answers(
     model: Any,
     tokenizer: Any,
@@ -168,27 +158,14 @@ def _answers(
     batch_size: int,
     progress: bool,
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt the unsteered and the steered greedy completion, as token ids."""
-    settings = generation_settings(model, tokenizer, max_new_tokens)
-    ends = settings.get("eos_token_id", [])
-    groups = batches([len(ids) for ids in encoded], batch_size)
-    made: dict[int, tuple[list[int], list[int]]] = {}
-    with progress_bar("Completing", len(groups), progress) as advance:
-        for group in groups:
-            rows = [encoded[index] for index in group]
-            batch = pad([*rows, *rows], padding_id(tokenizer), model_device(model))
-            del batch["position_ids"]  # generate counts positions itself, from the mask
-            with steer(model, [*([None] * len(group)), *([plan] * len(group))]):
-                output = model.generate(**batch, **settings)
-            new = [_cut(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
-            made |= {index: (new[i], new[len(group) + i]) for i, index in enumerate(group)}
-            advance()
-    return [made[index] for index in range(len(encoded))]
-
-
-def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-    return row[:stop]
+    """Of each prompt the unsteered and the steered greedy completion, as token ids, with the one that ended it."""
+    n, sampling = len(encoded), SamplingParams(max_new_tokens)
+    answers = completions(
+        model, tokenizer, [*encoded, *encoded], [None] * n + [plan] * n, sampling,
+        batch_size=2 * batch_size, progress=progress,
+    )  # fmt: skip
+    ids = [each.token_ids + ([] if each.stop_token is None else [each.stop_token]) for each in answers]
+    return list(zip(ids[:n], ids[n:], strict=True))
 
 
 def _texts(tokenizer: Any, answers: tuple[list[int], list[int]]) -> tuple[str, str]:
