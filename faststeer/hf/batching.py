@@ -326,7 +326,11 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
 
     `position_ids` keep absolute position embeddings independent of padding; models that count positions otherwise do
     not take them.
+
+    Raises:
+        ValueError: rows whose positions are encoded by the length of the longest, and differently when alone.
     """
+    _check_rotation(model, batch["attention_mask"])
     known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {
         name: tensor for name, tensor in batch.items() if name != "position_ids" or name in known
@@ -336,6 +340,30 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
     if "logits_to_keep" in known:
         arguments["logits_to_keep"] = 1
     return arguments
+
+
+def _check_rotation(model: Any, mask: Tensor) -> None:
+    """Raise ValueError where a rotary embedding would turn a short row as the longest row of its batch asks for."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for kind in [rotary, *rotary.values()]:  # one, or one for each kind of layer
+        name = kind.get("rope_type", "") if isinstance(kind, Mapping) else ""
+        if "dynamic" in name:
+            edge = text.max_position_embeddings
+        elif name == "longrope":
+            edge = kind.get("original_max_position_embeddings", text.max_position_embeddings)
+        else:
+            continue
+        if mask.shape[1] <= edge:
+            continue
+        lengths = mask.sum(1)
+        if bool(((lengths < mask.shape[1]) if "dynamic" in name else (lengths <= edge)).any()):
+            raise ValueError(
+                f"{type(model).__name__} encodes the positions of a whole batch by its longest row where that has more "
+                f"than {edge} tokens ({name}); these rows have {int(lengths.min())} to {mask.shape[1]}, and the "
+                "shorter would come out as they do not alone: use batch_size=1"
+            )
 
 
 @torch.no_grad()

@@ -143,8 +143,9 @@ def test_a_model_that_looks_at_the_whole_length_is_run_on_whole_prompts():
         max_position_embeddings=26, initializer_range=0.25,
         rope_parameters={"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0},
     )  # fmt: skip
-    subject = LlamaForCausalLM(config).eval()
-    assert common_prefix(subject, prompts(0), 2, 0, reader(subject)).length == 0
+    subject, rows = LlamaForCausalLM(config).eval(), prompts(0)
+    rows = [row[: min(map(len, rows))] for row in rows]
+    assert common_prefix(subject, rows, 2, 0, reader(subject)).length == 0
 
 
 def test_a_steered_model_is_run_on_whole_prompts():
