@@ -6,7 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
+from faststeer.extras import needed_for
+
+with needed_for("a picture", "report"):
+    from matplotlib.figure import Figure
 
 RED, BLUE, GREY = "#c0392b", "#2471a3", "#7f8c8d"
 

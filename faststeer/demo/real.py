@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 from faststeer import behaviours, extract
 from faststeer.demo import plots
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.judging import make, no_loop
-from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
+from faststeer.evaluate.statistics import mean_interval, paired_bootstrap, rank_correlation
 from faststeer.files import write_atomically
 from faststeer.hf.batching import encode
 from faststeer.intervention import Add
@@ -110,7 +109,7 @@ def measure(
         "tone_layer": layer,
         "tone_layers": points,
         "tone_unsteered_choosing": before,
-        "tone_rank_correlation": float(stats.spearmanr(COEFFICIENTS, [e["score"] for e in entries]).statistic),
+        "tone_rank_correlation": rank_correlation(COEFFICIENTS, [e["score"] for e in entries]),
         "tone_relative_norm": relative_norm(model, tokenizer, vector, held_out),
         "tone_examples": _examples(steered),
     }

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from faststeer.extras import needed_for
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -33,7 +35,8 @@ class Rate:
 
     @cached_property
     def _interval(self) -> tuple[float, float]:
-        from scipy.stats import binomtest  # half a second that most programs need not wait
+        with needed_for("an interval", "evaluate"):
+            from scipy.stats import binomtest  # half a second that most programs need not wait
 
         interval = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
         return float(interval.low), float(interval.high)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+
+from faststeer.extras import needed_for
 
 RESAMPLES = 9_999
 
@@ -52,9 +54,11 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = RE
         return Estimate(mean, None, None, array.size)
     if (array == array[0]).all():
         return Estimate(mean, mean, mean, array.size)
-    found = stats.bootstrap(
-        (array,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
+    found = (
+        _scipy()
+        .stats.bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
+        .confidence_interval
+    )
     return Estimate(mean, float(found.low), float(found.high), array.size)
 
 
@@ -119,15 +123,27 @@ def dose_response(scores: Mapping[float, Sequence[float]], *, seed: int = 0) -> 
     if len({column.size for column in table}) > 1:
         raise ValueError("there are other numbers of scores at different coefficients: give those of the same prompts")
     means = np.array([math.fsum(column) / column.size for column in table])
-    rho = None if (means == means[0]).all() else float(stats.spearmanr(doses, means).statistic)
+    rho = None if (means == means[0]).all() else rank_correlation(doses, means.tolist())
     rising = rho is None or rho >= 0
-    fit = optimize.isotonic_regression(means, increasing=rising).x
+    fit = _scipy().optimize.isotonic_regression(means, increasing=rising).x
     data = np.stack(table, axis=1) * (1.0 if rising else -1.0)  # [prompts, coefficients]
     testable = data.shape[0] >= 2 and data.shape[1] >= 3 and not (data == data[:, :1]).all()
     return DoseResponse(
         tuple(doses),
         tuple(mean_interval(column.tolist(), seed=seed) for column in table),
         rho,
-        float(stats.page_trend_test(data, method="asymptotic").pvalue) if testable else None,
+        float(_scipy().stats.page_trend_test(data, method="asymptotic").pvalue) if testable else None,
         float(np.abs(means - fit).max()),
     )
+
+
+def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rho of two lists of equal length, in [-1, 1]; NaN where one is constant."""
+    return float(_scipy().stats.spearmanr(a, b).statistic)
+
+
+def _scipy() -> Any:
+    with needed_for("statistics", "evaluate"):
+        import scipy.optimize
+        import scipy.stats
+    return scipy

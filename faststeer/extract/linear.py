@@ -3,9 +3,10 @@ logistic regression. It knows tensors, no models."""
 
 from __future__ import annotations
 
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from faststeer.extras import needed_for
 
 MAX_STEPS = 200
 
@@ -49,7 +50,9 @@ class Scatter:
 def top_of_matrix(matrix: Tensor) -> tuple[Tensor, float]:
     """The top eigenvector of a positive semidefinite matrix, and its eigenvalue's share of the trace."""
     last = matrix.shape[0] - 1
-    values, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[last, last])
+    with needed_for("principal components", "evaluate"):
+        from scipy.linalg import eigh
+    values, vectors = eigh(matrix.numpy(), subset_by_index=[last, last])
     return torch.from_numpy(vectors[:, 0].copy()), float(values[0] / matrix.trace())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from faststeer.extras import needed_for
 from faststeer.files import new_folder
 from faststeer.folding.affine import FoldError
 from faststeer.folding.weights import (
@@ -118,10 +119,8 @@ def _unload(wrapped: Any, replaced: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _library() -> ModuleType:
-    try:
+    with needed_for("an adapter", "peft"):
         import peft
-    except ImportError as error:
-        raise ImportError("an adapter needs peft: pip install 'faststeer[peft]'") from error
     return peft
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.extras import needed_for
 from faststeer.files import FormatError, read_json, writing
 from faststeer.formats.conventions import Said, built
 from faststeer.vector import SteeringVector
@@ -134,12 +135,8 @@ def without_first_layers(vector: SteeringVector) -> tuple[SteeringVector, list[i
 
 
 def _library() -> ModuleType:
-    try:
+    with needed_for("a control vector of llama.cpp", "gguf"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "control vectors of llama.cpp need the gguf library: pip install 'faststeer[gguf]'"
-        ) from error
     return gguf
 
 

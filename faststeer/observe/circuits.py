@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from faststeer.extras import needed_for
 from faststeer.files import write_atomically
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.observe.memory import in_batches
@@ -407,7 +408,8 @@ def _place(graph: Graph, name: str) -> tuple[float, float]:
 
 
 def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
-    from matplotlib.figure import Figure
+    with needed_for("a picture", "report"):
+        from matplotlib.figure import Figure
 
     graph, network = circuit.graph, circuit.to_networkx(scores)
     for name in ("steering", "logits"):

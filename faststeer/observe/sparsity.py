@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from faststeer.algebra import RULES, Rule, sparsify
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
+from faststeer.extras import needed_for
 from faststeer.files import write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.intervention import Add
@@ -145,7 +146,8 @@ def _sparse(
 def plot_sparsity(points: Sequence[SparsityPoint], path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw the rate against sparsity, a curve per rule with 95 % intervals, the unsteered rate dashed. With `path`
     (.png, .svg, .pdf) it is written too."""
-    from matplotlib.figure import Figure
+    with needed_for("a picture", "report"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from faststeer.extras import needed_for
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -23,11 +25,9 @@ def render(name: str, context: Mapping[str, Any], data: Mapping[str, str]) -> st
     Raises:
         ImportError: Jinja or Plotly is not installed.
     """
-    try:
+    with needed_for("the page", "report"):
         import jinja2
         from plotly.offline import get_plotlyjs, get_plotlyjs_version
-    except ImportError as error:
-        raise ImportError(f"the page needs Jinja and Plotly ({error}): pip install 'faststeer[report]'") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )

@@ -8,9 +8,12 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from faststeer.extras import needed_for
+
+with needed_for("a picture", "report"):
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from faststeer.evaluate.sweep import Line
 from faststeer.report.choice import Choice

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from faststeer.extras import needed_for
+
+with needed_for("a picture", "report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 from faststeer.report.document import render
 from faststeer.report.figures import COLOURS, GREY, MARKERS, plain, saved

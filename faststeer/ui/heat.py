@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from faststeer.extras import needed_for
 from faststeer.ui.answers import Answers
 
 
@@ -15,10 +16,8 @@ def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
     Raises:
         ImportError: plotly is not installed.
     """
-    try:
+    with needed_for("the heat map", "ui"):
         from plotly.subplots import make_subplots
-    except ImportError as error:
-        raise ImportError("the heat map needs plotly: pip install 'faststeer[ui]'") from error
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.27, subplot_titles=("unsteered", "steered"))
     figure.update_layout(
         title={"text": title, "font": {"size": 14}, "x": 0.01},

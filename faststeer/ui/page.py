@@ -14,10 +14,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-try:
+from faststeer.extras import needed_for
+
+with needed_for("the playground", "ui"):
     import gradio as gr
-except ImportError as error:
-    raise ImportError("the playground needs gradio: pip install 'faststeer[ui]'") from error
 
 from faststeer.ui.answers import OPS, Answers, Control, Playground
 from faststeer.ui.heat import heat_map

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from faststeer.evaluate.statistics import rank_correlation
 from faststeer.hf.batching import encode
 from faststeer.observe.circuits import Circuit, faithfulness, overlap, random_circuit, select
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch
@@ -173,7 +173,7 @@ class Edges:
 
         def alike(pooled: list[Scores]) -> tuple[float, float, float]:
             both = overlap(*(select(scores, share) for scores in pooled))
-            ranks = spearmanr(*(scores.edges[edges].abs().numpy() for scores in pooled)).statistic
+            ranks = rank_correlation(*(scores.edges[edges].abs().numpy() for scores in pooled))
             return both.fraction, both.iou, float(ranks)
 
         def make() -> Any:
