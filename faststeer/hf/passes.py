@@ -199,8 +199,7 @@ class Passes:
         past, needed = self.streams.past(inputs), self.plans.program.positioned
         stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
         slot, sequence = self.plans.rows(inputs, self.streams.run)
-        known = needed or (stream.begin is not None and not torch.compiler.is_compiling())
-        position = stream.positions(inputs, 0 if past is None else past) if known else torch.zeros_like(slot)
+        position = stream.positions(inputs, 0 if past is None else past) if needed else torch.zeros_like(slot)
         kept = given.get("logits_to_keep", 0)
         self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch, kept)
         if isinstance(past, int):
