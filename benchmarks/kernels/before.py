@@ -1,7 +1,7 @@
 """What a CPU takes for an op now, over what it took at an earlier commit: two checkouts, in turns.
 
     git worktree add /tmp/before <commit> && (cd /tmp/before && python faststeer/build.py cpu)
-    python benchmarks/kernels/before.py --before /tmp/before
+    python benchmarks/kernels/before.py --before /tmp/before --commit <commit>
 
 Each checkout has a process of its own, which times a batch of calls when it is asked to; the two take turns within
 milliseconds, since a machine's speed drifts by more than what is compared, and other work may run beside them. A ratio
@@ -32,7 +32,7 @@ class Worker:
     """A process that imports faststeer from a checkout."""
 
     def __init__(self, checkout: Path, threads: int) -> None:
-        environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
             cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -52,8 +52,8 @@ def work() -> None:
     """The worker: a line of JSON in, what to prepare or nothing; the checkout or nanoseconds per call out."""
     import torch
 
-    # The checkout's own cases: what they are made of may have changed.
-    sys.path.insert(0, str(Path.cwd() / "benchmarks" / "kernels"))
+    # The checkout's own cases, too: what they are made of may have changed.
+    sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "benchmarks" / "kernels")]
     from cases import case
 
     import faststeer
@@ -113,6 +113,7 @@ def compare(before: Worker, now: Worker, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--before", type=Path, help="a checkout of the commit to compare with, built")
+    parser.add_argument("--commit", default="", help="what it is called in the results")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
@@ -127,7 +128,7 @@ def main() -> None:
     import results
 
     workers = [Worker(checkout, arguments.threads) for checkout in (arguments.before.resolve(), ROOT)]
-    lines = compare(*workers, arguments.rounds)
+    lines = [{"before": arguments.commit} | line for line in compare(*workers, arguments.rounds)]
     print("over before, median of all:", median(line["over_before"] for line in lines))
     name = f"before_cpu_{arguments.threads}_threads"
     print("written to", results.write(name, lines, *([arguments.out] if arguments.out else [])))

@@ -16,7 +16,8 @@
 // An entry of one vector keeps it in registers between dot and axpy (not on the scalar path with 32 columns, which has
 // none to spare). An entry of more sums the dots of CHUNK vectors with one barrier and reads each vector again for the
 // axpy, which L1 should answer. All its dots must be of the h that it finds, so beyond one CHUNK the sum collects in
-// shared memory; a second register array would cost every row its registers.
+// shared memory; a second register array would cost every row its registers. The two vectors of a plane have a way of their
+// own where the row's size is known: one sum for both dots.
 //
 // What it cannot do: hidden sizes above MAX_HIDDEN; a row across several blocks (one row leaves most of the chip idle);
 // dots in anything but fp32; bank rows narrower than fp32. At 16,384 columns one row fills a multiprocessor's
@@ -58,7 +59,7 @@ struct Row {
   // Numbers of shared memory per thread; the four keep the 16-byte accesses of neighbours in different banks.
   static constexpr int STASH = COLUMNS + 4;
   static constexpr int KEPT = KEEPS_VECTOR ? COLUMNS : 1;
-  static constexpr bool PLANES = HIDDEN > 0;
+  static constexpr bool PLANES = HIDDEN > 0;  // elsewhere `act_in_plane` would take more registers than there are
   using Raw = Pack<T, ELEMENTS>;
   using Chains = ChainsOf<(HIDDEN > 0) ? 4 : 1>;  // where columns are counted, registers are short
 
@@ -221,7 +222,7 @@ struct Row {
     });
   }
 
-  // The two vectors of a plane: one sum for both dots. Not all rows have registers for it.
+  // The two vectors of a plane: one sum for both dots.
   __device__ __forceinline__ bool act_in_plane(const Request& r, float& square_before) {
     const float *const first = bank(r.vector), *const second = opaque(first + hidden_size());
     float sums[4];  // h . q_1, h . q_2, h . d, |h|^2
@@ -296,7 +297,7 @@ struct Row {
     }
   }
 
-  // h <- h + stash, or, for PROJECT, stash: h times `kept`, 1 or 0, would make a NaN of infinity.
+  // h <- h + stash, or, for PROJECT, stash. Chosen, not multiplied by 0, which would make a NaN of infinity.
   __device__ __forceinline__ void add_stash(bool projects) {
 #pragma unroll
     for (int i = 0; i < COLUMNS; i += 4) {

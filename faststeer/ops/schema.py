@@ -84,26 +84,15 @@ def check_row_table(
     check_table(table, name, (n_rows, *rest), dtype, x)
 
 
-def check_tables(
-    x: Tensor,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    *,
-    more_rows: bool = False,
-) -> None:
-    """Check the tables of an op against each other and x (docs/kernels.md, 'Operators')."""
+def check_tables(x: Tensor, *tables: Any, more_rows: bool = False) -> None:
+    """Check the tables of an op, in the schema's order, against each other and x (docs/kernels.md, 'Operators')."""
+    bank, fields, scalars, ranges, *rows, gate_state = tables
     hidden = x.shape[1]
     check_table(bank, "bank", (None, hidden), torch.float32, x)
     check_table(fields, "fields", (None, N_FIELDS), torch.int32, x)
     check_table(scalars, "scalars", (fields.shape[0], N_SCALARS), torch.float32, x)
     check_table(ranges, "ranges", (None, 2), torch.int32, x)
-    for name, table in (("row_slot", row_slot), ("row_position", row_position), ("row_sequence", row_sequence)):
+    for name, table in zip(("row_slot", "row_position", "row_sequence"), rows, strict=True):
         check_row_table(table, name, (), torch.int32, x, more_rows)
     if gate_state is not None:
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
@@ -234,19 +223,17 @@ def _backward(
     fields: Tensor,
     scalars: Tensor,
     ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
+    *rows_and_gates: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to (s, weight, bank, scalars), where s = x or x + residual: the reference, run again with gradients."""
+    *rows, gate_state = rows_and_gates
     with torch.enable_grad():
         s = (x if residual is None else x + residual).detach().requires_grad_()
         bank, scalars = bank.detach().requires_grad_(), scalars.detach().requires_grad_()
         scale = torch.zeros(0, device=x.device) if weight is None else weight.detach()
         scale.requires_grad_()
         tables = host_tables(bank, fields, scalars, ranges)
-        hidden = reference.steer(s, tables, Rows(row_slot, row_position, row_sequence), gate_state)
+        hidden = reference.steer(s, tables, Rows(*rows), gate_state)
         outputs, grads = [hidden], [grad_hidden]
         if grad_normed is not None:
             outputs.append(reference.rmsnorm(hidden, scale, eps, weight_offset, fp32_weight))

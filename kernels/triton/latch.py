@@ -81,21 +81,11 @@ def latch_kernel(
 
 
 @implements("latch_.triton", *DEVICES)
-def latch_(
-    x: Tensor,
-    residual: Tensor | None,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor,
-) -> None:
+def latch_(x: Tensor, residual: Tensor | None, *tables: Tensor) -> None:
     """Write to `gate_state` `[n_gates, n_sequences]` what the LATCH entries say of the rows at position -1 of x, or of
     x + residual."""
     rows, size = x.shape
+    bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state = tables
     if rows == 0:
         return
     bits = starts(x, bank) | size * x.element_size()

@@ -11,6 +11,9 @@ see row.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,105 +136,48 @@ def residual_kernel(
         store_row(normed, row, HIDDEN, columns, n.to(g.dtype), HIDDEN, ALIGNED)
 
 
+# The arguments of the schemas (faststeer/ops/schema.py), of which the tables, eight, are handed on as they come.
+
+
 @implements("steer.triton", *DEVICES)
-def steer(
-    x: Tensor,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    columns: int,
-) -> tuple[Tensor, Tensor]:
+def steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows,
     columns]` fp32."""
-    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    *tables, columns = rest
     hidden, probe = _like(x), _probe(x, columns)
     _launch(x, None, None, None, hidden, probe, tables)
     return hidden, probe
 
 
 @implements("steer_.triton", *DEVICES)
-def steer_(
-    x: Tensor,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    probe: Tensor | None,
-) -> None:
+def steer_(x: Tensor, *rest: Any) -> None:
     """`steer` in place; rows that nothing acts on are not written, and not even read if their slot has no entries."""
-    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    *tables, probe = rest
     _launch(x, None, None, None, None, probe, tables)
 
 
 @implements("add_steer.triton", *DEVICES)
-def add_steer(
-    x: Tensor,
-    residual: Tensor,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    columns: int,
-) -> tuple[Tensor, Tensor]:
+def add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`steer` of x + residual."""
-    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    *tables, columns = rest
     hidden, probe = _like(x), _probe(x, columns)
     _launch(x, residual, None, None, hidden, probe, tables)
     return hidden, probe
 
 
 @implements("steer_pair_.triton", *DEVICES)
-def steer_pair_(
-    x: Tensor,
-    residual: Tensor,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    probe: Tensor | None,
-) -> None:
+def steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
     """The pair (x, residual) in place: (0, `add_steer` of it) where something acts; other rows are left alone."""
-    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    *tables, probe = rest
     _launch(x, residual, None, None, None, probe, tables)
 
 
 @implements("add_steer_rmsnorm.triton", *DEVICES)
 def add_steer_rmsnorm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_offset: float,
-    fp32_weight: bool,
-    bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
-    ranges: Tensor,
-    row_slot: Tensor,
-    row_position: Tensor,
-    row_sequence: Tensor,
-    gate_state: Tensor | None,
-    columns: int,
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, fp32_weight: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(normed, hidden, probe)`: `add_steer`, and the RMSNorm of its result."""
-    tables = bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state
+    *tables, columns = rest
     normed, hidden, probe = _like(x), _like(x), _probe(x, columns)
     _launch(x, residual, weight, normed, hidden, probe, tables, float(eps), float(weight_offset), bool(fp32_weight))
     return normed, hidden, probe
@@ -252,7 +198,7 @@ def _launch(
     normed: Tensor | None,
     hidden: Tensor | None,
     probe: Tensor | None,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    tables: Sequence[Any],
     eps: float = 0.0,
     weight_offset: float = 0.0,
     fp32_weight: bool = False,
