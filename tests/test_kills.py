@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_chat import bpe_tokenizer, llama
+from training import bipo, ntp, po, reps
 from typer.testing import CliRunner
 
 import faststeer as fs
 from faststeer.cli import app
 from faststeer.demo import run as demo_run
 from faststeer.evaluate.sweep import Store, Sweep, run, table
-from faststeer.extract import Pair, TrainingSettings, bipo, ntp, po, reps
+from faststeer.extract import Pair
 from faststeer.files import write_atomically
 from faststeer.observe import capture, study
 
@@ -50,7 +51,7 @@ def command(*arguments: object) -> Callable[[Path], None]:
 def trained(method: Any) -> Callable[[Path], None]:
     def run(out: Path) -> None:
         how: dict[str, Any] = {"layers": [0, 2], "seed": [0, 1], "steps": 9, "batch_size": 2, "lr": 0.2}
-        settings = TrainingSettings(every=1, patience=9, start=0.3)
+        settings = dict(every=1, patience=9, start=0.3)
         training = method(MODEL, TOKENIZER, PAIRS, **how, settings=settings, held_out=UNSEEN, checkpoint=out / "state")
         for number, each in enumerate(training.runs):
             each.vector.save(out / f"{number}.safetensors")
@@ -81,7 +82,7 @@ TINY |= {"max_new_tokens": 12}
 SMALL = ("--prompts", 1, "--max-new-tokens", 2, "--steps", 2)
 WORK: dict[str, Callable[[Path], None]] = {
     "extract": command("extract", "--model", "demo", "--behaviour", "tone", "--out", ...),
-    **{method.__name__: trained(method) for method in (ntp, po, reps, bipo)},
+    **{name: trained(method) for name, method in (("ntp", ntp), ("po", po), ("reps", reps), ("bipo", bipo))},
     "capture": captured,
     "sweep": swept,
     "observe": observed,

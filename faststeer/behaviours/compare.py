@@ -8,8 +8,9 @@ left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.refusal import refusal_tokens
-from faststeer.extract import optimise
+from faststeer.extract import Recipe, optimise
 from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.extract.caa import answer_rows, caa_table
 from faststeer.extract.contrast import Contrast, Directions, contrast
@@ -46,13 +47,9 @@ from faststeer.vector import HookPoint, SteeringVector
 
 CONTRAST = ("dim", "pca", "lat", "probe", "ace")
 FROM_PAIRS = ("caa", "attribution", "unembedding")
-TRAINED: dict[str, Callable[..., optimise.Training]] = {
-    "ntp": optimise.ntp,
-    "po": optimise.po,
-    "reps": optimise.reps,
-    "bipo": optimise.bipo,
-}
+TRAINED = tuple(optimise.METHODS)
 METHODS = (*CONTRAST, *FROM_PAIRS, *TRAINED)
+OWN = ("layers", "at", "coefficient")  # of a recipe, what a comparison decides itself
 ATTRIBUTED_PROMPTS = 32  # whose gradients are averaged; each costs ten forward and backward passes a layer
 
 
@@ -139,6 +136,7 @@ class _Job:
     max_new_tokens: int
     coefficients: tuple[float, ...]
     n_select: int
+    training: Mapping[str, Any]
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def say(self, text: str) -> None:
@@ -170,6 +168,7 @@ def compare(
     n_test: int | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
+    training: Mapping[str, Any] = MappingProxyType({}),
     batch_size: int = 64,
     progress: bool = False,
 ) -> Comparison:
@@ -195,6 +194,7 @@ def compare(
         n_select, n_test: validation and test prompts a side (16, all).
         max_new_tokens: longest answer.
         seed: of training and of the control.
+        training: other fields of `Recipe` for the trained methods, such as {"lr": 0.02}.
         batch_size, progress: as in `faststeer.extract.candidates`.
 
     Raises:
@@ -208,12 +208,17 @@ def compare(
         )
     if n_select < 1 or train_layers < 1 or (n_test is not None and n_test < 1):
         raise ValueError("n_select, n_test and train_layers are counts: expected at least 1")
+    if taken := [name for name in OWN if name in training]:
+        raise ValueError(
+            f"training has {', '.join(taken)}, which a comparison decides: it takes layers=, at= and coefficients="
+        )
+    Recipe(0, **training)  # what is wrong is said before any work
     n_layers = find_hook_points(model).n_layers
     if layers is not None:
         layers = check_layer_numbers(layers, n_layers)
     job = _Job(
         model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
-        max_new_tokens, check_coefficients(coefficients), n_select,
+        max_new_tokens, check_coefficients(coefficients), n_select, training,
     )  # fmt: skip
     if progress:
         _forecast(job, wanted, n_layers, n_test)
@@ -244,6 +249,7 @@ def compare(
         "train_layers": train_layers,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "training": dict(training),
         "judge": behaviour.judge,
         "coherence": behaviour.coherence,
     }
@@ -319,10 +325,10 @@ def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
         return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
     _need_pairs(job)
     layers = list(job.layers) if job.layers is not None else _best_layers(dim, job.train_layers)
-    options: dict[str, Any] = {"layers": layers, "at": job.at, "steps": job.steps, "seed": job.seed}
-    if method == "reps":
-        options["suppression"] = "subtract"  # what is measured: the vector subtracted
-    training = TRAINED[method](job.model, job.tokenizer, pairs, **options, progress=job.progress)
+    recipe = Recipe(**{"steps": job.steps, "seed": job.seed, **job.training, "layers": layers, "at": job.at})
+    # What is measured is the vector subtracted.
+    how = optimise.RePS(suppression="subtract") if method == "reps" else optimise.METHODS[method]()
+    training = optimise.train(job.model, job.tokenizer, pairs, how, recipe, progress=job.progress)
     return Directions.of_vector(training.vector, found.candidates.n_layers)
 
 

@@ -115,6 +115,10 @@ def extract(
     steps: Annotated[
         int | None, typer.Option(min=1, help="With --method: training steps (10 epochs; 24 on the demo model).")
     ] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option(help="With --method: NAME=VALUE of faststeer.extract.Recipe, such as lr=0.02; several times."),
+    ] = None,
     prompts: Annotated[
         int | None, typer.Option(min=1, help="With --method: test prompts a side, at most (all).")
     ] = None,
@@ -147,13 +151,15 @@ def extract(
             raise typer.BadParameter(
                 "--method chooses layer and token, and takes no --select, --layer, --system or --rendered"
             )
+        from faststeer.extract.optimise import read_options
+
         contrast = _shortened(behaviour_of(model, behaviour, positive, negative, field, judge), train)
         _compare(
             contrast, model, method, out, as_json, dtype, device,
             at=at, positions=_positions(position, None), layers=candidate_layers,
             coefficients=numbers(coefficients, "--coefficients"), n_select=held_out or 16, n_test=prompts, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
-            steps=DEMO_STEPS if steps is None and model == "demo" else steps,
+            steps=DEMO_STEPS if steps is None and model == "demo" else steps, training=read_options(training or ()),
         )  # fmt: skip
         return
     if out is None:

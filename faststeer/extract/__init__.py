@@ -19,7 +19,7 @@ from faststeer.extract.contrast import (
 from faststeer.extract.cosmic import CosmicSelection, select_cosmic
 from faststeer.extract.costs import selection_seconds
 from faststeer.extract.dim import Candidates, candidates, dim
-from faststeer.extract.optimise import Training, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
+from faststeer.extract.optimise import NTP, PO, BiPO, Recipe, RePS, Training, TrainingDiverged, train
 from faststeer.extract.pairs import Pair
 from faststeer.extract.sae import sae_feature
 from faststeer.extract.select import Filtered, Row, Selection, check_refusal, filter_prompts, select
@@ -33,8 +33,11 @@ from faststeer.hf.prompts import (
 )
 
 __all__ = [
+    "NTP",
+    "PO",
     "Activations",
     "Attribution",
+    "BiPO",
     "Candidates",
     "Choice",
     "Contrast",
@@ -42,15 +45,15 @@ __all__ = [
     "Directions",
     "Filtered",
     "Pair",
+    "RePS",
+    "Recipe",
     "Row",
     "Selection",
     "Training",
     "TrainingDiverged",
-    "TrainingSettings",
     "ace",
     "ace_plan",
     "attribution",
-    "bipo",
     "caa",
     "caa_table",
     "candidates",
@@ -62,19 +65,17 @@ __all__ = [
     "load_contrast",
     "load_prompts",
     "logit_difference",
-    "ntp",
     "of_activations",
     "pca",
-    "po",
     "post_instruction_positions",
     "probe",
     "random_like",
-    "reps",
     "sae_feature",
     "select",
     "select_by_judge",
     "select_cosmic",
     "selection_seconds",
     "steered_pairs",
+    "train",
     "unembedding",
 ]

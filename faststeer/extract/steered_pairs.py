@@ -36,7 +36,7 @@ def steered_pairs(
     """Return a Pair for every prompt on which a vector that is known already does what it is for: the answer with the
     vector chosen, the one without it rejected.
 
-    A vector from contrast (`dim`) so gives `ntp`, `po`, `reps` and `bipo` their completions; what they find may do what
+    A vector from contrast (`dim`) so gives `train` its completions; what they find may do what
     it does with a smaller change, but is taught by it, and cannot know better than it did.
 
     Args:
@@ -48,7 +48,7 @@ def steered_pairs(
         coherence: of the chosen answer, which goes where it is not coherent.
         system: a system prompt put before every prompt; give it to the training, too.
         rendered: the prompts hold the chat template's markup already and are taken as they are, by the training, too.
-        max_new_tokens: of an answer; more than `TrainingSettings.max_tokens`, so that the end of one that was cut is
+        max_new_tokens: of an answer; more than `Recipe.max_tokens`, so that the end of one that was cut is
             not taught.
         batch_size, progress: as in `faststeer.evaluate.complete`.
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_chat import CHATML, INST, bpe_tokenizer, gpt2, llama, sentencepiece_like_tokenizer
 from torch import Tensor
+from training import bipo, ntp, po, reps
 
 import faststeer as fs
-from faststeer.extract import Pair, TrainingDiverged, TrainingSettings, bipo, ntp, po, reps
-from faststeer.extract.optimise.objectives import Bidirectional, NextToken, Preference
-from faststeer.extract.optimise.training import _Recipe
+from faststeer.extract import Pair, Recipe, TrainingDiverged
+from faststeer.extract.optimise import NTP, PO, BiPO, RePS, read_options, train
+from faststeer.extract.optimise.training import Course
 from faststeer.extract.pairs import encode_completions, turn_end
 
 YES, NO = "Sure, here is how to do it.", "I'm sorry, I cannot."
@@ -154,7 +155,7 @@ class TestAgainstHand:
     @pytest.mark.parametrize("name", METHODS)
     def test_whole_trainings(self, name, model, tokenizer):
         method, options = METHODS[name]
-        settings = TrainingSettings(unit="absolute", start=0.3, weight_decay=0.1, clip=0.5)
+        settings = dict(unit="absolute", start=0.3, weight_decay=0.1, clip=0.5, schedule="linear", warmup=0)
         found = method(
             model, tokenizer, PAIRS, layers=1, coefficient=2.0, steps=3, lr=0.05, seed=3, settings=settings,
             **WHOLE, **options,
@@ -180,7 +181,7 @@ class TestAgainstHand:
     @pytest.mark.parametrize("at", ["resid_pre", "attn_out"])
     def test_other_hook_points_and_absolute_positions(self, at, absolute, tokenizer):
         """GPT-2: a row whose positions its padding shifted would have other losses."""
-        settings = TrainingSettings(unit="absolute", start=0.5)
+        settings = dict(unit="absolute", start=0.5)
         found = ntp(absolute, tokenizer, PAIRS, layers=1, at=at, steps=1, settings=settings, **WHOLE)
         v = recipe_of(start=0.5).start(1, 0, 32).double()
         losses = []
@@ -197,7 +198,7 @@ class TestAgainstHand:
         assert found.runs[0].losses[0] == pytest.approx(sum(losses) / 4, rel=1e-9)
 
     def test_positions_and_max_tokens(self, model, tokenizer):
-        settings = TrainingSettings(unit="absolute", start=0.5, positions="generated", max_tokens=3)
+        settings = dict(unit="absolute", start=0.5, positions="generated", max_tokens=3)
         found = ntp(model, tokenizer, PAIRS, layers=0, steps=1, settings=settings, **WHOLE)
         v = recipe_of(start=0.5).start(0, 0, 32).double()
         losses = []
@@ -212,7 +213,7 @@ class TestAgainstHand:
 
     def test_held_out_loss(self, model, tokenizer):
         """At the mean factor; for BiPO over both signs."""
-        settings = TrainingSettings(unit="absolute", start=0.3, every=1)
+        settings = dict(unit="absolute", start=0.3, every=1)
         for method, options in ((po, {"phi": 0.5}), (bipo, {"beta": 0.3})):
             found = method(
                 model, tokenizer, PAIRS, layers=1, factors=(1.0, 2.0), steps=1, held_out=UNSEEN, settings=settings,
@@ -232,7 +233,7 @@ class TestAgainstHand:
         wide, narrow = (
             po(
                 model, tokenizer, PAIRS, layers=[0, 1], steps=2, seed=[0, 1], batch_size=3,
-                settings=TrainingSettings(rows=rows),
+                settings=dict(rows=rows),
             )
             for rows in (64, 3)
         )  # fmt: skip
@@ -243,12 +244,11 @@ class TestAgainstHand:
 
 def recipe_of(
     seeds=(0,), start=0.01, draws=False, n_pairs=4, batch_size=4, steps=100, factors=(1.0, 3.0), lr=0.1, **settings
-) -> _Recipe:
-    objective = Bidirectional() if draws else NextToken()
-    return _Recipe(
-        objective, (1,), "resid_post", (1.0,), factors, steps, lr, batch_size, seeds,
-        TrainingSettings(start=start, **settings), n_pairs,
-    )  # fmt: skip
+) -> Course:
+    settings = {"schedule": "linear", "warmup": 0} | settings
+    recipe = Recipe(1, factors=factors, steps=steps, lr=lr, batch_size=batch_size, seed=seeds, start=start, **settings)
+    method = BiPO() if draws else NTP()
+    return Course(method, recipe.filled(method, 3, n_pairs), n_pairs)
 
 
 # What a step draws ----------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class TestManyAtOnce:
     def test_each_is_what_it_is_alone(self, name, model, tokenizer):
         method, options = METHODS[name]
         how = {"steps": 4, "batch_size": 2, "factors": (1.0, 2.0, 3.0), "held_out": UNSEEN, **options}
-        how["settings"] = TrainingSettings(every=2)
+        how["settings"] = dict(every=2, start=0.01, schedule="linear", warmup=0)
         layers, seeds, coefficients = (0, 2), (0, 7), (1.0, 2.5)
         together = method(model, tokenizer, PAIRS, layers=layers, seed=seeds, coefficient=coefficients, **how)
         grid = list(itertools.product(layers, seeds, coefficients))
@@ -329,7 +329,7 @@ class TestManyAtOnce:
         from faststeer.extract.optimise.objectives import Example, Side
         from faststeer.extract.optimise.rows import Plans, Work, losses
 
-        objective = Preference(0.5)
+        objective = PO(0.5)
         texts = encode_completions(
             tokenizer, [p.prompt for p in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS]
         )
@@ -405,7 +405,7 @@ class TestModel:
     def test_bfloat16_trains_an_fp32_vector(self, tokenizer):
         """Updates far below bf16's steps are kept: a start of 1, moved by 1e-4 at a time."""
         model = llama(len(tokenizer))
-        settings = TrainingSettings(unit="absolute", start=1.0)
+        settings = dict(unit="absolute", start=1.0)
         how = {"layers": 1, "steps": 3, "lr": 1e-4, "settings": settings, **WHOLE}
         half = ntp(llama(len(tokenizer)).bfloat16(), tokenizer, PAIRS, **how).runs[0]
         full = ntp(model, tokenizer, PAIRS, **how).runs[0]
@@ -426,7 +426,7 @@ class TestModel:
 class TestHeldOut:
     def test_the_best_step_is_kept_and_patience_ends_it(self, model, tokenizer):
         """At a huge learning rate the held-out loss rises and falls."""
-        settings = TrainingSettings(every=1, patience=2, schedule="constant", clip=None)
+        settings = dict(every=1, patience=2, schedule="constant", clip=None)
         how = {"layers": [0, 2], "batch_size": 1, "seed": [0, 1, 2], "lr": 0.5, "held_out": UNSEEN}
         found = ntp(model, tokenizer, PAIRS, steps=12, settings=settings, **how)
         ended = [run for run in found.runs if len(run.losses) < 12]
@@ -441,7 +441,7 @@ class TestHeldOut:
         # What it was at its best step: the same training, cut there.
         short = ntp(
             model, tokenizer, PAIRS, steps=run.best_step, layers=run.layer, seed=run.seed, batch_size=1, lr=0.5,
-            settings=TrainingSettings(schedule="constant", clip=None),
+            settings=dict(schedule="constant", clip=None),
         )  # fmt: skip
         close(run.vector[run.layer], short.vector[run.layer], 1e-3)
 
@@ -466,7 +466,7 @@ class Fault:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_is_kept(value, tokenizer, tmp_path):
     model, path = llama(len(tokenizer)), tmp_path / "state.safetensors"
-    settings = TrainingSettings(every=2)
+    settings = dict(every=2)
     how = {"layers": [0, 1], "steps": 8, "settings": settings, "checkpoint": path}
     fault = Fault(model, 5, value)
     with pytest.raises(TrainingDiverged, match=r"layer 0, seed 0, .* at step 6 .*checkpoint of step 4 is kept in") as e:
@@ -483,7 +483,7 @@ def test_a_held_out_loss_or_gradient_that_is_not_finite_stops(tokenizer, tmp_pat
     fault = Fault(model, 2)
     with pytest.raises(TrainingDiverged, match=r"held-out loss .* at step 2 .*no checkpoint was kept"):
         ntp(
-            model, tokenizer, PAIRS, layers=0, steps=8, held_out=UNSEEN, settings=TrainingSettings(every=2),
+            model, tokenizer, PAIRS, layers=0, steps=8, held_out=UNSEEN, settings=dict(every=2),
             checkpoint=tmp_path / "none",
         )  # fmt: skip
     fault.handle.remove()
@@ -569,9 +569,9 @@ def test_bad_pairs(arguments, message):
         ({"seed": []}, "seed is"),
         ({"seed": [1, 1]}, "seed is"),
         ({"phi": -1.0}, "phi is -1.0"),
-        ({"settings": TrainingSettings(patience=1)}, "patience needs held_out="),
-        ({"settings": TrainingSettings(warmup=2)}, "warmup is 2, of 2 steps"),
-        ({"settings": TrainingSettings(system="Be kind."), "pairs": [SYSTEM]}, "system message of its own"),
+        ({"settings": dict(patience=1)}, "patience needs held_out="),
+        ({"settings": dict(warmup=2)}, "warmup is 2, of 2 steps"),
+        ({"settings": dict(system="Be kind."), "pairs": [SYSTEM]}, "system message of its own"),
     ],
 )  # fmt: skip
 def test_bad_arguments(changes, message, model, tokenizer):
@@ -594,14 +594,62 @@ def test_bad_arguments(changes, message, model, tokenizer):
 )
 def test_bad_settings(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        TrainingSettings(**settings)
+        Recipe(0, **settings)
+
+
+@pytest.mark.parametrize("method", [NTP, PO, RePS, BiPO])
+def test_what_a_recipe_leaves_open_is_the_methods_own(method):
+    """By the sources' numbers, and what is said wins."""
+    open_, said = Recipe(-1).filled(method(), 3, 600), Recipe([0, 1], lr=0.5, warmup=3, batch_size=999, factors=[2])
+    batch_size, lr = {"ntp": (12, 0.01), "po": (12, 0.01), "reps": (6, 0.04), "bipo": (4, 0.01)}[method.name]
+    assert (open_.layers, open_.batch_size, open_.lr, open_.steps) == ((2,), batch_size, lr, 6000 // batch_size)
+    assert open_.factors == ((1.0,) if method is BiPO else tuple(2.0 * n for n in range(1, 11)))
+    kept = ("cosine", 100, 0.0) if method is BiPO else ("linear", 0, 0.01)
+    assert (open_.schedule, open_.warmup, open_.start) == kept
+    filled = said.filled(method(), 3, 8)
+    assert (filled.lr, filled.warmup, filled.batch_size, filled.factors) == (0.5, 3, 8, (2.0,))
+    assert filled.steps == 10 and filled.filled(method(), 3, 8) == filled
+    if method is BiPO:
+        assert Recipe(0, steps=40).filled(method(), 3, 8).warmup == 4  # a tenth of all
+
+
+def test_options_of_a_recipe_from_texts():
+    texts = ["lr=0.02", "schedule=cosine", "seed=[0, 1]", "clip=null", "rendered=true", "positions=[-5:]"]
+    found = read_options(texts)
+    assert Recipe(0, **found) == Recipe(
+        0, lr=0.02, schedule="cosine", seed=[0, 1], clip=None, rendered=True, positions="[-5:]"
+    )
+    for text, message in (
+        ("lr", "'lr' is no option of training: expected NAME=VALUE with one of layers"),
+        ("rate=1", "'rate=1' is no option"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_options([text])
+    with pytest.raises(ValueError, match="'lr=2' is given twice"):
+        read_options(["lr=1", "lr=2"])
+
+
+class Shorter(NTP):
+    """An objective of one's own."""
+
+    name = "half"
+
+    def losses(self, scores):
+        return super().losses(scores) / 2
+
+
+def test_an_objective_of_ones_own(model, tokenizer):
+    whole = train(model, tokenizer, PAIRS, NTP(), Recipe(0, steps=1))
+    half = train(model, tokenizer, PAIRS, Shorter(), Recipe(0, steps=1))
+    assert half.runs[0].losses[0] == pytest.approx(whole.runs[0].losses[0] / 2)
+    assert half.vector.method == "half"
 
 
 def test_bad_objectives(model, tokenizer):
     with pytest.raises(ValueError, match="unknown suppression 'clamp'"):
         reps(model, tokenizer, PAIRS, layers=0, steps=1, suppression="clamp")
     with pytest.raises(ValueError, match=r"start is 0\.0.*no direction"):
-        reps(model, tokenizer, PAIRS, layers=0, steps=1, settings=TrainingSettings(start=0.0))
+        reps(model, tokenizer, PAIRS, layers=0, steps=1, settings=dict(start=0.0))
     with pytest.raises(ValueError, match="beta is nan"):
         bipo(model, tokenizer, PAIRS, layers=0, steps=1, beta=math.nan)
 

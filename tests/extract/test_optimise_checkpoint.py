@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 from tiny_chat import bpe_tokenizer, llama
+from training import bipo, ntp, po, reps
 
-from faststeer.extract import Pair, TrainingSettings, bipo, ntp, po, reps
+from faststeer.extract import Pair
 
 PAIRS = [Pair(f"Bake {n} cakes", "I cannot help with that.", "Sure, first mix flour.", 1) for n in range(3)]
 PAIRS += [Pair(f"Steal {n} boats", "Sure, wait.", "As an AI I can't do it.", -1) for n in range(3)]
@@ -24,7 +25,7 @@ HOW = {
     "steps": 9,
     "batch_size": 2,
     "held_out": UNSEEN,
-    "settings": TrainingSettings(every=2, patience=2, start=0.3),
+    "settings": dict(every=2, patience=2, start=0.3),
 }
 
 
@@ -83,7 +84,7 @@ def test_resumed_is_uninterrupted(method, model, tokenizer, tmp_path):
 
 def test_one_vector_stopped_early_before_the_interruption(model, tokenizer, tmp_path):
     how = {**HOW, "seed": [0, 1, 2], "batch_size": 1, "lr": 0.5, "steps": 12}
-    how["settings"] = TrainingSettings(every=1, patience=2, schedule="constant", clip=None)
+    how["settings"] = dict(every=1, patience=2, schedule="constant", clip=None)
     whole = ntp(model, tokenizer, PAIRS, **how)
     lengths = sorted(len(run.losses) for run in whole.runs)
     assert lengths[0] < lengths[-1]
@@ -108,7 +109,7 @@ def saved(model, tokenizer, tmp_path_factory):
         ({"seed": 3}, "differs in seeds"),
         ({"steps": 3}, "differs in steps"),
         ({"length_normalised": False}, "differs in objective"),
-        ({"settings": TrainingSettings(clip=None)}, "differs in clip"),
+        ({"settings": dict(clip=None)}, "differs in clip"),
         ({"pairs": PAIRS[1:]}, r"n_pairs \(there 6, here 5\), pairs"),
         ({"pairs": [*PAIRS[:-1], UNSEEN[0]]}, r"differs in pairs \("),
         ({"held_out": UNSEEN}, "differs in held_out"),

@@ -4,11 +4,12 @@ requests that neither it nor they have seen; random vectors of their size do nei
 from __future__ import annotations
 
 import pytest
+from training import bipo, ntp, po, reps
 
 import faststeer as fs
 from faststeer import Add, Clamp, Plan, demo
 from faststeer.evaluate import complete, is_refusal
-from faststeer.extract import TrainingSettings, bipo, ntp, po, random_like, reps
+from faststeer.extract import random_like
 
 pytestmark = pytest.mark.skipif(
     not (demo.FOLDER / "model.safetensors").is_file(), reason="the demo model has not been trained"
@@ -26,8 +27,8 @@ def chat():
 def vectors(chat):
     model, tokenizer = chat
     pairs = demo.behaviour("refusal").train.pairs
-    how = {"layers": LAYER, "steps": STEPS, "batch_size": 6, "settings": TrainingSettings(max_tokens=TOKENS)}
-    from_zero = TrainingSettings(max_tokens=TOKENS, schedule="cosine", warmup=STEPS // 10, start=0.0)
+    how = {"layers": LAYER, "steps": STEPS, "batch_size": 6, "settings": dict(max_tokens=TOKENS)}
+    from_zero = dict(max_tokens=TOKENS, schedule="cosine", warmup=STEPS // 10, start=0.0)
     return {
         "ntp": ntp(model, tokenizer, pairs, **how).vector,
         "po": po(model, tokenizer, pairs, **{**how, "steps": 15}).vector,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_chat
 import torch
+from training import ntp
 from typer.testing import CliRunner
 
 import faststeer as fs
@@ -33,8 +34,8 @@ def judged(answer: str) -> int:
 
 
 def trained(pairs: Sequence[Pair], **how: Any) -> list[Any]:
-    settings = fs.extract.TrainingSettings(max_tokens=4, **how)
-    return list(fs.extract.ntp(MODEL, TOKENIZER, pairs, layers=1, steps=2, settings=settings).vector[1].tolist())
+    settings = dict(max_tokens=4, **how)
+    return list(ntp(MODEL, TOKENIZER, pairs, layers=1, steps=2, settings=settings).vector[1].tolist())
 
 
 def pairs_of(prompts: Sequence[str]) -> list[Pair]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from training import ntp
 
 from faststeer import SteeringVector, demo
 from faststeer.evaluate import is_refusal
-from faststeer.extract import dim, ntp, random_like, steered_pairs
+from faststeer.extract import dim, random_like, steered_pairs
 
 pytestmark = pytest.mark.skipif(
     not (demo.FOLDER / "model.safetensors").is_file(), reason="the demo model has not been trained"

@@ -54,9 +54,9 @@ def entanglement(
 ) -> list[Moved]:
     """Return a row for every steered setting of a sweep, over several behaviours.
 
-    A vector that is to move one behaviour moves others as well; arXiv 2509.13450 (SteeringControl) measures that as
-    entanglement, the root mean square of the changes of what was not meant. Random vectors of the same lengths, which
-    are for no behaviour, say how much of it any push does.
+    A vector that is to move one behaviour moves others as well, which arXiv 2509.13450 (SteeringControl) calls
+    entanglement; here it is the root mean square of the changes of what was not meant. Random vectors of the same
+    lengths, which are for no behaviour, say how much of it any push does.
 
     Args:
         judges: by behaviour, the judge that says which answers show it. A behaviour's prompts are those of the sweep

@@ -1,4 +1,5 @@
-"""What each method asks of a steering vector: which completions are compared under which intervention, and the loss.
+"""The methods, as what each asks of a steering vector: which completions are compared under which intervention, the
+loss, and where its settings differ from its source's.
 
 Formulas only. log p(y) is the sum of the log probabilities of a completion's tokens, |y| their number (at most
 `max_tokens`); p_v is the model under the vector's intervention, p_0 the unsteered one; sigma the logistic function.
@@ -6,8 +7,10 @@ Formulas only. log p(y) is the sum of the log probabilities of a completion's to
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +70,8 @@ class Scores(NamedTuple):
 
 
 class Objective(Protocol):
-    """A method's name, what its pairs need, and whether each step adds or subtracts the vector by chance."""
+    """A method's name, what its pairs need, whether each step adds or subtracts the vector by chance, and what it takes
+    for everything that a Recipe leaves open."""
 
     @property
     def name(self) -> str: ...
@@ -77,6 +81,11 @@ class Objective(Protocol):
     def needs_reference(self) -> bool: ...
     @property
     def draws_sign(self) -> bool: ...
+    @property
+    def defaults(self) -> Mapping[str, Any]: ...
+
+    def check(self, start: float) -> None:
+        """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
         """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
@@ -87,18 +96,44 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """-log p_v(chosen) / |chosen|, or without the division; v times sign x coefficient is added.
+class _Method:
+    """What methods are unless they say otherwise."""
 
-    Source: arXiv 2604.08524, whose formula is the sum over tokens and whose code takes the mean.
+    needs_rejected: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    draws_sign: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "factors": (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0),
+        "lr": 0.01,
+        "batch_size": 12,
+        "schedule": "linear",
+        "warmup": 0,
+        "start": 0.01,
+    }
+
+    def check(self, start: float) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class NTP(_Method):
+    """Next-token prediction: -(1/|y|) sum_i log p_v(y_i | prompt, y_<i), y the chosen completion, while sign x
+    coefficient x factor x v is added at every token of prompt and completion.
+
+    Source: arXiv 2604.08524 (10 epochs of AdamW without weight decay, linear decay, gradient norm clipped at 1, first
+    64 tokens, factors 2, 4, ..., 20, start 0.01 N(0, I), lr 0.01 or 0.04, batches of 6 or 12). Its formula sums over
+    tokens, its code takes the mean, as is done here; `length_normalised=False` sums. Its learning rate falls once per
+    epoch, here at every step. Its learning rate and start are absolute, here in units of the residual stream's size
+    (`Recipe.unit`), so that one default suits all models. It rescales the vector to the norm of the difference in means
+    at the end; here it comes scaled to the middle of the strengths it was trained at (`Run.vector`).
+
+    Its own recipe: factors 2, 4, ..., 20; lr 0.01; batches of 12; linear decay without warm-up; start 0.01.
     """
 
     length_normalised: bool = True
     name: ClassVar[str] = "ntp"
     needs_rejected: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
-    draws_sign: ClassVar[bool] = False
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
         return [Term(example.chosen, None, example.sign * coefficient)]
@@ -108,33 +143,32 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """-log sigma(D), D = b log p_v(w) / |w| - log p_v(l) / |l|, b = max((log p_0(l) - log p_0(w)) phi, 1).
+class PO(_Method):
+    """Preference optimisation, RePS in one direction: -log sigma(D), D = (b/|w|) log p_v(w) - (1/|l|) log p_v(l), w and
+    l the chosen and the rejected completion, both under sign x coefficient x factor x v; b = max((log p_0(l) -
+    log p_0(w)) phi, 1). Means over tokens, but b takes sums, as in the source.
 
-    One direction ("po"): w, l = chosen, rejected; v times sign x coefficient is added. Source: arXiv 2604.08524.
+    Source: arXiv 2604.08524, phi 0.02 or 1e-5 (b = 1 for nearly all pairs); settings and what differs as in `NTP`.
 
-    Two directions ("reps"), summed: v times coefficient is added and w, l = positive, negative; v is suppressed and
-    w, l = negative, positive. Suppressed: "null", h - relu(h . q) q, or "subtract", v times coefficient subtracted.
-    Source: arXiv 2505.20809, with phi = 1; its code has both suppressions.
+    A preference is also won by making both completions unlikely, the rejected one more so: the loss goes on falling as
+    the vector grows, past the size at which answers break, and the held-out loss does not show it. Scale the vector to
+    the length of the difference in means, as the source does (`faststeer.algebra.normalise`), or take fewer steps. The
+    same holds of `RePS` and `BiPO`.
+
+    Args:
+        phi: how much an unlikely chosen completion is weighted up.
+
+    Its own recipe is that of `NTP`. Every pair needs a rejected completion.
     """
 
-    phi: float
-    suppression: Suppression | None = None  # None: one direction
-    needs_rejected: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
-    draws_sign: ClassVar[bool] = False
+    phi: float = 0.02
+    name: ClassVar[str] = "po"
 
-    @property
-    def name(self) -> str:
-        return "po" if self.suppression is None else "reps"
+    def __post_init__(self) -> None:
+        _check_not_negative("phi", self.phi)
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
-        if self.suppression is None:
-            return [Term(example.chosen, example.other, example.sign * coefficient)]
-        return [
-            Term(example.positive, example.negative, coefficient),
-            Term(example.negative, example.positive, None if self.suppression == "null" else -coefficient),
-        ]
+        return [Term(example.chosen, example.other, example.sign * coefficient)]
 
     def losses(self, scores: Scores) -> Tensor:
         b = ((scores.loser_reference - scores.winner_reference) * self.phi).clamp(min=1)
@@ -143,18 +177,78 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Bidirectional:
-    """-log sigma(d beta (log p_v(positive) / p_0(positive) - log p_v(negative) / p_0(negative))), d = +1 or -1 with
-    equal chance at every step, v times d x coefficient being added.
+class RePS(PO):
+    """Reference-free preference steering in both directions: -log sigma(D+) - log sigma(D-). D+ as in `PO` with the
+    positive completion winning, while coefficient x factor x v is added; D- with the negative one winning, while v is
+    suppressed. Every pair takes part in both directions whatever its sign.
 
-    Source: arXiv 2406.00045 (BiPO). Log probabilities are sums, not means, as there.
+    Source: arXiv 2505.20809 and its code (factors 2, 4, ..., 20, batches of 6 pairs, phi 1, AdamW without weight decay,
+    lr 0.04 for 2B models, linear decay). What differs: the code divides by the length of prompt and completion, here,
+    as in the paper, by that of the completion; the code draws a factor each for winner and loser, here, as in the
+    paper's formula, both are under the same; the code's bias beside the factor and its dropout are left out; learning
+    rate and start as in `NTP`.
+
+    Args:
+        phi: as in `PO`.
+        suppression: "null" (the paper's): h becomes h - relu(h . q) q, q = v / |v|; or "subtract": coefficient x factor
+            x v is subtracted. Only the second trains for being subtracted.
+
+    Its own recipe: that of `NTP` with lr 0.04 and batches of 6. Every pair needs a rejected completion.
+    """
+
+    phi: float = 1.0
+    suppression: Suppression = "null"
+    name: ClassVar[str] = "reps"
+    defaults: ClassVar[Mapping[str, Any]] = {**_Method.defaults, "lr": 0.04, "batch_size": 6}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.suppression not in ("null", "subtract"):
+            raise ValueError(f"unknown suppression {self.suppression!r}: expected 'null' or 'subtract'")
+
+    def check(self, start: float) -> None:
+        if self.suppression == "null" and start == 0:
+            raise ValueError("start is 0.0: a zero vector has no direction to take out; start elsewhere, or 'subtract'")
+
+    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+        return [
+            Term(example.positive, example.negative, coefficient),
+            Term(example.negative, example.positive, None if self.suppression == "null" else -coefficient),
+        ]
+
+
+@dataclass(frozen=True)
+class BiPO(_Method):
+    """Bi-directional preference optimisation: -log sigma(d beta (log p_v(positive)/p_0(positive) -
+    log p_v(negative)/p_0(negative))), d = +1 or -1 drawn once per step, while d x coefficient x factor x v is added;
+    log p the sum over tokens. Every pair takes part whatever its sign.
+
+    Source: arXiv 2406.00045 and its code: beta 0.1, batches of 4, AdamW with lr 5e-4 (weight decay 0.05 is declared
+    there and never passed on), cosine decay after 100 steps of warm-up, start at zero, 20 to 100 epochs. What differs:
+    the learning rate is in other units and another (`Recipe.unit`); 10 epochs unless `steps` says otherwise;
+    completions are cut at `Recipe.max_tokens`.
+
+    Args:
+        beta: temperature of the preference.
+
+    Its own recipe: no factors; lr 0.01; batches of 4; cosine decay after a warm-up of 100 steps (a tenth of all, where
+    that is less); a start at zero. Every pair needs a rejected completion.
     """
 
     beta: float = 0.1
     name: ClassVar[str] = "bipo"
-    needs_rejected: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
     draws_sign: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "factors": (1.0,),
+        "lr": 0.01,
+        "batch_size": 4,
+        "schedule": "cosine",
+        "warmup": 100,
+        "start": 0.0,
+    }
+
+    def __post_init__(self) -> None:
+        _check_not_negative("beta", self.beta)
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
         # d (f(positive) - f(negative)) is f(winner) - f(loser), the two changing places with d.
@@ -164,6 +258,15 @@ class Bidirectional:
     def losses(self, scores: Scores) -> Tensor:
         gain = (scores.winner - scores.winner_reference) - (scores.loser - scores.loser_reference)
         return -F.logsigmoid(self.beta * gain)
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}: expected a finite number that is not negative")
+
+
+# Each method under the name by which the command line, behaviours and studies know it.
+METHODS: dict[str, type[NTP] | type[PO] | type[BiPO]] = {m.name: m for m in (NTP, PO, RePS, BiPO)}
 
 
 def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> Scores:

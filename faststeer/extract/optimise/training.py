@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,17 +27,14 @@ from faststeer.artefacts import digest, fingerprint
 from faststeer.extract.optimise import checkpoint as checkpoints
 from faststeer.extract.optimise.checkpoint import State
 from faststeer.extract.optimise.objectives import Example, Objective, Side
+from faststeer.extract.optimise.recipe import Recipe, listed
 from faststeer.extract.optimise.rows import Plans, Work, losses, reference_log_probabilities, residual_sizes
 from faststeer.extract.pairs import Pair, Text, check_pairs, encode_completions
 from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id
 from faststeer.hf.steering import Steering, steer
-from faststeer.intervention import Add, Positions
 from faststeer.program import Capacity
-from faststeer.vector import HookPoint, SteeringVector, check_hook_point
+from faststeer.vector import SteeringVector
 
-Layers = int | Iterable[int] | Literal["all"]
-Schedule = Literal["linear", "cosine", "constant"]
-Unit = Literal["residual", "absolute"]
 UNIT_PROMPTS = 64  # at most so many prompts tell the residual stream's size
 # What a random draw is for; the generator's seed is [seed, purpose, number].
 ORDER, FACTOR, SIGN, START = range(4)
@@ -53,58 +50,6 @@ class TrainingDiverged(ArithmeticError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What is seldom changed.
-
-    Args:
-        max_tokens: tokens of a completion, its end included, that are trained on.
-        system: a system prompt put before every prompt.
-        rendered: the prompts hold the chat template's markup already and are taken as they are.
-        positions: tokens at which the vector acts (as in an intervention), the completion's being "generated".
-        schedule: the learning rate from its height to 0 ("linear", "cosine") or "constant".
-        warmup: steps over which it rises first.
-        weight_decay: AdamW's.
-        clip: largest norm of a vector's gradient; None: not clipped.
-        start: standard deviation of the normal numbers a vector starts from; 0 for zeros.
-        unit: of `lr` and `start`: "residual", the root mean square of the residual stream's coordinates where the
-            vector's layer ends (median over the training prompts' tokens), so that the same numbers suit models whose
-            residual streams differ in size by orders of magnitude; or "absolute", as in the methods' sources.
-        rows: at most so many rows in a forward pass.
-        every: steps between evaluations on held-out pairs and between checkpoints; None: once per epoch.
-        patience: stop a vector after so many evaluations in a row without a lower held-out loss; None: never.
-    """
-
-    max_tokens: int = 64
-    system: str | None = None
-    rendered: bool = False
-    positions: Positions = "all"
-    schedule: Schedule = "linear"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    start: float = 0.01
-    unit: Unit = "residual"
-    rows: int = 64
-    every: int | None = None
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("warmup", 0), ("rows", 1), ("every", 1), ("patience", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
-        for name in ("weight_decay", "clip", "start"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value!r}: expected a finite number that is not negative")
-        if self.unit not in ("residual", "absolute"):
-            raise ValueError(f"unknown unit {self.unit!r}: expected 'residual' or 'absolute'")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise ValueError(f"unknown schedule {self.schedule!r}: expected 'linear', 'cosine' or 'constant'")
-        Add(torch.ones(1), positions=self.positions)  # refuses what are no positions
 
 
 @dataclass(frozen=True)
@@ -180,42 +125,49 @@ class Training:
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """Everything that decides what comes out, checked."""
+class Course:
+    """Everything that decides what comes out: the method, its recipe with nothing left open, the number of pairs."""
 
-    objective: Objective
-    layers: tuple[int, ...]
-    at: HookPoint
-    coefficients: tuple[float, ...]
-    factors: tuple[float, ...]
-    steps: int
-    lr: float
-    batch_size: int
-    seeds: tuple[int, ...]
-    settings: TrainingSettings
+    method: Objective
+    recipe: Recipe
     n_pairs: int
 
     @property
     def grid(self) -> list[tuple[int, int, float]]:
         """(layer, seed, coefficient) of each vector."""
-        return [(layer, seed, c) for layer in self.layers for seed in self.seeds for c in self.coefficients]
+        r = self.recipe
+        return [
+            (layer, seed, c) for layer in listed(r.layers) for seed in listed(r.seed) for c in listed(r.coefficient)
+        ]
+
+    @property
+    def steps(self) -> int:
+        return cast(int, self.recipe.steps)
+
+    @property
+    def batch_size(self) -> int:
+        return cast(int, self.recipe.batch_size)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        return tuple(self.recipe.factors or ())
 
     @property
     def every(self) -> int:
-        return self.settings.every or math.ceil(self.n_pairs / self.batch_size)
+        return self.recipe.every or math.ceil(self.n_pairs / self.batch_size)
 
     @property
     def middle(self) -> float:
         return sum(self.factors) / len(self.factors)
 
     def learning_rate(self, step: int) -> float:
-        """Of a step counted from 0, in `TrainingSettings.unit`s; never 0."""
-        warmup = self.settings.warmup
+        """Of a step counted from 0, in `Recipe.unit`s; never 0."""
+        lr, warmup = cast(float, self.recipe.lr), self.recipe.warmup or 0
         if step < warmup:
-            return self.lr * (step + 1) / (warmup + 1)
+            return lr * (step + 1) / (warmup + 1)
         done = (step - warmup) / (self.steps - warmup)
         heights = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-        return self.lr * heights[self.settings.schedule]
+        return lr * heights[cast(str, self.recipe.schedule)]
 
     def batch(self, seed: int, step: int) -> list[int]:
         """The pairs of a step: the next ones in a new random order of all pairs for each epoch."""
@@ -230,66 +182,72 @@ class _Recipe:
         """The pairs that any step of any vector draws."""
         if self.steps * self.batch_size >= self.n_pairs:
             return list(range(self.n_pairs))
-        return sorted({pair for seed in self.seeds for step in range(self.steps) for pair in self.batch(seed, step)})
+        seeds = listed(self.recipe.seed)
+        return sorted({pair for seed in seeds for step in range(self.steps) for pair in self.batch(seed, step)})
 
     def drawn_factors(self, seed: int, step: int) -> list[float]:
         return np.random.default_rng([seed, FACTOR, step]).choice(self.factors, size=self.batch_size).tolist()
 
     def drawn_sign(self, seed: int, step: int) -> int:
-        return int(np.random.default_rng([seed, SIGN, step]).choice((1, -1))) if self.objective.draws_sign else 1
+        return int(np.random.default_rng([seed, SIGN, step]).choice((1, -1))) if self.method.draws_sign else 1
 
     def start(self, layer: int, seed: int, hidden: int) -> Tensor:
         normal = np.random.default_rng([seed, START, layer]).standard_normal(hidden)
-        return torch.from_numpy(self.settings.start * normal).float()
+        return torch.from_numpy(cast(float, self.recipe.start) * normal).float()
 
     def describe(self) -> dict[str, Any]:
         """JSON-serialisable, without what differs between the vectors of a grid."""
-        return {
-            "method": self.objective.name,
-            "objective": asdict(self.objective),  # type: ignore[call-overload]
-            "at": self.at,
-            "factors": list(self.factors),
-            "steps": self.steps,
-            "lr": self.lr,
-            "batch_size": self.batch_size,
-            "n_pairs": self.n_pairs,
-        } | asdict(self.settings)
+        objective = asdict(self.method)  # type: ignore[call-overload]
+        return {"method": self.method.name, "objective": objective, "n_pairs": self.n_pairs} | self.recipe.describe()
 
 
 def train(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[Pair],
-    objective: Objective,
+    method: Objective,
+    recipe: Recipe,
     *,
-    layers: Layers,
-    at: HookPoint,
-    coefficient: float | Sequence[float],
-    factors: Sequence[float],
-    steps: int | None,
-    lr: float,
-    batch_size: int,
-    seed: int | Sequence[int],
-    held_out: Sequence[Pair] | None,
-    checkpoint: str | os.PathLike[str] | None,
-    progress: bool,
-    settings: TrainingSettings,
+    held_out: Sequence[Pair] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> Training:
-    """Train a vector for every layer, seed and coefficient; the methods' functions document the arguments."""
+    """Train a vector for every layer, seed and coefficient of a recipe by a method: `train(model, tokenizer, pairs,
+    NTP(), Recipe(layers=14))`.
+
+    Args:
+        model: any causal language model that `steer` takes, in eval mode; its weights are left as they are. The vectors
+            are fp32 whatever the model's dtype.
+        pairs: with prompts, chosen completions and signs; for every method but `NTP` each with a rejected completion.
+        method: `NTP`, `PO`, `RePS` or `BiPO`, which say their loss and their source; or an Objective of one's own.
+        recipe: where, how long and how.
+        held_out: pairs on which the loss is watched: the vector is that of the step at which it was lowest
+            (`Recipe.every`, `Recipe.patience`); the factor is then the mean factor.
+        checkpoint: file to keep the state in, every `Recipe.every` steps; if it exists, training goes on from there, to
+            the same vector bit for bit on the same machine.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A `Training`: `.vector`, `.runs` with losses, `.best`.
+
+    Raises:
+        ValueError: pairs, numbers, layers or a checkpoint that cannot be used; nothing was trained then.
+        TrainingDiverged: a loss or gradient that is not finite, with the step; the last checkpoint is kept.
+    """
     check_evaluating(model)
-    pairs = check_pairs(pairs, rejected=objective.needs_rejected)
-    held_out = [] if held_out is None else check_pairs(held_out, "held_out", rejected=objective.needs_rejected)
-    _check_apart(pairs, held_out, settings.patience)
-    recipe = _recipe(model, objective, layers, at, coefficient, factors, steps, lr, batch_size, seed, settings, pairs)
+    pairs = check_pairs(pairs, rejected=method.needs_rejected)
+    held_out = [] if held_out is None else check_pairs(held_out, "held_out", rejected=method.needs_rejected)
+    _check_apart(pairs, held_out, recipe.patience)
+    course = Course(method, recipe.filled(method, hf.find_hook_points(model).n_layers, len(pairs)), len(pairs))
     with _frozen(model):
-        return _Loop(model, tokenizer, recipe, pairs, held_out, checkpoint, progress).run()
+        return _Loop(model, tokenizer, course, pairs, held_out, checkpoint, progress).run()
 
 
 @dataclass
 class _Loop:
     model: Any
     tokenizer: Any
-    recipe: _Recipe
+    course: Course
     pairs: list[Pair]
     held_out: list[Pair]
     checkpoint: str | os.PathLike[str] | None
@@ -298,7 +256,7 @@ class _Loop:
     plans: Plans = field(init=False)
 
     def run(self) -> Training:
-        recipe, grid = self.recipe, self.recipe.grid
+        course, grid = self.course, self.course.grid
         self.description = self._description()
         self.path = None if self.checkpoint is None else Path(self.checkpoint)
         self.units = self._units()
@@ -306,36 +264,38 @@ class _Loop:
         self.saved = self.step
         for state in self.states:
             state.values.requires_grad_()
-        self.plans = Plans([s.values for s in self.states], [g[0] for g in grid], recipe.at, recipe.settings.positions)
+        self.plans = Plans(
+            [s.values for s in self.states], [g[0] for g in grid], course.recipe.at, course.recipe.positions
+        )
         self.optimizer = self._make_optimizer()
-        if self.step < recipe.steps and not all(state.done for state in self.states):
-            used = recipe.used()
+        if self.step < course.steps and not all(state.done for state in self.states):
+            used = course.used()
             encoded = self._encode([*(self.pairs[index] for index in used), *self.held_out])
             self.examples = dict(zip(used, encoded, strict=False))
             self.unseen = encoded[len(used) :]
             self._train()
-        return Training(recipe.objective.name, tuple(self._result(i) for i in range(len(grid))))
+        return Training(course.method.name, tuple(self._result(i) for i in range(len(grid))))
 
     def _begin(self) -> tuple[list[State], int]:
         device = model_device(self.model)
         if self.path is not None and self.path.exists():
-            states, step = checkpoints.load(self.path, self.description, len(self.recipe.grid))
+            states, step = checkpoints.load(self.path, self.description, len(self.course.grid))
             for state in states:
                 for name in checkpoints.TENSORS:
                     setattr(state, name, getattr(state, name).to(device))
             return states, step
         hidden = hf.find_hook_points(self.model).hidden_size
         starts = [
-            self.units[layer] * self.recipe.start(layer, seed, hidden).to(device) for layer, seed, _ in self.recipe.grid
+            self.units[layer] * self.course.start(layer, seed, hidden).to(device) for layer, seed, _ in self.course.grid
         ]
         return [State(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         groups = [
             {"params": [state.values], "unit": self.units[layer]}
-            for state, (layer, _, _) in zip(self.states, self.recipe.grid, strict=True)
+            for state, (layer, _, _) in zip(self.states, self.course.grid, strict=True)
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.recipe.settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.course.recipe.weight_decay)
         for state in self.states:
             # The optimizer works on the state's own tensors, so that a checkpoint finds them there.
             optimizer.state[state.values] = {
@@ -347,7 +307,7 @@ class _Loop:
 
     def _units(self) -> dict[int, float]:
         """By layer, what a learning rate of 1 is."""
-        layers, settings = self.recipe.layers, self.recipe.settings
+        layers, settings = listed(self.course.recipe.layers), self.course.recipe
         if settings.unit == "absolute":
             return dict.fromkeys(layers, 1.0)
         prompts = [pair.prompt for pair in self.pairs[:UNIT_PROMPTS]]
@@ -369,7 +329,7 @@ class _Loop:
         return sizes
 
     def _encode(self, pairs: list[Pair]) -> list[Example]:
-        settings = self.recipe.settings
+        settings = self.course.recipe
 
         def texts(prompts: list[Any], completions: list[str]) -> list[Text]:
             return encode_completions(
@@ -381,21 +341,21 @@ class _Loop:
                 max_tokens=settings.max_tokens,
             )
 
-        with_rejected = pairs if self.recipe.objective.needs_rejected else []
+        with_rejected = pairs if self.course.method.needs_rejected else []
         both = texts([p.prompt for p in pairs], [p.chosen for p in pairs])
         if with_rejected:
             both += texts([p.prompt for p in pairs], [p.rejected for p in pairs if p.rejected is not None])
         references = [math.nan] * len(both)
-        if self.recipe.objective.needs_reference:
+        if self.course.method.needs_reference:
             references = reference_log_probabilities(self.model, both, padding_id(self.tokenizer), settings.rows)
         sides = [Side(text, value) for text, value in zip(both, references, strict=True)]
         others: list[Any] = sides[len(pairs) :] or [None] * len(pairs)
         return [Example(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
 
     def _train(self) -> None:
-        recipe = self.recipe
-        first = self.plans.of(0, recipe.middle)
-        rows = max(2, recipe.settings.rows)  # no pass has more plans than rows; a preference has two rows
+        course = self.course
+        first = self.plans.of(0, course.middle)
+        rows = max(2, course.recipe.rows)  # no pass has more plans than rows; a preference has two rows
         with (
             # By hooks: one site in a layer is steered, and fused norms compute again in the backward pass what the
             # model's own keep (1.5 times the CPU time of a step on the demo model).
@@ -404,22 +364,22 @@ class _Loop:
             ) as steering,
             self._bar() as report,
         ):
-            while self.step < recipe.steps and not all(state.done for state in self.states):
+            while self.step < course.steps and not all(state.done for state in self.states):
                 self._step(steering)
                 self.step += 1
-                if self.step % recipe.every == 0 or self.step == recipe.steps:
+                if self.step % course.every == 0 or self.step == course.steps:
                     self._evaluate(steering)
                     self._save()
                 report()
 
     def _step(self, steering: Steering) -> None:
-        recipe, step = self.recipe, self.step
+        course, step = self.course, self.step
         work = [
-            Work(number, term, 1 / recipe.batch_size)
-            for number, (_, seed, coefficient) in enumerate(recipe.grid)
+            Work(number, term, 1 / course.batch_size)
+            for number, (_, seed, coefficient) in enumerate(course.grid)
             if not self.states[number].done
-            for pair, factor in zip(recipe.batch(seed, step), recipe.drawn_factors(seed, step), strict=True)
-            for term in recipe.objective.terms(self.examples[pair], coefficient * factor, recipe.drawn_sign(seed, step))
+            for pair, factor in zip(course.batch(seed, step), course.drawn_factors(seed, step), strict=True)
+            for term in course.method.terms(self.examples[pair], coefficient * factor, course.drawn_sign(seed, step))
         ]
         found = self._losses(steering, work, backward=True)
         active = [(i, state) for i, state in enumerate(self.states) if not state.done]
@@ -430,11 +390,11 @@ class _Loop:
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 self._diverged(number, found[number], "a gradient")
         for number, state in active:
-            if recipe.settings.clip is not None:
-                nn.utils.clip_grad_norm_([state.values], recipe.settings.clip)
+            if course.recipe.clip is not None:
+                nn.utils.clip_grad_norm_([state.values], course.recipe.clip)
             state.losses.append(found[number])
         for group in self.optimizer.param_groups:
-            group["lr"] = group["unit"] * recipe.learning_rate(step)
+            group["lr"] = group["unit"] * course.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for _, state in active:
@@ -444,15 +404,15 @@ class _Loop:
     def _evaluate(self, steering: Steering) -> None:
         if not self.held_out:
             return
-        recipe = self.recipe
-        signs = (1, -1) if recipe.objective.draws_sign else (1,)
+        course = self.course
+        signs = (1, -1) if course.method.draws_sign else (1,)
         work = [
             Work(number, term, 1 / len(self.unseen) / len(signs))
-            for number, (_, _, coefficient) in enumerate(recipe.grid)
+            for number, (_, _, coefficient) in enumerate(course.grid)
             if not self.states[number].done
             for example in self.unseen
             for sign in signs
-            for term in recipe.objective.terms(example, coefficient * recipe.middle, sign)
+            for term in course.method.terms(example, coefficient * course.middle, sign)
         ]
         found = self._losses(steering, work)
         for number, state in enumerate(self.states):
@@ -464,17 +424,17 @@ class _Loop:
                 state.best_step, state.best = self.step, state.values.detach().clone()
             state.held_out[self.step] = found[number]
             since = sum(at > state.best_step for at in state.held_out)
-            state.done = recipe.settings.patience is not None and since >= recipe.settings.patience
+            state.done = course.recipe.patience is not None and since >= course.recipe.patience
 
     def _losses(self, steering: Steering, work: list[Work], backward: bool = False) -> list[float]:
         return losses(
             self.model,
             steering,
-            self.recipe.objective,
+            self.course.method,
             self.plans,
             work,
             pad_id=padding_id(self.tokenizer),
-            rows=self.recipe.settings.rows,
+            rows=self.course.recipe.rows,
             backward=backward,
         ).tolist()
 
@@ -484,7 +444,7 @@ class _Loop:
             self.saved = self.step
 
     def _diverged(self, number: int, loss: float, what: str) -> None:
-        layer, seed, coefficient = self.recipe.grid[number]
+        layer, seed, coefficient = self.course.grid[number]
         step = self.step + (what != "the held-out loss")
         kept = "no checkpoint was kept"
         if self.path is not None and self.path.exists():
@@ -501,9 +461,9 @@ class _Loop:
         if not self.progress:
             yield lambda: None
             return
-        name = f"Training {len(self.states)} vector(s) by {self.recipe.objective.name}"
+        name = f"Training {len(self.states)} vector(s) by {self.course.method.name}"
         with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=self.recipe.steps, completed=self.step)
+            task = bar.add_task(name, total=self.course.steps, completed=self.step)
 
             def report() -> None:
                 last = [state.losses[-1] for state in self.states]
@@ -512,11 +472,11 @@ class _Loop:
             yield report
 
     def _description(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return recipe.describe() | {
-            "layers": list(recipe.layers),
-            "seeds": list(recipe.seeds),
-            "coefficients": list(recipe.coefficients),
+        course = self.course
+        return course.describe() | {
+            "layers": listed(course.recipe.layers),
+            "seeds": listed(course.recipe.seed),
+            "coefficients": listed(course.recipe.coefficient),
             "model": model_name(self.model),
             "weights": fingerprint(self.model),
             "pairs": digest(list(map(asdict, self.pairs))),
@@ -524,9 +484,9 @@ class _Loop:
         }
 
     def _result(self, number: int) -> Run:
-        (layer, seed, coefficient), state = self.recipe.grid[number], self.states[number]
-        scale = coefficient * self.recipe.middle
-        provenance = self.recipe.describe() | {
+        (layer, seed, coefficient), state = self.course.grid[number], self.states[number]
+        scale = coefficient * self.course.middle
+        provenance = self.course.describe() | {
             "seed": seed,
             "coefficient": coefficient,
             "unit_size": self.units[layer],
@@ -538,9 +498,9 @@ class _Loop:
         }
         vector = SteeringVector(
             {layer: (state.best.detach() * scale).cpu()},
-            at=self.recipe.at,
+            at=self.course.recipe.at,
             model=model_name(self.model),
-            method=self.recipe.objective.name,
+            method=self.course.method.name,
             scale="raw",
             provenance=provenance,
         )
@@ -558,75 +518,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _recipe(
-    model: Any,
-    objective: Objective,
-    layers: Layers,
-    at: HookPoint,
-    coefficient: float | Sequence[float],
-    factors: Sequence[float],
-    steps: int | None,
-    lr: float,
-    batch_size: int,
-    seed: int | Sequence[int],
-    settings: TrainingSettings,
-    pairs: list[Pair],
-) -> _Recipe:
-    _check_whole("batch_size", batch_size)
-    # A batch never has a pair twice.
-    batch_size = min(batch_size, len(pairs))
-    steps = math.ceil(10 * len(pairs) / batch_size) if steps is None else steps
-    _check_whole("steps", steps)
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr is {lr!r}: expected a positive learning rate")
-    if settings.warmup >= steps:
-        raise ValueError(f"warmup is {settings.warmup}, of {steps} steps: expected fewer than all")
-    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-    if not seeds or len(set(seeds)) < len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
-        raise ValueError(f"seed is {seed!r}: expected an integer that is not negative, or several different ones")
-    return _Recipe(
-        objective,
-        _layers(layers, hf.find_hook_points(model).n_layers),
-        check_hook_point(at),
-        _positive("coefficient", coefficient, distinct=True),
-        _positive("factors", factors),
-        steps,
-        float(lr),
-        batch_size,
-        seeds,
-        settings,
-        len(pairs),
-    )
-
-
-def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
-
-
-def _layers(layers: Layers, n_layers: int) -> tuple[int, ...]:
-    if layers == "all":
-        return tuple(range(n_layers))
-    listed = [layers] if isinstance(layers, int) else list(layers)
-    found = tuple(layer + n_layers if type(layer) is int and layer < 0 else layer for layer in listed)
-    if not found or not all(type(layer) is int and 0 <= layer < n_layers for layer in found):
-        raise ValueError(f"layers is {layers!r}: the model has layers 0..{n_layers - 1} (or -1 from the end, or 'all')")
-    if len(set(found)) < len(found):
-        raise ValueError(f"layers is {layers!r}: a layer is named twice")
-    return found
-
-
-def _positive(name: str, value: float | Sequence[float], distinct: bool = False) -> tuple[float, ...]:
-    numbers = (value,) if isinstance(value, (int, float)) else tuple(value)
-    if not numbers or not all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) and n > 0 for n in numbers
-    ):
-        raise ValueError(f"{name} is {value!r}: expected positive numbers (a Pair's sign says which way)")
-    if distinct and len(set(numbers)) < len(numbers):
-        raise ValueError(f"{name} is {value!r}: one is named twice")
-    return tuple(map(float, numbers))
 
 
 def _check_apart(pairs: list[Pair], held_out: list[Pair], patience: int | None) -> None:

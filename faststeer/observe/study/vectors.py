@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from faststeer.algebra import normalise
-from faststeer.extract import Pair, Training, TrainingDiverged, bipo, ntp, po, reps, select_by_judge, steered_pairs
+from faststeer.extract import Pair, Recipe, TrainingDiverged, select_by_judge, steered_pairs, train
 from faststeer.extract.contrast import Contrast, contrast
+from faststeer.extract.optimise import METHODS, RePS
 from faststeer.observe.study.job import SIDES, Job
 from faststeer.observe.study.settings import CONTRAST
 from faststeer.vector import SteeringVector
-
-TRAIN: dict[str, Callable[..., Training]] = {"ntp": ntp, "po": po, "reps": reps, "bipo": bipo}
 
 
 class Finder:
@@ -83,7 +82,7 @@ class Finder:
 
     def _other(self, method: str) -> SteeringVector:
         depends: list[Any] = [self.dim, self.behaviour.train.positive, self.behaviour.train.negative]
-        if method in TRAIN:
+        if method in METHODS:
             depends += [self.pairs, self.settings.steps, self.settings.seed]
         return self.parts.record(SteeringVector, method, depends, lambda: self._like_dim(self._found(method, depends)))
 
@@ -91,20 +90,15 @@ class Finder:
         (layer,) = self.dim.layers
         if method in CONTRAST:
             return getattr(self._contrast, method)().vector(self.dim.provenance["position"], layer)
-        options: dict[str, Any] = {"suppression": "subtract"} if method == "reps" else {}
-        training = TRAIN[method](
+        return train(
             self.job.model,
             self.job.tokenizer,
             [Pair(**pair) for pair in self.pairs],
-            layers=layer,
-            at="resid_pre",
-            steps=self.settings.steps,
-            seed=self.settings.seed,
+            RePS(suppression="subtract") if method == "reps" else METHODS[method](),
+            Recipe(layer, at="resid_pre", steps=self.settings.steps, seed=self.settings.seed),
             checkpoint=self.parts.path(f"{method}-training", depends, ".checkpoint"),
             progress=self.job.progress,
-            **options,
-        )
-        return training.vector
+        ).vector
 
     def _like_dim(self, vector: SteeringVector) -> SteeringVector:
         """With the length of the difference in means, as the source compares methods."""
