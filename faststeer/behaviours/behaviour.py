@@ -179,6 +179,18 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
         raise
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
+    return behaviour_from(data, str(path), path.parent)
+
+
+def behaviour_from(data: Any, path: str, folder: Path) -> Behaviour:
+    """The behaviour that an object says, as `load` reads it from a file.
+
+    Args:
+        path: what errors call it. folder: where the files are that it names.
+
+    Raises:
+        FormatError, FileNotFoundError: as `load`.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
     known = {"format", "name", "description", "judge", "coherence", "paired", "about", *SPLITS}
@@ -188,7 +200,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
         if name not in data:
             raise FormatError(f"{path} has no {name!r}")
     try:
-        splits = {name: _split(data[name], f"{path}, {name}", path.parent) for name in SPLITS}
+        splits = {name: _split(data[name], f"{path}, {name}", folder) for name in SPLITS}
         return Behaviour(
             str(data["name"]),
             str(data.get("description", "")),
