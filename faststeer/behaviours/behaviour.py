@@ -182,6 +182,18 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
         raise
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
+    return behaviour_from(data, str(path), path.parent)
+
+
+def behaviour_from(data: Any, path: str, folder: Path) -> Behaviour:
+    """The behaviour that an object says, as `load` reads it from a file.
+
+    Args:
+        path: what errors call it. folder: where the files are that it names.
+
+    Raises:
+        FormatError, FileNotFoundError: as `load`.
+    """
     old = isinstance(data, dict) and data.get("format") == "faststeer.behaviour/1"
     if not isinstance(data, dict) or not (old or data.get("format") == FORMAT):
         raise FormatError(f'{path} holds no behaviour: expected an object with "format": {FORMAT!r}')
@@ -195,7 +207,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
     if old:
         judges = {what: OF_FORMAT_1.get(name, name) for what, name in judges.items()}
     try:
-        splits = {name: _split(data[name], f"{path}, {name}", path.parent) for name in SPLITS}
+        splits = {name: _split(data[name], f"{path}, {name}", folder) for name in SPLITS}
         return Behaviour(
             str(data["name"]),
             str(data.get("description", "")),

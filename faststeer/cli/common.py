@@ -143,6 +143,19 @@ def layer_numbers(text: str, option: str = "--layers") -> list[int] | None:
     return sorted(layers)
 
 
+def positions_of(text: str | None, default: list[int] | None) -> list[int] | None:
+    """The token positions that --position names; None: those after the instruction."""
+    if text is None or text == "all":
+        return default if text is None else None
+    try:
+        positions = [int(part) for part in text.split(",")]
+    except ValueError:
+        positions = [0]
+    if max(positions) >= 0:
+        raise typer.BadParameter(f"--position {text!r}: expected negative numbers, such as -1 or -1,-2, or all")
+    return positions
+
+
 def vector_layers(path: Path, vector: SteeringVector, text: str | None) -> list[int]:
     """The layers at which a vector's file acts: those that --layer names, or the only one it has.
 

@@ -34,6 +34,7 @@ from faststeer.cli.common import (
     layer_numbers,
     load_model,
     numbers,
+    positions_of,
     reports_errors,
     two_sides,
 )
@@ -156,7 +157,7 @@ def extract(
         contrast = _shortened(behaviour_of(model, behaviour, positive, negative, field, judge), train)
         _compare(
             contrast, model, method, out, as_json, dtype, device,
-            at=at, positions=_positions(position, None), layers=candidate_layers,
+            at=at, positions=positions_of(position, None), layers=candidate_layers,
             coefficients=numbers(coefficients, "--coefficients"), n_select=held_out or 16, n_test=prompts, seed=seed,
             max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True,
             steps=DEMO_STEPS if steps is None and model == "demo" else steps, training=read_options(training or ()),
@@ -168,7 +169,7 @@ def extract(
         raise typer.BadParameter("--select chooses the layer: leave --layer out, or name candidates with --layers")
     if select is None and layers is not None:
         raise typer.BadParameter("--layers names candidates of --select or --method; one layer is kept by --layer")
-    positions = _positions(position, [-1])
+    positions = positions_of(position, [-1])
     if select is None and (positions is None or len(positions) > 1):
         raise typer.BadParameter(f"--position {position}: without --select and --method, one token is read")
     contrast_prompts = _prompts(model, behaviour, positive, negative, field, judge, select).limited(train, held_out)
@@ -177,19 +178,6 @@ def extract(
         numbers(coefficients, "--coefficients"), max_new_tokens, system, rendered, batch_size,
     )  # fmt: skip
     _one(asked, out, dtype, device, as_json)
-
-
-def _positions(text: str | None, default: list[int] | None) -> list[int] | None:
-    """The token positions that --position names; None: those after the instruction."""
-    if text is None or text == "all":
-        return default if text is None else None
-    try:
-        positions = [int(part) for part in text.split(",")]
-    except ValueError:
-        positions = [0]
-    if max(positions) >= 0:
-        raise typer.BadParameter(f"--position {text!r}: expected negative numbers, such as -1 or -1,-2, or all")
-    return positions
 
 
 @dataclass(frozen=True)

@@ -114,25 +114,42 @@ def _mean(line: Line, judge: str) -> float:
 
 
 def results_table(found: list[Line], title: str) -> Table:
-    """Settings by judges: a rate with its interval where the judge draws a line, else the mean score; * where it
-    differs from the random vectors (or, without those, from the unsteered model)."""
+    """Settings by judges, one unit per column (`shows_share`); * where a vector or plan differs from the random vectors
+    (or, without those, from the unsteered model)."""
     names = list(found[0].scores) if found else []
+    shares = {name: shows_share(found, name) for name in names}
     costs = sorted({name for line in found for name in line.effects})
-    made = Table("setting", *names, *costs, "n", title=title)
+    heads = (f"{name}, {'share' if shares[name] else 'mean score'}" for name in names)
+    made = Table("setting", *heads, *costs, "n", title=title)
     for line in found:
         effects = [f"{line.effects[name]:.3f}" if name in line.effects else "" for name in costs]
-        made.add_row(line.name, *(_cell(line.scores[name]) for name in names), *effects, str(line.answers))
+        made.add_row(line.name, *(_cell(line, name, shares[name]) for name in names), *effects, str(line.answers))
     made.caption = "95 % intervals; * differs from the random vectors, or where there are none from the unsteered model"
     return made
 
 
-def _cell(score: Any) -> str:
+def shows_share(found: list[Line], judge: str) -> bool:
+    """Whether a judge's column has the share of answers that show what it looks for: where it draws a line, and its
+    score is 0 or 1 or the unsteered share is between 10 and 90 %. Otherwise the mean score says more: a share near its
+    end cannot move."""
+    shown = [(score.rate, score.mean) for line in found if (score := line.scores.get(judge)) is not None and score.mean]
+    if not shown or any(rate is None for rate, _ in shown):
+        return False
+    binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
+    unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
+    return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
+
+
+def _cell(line: Line, judge: str, share: bool) -> str:
+    score: Any = line.scores[judge]
     if score.mean is None:
         return f"unread: {score.failures}"
     other = score.over_control or score.over_unsteered
-    star = "*" if other and other.low is not None and (other.low > 0 or other.high < 0) else ""
-    if score.rate is not None and 0 <= score.mean.mean <= 1:
+    tested = line.kind in ("vector", "plan") and other is not None and other.low is not None
+    star = "*" if tested and (other.low > 0 or other.high < 0) else ""
+    if share:
         text = f"{score.rate.rate:.0%} [{score.rate.low:.0%}, {score.rate.high:.0%}]"
     else:
         text = f"{score.mean.mean:.3g}"
+        text += f" [{score.mean.low:.3g}, {score.mean.high:.3g}]" if score.mean.low is not None else ""
     return text + star + (f", unread: {score.failures}" if score.failures else "")

@@ -11,6 +11,7 @@ from faststeer.report.figures import figures
 from faststeer.report.findings import Findings, Measure, Point, findings
 from faststeer.report.page import page
 from faststeer.report.projections import Projected, projected
+from faststeer.report.search import search_page
 from faststeer.report.study import study_figures, study_page
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "findings",
     "page",
     "projected",
+    "search_page",
     "study_figures",
     "study_page",
 ]

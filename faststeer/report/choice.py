@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from faststeer.evaluate.pareto import pareto, recommend
 from faststeer.report.findings import Findings, Goal, Measure
 
 SHARE = 0.9  # of the largest effect that is good enough to be recommended
@@ -61,31 +62,6 @@ def choose(
     )
     front = pareto({n: measured[n] for n in eligible})
     return Choice(gains, costs, eligible, front, recommend(front, gains, costs, share, limit))
-
-
-def pareto(measured: dict[int, tuple[float, float]]) -> tuple[int, ...]:
-    """The keys of `{key: (cost, gain)}` that gain something and that no other beats, by rising cost and gain; of equal
-    ones the first."""
-    front: list[int] = []
-    best = 0.0
-    for number, (_, gain) in sorted(measured.items(), key=lambda item: (item[1][0], -item[1][1], item[0])):
-        if gain > best:
-            front.append(number)
-            best = gain
-    return tuple(front)
-
-
-def recommend(
-    front: tuple[int, ...],
-    gains: tuple[float | None, ...],
-    costs: tuple[float | None, ...],
-    share: float,
-    limit: float | None,
-) -> int | None:
-    """The first of the front with at least `share` of the largest gain within the limit; None for an empty front."""
-    within = [(n, gains[n] or 0.0) for n in front if limit is None or (costs[n] or 0.0) <= limit]
-    enough = share * max((gain for _, gain in within), default=0.0)
-    return next((n for n, gain in within if gain >= enough), None)
 
 
 def _changes(measure: Measure, what: str) -> tuple[float | None, ...]:

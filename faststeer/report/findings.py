@@ -179,7 +179,9 @@ def _judged(lines: list[Line], tag: str | None) -> list[Measure]:
         for share in (True, False):
             if (share and all(s.rate is None for s in scores)) or (not share and binary):
                 continue
-            points = tuple(_point(score, share) for score in scores)
+            points = tuple(
+                _point(score, share, line.kind in ("vector", "plan")) for score, line in zip(scores, lines, strict=True)
+            )
             if any(points):
                 what, kind = ("share", "share") if share else ("mean score", "mean")
                 key, price = f"{judge}/{kind}/{'' if tag is None else tag}", PRICES.get(judge, "change")
@@ -187,8 +189,9 @@ def _judged(lines: list[Line], tag: str | None) -> list[Measure]:
     return found
 
 
-def _point(score: Any, share: bool) -> Point | None:
-    over = score.over_control or score.over_unsteered
+def _point(score: Any, share: bool, compared: bool) -> Point | None:
+    # A random vector is what the others are compared with.
+    over = (score.over_control or score.over_unsteered) if compared else None
     difference = (over.mean, over.low, over.high) if over else None
     if share:
         rate = score.rate

@@ -47,7 +47,7 @@ class Answers:
         n_prompt: how many of them are the prompt's.
         projections: `[2, layers, tokens, vectors]` fp32, what has been read of each answer projected on each vector at
             the `resid_post` of every layer, after steering; the shorter answer is padded with NaN.
-        drawn: tokens drawn so far, of both answers together.
+        drawn: tokens drawn so far, of each answer.
         done: both have ended.
     """
 
@@ -56,7 +56,7 @@ class Answers:
     tokens: tuple[list[str], list[str]]
     n_prompt: int
     projections: Tensor
-    drawn: int
+    drawn: tuple[int, int]
     done: bool
 
 
@@ -240,7 +240,7 @@ class _Run:
             seen[row, :, len(read) :] = torch.nan
             tokens.append([decode([token]) for token in read])
         texts = [decode(row, skip_special_tokens=True) for row in self._rows]
-        n_drawn = sum(map(len, self._rows))
+        n_drawn = len(self._rows[0]), len(self._rows[1])
         return Answers(texts[0], texts[1], (tokens[0], tokens[1]), len(self._prompt), seen, n_drawn, done)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from faststeer.extras import needed_for
 from faststeer.ui.answers import Answers
 
+LABELS = 24  # of tokens, at most: as many as can be read side by side on a phone of 360 pixels
+
 
 def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
     """A plotly figure of what the answers project on vector number `vector`; empty without answers.
@@ -32,7 +34,8 @@ def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
     if answers is None:
         return figure
     values = answers.projections[..., vector].numpy()  # [2, layers, tokens]
-    reach = float(np.nanmax(np.abs(values))) or 1.0
+    # Without the first token, where there are others: in many models it is a hundred times as long as all of them.
+    reach = float(np.nanmax(np.abs(values[..., 1:] if values.shape[2] > 1 else values))) or 1.0
     figure.update_layout(coloraxis={"cmin": -reach, "cmax": reach})
     figure.update_xaxes(range=[-0.5, values.shape[2] - 0.5])  # a column is the same token of the prompt in both
     for row, (name, tokens) in enumerate(zip(("unsteered", "steered"), answers.tokens, strict=True)):
@@ -55,7 +58,7 @@ def _add(figure: Any, row: int, name: str, values: np.ndarray, tokens: list[str]
         row=row,
         col=1,
     )
-    every = max(1, -(-n_tokens // 48))  # labels, at most, that can be read side by side
+    every = max(1, -(-n_tokens // LABELS))
     places = list(range(0, n_tokens, every))
     figure.update_xaxes(
         tickvals=places, ticktext=[shown[i] for i in places], tickangle=-60, tickfont={"size": 10}, row=row, col=1

@@ -143,6 +143,9 @@ class _Asks:
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the page's outputs as the answers grow."""
         self._newest[session] = number = next(self._numbers)
+        if not prompt.strip():  # as when the page is opened
+            yield "", "", "Write a prompt and press Enter.", gr.skip(), gr.skip()
+            return
         try:
             chosen = _read(self._playground, controls)
             drawn_at = time.perf_counter()
@@ -185,6 +188,8 @@ def _titles(playground: Playground, controls: dict[str, Control]) -> list[str]:
 
 
 def _status(answers: Answers) -> str:
+    unsteered, steered = answers.drawn
+    drawn = f"{unsteered} tokens unsteered, {steered} steered"
     if not answers.done:
-        return f"{answers.drawn} tokens ..."
-    return f"{answers.drawn} tokens." + (" The answers are the same." if answers.unsteered == answers.steered else "")
+        return f"{drawn} ..."
+    return f"{drawn}." + (" The answers are the same." if answers.unsteered == answers.steered else "")

@@ -10,7 +10,11 @@ from typer.testing import CliRunner
 
 import faststeer as fs
 from faststeer.cli import app
-from faststeer.evaluate.sweep import Store, table
+from faststeer.cli.sweep import results_table, shows_share
+from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Estimate
+from faststeer.evaluate.sweep import Line, Store, table
+from faststeer.evaluate.sweep.table import Score
 
 runner = CliRunner()
 
@@ -82,3 +86,30 @@ def test_help_has_an_example_and_the_exit_codes():
     for command in ("sweep", "evaluate"):
         text = invoke(command, "--help").stdout
         assert "Example" in text and "Exit codes" in text and "--json" in text
+
+
+def made_up(kind, mean, rate, over=0.0):
+    score = Score(
+        20, 0, Estimate(mean, mean - 0.1, mean + 0.1, 20), None if rate is None else Rate(rate, 20),
+        Estimate(over, over - 0.01, over + 0.01, 20), None,
+    )  # fmt: skip
+    return Line(0, kind, kind, "v", (1,), 1.0, None, 20, 0, {"j": score})
+
+
+def test_a_column_has_one_unit():
+    """A share where it can move or is all there is to say, else mean scores; never both in one column."""
+    for lines, share in (
+        ([made_up("unsteered", 0.5, 10), made_up("vector", -0.2, 3)], True),
+        ([made_up("unsteered", 0.57, 20), made_up("vector", -0.01, 11)], False),
+        ([made_up("unsteered", 1.0, 20), made_up("vector", 0.5, 10)], True),  # a score of 0 or 1
+        ([made_up("unsteered", 12.0, None), made_up("vector", 15.0, None)], False),
+    ):
+        assert shows_share(lines, "j") is share
+        cells = list(results_table(lines, "").columns[1].cells)
+        assert all(("%" in cell) is share for cell in cells), cells
+
+
+def test_only_vectors_and_plans_are_starred():
+    lines = [made_up(kind, 0.5, 10, over=0.3) for kind in ("unsteered", "control", "vector", "plan")]
+    cells = list(results_table(lines, "").columns[1].cells)
+    assert [cell.endswith("*") for cell in cells] == [False, False, True, True]

@@ -31,6 +31,8 @@ SMALL = {
     "observe": "--method dim --layer 15 --position -1 --prompts 2 --patched 1 --tried 1 --utility 1 --points 1 "
     "--shares 0.01,1 --sparsities 0.5 --controls 1 --max-new-tokens 4",
     "verify": "--seconds 5",
+    "search": "--answers 60 --goal less --prompts 2 --finalists 1 --train 4 --layers 15-24 --op add --method dim "
+    "--position -1 --max-kl 5 --max-new-tokens 8",
 }
 COMPARING = "--position -1 --steps 1 --prompts 1"  # of extract --method
 LAYER = "15"

@@ -12,8 +12,6 @@ import made_up
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from made_up import NASTY, RUN
 from on_the_page import sql
 from typer.testing import CliRunner
@@ -21,7 +19,6 @@ from typer.testing import CliRunner
 from faststeer import report
 from faststeer.cli import app
 from faststeer.evaluate.sweep import Store, StoreError
-from faststeer.report.choice import pareto, recommend
 from faststeer.report.figures import file_names
 from faststeer.report.projections import colour_range
 
@@ -80,23 +77,6 @@ def test_the_recommended_setting_is_the_cheapest_strong_one(found):
                         assert sign * (at.value - base) > 0 and sign * at.over[0] > 0
     choice = report.choose(found, found.measure(None, None), found.price(found.measure(None, None), "kl"))
     assert found.lines[choice.recommended].name == "up L2 c1"  # NASTY costs twice as much, (2, 3) more, 0.5 is too weak
-
-
-@given(st.dictionaries(st.integers(0, 30), st.tuples(st.integers(-3, 5), st.integers(-3, 5)), max_size=12))
-def test_pareto_front(measured):
-    front = pareto(measured)
-    points = [measured[n] for n in front]
-    assert points == sorted(set(points)) and [g for _, g in points] == sorted({g for _, g in points})
-    undominated = {
-        (c, g)
-        for c, g in measured.values()
-        if g > 0 and not any(d <= c and h >= g and (d, h) != (c, g) for d, h in measured.values())
-    }
-    assert set(points) == undominated
-
-
-def test_nothing_is_recommended_where_nothing_is_within_the_limit():
-    assert recommend((1,), (0.0, 2.0), (0.0, 3.0), 0.9, 2.9) is None and recommend((), (), (), 0.9, None) is None
 
 
 class Markup(HTMLParser):

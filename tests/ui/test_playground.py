@@ -144,6 +144,16 @@ def test_heat_map(playground):
         n = len(answers.tokens[row])
         torch.testing.assert_close(torch.tensor(trace.z), answers.projections[row, :, :n, 1])
         assert len(trace.customdata[0]) == n
+    reach = answers.projections[:, :, 1:, 1].nan_to_num().abs().max()
+    assert figure.layout.coloraxis.cmax == -figure.layout.coloraxis.cmin == pytest.approx(float(reach))
+    beginning = answers.projections.clone()
+    beginning[:, :, 0] = 4800.0  # as in many real models
+    assert (
+        heat_map(dataclasses.replace(answers, projections=beginning), 1, "").layout.coloraxis == figure.layout.coloraxis
+    )
+    assert max(len(axis.ticktext) for axis in (figure.layout.xaxis, figure.layout.xaxis2)) <= 24
+    for drawn, tokens in zip(answers.drawn, answers.tokens, strict=True):  # the last one may not have been read
+        assert drawn - (len(tokens) - answers.n_prompt) in (0, 1)
     markup = dataclasses.replace(answers, tokens=(["<b>&"] * len(answers.tokens[0]), answers.tokens[1]))
     assert heat_map(markup, 0, "").data[0].customdata[0][0] == "&lt;b&gt;&amp;"
 
@@ -158,4 +168,4 @@ def test_only_the_newest_ask_of_a_page_goes_on(playground):
     assert len(list(asks.answer(one, 0, *values))) > 2
     assert not list(first) and len(list(elsewhere)) > 2
     (said,) = asks.answer(one, 0, "", *values[1:])
-    assert "prompt is empty" in said[2]
+    assert said[2] == "Write a prompt and press Enter.", "what is seen first is no error"

@@ -1,0 +1,212 @@
+"""`faststeer search` and `faststeer replay`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from faststeer.cli.common import (
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Judge,
+    Model,
+    Negative,
+    Positive,
+    app,
+    behaviour_of,
+    check_files,
+    check_sides,
+    errors,
+    layer_numbers,
+    load_model,
+    positions_of,
+    reports_errors,
+)
+from faststeer.cli.sweep import FAILED, STOPPED
+
+
+@app.command()
+@reports_errors
+def search(
+    out: Annotated[Path, typer.Option(help="Folder of the search; go on with it after a kill.")] = Path("search"),
+    model: Model = "demo",
+    behaviour: Annotated[
+        str | None, typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder.")
+    ] = None,
+    positive: Positive = None,
+    negative: Negative = None,
+    field: Field = None,
+    judge: Judge = None,
+    answers: Annotated[int, typer.Option(help="The budget: answers that are generated at most.")] = 600,
+    goal: Annotated[Literal["more", "less"], typer.Option(help="Whether more or less of it is wanted.")] = "more",
+    method: Annotated[str, typer.Option(help="Some of dim,pca,lat,probe.")] = "dim,pca,probe",
+    op: Annotated[str, typer.Option(help="Some of add,ablate,clamp.")] = "add,ablate,clamp",
+    layers: Annotated[str, typer.Option(help="Layers to try, such as 8-20 or 8,12,16, or all.")] = "all",
+    position: Annotated[
+        str, typer.Option(help="Tokens to try, counted from the prompt's end, such as -1,-2, or all after it.")
+    ] = "all",
+    max_kl: Annotated[float, typer.Option(min=0, help="Nats per token of neutral text that it may cost.")] = 0.5,
+    max_perplexity: Annotated[
+        float, typer.Option(min=1, help="Times the unsteered answers' perplexity that its answers may have.")
+    ] = 2.0,
+    max_repetition: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of repeated 4-grams that it may add to the answers.")
+    ] = 0.1,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the largest gain, good enough to be chosen.")] = 0.9,
+    prompts: Annotated[int, typer.Option(help="Validation prompts of a setting.")] = 8,
+    finalists: Annotated[int, typer.Option(help="Settings that are measured on more prompts.")] = 6,
+    train: Annotated[
+        int | None, typer.Option(help="Training prompts a side that vectors are found on, at most (all).")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
+    max_batch: Annotated[int, typer.Option(help="Rows that run together.")] = 32,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Search the setting that brings about a behaviour at the least price: layer, token, method, op and strength, by
+    Optuna's TPE, against KL, perplexity, repetition and over-refusal.
+
+    Writes search.json (everything that was measured), plan.json (the chosen plan) and search.html (one page, no network
+    needed) to --out. After a kill or Ctrl-C the same command goes on, to the same bytes. `faststeer replay` repeats the
+    choice.
+
+    \b
+    Example: faststeer search --behaviour tone --model ./my-model --out tone-search
+    Example: faststeer search --model ./my-model --positive happy.txt --negative sad.txt --judge sentiment
+
+    Exit codes: 0 chosen; 1 wrong input, or a full disk; 2 wrong usage; 3 finished, but nothing gains anything within
+    the limits, or the page could not be made; 130 stopped by Ctrl-C (what was finished is kept).
+    """
+    check_sides(positive, negative)
+    from faststeer.behaviours import search as searching
+
+    settings = searching.SearchSettings(
+        answers=answers,
+        goal=goal,
+        methods=tuple(part.strip() for part in method.split(",")),
+        ops=tuple(part.strip() for part in op.split(",")),
+        layers=None if (numbers := layer_numbers(layers)) is None else tuple(numbers),
+        positions=None if (tokens := positions_of(position, None)) is None else tuple(tokens),
+        max_kl=max_kl,
+        max_perplexity=max_perplexity,
+        max_repetition=max_repetition,
+        share=share,
+        prompts=prompts,
+        finalists=finalists,
+        train=train,
+        max_new_tokens=max_new_tokens,
+        batch=max_batch,
+        seed=seed,
+    )
+    searched = behaviour_of(model, behaviour, positive, negative, field, judge)
+    loaded, tokenizer = load_model(model, dtype, device)
+    try:
+        state = searching.search(loaded, tokenizer, searched, out, settings, name=model, progress=True)
+    except KeyboardInterrupt:
+        errors.print(f"Stopped; what was finished is in {out}. The same command goes on.", highlight=False)
+        raise typer.Exit(STOPPED) from None
+    page = _page(state, out / "search.html", title)
+    if as_json:
+        facts = {"chosen": state["chosen"], "test": state["test"], "settings": searching.rows(state)}
+        typer.echo(json.dumps(facts | {"page": str(out / "search.html") if page else None}))
+    else:
+        _print(state, out)
+    if state["chosen"] is None or not page:
+        raise typer.Exit(FAILED)
+
+
+def _page(state: dict[str, Any], path: Path, title: str | None) -> bool:
+    """Write the page; what was found is worth keeping where the packages for it are not there."""
+    from faststeer.files import write_atomically
+    from faststeer.report import search_page
+
+    try:
+        write_atomically(path, search_page(state, title))
+    except ImportError as error:
+        errors.print(f"No page: {error}", highlight=False, markup=False)
+        return False
+    return True
+
+
+def _print(state: dict[str, Any], out: Path) -> None:
+    from faststeer.behaviours.search import rows, setting_text
+
+    console, lines = Console(), rows(state)
+    made = Table("setting", "gain", "KL, nats", "perplexity", "repetition", "answers", title="The Pareto front")
+    for line in sorted((line for line in lines if line["front"]), key=lambda line: line["kl"]):
+        mark = " (chosen)" if line["chosen"] else ""
+        made.add_row(
+            setting_text(line) + mark,
+            f"{line['gain']:+.3f}",
+            f"{line['kl']:.4f}",
+            f"x {line['perplexity']:.2f}",
+            f"{line['repetition']:+.3f}",
+            str(line["answers"]),
+        )
+    made.caption = "against the unsteered model on the same validation prompts"
+    console.print(made)
+    if state["chosen"] is None:
+        console.print("Nothing gains anything within the limits: raise --max-kl, or search with more --answers")
+        return
+    gain, n = state["test"]["gain"], len(state["test"]["steered"]["scores"])
+    interval = f" [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain["low"] is not None else ""
+    console.print(
+        f"Chosen: {setting_text(lines[state['chosen']])}. On {n} test prompts it gains {gain['mean']:+.3f}{interval}",
+        highlight=False,
+        markup=False,
+    )
+    console.print(f"Written to {out}: search.json, plan.json, search.html", highlight=False, markup=False)
+
+
+@app.command()
+@reports_errors
+def replay(
+    record: Annotated[Path, typer.Argument(help="A search.json.")] = Path("search/search.json"),
+    model: Annotated[
+        str | None, typer.Option(help="The model (default: by the name that the search was given).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Repeat a search's choice: find the vectors anew, choose by the rule among the recorded settings, make the plan,
+    measure it on the test prompts, and say whether every number is the same, bit for bit.
+
+    Example: faststeer replay search/search.json --out plan.json
+
+    Exit codes: 0 the same; 1 wrong input (also: another model, or numbers that were changed); 2 wrong usage; 3
+    repeated, but something differs, as on another machine or with other versions.
+    """
+    check_files(record=record)
+    import faststeer.demo  # noqa: F401  its judges
+    from faststeer.behaviours import search as searching
+    from faststeer.files import write_atomically
+    from faststeer.version import versions
+
+    state = searching.load(record)
+    loaded, tokenizer = load_model(model or state["model"] or "demo", dtype, device)
+    differences, plan = searching.replay(loaded, tokenizer, record, progress=True)
+    if out is not None:
+        write_atomically(out, searching.plan_text(plan))
+    chosen = searching.setting_text(searching.rows(state)[state["chosen"]])
+    if as_json:
+        typer.echo(json.dumps({"same": not differences, "differs": sorted(differences), "chosen": chosen}))
+    elif differences:
+        other = {k: v for k, v in versions().items() if state["versions"].get(k) != v}
+        why = f" The search ran with other versions: {state['versions']}." if other else ""
+        errors.print(f"Repeated, but not the same: {', '.join(differences)}.{why}", highlight=False, markup=False)
+    else:
+        Console().print(f"The same, bit for bit: {chosen}", highlight=False, markup=False)
+    if differences:
+        raise typer.Exit(FAILED)
