@@ -26,6 +26,7 @@ from faststeer.behaviours.search import SearchSettings, bench, replay, search
 from faststeer.behaviours.search import run as running
 from faststeer.behaviours.search.settings import Budget
 from faststeer.cli import app
+from faststeer.evaluate.judging import registry
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.files import FormatError
 
@@ -43,8 +44,9 @@ TEXT = ("Water boils.", "Bake a cake, then wait.")
 def judged():
     """A judge that random models' answers differ in, and no coherence check: their answers are noise."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(behaviours.behaviour.judge.__globals__["JUDGES"], "vowels", vowels)
-        patched.setitem(behaviours.behaviour.coherence.__globals__["COHERENCE"], "any", lambda text: True)
+        patched.setattr(registry, "JUDGES", dict(registry.JUDGES))
+        registry.register("vowels", lambda: registry.make(vowels))
+        registry.register("any", lambda: registry.make(lambda text: 1))
         patched.setattr(bench, "NEUTRAL_TEXT", TEXT)  # short, so that the tests are
         yield
 

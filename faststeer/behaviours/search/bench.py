@@ -11,8 +11,7 @@ from faststeer.behaviours.behaviour import Behaviour
 from faststeer.behaviours.search.record import digest
 from faststeer.behaviours.search.settings import Budget, SearchSettings
 from faststeer.evaluate.generate import generator
-from faststeer.evaluate.judges import coherence, judge
-from faststeer.evaluate.judging import make
+from faststeer.evaluate.judging import make, signs
 from faststeer.evaluate.refusal import is_refusal
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT, text_effects
 from faststeer.evaluate.statistics import paired_bootstrap
@@ -38,7 +37,10 @@ class Bench:
         side = "induce" if self.settings.goal == "more" else "suppress"
         self.validation = list(getattr(self.behaviour.validation, side))
         self.test = list(getattr(self.behaviour.test, side))[: self.budget.test]
-        self._scored, self._coherent = scored_by(self.behaviour.judge), coherence(self.behaviour.coherence)
+        self._judge, self._coherence = (
+            make(name, model=self.model, tokenizer=self.tokenizer)
+            for name in (self.behaviour.judge, self.behaviour.coherence)
+        )
         self._perplexity = make(
             "perplexity", model=self.model, tokenizer=self.tokenizer, batch_size=self.settings.batch
         )
@@ -70,19 +72,26 @@ class Bench:
         if not texts:
             return {}
         sign = 1.0 if self.settings.goal == "more" else -1.0
+        sound = signs(self._coherence, prompts, texts)
         scores = [
-            sign * score if whole and self._coherent(text) else -1.0
-            for score, (text, whole) in zip(self._scored(texts), answers, strict=True)
+            sign * score if whole and coherent == 1 else -1.0
+            for score, coherent, (_, whole) in zip(self._scores(prompts, texts), sound, answers, strict=True)
         ]
         perplexities = [verdict.score for verdict in self._perplexity(prompts, texts)]
-        refused = (
-            {} if self.behaviour.judge == "refusal" else {"refused": [is_refusal(text, "phrases") for text in texts]}
-        )
+        refuses = self.behaviour.judge.partition(":")[0] == "refusal"
+        refused = {} if refuses else {"refused": [is_refusal(text, "phrases") for text in texts]}
         return refused | {
             "scores": scores,
             "log_perplexities": [None if p is None else math.log(max(p, 1.0)) for p in perplexities],
             "repetitions": [verdict.score for verdict in self._repetition(prompts, texts)],
         }
+
+    def _scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """A judge's scores, -1..1, where its scale has two ends: the share of cheerful answers hardly rises where most
+        are. Else 1 for an answer that shows the behaviour, -1 for one that does not."""
+        if getattr(self._judge, "opposes", None) is None:
+            return [float(sign) for sign in signs(self._judge, prompts, texts)]
+        return [min(max(verdict.score or 0.0, -1.0), 1.0) for verdict in self._judge(prompts, texts)]
 
     def unsteered(self) -> dict[str, Any]:
         """The same of the unsteered model, on all validation prompts that are used."""
@@ -163,13 +172,3 @@ class Bench:
             "answers_sha256": digest(both),
             "examples": examples,
         }
-
-
-def scored_by(name: str) -> Callable[[Sequence[str]], list[float]]:
-    """A behaviour's judge as scores of -1..1: VADER's compound score, where that is the judge, since the share of
-    cheerful answers hardly rises where most are; else what the judge says."""
-    if name == "vader":
-        vader = make("sentiment")
-        return lambda texts: [verdict.score or 0.0 for verdict in vader([""] * len(texts), texts)]
-    says = judge(name)
-    return lambda texts: [float(says(text)) for text in texts]
