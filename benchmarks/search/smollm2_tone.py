@@ -40,11 +40,12 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = smollm2.load()
     behaviour, settings = fs.behaviours.load("tone"), SearchSettings(answers=arguments.answers, goal=arguments.goal)
+    finished = (arguments.out / "search.json").is_file()  # then nothing is timed
     start = time.perf_counter()
     state = search(model, tokenizer, behaviour, arguments.out, settings, name=smollm2.MODEL, progress=True)
-    seconds = time.perf_counter() - start
+    seconds = "" if finished else round(time.perf_counter() - start, 1)
     start = time.perf_counter()
-    differences, _ = replay(arguments.out / "search.json", model, tokenizer)
+    differences, _ = replay(model, tokenizer, arguments.out / "search.json")
     replayed = time.perf_counter() - start
     chosen = trials_of(state)[state["chosen"]]
     own = summary(chosen, state["unsteered"])
@@ -57,7 +58,7 @@ def main() -> None:
     best, price = max(cheaper or plain, key=lambda each: each[1]["gain"])
     rows = [
         {"setting": name, **setting, "prompts": len(chosen["scores"]), "gain": round(sums["gain"], 4)}
-        | {"kl": round(sums["kl"], 4), "seconds": round(seconds, 1), "replay_seconds": round(replayed, 1)}
+        | {"kl": round(sums["kl"], 4), "seconds": seconds, "replay_seconds": round(replayed, 1)}
         | {"same_plan": not differences, "answers": arguments.answers}
         for name, setting, sums in (("chosen", chosen["setting"], own), ("best plain layer", best, price))
     ]
