@@ -31,8 +31,8 @@ SMALL = {
     "observe": "--method dim --layer 15 --position -1 --prompts 2 --patched 1 --tried 1 --utility 1 --points 1 "
     "--shares 0.01,1 --sparsities 0.5 --controls 1 --max-new-tokens 4",
     "verify": "--seconds 5",
-    "search": "--answers 60 --goal less --prompts 2 --finalists 1 --train 4 --layers 15-24 --op add --method dim "
-    "--position -1 --max-kl 5 --max-new-tokens 8",
+    "search": "--answers 60 --goal less --prompts 2 --finalists 1 --train 16 --layers 15-24 --op add --method dim "
+    "--position -1 --max-kl 5 --max-perplexity 1000 --max-repetition 1 --max-new-tokens 8",
 }
 COMPARING = "--position -1 --steps 1 --prompts 1"  # of extract --method
 LAYER = "15"
@@ -111,7 +111,7 @@ def folder(tmp_path, monkeypatch, shared, vector) -> Path:
     Path("advbench.csv").write_text("goal\n" + "\n".join(json.dumps(text) for text in harmful) + "\n")
     Path("alpaca.json").write_text(json.dumps([{"instruction": text, "input": ""} for text in harmless]))
     Path("sweep.yaml").write_text(SWEEP)
-    for name in ("refusal", "pca"):
+    for name in ("refusal", "pca", "tone"):
         vector.save(f"{name}.safetensors")
     fs.Plan([fs.Ablate(vector, layers=int(LAYER))]).save("plan.json")
     fs.Plan([fs.Add(vector, -1.0, layers=int(LAYER))]).save("gloomy.json")
@@ -131,6 +131,9 @@ def small(line: str) -> list[str]:
     command, *words = shlex.split(line, comments=True)[1:]
     words = ["smollm2" if word == "./my-model" else word for word in words]
     words += shlex.split(SMALL.get(command, ""))
+    if command == "evaluate" and "--behaviour" in words:  # which has a judge of its own
+        at = words.index("--judge")
+        del words[at : at + 2]
     if command in ("extract", "observe", "evaluate", "ui") and "--model" not in words:
         words += ["--model", "smollm2"]
     if command == "observe" and "--behaviour" not in words:  # the page's is the demo model's own
