@@ -4,11 +4,12 @@ NaN without any steering; beside others, before others, preempted, aborted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from requests_mixed import by_engine, token_ids, tokens
+from requests_mixed import by_engine, token_ids
 
 import faststeer as fs
 
@@ -171,14 +172,26 @@ def test_preempted_requests(engine: Watched, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Scheduler, "_preempt_request", counted)
     prompts = [(engine.prompts[i % 8], None) for i in range(24)]
     bad = [(prompt, poison(POISONS[i % 5]) if i % 3 == 1 else None) for i, (prompt, _) in enumerate(prompts)]
-    alone = {tuple(p): tokens(by_engine(engine.llm, [(p, None)], 70))[0] for p in engine.prompts}
+    alone = {tuple(p): by_engine(engine.llm, [(p, None)], 70, logprobs=2)[0].outputs[0] for p in engine.prompts}
     answers = by_engine(engine.llm, bad, 70)
     assert preempted
     for (prompt, plan), answer in zip(bad, answers, strict=True):
         if plan is None:
-            assert list(answer.outputs[0].token_ids) == alone[tuple(prompt)]
+            is_alone(answer.outputs[0].token_ids, alone[tuple(prompt)], engine.worker.model_runner.dtype)
         else:
             is_error(answer, "the model overflowed under the plan")
+
+
+def is_alone(answered: Sequence[int], alone: Any, dtype: torch.dtype) -> None:
+    """The tokens of a request by itself. A preempted one is read again with others beside it, and some processors
+    round products in bf16 by how many rows there are: there, either of two tokens may come whose logits are within two
+    units in the last place of numbers below 16."""
+    both = enumerate(zip(answered, alone.token_ids, strict=True))
+    step = next((i for i, (token, own) in both if token != own), None)
+    if step is not None:
+        assert dtype is torch.bfloat16, step
+        first, second = (alone.logprobs[step][token].logprob for token in (alone.token_ids[step], answered[step]))
+        assert abs(first - second) <= 2 * 2**-4, (step, first, second)
 
 
 def test_aborted_before_anybody_looked(engine: Watched) -> None:
