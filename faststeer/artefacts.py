@@ -42,8 +42,7 @@ def fingerprint(model: nn.Module) -> str:
 
     So training, quantising, folding, an adapter or a single changed number make it another one. It cannot see numbers
     of a weight that only change places, none of them being sampled; functions that were replaced; and buffers that
-    are not saved (`persistent=False`). The weights are read once, at the speed of memory: 12 GB/s with one thread of
-    a CPU (0.05 s for 135M parameters in fp32).
+    are not saved (`persistent=False`). The weights are read once.
 
     Raises:
         ValueError: weights without values (on the meta device), whose model could not be told from another.
