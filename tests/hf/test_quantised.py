@@ -170,7 +170,7 @@ def test_reading(made, kind):
     with torch.no_grad(), read(model, at="resid_post", layers=[LAYER]) as taken:
         model(**inputs)
     handle.remove()
-    assert torch.equal(taken[LAYER], seen[0])
+    assert torch.equal(taken[LAYER], seen[-1])  # before it, the passes that find what the model is made of
 
 
 @ROWWISE
