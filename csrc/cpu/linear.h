@@ -1,15 +1,17 @@
-// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied beforehand.
+// y = x W^T + b, with weights as a model keeps them, `[outputs, inputs]`, none copied.
 //
-// A panel is the weights of WIDTH outputs side by side, `[inputs][WIDTH]` fp32. For every panel:
-//   1. DEPTH inputs at a time are written to scratch: little work beside the products as long as there are some rows to
-//      share it.
-//   2. HEIGHT rows at a time stay in registers, WIDTH sums each, while the inputs go by: two loads of weights an input,
-//      and for each row one broadcast and two multiply-adds.
-//   3. Sums of DEPTH inputs are added up in fp32; the bias follows, and the result is rounded, once.
+// A tile is ROWS rows by OUTPUTS outputs. Each of its sums is a vector in a register while the inputs go by, PART at a
+// time; then every PART of them are folded into one vector with a sum in each lane.
+//   1. OUTPUTS outputs at a time pass by all rows, so that weights come from memory once. Meanwhile the weights of the
+//      next OUTPUTS are prefetched, at the pace at which the tiles are computed: so many rows are read at once that the
+//      processor does not see them coming.
+//   2. DEPTH inputs at a time: what a tile reads stays in the nearest cache.
+//   3. The bias follows, and the result is rounded, once.
 // A result depends on its own row and weights alone, never on which rows and outputs are computed beside it. Products
 // are fused multiply-adds where the machine has them: the baseline level rounds otherwise.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -20,12 +22,21 @@
 namespace faststeer {
 namespace {
 
-constexpr int64_t DEPTH = 512;  // 64 KB of weights at most: every HEIGHT rows they come from the second cache
-constexpr int WIDTH = 2 * PART;
-constexpr int64_t PREFETCHED = 2;  // outputs of the next panel whose weights are prefetched, every HEIGHT rows
-// Rows of which two sums each leave room for two vectors of weights and what is broadcast. 24 sums of 12 rows would fit
-// AVX-512's registers and are no faster, and fewer batches are a multiple of 12.
-constexpr int HEIGHT = PART == 16 ? 8 : PART == 8 ? 6 : 4;
+// Sums, the weights of each output and one row's inputs fill the registers: 32 vectors of AVX-512, 16 of the others.
+constexpr int ROWS = 4, OUTPUTS = PART == 16 ? 6 : PART == 8 ? 3 : 2;
+constexpr int SUMS = ROWS * OUTPUTS, SUM_LANES = (SUMS + LANES - 1) / LANES * LANES;
+constexpr int64_t DEPTH = 768;
+constexpr int64_t MOST_ROWS = 64;  // of which inputs stay in the second cache while a unit's weights go by
+constexpr int64_t UNIT = 48;       // outputs that a thread takes at a time: some tiles of every size
+
+// Keeps GCC from reading a vector from memory again wherever it is used.
+#if defined(__AVX512F__)
+#define FASTSTEER_IN_REGISTER(vector) asm("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define FASTSTEER_IN_REGISTER(vector) asm("" : "+x"(vector))
+#else
+#define FASTSTEER_IN_REGISTER(vector)
+#endif
 
 FASTSTEER_LANES Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -37,152 +48,132 @@ FASTSTEER_LANES Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Exchange the off-diagonal quarters of every two vectors W apart; after all W, PART vectors are transposed.
+// Lanes 0 to W - 1 of every 2 W: those of x plus those W behind them; the others: the same of y.
 template <int W, int... I>
-FASTSTEER_LANES void exchange(Floats& x, Floats& y, std::integer_sequence<int, I...>) {
+FASTSTEER_LANES Floats fold_pair(Floats x, Floats y, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  const Floats low = __builtin_shufflevector(x, y, ((I & W) ? PART + I - W : I)...);
-  y = __builtin_shufflevector(x, y, ((I & W) ? PART + I : I + W)...);
+  return __builtin_shufflevector(x, y, ((I & W) ? PART + I - W : I)...) +
+         __builtin_shufflevector(x, y, ((I & W) ? PART + I : I + W)...);
 #else
   const Words lower = {((I & W) ? PART + I - W : I)...}, upper = {((I & W) ? PART + I : I + W)...};
-  const Floats low = __builtin_shuffle(x, y, lower);
-  y = __builtin_shuffle(x, y, upper);
+  return __builtin_shuffle(x, y, lower) + __builtin_shuffle(x, y, upper);
 #endif
-  x = low;
 }
 
-template <int W = PART / 2>
-FASTSTEER_LANES void transpose(Floats* vectors) {
-  for (int i = 0; i < PART; ++i) {
-    if ((i & W) == 0) exchange<W>(vectors[i], vectors[i + W], std::make_integer_sequence<int, PART>());
-  }
-  if constexpr (W > 1) transpose<W / 2>(vectors);
-}
-
-// Weights `[count outputs][depth inputs]` at a distance of `stride`, to half a panel `[depth][first PART of WIDTH]`;
-// outputs behind `count` zero.
-template <class T>
-void pack_half(float* panel, const T* weight, int64_t stride, int64_t count, int64_t depth) {
-  int64_t k = 0;
-  for (; k + PART <= depth; k += PART) {
-    Floats block[PART];
-    for (int i = 0; i < PART; ++i) block[i] = i < count ? decode(weight + i * stride + k) : Floats{};
-    transpose(block);
-    for (int i = 0; i < PART; ++i) encode(panel + (k + i) * WIDTH, block[i]);
-  }
-  for (; k < depth; ++k) {
-    for (int i = 0; i < PART; ++i) {
-      T one[PART] = {};
-      if (i < count) one[0] = weight[i * stride + k];
-      panel[k * WIDTH + i] = decode(one)[0];
-    }
-  }
-}
-
-// One panel of the inputs from `k` on.
-template <class T>
-void pack(float* panel, const LinearJob& job, int64_t unit, int64_t k, int64_t depth) {
-  const Rows& weight = job.weight;
-  for (int64_t half = 0; half < WIDTH; half += PART) {
-    const int64_t first = unit * WIDTH + half;
-    pack_half(panel + half, weight.row<const T>(first) + k, weight.stride, job.outputs - first, depth);
-  }
-}
-
-// sums `[ROWS][WIDTH]` += (or = where FIRST) ROWS rows of x times the panel.
-template <int ROWS, bool FIRST>
-void multiply(float* sums, const float* x, int64_t stride, const float* panel, int64_t depth) {
-  Floats total[ROWS][2];
+// Lane i of the result is the sum of vector i's lanes, for COUNT vectors: PART of them, or half as many.
+template <int COUNT, int W = PART / 2>
+FASTSTEER_LANES Floats fold(Floats* vectors) {
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) total[r][0] = total[r][1] = Floats{};
-  for (int64_t k = 0; k < depth; ++k, panel += WIDTH) {
-    const Floats low = decode(panel), high = decode(panel + PART);
+  for (int i = 0; i < std::min(COUNT, W); ++i) {
+    vectors[i] = fold_pair<W>(vectors[i], vectors[COUNT > W ? i + W : i], std::make_integer_sequence<int, PART>());
+  }
+  if constexpr (W > 1) {
+    return fold<std::min(COUNT, W), W / 2>(vectors);
+  } else {
+    return vectors[0];
+  }
+}
+
+// PART values, the first `count` of them and zeros.
+template <class T>
+FASTSTEER_LANES Floats decode_some(const T* from, int64_t count) {
+  T copy[PART] = {};
+  std::memcpy(copy, from, count * sizeof(T));
+  return decode(copy);
+}
+
+// sums[r * OUTPUTS + o] += row r of x times row o of weights, lane by lane.
+template <class T>
+FASTSTEER_LANES void multiply(Floats* sums, const float* const* x, const T* const* weight, const T* next, int64_t pace,
+                              int64_t depth) {
+  int64_t k = 0;
+#pragma GCC unroll 4
+  for (; k + PART <= depth; k += PART) {
+    Floats w[OUTPUTS];
+#pragma GCC unroll 16
+    for (int o = 0; o < OUTPUTS; ++o) {
+      w[o] = decode(weight[o] + k);
+      FASTSTEER_IN_REGISTER(w[o]);
+    }
+    __builtin_prefetch(next, 0, 2);
+    next += pace;
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const Floats one = x[r * stride + k] - Floats{};  // broadcast; adding zero would be an addition
-      total[r][0] = multiply_add(one, low, total[r][0]);
-      total[r][1] = multiply_add(one, high, total[r][1]);
-    }
-  }
+      const Floats one = decode(x[r] + k);
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    float* const to = sums + r * WIDTH;
-    encode(to, FIRST ? total[r][0] : decode(to) + total[r][0]);
-    encode(to + PART, FIRST ? total[r][1] : decode(to + PART) + total[r][1]);
-  }
-}
-
-template <bool FIRST, int ROWS = HEIGHT>
-FASTSTEER_LANES void multiply_some(int64_t rows, float* sums, const float* x, int64_t stride, const float* panel,
-                                   int64_t depth) {
-  if (rows == ROWS) {
-    multiply<ROWS, FIRST>(sums, x, stride, panel, depth);
-  } else if constexpr (ROWS > 1) {
-    multiply_some<FIRST, ROWS - 1>(rows, sums, x, stride, panel, depth);
-  }
-}
-
-// Ask for the weights of one output in each half of a panel to be brought from memory: packing reads too many rows at
-// once for the processor to see them coming.
-template <class T>
-FASTSTEER_LANES void prefetch(const LinearJob& job, int64_t unit, int64_t output, int64_t k, int64_t depth) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t from = unit * WIDTH + output; from < (unit + 1) * WIDTH; from += PART) {
-    for (int64_t i = 0; i < depth && from < job.outputs; i += LINE) {
-      __builtin_prefetch(job.weight.row<const T>(from) + k + i);
+      for (int o = 0; o < OUTPUTS; ++o) sums[r * OUTPUTS + o] = multiply_add(one, w[o], sums[r * OUTPUTS + o]);
     }
   }
-}
-
-// The sums `[rows][WIDTH]` of a panel, which has room for DEPTH inputs.
-template <class T>
-void products(const LinearJob& job, int64_t unit, float* panel, float* sums) {
-  for (int64_t k = 0; k < job.inputs; k += DEPTH) {
-    const int64_t depth = job.inputs - k < DEPTH ? job.inputs - k : DEPTH;
-    pack<T>(panel, job, unit, k, depth);
-    int64_t prefetched = 0;
-    for (int64_t row = 0; row < job.rows; row += HEIGHT) {
-      const int64_t rows = job.rows - row < HEIGHT ? job.rows - row : HEIGHT;
-      for (int64_t i = 0; i < PREFETCHED && prefetched < PART; ++i, ++prefetched) prefetch<T>(job, unit + 1, prefetched, k, depth);
-      const float* const x = job.x.row<const float>(row) + k;
-      if (k == 0) {
-        multiply_some<true>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);
-      } else {
-        multiply_some<false>(rows, sums + row * WIDTH, x, job.x.stride, panel, depth);
+  if (k < depth) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const Floats one = decode_some(x[r] + k, depth - k);
+#pragma GCC unroll 16
+      for (int o = 0; o < OUTPUTS; ++o) {
+        sums[r * OUTPUTS + o] = multiply_add(one, decode_some(weight[o] + k, depth - k), sums[r * OUTPUTS + o]);
       }
     }
   }
 }
 
-// The first `count` of PART values, rounded.
+// OUTPUTS outputs from `output` on, of the rows `first` to `end` - 1, at most MOST_ROWS. Outputs and rows that are not
+// there are the last one over again, and are not written.
 template <class T>
-FASTSTEER_LANES void write_some(T* to, Floats value, int64_t count) {
-  T copy[LANES] = {};
-  Lanes lanes = all(0);
-  lanes.part[0] = value;
-  if (count >= PART && PARTS == 1) return store_rounded(to, lanes);
-  store_rounded(copy, lanes);
-  std::memcpy(to, copy, (count < PART ? count : PART) * sizeof(T));
+void some_outputs(const LinearJob& job, int64_t output, int64_t first, int64_t end, float* scratch) {
+  const int64_t count = std::min<int64_t>(OUTPUTS, job.outputs - output), groups = (end - first + ROWS - 1) / ROWS;
+  T bias[SUM_LANES] = {};
+  for (int i = 0; i < SUMS && job.bias != nullptr; ++i) {
+    bias[i] = static_cast<const T*>(job.bias)[output + std::min<int64_t>(i % OUTPUTS, count - 1)];
+  }
+  for (int64_t k = 0; k < job.inputs; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, job.inputs - k);
+    const T* weight[OUTPUTS];
+    for (int o = 0; o < OUTPUTS; ++o) weight[o] = job.weight.row<const T>(output + std::min<int64_t>(o, count - 1)) + k;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t row = first + group * ROWS;
+      const float* x[ROWS];
+      for (int r = 0; r < ROWS; ++r) x[r] = job.x.row<const float>(std::min(row + r, end - 1)) + k;
+      // All groups together ask for the next outputs' weights, each for its share.
+      const int64_t share = group * OUTPUTS * depth / groups, pace = std::min<int64_t>(PART, PART * OUTPUTS / groups);
+      const T* const next = job.weight.row<const T>(std::min(output + OUTPUTS + share / depth, job.outputs - 1)) + k;
+      Floats sums[SUMS];
+      float* const kept = scratch + group * SUMS * PART;
+#pragma GCC unroll 32
+      for (int i = 0; i < SUMS; ++i) sums[i] = k == 0 ? Floats{} : decode(kept + i * PART);
+      multiply<T>(sums, x, weight, next + share % depth, pace, depth);
+      if (k + DEPTH < job.inputs) {
+#pragma GCC unroll 32
+        for (int i = 0; i < SUMS; ++i) encode(kept + i * PART, sums[i]);
+        continue;
+      }
+      float folded[SUM_LANES] = {};
+      T out[SUM_LANES];
+#pragma GCC unroll 32
+      for (int i = 0; i + PART <= SUMS; i += PART) encode(folded + i, fold<PART>(sums + i));
+      if constexpr (SUMS % PART != 0) encode(folded + SUMS - SUMS % PART, fold<SUMS % PART>(sums + SUMS - SUMS % PART));
+      for (int i = 0; i < SUM_LANES; i += LANES) store_rounded(out + i, load(folded + i) + load(bias + i));
+      for (int r = 0; r < ROWS && row + r < end; ++r) {
+        T* const to = job.out.row<T>(row + r) + output;
+        if (count == OUTPUTS) {
+          std::memcpy(to, out + r * OUTPUTS, OUTPUTS * sizeof(T));
+        } else {
+          std::memcpy(to, out + r * OUTPUTS, count * sizeof(T));
+        }
+      }
+    }
+  }
 }
 
-// Units are panels.
 template <class T>
 void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
-  const std::unique_ptr<float[]> scratch(new float[(DEPTH + job.rows) * WIDTH]);
-  float *const panel = scratch.get(), *const sums = panel + DEPTH * WIDTH;
-  for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-    products<T>(job, unit, panel, sums);
-    const int64_t first = unit * WIDTH, count = job.outputs - first;
-    T bias[WIDTH] = {};
-    if (job.bias != nullptr) {
-      std::memcpy(bias, static_cast<const T*>(job.bias) + first, (count < WIDTH ? count : WIDTH) * sizeof(T));
-    }
-    const Floats low = decode(bias), high = decode(bias + PART);
-    for (int64_t row = 0; row < job.rows; ++row) {
-      const Floats a = decode(sums + row * WIDTH), b = decode(sums + row * WIDTH + PART);
-      T* const to = job.out.row<T>(row) + first;
-      write_some(to, a + low, count);
-      if (count > PART) write_some(to + PART, b + high, count - PART);
+  const std::unique_ptr<float[]> scratch(new float[MOST_ROWS / ROWS * SUMS * PART]);
+  const int64_t end_output = std::min(end_unit * UNIT, job.outputs);
+  for (int64_t unit = first_unit * UNIT; unit < end_output; unit += UNIT) {
+    for (int64_t row = 0; row < job.rows; row += MOST_ROWS) {
+      const int64_t end = std::min(row + MOST_ROWS, job.rows);
+      for (int64_t output = unit; output < std::min(unit + UNIT, end_output); output += OUTPUTS) {
+        some_outputs<T>(job, output, row, end, scratch.get());
+      }
     }
   }
 }

@@ -77,7 +77,7 @@ Rows rows_of(const Tensor& tensor, int64_t stride) { return {tensor.data_ptr(), 
 
 // `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
 void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
-  require(matrix.sizes().size() == 2 && (columns < 0 || matrix.size(1) == columns), name);
+  require(matrix.sizes().size() == 2 && matrix.size(1) >= 1 && (columns < 0 || matrix.size(1) == columns), name);
   require(check_float(matrix, name) == dtype && (matrix.size(1) <= 1 || matrix.stride(1) == 1), name);
 }
 
@@ -106,8 +106,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     over_units(of_dtype(routines().widen, dtype), widen, job.rows, job.inputs);
     job.x = rows_of(*wide, job.inputs);
   }
-  const int64_t panels = (job.outputs + routines().panel - 1) / routines().panel;
-  over_units(of_dtype(routines().linear, dtype), job, panels, job.rows * job.inputs);
+  const int64_t units = (job.outputs + routines().unit - 1) / routines().unit;
+  over_units(of_dtype(routines().linear, dtype), job, units, job.rows * job.inputs);
   return out;
 }
 

@@ -141,7 +141,7 @@ void latch(const LatchArguments& job, int64_t first, int64_t end) {
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
     FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch),
-    FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), WIDTH,
+    FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), UNIT,
 };
 
 }  // namespace faststeer

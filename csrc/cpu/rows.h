@@ -46,7 +46,7 @@ struct Routines {
   Latch latch[N_DTYPES];
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
-  int64_t panel;  // outputs of a panel
+  int64_t unit;  // outputs that `linear` takes at a time
 };
 
 extern const Routines routines_baseline;

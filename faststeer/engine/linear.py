@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from faststeer.hf.changes import Changes, Context
 from faststeer.ops import backend_for, linear
 
-# Rows below which weights pass by so fast that PyTorch's product is as good or better.
-FEW = 4
+# Rows below which weights pass by so fast that PyTorch's product is as good or better, and rows above which it is, on
+# the processors that MKL is made for. Those with AMX are such; older ones are taken for others.
+FEW, MANY = 4, 64 if torch.cpu._is_amx_tile_supported() else math.inf
 
 
 class FastLinears(Context[None]):
@@ -48,7 +50,7 @@ def is_faster(weight: Tensor) -> bool:
 def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if x.dtype != module.weight.dtype or rows < FEW:  # the former: PyTorch's own complaint
+        if x.dtype != module.weight.dtype or not FEW <= rows <= MANY:  # the former: PyTorch's own complaint
             return F.linear(x, module.weight, module.bias)
         return linear(x.reshape(rows, -1), module.weight, module.bias).view(*x.shape[:-1], -1)
 
