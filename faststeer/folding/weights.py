@@ -29,9 +29,9 @@ from faststeer.compile import Entry, compile_plan
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
 from faststeer.folding.saving import check_savable, check_saved, leave_quantizer
-from faststeer.hf.anatomy import find_hook_points, run_four_tokens
+from faststeer.hf.anatomy import find_hook_points, watch
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, install, is_held, quiet
+from faststeer.hf.hook_points import HookPoints, first_output, install, is_held, quiet
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, n_sites, site, site_name
@@ -90,8 +90,10 @@ def find_writers(model: nn.Module, points: HookPoints) -> list[Writer]:
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and n.startswith(inside)]
     tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and not n.startswith(inside)]
     ends = [f"{inside}{i}.{name}" for i, _, name in branches]
-    seen, entering = _outputs(model, {*linear, *tables, *ends}, points)
-    writers = [_embedding(model, tables, seen, entering)]
+    with quiet(model):
+        calls = watch(model, sorted({*linear, *tables, *ends, f"{inside}0"}))
+    seen = {name: call.sent for name, call in calls.items()}
+    writers = [_embedding(model, tables, seen, calls[f"{inside}0"].received)]
     for i, at, name in branches:
         what = f"{'attention' if at == 'attn_out' else 'the MLP'} of layer {i}"
         end = f"{inside}{i}.{name}"
@@ -108,25 +110,6 @@ def find_writers(model: nn.Module, points: HookPoints) -> list[Writer]:
         writer.change = Map.identity(points.hidden_size)
         writer.constant = torch.zeros(points.hidden_size, dtype=torch.float64)
     return writers
-
-
-def _outputs(model: nn.Module, names: set[str], points: HookPoints) -> tuple[dict[str, Tensor], Tensor]:
-    """What modules give in a pass over four tokens, and what enters the first layer."""
-    seen: dict[str, Tensor] = {}
-    entering: list[Tensor] = []
-
-    def keep(name: str) -> Any:
-        return lambda module, args, output: seen.__setitem__(name, first_output(output).detach().to("cpu", copy=True))
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering.append(first_tensor(args, kwargs).detach().to("cpu", copy=True))
-
-    with quiet(model), changing() as changes:
-        for name in sorted(names):
-            changes.hook(model.get_submodule(name).register_forward_hook, keep(name))
-        changes.hook(points.layer(model, 0).register_forward_pre_hook, enter, with_kwargs=True)
-        run_four_tokens(model)
-    return seen, entering[0]
 
 
 def _embedding(model: nn.Module, tables: list[str], seen: dict[str, Tensor], entering: Tensor) -> Writer:

@@ -61,7 +61,7 @@ class Call:
 
     Attributes:
         times: how often the module was called up to then.
-        received: its first floating-point argument.
+        received: its first floating-point argument; empty if it has none.
         raw: its output before anybody's hooks.
         sent: its output as the next module sees it.
     """
@@ -84,10 +84,9 @@ def watch_calls(model: nn.Module, names: Sequence[str], second: int = 5) -> list
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-            if tensors:
-                times = latest[name].times + 1 if name in latest else 1
-                latest[name] = Call(name, len(calls), times, _copy(tensors[0]), nothing, nothing)
-                calls.append(latest[name])
+            times = latest[name].times + 1 if name in latest else 1
+            latest[name] = Call(name, len(calls), times, _copy(tensors[0]) if tensors else nothing, nothing, nothing)
+            calls.append(latest[name])
 
         return hook
 
