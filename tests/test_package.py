@@ -1,4 +1,4 @@
-"""The wheel that users install: built from the source distribution, then used where only what it requires is installed."""
+"""The wheel that users install: built from the source distribution, used where only what it requires is installed."""
 
 from __future__ import annotations
 
