@@ -60,6 +60,8 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/typos --quiet
+	$(BIN)/python docs/check_text.py
 
 # The site, in out/site. A broken link fails.
 docs: $(VENV)/.ready-docs
@@ -68,6 +70,7 @@ docs: $(VENV)/.ready-docs
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -type f)
 
 # The C++, where there is a compiler; up to date is left alone.
 build: $(VENV)/.ready
