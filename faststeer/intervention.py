@@ -39,6 +39,8 @@ class Gate:
     Args:
         direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
         threshold: in the units of the value.
+        kind: which value is compared, "dot" or "cosine".
+        above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
             verdict holds from that token on. Without it every token decides for itself, on the row as the intervention
             finds it.

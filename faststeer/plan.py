@@ -314,8 +314,9 @@ class _Reader:
 
     def direction(self, item: Any, where: str) -> Direction:
         ways = '{"name": ...}, {"path": ..., "sha256": ...}, {"vector": base64} or {"tensor": base64}'
-        if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
-            raise FormatError(f"{where}: expected a direction as {ways}")
+        forms = ({"name"}, {"path"}, {"path", "sha256"}, {"vector"}, {"tensor"})
+        if not isinstance(item, dict) or set(item) not in forms:
+            raise FormatError(f"{where}: expected a direction as {ways}, with no other field")
         if "name" in item:
             if not isinstance(item["name"], str) or item["name"] not in self.names:
                 raise FormatError(

@@ -93,7 +93,8 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
     if (first := vector.layers[0] - shift) < 1:
         raise ValueError(
             f"{vector.at} of layer {vector.layers[0]} would be written as direction.{first}: llama.cpp steers what "
-            "leaves layers 1, 2, ... and refuses such a file; leave that layer out (`without_first_layers`)"
+            "leaves layers 1, 2, ... and refuses such a file; leave that layer out "
+            "(`formats.control_vectors.without_first_layers`)"
         )
     with writing("a temporary file for a GGUF vector (TMPDIR says where)"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
