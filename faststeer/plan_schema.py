@@ -65,7 +65,7 @@ BY_ANNOTATION: dict[str, dict[str, Any]] = {
     "bool": {"type": "boolean"},
 }
 TEXT = {"type": "string"}
-DIRECTIONS = {
+DIRECTIONS: dict[str, dict[str, Any]] = {
     "a vector that the reader knows by this name": {"name": TEXT},
     "a file, relative to the plan's folder; with sha256 it must have this content": {"path": TEXT, "sha256": TEXT},
     "the bytes of a vector's file": {"vector": BASE64},
