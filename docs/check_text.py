@@ -42,10 +42,11 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
     start, lines = 0, []
     for number, line in enumerate([*text.splitlines(), ""], 1):
         item = re.match(r"\s*(?:[-*]|\d+\.) ", line)
-        if item or not line.strip() or line.lstrip().startswith(("|", "#", "!", "    ")):
+        code = line.startswith("    ") and not lines
+        if item or code or not line.strip() or line.startswith(("|", "#", "!")):
             if lines:
                 yield start, "\n".join(lines)
-            start, lines = number, [line[item.end() :]] if item else []
+            start, lines = number, [line[item.end() :]] if item and not code else []
         else:
             start = start if lines else number
             lines.append(line)
