@@ -151,7 +151,7 @@ class Plan:
         listed = data.get("interventions")
         if not isinstance(listed, list) or set(data) != {"format", "interventions"}:
             raise FormatError('a plan holds "format" and "interventions" (a list), nothing else')
-        reader = _Reader(names or {}, Path(folder or "."))
+        reader = _PlanReader(names or {}, Path(folder or "."))
         return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
 
 
@@ -274,7 +274,7 @@ def _sha256(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _PlanReader:
     """Reads a plan's JSON; every error says where."""
 
     names: Mapping[str, SteeringVector]

@@ -150,10 +150,12 @@ class SteeringVector:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers that have a direction, in ascending order."""
         return tuple(self.directions)
 
     @property
     def hidden_size(self) -> int:
+        """The length of a direction: the width of the residual stream."""
         return next(iter(self.directions.values())).shape[0]
 
     def __repr__(self) -> str:

@@ -144,7 +144,7 @@ def _library() -> ModuleType:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-class _Walk:
+class _HeaderCursor:
     """A cursor over a header that never leaves it."""
 
     def __init__(self, data: bytes, what: str) -> None:
@@ -186,7 +186,7 @@ class _Walk:
 
 def _walk(data: bytes, what: str) -> str | None:
     """Check that every count and length of the header stays inside the file; returns the architecture's name."""
-    walk = _Walk(data, what)
+    walk = _HeaderCursor(data, what)
     if (version := walk.number("I")) not in (2, 3):
         raise FormatError(f"{what} is GGUF version {version}: expected 2 or 3")
     n_tensors, n_values = walk.count("Q", "tensors"), walk.count("Q", "metadata values")
