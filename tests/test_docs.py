@@ -153,7 +153,7 @@ def test_how_to_s_commands_run(tmp_path, monkeypatch):
     plan["interventions"][0]["when"] |= {"layer": 2}
     (tmp_path / "gated.json").write_text(json.dumps(plan))
     extracting, _, gated, *_ = blocks("sh", "howto.md")
-    for line in (extracting + gated).replace("\\\n", " ").splitlines():
+    for line in (extracting + gated).splitlines():
         if "gated.json" in line and not Path("vector.safetensors").exists():
             shutil.copy("formal.safetensors", "vector.safetensors")
         line = line.replace("smollm2", "demo").replace("--layer 16", "--layer 3")
