@@ -28,7 +28,7 @@ OLDEST_TORCH := torch==2.11.0 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OUT ?= out/$@
 
-.PHONY: demo test test-full test-real test-oldest test-vllm lint format docs build bench-cpu bench-smollm2 bench-vllm bench-peers \
+.PHONY: demo test test-full test-real test-oldest test-vllm lint format docs build wheels wheels-linux bench-cpu bench-smollm2 bench-vllm bench-peers \
 	gpu-libraries gpu-first gpu-second gpu-vllm clean
 
 # Where the real model cannot be had, the demonstration shows the toy alone, and says so.
@@ -60,6 +60,8 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/typos --quiet
+	$(BIN)/python docs/check_text.py
 
 # The site, in out/site. A broken link fails.
 docs: $(VENV)/.ready-docs
@@ -68,10 +70,22 @@ docs: $(VENV)/.ready-docs
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -type f)
 
 # The C++, where there is a compiler; up to date is left alone.
 build: $(VENV)/.ready
 	$(BIN)/python faststeer/build.py
+
+# The source distribution and the pure wheel, in dist/; a user's machine builds the C++ with `python -m faststeer.build`.
+wheels: $(VENV)/.ready-dev
+	rm -rf dist
+	FASTSTEER_BUILD=none $(BIN)/python -m build --quiet --no-isolation --outdir dist .
+	$(BIN)/python -m twine --no-color check --strict dist/*
+
+# Wheels with the C++ for CPUs inside, one for each Python, built from that source distribution in manylinux's container:
+# needs Docker or Podman.
+wheels-linux: wheels
+	$(BIN)/python -m cibuildwheel --platform linux --output-dir dist dist/*.tar.gz
 
 # Alone on the machine, or the numbers mean nothing. The C library keeps freed memory, as it does in a process that has
 # run for a while: else the hooks' times would be those of the kernel handing out zeroed pages.

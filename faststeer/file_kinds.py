@@ -19,7 +19,7 @@ MAX_POINTER = 1024  # a pointer of Git LFS is smaller
 READERS: dict[str, Callable[..., Any]] = {}
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """A kind of file: its name in code, what an error says it is, and how to come to a file that can be read."""
 
     name: str
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 class OtherKind(ValueError):
     """A file of another kind than the reader's. `files.reading` makes a FormatError of it."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: FileKind) -> None:
         super().__init__(f"it is {kind.words}: {kind.remedy}")
         self.kind = kind
 
@@ -41,55 +41,55 @@ _TEXT = "save it as UTF-8 text"
 _HERE = "give the kind of file that is expected here"
 _VECTOR = f"as a vector it is read by SteeringVector.load; elsewhere {_HERE}"
 _ROWS = "write it as .jsonl or .csv, or name its folder as datasets:FOLDER where data sets are taken"
-_TORCH = Kind("torch", "a file of torch.save", _VECTOR)
+_TORCH = FileKind("torch", "a file of torch.save", _VECTOR)
 _BEGINNINGS = {
-    b"GGUF": Kind("gguf", "a GGUF file", "give it where a GGUF model or control vector is taken"),
-    b"PAR1": Kind("parquet", "a Parquet file", _ROWS),
-    b"ARROW1": Kind("arrow", "an Arrow file", _ROWS),
-    b"\x93NUMPY": Kind("npy", "a NumPy array (.npy)", _VECTOR),
-    b"SQLite format 3\0": Kind("sqlite", "an SQLite database", "give it where a sweep's store is taken"),
-    b"\x89HDF\r\n\x1a\n": Kind("hdf5", "an HDF5 file", "read it with h5py, and write its arrays with numpy.savez"),
-    b"\x1f\x8b": Kind("gzip", "compressed by gzip", _UNPACK),
-    b"\x28\xb5\x2f\xfd": Kind("zstd", "compressed by Zstandard", _UNPACK),
-    b"\xfd7zXZ\0": Kind("xz", "compressed by xz", _UNPACK),
-    b"BZh91AY&SY": Kind("bzip2", "compressed by bzip2", _UNPACK),
-    b"7z\xbc\xaf\x27\x1c": Kind("7z", "a 7z archive", _UNPACK),
-    b"%PDF-": Kind("pdf", "a PDF document", _TEXT),
-    b"\xff\xfe": Kind("utf-16", "text in UTF-16", _TEXT),
-    b"\xfe\xff": Kind("utf-16", "text in UTF-16", _TEXT),
+    b"GGUF": FileKind("gguf", "a GGUF file", "give it where a GGUF model or control vector is taken"),
+    b"PAR1": FileKind("parquet", "a Parquet file", _ROWS),
+    b"ARROW1": FileKind("arrow", "an Arrow file", _ROWS),
+    b"\x93NUMPY": FileKind("npy", "a NumPy array (.npy)", _VECTOR),
+    b"SQLite format 3\0": FileKind("sqlite", "an SQLite database", "give it where a sweep's store is taken"),
+    b"\x89HDF\r\n\x1a\n": FileKind("hdf5", "an HDF5 file", "read it with h5py, and write its arrays with numpy.savez"),
+    b"\x1f\x8b": FileKind("gzip", "compressed by gzip", _UNPACK),
+    b"\x28\xb5\x2f\xfd": FileKind("zstd", "compressed by Zstandard", _UNPACK),
+    b"\xfd7zXZ\0": FileKind("xz", "compressed by xz", _UNPACK),
+    b"BZh91AY&SY": FileKind("bzip2", "compressed by bzip2", _UNPACK),
+    b"7z\xbc\xaf\x27\x1c": FileKind("7z", "a 7z archive", _UNPACK),
+    b"%PDF-": FileKind("pdf", "a PDF document", _TEXT),
+    b"\xff\xfe": FileKind("utf-16", "text in UTF-16", _TEXT),
+    b"\xfe\xff": FileKind("utf-16", "text in UTF-16", _TEXT),
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": _TORCH,  # before torch 1.6
 }
-_EMPTY = Kind("empty", "empty", _AGAIN)
-_NULLS = Kind("nulls", "nothing but zero bytes, as an interrupted download leaves it", _AGAIN)
-_LFS = Kind(
+_EMPTY = FileKind("empty", "empty", _AGAIN)
+_NULLS = FileKind("nulls", "nothing but zero bytes, as an interrupted download leaves it", _AGAIN)
+_LFS = FileKind(
     "lfs",
     "a Git LFS pointer, not the file itself",
     "fetch it with git lfs pull, or download the file from its page",
 )
-_ANNEX = Kind("annex", "a pointer of git-annex, not the file itself", "fetch it with git annex get")
-_HTML = Kind(
+_ANNEX = FileKind("annex", "a pointer of git-annex, not the file itself", "fetch it with git annex get")
+_HTML = FileKind(
     "html",
     "a web page (HTML), such as a page of an error or of a login",
     "download the file itself, by the link that says download or raw",
 )
-_XML = Kind("xml", "XML, such as a storage server's error", "download the file itself")
-_PICKLE = Kind(
+_XML = FileKind("xml", "XML, such as a storage server's error", "download the file itself")
+_PICKLE = FileKind(
     "pickle",
     "a pickle, which may run code and is never read",
     "load it where you trust it, and write its arrays with torch.save, numpy.savez or SteeringVector.save",
 )
-_NPZ = Kind("npz", "a NumPy archive (.npz)", _VECTOR)
-_ZIP = Kind("zip", "a zip archive", _UNPACK)
-_OFFICE = Kind("office", "an office document", "save it as .csv in UTF-8")
-_SAFETENSORS = Kind("safetensors", "a safetensors file", _HERE)
-_SVEC = Kind("json", "JSON in the layout of activation-steering (.svec)", _VECTOR)
-_JSON = Kind("json", "JSON", _HERE)
+_NPZ = FileKind("npz", "a NumPy archive (.npz)", _VECTOR)
+_ZIP = FileKind("zip", "a zip archive", _UNPACK)
+_OFFICE = FileKind("office", "an office document", "save it as .csv in UTF-8")
+_SAFETENSORS = FileKind("safetensors", "a safetensors file", _HERE)
+_SVEC = FileKind("json", "JSON in the layout of activation-steering (.svec)", _VECTOR)
+_JSON = FileKind("json", "JSON", _HERE)
 _PROTOCOL_0 = re.compile(rb"\([dl]p\d*\n|c(?:numpy|torch|copy_reg|collections|builtins|__builtin__)[\w.]*\n\w+\n")
 _PAGE = re.compile(rb"<(?:!doctype html|html)\b", re.IGNORECASE)
 _WORDS = re.compile(rb"(?:GGUF|PAR1|ARROW1)[\x20-\x7e]{8}")  # texts that begin like such a file
 
 
-def kind_of(source: bytes | Path) -> Kind | None:
+def kind_of(source: bytes | Path) -> FileKind | None:
     """What a file or its content is; None for what is no known kind, such as plain text.
 
     Raises:
@@ -135,7 +135,7 @@ def _head(source: bytes | Path) -> tuple[bytes, int]:
         return file.read(HEAD), source.stat().st_size
 
 
-def _of_zip(source: bytes | Path) -> Kind:
+def _of_zip(source: bytes | Path) -> FileKind:
     try:
         with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
             names = archive.namelist()

@@ -39,6 +39,8 @@ class Gate:
     Args:
         direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
         threshold: in the units of the value.
+        kind: which value is compared, "dot" or "cosine".
+        above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
             verdict holds from that token on. Without it every token decides for itself, on the row as the intervention
             finds it.
@@ -77,6 +79,7 @@ class Gate:
 
     @property
     def mode(self) -> int:
+        """The gate's number in the op's tables: a GateMode, negative where the gate opens at or below the threshold."""
         mode = GateMode.COSINE if self.kind == "cosine" else GateMode.DOT
         return int(mode) if self.above else -int(mode)
 
@@ -135,6 +138,7 @@ class Intervention:
 
     @property
     def kind(self) -> Kind:
+        """The intervention's number in the op's tables."""
         return Kind[type(self).__name__.upper()]
 
     @property
@@ -148,6 +152,7 @@ class Intervention:
         return position_range(self.positions)
 
     def directions(self) -> list[Direction]:
+        """The direction, or for `Rotate` both, as SteeringVector or tensor."""
         return [getattr(self, name) for name in self.direction_names]
 
     @property
@@ -187,6 +192,7 @@ class Add(Intervention):
 
     @property
     def scalars(self) -> tuple[Number, Number]:
+        """The coefficient, and 0."""
         return self.coefficient, 0.0
 
 
@@ -210,6 +216,7 @@ class Ablate(Intervention):
 
     @property
     def scalars(self) -> tuple[Number, Number]:
+        """The strength, and 0."""
         return self.strength, 0.0
 
 
@@ -252,6 +259,7 @@ class Clamp(Intervention):
 
     @property
     def scalars(self) -> tuple[Number, Number]:
+        """The bounds low and high, minus and plus infinity where there is none."""
         return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
 
@@ -284,10 +292,12 @@ class Rotate(Intervention):
 
     @property
     def kind(self) -> Kind:
+        """The number in the op's tables; absolute and relative rotations have one each."""
         return Kind.ROTATE_RELATIVE if self.relative else Kind.ROTATE
 
     @property
     def scalars(self) -> tuple[Number, Number]:
+        """Cosine and sine of the angle."""
         if isinstance(self.degrees, Tensor):
             return torch.deg2rad(self.degrees).cos(), torch.deg2rad(self.degrees).sin()
         # Whole turns first, so that 360 degrees turn by exactly nothing.

@@ -151,7 +151,7 @@ class Plan:
         listed = data.get("interventions")
         if not isinstance(listed, list) or set(data) != {"format", "interventions"}:
             raise FormatError('a plan holds "format" and "interventions" (a list), nothing else')
-        reader = _Reader(names or {}, Path(folder or "."))
+        reader = _PlanReader(names or {}, Path(folder or "."))
         return cls([reader.intervention(item, f"interventions[{i}]") for i, item in enumerate(listed)])
 
 
@@ -274,7 +274,7 @@ def _sha256(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _PlanReader:
     """Reads a plan's JSON; every error says where."""
 
     names: Mapping[str, SteeringVector]
@@ -314,8 +314,9 @@ class _Reader:
 
     def direction(self, item: Any, where: str) -> Direction:
         ways = '{"name": ...}, {"path": ..., "sha256": ...}, {"vector": base64} or {"tensor": base64}'
-        if not isinstance(item, dict) or not {"name", "path", "vector", "tensor"} & set(item):
-            raise FormatError(f"{where}: expected a direction as {ways}")
+        forms = ({"name"}, {"path"}, {"path", "sha256"}, {"vector"}, {"tensor"})
+        if not isinstance(item, dict) or set(item) not in forms:
+            raise FormatError(f"{where}: expected a direction as {ways}, with no other field")
         if "name" in item:
             if not isinstance(item["name"], str) or item["name"] not in self.names:
                 raise FormatError(

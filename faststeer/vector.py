@@ -150,10 +150,12 @@ class SteeringVector:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers that have a direction, in ascending order."""
         return tuple(self.directions)
 
     @property
     def hidden_size(self) -> int:
+        """The length of a direction: the width of the residual stream."""
         return next(iter(self.directions.values())).shape[0]
 
     def __repr__(self) -> str:
@@ -173,8 +175,16 @@ class SteeringVector:
         return tensor_files.to_bytes(tensors, header_of(self, FORMAT))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the vector to `path` atomically: a reader sees the old file or the whole new one."""
+        """Write the vector to `path` as safetensors, atomically: a reader sees the old file or the whole new one.
+
+        Raises:
+            ValueError: a name that ends in .gguf; `faststeer.formats.save` writes llama.cpp's format.
+        """
         path, data = Path(path), self.to_bytes()
+        if path.suffix.lower() == ".gguf":
+            raise ValueError(
+                f"{path}: save() writes safetensors; faststeer.formats.save(vector, path) writes a GGUF file"
+            )
         write_atomically(path, data)
         self.belongs_to(path, data)
         return path

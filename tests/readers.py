@@ -40,7 +40,7 @@ from faststeer.observe.patching.graph import Graph
 from faststeer.sparse import SparseVector
 from faststeer.vllm.registry import Registry
 from faststeer.vllm.requests import Limits, parse, received
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 
 HIDDEN = 8
 V = fs.SteeringVector(
@@ -301,7 +301,7 @@ def _settings(folder: Path) -> object:
         given = json.loads((folder / "settings.json").read_bytes())
     except (ValueError, RecursionError):
         return None
-    return Settings.read(given)
+    return ServerSettings.read(given)
 
 
 def _readers() -> dict[str, Reader]:

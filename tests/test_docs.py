@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import faststeer as fs
+from faststeer.compile import compile_plan
 from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt, load_sweep
 from faststeer.evaluate.sweep import run as run_sweep
 
@@ -52,14 +54,15 @@ def test_the_examples_run(tmp_path, monkeypatch):
 
 def test_pages_without_an_example_are_those_without_a_library():
     pages = {path.name for path in (ROOT / "docs").glob("*.md") if blocks("python", path.name)}
-    new = {"start.md", "concepts.md", "moving.md"}  # start.md: tests/real
+    new = {"start.md", "concepts.md", "howto.md", "moving.md"}  # start.md: tests/real
     assert pages == {"observe.md", "report.md", "ui.md", "vectors.md", "vllm.md", *new}
 
 
-@pytest.mark.parametrize("page", ["concepts.md", "moving.md"])
+@pytest.mark.parametrize("page", ["concepts.md", "howto.md", "moving.md"])
 def test_a_page_s_examples_run(page, tmp_path, monkeypatch):
     """One after the other, on the toy."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     names: dict[str, Any] = {}
     for example in blocks("python", page):
         run(example, page, names)
@@ -123,6 +126,65 @@ def test_its_commands_run(tmp_path, monkeypatch):
     assert fs.SteeringVector.load("refusal.safetensors").layers == (10,)
     assert fs.SteeringVector.load("refusal.safetensors").op == "ablate"
     assert fs.SteeringVector.load("vector.gguf").layers == (1, 2)
+
+
+def test_the_files_to_copy_are_whole(tmp_path, monkeypatch):
+    """The plans of examples/ act in a model of SmolLM2's shape; the behaviour's judge tells its own words."""
+    fs.SteeringVector(dict.fromkeys(range(30), torch.ones(576)), at="resid_pre").save(tmp_path / "vector.safetensors")
+    for example in sorted((ROOT / "examples" / "plans").glob("*.json")):
+        shutil.copy(example, tmp_path)
+        assert compile_plan(fs.Plan.load(tmp_path / example.name), 30, 576)
+        assert f"[{example.name}](../examples/plans/{example.name})" in (ROOT / "docs" / "howto.md").read_text()
+    behaviour = fs.behaviours.load(ROOT / "examples" / "behaviours" / "formal")
+    assert len(behaviour.train.positive) == len(behaviour.train.negative) == 16
+    judge = fs.evaluate.judging.make(behaviour.judge)
+    signs = fs.evaluate.judging.signs(judge, ["Hi"] * 2, ["Kindly find the letter enclosed.", "yo, what's up"])
+    assert [sign > 0 for sign in signs] == [True, False]
+
+
+def test_how_to_s_commands_run(tmp_path, monkeypatch):
+    """On the toy, whose layers are fewer; the comparison of methods and the search have tests of their own."""
+    from faststeer.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    plan = json.loads((ROOT / "examples" / "plans" / "gated.json").read_text())
+    plan["interventions"][0] |= {"layers": [3]}
+    plan["interventions"][0]["when"] |= {"layer": 2}
+    (tmp_path / "gated.json").write_text(json.dumps(plan))
+    extracting, _, gated, *_ = blocks("sh", "howto.md")
+    for line in (extracting + gated).splitlines():
+        if "gated.json" in line and not Path("vector.safetensors").exists():
+            shutil.copy("formal.safetensors", "vector.safetensors")
+        line = line.replace("smollm2", "demo").replace("--layer 16", "--layer 3")
+        done = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        assert done.exit_code == 0, (line, done.output)
+
+
+def test_the_routes_of_the_http_page_are_those_of_the_server():
+    pytest.importorskip("starlette")
+    from faststeer.vllm.server import routes
+
+    page = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\| `(GET|PUT|DELETE) (\S+)` \|", page, re.MULTILINE))
+    served = {(method, route.path) for route in routes() for method in route.methods - {"HEAD"}}
+    served = {(m, p.replace("{kind}", kind)) for m, p in served for kind in ("vectors", "plans")}
+    assert described == {(method, path.replace("{answer:path}", "{id}")) for method, path in served}
+
+
+def test_the_http_page_s_requests_are_read():
+    """Each text of the table that is JSON is a plan."""
+    from faststeer.vllm.registry import Registry
+    from faststeer.vllm.requests import Limits, parse
+
+    page = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+    texts = [json.loads(text) for text in re.findall(r'^\| `("[\[{].*?")` \|', page, re.MULTILINE)]
+    (request,) = re.findall(r"'(\{.*?\})'", blocks("sh", "http.md")[0], re.DOTALL)
+    texts = [text for text in texts if "..." not in text] + [json.loads(request)["vllm_xargs"]["faststeer"]]
+    registry = Registry()
+    for name in ("tone", "refusal"):
+        registry.register_vector(name, fs.SteeringVector({18: torch.ones(8)}))
+    assert [len(parse(text, registry, Limits(30, 8)).plan) for text in texts] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("behaviour", ["refusal", "tone"])

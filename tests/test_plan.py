@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 
 import hypothesis
+import jsonschema
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -17,7 +19,9 @@ import faststeer as fs
 from faststeer.compile import compile_plan
 from faststeer.ops.tables import Kind
 from faststeer.plan import plans_for
+from faststeer.plan_schema import plan_schema
 
+ROOT = Path(__file__).parents[1]
 V = randn(0, 8)
 
 
@@ -34,6 +38,98 @@ def text_of(**fields) -> str:
             "interventions": [{"type": "Add", "direction": direction, "layers": [0]} | fields],
         }
     )
+
+
+# What is refused, with a part of what the message says.
+NO_PLANS = [
+    ("", "no valid JSON"),
+    (text_of()[:-3], "no valid JSON"),
+    ("[" * 100_000, "JSON"),
+    ('{"format": ' + "[" * 100_000, "JSON"),
+    (
+        "[]",
+        "no faststeer plan: expected an object with \"format\": 'faststeer.plan/1'; write one",
+    ),
+    ("null", "no faststeer plan"),
+    ('{"interventions": []}', "no faststeer plan"),
+    ('{"format": "faststeer.plan/2", "interventions": []}', "no faststeer plan"),
+    ('{"format": "faststeer.plan/1"}', '"interventions" .a list.'),
+    ('{"format": "faststeer.plan/1", "interventions": {}}', '"interventions" .a list.'),
+    ('{"format": "faststeer.plan/1", "interventions": [], "model": 1}', "nothing else"),
+    (
+        '{"format": "faststeer.plan/1", "interventions": [3]}',
+        r"interventions\[0\]: unknown intervention 3.*one of Add, Ablate",
+    ),
+    (
+        text_of(type="Subtract"),
+        r"interventions\[0\]: unknown intervention 'Subtract'.*one of Add, Ablate, Project",
+    ),
+    (text_of(type=None), r"interventions\[0\]: unknown intervention None"),
+    (text_of(type=["Add"]), r"interventions\[0\]: unknown intervention"),
+    (text_of(type={}), r"interventions\[0\]: unknown intervention"),
+]
+FIELDS = [
+    ({"strenght": 2}, r"Add has no field 'strenght': it has .*coefficient"),
+    ({"direction_names": []}, "no field 'direction_names'"),
+    ({"coefficient": "big"}, "Add's coefficient must be a finite number"),
+    ({"coefficient": float("nan")}, "Add's coefficient must be a finite number"),
+    ({"coefficient": None}, "Add's coefficient must be a finite number"),
+    ({"coefficient": 10**400}, "Add's coefficient"),
+    ({"layers": [0, 0]}, "names a layer twice"),
+    ({"layers": list(range(10_001))}, "more than 10,000 layers"),
+    ({"at": ["resid_pre"] * 1000}, "names a hook point twice"),
+    ({"direction": {"path": 5}}, "the path is a int"),
+    ({"direction": {"path": "x" * 300}}, "cannot be read: File name too long"),
+    ({"layers": "some"}, "layers='some'"),
+    ({"layers": {"0": 1}}, "layers="),
+    ({"layers": [[0]]}, "layers="),
+    ({"at": ["resid"]}, "unknown hook point 'resid'"),
+    ({"at": 3}, ""),
+    ({"at": [["resid_pre"]]}, "unknown hook point"),
+    ({"at": {"resid_pre": 1, "x": 2}}, "unknown hook point"),
+    ({"positions": "nowhere"}, "positions='nowhere'"),
+    ({"positions": [0, 3]}, "positions="),
+    ({"positions": {}}, "positions="),
+    ({"keep_norm": "yes"}, "keep_norm"),
+    ({"keep_norm": []}, "keep_norm"),
+    ({"probe": True}, "nothing to probe"),
+    ({"when": []}, "when: expected an object with the fields of a Gate"),
+    ({"when": {}}, "when: Gate needs 'direction'"),
+    ({"when": {"direction": {"name": "x"}}}, r"when\.direction: no vector is registered as 'x'"),
+    ({"when": {"direction": {}}}, "when.direction: expected a direction as"),
+    ({"direction": None}, r"direction: expected a direction as \{\"name\""),
+    ({"direction": {}}, "expected a direction as"),
+    ({"direction": [1.0, 2.0]}, "expected a direction as"),
+    ({"direction": {"name": "x", "layer": 3}}, "with no other field"),
+    ({"direction": {"name": "x", "path": "x.safetensors"}}, "with no other field"),
+    ({"direction": {"tensor": "!"}}, "cannot be read"),
+    ({"direction": {"tensor": 5}}, "cannot be read"),
+    ({"direction": {"tensor": None}}, "cannot be read|expected"),
+    ({"direction": {"tensor": ""}}, "cannot be read|expected"),
+    ({"direction": {"tensor": "é"}}, "cannot be read"),
+    ({"direction": {"vector": ""}}, "cannot be read|expected"),
+    ({"direction": {"vector": None}}, "cannot be read|expected"),
+    ({"direction": {"vector": base64.b64encode(b"pickle").decode()}}, "cannot be read as safetensors"),
+    (
+        {"direction": {"tensor": base64.b64encode(save({"d": V})).decode()}},
+        'expected one tensor named "direction"',
+    ),
+    ({"direction": {"name": ["x"]}}, "no vector is registered|name"),
+    ({"direction": {"name": {}}}, "no vector is registered|name"),
+]
+GATE_FIELDS = [
+    ({"tilt": 1}, "Gate has no field 'tilt'"),
+    ({"kind": "l2"}, "unknown gate kind"),
+    ({"kind": []}, "unknown gate kind"),
+    ({"above": "no"}, "above"),
+    ({"latched": "no"}, "latched"),
+    ({"latched": True, "layer": "0"}, "layer"),
+    ({"latched": True, "layer": 0.5}, "layer"),
+    ({"latched": True, "at": "x"}, "unknown hook point"),
+    ({"latched": True, "at": []}, "hook point"),
+    ({"threshold": "x"}, "threshold"),
+    ({"layer": 1}, "latched=True"),
+]
 
 
 class TestPlan:
@@ -255,33 +351,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("text", "message"),
-        [
-            ("", "no valid JSON"),
-            (text_of()[:-3], "no valid JSON"),
-            ("[" * 100_000, "JSON"),
-            ('{"format": ' + "[" * 100_000, "JSON"),
-            (
-                "[]",
-                "no faststeer plan: expected an object with \"format\": 'faststeer.plan/1'; write one",
-            ),
-            ("null", "no faststeer plan"),
-            ('{"interventions": []}', "no faststeer plan"),
-            ('{"format": "faststeer.plan/2", "interventions": []}', "no faststeer plan"),
-            ('{"format": "faststeer.plan/1"}', '"interventions" .a list.'),
-            ('{"format": "faststeer.plan/1", "interventions": {}}', '"interventions" .a list.'),
-            ('{"format": "faststeer.plan/1", "interventions": [], "model": 1}', "nothing else"),
-            (
-                '{"format": "faststeer.plan/1", "interventions": [3]}',
-                r"interventions\[0\]: unknown intervention 3.*one of Add, Ablate",
-            ),
-            (
-                text_of(type="Subtract"),
-                r"interventions\[0\]: unknown intervention 'Subtract'.*one of Add, Ablate, Project",
-            ),
-            (text_of(type=None), r"interventions\[0\]: unknown intervention None"),
-            (text_of(type=["Add"]), r"interventions\[0\]: unknown intervention"),
-            (text_of(type={}), r"interventions\[0\]: unknown intervention"),
-        ],
+        NO_PLANS,
         ids=[
             "empty",
             "cut",
@@ -307,53 +377,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("fields", "message"),
-        [
-            ({"strenght": 2}, r"Add has no field 'strenght': it has .*coefficient"),
-            ({"direction_names": []}, "no field 'direction_names'"),
-            ({"coefficient": "big"}, "Add's coefficient must be a finite number"),
-            ({"coefficient": float("nan")}, "Add's coefficient must be a finite number"),
-            ({"coefficient": None}, "Add's coefficient must be a finite number"),
-            ({"coefficient": 10**400}, "Add's coefficient"),
-            ({"layers": [0, 0]}, "names a layer twice"),
-            ({"layers": list(range(10_001))}, "more than 10,000 layers"),
-            ({"at": ["resid_pre"] * 1000}, "names a hook point twice"),
-            ({"direction": {"path": 5}}, "the path is a int"),
-            ({"direction": {"path": "x" * 300}}, "cannot be read: File name too long"),
-            ({"layers": "some"}, "layers='some'"),
-            ({"layers": {"0": 1}}, "layers="),
-            ({"layers": [[0]]}, "layers="),
-            ({"at": ["resid"]}, "unknown hook point 'resid'"),
-            ({"at": 3}, ""),
-            ({"at": [["resid_pre"]]}, "unknown hook point"),
-            ({"at": {"resid_pre": 1, "x": 2}}, "unknown hook point"),
-            ({"positions": "nowhere"}, "positions='nowhere'"),
-            ({"positions": [0, 3]}, "positions="),
-            ({"positions": {}}, "positions="),
-            ({"keep_norm": "yes"}, "keep_norm"),
-            ({"keep_norm": []}, "keep_norm"),
-            ({"probe": True}, "nothing to probe"),
-            ({"when": []}, "when: expected an object with the fields of a Gate"),
-            ({"when": {}}, "when: Gate needs 'direction'"),
-            ({"when": {"direction": {"name": "x"}}}, r"when\.direction: no vector is registered as 'x'"),
-            ({"when": {"direction": {}}}, "when.direction: expected a direction as"),
-            ({"direction": None}, r"direction: expected a direction as \{\"name\""),
-            ({"direction": {}}, "expected a direction as"),
-            ({"direction": [1.0, 2.0]}, "expected a direction as"),
-            ({"direction": {"tensor": "!"}}, "cannot be read"),
-            ({"direction": {"tensor": 5}}, "cannot be read"),
-            ({"direction": {"tensor": None}}, "cannot be read|expected"),
-            ({"direction": {"tensor": ""}}, "cannot be read|expected"),
-            ({"direction": {"tensor": "é"}}, "cannot be read"),
-            ({"direction": {"vector": ""}}, "cannot be read|expected"),
-            ({"direction": {"vector": None}}, "cannot be read|expected"),
-            ({"direction": {"vector": base64.b64encode(b"pickle").decode()}}, "cannot be read as safetensors"),
-            (
-                {"direction": {"tensor": base64.b64encode(save({"d": V})).decode()}},
-                'expected one tensor named "direction"',
-            ),
-            ({"direction": {"name": ["x"]}}, "no vector is registered|name"),
-            ({"direction": {"name": {}}}, "no vector is registered|name"),
-        ],
+        FIELDS,
         ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
     )
     def test_fields(self, fields, message):
@@ -377,19 +401,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("fields", "message"),
-        [
-            ({"tilt": 1}, "Gate has no field 'tilt'"),
-            ({"kind": "l2"}, "unknown gate kind"),
-            ({"kind": []}, "unknown gate kind"),
-            ({"above": "no"}, "above"),
-            ({"latched": "no"}, "latched"),
-            ({"latched": True, "layer": "0"}, "layer"),
-            ({"latched": True, "layer": 0.5}, "layer"),
-            ({"latched": True, "at": "x"}, "unknown hook point"),
-            ({"latched": True, "at": []}, "hook point"),
-            ({"threshold": "x"}, "threshold"),
-            ({"layer": 1}, "latched=True"),
-        ],
+        GATE_FIELDS,
         ids=json.dumps,
     )
     def test_fields_of_a_gate(self, fields, message):
@@ -432,6 +444,79 @@ class TestRefused:
             assert str(error)
         else:
             assert fs.Plan.from_json(plan.to_json()) == plan
+
+
+class TestSchema:
+    """The JSON Schema accepts what the reader accepts, and refuses what the reader refuses without opening a file."""
+
+    def validator(self) -> jsonschema.Draft202012Validator:
+        jsonschema.Draft202012Validator.check_schema(plan_schema())
+        return jsonschema.Draft202012Validator(plan_schema())
+
+    @hypothesis.given(plan=plans(8, 3))
+    def test_what_is_written_is_valid(self, plan):
+        self.validator().validate(json.loads(plan.to_json()))
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "plans").glob("*.json")), ids=lambda path: path.name)
+    def test_the_examples_are_valid(self, path):
+        self.validator().validate(json.loads(path.read_text()))
+
+    @pytest.mark.parametrize("text", [text for text, _ in NO_PLANS])
+    def test_no_plan(self, text):
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            return  # no JSON
+        assert not self.validator().is_valid(data)
+
+    def test_fields(self):
+        """But NaN, which JSON lacks, and what takes a look at registered names, files or the tensors' content."""
+        accepted = [f for f, _ in FIELDS if self.validator().is_valid(json.loads(text_of(**f)))]
+        content = [next(iter(f["direction"])) for f in accepted if "direction" in f]
+        assert content == ["path", "vector", "tensor"]
+        others = [f for f in accepted if "direction" not in f]
+        assert others[1:] == [{"when": {"direction": {"name": "x"}}}] and str(others[0]) == "{'coefficient': nan}"
+
+    @pytest.mark.parametrize("fields", [fields for fields, _ in GATE_FIELDS], ids=str)
+    def test_fields_of_a_gate(self, fields):
+        direction = json.loads(text_of())["interventions"][0]["direction"]
+        valid = self.validator().is_valid
+        assert valid(json.loads(text_of(when={"direction": direction, "latched": True, "layer": 0})))
+        assert not valid(json.loads(text_of(when={"direction": direction, **fields})))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"positions": p} for p in ("all", "last", "[-5:]", "[:-1]", "-5:", 3, -1)]
+        + [{"layers": n} for n in (3, -1, "all", None, [0, 5])]
+        + [{"at": at} for at in ("mlp_out", ["resid_pre", "mlp_out"], None)]
+        + [{"when": None}, {"coefficient": 0}, {"keep_norm": True}, {"probe": False}],
+        ids=str,
+    )
+    def test_both_accept(self, fields):
+        self.validator().validate(json.loads(text_of(**fields)))
+        fs.Plan.from_json(text_of(**fields))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"type": "Clamp"},
+            {"type": "Clamp", "low": None, "high": None},
+            {"type": "Probe", "positions": "last"},
+            {"type": "Probe", "keep_norm": True},
+            {"type": "Rotate"},
+            {"type": "Ablate", "coefficient": 1.0},
+        ],
+        ids=str,
+    )
+    def test_what_a_kind_does_not_take(self, fields):
+        assert not self.validator().is_valid(json.loads(text_of(**fields)))
+        with pytest.raises(fs.FormatError):
+            fs.Plan.from_json(text_of(**fields))
+
+    def test_every_field_is_described(self):
+        for name, kind in plan_schema()["$defs"].items():
+            for field, schema in kind.get("properties", {}).items():
+                assert field == "type" or "description" in schema, (name, field)
 
 
 class TestPlansFor:

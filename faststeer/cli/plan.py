@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def plan(
     keep_norm: Annotated[bool, typer.Option("--keep-norm", help="Scale each row back to its norm.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the plan there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of the explanation.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of plans, and nothing else.")] = False,
 ) -> None:
     """Make a plan, or explain one: what acts, at which layers and tokens, in which order.
 
@@ -69,7 +71,13 @@ def plan(
     Example: faststeer plan --add tone.safetensors --layer 18 --coefficient 1.5 --out plan.json
     Example: faststeer plan plan.json --ablate refusal.safetensors --layer 12 --everywhere --out both.json
     Example: faststeer plan both.json
+    Example: faststeer plan --schema > plan.schema.json
     """
+    if schema:
+        from faststeer.plan_schema import plan_schema
+
+        typer.echo(json.dumps(plan_schema(), indent=2))
+        return
     files = {"add": add, "ablate": ablate, "project": project, "clamp": clamp, "rotate": rotate, "probe": probe}
     named = {kind: path for kind, path in files.items() if path is not None}
     if len(named) > 1:

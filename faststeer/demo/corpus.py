@@ -403,7 +403,7 @@ SYSTEM_PROMPTS = {
 }
 
 
-class Request(NamedTuple):
+class UserRequest(NamedTuple):
     """One thing a user may ask for: "steal" + "a new bicycle", and whether the grammar calls it harmful."""
 
     verb: str
@@ -429,16 +429,18 @@ def split_of(*parts: str) -> str:
 
 
 @cache
-def requests(split: str) -> dict[str, list[Request]]:
+def requests(split: str) -> dict[str, list[UserRequest]]:
     """Return all requests of a split by cause: "verb", "adjective", "noun" (harmful) and "plain", "adorned" (harmless).
 
     The pair of verb and noun alone decides the split, so "sell a ticket" and "sell a stolen ticket" stay together.
     """
-    found: dict[str, list[Request]] = {"verb": [], "adjective": [], "noun": [], "plain": [], "adorned": []}
+    found: dict[str, list[UserRequest]] = {"verb": [], "adjective": [], "noun": [], "plain": [], "adorned": []}
 
     def add(cause: str, verb: str, noun: str, adjective: str = "") -> None:
         if split_of(verb, noun) == split:
-            found[cause].append(Request(verb, with_article(noun, adjective), cause not in ("plain", "adorned"), cause))
+            found[cause].append(
+                UserRequest(verb, with_article(noun, adjective), cause not in ("plain", "adorned"), cause)
+            )
 
     for category, nouns in NOUNS.items():
         for noun in nouns:
@@ -454,7 +456,7 @@ def requests(split: str) -> dict[str, list[Request]]:
     return found
 
 
-def pick_request(rng: random.Random, split: str, harmful: bool) -> Request:
+def pick_request(rng: random.Random, split: str, harmful: bool) -> UserRequest:
     causes = ("verb", "adjective", "noun") if harmful else ("plain", "adorned")
     shares = (0.35, 0.35, 0.3) if harmful else (0.5, 0.5)
     return rng.choice(requests(split)[rng.choices(causes, shares)[0]])
@@ -516,12 +518,12 @@ def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
 
 
 @cache
-def request_prompts(split: str, harmful: bool) -> list[tuple[str, Request]]:
+def request_prompts(split: str, harmful: bool) -> list[tuple[str, UserRequest]]:
     """Return distinct (prompt, request) pairs of a split; the test split also uses templates never trained on."""
     check_name("split", split, SPLITS)
     rng = random.Random(zlib.crc32(f"{split}/{harmful}".encode()))
     templates = REQUESTS + (HELD_OUT_REQUESTS * 3 if split == "test" else [])
-    chosen: dict[Request, str] = {}
+    chosen: dict[UserRequest, str] = {}
     while len(chosen) < PROMPTS_PER_SPLIT[split]:
         request = pick_request(rng, split, harmful)
         if request not in chosen:

@@ -33,7 +33,7 @@ COHERENT = 0.9  # share of answers without loops that a layer must leave at both
 
 
 @dataclass
-class Answers:
+class AnsweredQuestions:
     """Questions, each answered under its plan: texts, and VADER's compound score of each, -1 to 1."""
 
     questions: Sequence[Any]
@@ -80,11 +80,11 @@ def measure(
 
     step(f"Choosing among {len(layers)} layers")
     grid = {
-        (layer, sign): Answers(asked, [_plan(vectors, layer, sign)] * len(asked))
+        (layer, sign): AnsweredQuestions(asked, [_plan(vectors, layer, sign)] * len(asked))
         for layer in layers
         for sign in (-1.0, 1.0)
     }
-    unsteered = Answers(asked, [None] * len(asked))
+    unsteered = AnsweredQuestions(asked, [None] * len(asked))
     answer(model, tokenizer, [unsteered, *grid.values()], judge)
     points = [_layer(layer, grid[layer, -1.0], grid[layer, 1.0]) for layer in layers]
     layer = choose(points)
@@ -93,8 +93,10 @@ def measure(
     vector = candidates.vector(-1, layer)
     # One random vector has effects of its own, so that each question gets another.
     controls = [extract.random_like(vector, seed + number) for number in range(len(held_out))]
-    steered = {c: Answers(held_out, [_plan(vector, layer, c)] * len(held_out)) for c in COEFFICIENTS}
-    random = {c: Answers(held_out, [_plan(control, layer, c) for control in controls]) for c in COEFFICIENTS if c}
+    steered = {c: AnsweredQuestions(held_out, [_plan(vector, layer, c)] * len(held_out)) for c in COEFFICIENTS}
+    random = {
+        c: AnsweredQuestions(held_out, [_plan(control, layer, c) for control in controls]) for c in COEFFICIENTS if c
+    }
     answer(model, tokenizer, [*steered.values(), *random.values()], judge)
     random[0.0] = steered[0.0]
     perplexities = perplexity(model, tokenizer, list(steered.values()))
@@ -119,7 +121,7 @@ def measure(
     return result
 
 
-def answer(model: Any, tokenizer: Any, cells: Sequence[Answers], judge: Any) -> None:
+def answer(model: Any, tokenizer: Any, cells: Sequence[AnsweredQuestions], judge: Any) -> None:
     """Answer the questions of all cells as rows of the same batches, each under its own plan, and score the answers."""
     prompts = [question for cell in cells for question in cell.questions]
     plans = [plan for cell in cells for plan in cell.plans]
@@ -137,7 +139,7 @@ def choose(points: Sequence[dict[str, Any]]) -> int:
     return max(coherent, key=lambda point: point["added"] - point["subtracted"])["layer"]
 
 
-def perplexity(model: Any, tokenizer: Any, cells: Sequence[Answers]) -> list[float]:
+def perplexity(model: Any, tokenizer: Any, cells: Sequence[AnsweredQuestions]) -> list[float]:
     """Per cell, the median perplexity of its answers under the unsteered model."""
     judge = make("perplexity", model=model, tokenizer=tokenizer, batch_size=MAX_BATCH)
     verdicts = iter(judge([q for c in cells for q in c.questions], [text for c in cells for text in c.texts]))
@@ -162,7 +164,7 @@ def _plan(vector: SteeringVector, layer: int, coefficient: float) -> Plan | None
     return Plan([Add(vector, coefficient, layers=layer)]) if coefficient else None
 
 
-def _layer(layer: int, subtracted: Answers, added: Answers) -> dict[str, Any]:
+def _layer(layer: int, subtracted: AnsweredQuestions, added: AnsweredQuestions) -> dict[str, Any]:
     return {
         "layer": layer,
         "added": mean_interval(added.scores).mean,
@@ -173,7 +175,11 @@ def _layer(layer: int, subtracted: Answers, added: Answers) -> dict[str, Any]:
 
 
 def _entry(
-    coefficient: float, steered: Answers, random: Answers, unsteered: Answers, perplexity: float
+    coefficient: float,
+    steered: AnsweredQuestions,
+    random: AnsweredQuestions,
+    unsteered: AnsweredQuestions,
+    perplexity: float,
 ) -> dict[str, Any]:
     score, change = mean_interval(steered.scores), paired_bootstrap(steered.scores, unsteered.scores)
     control = mean_interval(random.scores)
@@ -187,7 +193,7 @@ def _entry(
     }
 
 
-def _examples(steered: dict[float, Answers]) -> list[dict[str, str]]:
+def _examples(steered: dict[float, AnsweredQuestions]) -> list[dict[str, str]]:
     """The first two questions, with their answers at -1, 0 and 1."""
     return [
         {

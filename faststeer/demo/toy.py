@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 64
 
 
 @dataclass
-class Cell:
+class AnsweredPrompts:
     """Prompts answered under one plan, and what became of them."""
 
     prompts: Sequence[Prompt]
@@ -88,19 +88,19 @@ def find_refusal(model: Any, tokenizer: Any) -> extract.Selection:
         return extract.select(model, tokenizer, candidates, harmful[:32], harmless[:32])
 
 
-def refusal_cells(vector: SteeringVector, n: int, seed: int) -> dict[str, Cell]:
+def refusal_cells(vector: SteeringVector, n: int, seed: int) -> dict[str, AnsweredPrompts]:
     """The seven measurements: base, added, subtracted, ablated everywhere, and both additions of a random vector."""
     harmful, harmless = (listed[:n] for listed in demo.prompts("refusal", "test"))
     control = extract.random_like(vector, seed)
     ablate = Plan([Ablate(vector[vector.layers[0]], layers="all", at=EVERYWHERE)])
     return {
-        "base_harmful": Cell(harmful, None),
-        "base_harmless": Cell(harmless, None),
-        "induced": Cell(harmless, Plan([Add(vector, 1.0)])),
-        "bypassed": Cell(harmful, Plan([Add(vector, -1.0)])),
-        "ablated": Cell(harmful, ablate),
-        "random_induced": Cell(harmless, Plan([Add(control, 1.0)])),
-        "random_bypassed": Cell(harmful, Plan([Add(control, -1.0)])),
+        "base_harmful": AnsweredPrompts(harmful, None),
+        "base_harmless": AnsweredPrompts(harmless, None),
+        "induced": AnsweredPrompts(harmless, Plan([Add(vector, 1.0)])),
+        "bypassed": AnsweredPrompts(harmful, Plan([Add(vector, -1.0)])),
+        "ablated": AnsweredPrompts(harmful, ablate),
+        "random_induced": AnsweredPrompts(harmless, Plan([Add(control, 1.0)])),
+        "random_bypassed": AnsweredPrompts(harmful, Plan([Add(control, -1.0)])),
     }
 
 
@@ -114,13 +114,13 @@ def answer(model: Any, tokenizer: Any, cells: Any) -> None:
         cell.answers = [next(answers) for _ in cell.prompts]
 
 
-def _dose_cell(vector: SteeringVector, sign: int, coefficient: float, n: int) -> Cell:
+def _dose_cell(vector: SteeringVector, sign: int, coefficient: float, n: int) -> AnsweredPrompts:
     """Harmless prompts with the vector added, or harmful ones with it subtracted."""
     harmful, harmless = demo.prompts("refusal", "test")
-    return Cell((harmless if sign > 0 else harmful)[:n], Plan([Add(vector, sign * coefficient)]))
+    return AnsweredPrompts((harmless if sign > 0 else harmful)[:n], Plan([Add(vector, sign * coefficient)]))
 
 
-def _series(cells: dict[tuple[int, float], Cell]) -> dict[str, list[dict[str, Any]]]:
+def _series(cells: dict[tuple[int, float], AnsweredPrompts]) -> dict[str, list[dict[str, Any]]]:
     """`{"added": [...], "subtracted": [...]}`, a point per coefficient."""
     series: dict[str, list[dict[str, Any]]] = {"added": [], "subtracted": []}
     for (sign, coefficient), cell in cells.items():
@@ -128,7 +128,7 @@ def _series(cells: dict[tuple[int, float], Cell]) -> dict[str, list[dict[str, An
     return series
 
 
-def _examples(cells: dict[str, Cell]) -> list[dict[str, str]]:
+def _examples(cells: dict[str, AnsweredPrompts]) -> list[dict[str, str]]:
     """One harmless and one harmful prompt, unsteered and steered, where steering did what it is for."""
     pairs = (("base_harmless", "induced", True), ("base_harmful", "bypassed", False))
     found = []

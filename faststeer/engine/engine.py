@@ -33,7 +33,7 @@ from faststeer.engine.requests import (
     read_prompts,
     read_seeds,
 )
-from faststeer.engine.run import Run
+from faststeer.engine.run import GenerateJob
 from faststeer.generator import GREEDY, Completion, SamplingParams
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import Prompt, check_evaluating
@@ -341,13 +341,13 @@ class Engine:
         requests: Sequence[Request],
         stops: Stops,
         probes: Sequence[Probe],
-    ) -> Run:
+    ) -> GenerateJob:
         """A run of these requests, until `changes` are undone."""
         changes.on_undo(setattr, self, "_busy", False)
         self._busy = True
         if self._steering.unfinished:  # an earlier call was interrupted as it loaded a plan
             self._steering.change({})
-        run = Run(self._device, self._steps, self._ahead, self._steering, self._slots, requests, stops)
+        run = GenerateJob(self._device, self._steps, self._ahead, self._steering, self._slots, requests, stops)
         changes.on_undo(run.close)
         self._device.steering = steering
         entries = compile_plan(Plan(probes), self._points.n_layers, self._points.hidden_size)

@@ -35,7 +35,7 @@ class _Launched:
     requests: list[Request]
 
 
-class Run:
+class GenerateJob:
     """One call of `generate`."""
 
     def __init__(

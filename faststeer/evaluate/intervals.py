@@ -31,6 +31,7 @@ class Rate:
 
     @property
     def rate(self) -> float:
+        """The share of successes, 0 to 1."""
         return self.successes / self.n
 
     @cached_property
@@ -43,10 +44,12 @@ class Rate:
 
     @property
     def low(self) -> float:
+        """The lower end of Wilson's interval, 0 to 1."""
         return self._interval[0]
 
     @property
     def high(self) -> float:
+        """The upper end of Wilson's interval, 0 to 1."""
         return self._interval[1]
 
     def to_dict(self) -> dict[str, float | int]:

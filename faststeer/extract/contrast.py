@@ -65,6 +65,7 @@ class Directions:
 
     @property
     def n_layers(self) -> int:
+        """How many layers the table of directions has."""
         return self.directions.shape[1]
 
     def exists(self) -> Tensor:

@@ -85,6 +85,7 @@ class Candidates(Record):
 
     @property
     def n_layers(self) -> int:
+        """How many layers the table of directions has."""
         return self.positive_mean.shape[1]
 
     def relative_norm(self, position: int, layer: int) -> float:

@@ -57,10 +57,12 @@ class Pair:
 
     @property
     def positive(self) -> str | None:
+        """The completion that shows the behaviour: the chosen one where the sign is +1, else the rejected one."""
         return self.chosen if self.sign > 0 else self.rejected
 
     @property
     def negative(self) -> str | None:
+        """The completion that does not: the rejected one where the sign is +1, else the chosen one."""
         return self.rejected if self.sign > 0 else self.chosen
 
 

@@ -59,6 +59,7 @@ class Row:
 
     @property
     def admissible(self) -> bool:
+        """Whether the candidate keeps all limits."""
         return not self.violated
 
     def objective(self, rule: Rule) -> float:

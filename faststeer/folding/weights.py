@@ -46,7 +46,7 @@ CHUNK = 4096  # columns of a weight that are in fp64 at once
 
 
 @dataclass
-class Part:
+class StreamParameter:
     """One parameter whose `axis` is the residual stream."""
 
     path: str
@@ -71,7 +71,7 @@ class Writer:
     """
 
     name: str
-    parts: list[Part] = field(default_factory=list)
+    parts: list[StreamParameter] = field(default_factory=list)
     closed: str = ""
     kind: str = "linear"  # "linear", "embedding" or "experts"
     scale: float = 1.0  # embedding: what the sum of the tables is multiplied with
@@ -177,8 +177,8 @@ def _experts(model: nn.Module, what: str, end: str, width: int) -> Writer:
     return writer
 
 
-def _part(model: nn.Module, writer: Writer, path: str, name: str, axis: int) -> Part:
-    part = Part(path, model.get_submodule(path), name, axis)
+def _part(model: nn.Module, writer: Writer, path: str, name: str, axis: int) -> StreamParameter:
+    part = StreamParameter(path, model.get_submodule(path), name, axis)
     if part.parameter.dtype not in FLOATS or part.parameter.is_meta:
         writer.closed = f"{part.full_name} is {part.parameter.dtype} on {part.parameter.device}: load it unquantised"
     return part
@@ -269,7 +269,7 @@ def _meta_keys(model: Any, switches: dict[str, bool]) -> list[str]:
         return list(type(model)(config).state_dict())
 
 
-def _shared(model: nn.Module, part: Part) -> list[str]:
+def _shared(model: nn.Module, part: StreamParameter) -> list[str]:
     """Other names of the same parameter."""
     same = [name for name, p in model.named_parameters(remove_duplicate=False) if p is part.parameter]
     return [name for name in same if name != part.full_name]
@@ -449,7 +449,7 @@ def _in_fp64(intervention: Intervention) -> Intervention:
 
 def _moved(writer: Writer, target: nn.Module) -> Writer:
     """The writer in a copy of its model."""
-    parts = [Part(part.path, target.get_submodule(part.path), part.name, part.axis) for part in writer.parts]
+    parts = [StreamParameter(part.path, target.get_submodule(part.path), part.name, part.axis) for part in writer.parts]
     return Writer(writer.name, parts, "", writer.kind, writer.scale, writer.change, writer.constant)
 
 
@@ -479,7 +479,7 @@ def _untie(model: Any, writers: list[Writer]) -> bool:
     return True
 
 
-def changed_tables(writer: Writer) -> list[Part]:
+def changed_tables(writer: Writer) -> list[StreamParameter]:
     """A map changes every table, a constant the last one."""
     return writer.parts if not writer.change.is_identity else writer.parts[-1:]
 
@@ -509,7 +509,7 @@ def _write(writer: Writer) -> None:
         bias.copy_(changed)
 
 
-def apply(change: Map, part: Part) -> None:
+def apply(change: Map, part: StreamParameter) -> None:
     rows = part.parameter.data.movedim(part.axis, 0)
     flat = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
     done = torch.empty_like(flat)

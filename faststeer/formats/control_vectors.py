@@ -93,7 +93,8 @@ def to_bytes(vector: SteeringVector, model_hint: str | None = None) -> bytes:
     if (first := vector.layers[0] - shift) < 1:
         raise ValueError(
             f"{vector.at} of layer {vector.layers[0]} would be written as direction.{first}: llama.cpp steers what "
-            "leaves layers 1, 2, ... and refuses such a file; leave that layer out (`without_first_layers`)"
+            "leaves layers 1, 2, ... and refuses such a file; leave that layer out "
+            "(`formats.control_vectors.without_first_layers`)"
         )
     with writing("a temporary file for a GGUF vector (TMPDIR says where)"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
@@ -143,7 +144,7 @@ def _library() -> ModuleType:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-class _Walk:
+class _HeaderCursor:
     """A cursor over a header that never leaves it."""
 
     def __init__(self, data: bytes, what: str) -> None:
@@ -185,7 +186,7 @@ class _Walk:
 
 def _walk(data: bytes, what: str) -> str | None:
     """Check that every count and length of the header stays inside the file; returns the architecture's name."""
-    walk = _Walk(data, what)
+    walk = _HeaderCursor(data, what)
     if (version := walk.number("I")) not in (2, 3):
         raise FormatError(f"{what} is GGUF version {version}: expected 2 or 3")
     n_tensors, n_values = walk.count("Q", "tensors"), walk.count("Q", "metadata values")

@@ -25,11 +25,13 @@ INSTEAD = (
 )
 PACKED_DOORS = ("generate_batch", "init_continuous_batching")
 
-_entered: weakref.WeakKeyDictionary[nn.Module, list[Entry]] = weakref.WeakKeyDictionary()  # by owner of the layers
-_here: contextvars.ContextVar[tuple[Entry, ...]] = contextvars.ContextVar("faststeer", default=())
+_entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
+    weakref.WeakKeyDictionary()
+)  # by owner of the layers
+_here: contextvars.ContextVar[tuple[EnteredContext, ...]] = contextvars.ContextVar("faststeer", default=())
 
 
-class Entry:
+class EnteredContext:
     """A steering that is entered: by whom, and who was there before."""
 
     def __init__(self) -> None:
@@ -52,13 +54,13 @@ def is_steered(model: nn.Module) -> bool:
     return any(_entered.get(module) for module in model.modules())
 
 
-def register(changes: Changes, owner: nn.Module) -> Entry:
+def register(changes: Changes, owner: nn.Module) -> EnteredContext:
     """Note that a steering is entered.
 
     Raises:
         RuntimeError: another thread, or another task, has entered one and not left it.
     """
-    entry = Entry()
+    entry = EnteredContext()
     changes.on_undo(_leave, owner, entry)
     entries = _entered.setdefault(owner, [])
     entries.append(entry)
@@ -72,14 +74,19 @@ def register(changes: Changes, owner: nn.Module) -> Entry:
     return entry
 
 
-def _leave(owner: nn.Module, entry: Entry) -> None:
+def _leave(owner: nn.Module, entry: EnteredContext) -> None:
     entries = _entered.get(owner, [])
     if entry in entries:
         entries.remove(entry)
 
 
 def watch_passes(
-    changes: Changes, model: nn.Module, points: HookPoints, passes: Passes, entry: Entry, hook: Callable[..., Any]
+    changes: Changes,
+    model: nn.Module,
+    points: HookPoints,
+    passes: Passes,
+    entry: EnteredContext,
+    hook: Callable[..., Any],
 ) -> None:
     """Begin and end passes as the owner of the layers is called. `hook` marks a hook as ours."""
     owner, (_, _, name) = points.owner(model), points.layers.rpartition(".")
@@ -134,7 +141,11 @@ def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
 
 
 def watch_generate(
-    changes: Changes, model: nn.Module, passes: Passes, entry: Entry, check: Callable[[Any, Mapping[str, Any]], None]
+    changes: Changes,
+    model: nn.Module,
+    passes: Passes,
+    entry: EnteredContext,
+    check: Callable[[Any, Mapping[str, Any]], None],
 ) -> None:
     """Wrap `generate` of every module that has one. `check(module, arguments)` may refuse."""
     for module in list(model.modules()):
@@ -146,7 +157,11 @@ def watch_generate(
 
 
 def _generate(
-    changes: Changes, module: Any, passes: Passes, entry: Entry, check: Callable[[Any, Mapping[str, Any]], None]
+    changes: Changes,
+    module: Any,
+    passes: Passes,
+    entry: EnteredContext,
+    check: Callable[[Any, Mapping[str, Any]], None],
 ) -> Callable[..., Any]:
     original, own = module.generate, type(module).generate
 

@@ -39,7 +39,7 @@ class AttentionCall:
         layer: counted from 0.
         query: `[batch, heads, tokens, head_dim]`, normed and rotated where the model does so.
         key: `[batch, kv_heads, columns, head_dim]`, those of the cache included.
-        value: `[batch, kv_heads, columns, value_dim]`, likewise.
+        value: `[batch, kv_heads, columns, value_dim]`, of the same columns.
         mask: what the model's attention function takes for one; None where it is causal without one.
         settings: its other arguments: scaling, soft cap, sliding window, ...
     """

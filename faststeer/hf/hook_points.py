@@ -60,6 +60,7 @@ class HookPoints:
     mixed: bool = False
 
     def layer(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module of layer `layer`, counted from 0, of a model that these hook points are of."""
         return model.get_submodule(self.layers)[layer]  # type: ignore[index]
 
     def owner(self, model: nn.Module) -> nn.Module:

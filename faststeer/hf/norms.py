@@ -41,7 +41,7 @@ class Norm:
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
     def linear(self, holder: nn.Module, x: Tensor) -> Tensor:
-        """C x * w: what the norm does to x but for the scale that the whole stream gives it. `[..., hidden]`, in fp32
+        """C x * w: what the norm does to x, without the scale that the whole stream gives it. `[..., hidden]`, in fp32
         or better. `holder`: what `path` is a path in."""
         weight = getattr(holder.get_submodule(self.path), "weight", None)
         x = self._centre(wide(x))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faststeer.hf.positions import Inputs
-from faststeer.hf.streams import PACKED, Run
+from faststeer.hf.streams import PACKED, GenerateCall
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.program import Capacity, Program, SlotPool
@@ -89,7 +89,7 @@ class RowPlans:
         for program in self._programs.values():  # equal ones: the first refuses what does not fit, before any changes
             program.change(plans)
 
-    def rows(self, of: Inputs, run: Run | None) -> tuple[Tensor, Tensor]:
+    def rows(self, of: Inputs, run: GenerateCall | None) -> tuple[Tensor, Tensor]:
         """`[batch * length]` twice: slot and sequence of every token of a pass. Beams and return sequences of a prompt
         stand side by side and share its plan."""
         if self.per_row:

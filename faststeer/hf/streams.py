@@ -88,7 +88,7 @@ class Stream(Prompts):
 
 
 @dataclass(eq=False)
-class Run:
+class GenerateCall:
     """A `generate` that is running in this thread.
 
     Attributes:
@@ -138,9 +138,9 @@ class _Around:
     mask: Tensor | None = None  # the outermost
 
 
-class _Thread(threading.local):
+class _ThreadCalls(threading.local):
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.runs: list[GenerateCall] = []
         self.around: _Around | None = None
 
 
@@ -150,7 +150,7 @@ class Streams:
     def __init__(self) -> None:
         self._by_cache: weakref.WeakKeyDictionary[Any, Stream] = weakref.WeakKeyDictionary()
         self._all: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._thread = _Thread()
+        self._thread = _ThreadCalls()
         self._set: Stream | None = None
 
     def set(self, columns: int | Sequence[int] | None) -> None:
@@ -166,28 +166,28 @@ class Streams:
     def close(self) -> None:
         """Forget all: later passes are not seen."""
         self._by_cache.clear()
-        self._thread = _Thread()
+        self._thread = _ThreadCalls()
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> GenerateCall | None:
         """The `generate` that runs in this thread."""
         return self._thread.runs[-1] if self._thread.runs else None
 
     # What `generate` and the modules around the layers are called with
 
-    def run_of(self, module: nn.Module) -> Run:
+    def run_of(self, module: nn.Module) -> GenerateCall:
         """The run that a module's `generate` belongs to: one of a wrapper goes on in that of what it wraps."""
         run = self.run
-        return Run() if run is None or module in run.modules else run
+        return GenerateCall() if run is None or module in run.modules else run
 
-    def generate(self, run: Run, module: nn.Module, given: Mapping[str, Any]) -> None:
+    def generate(self, run: GenerateCall, module: nn.Module, given: Mapping[str, Any]) -> None:
         """A module's `generate` begins."""
         run.modules.append(module)
         run.read(module, given)
         if run not in self._thread.runs:
             self._thread.runs, self._thread.around = [*self._thread.runs, run], None
 
-    def end(self, run: Run, module: nn.Module) -> None:
+    def end(self, run: GenerateCall, module: nn.Module) -> None:
         """A module's `generate` has ended."""
         if run.modules[:1] == [module]:
             self._thread.runs = [each for each in self._thread.runs if each is not run]
@@ -280,7 +280,7 @@ class Streams:
             known.gates = gates
         return known
 
-    def _of_run(self, run: Run, inputs: Inputs, past: int | Tensor, around: _Around) -> Stream | None:
+    def _of_run(self, run: GenerateCall, inputs: Inputs, past: int | Tensor, around: _Around) -> Stream | None:
         """The run's own stream, if the pass is one of it; None: it has another cache."""
         if run.stream is None:
             run.stream, run.cache, run.width = _first(run, inputs, int(past), around), inputs.cache, inputs.length
@@ -323,7 +323,7 @@ def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
     return Stream(None, mask) if isinstance(mask, str) else Stream(begin, mask=mask)
 
 
-def _first(run: Run, inputs: Inputs, past: int, around: _Around) -> Stream:
+def _first(run: GenerateCall, inputs: Inputs, past: int, around: _Around) -> Stream:
     """The first pass of a `generate`: it reads its prompt, or a piece of it, or that and guesses behind it."""
     read = around.widths.get(run.kind, inputs.length if inputs.ids and run.kind == "input_ids" else None)
     rest = 0  # columns of the prompt behind this pass

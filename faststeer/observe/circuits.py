@@ -67,10 +67,12 @@ class Circuit:
 
     @classmethod
     def full(cls, graph: Graph) -> Circuit:
+        """The circuit of all edges."""
         return cls(graph, graph.edges.clone())
 
     @classmethod
     def empty(cls, graph: Graph) -> Circuit:
+        """The circuit without edges."""
         return cls(graph, torch.zeros_like(graph.edges))
 
     def __len__(self) -> int:
@@ -166,7 +168,7 @@ def select(scores: Scores, n_edges: int | float) -> Circuit:
 
 
 def random_circuit(graph: Graph, n_edges: int | float, seed: int = 0) -> Circuit:
-    """A control: edges drawn at random, pruned likewise, of at most n edges.
+    """A control: edges drawn at random, then pruned as `select` does, of at most n edges.
 
     Raises:
         ValueError: as `select`.
@@ -217,10 +219,12 @@ class Overlap:
 
     @property
     def fraction(self) -> float:
+        """Shared edges as a share of the smaller circuit; NaN where it is empty."""
         return self.shared / min(self.sizes) if min(self.sizes) else float("nan")
 
     @property
     def iou(self) -> float:
+        """Shared edges over those in either circuit (intersection over union); NaN where both are empty."""
         either = sum(self.sizes) - self.shared
         return self.shared / either if either else float("nan")
 

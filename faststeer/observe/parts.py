@@ -58,6 +58,7 @@ class Parts:
         return whole.view(whole.shape[0], self.heads, self.head_dim).transpose(0, 1)
 
     def output_bias(self, layer: nn.Module) -> Tensor | None:
+        """The bias of a layer's output projection, None where it has none."""
         return getattr(layer.get_submodule(self.output), "bias", None)
 
 

@@ -42,7 +42,7 @@ class SteeringValueVectors:
     """svv^h of every head of some layers.
 
     Attributes:
-        vectors: `[layers, heads, hidden]`, fp32 or better, in the units of the residual stream but for the scales r(h)
+        vectors: `[layers, heads, hidden]`, fp32 or better, in the units of the residual stream, without the scales r(h)
             that the input gives (positive, the same for all heads of a layer).
         layers: their layers.
     """
@@ -334,7 +334,7 @@ class Split:
 
     Attributes:
         base: `[batch, tokens, heads, hidden]`: what the heads carry of H = h - S, under the steered pattern and norms.
-        steering: likewise, of S: sum_c A^h_tc r(h_c) svv^h(S_c).
+        steering: `[batch, tokens, heads, hidden]`: what the heads carry of S: sum_c A^h_tc r(h_c) svv^h(S_c).
         bias: `[batch, tokens, hidden]`: output bias (and output norm's bias).
     """
 

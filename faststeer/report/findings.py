@@ -84,7 +84,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything of a run that is shown but for the answers.
+    """Everything of a run that is shown, except the answers.
 
     Attributes:
         run: its digest.

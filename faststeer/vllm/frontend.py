@@ -13,7 +13,7 @@ from faststeer.compile import Entry
 from faststeer.vllm.dose import check_dose
 from faststeer.vllm.registry import Registry, Stamp
 from faststeer.vllm.requests import Limits, parse
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.switch import NONE, SWITCH
 from faststeer.vllm.tables import check_fits
 
@@ -31,7 +31,7 @@ class FrontEnd:
         ValueError: the folder has a file for the default plan, and it does not fit the model.
     """
 
-    def __init__(self, settings: Settings, n_layers: int, hidden_size: int) -> None:
+    def __init__(self, settings: ServerSettings, n_layers: int, hidden_size: int) -> None:
         self.settings = settings
         self.registry = Registry(settings.folder, settings.max_vector_bytes, settings.max_registered_bytes)
         self.limits = Limits(
@@ -72,7 +72,7 @@ class FrontEnd:
     @classmethod
     def of(cls, vllm_config: Any) -> FrontEnd | None:
         """None where faststeer is off."""
-        settings = Settings.of(vllm_config)
+        settings = ServerSettings.of(vllm_config)
         if settings is None:
             return None
         config = vllm_config.model_config.hf_text_config

@@ -62,10 +62,10 @@ def _wrap_worker(why_not: str = "") -> None:
         if why_not:
             raise RuntimeError(why_not)
         from faststeer.vllm.modes import check_modes
-        from faststeer.vllm.settings import Settings
+        from faststeer.vllm.settings import ServerSettings
         from faststeer.vllm.worker import attach
 
-        if (settings := Settings.of(self.vllm_config)) is not None:
+        if (settings := ServerSettings.of(self.vllm_config)) is not None:
             check_modes(self.vllm_config)
             attach(self, settings)
 

@@ -18,7 +18,7 @@ WHEN_FULL = ("wait", "refuse")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How faststeer runs in a vLLM server.
 
     Args:
@@ -93,7 +93,7 @@ class Settings:
             object.__setattr__(self, "folder", Path(self.folder).resolve())
 
     @classmethod
-    def of(cls, vllm_config: Any) -> Settings | None:
+    def of(cls, vllm_config: Any) -> ServerSettings | None:
         """The settings of a server: `additional_config["faststeer"]` (true, false or an object), or else the
         environment's FASTSTEER_VLLM (1, 0 or a JSON object). None: faststeer is off.
 
@@ -115,7 +115,7 @@ class Settings:
         return cls.read(data)
 
     @classmethod
-    def read(cls, given: Any) -> Settings | None:
+    def read(cls, given: Any) -> ServerSettings | None:
         """Settings as plain data: true, false, or an object of fields."""
         if isinstance(given, bool):
             return cls() if given else None

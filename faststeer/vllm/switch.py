@@ -30,6 +30,6 @@ def environment() -> str:
 
 
 def is_on(vllm_config: Any) -> bool:
-    """Whether there are settings to be read (`Settings.of`), right or wrong."""
+    """Whether there are settings to be read (`ServerSettings.of`), right or wrong."""
     speaks, said = configured(vllm_config)
     return said is not False if speaks else environment().lower() not in OFF

@@ -8,21 +8,21 @@ import torch
 from faststeer.compile import Entry, Need
 from faststeer.plan import n_sites, site, site_name
 from faststeer.program import Capacity, Program
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 
 
-def room_of(settings: Settings, n_layers: int) -> Need:
+def room_of(settings: ServerSettings, n_layers: int) -> Need:
     """What one plan may take."""
     vectors, entries = settings.max_vectors or 2 * n_layers + 8, settings.max_entries or 4 * n_sites(n_layers)
     return Need(1, vectors, entries, settings.probe_columns, settings.latched_gates)
 
 
-def sites_of(settings: Settings, n_layers: int) -> list[int]:
+def sites_of(settings: ServerSettings, n_layers: int) -> list[int]:
     """The sites that the model is built with, ascending."""
     return sorted({site(at, layer) for at in settings.hook_points for layer in range(n_layers)})  # type: ignore[arg-type]
 
 
-def check_fits(entries: list[Entry], settings: Settings, n_layers: int) -> None:
+def check_fits(entries: list[Entry], settings: ServerSettings, n_layers: int) -> None:
     """Raise ValueError unless a server's tables have room for a plan of these entries, whatever else they hold."""
     sites, need, room = set(sites_of(settings, n_layers)), Need.of([entries]), room_of(settings, n_layers)
     for entry in entries:
@@ -46,7 +46,7 @@ def check_fits(entries: list[Entry], settings: Settings, n_layers: int) -> None:
 
 
 def make_program(
-    settings: Settings, n_layers: int, hidden_size: int, slots: int, device: torch.device | str
+    settings: ServerSettings, n_layers: int, hidden_size: int, slots: int, device: torch.device | str
 ) -> Program:
     """A program with room for `slots` plans of any kind that `check_fits` lets through."""
     room = room_of(settings, n_layers)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from faststeer.vllm.requests import received
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 
 QUEUES = ("waiting", "skipped_waiting", "kv_holding_waiting")  # of one version of vLLM or another
 PATIENCE = 10.0  # seconds that a request is overtaken by later ones whose plans have slots
@@ -40,7 +40,7 @@ def held_back(scheduler: Any) -> Iterator[None]:
 def slots_of(scheduler: Any) -> int | None:
     """How many plans fit at one time; None where there is a slot for every sequence, or faststeer is off."""
     if not hasattr(scheduler, "faststeer_slots"):
-        settings = Settings.of(scheduler.vllm_config)
+        settings = ServerSettings.of(scheduler.vllm_config)
         sequences = scheduler.scheduler_config.max_num_seqs
         few = settings is not None and settings.max_plans is not None and settings.max_plans < sequences
         scheduler.faststeer_slots = settings.max_plans if settings is not None and few else None

@@ -28,7 +28,7 @@ from faststeer.vllm.layers import Device, find_layers, patch_layers
 from faststeer.vllm.overflow import StepSums, final_states
 from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.seen import Packed, Projections, merged, pack
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.switch import CONFIG_KEY, NEW_BLOCKS_KEY
 from faststeer.vllm.tables import make_program, sites_of
 
@@ -78,7 +78,7 @@ class Layout:
     probed: list[tuple[int, str, int, int]]
 
 
-class Steering:
+class WorkerSteering:
     """The steering of one worker.
 
     Attributes:
@@ -86,7 +86,7 @@ class Steering:
         pool: which slot each plan has, by its digest.
     """
 
-    def __init__(self, worker: Any, settings: Settings) -> None:
+    def __init__(self, worker: Any, settings: ServerSettings) -> None:
         config = worker.vllm_config
         self.worker, self.settings = worker, settings
         text = config.model_config.hf_text_config
@@ -429,9 +429,9 @@ class Coming:
         return wait
 
 
-def attach(worker: Any, settings: Settings) -> Steering:
+def attach(worker: Any, settings: ServerSettings) -> WorkerSteering:
     """Steer in this worker, which has been made and has loaded nothing yet."""
-    steering = Steering(worker, settings)
+    steering = WorkerSteering(worker, settings)
     config = worker.vllm_config
     # vLLM finds compiled artefacts again by this: one made without steering must not be taken for one with it.
     extra = dict(config.additional_config or {})

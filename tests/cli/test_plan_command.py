@@ -131,3 +131,10 @@ def test_bad_input_is_refused_and_writes_nothing(folder, arguments, code, messag
     assert result.exit_code == code, result.output
     assert message in words(result.stderr)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_schema_is_printed_alone(folder):
+    from faststeer.plan_schema import plan_schema
+
+    done = invoke("plan", "--schema")
+    assert done.exit_code == 0 and json.loads(done.stdout) == plan_schema()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 import faststeer as fs
-from faststeer.demo.toy import COEFFICIENTS, Cell, answer, find_refusal, refusal_cells
+from faststeer.demo.toy import COEFFICIENTS, AnsweredPrompts, answer, find_refusal, refusal_cells
 
 N = 96
 
@@ -29,11 +29,11 @@ def cells(loaded, vector):
     return cells
 
 
-def complies(cell: Cell) -> float:
+def complies(cell: AnsweredPrompts) -> float:
     return cell.share(lambda text: fs.demo.classify(text) == "compliance").rate
 
 
-def refuses_coherently(cell: Cell) -> float:
+def refuses_coherently(cell: AnsweredPrompts) -> float:
     return cell.share(lambda text: fs.demo.classify(text) == "refusal").rate
 
 
@@ -70,7 +70,7 @@ def test_a_random_vector_of_the_same_norm_does_not(cells):
 def test_dose_and_response_are_monotone_within_noise(loaded, vector, sign):
     harmful, harmless = fs.demo.prompts("refusal", "test")
     asked = (harmless if sign > 0 else harmful)[:48]
-    doses = [Cell(asked, fs.Plan([fs.Add(vector, sign * c)])) for c in COEFFICIENTS if c <= 1.5]
+    doses = [AnsweredPrompts(asked, fs.Plan([fs.Add(vector, sign * c)])) for c in COEFFICIENTS if c <= 1.5]
     answer(*loaded, doses)
     rates = [cell.refusal for cell in doses]
     for before, after in itertools.pairwise(rates):

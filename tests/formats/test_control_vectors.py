@@ -206,3 +206,9 @@ class TestRefused:
         data = written({"direction.1": 0 * self.direction, "direction.2": self.direction})
         v = from_bytes(data)
         assert v.layers == (2,) and v.provenance["zero_layers"] == [1]
+
+
+def test_save_of_a_vector_writes_no_gguf(tmp_path):
+    with pytest.raises(ValueError, match=r"faststeer\.formats\.save\(vector, path\) writes a GGUF file"):
+        vector().save(tmp_path / "v.gguf")
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ def vector() -> fs.SteeringVector:
 
 def test_the_name_does_not_matter(vector, tmp_path):
     ours = fs.SteeringVector({1: randn(1, 8)}, op="add")
-    ours.save(tmp_path / "a.gguf")
+    (tmp_path / "a.gguf").write_bytes(ours.to_bytes())
     fs.formats.save(ours, tmp_path / "b.safetensors", "gguf")
     torch.save({"layer_activations": {1: randn(1, 8)}}, tmp_path / "c.gguf")
     for name in ("a.gguf", "b.safetensors", "c.gguf"):

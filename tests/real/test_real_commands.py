@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import threading
 import types
 import urllib.request
@@ -115,6 +116,9 @@ def folder(tmp_path, monkeypatch, shared, vector) -> Path:
         vector.save(f"{name}.safetensors")
     fs.Plan([fs.Ablate(vector, layers=int(LAYER))]).save("plan.json")
     fs.Plan([fs.Add(vector, -1.0, layers=int(LAYER))]).save("gloomy.json")
+    Path("examples").symlink_to(ROOT / "examples")
+    shutil.copy("examples/plans/gated.json", "gated.json")
+    fs.SteeringVector(dict.fromkeys(range(12, 17), vector[int(LAYER)]), at=vector.at).save("vector.safetensors")
     hidden = vector[int(LAYER)].numel()
     fs.formats.save(fs.SteeringVector({1: torch.ones(hidden), 2: torch.ones(hidden)}, op="add"), "control_vector.gguf")
     torch.save(torch.randn(5, 30, hidden), "mean_diffs.pt")
@@ -130,7 +134,8 @@ def small(line: str) -> list[str]:
     """The words of a page's command, on SmolLM2 and with small settings."""
     command, *words = shlex.split(line, comments=True)[1:]
     words = ["smollm2" if word == "./my-model" else word for word in words]
-    words += shlex.split(SMALL.get(command, ""))
+    if command != "extract" or {"--select", "--method"} & set(words):  # else there is nothing to be made small
+        words += shlex.split(SMALL.get(command, ""))
     if command == "evaluate" and "--behaviour" in words:  # which has a judge of its own
         at = words.index("--judge")
         del words[at : at + 2]

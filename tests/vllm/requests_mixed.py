@@ -14,7 +14,7 @@ QUESTIONS = (
     "How do I bake a loaf of bread?", "How can I steal a bicycle?", "Tell me about a poem.", "What is a rainy day?",
     "How do I write a letter to a friend?", "How can I run a scam?", "Where does a rose grow?", "What is a lamp?",
 )  # fmt: skip
-# Settings that every plan below can be had with.
+# ServerSettings that every plan below can be had with.
 SPECIAL = {"hook_points": "all", "latched_gates": 2, "max_directions": 100, "max_vectors": 128}
 
 

@@ -18,7 +18,7 @@ from faststeer.program import Capacity, Program
 from faststeer.vllm.client import plan as client_plan
 from faststeer.vllm.dose import check_dose
 from faststeer.vllm.frontend import FrontEnd
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 
 N_LAYERS, HIDDEN = 3, 16
 NORMS = {0: 2.0, 1: 3.0, 2: 5.0, 3: 7.0}
@@ -92,7 +92,7 @@ def test_a_clamp_that_pulls_towards_zero_has_no_dose(clamp):
 
 def test_a_front_end_refuses_what_is_too_strong_and_says_how_to_mend_it():
     v = direction(6)
-    front = FrontEnd(Settings(max_dose=4.0), N_LAYERS, HIDDEN)
+    front = FrontEnd(ServerSettings(max_dose=4.0), N_LAYERS, HIDDEN)
     payload = client_plan(fs.Add(v, 3.0, layers=0))["faststeer"]
     with pytest.raises(RuntimeError, match="before the workers have told the norms"):
         front.wire(payload)
@@ -106,7 +106,7 @@ def test_a_front_end_refuses_what_is_too_strong_and_says_how_to_mend_it():
         with pytest.raises(ValueError, match="dose"):
             front.register_plan("strong", strong)
     assert front.about()["max_dose"] == 4.0 and math.isclose(front.about()["norms"][1], float(v.norm()))
-    anything = FrontEnd(Settings(max_dose=None), N_LAYERS, HIDDEN)
+    anything = FrontEnd(ServerSettings(max_dose=None), N_LAYERS, HIDDEN)
     assert anything.wire(client_plan(fs.Add(v, 1e38, layers=0))["faststeer"]) is not None
 
 
@@ -114,7 +114,7 @@ def test_a_default_plan_that_is_too_strong_is_refused_when_the_norms_are_known(t
     direction_ = fs.SteeringVector({0: direction(7)})
     direction_.save(tmp_path / "v.safetensors")
     (tmp_path / "usual.json").write_text('{"add": "v", "coefficient": 1000}')
-    front = FrontEnd(Settings(folder=tmp_path, default_plan="usual"), N_LAYERS, HIDDEN)
+    front = FrontEnd(ServerSettings(folder=tmp_path, default_plan="usual"), N_LAYERS, HIDDEN)
     with pytest.raises(ValueError, match="dose"):
         front.learn([list(NORMS.items())])
 
@@ -122,5 +122,5 @@ def test_a_default_plan_that_is_too_strong_is_refused_when_the_norms_are_known(t
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, True, "8", [8]])
 def test_settings(value):
     with pytest.raises(ValueError, match=r"max_dose is .*a number above 0, or null for no limit"):
-        Settings(max_dose=value)
-    assert Settings(max_dose=None).max_dose is None and Settings(max_dose=3).max_dose == 3
+        ServerSettings(max_dose=value)
+    assert ServerSettings(max_dose=None).max_dose is None and ServerSettings(max_dose=3).max_dose == 3

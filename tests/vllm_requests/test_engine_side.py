@@ -15,7 +15,7 @@ import faststeer as fs
 from faststeer.compile import compile_plan
 from faststeer.vllm.prefix_cache import block_key, with_block_key
 from faststeer.vllm.requests import PAYLOAD_KEY, Wire
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.tables import check_fits, make_program
 from faststeer.vllm.waiting import PATIENCE, held_back, too_many
 
@@ -38,11 +38,11 @@ def direction(seed: int = 0, *shape: int) -> torch.Tensor:
 )
 def test_a_plan_without_room_is_refused_with_the_setting_it_needs(plan: fs.Plan, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_fits(compile_plan(plan, 3, 16), Settings(**settings), 3)
+        check_fits(compile_plan(plan, 3, 16), ServerSettings(**settings), 3)
 
 
 def test_every_slot_holds_the_largest_plan_that_has_room() -> None:
-    settings = Settings(max_vectors=5, max_entries=7)
+    settings = ServerSettings(max_vectors=5, max_entries=7)
     program = make_program(settings, 3, 16, slots=4, device="cpu")
     for slot in range(4):
         plan = fs.Plan([fs.Ablate(direction(slot, 5), layers=[0, 1, 2]), fs.Project(direction(slot, 5), layers=0)])

@@ -15,7 +15,7 @@ from faststeer.vllm.admission import admit
 from faststeer.vllm.frontend import FrontEnd
 from faststeer.vllm.modes import check_modes
 from faststeer.vllm.requests import PAYLOAD_KEY, received
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.switch import is_on
 
 LIGHT = {
@@ -129,7 +129,7 @@ class TestAdmission:
 
     @pytest.fixture
     def front(self):
-        return FrontEnd(Settings(max_dose=None), 2, 8)
+        return FrontEnd(ServerSettings(max_dose=None), 2, 8)
 
     def test_without_a_plan_they_are_as_they_were(self, front):
         for extra in (None, {}, {"other": 1}):
@@ -155,7 +155,7 @@ class TestAdmission:
         with pytest.raises(ValueError, match="whose prompt grows while it runs"):
             admit(front, given, "a", resumable=True)
         front.register_plan("usual", fs.Plan([self.add]))
-        usual = FrontEnd(Settings(max_dose=None, default_plan="usual"), 2, 8)
+        usual = FrontEnd(ServerSettings(max_dose=None, default_plan="usual"), 2, 8)
         usual.registry = front.registry
         beam, plain = "cmpl-1-0-77-beam-3", SimpleNamespace(extra_args=None)
         with pytest.raises(ValueError, match="do without beam search, or start without default_plan"):

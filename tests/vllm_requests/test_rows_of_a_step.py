@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faststeer.vllm.worker import LoadedPlan, Running, Steering
+from faststeer.vllm.worker import LoadedPlan, Running, WorkerSteering
 
 ROWS = 64
 REQUEST = st.tuples(
@@ -25,7 +25,7 @@ REQUEST = st.tuples(
 @given(st.lists(st.lists(REQUEST, max_size=9), min_size=1, max_size=3), st.integers(0, 2))
 def test_rows_are_those_of_one_token_after_the_other(steps, repeats):
     """Also where a step is as the one before, but for tokens that have been computed since."""
-    steering = object.__new__(Steering)
+    steering = object.__new__(WorkerSteering)
     steering.pool, steering._rows_in_use = SimpleNamespace(slots={"a": 5, "b": 2}), 0
     steering.device = SimpleNamespace(rows=torch.full((3, ROWS), -1, dtype=torch.int32))
     steering.probes = SimpleNamespace(rows=[])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from faststeer.vllm.settings import Settings
+from faststeer.vllm.settings import ServerSettings
 
 
 def config(**additional):
@@ -22,31 +22,31 @@ class TestSwitch:
     @pytest.mark.parametrize("text", ["", "0", "off", "false", " 0 "])
     def test_off(self, monkeypatch, text):
         monkeypatch.setenv("FASTSTEER_VLLM", text)
-        assert Settings.of(config()) is None and Settings.of(SimpleNamespace()) is None
+        assert ServerSettings.of(config()) is None and ServerSettings.of(SimpleNamespace()) is None
 
     def test_off_when_nothing_is_said(self):
-        assert Settings.of(config()) is None and Settings.of(config(other=1)) is None
+        assert ServerSettings.of(config()) is None and ServerSettings.of(config(other=1)) is None
 
     @pytest.mark.parametrize("text", ["1", "on", "True", "{}"])
     def test_on_by_the_environment(self, monkeypatch, text):
         monkeypatch.setenv("FASTSTEER_VLLM", text)
-        assert Settings.of(config()) == Settings()
+        assert ServerSettings.of(config()) == ServerSettings()
 
     def test_on_by_the_configuration(self):
-        assert Settings.of(config(faststeer=True)) == Settings()
-        assert Settings.of(config(faststeer={"max_plans": 3})) == Settings(max_plans=3)
+        assert ServerSettings.of(config(faststeer=True)) == ServerSettings()
+        assert ServerSettings.of(config(faststeer={"max_plans": 3})) == ServerSettings(max_plans=3)
 
     def test_the_configuration_comes_first(self, monkeypatch):
         monkeypatch.setenv("FASTSTEER_VLLM", '{"max_plans": 7}')
-        assert Settings.of(config()).max_plans == 7
-        assert Settings.of(config(faststeer=False)) is None
+        assert ServerSettings.of(config()).max_plans == 7
+        assert ServerSettings.of(config(faststeer=False)) is None
 
 
 class TestValues:
     def test_are_kept_plain(self, tmp_path):
-        found = Settings.read({"folder": str(tmp_path), "hook_points": ["resid_post", "attn_out"]})
+        found = ServerSettings.read({"folder": str(tmp_path), "hook_points": ["resid_post", "attn_out"]})
         assert found.folder == tmp_path.resolve() and found.hook_points == ("attn_out", "resid_post")
-        assert len(Settings(hook_points="all").hook_points) == 5
+        assert len(ServerSettings(hook_points="all").hook_points) == 5
 
     @pytest.mark.parametrize(
         ("given", "says"),
@@ -73,9 +73,9 @@ class TestValues:
     )
     def test_refused(self, given, says):
         with pytest.raises(ValueError, match=says):
-            Settings.read(given)
+            ServerSettings.read(given)
 
     def test_an_environment_that_is_no_json(self, monkeypatch):
         monkeypatch.setenv("FASTSTEER_VLLM", "yes please")
         with pytest.raises(ValueError, match="FASTSTEER_VLLM is 'yes please': expected 1, 0, or a JSON object"):
-            Settings.of(config())
+            ServerSettings.of(config())

@@ -136,9 +136,11 @@ class NTP(_Method):
     needs_reference: ClassVar[bool] = False
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+        """One term: the chosen completion, under the vector times the sign of the pair and the coefficient."""
         return [Term(example.chosen, None, example.sign * coefficient)]
 
     def losses(self, scores: Scores) -> Tensor:
+        """-log p_v(w), divided by the length of w unless `length_normalised` is False; one number per example."""
         return -scores.winner / (scores.winner_length if self.length_normalised else 1)
 
 
@@ -168,9 +170,11 @@ class PO(_Method):
         _check_not_negative("phi", self.phi)
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+        """One term: the chosen completion against the other, under the vector times the sign and the coefficient."""
         return [Term(example.chosen, example.other, example.sign * coefficient)]
 
     def losses(self, scores: Scores) -> Tensor:
+        """-log s(b log p_v(w) / |w| - log p_v(l) / |l|) with b from the unsteered model; one number per example."""
         b = ((scores.loser_reference - scores.winner_reference) * self.phi).clamp(min=1)
         margin = b * scores.winner / scores.winner_length - scores.loser / scores.loser_length
         return -F.logsigmoid(margin)
@@ -207,10 +211,12 @@ class RePS(PO):
             raise ValueError(f"unknown suppression {self.suppression!r}: expected 'null' or 'subtract'")
 
     def check(self, start: float) -> None:
+        """Raise ValueError where training would start at a zero vector, which has no direction to take out."""
         if self.suppression == "null" and start == 0:
             raise ValueError("start is 0.0: a zero vector has no direction to take out; start elsewhere, or 'subtract'")
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+        """Two terms: the positive completion under the vector, the negative one with the vector suppressed."""
         return [
             Term(example.positive, example.negative, coefficient),
             Term(example.negative, example.positive, None if self.suppression == "null" else -coefficient),
@@ -251,11 +257,13 @@ class BiPO(_Method):
         _check_not_negative("beta", self.beta)
 
     def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+        """One term: the positive completion wins where `sign` is +1, the negative one where it is -1."""
         # d (f(positive) - f(negative)) is f(winner) - f(loser), the two changing places with d.
         sides = (example.positive, example.negative) if sign > 0 else (example.negative, example.positive)
         return [Term(*sides, sign * coefficient)]
 
     def losses(self, scores: Scores) -> Tensor:
+        """-log s(beta (log p_v/p_0 (w) - log p_v/p_0 (l))); one number per example."""
         gain = (scores.winner - scores.winner_reference) - (scores.loser - scores.loser_reference)
         return -F.logsigmoid(self.beta * gain)
 

@@ -42,6 +42,7 @@ class Example:
 
     @property
     def row(self) -> Row:
+        """Prompt and completion, as the model reads them."""
         return Row(self.prompt, self.completion)
 
     def __len__(self) -> int:

@@ -60,14 +60,17 @@ class Graph:
 
     @property
     def n_senders(self) -> int:
+        """How many nodes write to the residual stream: the steering, every head, every MLP."""
         return 1 + self.depth * (self.heads + 1)
 
     @property
     def n_receivers(self) -> int:
+        """How many nodes read it: queries, keys and values of every head, every MLP, the logits."""
         return self.depth * self.receivers_per_layer + 1
 
     @property
     def receivers_per_layer(self) -> int:
+        """How many of the receivers are in one layer."""
         return self.heads + 2 * self.kv_heads + 1
 
     @property
@@ -85,6 +88,7 @@ class Graph:
 
     @property
     def n_edges(self) -> int:
+        """How many edges there are, over all kinds of receivers."""
         return sum(self.counts.values())
 
     # Where things are, `i` counting layers from `start` ---------------------------------------------------------------
@@ -145,6 +149,7 @@ class Graph:
         return (*names, "logits")
 
     def kind(self, receiver: int) -> Kind:
+        """What a receiver is: "q", "k", "v", "mlp" or "logits"."""
         if receiver == self.n_receivers - 1:
             return "logits"
         place = receiver % self.receivers_per_layer
