@@ -80,8 +80,7 @@ class Addend {
 template <class T, bool ADDS>
 class Row {
  public:
-  template <class Arguments>
-  Row(const Arguments& job, int64_t row, float* buffer)
+  Row(const RowArguments& job, int64_t row, float* buffer)
       : x_(row_of<T>(job.x, job.x_stride, row)),
         residual_(ADDS ? row_of<T>(job.residual, job.residual_stride, row) : nullptr),
         h_(buffer),
@@ -335,10 +334,10 @@ inline bool compare(const Tables& tables, const Entry& entry, Row& h, int64_t hi
 }
 
 // Whether the entry may act as far as can be told without the row's values.
-inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
-  if (entry.kind == PROBE || entry.kind == LATCH || !in_position(entry, tables.row_position[row])) return false;
+inline bool may_act(const Tables& tables, const Entry& entry, const Place& place) {
+  if (entry.kind == PROBE || entry.kind == LATCH || !in_position(entry, place.position)) return false;
   if (entry.gate_mode != GATE_LATCHED) return true;
-  const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
+  const int64_t cell = gate_cell(tables, entry, place.sequence);
   return cell >= 0 && tables.gate_state[cell] != 0;
 }
 
@@ -347,13 +346,14 @@ template <class Row>
 inline bool steer_row(const RowArguments& job, int64_t row, Row& h, Weights& weights) {
   const Tables& tables = job.tables;
   const int64_t hidden = job.hidden_size;
-  const Range range = entries_of(tables, row);
+  const Place place = place_of(tables, row);
+  const Range range = entries_of(tables, place.slot);
   bool changed = false;
   for (int64_t i = range.first; i < range.end; ++i) {
     Entry entry;
     if (!read_entry(tables, i, entry)) continue;
     const bool probes = entry.probe >= 0 && entry.probe < job.probe_columns;
-    bool acts = may_act(tables, entry, row);
+    bool acts = may_act(tables, entry, place);
     if (acts && compares(entry)) acts = compare(tables, entry, h, hidden);
     if (!acts && !probes) continue;
 
