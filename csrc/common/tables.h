@@ -92,6 +92,48 @@ FASTSTEER_INLINE bool in_position(const Entry& entry, int32_t position) {
   return entry.position_low <= position && position < entry.position_high;
 }
 
+// Sums and products that are rounded each by itself, as the reference has them. (The CPU's compiler is told so, by
+// -ffp-contract=off.)
+FASTSTEER_INLINE float times(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+FASTSTEER_INLINE float plus(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// w, what an entry of a and b adds along one of its vectors, from p = h . q. Not of a plane, which has two of each.
+FASTSTEER_INLINE float weight_of(int32_t kind, float a, float b, float p) {
+  switch (kind) {
+    case ADD: return a;
+    case ABLATE: return times(-a, p);
+    case CLAMP: return fminf(fmaxf(p, a), b) - p;
+    default: return p;  // PROJECT, which starts from 0 instead of h
+  }
+}
+
+FASTSTEER_INLINE bool is_plane(int32_t kind) { return kind == ROTATE || kind == ROTATE_RELATIVE; }
+
+// From p_1 and p_2 of a plane, in place, to w_1 and w_2.
+FASTSTEER_INLINE void rotate(int32_t kind, float a, float b, float& first, float& second) {
+  const float p1 = first, p2 = second;
+  if (kind == ROTATE) {
+    const float radius = sqrtf(plus(times(p1, p1), times(p2, p2)));
+    first = plus(times(radius, a), -p1);
+    second = plus(times(radius, b), -p2);
+  } else {
+    first = plus(plus(times(p1, a), -times(p2, b)), -p1);
+    second = plus(plus(times(p1, b), times(p2, a)), -p2);
+  }
+}
+
 // Where a latched decision stands in gate_state, or -1.
 FASTSTEER_INLINE int64_t gate_cell(const Tables& tables, const Entry& entry, int64_t sequence) {
   const bool inside = tables.gate_state != nullptr && entry.gate_state >= 0 && entry.gate_state < tables.n_gates && sequence >= 0 &&

@@ -289,33 +289,11 @@ class Weights {
 
 // From p_k = h . q_k, in place, to w_k: what the entry adds along each direction. False: nothing changes.
 inline bool weigh(const Entry& entry, float* p) {
-  const float a = entry.a, b = entry.b;
-  switch (entry.kind) {
-    case ADD:
-      p[0] = a;
-      break;
-    case ABLATE:
-      for (int32_t k = 0; k < entry.count; ++k) p[k] = -a * p[k];
-      break;
-    case PROJECT:
-      return true;
-    case CLAMP: {
-      const float raised = p[0] < a ? a : p[0];
-      p[0] = (raised > b ? b : raised) - p[0];
-      break;
-    }
-    case ROTATE: {
-      const float radius = std::sqrt(p[0] * p[0] + p[1] * p[1]);
-      p[0] = radius * a - p[0];
-      p[1] = radius * b - p[1];
-      break;
-    }
-    case ROTATE_RELATIVE: {
-      const float p1 = p[0], p2 = p[1];
-      p[0] = (p1 * a - p2 * b) - p1;
-      p[1] = (p1 * b + p2 * a) - p2;
-      break;
-    }
+  if (entry.kind == PROJECT) return true;
+  if (is_plane(entry.kind)) {
+    rotate(entry.kind, entry.a, entry.b, p[0], p[1]);
+  } else {
+    for (int32_t k = 0; k < entry.count; ++k) p[k] = weight_of(entry.kind, entry.a, entry.b, p[k]);
   }
   for (int32_t k = 0; k < entry.count; ++k) {
     if (p[k] != 0) return true;
@@ -359,9 +337,8 @@ inline bool steer_row(const RowArguments& job, int64_t row, Row& h, Weights& wei
 
     const float* q = tables.bank + entry.vector * hidden;
     float* p = weights.of(entry.count);
-    if (probes || entry.kind != ADD) {
-      for (int32_t k = 0; k < entry.count; ++k) p[k] = h.dot(q + k * hidden);
-    }
+    const bool dots = probes || entry.kind != ADD;
+    for (int32_t k = 0; k < entry.count; ++k) p[k] = dots ? h.dot(q + k * hidden) : 0.0f;
     if (probes) {
       const int64_t room = job.probe_columns - entry.probe;
       const int64_t count = entry.count < room ? entry.count : room;

@@ -54,26 +54,4 @@ __device__ __forceinline__ Request read_request(const Tables& tables, int32_t i,
   return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, place, probe_columns) : 0u};
 }
 
-// w of the only vector, or of one of several, which only ABLATE and PROJECT have.
-__device__ __forceinline__ float weight_of(const Request& r, float p) {
-  switch (r.kind()) {
-    case ADD: return r.a;
-    case ABLATE: return -r.a * p;
-    case CLAMP: return fminf(fmaxf(p, r.a), r.b) - p;
-    default: return p;  // PROJECT
-  }
-}
-
-// w_1, w_2 of a plane. Each product is rounded, as the reference has it.
-__device__ __forceinline__ void rotate(const Request& r, float p1, float p2, float& w1, float& w2) {
-  if (r.kind() == ROTATE) {
-    const float radius = sqrtf(__fadd_rn(__fmul_rn(p1, p1), __fmul_rn(p2, p2)));
-    w1 = __fsub_rn(__fmul_rn(radius, r.a), p1);
-    w2 = __fsub_rn(__fmul_rn(radius, r.b), p2);
-  } else {
-    w1 = __fsub_rn(__fsub_rn(__fmul_rn(p1, r.a), __fmul_rn(p2, r.b)), p1);
-    w2 = __fsub_rn(__fadd_rn(__fmul_rn(p1, r.b), __fmul_rn(p2, r.a)), p2);
-  }
-}
-
 }  // namespace faststeer

@@ -201,7 +201,7 @@ struct Row {
     if (r.has(Request::PROBES)) probe(at_hand().probe, sums[0]);
     if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[1], sums[2]))) return false;
     square_before = sums[2];
-    const float w = weight_of(r, sums[0]);
+    const float w = weight_of(r.kind(), r.a, r.b, sums[0]);
     if (w == 0.0f) return false;
     if constexpr (KEEPS_VECTOR) {
 #pragma unroll
@@ -239,8 +239,8 @@ struct Row {
     }
     if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[2], sums[3]))) return false;
     square_before = sums[3];
-    float w1, w2;
-    rotate(r, sums[0], sums[1], w1, w2);
+    float w1 = sums[0], w2 = sums[1];
+    rotate(r.kind(), r.a, r.b, w1, w2);
     if (w1 != 0.0f) add(w1, opaque(first));
     if (w2 != 0.0f) add(w2, opaque(second));
     return w1 != 0.0f || w2 != 0.0f;
@@ -337,10 +337,10 @@ struct Row {
       }
       if (!acts) continue;
       float w = r.kind() == PROJECT ? p : -r.a * p;
-      if (!PLANES && (r.kind() == ROTATE || r.kind() == ROTATE_RELATIVE)) {
-        float second;
-        rotate(r, group.from_lane(p, 0), group.from_lane(p, 1), w, second);
-        if (group.lane() != 0) w = second;
+      if (!PLANES && is_plane(r.kind())) {
+        float w1 = group.from_lane(p, 0), w2 = group.from_lane(p, 1);
+        rotate(r.kind(), r.a, r.b, w1, w2);
+        w = group.lane() == 0 ? w1 : w2;
       }
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
