@@ -84,26 +84,16 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   require(fits, name);
 }
 
-// Whether a table has one row (or column) for each row of x, or, as a server's buffers do, may have more.
-enum class TableRows { EXACTLY, AT_LEAST };
-
-inline int64_t rows_of(const Tensor& table, size_t dimension, TableRows wanted, const RowShape& shape) {
-  const auto sizes = table.sizes();
-  const bool more = wanted == TableRows::AT_LEAST && sizes.size() > dimension && sizes[dimension] > shape.rows;
-  return more ? sizes[dimension] : shape.rows;
-}
-
 // The tables of one call, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& entries, const Tensor& ranges,
-                          const Tensor& rows, const std::optional<Tensor>& gate_state,
-                          TableRows wanted = TableRows::EXACTLY) {
+                          const Tensor& rows, const std::optional<Tensor>& gate_state) {
   const int32_t int32 = aoti_torch_dtype_int32();
   check_table(bank, "bank", aoti_torch_dtype_float32(), {-1, shape.hidden}, shape);
   check_table(entries, "entries", int32, {-1, N_FIELDS}, shape);
   require(reinterpret_cast<uintptr_t>(entries.data_ptr()) % alignof(Entry) == 0, "entries");
   check_table(ranges, "ranges", int32, {-1, 2}, shape);
-  check_table(rows, "rows", int32, {N_PLACES, rows_of(rows, 1, wanted, shape)}, shape, false);
-  require(rows.size(1) <= 1 || rows.stride(1) == 1, "rows");
+  check_table(rows, "rows", int32, {N_PLACES, -1}, shape, false);
+  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   const auto count = [](const char* name, int64_t number) {

@@ -44,7 +44,7 @@ class Operators {
   }
 
   static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES, const Optional& probe) {
-    Call call(x, bank, entries, ranges, rows, gate_state, TableRows::AT_LEAST);
+    Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
     call.arguments.cleared = x.data_ptr();
     call.write("steer_pair_", RowOp::STEER_PAIR, residual, probe);
@@ -80,13 +80,10 @@ class Operators {
   struct Call {
     const Tensor& x;
     const RowShape shape;
-    const TableRows wanted;
-    const int64_t n_entries;
     RowArguments arguments{};
 
-    Call(const Tensor& x, FASTSTEER_TABLES, TableRows wanted = TableRows::EXACTLY)
-        : x(x), shape(Backend::check(x)), wanted(wanted), n_entries(entries.size(0)) {
-      arguments.tables = make_tables(shape, bank, entries, ranges, rows, gate_state, wanted);
+    Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)) {
+      arguments.tables = make_tables(shape, bank, entries, ranges, rows, gate_state);
       arguments.x = x.data_ptr();
       arguments.rows = shape.rows;
       arguments.x_stride = shape.stride;
@@ -102,7 +99,7 @@ class Operators {
     std::tuple<Tensor, Tensor> compute(const char* name, RowOp op, const Optional& scalars, int64_t columns,
                                        Optional* normed = nullptr) {
       if (scalars.has_value()) {
-        check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {n_entries, N_SCALARS}, shape);
+        check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
       }
       require(columns >= 0, "columns");
       const Backend backend(x);
@@ -119,10 +116,11 @@ class Operators {
       return {hidden, probe};
     }
 
-    // In place: into `hidden`, which is x or residual.
+    // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
     void write(const char* name, RowOp op, const Tensor& hidden, const Optional& probe) {
       if (probe.has_value()) {
-        check_table(*probe, "probe", aoti_torch_dtype_float32(), {rows_of(*probe, 0, wanted, shape), -1}, shape);
+        check_table(*probe, "probe", aoti_torch_dtype_float32(), {-1, -1}, shape);
+        require(op == RowOp::STEER_PAIR ? probe->size(0) >= shape.rows : probe->size(0) == shape.rows, "probe");
         set_probe(*probe);
       }
       arguments.hidden = hidden.data_ptr();

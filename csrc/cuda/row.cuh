@@ -153,6 +153,13 @@ struct Row {
     }
   }
 
+  // The next entry's first vector, asked for while this one acts: a line of 128 bytes by each thread.
+  __device__ __forceinline__ void prefetch_next() const {
+    static_assert(HIDDEN == 0 || COLUMNS * sizeof(float) == 128);
+    const int32_t vector = arguments.tables.entries[entry + 1].vector;
+    if (in_bank(arguments.tables, vector, 1)) prefetch(bank(vector) + opaque(group.thread) * COLUMNS);
+  }
+
   __device__ __forceinline__ float dot(const float* from) const {
     Chains sum;
     with_bank(from, [&](int v, const float* q) {
@@ -557,12 +564,13 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     const int32_t* const positions = tables.rows + tables.place_stride + static_cast<int32_t>(opaque(row.row));
     const Place place{0, load_now(positions), load_now(positions + tables.place_stride)};
     request = read_request(tables, row.entry, more, place, arguments.probe_columns);
+    row.keep(request, q);
   };
   // Beside two fp32 rows there are no registers for an entry and its vector to wait in.
   constexpr bool WAITS = EARLY && (ADDS ? 2 : 1) * sizeof(x) + sizeof(q) <= 64 * sizeof(float);
   row.entry = range.first;
   const auto read_first = [&] {
-    if (steered) read(), row.keep(request, q);
+    if (steered) read();
   };
   if constexpr (WAITS) read_first();
 
@@ -575,10 +583,10 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   if (steered) {
 #pragma unroll 1
     for (;;) {
+      if (HIDDEN > 0 && row.entry + 1 < last.end()) row.prefetch_next();
       if (request.live() && row.act(request, q)) last.touch();
       if (++row.entry >= last.end()) break;
       read();
-      row.keep(request, q);
     }
   }
 

@@ -148,7 +148,7 @@ def steer(
     """Steer rows: see `faststeer.ops.reference.steer`, which every back end agrees with.
 
     Args:
-        rows: `[3, rows]` int32, the last dimension contiguous. So in the other ops.
+        rows: `[3, rows]` int32, the last dimension contiguous; of more columns the first count. So in the other ops.
         probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. So in the other ops.
         backend: the one to use, as `backend_for` gave it; None asks it again.
 
@@ -204,7 +204,7 @@ def steer_pair_(
     """Steer a stream kept as the pair (x, residual) in place, for inference: see `faststeer.ops.reference.steer_pair_`.
 
     Args:
-        rows, probe: as there, and not as in the other ops.
+        probe: as there, and not as in the other ops.
 
     Raises:
         RuntimeError: a gradient would be needed: `add_steer` gives one.

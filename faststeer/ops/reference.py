@@ -26,7 +26,7 @@ def steer(
         x: `[rows, hidden]`, fp32, fp16, bf16 or fp64.
         tables: the tables of this site.
         rows: `[3, rows]` int32: each row's slot (-1: untouched), position counted from the prompt's end, and sequence
-            (its column of `gate_state`).
+            (its column of `gate_state`). There may be more columns than x has rows: the first count.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
         probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
 
@@ -40,6 +40,7 @@ def _steer(
     x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`steer`, and which rows something acted on `[rows]`."""
+    rows = rows[:, : x.shape[0]]
     h = x.to(_compute_dtype(x))
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for step in range(tables.depth):
@@ -83,17 +84,16 @@ def steer_pair_(
     their pair, and so the bits of whatever is made of it.
 
     Args:
-        rows: they may be more than x's; the first count. So in `probe`.
-        probe: rows whose slot has entries here are overwritten, zero where no entry writes; others are left alone.
+        probe: of as many rows as x or more. Rows whose slot has entries here are overwritten, zero where no entry
+            writes; others are left alone.
     """
     n_rows = x.shape[0]
-    rows = rows[:, :n_rows]
     seen = None if probe is None else probe.new_zeros(n_rows, probe.shape[1])
     hidden, touched = _steer(x + residual, tables, rows, gate_state, seen)
     residual.copy_(torch.where(touched.unsqueeze(1), hidden, residual))
     x.masked_fill_(touched.unsqueeze(1), 0)
     if probe is not None and seen is not None and tables.depth:  # a site without entries has no rows to overwrite
-        steered = _Entry(tables, rows, 0, torch.float32).here.unsqueeze(1)
+        steered = _Entry(tables, rows[:, :n_rows], 0, torch.float32).here.unsqueeze(1)
         probe[:n_rows] = torch.where(steered, seen, probe[:n_rows])
 
 
@@ -135,7 +135,7 @@ def latch(x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
     Runs before `steer` at the same site, so that rows after the prompt's end may read in `steer` what the prompt's last
     row decided.
     """
-    h = x.detach().to(_compute_dtype(x))
+    h, rows = x.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
         cell, inside = entry.gate_cell(gate_state)

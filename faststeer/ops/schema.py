@@ -81,20 +81,14 @@ def check_tables(
     rows: Tensor,
     gate_state: Tensor | None,
     scalars: Tensor | None = None,
-    *,
-    more_rows: bool = False,
 ) -> None:
-    """Check the tables of an op, in the schema's order, against each other and x (docs/kernels.md, 'Operators').
-
-    Args:
-        more_rows: `rows` may have more columns than x has rows, as a server's buffers do.
-    """
+    """Check the tables of an op, in the schema's order, against each other and x (docs/kernels.md, 'Operators')."""
     check_table(bank, "bank", (None, x.shape[1]), torch.float32, x)
     check_table(entries, "entries", (None, N_FIELDS), torch.int32, x)
     if not torch.compiler.is_compiling() and entries.storage_offset() % 4:
         raise ValueError("entries does not start at a multiple of 16 bytes: call .clone()")
     check_table(ranges, "ranges", (None, 2), torch.int32, x)
-    n_rows = rows_of(rows, 1, x, more_rows)
+    n_rows = rows_of(rows, 1, x)
     check_table(rows, "rows", (N_PLACES, n_rows), torch.int32, x, contiguous=False)
     if n_rows > 1 and rows.stride(1) != 1:
         raise ValueError(f"rows has stride {rows.stride(1)} in its last dimension: expected 1; call .contiguous()")
@@ -104,11 +98,11 @@ def check_tables(
         check_table(scalars, "scalars", (entries.shape[0], N_SCALARS), torch.float32, x)
 
 
-def rows_of(table: Tensor, dimension: int, x: Tensor, more_rows: bool) -> int:
-    """How many rows a table should have along a dimension: as many as x, or, with `more_rows`, these and more."""
+def rows_of(table: Tensor, dimension: int, x: Tensor) -> int:
+    """How many of x's rows a table should have room for along a dimension: all, or more, as a server's buffers do."""
     n_rows = x.shape[0]
     # A number of rows that a compiler keeps open is not compared: that would limit it.
-    if more_rows and table.dim() > dimension and (not isinstance(n_rows, int) or table.shape[dimension] > n_rows):
+    if table.dim() > dimension and (not isinstance(n_rows, int) or table.shape[dimension] > n_rows):
         return table.shape[dimension]
     return n_rows
 
@@ -136,9 +130,9 @@ def check_steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
     *tables, probe = rest
     check_rows(x, "x")
     check_rows(residual, "residual", like=x)
-    check_tables(x, *tables, more_rows=True)
+    check_tables(x, *tables)
     if probe is not None:
-        check_table(probe, "probe", (rows_of(probe, 0, x, True), None), torch.float32, x)
+        check_table(probe, "probe", (rows_of(probe, 0, x), None), torch.float32, x)
 
 
 def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:

@@ -77,14 +77,13 @@ class Site(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.operators, self.columns = operators, 0 if probe is None else probe.shape[1]
 
-    def tables(self, n_rows: int | None = None) -> tuple[Tensor | None, ...]:
-        """The op's tables, with the first rows' numbers or all that there is room for."""
-        rows = self.rows if n_rows is None else self.rows[:, :n_rows]
-        return self.bank, self.entries, self.ranges, rows, self.gate_state  # type: ignore[return-value]
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """The op's tables, rows whole: a slice of them would tie the compiler to a number of rows."""
+        return self.bank, self.entries, self.ranges, self.rows, self.gate_state  # type: ignore[return-value]
 
     def one(self, x: Tensor) -> Tensor:
         """Steer a tensor that is the hook point's."""
-        tables = self.tables(x.shape[0])
+        tables = self.tables()
         if self.gate_state is not None:
             self.operators.latch(x, None, *tables)
         steered, seen = self.operators.steer(x, *tables, None, self.columns)
@@ -94,7 +93,7 @@ class Site(nn.Module):
     def pair(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Steer the sum of a pair that nobody else reads, in place: (0, h) for the rows on which something acts."""
         if self.gate_state is not None:
-            self.operators.latch(hidden, residual, *self.tables(hidden.shape[0]))
+            self.operators.latch(hidden, residual, *self.tables())
         self.operators.steer_pair(hidden, residual, *self.tables(), self.probe)
         return hidden, residual
 

@@ -171,6 +171,27 @@ def test_the_probe_of_a_pair_is_written_where_its_slot_has_entries(both):
     assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
 
 
+def test_places_of_rows_come_from_a_longer_buffer(both):
+    """As a slice, or whole, of which the first columns count."""
+    case = steered(MIXES, 13, 96, torch.bfloat16, "cpu", seed=12)
+    arguments = case.x, case.residual, case.weight, 1e-6, 0.0, False, case.tables
+    expected = ops.add_steer_rmsnorm(*arguments, case.rows, case.gate_state, backend=both)
+    buffer = torch.full((3, 40), 77, dtype=torch.int32)
+    for start in (0, 5):
+        buffer[:, start : start + 13] = case.rows
+        for rows in (buffer[:, start:], buffer[:, start : start + 13]):
+            found = ops.add_steer_rmsnorm(*arguments, rows, case.gate_state, backend=both)
+            assert all(map(torch.equal, found, expected))
+            gates = case.gate_state.clone(), case.gate_state.clone()
+            for given, state in zip((rows, case.rows), gates, strict=True):
+                ops.latch_(case.x, case.tables, given, state, backend=both)
+            assert torch.equal(*gates)
+    same = torch.zeros(13, dtype=torch.int32).expand(3, -1)
+    assert torch.equal(
+        ops.steer(case.x, case.tables, same, backend=both), ops.steer(case.x, case.tables, placed([0] * 13))
+    )
+
+
 def test_no_rows(both):
     case = steered(MIXES, 0, 64, torch.float32, "cpu", seed=5)
     assert ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=both).shape == (0, 64)
@@ -403,6 +424,27 @@ def test_compiled_code_copies_nothing(backend):
     body = code[code.index("def call(") : code.index("return (buf")]
     assert len(re.findall(r"torch\.ops\.faststeer\.\w+\.\w+\(", body)) == 3
     assert not re.search(r"empty_strided|clone|copy_\(|fused", body), "a hidden copy"
+
+
+def test_a_whole_buffer_of_places_serves_any_number_of_rows(backend):
+    """As vLLM's layers are compiled, first with as many rows as the buffer has room for."""
+    case = steered(MIXES, 64, 96, torch.float32, "cpu", seed=3)
+    tables = case.tables[:3]
+
+    def run(x, rows, gate_state):
+        torch.ops.faststeer.latch_.cpp(x, None, *tables, rows, gate_state)
+        return torch.ops.faststeer.steer.cpp(x, *tables, rows, gate_state, None, 0)[0]
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for n in (64, 13, 29):
+        x = case.x[:n].clone()
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            found = compiled(x, case.rows, case.gate_state)
+        assert torch.equal(found, ops.steer(x, case.tables, case.rows[:, :n], case.gate_state, backend=backend))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
