@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.intervention import Add, Direction, Gate, Intervention, Number, Probe, Rotate
+from faststeer.intervention import Direction, Gate, Intervention, Number
 from faststeer.ops.tables import POSITION_MAX, GateMode, Kind
 from faststeer.plan import Plan, site
 from faststeer.vector import HookPoint, SteeringVector, layers_text
@@ -149,14 +149,14 @@ def hook_points(intervention: Intervention) -> tuple[HookPoint, ...]:
 
 def _basis(intervention: Intervention, directions: list[Tensor]) -> Tensor:
     """The bank rows `[k, hidden]` for one layer's directions."""
-    name = type(intervention).__name__
-    if isinstance(intervention, Add):
-        return directions[0].unsqueeze(0)
-    if isinstance(intervention, Rotate):
-        return orthonormal(torch.stack(directions), "Rotate's plane (a, b)")
-    if isinstance(intervention, Probe):  # each by itself
-        return torch.cat([orthonormal(row, f"{name}'s direction") for row in torch.atleast_2d(directions[0])])
-    return orthonormal(directions[0], f"{name}'s direction")
+    rows = torch.cat([torch.atleast_2d(direction) for direction in directions])
+    what = f"plane ({', '.join(intervention.direction_names)})" if len(directions) > 1 else "direction"
+    name = f"{type(intervention).__name__}'s {what}"
+    if intervention.vectors == "as they are":
+        return rows
+    if intervention.vectors == "each of length 1":
+        return torch.cat([orthonormal(row, name) for row in rows])
+    return orthonormal(rows, name)
 
 
 def orthonormal(directions: Tensor, what: str) -> Tensor:

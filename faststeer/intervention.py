@@ -108,6 +108,7 @@ class Intervention:
     probe: bool = False
 
     direction_names: ClassVar[tuple[str, ...]] = ("direction",)
+    vectors: ClassVar[Literal["as they are", "each of length 1", "orthonormal"]] = "orthonormal"  # in the bank
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -143,7 +144,7 @@ class Intervention:
 
     @property
     def scalars(self) -> tuple[Number, Number]:
-        """The two numbers the op needs (columns A and B of `scalars`)."""
+        """The two numbers the op needs (columns A and B of `entries`)."""
         return 0.0, 0.0
 
     @property
@@ -177,6 +178,7 @@ class Add(Intervention):
 
     direction: Direction
     coefficient: Number = 1.0
+    vectors: ClassVar[Literal["as they are"]] = "as they are"
 
     def _check(self) -> None:
         object.__setattr__(self, "coefficient", _finite(self.coefficient, "Add's coefficient"))
@@ -315,6 +317,7 @@ class Probe(Intervention):
 
     direction: Direction
     _takes_subspace: ClassVar[bool] = True
+    vectors: ClassVar[Literal["each of length 1"]] = "each of length 1"
 
     def _check(self) -> None:
         if self.when is not None or self.positions != "all" or self.keep_norm:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
-from faststeer.ops.tables import N_FIELDS, N_SCALARS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
+from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
 from faststeer.plan import Plan, n_sites
+
+_SCALARS = slice(int(Field.A), int(Field.B) + 1)  # columns of `entries`
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Program:
     """Fixed-address tables for a model of `n_layers` and `hidden_size`.
 
     Attributes:
-        bank, fields, scalars, ranges: the tables (docs/design.md, 'Tables').
+        bank, entries, ranges: the tables (docs/design.md, 'Tables').
         depth, width, columns: per site, the most entries of any slot loaded so far, the most bank rows of one entry,
             the most probe columns. Host numbers for the reference back end.
         requires_grad: whether a loaded plan is being trained: then its values must be read anew before every use,
@@ -67,8 +69,7 @@ class Program:
         sites, entries = n_sites(n_layers), capacity.slots * capacity.entries
         with torch.inference_mode(False):  # whoever makes them: they are used outside of it, too
             self.bank = torch.zeros(capacity.vectors, hidden_size, dtype=torch.float32, device=device)
-            self.fields = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
-            self.scalars = torch.zeros(entries, N_SCALARS, dtype=torch.float32, device=device)
+            self.entries = torch.zeros(entries, N_FIELDS, dtype=torch.int32, device=device)
             self.ranges = torch.zeros(sites, capacity.slots, 2, dtype=torch.int32, device=device)
             self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
@@ -137,12 +138,13 @@ class Program:
 
     def _made_tables(self) -> list[Tables]:
         sizes = zip(self._ranges, self.depth, self.width, strict=True)
-        return [Tables(self.bank, self.fields, self.scalars, *each) for each in sizes]
+        return [Tables(self.bank, self.entries, *each) for each in sizes]
 
-    def live(self) -> tuple[Tensor, Tensor]:
-        """Bank and scalars with the present values of what is being trained, as functions of it: gradients flow from
-        an op's output to the plan's tensors."""
-        bank, scalars = self.bank.clone(), self.scalars.clone()
+    def live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Bank, entries and scalars with the present values of what is being trained, bank and scalars as functions of
+        it: gradients flow from an op's output to the plan's tensors."""
+        bank, table = self.bank.clone(), self.entries.clone()
+        scalars = table[:, _SCALARS].view(torch.float32).clone()
         for slot, plan in enumerate(self.plans):
             if plan is None or not plan.requires_grad:
                 continue
@@ -155,10 +157,9 @@ class Program:
                 numbers = torch.stack(
                     [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in entry.scalars]
                 )
-                scalars = scalars.index_put(
-                    (torch.tensor(start + i, device=self.device), torch.arange(2, device=self.device)), numbers
-                )
-        return bank, scalars
+                scalars = scalars.index_put((torch.tensor(start + i, device=self.device),), numbers)
+        table[:, _SCALARS] = scalars.detach().view(torch.int32)
+        return bank, table, scalars
 
     def to(self, device: torch.device | str) -> Program:
         """A program with the same plans in the same slots on another device (a model spread over several has one
@@ -176,7 +177,7 @@ class Program:
         self.bank[: len(rows)] = self.bank[torch.tensor(rows, device=self.device)]
         places = torch.tensor(to, dtype=torch.int32, device=self.device)
         for field in (Field.VECTOR, Field.GATE_VECTOR):
-            self.fields[:, field] = places[self.fields[:, field].long()]
+            self.entries[:, field] = places[self.entries[:, field].long()]
 
     def _write_bank(self, blocks: dict[int, Tensor]) -> None:
         """Blocks by their first rows, in one copy per run of rows."""
@@ -203,9 +204,10 @@ class Program:
         if entries:
             gates = [0 if key is None else first_row[key] for key in blocks.gate]
             packed = [_pack(entry, *rows) for entry, *rows in zip(entries, self._rows[slot], gates, strict=True)]
-            numbers = [[*map(_value, entry.scalars), entry.gate_threshold, 0.0] for entry in entries]
-            for table, values in ((self.fields, np.array(packed, np.int32)), (self.scalars, np.array(numbers, "f4"))):
-                send(torch.from_numpy(values), table[start : start + len(entries)])
+            values = np.array(packed, np.int32)
+            numbers = [[*map(_value, entry.scalars), entry.gate_threshold] for entry in entries]
+            values.view(np.float32)[:, Field.A : Field.THRESHOLD + 1] = numbers
+            send(torch.from_numpy(values), self.entries[start : start + len(entries)])
 
     def _note_shape(self, entries: list[Entry]) -> None:
         counts: dict[int, int] = {}

@@ -23,8 +23,8 @@ from faststeer import measure, ops
 from faststeer.engine import Engine
 from faststeer.hf import steer
 from faststeer.intervention import Ablate, Add, Clamp, Gate, Intervention, Probe, Project, Rotate
-from faststeer.ops import Rows, Tables, reference
-from faststeer.ops.tables import Field, GateMode, Scalar
+from faststeer.ops import Tables, reference
+from faststeer.ops.tables import Field, GateMode
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
 from faststeer.version import versions
@@ -92,7 +92,7 @@ class Case:
         x, residual = (torch.randn(rows, hidden, generator=generator).to(dtype) for _ in range(2))
         weight = torch.randn(hidden, generator=generator).to(dtype)
         gate_state = torch.rand(GATES, rows, generator=generator) < 0.5
-        where = Rows(slot, (number % 5 - 3).int(), number.int())
+        where = torch.stack((slot, (number % 5 - 3).int(), number.int()))
         self.cpu = Arguments(x, residual, weight, program.tables(0), where, gate_state)
         self.device = self.cpu.to(device)
         self.columns = program.columns[0]
@@ -104,12 +104,8 @@ class Case:
 
 
 def _tables_on(tables: Tables, device: str) -> Tables:
-    bank, fields, scalars, ranges = (t.to(device) for t in tables[:4])
-    return Tables(bank, fields, scalars, ranges, tables.depth, tables.width)
-
-
-def _rows_on(rows: Rows, device: str) -> Rows:
-    return Rows(*(t.to(device) for t in rows))
+    bank, entries, ranges = (t.to(device) for t in tables[:3])
+    return Tables(bank, entries, ranges, tables.depth, tables.width)
 
 
 @dataclass(frozen=True)
@@ -120,28 +116,28 @@ class Arguments:
     residual: Tensor
     weight: Tensor
     tables: Tables
-    rows: Rows
+    rows: Tensor
     gate_state: Tensor
 
     def to(self, device: str) -> Arguments:
         x, residual, weight, gate_state = (t.to(device) for t in (self.x, self.residual, self.weight, self.gate_state))
-        return Arguments(x, residual, weight, _tables_on(self.tables, device), _rows_on(self.rows, device), gate_state)
+        return Arguments(x, residual, weight, _tables_on(self.tables, device), self.rows.to(device), gate_state)
 
     @property
-    def steering(self) -> tuple[Tables, Rows, Tensor]:
+    def steering(self) -> tuple[Tables, Tensor, Tensor]:
         return self.tables, self.rows, self.gate_state
 
-    def moved_thresholds(self, by: float) -> tuple[Tables, Rows, Tensor]:
+    def moved_thresholds(self, by: float) -> tuple[Tables, Tensor, Tensor]:
         """The same with the thresholds of all gates moved by as much as rounding may move a gate's value: `by` times
         n u for a cosine of n products, u = 2^-24, and times the norm of the largest row for a dot product with a unit
         vector. Interventions before the gate may make a row 8 times as large."""
         hidden = self.x.shape[1]
         largest = 8 * float((self.x.double().norm(dim=1) + self.residual.double().norm(dim=1)).max())
         slack = (hidden + 32) * EPS32 / 2
-        cosine = self.tables.fields[:, int(Field.GATE_MODE)].abs() == int(GateMode.COSINE)
-        scalars = self.tables.scalars.double()
-        scalars[:, int(Scalar.THRESHOLD)] += by * torch.where(cosine, 2 * slack, slack * largest).double()
-        return self.tables._replace(scalars=scalars), self.rows, self.gate_state
+        entries = self.tables.entries.clone()
+        cosine = entries[:, Field.GATE_MODE].abs() == GateMode.COSINE
+        entries.view(torch.float32)[:, Field.THRESHOLD] += by * torch.where(cosine, 2 * slack, slack * largest)
+        return self.tables._replace(entries=entries), self.rows, self.gate_state
 
 
 def cases(backend: ops.Backend, device: str) -> list[Callable[[], Case]]:
@@ -280,7 +276,7 @@ def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verd
     plain = reference.steer(s, *cpu.steering, plain_probe)
     shares = _shares(ours, exact, plain, case.size)
     verdict.note(op, case, torch.where(decided, shares, 0))
-    verdict.same(op, case, ours, s, cpu.rows.slot < 0, "a row without a plan keeps its bits")
+    verdict.same(op, case, ours, s, cpu.rows[0] < 0, "a row without a plan keeps its bits")
     if case.columns:
         # The error of a dot product is bounded by the row's norm, since the direction is a unit vector.
         allowed = 2 * (plain_probe - exact_probe).abs() + 8 * EPS32 * case.norm.unsqueeze(1)
@@ -341,8 +337,7 @@ def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
     plans = [Plan([kinds[name]]) for name in ("Ablate", "Add")]
     program = Program(1, hidden, Capacity.of(plans, 1, hidden), device)
     program.load(0, plans[0])
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
-    where = Rows(zeros, zeros.clone(), zeros.clone())
+    where = torch.zeros(3, rows, dtype=torch.int32, device=device)
     x = torch.randn(rows, hidden, generator=generator).to(device, torch.bfloat16)
     replay, result = capture(lambda: ops.steer(x, program.tables(0), where, backend=backend), device)
     verdict.replays = True
@@ -350,7 +345,7 @@ def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
         program.load(0, plan)
         replay()
         measure.synchronize(device)
-        at = tables, _ = _tables_on(program.tables(0), "cpu"), _rows_on(where, "cpu")
+        at = tables, _ = _tables_on(program.tables(0), "cpu"), where.cpu()
         exact, plain = (reference.steer(t, *at) for t in (x.cpu().double(), x.cpu()))
         size = x.cpu().double().norm(dim=1) * tables.bank.abs().max()
         if not (_shares(result, exact, plain, size) <= 1).all():
@@ -432,8 +427,7 @@ def _against_copy(
     plan = Plan([Ablate(torch.randn(hidden, generator=torch.Generator().manual_seed(0)), layers=0, at="resid_pre")])
     program = Program(1, hidden, Capacity(1, 1, 1), device)
     program.load(0, plan)
-    zeros = torch.zeros(rows, dtype=torch.int32, device=device)
-    where, tables = Rows(zeros, zeros.clone(), zeros.clone()), program.tables(0)
+    where, tables = torch.zeros(3, rows, dtype=torch.int32, device=device), program.tables(0)
     n_bytes = measure.TENSORS_MOVED[op] * rows * hidden * dtype.itemsize
     sets = measure.tensor_sets(n_bytes, most=8)
     x, residual = (torch.randn(sets, rows, hidden, device=device, dtype=dtype) for _ in range(2))

@@ -311,24 +311,27 @@ class TestHeaderAgreesWithPython:
         body = re.search(rf"enum {name} : int32_t {{(.*?)}};", self.header, re.DOTALL).group(1)
         return {word: i for i, word in enumerate(re.findall(r"\w+", body))}
 
-    def constant(self, name: str) -> int:
-        return int(re.search(rf"constexpr int {name} = (\d+);", self.header).group(1))
-
     def test_kinds(self):
         assert self.enum("Kind") == {**{kind.name: kind.value for kind in tables.Kind}, "N_KINDS": len(tables.Kind)}
 
     def test_gate_modes(self):
         assert self.enum("GateMode") == {f"GATE_{mode.name}": mode.value for mode in tables.GateMode}
 
-    def test_fields(self):
-        assert self.enum("Field") == {f"FIELD_{field.name}": field.value for field in tables.Field}
+    def test_an_entry_has_its_fields_in_order(self):
+        body = re.search(r"struct alignas\(16\) Entry {(.*?)};", self.header, re.DOTALL).group(1)
+        columns: dict[str, int] = {}
+        count = 0
+        for type_, names in re.findall(r"(int32_t|float) ([^;]+);", body):
+            for name, size in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+                columns[name.upper()] = count
+                assert type_ == ("float" if count >= tables.Field.A else "int32_t")
+                count += int(size or 1)
+        assert count == tables.N_FIELDS
+        assert {field.name: field.value for field in tables.Field}.items() <= columns.items()
 
     def test_sizes(self):
-        assert (self.constant("N_FIELDS"), self.constant("N_SCALARS")) == (tables.N_FIELDS, tables.N_SCALARS)
-
-    def test_scalars(self):
-        read = re.search(r"entry = {(.*?)};", self.header, re.DOTALL).group(1)
-        assert re.findall(r"s\[(\d)\]", read) == [str(int(scalar)) for scalar in tables.Scalar]
+        found = re.search(r"N_SCALARS = (\d+), N_PLACES = (\d+);", self.header)
+        assert tuple(map(int, found.groups())) == (tables.N_SCALARS, tables.N_PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -380,22 +383,22 @@ program = fs.Program(1, hidden, fs.Capacity(slots=1, vectors=9, entries=9))
 v = torch.randn(4, hidden, generator=g)
 rotate = fs.Rotate(v[2], v[3], degrees=40, layers=0, keep_norm=True)
 program.load(0, fs.Plan([fs.Add(v[0], 0.7, layers=0), fs.Ablate(v[1:3], layers=0, probe=True), rotate]))
-t, zero = program.tables(4), torch.zeros(9, dtype=torch.int32)
-arguments = t.bank, t.fields, t.scalars, t.ranges, zero, zero, zero, None, 2
+t = program.tables(4)
+arguments = *t[:3], torch.zeros(3, 9, dtype=torch.int32), None
 results = []
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     x, residual = (torch.randn(9, hidden, generator=g).to(dtype) for _ in range(2))
     weight = torch.randn(hidden, generator=g).to(dtype)
-    results += torch.ops.faststeer.add_steer_rmsnorm.cpp(x, residual, weight, 1e-6, 0.0, False, *arguments)
+    results += torch.ops.faststeer.add_steer_rmsnorm.cpp(x, residual, weight, 1e-6, 0.0, False, *arguments, None, 2)
     # Any bits at all, and a vector of such: a NaN keeps neither its payload nor its sign at every level.
     patterns = torch.randint(-(2**31), 2**31, (10, 1111), generator=g, dtype=torch.int64).int().view(torch.float32)
     rows = patterns[:9].view(dtype)[:, -hidden:].clone()
     strange = t.bank.clone()
     strange[:, ::3] = patterns[9, ::3]
-    torch.ops.faststeer.steer_.cpp(rows, strange, *arguments[1:-1], None)
+    torch.ops.faststeer.steer_.cpp(rows, strange, *arguments[1:], None)
     results.append(rows.nan_to_num(nan=1.25))
     pair = x.clone(), residual.clone(), torch.zeros(9, 2)
-    torch.ops.faststeer.steer_pair_.cpp(*pair[:2], *arguments[:-1], pair[2])
+    torch.ops.faststeer.steer_pair_.cpp(*pair[:2], *arguments, pair[2])
     results += pair
 torch.save(results, sys.argv[1])
 """

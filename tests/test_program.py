@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from placing import placed
 from strategies import randn
 from torch import Tensor
 
 import faststeer as fs
-from faststeer.ops import Rows, steer
+from faststeer.ops import steer
 from faststeer.program import SlotPool
 
 HIDDEN, N_LAYERS = 16, 2
-TABLES = ("bank", "fields", "scalars", "ranges")
+TABLES = ("bank", "entries", "ranges")
 ROOM = fs.Capacity(slots=4, vectors=12, entries=6)
 
 
@@ -31,10 +32,7 @@ def ablate(seed: int, k: int, layers=0) -> fs.Plan:
 def outputs(program: fs.Program) -> Tensor:
     """What every slot does to the same rows at every site: `[sites, slots, rows, hidden]`."""
     x = randn(99, 3, HIDDEN)
-    rows = [
-        Rows(torch.full((3,), slot, dtype=torch.int32), *torch.zeros(2, 3, dtype=torch.int32))
-        for slot in range(program.capacity.slots)
-    ]
+    rows = [placed([slot] * 3) for slot in range(program.capacity.slots)]
     return torch.stack(
         [torch.stack([steer(x, program.tables(site), r) for r in rows]) for site in range(4 * program.n_layers + 1)]
     )
@@ -120,11 +118,10 @@ def test_trained_vectors_are_not_shared():
     program = fresh({0: fs.Plan([fs.Add(a, layers=0)]), 1: fs.Plan([fs.Add(b, layers=0)])})
     with torch.no_grad():
         b.mul_(2)
-    bank, scalars = program.live()
+    bank, entries, scalars = program.live()
     x = randn(99, 2, HIDDEN)
-    tables = program.tables(4)._replace(bank=bank, scalars=scalars)
-    slots = torch.tensor([0, 1], dtype=torch.int32)
-    result = steer(x, tables, Rows(slots, *torch.zeros(2, 2, dtype=torch.int32)))
+    tables = program.tables(4)._replace(bank=bank, entries=entries, scalars=scalars)
+    result = steer(x, tables, placed([0, 1]))
     torch.testing.assert_close(result, torch.stack([x[0] + a, x[1] + b]))
     result.sum().backward()
     assert torch.equal(a.grad, torch.ones(HIDDEN)) and torch.equal(b.grad, torch.ones(HIDDEN))
@@ -137,9 +134,9 @@ def test_live_values_of_numbers():
     )
     with torch.no_grad():
         c.fill_(0.5)
-    bank, scalars = program.live()
-    rows = Rows(torch.ones(3, dtype=torch.int32), *torch.zeros(2, 3, dtype=torch.int32))
-    result = steer(randn(99, 3, HIDDEN), program.tables(8)._replace(bank=bank, scalars=scalars), rows)
+    bank, entries, scalars = program.live()
+    rows = placed([1] * 3)
+    result = steer(randn(99, 3, HIDDEN), program.tables(8)._replace(bank=bank, entries=entries, scalars=scalars), rows)
     now = fresh(
         {1: fs.Plan([fs.Add(randn(0, HIDDEN), layers=1), fs.Ablate(randn(1, 2, HIDDEN), strength=0.5, layers=1)])}
     )

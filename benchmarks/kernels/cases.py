@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from faststeer.intervention import Ablate, Add, Clamp, Rotate
-from faststeer.ops import Field, Rows, Tables
+from faststeer.ops import Field, Tables
 from faststeer.plan import Plan
 from faststeer.program import Capacity, Program
 
@@ -47,21 +47,22 @@ def tables(steering: str, hidden: int, device: str, n_plans: int = 1, seed: int 
     program = Program(1, hidden, Capacity.of([one], 1, hidden), device)
     program.load(0, one)
     first, count = program.ranges[0, 0].tolist()
-    fields, scalars = program.fields[first : first + count], program.scalars[first : first + count]
-    n_vectors = int((fields[:, Field.VECTOR] + fields[:, Field.COUNT]).max()) if count else 1
+    entries = program.entries[first : first + count]
+    n_vectors = int((entries[:, Field.VECTOR] + entries[:, Field.COUNT]).max()) if count else 1
     turned = (torch.arange(hidden, device=device) + torch.arange(n_plans, device=device).unsqueeze(1)) % hidden
     bank = program.bank[:n_vectors, turned].transpose(0, 1).reshape(n_plans * n_vectors, hidden).contiguous()
-    fields = fields.repeat(n_plans, 1, 1)
-    fields[:, :, Field.VECTOR] += n_vectors * torch.arange(n_plans, dtype=torch.int32, device=device).unsqueeze(1)
+    entries = entries.repeat(n_plans, 1, 1)
+    entries[:, :, Field.VECTOR] += n_vectors * torch.arange(n_plans, dtype=torch.int32, device=device).unsqueeze(1)
     starts = count * torch.arange(n_plans, dtype=torch.int32, device=device)
     ranges = torch.stack([starts, torch.full_like(starts, count)], dim=1)
-    return Tables(bank, fields.flatten(0, 1), scalars.repeat(n_plans, 1), ranges, program.depth[0], program.width[0])
+    return Tables(bank, entries.flatten(0, 1), ranges, program.depth[0], program.width[0])
 
 
-def rows_of(rows: int, n_plans: int, device: str, contiguous: bool = False) -> Rows:
+def rows_of(rows: int, n_plans: int, device: str, contiguous: bool = False) -> Tensor:
     """Row r runs plan r modulo `n_plans`; contiguous: rows of one plan stand together, as the tokens of a prompt do."""
-    zeros, number = torch.zeros(rows, dtype=torch.int32, device=device), torch.arange(rows, device=device)
-    return Rows((number * n_plans // rows if contiguous else number % n_plans).int(), zeros, zeros.clone())
+    number, where = torch.arange(rows, device=device), torch.zeros(3, rows, dtype=torch.int32, device=device)
+    where[0] = number * n_plans // rows if contiguous else number % n_plans
+    return where
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Case:
     residual: Tensor
     weight: Tensor
     tables: Tables
-    rows: Rows
+    rows: Tensor
 
 
 def case(

@@ -25,7 +25,7 @@ from faststeer import build, ops
 ROOT = Path(__file__).parents[2]
 HIDDEN, THREADS, ROWS, ROW = 4096, 128, 2, 1  # the second of two rows, so that its number is not 0
 STEERINGS = cases.STEERINGS
-TABLES = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "row_sequence")
+TABLES = ("bank", "entries", "ranges", "rows")
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def compile_triton(arch: str = "90") -> Code:
 
     how = Launch.of(HIDDEN, 2, True, 2)
     constants = {
-        "FP32_WEIGHT": False, "EARLY_WEIGHT": how.early_weight, "IN_PLACE": False, "HIDDEN": HIDDEN,
+        "FP32_WEIGHT": False, "EARLY_WEIGHT": how.early_weight, "IN_PLACE": False, "LATCHES": False, "HIDDEN": HIDDEN,
         "BLOCK": how.block, "ALIGNED": True,
     }  # fmt: skip
     parameters = {p.name: p for p in residual_kernel.params}
     constants |= {n: p.default for n, p in parameters.items() if p.is_constexpr and n not in constants}
-    types = {"bank": "*fp32", "scalars": "*fp32", "probe": "*fp32", "gate_state": "*u1"}
+    types = {"bank": "*fp32", "probe": "*fp32", "gate_state": "*u1"}
     types |= dict.fromkeys(("x", "residual", "weight", "normed", "hidden"), "*bf16")
     types |= dict.fromkeys((n for n in TABLES if n not in types), "*i32")
     annotated = {"int64": "i64", "int32": "i32", "float32": "fp32", "fp32": "fp32"}
@@ -156,13 +156,12 @@ def operands(steering: str) -> tuple[cases.Case, dict[str, Tensor]]:
     """A case, and every buffer of a kernel by name; "none" is a row whose slot is -1."""
     case = cases.case("add" if steering == "none" else steering, ROWS, HIDDEN, torch.bfloat16, "cpu")
     if steering == "none":
-        case.rows.slot.fill_(-1)
+        case.rows[0] = -1
     buffers = {"x": case.x, "residual": case.residual, "weight": case.weight}
     buffers |= {name: torch.zeros_like(case.x) for name in ("normed", "hidden")}
     buffers["probe"] = torch.zeros(ROWS, 1)
     tables = case.tables
-    buffers |= {"bank": tables.bank, "fields": tables.fields, "scalars": tables.scalars, "ranges": tables.ranges}
-    buffers |= {"row_slot": case.rows.slot, "row_position": case.rows.position, "row_sequence": case.rows.sequence}
+    buffers |= {"bank": tables.bank, "entries": tables.entries, "ranges": tables.ranges, "rows": case.rows}
     buffers["gate_state"] = torch.zeros(4, dtype=torch.uint8)
     return case, buffers
 
@@ -172,8 +171,7 @@ def _execute(steering: str, code: Code, pack: Any) -> Execution:
     buffers = {n: t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy() for n, t in tensors.items()}
     addresses = {name: sass.address(buffers, name) for name in buffers}
     trace = sass.Block(code.sass, buffers, pack(case, addresses), code.threads, index=ROW, arch=code.arch).run()
-    one = case.rows._replace(**{name: value[ROW:].contiguous() for name, value in case.rows._asdict().items()})
-    x, residual = case.x[ROW:], case.residual[ROW:]
+    x, residual, one = case.x[ROW:], case.residual[ROW:], case.rows[:, ROW:]
     expected = ops.add_steer_rmsnorm(
         x, residual, case.weight, 1e-6, 0.0, False, case.tables, one, backend="reference"
     )  # fmt: skip
@@ -191,10 +189,10 @@ def execute_triton(steering: str, code: Code) -> Execution:
 
     def pack(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
         tables = case.tables
-        counts = len(tables.bank), len(tables.fields), len(tables.ranges), 0, 0, 0
+        counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0, 0
         return (
             struct.pack(f"<{len(addresses)}Q", *addresses.values())
-            + struct.pack("<3q6i", HIDDEN, HIDDEN, 0, *counts)
+            + struct.pack("<4q6i", HIDDEN, HIDDEN, case.rows.stride(0), 0, *counts)
             + struct.pack("<ff", 1e-6, 0.0)
             + struct.pack("<QQ", 0, 0)
         )
@@ -209,5 +207,6 @@ def _row_arguments(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
     head = struct.pack("<7Q", *(addresses[name] for name in names), 0, 0)  # no x to clear, no probe
     head += struct.pack("<4q", ROWS, HIDDEN, HIDDEN, HIDDEN)
     head += struct.pack("<iiff?xxxi", HIDDEN, 0, 1e-6, 0.0, False, 2)  # 2: bf16, of the weight
-    counts = len(tables.bank), len(tables.fields), len(tables.ranges), 0, 0
-    return head + struct.pack("<8Q", *(addresses[name] for name in TABLES), 0) + struct.pack("<5i", *counts)
+    counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0
+    pointers = struct.pack("<5Q", *(addresses[name] for name in TABLES), 0)
+    return head + pointers + struct.pack("<q5i", case.rows.stride(0), *counts)

@@ -109,9 +109,8 @@ class Buffers:
         return [
             Case(
                 self.x[i], self.residual[i], self.weight[i],
-                one._replace(bank=one.bank.clone(), fields=one.fields.clone(), scalars=one.scalars.clone(),
-                             ranges=one.ranges.clone()),
-                type(rows)(*(t.clone() for t in rows)),
+                one._replace(bank=one.bank.clone(), entries=one.entries.clone(), ranges=one.ranges.clone()),
+                rows.clone(),
             )
             for i in range(sets)
         ]  # fmt: skip
@@ -201,7 +200,7 @@ def _is_installed(package: str) -> bool:
 def bytes_moved(op: str, rows: int, hidden: int, c: Case) -> int:
     """The fewest bytes that an op can move on this case. In place, rows without entries are not touched."""
     row_bytes, vectors = rows * hidden * DTYPE.itemsize, c.tables.bank.nbytes
-    if len(c.tables.fields) == 0:
+    if len(c.tables.entries) == 0:
         vectors = 0
         if op in IN_PLACE:
             return 0

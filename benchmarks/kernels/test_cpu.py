@@ -64,7 +64,7 @@ def test_host_cost_of_one_call(benchmark, how, number):
     made = case("add", 1, 64, torch.float32, "cpu")
     benchmark.extra_info |= {"how": how, "steering": "add", "rows": 1, "hidden": 64, "dtype": "fp32"}
     t = made.tables
-    arguments = made.x, t.bank, t.fields, t.scalars, t.ranges, *made.rows, None, None
+    arguments = made.x, *t[:3], made.rows, None, None
     with torch.inference_mode():
         if how == "ops.steer_":
             benchmark.pedantic(ops.steer_, (made.x, t, made.rows), rounds=50, iterations=1000, warmup_rounds=1)

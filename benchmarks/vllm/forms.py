@@ -44,8 +44,8 @@ def _patch_norm(norm: Any, here: layers.Site, op: Any) -> None:
     eps = norm.variance_epsilon
 
     def forward(x: Any, residual: Any) -> tuple[Any, Any]:
-        tables = here.tables(x.shape[0])
-        normed, hidden, seen = op(x, residual, norm.weight, eps, 0.0, False, *tables, here.columns)
+        tables = here.tables()
+        normed, hidden, seen = op(x, residual, norm.weight, eps, 0.0, False, *tables, None, here.columns)
         here._keep(seen)
         return normed, hidden
 

@@ -8,10 +8,11 @@
 
 namespace faststeer {
 
-enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM };
+enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
+constexpr int N_OPS = 6;
 
 // Strides in elements. hidden is x itself where the op is in place, and residual where a pair is steered, whose x is
-// then also `cleared`. A null or empty probe is not written.
+// then also `cleared`. A null or empty probe is not written. latch_ has x, the tables and perhaps a residual.
 struct RowArguments {
   const void *x, *residual, *weight;
   void *hidden, *normed, *cleared;  // normed is contiguous
@@ -21,14 +22,6 @@ struct RowArguments {
   float eps, weight_offset;
   bool fp32_weight;
   Dtype weight_dtype;
-  Tables tables;
-};
-
-struct LatchArguments {
-  const void *x, *residual;  // residual may be null
-  uint8_t* gate_state;       // the one in tables, to be written
-  int64_t rows, x_stride, residual_stride;
-  int32_t hidden_size;
   Tables tables;
 };
 

@@ -71,11 +71,12 @@ inline int64_t check_rows_like(const Tensor& tensor, const char* name, const Row
   return mine.stride;
 }
 
-// A contiguous tensor of exactly this dtype and these sizes (-1: any) on x's device.
+// A tensor of exactly this dtype and these sizes (-1: any) on x's device, contiguous unless said otherwise.
 inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
-                        const RowShape& shape) {
+                        const RowShape& shape, bool contiguous = true) {
   const auto sizes = tensor.sizes();
-  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size() && tensor.is_contiguous();
+  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size();
+  fits = fits && (!contiguous || tensor.is_contiguous());
   for (size_t i = 0; fits && i < sizes.size(); ++i) {
     fits = expected.begin()[i] < 0 || sizes[i] == expected.begin()[i];
   }
@@ -83,34 +84,16 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   require(fits, name);
 }
 
-// Whether a table with a row per row of x has just those rows, or, as a server's buffers do, may have more.
-enum class TableRows { EXACTLY, AT_LEAST };
-
-inline void check_row_table(const Tensor& tensor, const char* name, int32_t dtype, TableRows wanted,
-                            const RowShape& shape, bool has_columns = false) {
-  const auto sizes = tensor.sizes();
-  const int64_t rows = wanted == TableRows::AT_LEAST && sizes.size() > 0 && sizes[0] > shape.rows ? sizes[0] : shape.rows;
-  if (has_columns) {
-    check_table(tensor, name, dtype, {rows, -1}, shape);
-  } else {
-    check_table(tensor, name, dtype, {rows}, shape);
-  }
-}
-
 // The tables of one call, once all of them fit x and each other.
-inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& fields,
-                          const Tensor& scalars, const Tensor& ranges, const Tensor& row_slot,
-                          const Tensor& row_position, const Tensor& row_sequence,
-                          const std::optional<Tensor>& gate_state, TableRows rows = TableRows::EXACTLY) {
-  const int32_t int32 = aoti_torch_dtype_int32(), fp32 = aoti_torch_dtype_float32();
-  check_table(bank, "bank", fp32, {-1, shape.hidden}, shape);
-  check_table(fields, "fields", int32, {-1, N_FIELDS}, shape);
-  const int64_t n_entries = fields.size(0);
-  check_table(scalars, "scalars", fp32, {n_entries, N_SCALARS}, shape);
+inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& entries, const Tensor& ranges,
+                          const Tensor& rows, const std::optional<Tensor>& gate_state) {
+  const int32_t int32 = aoti_torch_dtype_int32();
+  check_table(bank, "bank", aoti_torch_dtype_float32(), {-1, shape.hidden}, shape);
+  check_table(entries, "entries", int32, {-1, N_FIELDS}, shape);
+  require(reinterpret_cast<uintptr_t>(entries.data_ptr()) % alignof(Entry) == 0, "entries");
   check_table(ranges, "ranges", int32, {-1, 2}, shape);
-  check_row_table(row_slot, "row_slot", int32, rows, shape);
-  check_row_table(row_position, "row_position", int32, rows, shape);
-  check_row_table(row_sequence, "row_sequence", int32, rows, shape);
+  check_table(rows, "rows", int32, {N_PLACES, -1}, shape, false);
+  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   const auto count = [](const char* name, int64_t number) {
@@ -119,15 +102,13 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   };
   Tables tables;
   tables.bank = static_cast<const float*>(bank.data_ptr());
-  tables.fields = static_cast<const int32_t*>(fields.data_ptr());
-  tables.scalars = static_cast<const float*>(scalars.data_ptr());
+  tables.entries = static_cast<const Entry*>(entries.data_ptr());
   tables.ranges = static_cast<const int32_t*>(ranges.data_ptr());
-  tables.row_slot = static_cast<const int32_t*>(row_slot.data_ptr());
-  tables.row_position = static_cast<const int32_t*>(row_position.data_ptr());
-  tables.row_sequence = static_cast<const int32_t*>(row_sequence.data_ptr());
-  tables.gate_state = gate_state.has_value() ? static_cast<const uint8_t*>(gate_state->data_ptr()) : nullptr;
+  tables.rows = static_cast<const int32_t*>(rows.data_ptr());
+  tables.place_stride = rows.stride(0);
+  tables.gate_state = gate_state.has_value() ? static_cast<uint8_t*>(gate_state->data_ptr()) : nullptr;
   tables.n_vectors = count("bank", bank.size(0));
-  tables.n_entries = count("fields", n_entries);
+  tables.n_entries = count("entries", entries.size(0));
   tables.n_slots = count("ranges", ranges.size(0));
   tables.n_gates = gate_state.has_value() ? count("gate_state", gate_state->size(0)) : 0;
   tables.n_sequences = gate_state.has_value() ? count("gate_state", gate_state->size(1)) : 0;

@@ -5,7 +5,6 @@
 //   static RowShape check(const Tensor& x)      x's shape, or an error; nothing is made before all arguments are checked
 //   explicit Backend(const Tensor& x)           whatever has to hold while results are made and kernels are started
 //   void run(const char* name, RowOp op, const RowShape&, const RowArguments&)
-//   void latch(const RowShape&, const LatchArguments&)
 // A probe that an operator makes is given uninitialised: `run` has zeros in it where nothing is probed.
 #pragma once
 
@@ -21,139 +20,120 @@
 
 namespace faststeer {
 
-#define FASTSTEER_TABLES                                                                                         \
-  const Tensor &bank, const Tensor &fields, const Tensor &scalars, const Tensor &ranges, const Tensor &row_slot, \
-      const Tensor &row_position, const Tensor &row_sequence
-#define FASTSTEER_MAKE_TABLES(rows) \
-  make_tables(shape, bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state, TableRows::rows)
+using Optional = std::optional<Tensor>;
+
+#define FASTSTEER_TABLES \
+  const Tensor &bank, const Tensor &entries, const Tensor &ranges, const Tensor &rows, const Optional &gate_state
 
 template <class Backend>
 class Operators {
  public:
-  static std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES, const std::optional<Tensor>& gate_state,
-                                          int64_t columns) {
-    const RowShape shape = Backend::check(x);
-    RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    Backend backend(x);
-    Tensor probe = new_probe(x, shape, columns, arguments), hidden = new_hidden(x, shape, arguments);
-    backend.run("steer", RowOp::STEER, shape, arguments);
-    return {hidden, probe};
+  static std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES, const Optional& scalars, int64_t columns) {
+    return Call(x, bank, entries, ranges, rows, gate_state).compute("steer", RowOp::STEER, scalars, columns);
   }
 
-  static void steer_(const Tensor& x, FASTSTEER_TABLES, const std::optional<Tensor>& gate_state,
-                     const std::optional<Tensor>& probe) {
-    const RowShape shape = Backend::check(x);
-    RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    write_probe(probe, TableRows::EXACTLY, shape, arguments);
-    arguments.hidden = x.data_ptr();
-    arguments.hidden_stride = shape.stride;
-    Backend(x).run("steer_", RowOp::STEER_IN_PLACE, shape, arguments);
+  static void steer_(const Tensor& x, FASTSTEER_TABLES, const Optional& probe) {
+    Call(x, bank, entries, ranges, rows, gate_state).write("steer_", RowOp::STEER_IN_PLACE, x, probe);
   }
 
   static std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES,
-                                              const std::optional<Tensor>& gate_state, int64_t columns) {
-    const RowShape shape = Backend::check(x);
-    RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    add_residual(residual, shape, arguments);
-    Backend backend(x);
-    Tensor probe = new_probe(x, shape, columns, arguments), hidden = new_hidden(x, shape, arguments);
-    backend.run("add_steer", RowOp::ADD_STEER, shape, arguments);
-    return {hidden, probe};
+                                              const Optional& scalars, int64_t columns) {
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    call.add(residual);
+    return call.compute("add_steer", RowOp::ADD_STEER, scalars, columns);
   }
 
-  static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES,
-                          const std::optional<Tensor>& gate_state, const std::optional<Tensor>& probe) {
-    const RowShape shape = Backend::check(x);
-    RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(AT_LEAST));
-    add_residual(residual, shape, arguments);
-    write_probe(probe, TableRows::AT_LEAST, shape, arguments);
-    arguments.hidden = residual.data_ptr();
-    arguments.hidden_stride = arguments.residual_stride;
-    arguments.cleared = x.data_ptr();
-    Backend(x).run("steer_pair_", RowOp::STEER_PAIR, shape, arguments);
+  static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES, const Optional& probe) {
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    call.add(residual);
+    call.arguments.cleared = x.data_ptr();
+    call.write("steer_pair_", RowOp::STEER_PAIR, residual, probe);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual,
                                                               const Tensor& weight, double eps, double weight_offset,
                                                               bool fp32_weight, FASTSTEER_TABLES,
-                                                              const std::optional<Tensor>& gate_state,
-                                                              int64_t columns) {
-    const RowShape shape = Backend::check(x);
-    RowArguments arguments = arguments_of(x, shape, FASTSTEER_MAKE_TABLES(EXACTLY));
-    add_residual(residual, shape, arguments);
+                                                              const Optional& scalars, int64_t columns) {
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    call.add(residual);
+    RowArguments& arguments = call.arguments;
     arguments.weight_dtype = check_float(weight, "weight");
-    check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);
+    check_table(weight, "weight", torch_dtype(weight), {call.shape.hidden}, call.shape);
     arguments.weight = weight.data_ptr();
     arguments.eps = static_cast<float>(eps);
     arguments.weight_offset = static_cast<float>(weight_offset);
     arguments.fp32_weight = fp32_weight;
-    Backend backend(x);
-    Tensor probe = new_probe(x, shape, columns, arguments), hidden = new_hidden(x, shape, arguments);
-    Tensor normed = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
-    arguments.normed = normed.data_ptr();
-    backend.run("add_steer_rmsnorm", RowOp::ADD_STEER_RMSNORM, shape, arguments);
-    return {normed, hidden, probe};
+    Optional normed;
+    auto [hidden, probe] = call.compute("add_steer_rmsnorm", RowOp::ADD_STEER_RMSNORM, scalars, columns, &normed);
+    return {*normed, hidden, probe};
   }
 
-  static void latch_(const Tensor& x, const std::optional<Tensor>& residual, FASTSTEER_TABLES,
-                     const Tensor& gate_state) {
-    const RowShape shape = Backend::check(x);
-    LatchArguments arguments{};
-    arguments.tables = FASTSTEER_MAKE_TABLES(EXACTLY);
-    arguments.x = x.data_ptr();
-    arguments.x_stride = shape.stride;
-    if (residual.has_value()) {
-      arguments.residual_stride = check_rows_like(*residual, "residual", shape);
-      arguments.residual = residual->data_ptr();
-    }
-    arguments.gate_state = static_cast<uint8_t*>(gate_state.data_ptr());
-    arguments.rows = shape.rows;
-    arguments.hidden_size = static_cast<int32_t>(shape.hidden);
-    Backend(x).latch(shape, arguments);
+  static void latch_(const Tensor& x, const Optional& residual, const Tensor& bank, const Tensor& entries,
+                     const Tensor& ranges, const Tensor& rows, const Tensor& gate_state) {
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    if (residual.has_value()) call.add(*residual);
+    Backend(x).run("latch_", RowOp::LATCH, call.shape, call.arguments);
   }
 
  private:
-  static RowArguments arguments_of(const Tensor& x, const RowShape& shape, const Tables& tables) {
+  // One call on rows: its arguments, checked, then its results.
+  struct Call {
+    const Tensor& x;
+    const RowShape shape;
     RowArguments arguments{};
-    arguments.x = x.data_ptr();
-    arguments.rows = shape.rows;
-    arguments.x_stride = shape.stride;
-    arguments.hidden_size = static_cast<int32_t>(shape.hidden);
-    arguments.tables = tables;
-    return arguments;
-  }
 
-  static void add_residual(const Tensor& residual, const RowShape& shape, RowArguments& arguments) {
-    arguments.residual_stride = check_rows_like(residual, "residual", shape);
-    arguments.residual = residual.data_ptr();
-  }
+    Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)) {
+      arguments.tables = make_tables(shape, bank, entries, ranges, rows, gate_state);
+      arguments.x = x.data_ptr();
+      arguments.rows = shape.rows;
+      arguments.x_stride = shape.stride;
+      arguments.hidden_size = static_cast<int32_t>(shape.hidden);
+    }
 
-  static void set_probe(const Tensor& probe, RowArguments& arguments) {
-    require(probe.size(1) <= std::numeric_limits<int32_t>::max(), "probe");
-    arguments.probe = static_cast<float*>(probe.data_ptr());
-    arguments.probe_columns = static_cast<int32_t>(probe.size(1));
-  }
+    void add(const Tensor& residual) {
+      arguments.residual_stride = check_rows_like(residual, "residual", shape);
+      arguments.residual = residual.data_ptr();
+    }
 
-  static void write_probe(const std::optional<Tensor>& probe, TableRows rows, const RowShape& shape,
-                          RowArguments& arguments) {
-    if (!probe.has_value()) return;
-    check_row_table(*probe, "probe", aoti_torch_dtype_float32(), rows, shape, true);
-    set_probe(*probe, arguments);
-  }
+    // Into new tensors. `scalars` are for gradients, which Python computes: their numbers are those of the entries.
+    std::tuple<Tensor, Tensor> compute(const char* name, RowOp op, const Optional& scalars, int64_t columns,
+                                       Optional* normed = nullptr) {
+      if (scalars.has_value()) {
+        check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
+      }
+      require(columns >= 0, "columns");
+      const Backend backend(x);
+      Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
+      set_probe(probe);
+      Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
+      arguments.hidden = hidden.data_ptr();
+      arguments.hidden_stride = shape.hidden;
+      if (normed != nullptr) {
+        *normed = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
+        arguments.normed = (*normed)->data_ptr();
+      }
+      backend.run(name, op, shape, arguments);
+      return {hidden, probe};
+    }
 
-  static Tensor new_probe(const Tensor& x, const RowShape& shape, int64_t columns, RowArguments& arguments) {
-    require(columns >= 0, "columns");
-    Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
-    set_probe(probe, arguments);
-    return probe;
-  }
+    // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
+    void write(const char* name, RowOp op, const Tensor& hidden, const Optional& probe) {
+      if (probe.has_value()) {
+        check_table(*probe, "probe", aoti_torch_dtype_float32(), {-1, -1}, shape);
+        require(op == RowOp::STEER_PAIR ? probe->size(0) >= shape.rows : probe->size(0) == shape.rows, "probe");
+        set_probe(*probe);
+      }
+      arguments.hidden = hidden.data_ptr();
+      arguments.hidden_stride = arguments.residual != nullptr ? arguments.residual_stride : shape.stride;
+      Backend(x).run(name, op, shape, arguments);
+    }
 
-  static Tensor new_hidden(const Tensor& x, const RowShape& shape, RowArguments& arguments) {
-    Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
-    arguments.hidden = hidden.data_ptr();
-    arguments.hidden_stride = shape.hidden;
-    return hidden;
-  }
+    void set_probe(const Tensor& probe) {
+      require(probe.size(1) <= std::numeric_limits<int32_t>::max(), "probe");
+      arguments.probe = static_cast<float*>(probe.data_ptr());
+      arguments.probe_columns = static_cast<int32_t>(probe.size(1));
+    }
+  };
 };
 
 // Inside STABLE_TORCH_LIBRARY_IMPL(faststeer, ..., library).

@@ -1,9 +1,11 @@
-// What a program's tables say about one row, for host and device code alike. Knows no framework. docs/kernels.md is the specification; the column
-// numbers are those of faststeer/ops/tables.py (a test compares them).
+// What a program's tables say about one row, for host and device code alike. Knows no framework. docs/kernels.md is the
+// specification; kinds, gate modes and the columns of an entry are those of faststeer/ops/tables.py (a test compares
+// them).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define FASTSTEER_INLINE __host__ __device__ __forceinline__
@@ -15,45 +17,40 @@ namespace faststeer {
 
 enum Kind : int32_t { ADD, ABLATE, PROJECT, CLAMP, ROTATE, ROTATE_RELATIVE, PROBE, LATCH, N_KINDS };
 enum GateMode : int32_t { GATE_NONE, GATE_DOT, GATE_COSINE, GATE_LATCHED };
-enum Field : int32_t {
-  FIELD_KIND,
-  FIELD_VECTOR,
-  FIELD_COUNT,
-  FIELD_POSITION_LOW,
-  FIELD_POSITION_HIGH,
-  FIELD_GATE_MODE,
-  FIELD_GATE_VECTOR,
-  FIELD_GATE_STATE,
-  FIELD_KEEP_NORM,
-  FIELD_PROBE,
+
+// One entry as it lies in memory: a line of 64 bytes. `_` is not used.
+struct alignas(16) Entry {
+  int32_t kind, vector, count, position_low, position_high, gate_mode, gate_vector, gate_state, keep_norm, probe, _[2];
+  float a, b, threshold, __;
 };
-constexpr int N_FIELDS = 12;
-constexpr int N_SCALARS = 4;
+constexpr int N_FIELDS = sizeof(Entry) / sizeof(int32_t), N_SCALARS = 2, N_PLACES = 3;
 
 struct Tables {
   const float* bank;          // [n_vectors, hidden]
-  const int32_t* fields;      // [n_entries, N_FIELDS]
-  const float* scalars;       // [n_entries, N_SCALARS]
+  const Entry* entries;       // [n_entries]
   const int32_t* ranges;      // [n_slots, 2], one site's
-  const int32_t* row_slot;    // [rows]
-  const int32_t* row_position;
-  const int32_t* row_sequence;
-  const uint8_t* gate_state;  // [n_gates, n_sequences] bool, or null
+  const int32_t* rows;        // [N_PLACES, rows], place_stride apart
+  uint8_t* gate_state;        // [n_gates, n_sequences] bool, or null; written by latch_ alone
+  int64_t place_stride;
   int32_t n_vectors, n_entries, n_slots, n_gates, n_sequences;
 };
+
+// What is known of a row: the slot of its plan, its position counted from the prompt's end, whose row it is.
+struct Place {
+  int32_t slot, position, sequence;
+};
+
+FASTSTEER_INLINE Place place_of(const Tables& tables, int64_t row) {
+  const int32_t* const at = tables.rows + row;
+  return {at[0], at[tables.place_stride], at[2 * tables.place_stride]};
+}
 
 struct Range {
   int32_t first, end;
 };
 
-struct Entry {
-  int32_t kind, vector, count, position_low, position_high, gate_mode, gate_vector, gate_state, keep_norm, probe;
-  float a, b, threshold;
-};
-
-// The entries of a row's slot, cut to those there are; empty for a slot that does not exist.
-FASTSTEER_INLINE Range entries_of(const Tables& tables, int64_t row) {
-  const int32_t slot = tables.row_slot[row];
+// The entries of a slot, cut to those there are; empty for a slot that does not exist.
+FASTSTEER_INLINE Range entries_of(const Tables& tables, int32_t slot) {
   if (slot < 0 || slot >= tables.n_slots) return {0, 0};
   const int32_t first = tables.ranges[2 * int64_t{slot}], count = tables.ranges[2 * int64_t{slot} + 1];
   // Nothing here can overflow, whatever the numbers.
@@ -74,13 +71,16 @@ FASTSTEER_INLINE int32_t vectors_of(int32_t kind) {
   return TWO_BITS_EACH >> 2 * kind & 3u;
 }
 
-// Read entry i. False: it must be skipped, because it points outside the tables or is of no known kind.
+// Read entry i, 16 bytes at a time. False: it must be skipped, because it points outside the tables or is of no known
+// kind.
 FASTSTEER_INLINE bool read_entry(const Tables& tables, int64_t i, Entry& entry) {
-  const int32_t* f = tables.fields + i * N_FIELDS;
-  const float* s = tables.scalars + i * N_SCALARS;
-  entry = {f[FIELD_KIND],      f[FIELD_VECTOR],      f[FIELD_COUNT],      f[FIELD_POSITION_LOW], f[FIELD_POSITION_HIGH], f[FIELD_GATE_MODE],
-           f[FIELD_GATE_VECTOR], f[FIELD_GATE_STATE], f[FIELD_KEEP_NORM], f[FIELD_PROBE],        s[0],                   s[1],
-           s[2]};
+#if defined(__CUDA_ARCH__)
+  int4 quads[sizeof(Entry) / sizeof(int4)];
+  for (int j = 0; j < 4; ++j) quads[j] = __ldg(reinterpret_cast<const int4*>(tables.entries + i) + j);
+  memcpy(&entry, quads, sizeof(entry));
+#else
+  entry = tables.entries[i];
+#endif
   if (static_cast<uint32_t>(entry.kind) >= N_KINDS || !in_bank(tables, entry.vector, entry.count)) return false;
   const int32_t vectors = vectors_of(entry.kind);
   if (vectors != 0 && vectors != entry.count) return false;
@@ -90,6 +90,48 @@ FASTSTEER_INLINE bool read_entry(const Tables& tables, int64_t i, Entry& entry) 
 
 FASTSTEER_INLINE bool in_position(const Entry& entry, int32_t position) {
   return entry.position_low <= position && position < entry.position_high;
+}
+
+// Sums and products that are rounded each by itself, as the reference has them. (The CPU's compiler is told so, by
+// -ffp-contract=off.)
+FASTSTEER_INLINE float times(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+FASTSTEER_INLINE float plus(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// w, what an entry of a and b adds along one of its vectors, from p = h . q. Not of a plane, which has two of each.
+FASTSTEER_INLINE float weight_of(int32_t kind, float a, float b, float p) {
+  switch (kind) {
+    case ADD: return a;
+    case ABLATE: return times(-a, p);
+    case CLAMP: return fminf(fmaxf(p, a), b) - p;
+    default: return p;  // PROJECT, which starts from 0 instead of h
+  }
+}
+
+FASTSTEER_INLINE bool is_plane(int32_t kind) { return kind == ROTATE || kind == ROTATE_RELATIVE; }
+
+// From p_1 and p_2 of a plane, in place, to w_1 and w_2.
+FASTSTEER_INLINE void rotate(int32_t kind, float a, float b, float& first, float& second) {
+  const float p1 = first, p2 = second;
+  if (kind == ROTATE) {
+    const float radius = sqrtf(plus(times(p1, p1), times(p2, p2)));
+    first = plus(times(radius, a), -p1);
+    second = plus(times(radius, b), -p2);
+  } else {
+    first = plus(plus(times(p1, a), -times(p2, b)), -p1);
+    second = plus(plus(times(p1, b), times(p2, a)), -p2);
+  }
 }
 
 // Where a latched decision stands in gate_state, or -1.

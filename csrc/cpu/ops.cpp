@@ -51,25 +51,12 @@ class Cpu {
   static RowShape check(const Tensor& x) { return check_rows(x, "x"); }
 
   void run(const char*, RowOp op, const RowShape& shape, const RowArguments& arguments) const {
-    // In place, the probe is the caller's: zeroed, or (of a pair) zeroed row by row.
+    // In place, the probe is the caller's: zeroed, or (of a pair) zeroed row by row. latch_ has none.
     const bool makes_probe = op != RowOp::STEER_IN_PLACE && op != RowOp::STEER_PAIR;
     const int64_t probed = shape.rows * arguments.probe_columns;
     if (makes_probe && probed > 0) std::memset(arguments.probe, 0, probed * sizeof(float));
-    over_units(of_dtype(routine(op), shape.dtype), arguments, shape.rows, shape.hidden);
-  }
-
-  void latch(const RowShape& shape, const LatchArguments& arguments) const {
-    over_units(of_dtype(routines().latch, shape.dtype), arguments, shape.rows, shape.hidden);
-  }
-
- private:
-  static auto routine(RowOp op) -> const Routines::Rows (&)[N_DTYPES] {
-    switch (op) {
-      case RowOp::STEER_PAIR: return routines().steer_pair;
-      case RowOp::ADD_STEER: return routines().add_steer;
-      case RowOp::ADD_STEER_RMSNORM: return routines().add_steer_rmsnorm;
-      default: return routines().steer;
-    }
+    const auto& by_dtype = routines().rows[static_cast<int32_t>(op)];
+    over_units(of_dtype(by_dtype, shape.dtype), arguments, shape.rows, shape.hidden);
   }
 };
 

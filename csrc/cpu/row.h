@@ -80,8 +80,7 @@ class Addend {
 template <class T, bool ADDS>
 class Row {
  public:
-  template <class Arguments>
-  Row(const Arguments& job, int64_t row, float* buffer)
+  Row(const RowArguments& job, int64_t row, float* buffer)
       : x_(row_of<T>(job.x, job.x_stride, row)),
         residual_(ADDS ? row_of<T>(job.residual, job.residual_stride, row) : nullptr),
         h_(buffer),
@@ -290,33 +289,11 @@ class Weights {
 
 // From p_k = h . q_k, in place, to w_k: what the entry adds along each direction. False: nothing changes.
 inline bool weigh(const Entry& entry, float* p) {
-  const float a = entry.a, b = entry.b;
-  switch (entry.kind) {
-    case ADD:
-      p[0] = a;
-      break;
-    case ABLATE:
-      for (int32_t k = 0; k < entry.count; ++k) p[k] = -a * p[k];
-      break;
-    case PROJECT:
-      return true;
-    case CLAMP: {
-      const float raised = p[0] < a ? a : p[0];
-      p[0] = (raised > b ? b : raised) - p[0];
-      break;
-    }
-    case ROTATE: {
-      const float radius = std::sqrt(p[0] * p[0] + p[1] * p[1]);
-      p[0] = radius * a - p[0];
-      p[1] = radius * b - p[1];
-      break;
-    }
-    case ROTATE_RELATIVE: {
-      const float p1 = p[0], p2 = p[1];
-      p[0] = (p1 * a - p2 * b) - p1;
-      p[1] = (p1 * b + p2 * a) - p2;
-      break;
-    }
+  if (entry.kind == PROJECT) return true;
+  if (is_plane(entry.kind)) {
+    rotate(entry.kind, entry.a, entry.b, p[0], p[1]);
+  } else {
+    for (int32_t k = 0; k < entry.count; ++k) p[k] = weight_of(entry.kind, entry.a, entry.b, p[k]);
   }
   for (int32_t k = 0; k < entry.count; ++k) {
     if (p[k] != 0) return true;
@@ -335,10 +312,10 @@ inline bool compare(const Tables& tables, const Entry& entry, Row& h, int64_t hi
 }
 
 // Whether the entry may act as far as can be told without the row's values.
-inline bool may_act(const Tables& tables, const Entry& entry, int64_t row) {
-  if (entry.kind == PROBE || entry.kind == LATCH || !in_position(entry, tables.row_position[row])) return false;
+inline bool may_act(const Tables& tables, const Entry& entry, const Place& place) {
+  if (entry.kind == PROBE || entry.kind == LATCH || !in_position(entry, place.position)) return false;
   if (entry.gate_mode != GATE_LATCHED) return true;
-  const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
+  const int64_t cell = gate_cell(tables, entry, place.sequence);
   return cell >= 0 && tables.gate_state[cell] != 0;
 }
 
@@ -347,21 +324,21 @@ template <class Row>
 inline bool steer_row(const RowArguments& job, int64_t row, Row& h, Weights& weights) {
   const Tables& tables = job.tables;
   const int64_t hidden = job.hidden_size;
-  const Range range = entries_of(tables, row);
+  const Place place = place_of(tables, row);
+  const Range range = entries_of(tables, place.slot);
   bool changed = false;
   for (int64_t i = range.first; i < range.end; ++i) {
     Entry entry;
     if (!read_entry(tables, i, entry)) continue;
     const bool probes = entry.probe >= 0 && entry.probe < job.probe_columns;
-    bool acts = may_act(tables, entry, row);
+    bool acts = may_act(tables, entry, place);
     if (acts && compares(entry)) acts = compare(tables, entry, h, hidden);
     if (!acts && !probes) continue;
 
     const float* q = tables.bank + entry.vector * hidden;
     float* p = weights.of(entry.count);
-    if (probes || entry.kind != ADD) {
-      for (int32_t k = 0; k < entry.count; ++k) p[k] = h.dot(q + k * hidden);
-    }
+    const bool dots = probes || entry.kind != ADD;
+    for (int32_t k = 0; k < entry.count; ++k) p[k] = dots ? h.dot(q + k * hidden) : 0.0f;
     if (probes) {
       const int64_t room = job.probe_columns - entry.probe;
       const int64_t count = entry.count < room ? entry.count : room;

@@ -48,7 +48,7 @@ void steer_pair(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   Weights weights;
   for (int64_t row = first; row < end; ++row) {
-    const Range range = entries_of(job.tables, row);
+    const Range range = entries_of(job.tables, place_of(job.tables, row).slot);
     if (range.first >= range.end) continue;
     if (job.probe_columns > 0) std::memset(job.probe + row * job.probe_columns, 0, job.probe_columns * sizeof(float));
     Row<T, true> h(job, row, buffer);
@@ -109,24 +109,25 @@ void add_steer_rmsnorm(const RowArguments& job, int64_t first, int64_t end) {
 }
 
 template <class T, bool ADDS>
-void latch_rows(const LatchArguments& job, int64_t first, int64_t end) {
+void latch_rows(const RowArguments& job, int64_t first, int64_t end) {
   alignas(64) float buffer[MAX_HIDDEN];
   const Tables& tables = job.tables;
   for (int64_t row = first; row < end; ++row) {
-    if (tables.row_position[row] != -1) continue;
+    const Place place = place_of(tables, row);
+    if (place.position != -1) continue;
     Row<T, ADDS> h(job, row, buffer);
-    const Range range = entries_of(tables, row);
+    const Range range = entries_of(tables, place.slot);
     for (int64_t i = range.first; i < range.end; ++i) {
       Entry entry;
       if (!read_entry(tables, i, entry) || entry.kind != LATCH) continue;
-      const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
-      if (cell >= 0) job.gate_state[cell] = compares(entry) && compare(tables, entry, h, job.hidden_size);
+      const int64_t cell = gate_cell(tables, entry, place.sequence);
+      if (cell >= 0) tables.gate_state[cell] = compares(entry) && compare(tables, entry, h, job.hidden_size);
     }
   }
 }
 
 template <class T>
-void latch(const LatchArguments& job, int64_t first, int64_t end) {
+void latch(const RowArguments& job, int64_t first, int64_t end) {
   if (job.residual == nullptr) {
     latch_rows<T, false>(job, first, end);
   } else {
@@ -139,8 +140,8 @@ void latch(const LatchArguments& job, int64_t first, int64_t end) {
 #define FASTSTEER_BY_DTYPE(routine) {routine<float>, routine<Half>, routine<BFloat>}
 
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
-    FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer), FASTSTEER_BY_DTYPE(steer_pair),
-    FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch),
+    {FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),
+     FASTSTEER_BY_DTYPE(steer_pair), FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch)},
     FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), UNIT,
 };
 

@@ -36,14 +36,12 @@ struct LinearJob {
   Rows out;                    // [rows, outputs]
 };
 
-// The routines at one instruction set level, indexed by Dtype. Each does the rows `first` to `end` - 1 and touches no other.
+// The routines at one instruction set level, indexed by Dtype last. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
   using Rows = void (*)(const RowArguments&, int64_t first, int64_t end);
-  using Latch = void (*)(const LatchArguments&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
-  Rows steer[N_DTYPES], add_steer[N_DTYPES], steer_pair[N_DTYPES], add_steer_rmsnorm[N_DTYPES];
-  Latch latch[N_DTYPES];
+  Rows rows[N_OPS][N_DTYPES];  // by RowOp
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t unit;  // outputs that `linear` takes at a time

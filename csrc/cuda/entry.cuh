@@ -25,41 +25,16 @@ struct Request {
   __device__ __forceinline__ int32_t kind() const { return static_cast<int32_t>(bits >> KIND_SHIFT); }
 };
 
-// read_entry with four 16-byte loads, which tables on 16-byte boundaries allow.
-__device__ __forceinline__ bool read_aligned_entry(const Tables& tables, int64_t i, Entry& entry) {
-  int4 field[3];
-#pragma unroll
-  for (int j = 0; j < 3; ++j) field[j] = __ldg(reinterpret_cast<const int4*>(tables.fields + i * N_FIELDS) + j);
-  const float4 scalar = __ldg(reinterpret_cast<const float4*>(tables.scalars + i * N_SCALARS));
-  const int32_t fields[N_FIELDS] = {field[0].x, field[0].y, field[0].z, field[0].w, field[1].x, field[1].y,
-                                    field[1].z, field[1].w, field[2].x, field[2].y, field[2].z, field[2].w};
-  const float scalars[N_SCALARS] = {scalar.x, scalar.y, scalar.z, scalar.w};
-  Tables one = tables;  // in registers: a table of this entry alone
-  one.fields = fields, one.scalars = scalars;
-  return read_entry(one, 0, entry);
-}
-
-template <bool ALIGNED>
-__device__ __forceinline__ bool read_any_entry(const Tables& tables, int32_t i, Entry& entry) {
-  if constexpr (ALIGNED) return read_aligned_entry(tables, i, entry);
-  else return read_entry(tables, i, entry);
-}
-
-// Where a row stands in its prompt, and whose it is.
-struct Place {
-  int32_t position, sequence;
-};
-
-__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, const Place& row,
+__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, const Place& place,
                                             int32_t probe_columns) {
   uint32_t bits = static_cast<uint32_t>(e.kind) << Request::KIND_SHIFT;
   if (e.probe >= 0 && e.probe < probe_columns) bits |= Request::PROBES;
-  if (e.kind >= PROBE || !in_position(e, row.position)) return bits;
+  if (e.kind >= PROBE || !in_position(e, place.position)) return bits;
   bits |= Request::MAY_ACT;
   if (e.keep_norm != 0) bits |= Request::KEEPS_NORM | Request::NORM;
   if (e.gate_mode == GATE_NONE) return bits;
   if (e.gate_mode == GATE_LATCHED) {
-    const int64_t cell = gate_cell(tables, e, row.sequence);
+    const int64_t cell = gate_cell(tables, e, place.sequence);
     return cell >= 0 && tables.gate_state[cell] != 0 ? bits : bits & ~uint32_t{Request::MAY_ACT};
   }
   bits |= Request::GATED;
@@ -68,39 +43,15 @@ __device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e
 }
 
 // Read entry i for this row; `more` says that another follows it, which is asked for at once.
-template <bool ALIGNED>
-__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, const Place& row,
+__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, const Place& place,
                                                 int32_t probe_columns) {
   Entry e;
-  const bool valid = read_any_entry<ALIGNED>(tables, i, e);
-  if (more) {  // 48 + 16 bytes, which touch at most three and one of the 32-byte sectors that L1 loads
-    prefetch(tables.fields + int64_t{i + 1} * N_FIELDS);
-    prefetch(tables.fields + int64_t{i + 1} * N_FIELDS + N_FIELDS - 1);
-    prefetch(tables.scalars + int64_t{i + 1} * N_SCALARS);
+  const bool valid = read_entry(tables, i, e);
+  if (more) {  // 64 bytes: both of the 32-byte sectors that L1 loads
+    prefetch(tables.entries + i + 1);
+    prefetch(&tables.entries[i + 1].keep_norm);
   }
-  return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, row, probe_columns) : 0u};
-}
-
-// w of the only vector, or of one of several, which only ABLATE and PROJECT have.
-__device__ __forceinline__ float weight_of(const Request& r, float p) {
-  switch (r.kind()) {
-    case ADD: return r.a;
-    case ABLATE: return -r.a * p;
-    case CLAMP: return fminf(fmaxf(p, r.a), r.b) - p;
-    default: return p;  // PROJECT
-  }
-}
-
-// w_1, w_2 of a plane. Each product is rounded, as the reference has it.
-__device__ __forceinline__ void rotate(const Request& r, float p1, float p2, float& w1, float& w2) {
-  if (r.kind() == ROTATE) {
-    const float radius = sqrtf(__fadd_rn(__fmul_rn(p1, p1), __fmul_rn(p2, p2)));
-    w1 = __fsub_rn(__fmul_rn(radius, r.a), p1);
-    w2 = __fsub_rn(__fmul_rn(radius, r.b), p2);
-  } else {
-    w1 = __fsub_rn(__fsub_rn(__fmul_rn(p1, r.a), __fmul_rn(p2, r.b)), p1);
-    w2 = __fsub_rn(__fadd_rn(__fmul_rn(p1, r.b), __fmul_rn(p2, r.a)), p2);
-  }
+  return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, place, probe_columns) : 0u};
 }
 
 }  // namespace faststeer

@@ -24,10 +24,9 @@ struct Launched {
   dim3 grid, block;
 };
 
-// rows > 0. Where config is vectorised, every tensor it reads and writes by 16 bytes stands on 16-byte boundaries, the
+// rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor it reads and writes by 16 bytes stands on 16-byte boundaries, the
 // weight only if it is of x's dtype.
 Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
                     cudaStream_t stream);
-Launched launch_latch(Dtype dtype, const LatchArguments& arguments, cudaStream_t stream);
 
 }  // namespace faststeer

@@ -19,22 +19,23 @@ namespace faststeer {
 constexpr int LATCH_ROWS = WARP, LATCH_THREADS = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_constant__ LatchArguments arguments) {
+__global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_constant__ RowArguments arguments) {
   RowGroup<LATCH_THREADS> group{threadIdx.x, LATCH_THREADS, *reinterpret_cast<Partials*>(shared_memory)};
   const Tables& tables = arguments.tables;
   const int32_t first_row = static_cast<int32_t>(blockIdx.x) * LATCH_ROWS;
   const int32_t mine = first_row + static_cast<int32_t>(threadIdx.x % WARP);
-  unsigned left = __ballot_sync(0xffffffffu, mine < arguments.rows && tables.row_position[mine] == -1);
+  unsigned left = __ballot_sync(0xffffffffu, mine < arguments.rows && place_of(tables, mine).position == -1);
   for (; left != 0; left &= left - 1) {
     const int32_t row = first_row + __ffs(static_cast<int>(left)) - 1;
-    const Range range = entries_of(tables, row);
+    const Place place = place_of(tables, row);
+    const Range range = entries_of(tables, place.slot);
     for (int64_t i = range.first; i < range.end; ++i) {
       Entry entry;
       if (!read_entry(tables, i, entry) || entry.kind != LATCH) continue;
-      const int64_t cell = gate_cell(tables, entry, tables.row_sequence[row]);
+      const int64_t cell = gate_cell(tables, entry, place.sequence);
       if (cell < 0) continue;
       if (entry.gate_mode == GATE_NONE || entry.gate_mode == GATE_LATCHED) {  // nothing to compare: closed
-        if (threadIdx.x == 0) arguments.gate_state[cell] = 0;
+        if (threadIdx.x == 0) tables.gate_state[cell] = 0;
         continue;
       }
       const float* d = tables.bank + int64_t{entry.gate_vector} * arguments.hidden_size;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_const
         sums[1] += h * h;
       }
       group.sum(sums);
-      if (threadIdx.x == 0) arguments.gate_state[cell] = gate_verdict(entry, sums[0], sums[1]);
+      if (threadIdx.x == 0) tables.gate_state[cell] = gate_verdict(entry, sums[0], sums[1]);
     }
   }
 }

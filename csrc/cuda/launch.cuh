@@ -7,9 +7,8 @@
 
 namespace faststeer {
 
-template <typename Arguments>
-Launched launch(void (*kernel)(Arguments), int64_t blocks, dim3 block, size_t shared_bytes, const Arguments& arguments,
-                cudaStream_t stream) {
+inline Launched launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block, size_t shared_bytes,
+                       const RowArguments& arguments, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = block;
@@ -38,6 +37,7 @@ Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments&
     case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
     case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
     case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
+    case RowOp::LATCH: break;  // launch_row_for has it
   }
   return {cudaErrorInvalidValue, {}, {}};
 }
@@ -45,6 +45,10 @@ Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments&
 // The configurations that choose_launch gives, and no others.
 template <typename T>
 Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+  if (op == RowOp::LATCH) {
+    const int64_t blocks = ceil_div(arguments.rows, LATCH_ROWS);
+    return launch(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
+  }
   constexpr int WIDE = 16 / sizeof(T);
   const int columns = config.columns_per_thread();
   if (config.elements_per_vector == WIDE) {
@@ -66,15 +70,7 @@ Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments
   return {cudaErrorInvalidConfiguration, {}, {}};
 }
 
-template <typename T>
-Launched launch_latch_for(const LatchArguments& arguments, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(arguments.rows, LATCH_ROWS);
-  return launch<LatchArguments>(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
-}
-
-// `template` for the file that compiles a dtype, `extern template` for those that only call it.
-#define FASTSTEER_LAUNCHERS(KEYWORD, T)                                                              \
-  KEYWORD Launched launch_row_for<T>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t); \
-  KEYWORD Launched launch_latch_for<T>(const LatchArguments&, cudaStream_t);
+// Behind `template` in the file that compiles a dtype, behind `extern template` in those that only call it.
+#define FASTSTEER_LAUNCHER(T) Launched launch_row_for<T>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t)
 
 }  // namespace faststeer

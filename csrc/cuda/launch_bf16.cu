@@ -2,5 +2,5 @@
 #include "launch.cuh"
 
 namespace faststeer {
-FASTSTEER_LAUNCHERS(template, __nv_bfloat16)
+template FASTSTEER_LAUNCHER(__nv_bfloat16);
 }  // namespace faststeer

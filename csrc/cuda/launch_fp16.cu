@@ -2,5 +2,5 @@
 #include "launch.cuh"
 
 namespace faststeer {
-FASTSTEER_LAUNCHERS(template, __half)
+template FASTSTEER_LAUNCHER(__half);
 }  // namespace faststeer

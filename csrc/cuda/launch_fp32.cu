@@ -2,5 +2,5 @@
 #include "launch.cuh"
 
 namespace faststeer {
-FASTSTEER_LAUNCHERS(template, float)
+template FASTSTEER_LAUNCHER(float);
 }  // namespace faststeer

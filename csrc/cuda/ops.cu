@@ -29,11 +29,9 @@ bool rows_on_16_bytes(const void* first, int64_t stride, Dtype dtype) {
 
 // 16 bytes at a time only if everything that is read or written so allows it.
 bool aligned(const RowShape& shape, const RowArguments& a) {
-  const Tables& tables = a.tables;
   return rows_on_16_bytes(a.x, a.x_stride, shape.dtype) && rows_on_16_bytes(a.hidden, a.hidden_stride, shape.dtype) &&
          rows_on_16_bytes(a.residual, a.residual_stride, shape.dtype) && on_16_bytes(a.normed) &&
-         (a.weight_dtype != shape.dtype || on_16_bytes(a.weight)) && on_16_bytes(tables.bank) &&
-         on_16_bytes(tables.fields) && on_16_bytes(tables.scalars);
+         (a.weight_dtype != shape.dtype || on_16_bytes(a.weight)) && on_16_bytes(a.tables.bank);
 }
 
 // Read once: an operator call has a few microseconds in all. A wrong value is refused again at every call.
@@ -73,10 +71,6 @@ class Cuda {
                     ceil_div(shape.hidden, MAX_THREADS_PER_ROW), " for rows of ", shape.hidden, " columns; got ",
                     asked_columns());
     check_launched(name, launch_row(op, shape.dtype, config, arguments, stream));
-  }
-
-  void latch(const RowShape& shape, const LatchArguments& arguments) const {
-    if (shape.rows > 0) check_launched("latch_", launch_latch(shape.dtype, arguments, stream));
   }
 
  private:

@@ -4,8 +4,8 @@
 //
 // A row belongs to one warp or to one block (common/launch.h says when). A thread holds 8, 16 or 32 of its columns as
 // fp32 in registers from the first load to the last store. Per row:
-//   1. Issue the loads of x and residual, ask for the norm's weight, then follow row_slot -> range -> first entry ->
-//      first vector while they are under way. In place, follow row_slot -> range first: most rows have no entries.
+//   1. Issue the loads of x and residual, ask for the norm's weight, then follow slot -> range -> first entry ->
+//      first vector while they are under way. In place, follow slot -> range first: most rows have no entries.
 //   2. s = x, or x + residual rounded; h = s in fp32.
 //   3. For each entry: what its kind, position and latched gate forbid is dropped before any vector is read. Dots, gate
 //      dot and |h|^2 are summed together, with one barrier. Then the weights, the same bits in every thread, and
@@ -91,17 +91,14 @@ struct Row {
   }
 
   // What only a gate or a probe needs of the entry at hand is read where it is needed: rarely, and then from L1.
-  __device__ __forceinline__ int32_t field(Field name) const {
-    return arguments.tables.fields[int64_t{static_cast<int32_t>(opaque(entry))} * N_FIELDS + name];
+  __device__ __forceinline__ const Entry& at_hand() const {
+    return arguments.tables.entries[static_cast<int32_t>(opaque(entry))];
   }
 
-  __device__ __forceinline__ float gate_dot() const { return dot(bank(field(FIELD_GATE_VECTOR))); }
+  __device__ __forceinline__ float gate_dot() const { return dot(bank(at_hand().gate_vector)); }
 
   __device__ __forceinline__ bool gate_opens(float dot, float square) const {
-    Entry e{};
-    e.gate_mode = field(FIELD_GATE_MODE);
-    e.threshold = arguments.tables.scalars[int64_t{entry} * N_SCALARS + 2];
-    return gate_verdict(e, dot, square);
+    return gate_verdict(at_hand(), dot, square);
   }
 
   __device__ __forceinline__ void load(const void* rows, int64_t stride, Raw (&raw)[VECTORS]) const {
@@ -156,6 +153,13 @@ struct Row {
     }
   }
 
+  // The next entry's first vector, asked for while this one acts: a line of 128 bytes by each thread.
+  __device__ __forceinline__ void prefetch_next() const {
+    static_assert(HIDDEN == 0 || COLUMNS * sizeof(float) == 128);
+    const int32_t vector = arguments.tables.entries[entry + 1].vector;
+    if (in_bank(arguments.tables, vector, 1)) prefetch(bank(vector) + opaque(group.thread) * COLUMNS);
+  }
+
   __device__ __forceinline__ float dot(const float* from) const {
     Chains sum;
     with_bank(from, [&](int v, const float* q) {
@@ -201,10 +205,10 @@ struct Row {
       group.sum(one);
       sums[0] = one[0];
     }
-    if (r.has(Request::PROBES)) probe(field(FIELD_PROBE), sums[0]);
+    if (r.has(Request::PROBES)) probe(at_hand().probe, sums[0]);
     if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[1], sums[2]))) return false;
     square_before = sums[2];
-    const float w = weight_of(r, sums[0]);
+    const float w = weight_of(r.kind(), r.a, r.b, sums[0]);
     if (w == 0.0f) return false;
     if constexpr (KEEPS_VECTOR) {
 #pragma unroll
@@ -237,13 +241,13 @@ struct Row {
       sums[0] = two[0], sums[1] = two[1];
     }
     if (r.has(Request::PROBES)) {
-      const auto column = static_cast<uint32_t>(field(FIELD_PROBE));
+      const auto column = static_cast<uint32_t>(at_hand().probe);
       probe(column, sums[0]), probe(column + 1, sums[1]);
     }
     if (!r.has(Request::MAY_ACT) || (r.has(Request::GATED) && !gate_opens(sums[2], sums[3]))) return false;
     square_before = sums[3];
-    float w1, w2;
-    rotate(r, sums[0], sums[1], w1, w2);
+    float w1 = sums[0], w2 = sums[1];
+    rotate(r.kind(), r.a, r.b, w1, w2);
     if (w1 != 0.0f) add(w1, opaque(first));
     if (w2 != 0.0f) add(w2, opaque(second));
     return w1 != 0.0f || w2 != 0.0f;
@@ -334,16 +338,16 @@ struct Row {
       if (r.has(Request::PROBES)) {
 #pragma unroll 1
         for (int k = 0; k < count; ++k)
-          probe(static_cast<uint32_t>(field(FIELD_PROBE)) + first + k, group.from_lane(p, k));
+          probe(static_cast<uint32_t>(at_hand().probe) + first + k, group.from_lane(p, k));
       } else if (!acts) {
         return false;
       }
       if (!acts) continue;
       float w = r.kind() == PROJECT ? p : -r.a * p;
-      if (!PLANES && (r.kind() == ROTATE || r.kind() == ROTATE_RELATIVE)) {
-        float second;
-        rotate(r, group.from_lane(p, 0), group.from_lane(p, 1), w, second);
-        if (group.lane() != 0) w = second;
+      if (!PLANES && is_plane(r.kind())) {
+        float w1 = group.from_lane(p, 0), w2 = group.from_lane(p, 1);
+        rotate(r.kind(), r.a, r.b, w1, w2);
+        w = group.lane() == 0 ? w1 : w2;
       }
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
@@ -399,13 +403,7 @@ struct Row {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float s[ELEMENTS] = {};
-      if (column.has(v)) {
-        if constexpr (ADD_RESIDUAL) {
-          unpack(add_packs<T, ELEMENTS>(x[v], residual[v]), s);
-        } else {
-          unpack(x[v], s);
-        }
-      }
+      if (column.has(v)) unpack(ADD_RESIDUAL ? combine_packs<false>(x[v], residual[v]) : x[v], s);
 #pragma unroll
       for (int i = 0; i < ELEMENTS; ++i) h[v * ELEMENTS + i] = s[i];
     }
@@ -452,17 +450,6 @@ struct Row {
     }
   }
 
-  // x = 0: its row of a pair is now all in the other.
-  __device__ __forceinline__ void clear_x() const {
-    const float zeros[ELEMENTS] = {};
-    const Raw none = round_to_pack<T, ELEMENTS>(zeros);
-    T* to = static_cast<T*>(arguments.cleared) + int64_t{row} * arguments.x_stride;
-    const Columns column = columns();
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v)
-      if (column.has(v)) store(to + column[v], none);
-  }
-
   // hidden = x, bit for bit.
   __device__ __forceinline__ void copy() const {
     const T* from = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
@@ -495,7 +482,7 @@ struct Row {
           float n[ELEMENTS];
 #pragma unroll
           for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
-          if (column.has(v)) store(to + column[v], multiply_packs<T, ELEMENTS>(round_to_pack<T, ELEMENTS>(n), weight[v]));
+          if (column.has(v)) store(to + column[v], combine_packs<true>(round_to_pack<T, ELEMENTS>(n), weight[v]));
         }
         return;
       }
@@ -531,7 +518,7 @@ struct Last {
 template <typename T, int ELEMENTS, int VECTORS, int HIDDEN, RowOp OP>
 __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
   using R = Row<T, ELEMENTS, VECTORS, HIDDEN>;
-  constexpr bool ALIGNED = ELEMENTS > 1, ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
+  constexpr bool ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
   constexpr bool IN_PLACE = OP == RowOp::STEER_IN_PLACE || OP == RowOp::STEER_PAIR;
   const int32_t index = static_cast<int32_t>(HIDDEN > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y);
   if (HIDDEN == 0 && index >= arguments.rows) return;  // only where rows share a block
@@ -553,7 +540,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     if constexpr (EARLY) fetch();
     clear_probe();
   }
-  const Range range = entries_of(tables, index);
+  const Range range = entries_of(tables, tables.rows[index]);
   const bool steered = range.first < range.end;
   Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
   if constexpr (IN_PLACE) {
@@ -574,14 +561,16 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   const auto read = [&] {
     const bool more = row.entry + 1 < last.end();
     // With the entry, and not after it: beside it they cost no time. Every time, from L1: so they need no registers.
-    const Place place{load_now(tables.row_position + index), load_now(tables.row_sequence + index)};
-    request = read_request<ALIGNED>(tables, row.entry, more, place, arguments.probe_columns);
+    const int32_t* const positions = tables.rows + tables.place_stride + static_cast<int32_t>(opaque(row.row));
+    const Place place{0, load_now(positions), load_now(positions + tables.place_stride)};
+    request = read_request(tables, row.entry, more, place, arguments.probe_columns);
+    row.keep(request, q);
   };
   // Beside two fp32 rows there are no registers for an entry and its vector to wait in.
   constexpr bool WAITS = EARLY && (ADDS ? 2 : 1) * sizeof(x) + sizeof(q) <= 64 * sizeof(float);
   row.entry = range.first;
   const auto read_first = [&] {
-    if (steered) read(), row.keep(request, q);
+    if (steered) read();
   };
   if constexpr (WAITS) read_first();
 
@@ -594,10 +583,10 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   if (steered) {
 #pragma unroll 1
     for (;;) {
+      if (HIDDEN > 0 && row.entry + 1 < last.end()) row.prefetch_next();
       if (request.live() && row.act(request, q)) last.touch();
       if (++row.entry >= last.end()) break;
       read();
-      row.keep(request, q);
     }
   }
 
@@ -609,7 +598,10 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     return;
   }
   row.finish();
-  if constexpr (OP == RowOp::STEER_PAIR) row.clear_x();
+  if constexpr (OP == RowOp::STEER_PAIR) {  // the row is now all in the other of the pair
+    const typename R::Raw none[VECTORS] = {};
+    row.write(arguments.cleared, arguments.x_stride, none);
+  }
   if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise();
 }
 

@@ -83,38 +83,24 @@ __device__ __forceinline__ Pack<T, N> round_to_pack(const float* x) {
   return pack;
 }
 
-// a + b and a b of packs. Those of 16-bit elements are two at a time, and have the bits that fp32 numbers rounded once
+// a + b, or a b, of packs. Those of 16-bit elements are two at a time, and have the bits that fp32 numbers rounded once
 // would have: fp32 has at least 2 p + 2 bits where the type has p. (Products below fp32's normal numbers apart.)
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> add_packs(const Pack<T, N>& a, const Pack<T, N>& b) {
+template <bool PRODUCT, typename T, int N>
+__device__ __forceinline__ Pack<T, N> combine_packs(const Pack<T, N>& a, const Pack<T, N>& b) {
   static_assert(N > 1);
-  Pack<T, N> sum;
+  Pack<T, N> result;
 #pragma unroll
   for (int i = 0; i < Pack<T, N>::WORDS; ++i) {
     if constexpr (std::is_same_v<T, float>) {
-      sum.word[i] = bits_as<uint32_t>(__fadd_rn(bits_as<float>(a.word[i]), bits_as<float>(b.word[i])));
+      const float x = bits_as<float>(a.word[i]), y = bits_as<float>(b.word[i]);
+      result.word[i] = bits_as<uint32_t>(PRODUCT ? __fmul_rn(x, y) : __fadd_rn(x, y));
     } else {
       using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-      sum.word[i] = bits_as<uint32_t>(__hadd2(bits_as<Pair>(a.word[i]), bits_as<Pair>(b.word[i])));
+      const Pair x = bits_as<Pair>(a.word[i]), y = bits_as<Pair>(b.word[i]);
+      result.word[i] = bits_as<uint32_t>(PRODUCT ? __hmul2(x, y) : __hadd2(x, y));
     }
   }
-  return sum;
-}
-
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> multiply_packs(const Pack<T, N>& a, const Pack<T, N>& b) {
-  static_assert(N > 1);
-  Pack<T, N> product;
-#pragma unroll
-  for (int i = 0; i < Pack<T, N>::WORDS; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      product.word[i] = bits_as<uint32_t>(__fmul_rn(bits_as<float>(a.word[i]), bits_as<float>(b.word[i])));
-    } else {
-      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-      product.word[i] = bits_as<uint32_t>(__hmul2(bits_as<Pair>(a.word[i]), bits_as<Pair>(b.word[i])));
-    }
-  }
-  return product;
+  return result;
 }
 
 // Load a number here and now, and not where it is first used.

@@ -17,7 +17,6 @@ from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.hf import Steering, find_hook_points
 from faststeer.hf.cache import cache_argument
-from faststeer.ops import Rows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -75,7 +74,8 @@ class Device:
         prompt, length = self._sent([[len(r.prompt), n] for r, n in zip(requests, lengths, strict=True)]).T.unsqueeze(2)
         column = torch.arange(prefix, prefix + width, device=self.device).expand(len(ids), -1)
         slot, _, sequence = (t.unsqueeze(1).expand(-1, width) for t in self.int[:, first : first + len(ids)])
-        self._place(torch.where(column < length, slot, -1), (column - prompt).int(), sequence)
+        position = (column - prompt).int()
+        self._place(torch.stack((torch.where(column < length, slot, -1), position, sequence)).flatten(1))
         self.cache.prefill(first, len(ids), prefix, source)
         distinct = sorted(set(lengths))
         kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
@@ -89,7 +89,7 @@ class Device:
     def read_tokens(self, n: int, width: int) -> Tensor:
         """`[n, vocabulary]`: logits at each row's last token, which is written at its column."""
         token, column = self.long[0, :n], self.long[1, :n]
-        self._place(*self.int[:, :n])
+        self._place(self.int[:, :n])
         self.cache.decode(column, width)
         logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)[:, -1]
         if self.probes:
@@ -173,9 +173,8 @@ class Device:
         """Forget what the rows hold behind their first `lengths` tokens: a mask does not hide a NaN."""
         self.cache.wipe(self._sent(lengths))
 
-    def _place(self, slot: Tensor, position: Tensor, sequence: Tensor) -> None:
+    def _place(self, rows: Tensor) -> None:
         if self.steering is not None:
-            rows = Rows(*(t.reshape(-1).contiguous() for t in (slot, position, sequence)))
             self.steering.set_rows(rows, self.rows)
 
     # Probes

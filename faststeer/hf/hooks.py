@@ -15,7 +15,7 @@ from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.changes import Changes, Context
 from faststeer.hf.hook_points import first_tensor, install, next_order, own_forward
 from faststeer.intervention import Intervention
-from faststeer.ops import Rows, steer
+from faststeer.ops import steer
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity, Program
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
@@ -151,9 +151,9 @@ class _OneSite:
         zeros = self._zeros_for(flat)
         tables = program.tables(self._site)
         if program.requires_grad:
-            bank, scalars = program.live()
-            tables = tables._replace(bank=bank, scalars=scalars)
-        return steer(flat, tables, Rows(zeros, zeros, zeros)).view_as(x)
+            bank, entries, scalars = program.live()
+            tables = tables._replace(bank=bank, entries=entries, scalars=scalars)
+        return steer(flat, tables, zeros.expand(3, -1)).view_as(x)
 
     def _zeros_for(self, flat: Tensor) -> Tensor:
         n = flat.shape[0]

@@ -17,7 +17,7 @@ from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
-from faststeer.ops import Rows, Tables, add_steer, add_steer_rmsnorm, latch_, operator
+from faststeer.ops import Tables, add_steer, add_steer_rmsnorm, latch_, operator
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name
 from faststeer.program import Program
@@ -37,11 +37,13 @@ INTERRUPTED = (
 class Here:
     """What ops are given on one device in one pass, and the operators themselves where they are compiled."""
 
-    def __init__(self, program: Program, rows: Rows, gates: Tensor | None, x: Tensor) -> None:
+    def __init__(self, program: Program, rows: Tensor, gates: Tensor | None, x: Tensor) -> None:
         self.program, self.rows, self.gates = program, rows, gates
         self.by_site = None if program.requires_grad else program.by_site
         self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
-        self._live: dict[bool, tuple[Tensor, Tensor]] = {}  # a reentrant checkpoint's forward pass has gradients off
+        self._live: dict[
+            bool, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # a reentrant checkpoint's forward pass has gradients off
 
     def tables(self, site: int) -> Tables:
         """The tables at a site; with the present values of what is being trained, read once per pass."""
@@ -50,8 +52,8 @@ class Here:
         enabled = torch.is_grad_enabled()
         if enabled not in self._live:
             self._live[enabled] = self.program.live()
-        bank, scalars = self._live[enabled]
-        return self.program.tables(site)._replace(bank=bank, scalars=scalars)
+        bank, entries, scalars = self._live[enabled]
+        return self.program.tables(site)._replace(bank=bank, entries=entries, scalars=scalars)
 
 
 class Pass:
@@ -62,18 +64,17 @@ class Pass:
     """
 
     def __init__(
-        self, plans: RowPlans, rows: Rows, batch: int, copies: int, stream: Stream, sequences: int, kept: Any
+        self, plans: RowPlans, rows: Tensor, batch: int, copies: int, stream: Stream, sequences: int, kept: Any
     ) -> None:
         self._plans, self._rows, self._batch, self._copies = plans, rows, batch, copies
         self._stream, self._sequences, self.kept = stream, sequences, kept
-        self.tokens, self.logged = rows.slot.shape[0], True
+        self.tokens, self.logged = rows.shape[1], True
         self.here: dict[torch.device, Here] = {}
         self._last: dict[torch.device, Here] = {}
 
-    def rows(self, device: torch.device) -> Rows:
+    def rows(self, device: torch.device) -> Tensor:
         """Where the tokens stand, on a device."""
-        rows = self._rows
-        return rows if rows.slot.device == device else Rows(*(t.to(device) for t in rows))
+        return self._rows.to(device)
 
     def on(self, x: Tensor) -> Here:
         """What ops are given for rows like x."""
@@ -92,7 +93,7 @@ class Pass:
             return None
         if x.device not in self._last:
             whole = self.on(x)
-            rows = Rows(*(part.view(-1, columns)[:, -self.kept :].flatten().contiguous() for part in whole.rows))
+            rows = whole.rows.unflatten(1, (-1, columns))[:, :, -self.kept :].flatten(1)
             self._last[x.device] = Here(whole.program, rows, whole.gates, x)
         return self._last[x.device]
 
@@ -135,7 +136,7 @@ class Passes:
         self.residual_streams = residual_streams
         self.signature = ""
         self._n_layers, self._thread = n_layers, _Thread()
-        self._given: tuple[Rows, Stream, int] | None = None  # with the number of sequences
+        self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
         self._steers: dict[int, Callable[[Tensor], Tensor]] = {}
         self._adds: dict[int, Add] = {}
 
@@ -144,7 +145,7 @@ class Passes:
         """The pass under way in this thread."""
         return self._thread.now
 
-    def rows_on(self, device: torch.device) -> Rows:
+    def rows_on(self, device: torch.device) -> Tensor:
         """The rows of the pass under way."""
         now = self._thread.now
         if now is None:
@@ -156,7 +157,7 @@ class Passes:
         """Whether where rows stand is derived from the inputs of a pass."""
         return self._given is None
 
-    def give(self, rows: Rows | None, n_sequences: int) -> None:
+    def give(self, rows: Tensor | None, n_sequences: int) -> None:
         """`Steering.set_rows`."""
         if rows is None:
             self._given = None
@@ -189,31 +190,33 @@ class Passes:
         inputs = Inputs.of(given)
         if self._given is not None:
             rows, stream, sequences = self._given
-            if rows.slot.shape[0] != inputs.batch * inputs.length:
+            if rows.shape[1] != inputs.batch * inputs.length:
                 raise RuntimeError(
-                    f"set_rows was given {rows.slot.shape[0]} rows, but the forward pass has {inputs.batch} x "
+                    f"set_rows was given {rows.shape[1]} rows, but the forward pass has {inputs.batch} x "
                     f"{inputs.length} tokens"
                 )
             self._start(rows, inputs.batch, stream, sequences)
             return
         past, needed = self.streams.past(inputs), self.plans.program.positioned
         stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
-        slot, sequence = self.plans.rows(inputs, self.streams.run)
-        position = stream.positions(inputs, 0 if past is None else past) if needed else torch.zeros_like(slot)
+        rows = self.plans.rows(inputs, self.streams.run)
+        if needed:
+            rows = torch.stack((rows[0], stream.positions(inputs, 0 if past is None else past), rows[2]))
         kept = given.get("logits_to_keep", 0)
-        self._start(Rows(slot, position, sequence), inputs.batch, stream, inputs.batch, kept)
+        self._start(rows, inputs.batch, stream, inputs.batch, kept)
         if isinstance(past, int):
             stream.columns = past + inputs.length
         if inputs.cache is None:
             self._thread.opening = stream
 
-    def _start(self, rows: Rows, batch: int, stream: Stream, sequences: int, kept: Any = 0) -> None:
+    def _start(self, rows: Tensor, batch: int, stream: Stream, sequences: int, kept: Any = 0) -> None:
         if self.copies > 1:
-            other = rows._replace(slot=torch.full_like(rows.slot, -1))
-            rows = Rows(*(torch.cat(parts) for parts in zip(*[other] * (self.copies - 1), rows, strict=True)))
+            other = rows.clone()
+            other[0] = -1
+            rows = torch.cat([*[other] * (self.copies - 1), rows], 1)
         ahead, behind = self.residual_streams
         if ahead * behind > 1:
-            rows = Rows(*(part.repeat(ahead).repeat_interleave(behind) for part in rows))
+            rows = rows.repeat(1, ahead).repeat_interleave(behind, 1)
         self._thread.now = Pass(self.plans, rows, batch, self.copies, stream, sequences, kept)
 
     def end(self, output: Any) -> None:
@@ -273,7 +276,7 @@ class Passes:
                 latch_(flat, tables, here.rows, gates)
             if here.steer is not None and not program.columns[site]:
                 try:
-                    return here.steer(flat, *tables[:4], *here.rows, gates, 0)[0].view_as(x)
+                    return here.steer(flat, *tables[:3], here.rows, gates, tables.scalars, 0)[0].view_as(x)
                 except RuntimeError:  # said again, in words
                     return steer_rows(flat, tables, here.rows, gates).view_as(x)
             if not program.columns[site]:
@@ -318,7 +321,8 @@ class Passes:
                     if here.add_norm is None or probe is not None:
                         normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
                     else:
-                        normed, hidden, _ = here.add_norm(flat, other, *how, *tables[:4], *here.rows, gates, 0)
+                        leading = flat, other, *how, *tables[:3]
+                        normed, hidden, _ = here.add_norm(*leading, here.rows, gates, tables.scalars, 0)
                 except RuntimeError:  # said again, in words
                     normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
                 normed = normed.view_as(branch)

@@ -31,7 +31,7 @@ class RowPlans:
         self._pool = SlotPool(self._change, self.program.plans)
         self._slots: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
         self._changing = False
-        self._expanded: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}  # by device, batch and length
+        self._expanded: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, batch and length
         self._load(self.plans, self.per_row)
 
     @property
@@ -48,7 +48,7 @@ class RowPlans:
     def tables(self) -> list[Tensor]:
         """Everything on devices that a captured graph reads: it is changed in place."""
         programs = self._programs.values()
-        return [t for p in programs for t in (p.bank, p.fields, p.scalars, p.ranges)] + [*self._slots.values()]
+        return [t for p in programs for t in (p.bank, p.entries, p.ranges)] + [*self._slots.values()]
 
     def assign(self, plans: list[Plan | None], per_row: bool) -> list[bool] | None:
         """Other plans. Returns which rows keep the plan that they have; None: the rows are other ones."""
@@ -70,8 +70,8 @@ class RowPlans:
             self._expanded.clear()
         for own in self._slots.values():
             own.copy_(table)
-        for (device, batch, length), (slot, _) in self._expanded.items():
-            slot.copy_(self._of_rows(device, batch).repeat_interleave(length))
+        for (device, batch, length), rows in self._expanded.items():
+            rows[0].copy_(self._of_rows(device, batch).repeat_interleave(length))
         self._changing = False
 
     @property
@@ -89,9 +89,9 @@ class RowPlans:
         for program in self._programs.values():  # equal ones: the first refuses what does not fit, before any changes
             program.change(plans)
 
-    def rows(self, of: Inputs, run: GenerateCall | None) -> tuple[Tensor, Tensor]:
-        """`[batch * length]` twice: slot and sequence of every token of a pass. Beams and return sequences of a prompt
-        stand side by side and share its plan."""
+    def rows(self, of: Inputs, run: GenerateCall | None) -> Tensor:
+        """`[3, batch * length]`: slot, position (0) and sequence of every token of a pass. Beams and return sequences
+        of a prompt stand side by side and share its plan."""
         if self.per_row:
             if of.packed:
                 raise ValueError(PACKED)
@@ -108,9 +108,9 @@ class RowPlans:
                 self._expanded[key] = self._expand(*key)
         return self._expanded[key]
 
-    def _expand(self, device: torch.device, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        sequence = torch.arange(batch, dtype=torch.int32, device=device)
-        return self._of_rows(device, batch).repeat_interleave(length), sequence.repeat_interleave(length)
+    def _expand(self, device: torch.device, batch: int, length: int) -> Tensor:
+        slot, sequence = self._of_rows(device, batch), torch.arange(batch, dtype=torch.int32, device=device)
+        return torch.stack((slot, torch.zeros_like(sequence), sequence)).repeat_interleave(length, 1)
 
     def _of_rows(self, device: torch.device, batch: int) -> Tensor:
         if device not in self._slots:

@@ -24,7 +24,7 @@ from faststeer.hf.known import known_of, structure
 from faststeer.hf.passes import Passes
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import Plans, RowPlans, as_plans, distinct
-from faststeer.ops import Backend, Rows, backend_for
+from faststeer.ops import Backend, backend_for
 from faststeer.plan import Plan, n_sites
 from faststeer.program import Capacity
 from faststeer.vector import HookPoint
@@ -292,13 +292,14 @@ class Steering(Context["Steering"]):
         """
         self.passes.streams.set(columns)
 
-    def set_rows(self, rows: Rows | None, n_sequences: int = 0) -> None:
+    def set_rows(self, rows: Tensor | None, n_sequences: int = 0) -> None:
         """Say where every token of the next forward passes stands, for a loop that keeps its own account: nothing is
         derived from a pass's inputs then, so that plans, positions and sequences change by `copy_` alone.
 
         Args:
-            rows: of `batch x length` tokens, on the device of the first layer; None: derive them again.
-            n_sequences: of how many sequences (numbers in `rows.sequence`) latched gates' decisions are kept.
+            rows: `[3, batch x length]` int32, on the device of the first layer: each token's slot (-1: not steered),
+                position counted from its prompt's end, and sequence; None: derive them again.
+            n_sequences: of how many sequences latched gates' decisions are kept.
         """
         self.passes.give(rows, n_sequences)
 

@@ -28,7 +28,6 @@ from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
-from faststeer.ops import Rows
 from faststeer.ops.tables import GateMode, Kind
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
@@ -171,9 +170,10 @@ def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int)
     return list(found.values())
 
 
-def _active(groups: Sequence[_Group], rows: Rows, like: Tensor) -> Tensor:
+def _active(groups: Sequence[_Group], rows: Tensor, like: Tensor) -> Tensor:
     """`[rows, groups]`: 1 where a row has had a group's vectors added, else 0."""
-    masks = [(rows.slot == g.slot) & (rows.position >= g.low) & (rows.position < g.high) for g in groups]
+    slot, position, _ = rows
+    masks = [(slot == g.slot) & (position >= g.low) & (position < g.high) for g in groups]
     return torch.stack(masks, dim=-1).to(like)
 
 

@@ -19,15 +19,13 @@ from faststeer.ops.dispatch import (
     warmup,
 )
 from faststeer.ops.linear import linear
-from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
+from faststeer.ops.tables import Field, GateMode, Kind, Tables
 
 __all__ = [
     "Backend",
     "Field",
     "GateMode",
     "Kind",
-    "Rows",
-    "Scalar",
     "State",
     "Tables",
     "add_steer",

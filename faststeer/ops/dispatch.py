@@ -1,4 +1,4 @@
-"""Which back end runs an op, and the ops as functions of `Tables` and `Rows`.
+"""Which back end runs an op, and the ops as functions of `Tables` and of where rows stand.
 
 `FASTSTEER_BACKEND`, read once, or `with backend("triton")` chooses one; an explicit choice never falls back. `auto`
 takes, on CUDA tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from faststeer.ops import reference, schema
-from faststeer.ops.tables import Rows, Tables
+from faststeer.ops.tables import Tables
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -139,7 +139,7 @@ def _interpreted() -> bool:
 def steer(
     x: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
     *,
@@ -148,26 +148,20 @@ def steer(
     """Steer rows: see `faststeer.ops.reference.steer`, which every back end agrees with.
 
     Args:
+        rows: `[3, rows]` int32, the last dimension contiguous; of more columns the first count. So in the other ops.
         probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. So in the other ops.
         backend: the one to use, as `backend_for` gave it; None asks it again.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    name = backend_of(x, backend)
-    if name == "reference":
-        _check("steer", x, tables, rows, gate_state, _columns(probe))
-        return reference.steer(x, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("steer", name, (x, *tables[:4], *rows, gate_state, _columns(probe)))
-    if probe is not None:
-        probe.copy_(seen)
-    return hidden
+    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)[0]
 
 
 def steer_(
     x: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
     *,
@@ -179,40 +173,29 @@ def steer_(
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
-    name = backend_of(x, backend)
-    if name == "reference":
-        _check("steer_", x, tables, rows, gate_state, probe)
-        x.copy_(reference.steer(x, tables, rows, gate_state, _zeroed(probe)))
-    else:
-        _run("steer_", name, (x, *tables[:4], *rows, gate_state, _zeroed(probe)))
+    if _run("steer_", backend, (x, *tables[:3], rows, gate_state, _zeroed(probe))) is REFERENCE:
+        x.copy_(reference.steer(x, tables, rows, gate_state, probe))
 
 
 def add_steer(
     x: Tensor,
     residual: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    name = backend_of(x, backend)
-    if name == "reference":
-        _check("add_steer", x, residual, tables, rows, gate_state, _columns(probe))
-        return reference.add_steer(x, residual, tables, rows, gate_state, _zeroed(probe))
-    hidden, seen = _run("add_steer", name, (x, residual, *tables[:4], *rows, gate_state, _columns(probe)))
-    if probe is not None:
-        probe.copy_(seen)
-    return hidden
+    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)[0]
 
 
 def steer_pair_(
     x: Tensor,
     residual: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
     *,
@@ -227,12 +210,8 @@ def steer_pair_(
         RuntimeError: a gradient would be needed: `add_steer` gives one.
     """
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
-    name = backend_of(x, backend)
-    if name == "reference":
-        _check("steer_pair_", x, residual, tables, rows, gate_state, probe)
+    if _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe)) is REFERENCE:
         reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
-    else:
-        _run("steer_pair_", name, (x, residual, *tables[:4], *rows, gate_state, probe))
 
 
 def add_steer_rmsnorm(
@@ -243,42 +222,30 @@ def add_steer_rmsnorm(
     weight_offset: float,
     fp32_weight: bool,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
-    name = backend_of(x, backend)
-    norm = weight, eps, weight_offset, fp32_weight
-    if name == "reference":
-        _check("add_steer_rmsnorm", x, residual, *norm, tables, rows, gate_state, _columns(probe))
-        return reference.add_steer_rmsnorm(x, residual, *norm, tables, rows, gate_state, _zeroed(probe))
-    normed, hidden, seen = _run(
-        "add_steer_rmsnorm", name, (x, residual, *norm, *tables[:4], *rows, gate_state, _columns(probe))
-    )
-    if probe is not None:
-        probe.copy_(seen)
+    leading = x, residual, weight, eps, weight_offset, fp32_weight
+    normed, hidden = _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
     return normed, hidden
 
 
 def latch_(
     x: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor,
     *,
     residual: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
-    name = backend_of(x, backend)
-    if name == "reference":
-        _check("latch_", x, residual, tables, rows, gate_state)
+    if _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state)) is REFERENCE:
         reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
-    else:
-        _run("latch_", name, (x, residual, *tables[:4], *rows, gate_state))
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -332,37 +299,49 @@ def operator(name: str, x: Tensor) -> Callable[..., Any] | None:
     return _CALLS[backend][name]
 
 
-def _run(name: str, backend: Backend, arguments: tuple[Any, ...]) -> Any:
+REFERENCE = object()
+
+
+def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
+    """What the operator gives; REFERENCE where the reference is to be called, and the arguments fit it. fp64 rows are
+    for oracles, with tables of any dtype."""
+    name = backend_of(arguments[0], backend)
+    if name == "reference":
+        if arguments[0].dtype != torch.float64:
+            schema.CHECKS[op](*arguments)
+        return REFERENCE
     try:
-        return (_OPS if torch.compiler.is_compiling() else _CALLS)[backend][name](*arguments)
+        return (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
-        schema.CHECKS[name](*arguments)  # bad arguments get the same error from every back end
+        schema.CHECKS[op](*arguments)  # bad arguments get the same error from every back end
         raise
 
 
-def _check(op: str, x: Tensor, *arguments: Any) -> None:
-    """The op's checks for the reference; the other back ends make them themselves. fp64 rows are for oracles, with
-    tables of any dtype."""
-    if x.dtype == torch.float64:
-        return
-    flat: list[Any] = []
-    for argument in arguments:
-        # extend: torch 2.11 does not trace += with a named tuple.
-        flat.extend(
-            argument[:4] if isinstance(argument, Tables) else argument if isinstance(argument, Rows) else [argument]
-        )
-    schema.CHECKS[op](x, *flat)
-
-
-def _columns(probe: Tensor | None) -> int:
-    return 0 if probe is None else probe.shape[1]
+def _compute(
+    op: str,
+    backend: Backend | None,
+    leading: tuple[Any, ...],
+    tables: Tables,
+    rows: Tensor,
+    gate_state: Tensor | None,
+    probe: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What a functional op gives; the probe is written."""
+    columns = 0 if probe is None else probe.shape[1]
+    results = _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns))
+    if results is REFERENCE:
+        results = getattr(reference, op)(*leading, tables, rows, gate_state, _zeroed(probe))
+        return results if isinstance(results, tuple) else (results,)
+    if probe is not None:
+        probe.copy_(results[-1])
+    return results[:-1]
 
 
 def _zeroed(probe: Tensor | None) -> Tensor | None:
     return None if probe is None else probe.zero_()
 
 
-def refuse_gradient(op: str, *tensors: Tensor, instead: str = "") -> None:
+def refuse_gradient(op: str, *tensors: Tensor | None, instead: str = "") -> None:
     """Raise RuntimeError where a gradient would be needed; `instead` names the op that has one, if there is one."""
-    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         raise RuntimeError(f"{op} has no gradient: use {f'{instead}, or ' if instead else ''}torch.no_grad()")

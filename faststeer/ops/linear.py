@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
         RuntimeError: a gradient would be needed.
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
-    refuse_gradient("linear", *(t for t in (x, weight, bias) if t is not None))
+    refuse_gradient("linear", x, weight, bias)
     if backend_of(x, backend) != "cpu":
         if x.dtype != torch.float64:
             _check(x, weight, bias)

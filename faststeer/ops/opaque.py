@@ -12,7 +12,6 @@ from torch import Tensor
 
 from faststeer.ops import reference
 from faststeer.ops.schema import define, host_tables, implements
-from faststeer.ops.tables import Rows
 
 ANYWHERE = "CompositeExplicitAutograd"
 for _name in ("steer", "steer_pair_", "latch_"):
@@ -21,20 +20,18 @@ for _name in ("steer", "steer_pair_", "latch_"):
 
 @implements("steer.reference", ANYWHERE)
 def steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *tables, slot, position, sequence, gate_state, columns = rest
-    probe = x.new_zeros(x.shape[0], columns, dtype=torch.float32)
-    rows = Rows(slot, position, sequence)
-    return reference.steer(x, host_tables(*tables), rows, gate_state, probe if columns else None), probe
+    bank, entries, ranges, rows, gate_state, scalars, columns = rest
+    tables, probe = host_tables(bank, entries, ranges, scalars), x.new_zeros(x.shape[0], columns, dtype=torch.float32)
+    return reference.steer(x, tables, rows, gate_state, probe if columns else None), probe
 
 
 @implements("steer_pair_.reference", ANYWHERE)
 def steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
-    *tables, slot, position, sequence, gate_state, probe = rest
-    reference.steer_pair_(x, residual, host_tables(*tables), Rows(slot, position, sequence), gate_state, probe)
+    *tables, rows, gate_state, probe = rest
+    reference.steer_pair_(x, residual, host_tables(*tables), rows, gate_state, probe)
 
 
 @implements("latch_.reference", ANYWHERE)
 def latch_(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
-    *tables, slot, position, sequence, gate_state = rest
-    s = x if residual is None else x + residual
-    reference.latch(s, host_tables(*tables), Rows(slot, position, sequence), gate_state)
+    *tables, rows, gate_state = rest
+    reference.latch(x if residual is None else x + residual, host_tables(*tables), rows, gate_state)

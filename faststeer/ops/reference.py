@@ -10,18 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from faststeer.ops.tables import Field, GateMode, Kind, Rows, Scalar, Tables
+from faststeer.ops.tables import VECTORS, Field, GateMode, Kind, Tables
+
+# As plain numbers: a compiler that traces this takes an enum for an object.
+_A, _N_INTEGERS, _N_KINDS = int(Field.A), int(Field.PROBE) + 1, len(Kind)
+_VECTORS = tuple((int(kind), vectors) for kind, vectors in VECTORS.items())
 
 
 def steer(
-    x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None = None, probe: Tensor | None = None
+    x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None = None, probe: Tensor | None = None
 ) -> Tensor:
     """Apply to each row of `x` the entries of its slot, in order, in fp32 (fp64 for fp64 rows), rounding once.
 
     Args:
         x: `[rows, hidden]`, fp32, fp16, bf16 or fp64.
         tables: the tables of this site.
-        rows: slot, position and sequence of each row.
+        rows: `[3, rows]` int32: each row's slot (-1: untouched), position counted from the prompt's end, and sequence
+            (its column of `gate_state`). There may be more columns than x has rows: the first count.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
         probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
 
@@ -32,9 +37,10 @@ def steer(
 
 
 def _steer(
-    x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None, probe: Tensor | None
+    x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`steer`, and which rows something acted on `[rows]`."""
+    rows = rows[:, : x.shape[0]]
     h = x.to(_compute_dtype(x))
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     for step in range(tables.depth):
@@ -43,10 +49,10 @@ def _steer(
         p = (h.unsqueeze(1) * q).sum(-1)  # [rows, width]
         if probe is not None:
             _write_probe(probe, entry, p)
-        acts = entry.live & entry.in_position(rows) & entry.gate_open(h, tables, rows, gate_state)
+        acts = entry.live & entry.in_position() & entry.gate_open(h, tables, gate_state)
         new, changes = _intervene(h, q, p, entry)
         acts = acts & changes
-        new = torch.where((entry.field(Field.KEEP_NORM) != 0).unsqueeze(1), _with_norm_of(h, new), new)
+        new = torch.where((entry.keep_norm != 0).unsqueeze(1), _with_norm_of(h, new), new)
         h = torch.where(acts.unsqueeze(1), new, h)
         touched = touched | acts
     return torch.where(touched.unsqueeze(1), h.to(x.dtype), x), touched
@@ -56,7 +62,7 @@ def add_steer(
     x: Tensor,
     residual: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
@@ -68,7 +74,7 @@ def steer_pair_(
     x: Tensor,
     residual: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> None:
@@ -78,17 +84,16 @@ def steer_pair_(
     their pair, and so the bits of whatever is made of it.
 
     Args:
-        rows: they may be more than x's; the first count. So in `probe`.
-        probe: rows whose slot has entries here are overwritten, zero where no entry writes; others are left alone.
+        probe: of as many rows as x or more. Rows whose slot has entries here are overwritten, zero where no entry
+            writes; others are left alone.
     """
     n_rows = x.shape[0]
-    rows = Rows(*(table[:n_rows] for table in rows))
     seen = None if probe is None else probe.new_zeros(n_rows, probe.shape[1])
     hidden, touched = _steer(x + residual, tables, rows, gate_state, seen)
     residual.copy_(torch.where(touched.unsqueeze(1), hidden, residual))
     x.masked_fill_(touched.unsqueeze(1), 0)
     if probe is not None and seen is not None and tables.depth:  # a site without entries has no rows to overwrite
-        steered = _Entry(tables, rows, 0, torch.float32).here.unsqueeze(1)
+        steered = _Entry(tables, rows[:, :n_rows], 0, torch.float32).here.unsqueeze(1)
         probe[:n_rows] = torch.where(steered, seen, probe[:n_rows])
 
 
@@ -100,7 +105,7 @@ def add_steer_rmsnorm(
     weight_offset: float,
     fp32_weight: bool,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gate_state: Tensor | None = None,
     probe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -123,18 +128,18 @@ def rmsnorm(hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, fp
     return (normed.to(hidden.dtype) * weight).to(hidden.dtype)
 
 
-def latch(x: Tensor, tables: Tables, rows: Rows, gate_state: Tensor) -> None:
+def latch(x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
     """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row as it
     stands to `gate_state[gate, sequence]` in place.
 
     Runs before `steer` at the same site, so that rows after the prompt's end may read in `steer` what the prompt's last
     row decided.
     """
-    h = x.detach().to(_compute_dtype(x))
+    h, rows = x.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
-        cell, inside = entry.gate_cell(rows, gate_state)
-        decides = entry.live & entry.is_kind(Kind.LATCH) & (rows.position == -1) & inside
+        cell, inside = entry.gate_cell(gate_state)
+        decides = entry.live & entry.is_kind(Kind.LATCH) & (entry.position == -1) & inside
         verdict = decides & entry.compare(h, tables)
         # Counted and not assigned: rows that decide nothing must not write, and no row's number may decide who wins.
         votes = torch.zeros(2, gate_state.numel(), dtype=torch.int32, device=x.device)
@@ -148,81 +153,78 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Entry:
-    """The step-th entry of each row's slot: its fields and scalars, gathered per row. `here`: the slot has so many. An
-    entry that points outside the tables is not live (docs/kernels.md, 'Never out of bounds')."""
+    """The step-th entry of each row's slot, and the row's place. `here`: the slot has so many. An entry that points
+    outside the tables is not live (docs/kernels.md, 'Never out of bounds')."""
 
-    def __init__(self, tables: Tables, rows: Rows, step: int, dtype: torch.dtype) -> None:
-        n_slots, (n_entries, n_vectors) = tables.ranges.shape[0], (tables.fields.shape[0], tables.bank.shape[0])
-        known = (rows.slot >= 0) & (rows.slot < n_slots)
-        first, count = tables.ranges[torch.where(known, rows.slot, 0).long()].long().unbind(-1)
+    def __init__(self, tables: Tables, rows: Tensor, step: int, dtype: torch.dtype) -> None:
+        n_slots, (n_entries, n_vectors) = tables.ranges.shape[0], (tables.entries.shape[0], tables.bank.shape[0])
+        slot, self.position, self.sequence = rows.unbind()
+        known = (slot >= 0) & (slot < n_slots)
+        first, count = tables.ranges[torch.where(known, slot, 0).long()].long().unbind(-1)
         index = first.clamp(min=0) + step
         self.here = known & (index < first + count) & (index < n_entries)
         index = torch.where(self.here, index, 0)
-        self.fields = tables.fields[index]
-        self.scalars = tables.scalars[index].to(dtype)
+        fields = tables.entries[index]
+        # In the order of `Field`.
+        self.kind, self.vector, self.count, self.low, self.high, self.mode, *rest = fields[:, :_N_INTEGERS].unbind(1)
+        self.gate_vector, self.gate_state, self.keep_norm, self.probe = rest
+        numbers = fields[:, _A : _A + 3].view(torch.float32)
+        self.threshold = numbers[:, 2].to(dtype)
+        scalars = numbers[:, :2] if tables.scalars is None else tables.scalars[index]
+        self.a, self.b = scalars.to(dtype).unbind(1)
         self.dtype = dtype
         self.live = self.here & self._valid(n_vectors)
 
     def _valid(self, n_vectors: int) -> Tensor:
-        vector, count, gate = self.field(Field.VECTOR), self.field(Field.COUNT), self.field(Field.GATE_VECTOR)
-        kind = self.field(Field.KIND)
-        valid = (kind >= 0) & (kind < len(Kind)) & (vector >= 0) & (count >= 1) & (vector <= n_vectors - count)
-        single = self.is_kind(Kind.ADD) | self.is_kind(Kind.CLAMP)
-        plane = self.is_kind(Kind.ROTATE) | self.is_kind(Kind.ROTATE_RELATIVE)
-        valid &= (~single | (count == 1)) & (~plane | (count == 2))
+        vector, count, gate = self.vector, self.count, self.gate_vector
+        valid = (self.kind >= 0) & (self.kind < _N_KINDS) & (vector >= 0) & (count >= 1) & (vector <= n_vectors - count)
+        for kind, vectors in _VECTORS:
+            valid = valid & ((self.kind != kind) | (count == vectors))
         looks = self.is_mode(GateMode.DOT) | self.is_mode(GateMode.COSINE)
-        latched = self.field(Field.GATE_MODE) == int(GateMode.LATCHED)
+        latched = self.mode == int(GateMode.LATCHED)
         return valid & torch.where(looks, (gate >= 0) & (gate < n_vectors), self.is_mode(GateMode.NONE) | latched)
 
-    # int(...) because a compiler that traces this takes an enum for an object and not for a number.
-
-    def field(self, field: Field) -> Tensor:
-        return self.fields[:, int(field)]
-
-    def scalar(self, scalar: Scalar) -> Tensor:
-        return self.scalars[:, int(scalar)]
-
     def is_kind(self, kind: Kind) -> Tensor:
-        return self.field(Field.KIND) == int(kind)
+        return self.kind == int(kind)
 
     def is_mode(self, mode: GateMode) -> Tensor:
-        return self.field(Field.GATE_MODE).abs() == int(mode)
+        return self.mode.abs() == int(mode)
 
     def vectors(self, tables: Tables) -> Tensor:
         """`[rows, width, hidden]`: the entry's bank rows, zero beyond its count."""
         offset = torch.arange(tables.width, device=tables.bank.device)
-        used = self.live.unsqueeze(1) & (offset < self.field(Field.COUNT).unsqueeze(1))
-        index = torch.where(used, self.field(Field.VECTOR).unsqueeze(1) + offset, 0).long()
+        used = self.live.unsqueeze(1) & (offset < self.count.unsqueeze(1))
+        index = torch.where(used, self.vector.unsqueeze(1) + offset, 0).long()
         return torch.where(used.unsqueeze(-1), tables.bank[index].to(self.dtype), 0)
 
-    def in_position(self, rows: Rows) -> Tensor:
-        return (self.field(Field.POSITION_LOW) <= rows.position) & (rows.position < self.field(Field.POSITION_HIGH))
+    def in_position(self) -> Tensor:
+        return (self.low <= self.position) & (self.position < self.high)
 
-    def gate_open(self, h: Tensor, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Tensor:
+    def gate_open(self, h: Tensor, tables: Tables, gate_state: Tensor | None) -> Tensor:
         opened = self.is_mode(GateMode.NONE) | self.compare(h.detach(), tables)
         if gate_state is None or gate_state.numel() == 0:
             return opened
-        cell, inside = self.gate_cell(rows, gate_state)
+        cell, inside = self.gate_cell(gate_state)
         return torch.where(self.is_mode(GateMode.LATCHED), gate_state.flatten()[cell] & inside, opened)
 
-    def gate_cell(self, rows: Rows, gate_state: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_cell(self, gate_state: Tensor) -> tuple[Tensor, Tensor]:
         """Where each row's decision stands in the flat `gate_state`, and whether there is such a place."""
-        gate, sequence = self.field(Field.GATE_STATE).long(), rows.sequence.long()
+        gate, sequence = self.gate_state.long(), self.sequence.long()
         n_gates, n_sequences = gate_state.shape
         inside = (gate >= 0) & (gate < n_gates) & (sequence >= 0) & (sequence < n_sequences)
         return torch.where(inside, gate * n_sequences + sequence, 0), inside
 
     def compare(self, h: Tensor, tables: Tables) -> Tensor:
         """The verdict of a dot or cosine gate on each row."""
-        vector = torch.where(self.live, self.field(Field.GATE_VECTOR), 0).clamp(0, tables.bank.shape[0] - 1)
+        vector = torch.where(self.live, self.gate_vector, 0).clamp(0, tables.bank.shape[0] - 1)
         d = tables.bank[vector.long()].detach().to(h.dtype)
         dot = (h * d).sum(-1)
         norm = h.norm(dim=-1)
         cosine = torch.where(norm > 0, dot / norm, 0)  # d is a unit vector in this mode
         value = torch.where(self.is_mode(GateMode.COSINE), cosine, dot)
-        above = value > self.scalar(Scalar.THRESHOLD)
+        above = value > self.threshold
         decided_here = self.is_mode(GateMode.DOT) | self.is_mode(GateMode.COSINE)
-        return torch.where(self.field(Field.GATE_MODE) < 0, ~above, above) & decided_here
+        return torch.where(self.mode < 0, ~above, above) & decided_here
 
 
 def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, Tensor]:
@@ -230,8 +232,7 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
 
     Every kind is h <- h + sum_k w_k q_k with a weight per direction (Project starts from zero instead of h).
     """
-    a, b = entry.scalar(Scalar.A), entry.scalar(Scalar.B)
-    count = entry.field(Field.COUNT).unsqueeze(1)
+    a, b, count = entry.a, entry.b, entry.count.unsqueeze(1)
     adds, projects, relative = entry.is_kind(Kind.ADD), entry.is_kind(Kind.PROJECT), entry.is_kind(Kind.ROTATE_RELATIVE)
     rotates = relative | entry.is_kind(Kind.ROTATE)
     p1, p2 = p[:, 0], p[:, min(1, p.shape[1] - 1)]
@@ -285,8 +286,8 @@ def _norm(h: Tensor) -> Tensor:
 
 def _write_probe(probe: Tensor, entry: _Entry, p: Tensor) -> None:
     """Columns column .. column + count - 1 of each row take the row's p; other columns keep what they have."""
-    column = entry.field(Field.PROBE).unsqueeze(1)
+    column = entry.probe.unsqueeze(1)
     source = torch.arange(probe.shape[1], device=probe.device) - column  # which p belongs in each column
-    mine = (entry.live.unsqueeze(1)) & (column >= 0) & (source >= 0) & (source < entry.field(Field.COUNT).unsqueeze(1))
+    mine = (entry.live.unsqueeze(1)) & (column >= 0) & (source >= 0) & (source < entry.count.unsqueeze(1))
     values = p.detach().gather(1, source.clamp(0, p.shape[1] - 1).long()).to(probe.dtype)
     probe.copy_(torch.where(mine, values, probe))

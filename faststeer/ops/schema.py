@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from faststeer.ops import reference
-from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, Rows, Tables
+from faststeer.ops.tables import N_FIELDS, N_PLACES, N_SCALARS, Field, Tables
 
 MAX_HIDDEN = 16_384
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OVERLOADS = ("cpp", "triton")
 
-_TABLES = (
-    "Tensor bank, Tensor fields, Tensor scalars, Tensor ranges, Tensor row_slot, Tensor row_position, "
-    "Tensor row_sequence, Tensor? gate_state"
-)
+_TABLES = "Tensor bank, Tensor entries, Tensor ranges, Tensor rows, Tensor? gate_state"
+_LIVE = f"{_TABLES}, Tensor? scalars"  # where gradients flow to the entries' numbers
 _NORM = "Tensor weight, float eps, float weight_offset, bool fp32_weight"
 SCHEMAS = {
-    "steer": f"(Tensor x, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "steer": f"(Tensor x, {_LIVE}, int columns) -> (Tensor, Tensor)",
     "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe) -> ()",
-    "add_steer": f"(Tensor x, Tensor residual, {_TABLES}, int columns) -> (Tensor, Tensor)",
+    "add_steer": f"(Tensor x, Tensor residual, {_LIVE}, int columns) -> (Tensor, Tensor)",
     "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
-    "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_TABLES}, int columns) -> (Tensor, Tensor, Tensor)",
+    "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_LIVE}, int columns) -> (Tensor, Tensor, Tensor)",
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
 }
 
@@ -58,7 +56,9 @@ def check_rows(x: Tensor, name: str, like: Tensor | None = None) -> None:
         )
 
 
-def check_table(table: Tensor, name: str, shape: Sequence[int | None], dtype: torch.dtype, x: Tensor) -> None:
+def check_table(
+    table: Tensor, name: str, shape: Sequence[int | None], dtype: torch.dtype, x: Tensor, contiguous: bool = True
+) -> None:
     """Raise TypeError or ValueError unless `table` has the shape (None: any), dtype and device and is contiguous."""
     if table.dtype != dtype:
         raise TypeError(f"{name} has dtype {table.dtype}: expected {dtype}")
@@ -69,33 +69,42 @@ def check_table(table: Tensor, name: str, shape: Sequence[int | None], dtype: to
         raise ValueError(f"{name} has shape {list(table.shape)}: expected {wanted}")
     if table.device != x.device:
         raise ValueError(f"{name} is on {table.device}, x on {x.device}: move it there")
-    if not table.is_contiguous():
+    if contiguous and not table.is_contiguous():
         raise ValueError(f"{name} is not contiguous: call .contiguous() (once, where it is made)")
 
 
-def check_row_table(
-    table: Tensor, name: str, rest: Sequence[int | None], dtype: torch.dtype, x: Tensor, more_rows: bool
+def check_tables(
+    x: Tensor,
+    bank: Tensor,
+    entries: Tensor,
+    ranges: Tensor,
+    rows: Tensor,
+    gate_state: Tensor | None,
+    scalars: Tensor | None = None,
 ) -> None:
-    """Check a table that has a row for each of x's, or, with `more_rows`, for these and more."""
-    n_rows = x.shape[0]
-    # A number of rows that a compiler keeps open is not compared: that would limit it.
-    if more_rows and table.dim() and (not isinstance(n_rows, int) or table.shape[0] > n_rows):
-        n_rows = table.shape[0]
-    check_table(table, name, (n_rows, *rest), dtype, x)
-
-
-def check_tables(x: Tensor, *tables: Any, more_rows: bool = False) -> None:
     """Check the tables of an op, in the schema's order, against each other and x (docs/kernels.md, 'Operators')."""
-    bank, fields, scalars, ranges, *rows, gate_state = tables
-    hidden = x.shape[1]
-    check_table(bank, "bank", (None, hidden), torch.float32, x)
-    check_table(fields, "fields", (None, N_FIELDS), torch.int32, x)
-    check_table(scalars, "scalars", (fields.shape[0], N_SCALARS), torch.float32, x)
+    check_table(bank, "bank", (None, x.shape[1]), torch.float32, x)
+    check_table(entries, "entries", (None, N_FIELDS), torch.int32, x)
+    if not torch.compiler.is_compiling() and entries.storage_offset() % 4:
+        raise ValueError("entries does not start at a multiple of 16 bytes: call .clone()")
     check_table(ranges, "ranges", (None, 2), torch.int32, x)
-    for name, table in zip(("row_slot", "row_position", "row_sequence"), rows, strict=True):
-        check_row_table(table, name, (), torch.int32, x, more_rows)
+    n_rows = rows_of(rows, 1, x)
+    check_table(rows, "rows", (N_PLACES, n_rows), torch.int32, x, contiguous=False)
+    if n_rows > 1 and rows.stride(1) != 1:
+        raise ValueError(f"rows has stride {rows.stride(1)} in its last dimension: expected 1; call .contiguous()")
     if gate_state is not None:
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
+    if scalars is not None:
+        check_table(scalars, "scalars", (entries.shape[0], N_SCALARS), torch.float32, x)
+
+
+def rows_of(table: Tensor, dimension: int, x: Tensor) -> int:
+    """How many of x's rows a table should have room for along a dimension: all, or more, as a server's buffers do."""
+    n_rows = x.shape[0]
+    # A number of rows that a compiler keeps open is not compared: that would limit it.
+    if table.dim() > dimension and (not isinstance(n_rows, int) or table.shape[dimension] > n_rows):
+        return table.shape[dimension]
+    return n_rows
 
 
 # Every op's check takes the op's own arguments.
@@ -121,9 +130,9 @@ def check_steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
     *tables, probe = rest
     check_rows(x, "x")
     check_rows(residual, "residual", like=x)
-    check_tables(x, *tables, more_rows=True)
+    check_tables(x, *tables)
     if probe is not None:
-        check_row_table(probe, "probe", (None,), torch.float32, x, True)
+        check_table(probe, "probe", (rows_of(probe, 0, x), None), torch.float32, x)
 
 
 def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:
@@ -203,11 +212,10 @@ def define(name: str, overload: str) -> Any:
 
 # Gradients ------------------------------------------------------------------------------------------------------------
 
-_BACKWARD = (
-    "(Tensor? grad_normed, Tensor grad_hidden, Tensor x, Tensor? residual, Tensor? weight, float eps, "
-    f"float weight_offset, bool fp32_weight, {_TABLES}) -> (Tensor, Tensor, Tensor, Tensor)"
+library.define(
+    "backward(Tensor? grad_normed, Tensor grad_hidden, Tensor x, Tensor? residual, Tensor? weight, float eps, "
+    f"float weight_offset, bool fp32_weight, {_LIVE}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"backward{_BACKWARD}")
 
 
 def _backward(
@@ -220,34 +228,34 @@ def _backward(
     weight_offset: float,
     fp32_weight: bool,
     bank: Tensor,
-    fields: Tensor,
-    scalars: Tensor,
+    entries: Tensor,
     ranges: Tensor,
-    *rows_and_gates: Any,
+    rows: Tensor,
+    gate_state: Tensor | None,
+    scalars: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to (s, weight, bank, scalars), where s = x or x + residual: the reference, run again with gradients."""
-    *rows, gate_state = rows_and_gates
+    """Gradients to (s, weight, bank, scalars), where s = x or x + residual: the reference, run again with gradients.
+    Those of what is not given are empty."""
     with torch.enable_grad():
         s = (x if residual is None else x + residual).detach().requires_grad_()
-        bank, scalars = bank.detach().requires_grad_(), scalars.detach().requires_grad_()
-        scale = torch.zeros(0, device=x.device) if weight is None else weight.detach()
-        scale.requires_grad_()
-        tables = host_tables(bank, fields, scalars, ranges)
-        hidden = reference.steer(s, tables, Rows(*rows), gate_state)
+        bank = bank.detach().requires_grad_()
+        scale, numbers = (torch.zeros(0, device=x.device) if t is None else t.detach() for t in (weight, scalars))
+        inputs = (s, scale.requires_grad_(), bank, numbers.requires_grad_())
+        tables = host_tables(bank, entries, ranges, None if scalars is None else numbers)
+        hidden = reference.steer(s, tables, rows, gate_state)
         outputs, grads = [hidden], [grad_hidden]
         if grad_normed is not None:
             outputs.append(reference.rmsnorm(hidden, scale, eps, weight_offset, fp32_weight))
             grads.append(grad_normed)
-        inputs = (s, scale, bank, scalars)
         found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
     return found  # type: ignore[return-value]
 
 
-def host_tables(bank: Tensor, fields: Tensor, scalars: Tensor, ranges: Tensor) -> Tables:
+def host_tables(bank: Tensor, entries: Tensor, ranges: Tensor, scalars: Tensor | None = None) -> Tables:
     """Tables for the reference from tensors alone: its loop bounds are read from them, which on a GPU waits for it."""
     depth = int(ranges[:, 1].max()) if ranges.numel() else 0
-    width = int(fields[:, int(Field.COUNT)].clamp(1, bank.shape[0]).max()) if fields.numel() and len(bank) else 1
-    return Tables(bank, fields, scalars, ranges, max(depth, 0), width)
+    width = int(entries[:, int(Field.COUNT)].clamp(1, bank.shape[0]).max()) if entries.numel() and len(bank) else 1
+    return Tables(bank, entries, ranges, max(depth, 0), width, scalars)
 
 
 def _fake_backward(
@@ -258,69 +266,38 @@ def _fake_backward(
     weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bank, scalars = rest[3], rest[5]
-    grad_weight = x.new_empty(0, dtype=torch.float32) if weight is None else torch.empty_like(weight)
-    return x.new_empty(x.shape), grad_weight, torch.empty_like(bank), torch.empty_like(scalars)
+    none = x.new_empty(0, dtype=torch.float32)
+    grads = (torch.empty_like(none if t is None else t) for t in (weight, rest[3], rest[-1]))
+    return x.new_empty(x.shape), *grads  # type: ignore[return-value]
 
 
 library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("faststeer::backward", _fake_backward, lib=library)
 
-_N_TABLES = 8
+
+def _gradient(n_leading: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The formula and the setup of a functional op whose tables stand behind `n_leading` arguments: x; x, residual; or
+    x, residual, weight and the norm's three numbers."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        leading = [*inputs[:n_leading][:3], None, None][:3]
+        ctx.save_for_backward(*leading, *inputs[n_leading:-1])
+        ctx.norm = inputs[3:6] if n_leading == 6 else (0.0, 0.0, False)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        grad_normed, grad_hidden = grads[:2] if n_leading == 6 else (None, grads[0])
+        grad_s, grad_weight, grad_bank, grad_scalars = torch.ops.faststeer.backward(
+            grad_normed, grad_hidden, *saved[:3], *ctx.norm, *saved[3:]
+        )
+        to_leading = (grad_s, grad_s, grad_weight, None, None, None)[:n_leading]
+        # bank, entries, ranges, rows, gate_state, scalars, columns
+        return *to_leading, grad_bank, None, None, None, None, None if saved[-1] is None else grad_scalars, None
+
+    return backward, setup
 
 
-def _save(
-    ctx: Any, leading: Sequence[Tensor | None], tables: Sequence[Tensor | None], norm: tuple[float, float, bool]
-) -> None:
-    ctx.save_for_backward(*leading, *tables)
-    ctx.norm = norm
-
-
-def _setup_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, *tables, _ = inputs
-    _save(ctx, (x, None, None), tables, (0.0, 0.0, False))
-
-
-def _setup_add_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, residual, *tables, _ = inputs
-    _save(ctx, (x, residual, None), tables, (0.0, 0.0, False))
-
-
-def _setup_add_steer_rmsnorm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, residual, weight, eps, weight_offset, fp32_weight, *tables, _ = inputs
-    _save(ctx, (x, residual, weight), tables, (eps, weight_offset, fp32_weight))
-
-
-def _run_backward(ctx: Any, grad_normed: Tensor | None, grad_hidden: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Gradients to s and the weight, and those of the eight tables and `columns` in the schema's order."""
-    saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
-    grads = torch.ops.faststeer.backward(grad_normed, grad_hidden, *saved[:3], *ctx.norm, *saved[3:])
-    grad_s, grad_weight, grad_bank, grad_scalars = grads
-    return grad_s, grad_weight, (grad_bank, None, grad_scalars, *[None] * (_N_TABLES - 3), None)
-
-
-def _backward_steer(ctx: Any, grad_hidden: Tensor, grad_probe: Tensor) -> tuple[Any, ...]:
-    grad_s, _, grad_tables = _run_backward(ctx, None, grad_hidden)
-    return grad_s, *grad_tables
-
-
-def _backward_add_steer(ctx: Any, grad_hidden: Tensor, grad_probe: Tensor) -> tuple[Any, ...]:
-    grad_s, _, grad_tables = _run_backward(ctx, None, grad_hidden)
-    return grad_s, grad_s, *grad_tables
-
-
-def _backward_add_steer_rmsnorm(
-    ctx: Any, grad_normed: Tensor, grad_hidden: Tensor, grad_probe: Tensor
-) -> tuple[Any, ...]:
-    grad_s, grad_weight, grad_tables = _run_backward(ctx, grad_normed, grad_hidden)
-    return grad_s, grad_s, grad_weight, None, None, None, *grad_tables
-
-
-_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "steer": (_backward_steer, _setup_steer),
-    "add_steer": (_backward_add_steer, _setup_add_steer),
-    "add_steer_rmsnorm": (_backward_add_steer_rmsnorm, _setup_add_steer_rmsnorm),
-}
+_GRADIENTS = {"steer": _gradient(1), "add_steer": _gradient(2), "add_steer_rmsnorm": _gradient(6)}
 
 for _name in SCHEMAS:
     for _overload in OVERLOADS:

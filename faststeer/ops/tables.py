@@ -1,5 +1,5 @@
 """The layout of the device tables that an op reads: which number stands in which column. Everything that packs or
-reads a table takes the names from here."""
+reads a table takes the names from here (csrc/common/tables.h has them once more; a test compares)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Kind(IntEnum):
     LATCH = 7  # decides a latched gate; leaves the row alone
 
 
+VECTORS = {Kind.ADD: 1, Kind.CLAMP: 1, Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2}
+"""How many vectors an entry of a kind has; a kind that is not named has any number."""
+
+
 class GateMode(IntEnum):
     """How an entry's gate is decided. A negative mode acts where the value is <= the threshold instead of above it."""
 
@@ -32,7 +36,7 @@ class GateMode(IntEnum):
 
 
 class Field(IntEnum):
-    """Columns of `fields`, int32."""
+    """Columns of `entries`, int32. From A on they hold the bits of fp32 numbers."""
 
     KIND = 0
     VECTOR = 1  # first bank row
@@ -44,41 +48,32 @@ class Field(IntEnum):
     GATE_STATE = 7
     KEEP_NORM = 8
     PROBE = 9  # first probe column, or -1
+    A = 12  # Add: coefficient; Ablate: strength; Clamp: low; Rotate: cos
+    B = 13  # Clamp: high; Rotate: sin
+    THRESHOLD = 14
 
 
-class Scalar(IntEnum):
-    """Columns of `scalars`, fp32."""
-
-    A = 0  # Add: coefficient; Ablate: strength; Clamp: low; Rotate: cos
-    B = 1  # Clamp: high; Rotate: sin
-    THRESHOLD = 2
-
-
-N_FIELDS = 12  # 48 bytes: three 16-byte loads
-N_SCALARS = 4
+N_FIELDS = 16  # 64 bytes: one line of a cache, four 16-byte loads
+N_SCALARS = 2  # A and B: what gradients flow to
+N_PLACES = 3  # of `rows`: slot, position, sequence
 POSITION_MIN, POSITION_MAX = -(2**31), 2**31 - 1
 
 
 class Tables(NamedTuple):
     """The tables an op reads at one site, and how deep they go there.
 
-    bank `[n_vectors, hidden]`, fields `[n_entries, 12]` int32, scalars `[n_entries, 4]`, ranges `[n_slots, 2]` int32.
-    `depth` is the largest number of entries that any slot has at this site, `width` the largest number of bank rows of
-    any of them: host numbers that bound the reference's loops, nothing else.
+    bank `[n_vectors, hidden]`, entries `[n_entries, 16]` int32 (`Field`), ranges `[n_slots, 2]` int32. `depth` is the
+    largest number of entries that any slot has at this site, `width` the largest number of bank rows of any of them:
+    host numbers that bound the reference's loops, nothing else.
+
+    scalars: `[n_entries, 2]`, the entries' A and B once more, where gradients are to flow to them. Kernels read
+    `entries`; the reference, and with it every gradient, takes these where they are given. So both must be the same
+    numbers.
     """
 
     bank: Tensor
-    fields: Tensor
-    scalars: Tensor
+    entries: Tensor
     ranges: Tensor
     depth: int
     width: int
-
-
-class Rows(NamedTuple):
-    """What an op knows of each row: `[rows]` int32 slot (-1: untouched), position counted from the prompt's end, and
-    sequence (row of `gate_state`'s columns)."""
-
-    slot: Tensor
-    position: Tensor
-    sequence: Tensor
+    scalars: Tensor | None = None

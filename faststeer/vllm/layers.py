@@ -61,10 +61,7 @@ class Device:
 class Site(nn.Module):
     """One site in the model. Its tensors are buffers, so that the compiler takes them for inputs of a layer."""
 
-    slot: Tensor
-    position: Tensor
-    sequence: Tensor
-    ranges: Tensor
+    rows: Tensor
     gate_state: Tensor | None
     probe: Tensor | None
 
@@ -73,32 +70,30 @@ class Site(nn.Module):
         program = device.program
         probe = device.probes.get(number)
         tensors = {
-            "bank": program.bank, "fields": program.fields, "scalars": program.scalars,
-            "ranges": program.ranges[number], "slot": device.rows[0], "position": device.rows[1],
-            "sequence": device.rows[2], "gate_state": device.gate_state, "probe": probe,
+            "bank": program.bank, "entries": program.entries, "ranges": program.ranges[number],
+            "rows": device.rows, "gate_state": device.gate_state, "probe": probe,
         }  # fmt: skip
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.operators, self.columns = operators, 0 if probe is None else probe.shape[1]
 
-    def tables(self, n_rows: int | None = None) -> tuple[Tensor | None, ...]:
-        """The op's tables, with the first rows' numbers or all that there is room for."""
-        rows = self.slot[:n_rows], self.position[:n_rows], self.sequence[:n_rows]
-        return self.bank, self.fields, self.scalars, self.ranges, *rows, self.gate_state  # type: ignore[return-value]
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """The op's tables, rows whole: a slice of them would tie the compiler to a number of rows."""
+        return self.bank, self.entries, self.ranges, self.rows, self.gate_state  # type: ignore[return-value]
 
     def one(self, x: Tensor) -> Tensor:
         """Steer a tensor that is the hook point's."""
-        tables = self.tables(x.shape[0])
+        tables = self.tables()
         if self.gate_state is not None:
             self.operators.latch(x, None, *tables)
-        steered, seen = self.operators.steer(x, *tables, self.columns)
+        steered, seen = self.operators.steer(x, *tables, None, self.columns)
         self._keep(seen)
         return steered
 
     def pair(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Steer the sum of a pair that nobody else reads, in place: (0, h) for the rows on which something acts."""
         if self.gate_state is not None:
-            self.operators.latch(hidden, residual, *self.tables(hidden.shape[0]))
+            self.operators.latch(hidden, residual, *self.tables())
         self.operators.steer_pair(hidden, residual, *self.tables(), self.probe)
         return hidden, residual
 

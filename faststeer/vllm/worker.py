@@ -148,7 +148,7 @@ class WorkerSteering:
     def bytes(self) -> int:
         """Of the tables."""
         program = self.device.program
-        tensors = [program.bank, program.fields, program.scalars, program.ranges, self.device.rows]
+        tensors = [program.bank, program.entries, program.ranges, self.device.rows]
         tensors += [*self.device.probes.values(), *([] if self.device.gate_state is None else [self.device.gate_state])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -8,14 +8,9 @@ synchronise with the host and allocate nothing but their results, so that a grap
 Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run any of it yet.
 """
 
-from triton import knobs as _knobs
-
-from faststeer.kernels.latch import latch_
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, latch_, steer, steer_, steer_pair_
+from faststeer.kernels.row import INTERPRETED
 from faststeer.kernels.warmup import warmup
-
-INTERPRETED: bool = bool(_knobs.runtime.interpret)
-"""Whether the kernels run in the interpreter, on CPU tensors."""
 
 __all__ = [
     "INTERPRETED",

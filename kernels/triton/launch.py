@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
+
+from faststeer.kernels.row import INTERPRETED
 
 # What a thread holds of a row: four 16-byte loads of a 16-bit type, in flight together. The row and what becomes of it
 # are then 2 x 32 fp32 registers, beside some 60 for addresses and numbers. With 16 elements those 60 would weigh more,
@@ -96,7 +97,7 @@ def asked_elements() -> int | None:
     return int(text)
 
 
-DEVICES = ("CPU", "CUDA") if knobs.runtime.interpret else ("CUDA",)
+DEVICES = ("CPU", "CUDA") if INTERPRETED else ("CUDA",)
 """Where the kernels run, as `faststeer.ops.schema.implements` wants it."""
 
 

@@ -1,6 +1,5 @@
-"""`steer`, `steer_`, `add_steer`, `steer_pair_`, `add_steer_rmsnorm`: one kernel, in which an operand that an operator
-does not have is None and its code is not there. What each computes, to the bit where bits are promised:
-docs/kernels.md.
+"""All operators: one kernel, in which an operand that an operator does not have is None and its code is not there. What
+each computes, to the bit where bits are promised: docs/kernels.md.
 
 Each launch has one program per row, and the number of threads depends on the hidden size alone: a row comes out with
 the same bits whatever the batch around it.
@@ -20,17 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from faststeer.kernels.launch import DEVICES, Launch, no_gates, on_device_of, starts
-from faststeer.kernels.row import _INTERPRETED, entries_of, load_row, steer_row, store_row, widen
+from faststeer.kernels.row import _INTERPRETED, entries_of, latch_row, load_row, steer_row, store_row, widen
 from faststeer.ops.schema import implements
 
 _VARYING = [
-    *("x_stride", "residual_stride", "zero", "n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences"),
-    "n_columns",
+    *("x_stride", "residual_stride", "place_stride", "zero", "n_vectors", "n_entries", "n_slots", "n_gates"),
+    *("n_sequences", "n_columns"),
 ]
-_POINTERS = [
-    *("x", "residual", "weight", "normed", "hidden", "probe", "bank", "fields", "scalars", "ranges"),
-    *("row_slot", "row_position", "row_sequence", "gate_state"),
-]
+_POINTERS = ["x", "residual", "weight", "normed", "hidden", "probe", "bank", "entries", "ranges", "rows", "gate_state"]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_POINTERS)
@@ -42,15 +38,13 @@ def residual_kernel(
     hidden,
     probe,
     bank,
-    fields,
-    scalars,
+    entries,
     ranges,
-    row_slot,
-    row_position,
-    row_sequence,
+    rows,
     gate_state,
     x_stride: tl.int64,
     residual_stride: tl.int64,
+    place_stride: tl.int64,
     zero: tl.int64,
     n_vectors: tl.int32,
     n_entries: tl.int32,
@@ -63,6 +57,7 @@ def residual_kernel(
     FP32_WEIGHT: tl.constexpr,
     EARLY_WEIGHT: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    LATCHES: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -70,9 +65,11 @@ def residual_kernel(
 ):
     """One row.
 
-    1. Which entries does the row's slot have? In place, none: done, without having read the row.
+    1. Which entries does the row's slot have? In place, none: done, without having read the row. So too where gates are
+       to be decided (LATCHES, in place) and the row is not the last of its prompt.
     2. s = x, or x + residual rounded to the dtype.
-    3. The entries act on s in fp32 (`steer_row`); the result is rounded once.
+    3. The entries act on s in fp32 (`steer_row`); the result is rounded once. LATCHES: they decide their gates on it
+       (`latch_row`), and that is all.
     4. Write hidden; in place only if something acted: into x, or, of a pair, into residual, and zeros into x.
     5. With a weight: n = hidden * rsqrt(mean(hidden^2) + eps); normed is n, rounded, times the weight, rounded; or
        (FP32_WEIGHT) n times the weight, rounded once.
@@ -84,10 +81,13 @@ def residual_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     if IN_PLACE:
-        first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
+        first, end = entries_of(row, rows, ranges, n_slots, n_entries)
         if first >= end:
             return
-        if residual is not None:  # its caller's probe may hold what an earlier pass has seen
+        if LATCHES:
+            if tl.load(rows + place_stride + row) != -1:
+                return
+        elif residual is not None:  # its caller's probe may hold what an earlier pass has seen
             for column in range(0, n_columns):
                 tl.store(probe + (row - zero) * n_columns + column, 0.0)
     s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
@@ -99,30 +99,36 @@ def residual_kernel(
     if not IN_PLACE:
         if not INTERPRETED:
             tl.debug_barrier()  # ptxas would have the loads of the row wait for the slot
-        first, end = entries_of(row, row_slot, ranges, n_slots, n_entries)
+        first, end = entries_of(row, rows, ranges, n_slots, n_entries)
 
-    h, touched = s.to(tl.float32), first < 0  # False, as a scalar of the program
-    if first < end:
-        h, touched = steer_row(
-            widen(s), columns, row, first, end, bank, fields, scalars, row_position, row_sequence, gate_state,
-            probe, n_vectors, n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
+    if LATCHES:
+        latch_row(
+            widen(s), columns, row, first, end, bank, entries, rows, gate_state, place_stride, n_vectors, n_gates,
+            n_sequences, HIDDEN, ALIGNED,
         )  # fmt: skip
-    g = h.to(x.dtype.element_ty)
-    if IN_PLACE:
-        if touched:
-            if residual is None:
-                store_row(x, row, x_stride, columns, g, HIDDEN, ALIGNED)
-            else:
-                store_row(residual, row + zero, residual_stride, columns, g, HIDDEN, ALIGNED)
-                store_row(x, row + zero, x_stride, columns, tl.zeros_like(g), HIDDEN, ALIGNED)
-    elif residual is None:
-        if touched:
+    else:
+        h, touched = s.to(tl.float32), first < 0  # False, as a scalar of the program
+        if first < end:
+            h, touched = steer_row(
+                widen(s), columns, row, first, end, bank, entries, rows, gate_state, probe, place_stride, n_vectors,
+                n_gates, n_sequences, n_columns, HIDDEN, ALIGNED,
+            )  # fmt: skip
+        g = h.to(x.dtype.element_ty)
+        if IN_PLACE:
+            if touched:
+                if residual is None:
+                    store_row(x, row, x_stride, columns, g, HIDDEN, ALIGNED)
+                else:
+                    store_row(residual, row + zero, residual_stride, columns, g, HIDDEN, ALIGNED)
+                    store_row(x, row + zero, x_stride, columns, tl.zeros_like(g), HIDDEN, ALIGNED)
+        elif residual is None:
+            if touched:
+                store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
+            else:  # not g: the way through fp32 and back loses the payload of a NaN
+                s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
+                store_row(hidden, row, HIDDEN, columns, s, HIDDEN, ALIGNED)
+        else:  # the addition has rounded already: g has the bits of s where nothing acted
             store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
-        else:  # not g: the way through fp32 and back loses the payload of a NaN
-            s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
-            store_row(hidden, row, HIDDEN, columns, s, HIDDEN, ALIGNED)
-    else:  # the addition has rounded already: g has the bits of s where nothing acted
-        store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
 
     if weight is not None:
         if not EARLY_WEIGHT:
@@ -136,14 +142,15 @@ def residual_kernel(
         store_row(normed, row, HIDDEN, columns, n.to(g.dtype), HIDDEN, ALIGNED)
 
 
-# The arguments of the schemas (faststeer/ops/schema.py), of which the tables, eight, are handed on as they come.
+# The arguments of the schemas (faststeer/ops/schema.py), of which the five tables are handed on as they come.
+# `scalars` are for gradients alone: their numbers are those of `entries`.
 
 
 @implements("steer.triton", *DEVICES)
 def steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows,
     columns]` fp32."""
-    *tables, columns = rest
+    *tables, _scalars, columns = rest
     hidden, probe = _like(x), _probe(x, columns)
     _launch(x, None, None, None, hidden, probe, tables)
     return hidden, probe
@@ -159,7 +166,7 @@ def steer_(x: Tensor, *rest: Any) -> None:
 @implements("add_steer.triton", *DEVICES)
 def add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`steer` of x + residual."""
-    *tables, columns = rest
+    *tables, _scalars, columns = rest
     hidden, probe = _like(x), _probe(x, columns)
     _launch(x, residual, None, None, hidden, probe, tables)
     return hidden, probe
@@ -177,10 +184,17 @@ def add_steer_rmsnorm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, fp32_weight: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(normed, hidden, probe)`: `add_steer`, and the RMSNorm of its result."""
-    *tables, columns = rest
+    *tables, _scalars, columns = rest
     normed, hidden, probe = _like(x), _like(x), _probe(x, columns)
     _launch(x, residual, weight, normed, hidden, probe, tables, float(eps), float(weight_offset), bool(fp32_weight))
     return normed, hidden, probe
+
+
+@implements("latch_.triton", *DEVICES)
+def latch_(x: Tensor, residual: Tensor | None, *tables: Tensor) -> None:
+    """Write to `gate_state` `[n_gates, n_sequences]` what the LATCH entries say of the rows at position -1 of x, or of
+    x + residual."""
+    _launch(x, residual, None, None, None, None, tables, latches=True)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -202,12 +216,13 @@ def _launch(
     eps: float = 0.0,
     weight_offset: float = 0.0,
     fp32_weight: bool = False,
+    latches: bool = False,
 ) -> None:
     """One program per row; in place where there is no `hidden`."""
-    rows, size = x.shape
-    if rows == 0:
+    n_rows, size = x.shape
+    if n_rows == 0:
         return
-    bank, fields, scalars, ranges, row_slot, row_position, row_sequence, gate_state = tables
+    bank, entries, ranges, rows, gate_state = tables
     bits = starts(x, bank) | size * x.element_size()
     if residual is not None:
         bits |= starts(residual)
@@ -217,27 +232,25 @@ def _launch(
     is_aligned = bits % 16 == 0
     how = Launch.of(size, x.element_size(), is_aligned, 0 if weight is None else weight.element_size())
     with on_device_of(x):
-        residual_kernel[(rows,)](
+        residual_kernel[(n_rows,)](
             x,
             residual,
             weight,
             normed,
             hidden,
-            scalars if probe is None else probe,  # with 0 columns nothing is written
+            bank if probe is None else probe,  # with 0 columns nothing is written
             bank,
-            fields,
-            scalars,
+            entries,
             ranges,
-            row_slot,
-            row_position,
-            row_sequence,
+            rows,
             no_gates(x.device) if gate_state is None else gate_state,
             x.stride(0),
             0 if residual is None else residual.stride(0),
+            rows.stride(0),
             0,
-            bank.shape[0],
-            fields.shape[0],
-            ranges.shape[0],
+            len(bank),
+            len(entries),
+            len(ranges),
             n_gates,
             n_sequences,
             0 if probe is None else probe.shape[1],
@@ -246,6 +259,7 @@ def _launch(
             FP32_WEIGHT=fp32_weight,
             EARLY_WEIGHT=how.early_weight,
             IN_PLACE=hidden is None,
+            LATCHES=latches,
             HIDDEN=size,
             BLOCK=how.block,
             ALIGNED=is_aligned,

@@ -7,21 +7,34 @@ entry is a scalar of the program and every branch is uniform.
 Cannot do: hidden sizes above 16,384 (the row would not fit into one program's registers); share the vectors it reads
 between rows (each program reads its own, from the caches).
 
-The numbers that name columns and kinds are default values of constexpr arguments and not globals: Triton compares
-every global that a kernel uses again at every launch.
+The numbers that name columns and kinds come by a constexpr argument's default and not as globals: Triton compares every
+global that a kernel uses again at every launch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton import knobs
 
-from faststeer.ops.tables import N_FIELDS, N_SCALARS, Field, GateMode, Kind, Scalar
+from faststeer.ops.tables import N_FIELDS, VECTORS, Field, GateMode, Kind
 
-_COUNTS = 1 << 2 * Kind.ADD | 1 << 2 * Kind.CLAMP | 2 << 2 * Kind.ROTATE | 2 << 2 * Kind.ROTATE_RELATIVE
-"""Two bits for each kind: how many vectors an entry of it has, or 0 for any number."""
-_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+"""Whether the kernels run in the interpreter, on CPU tensors."""
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+class Layout:
+    """What kernels know of the tables: names that stand for numbers."""
+
+    field, kind, mode, n_fields, n_kinds = Field, Kind, GateMode, N_FIELDS, len(Kind)
+    # Two bits for each kind: how many vectors an entry of it has, or 0 for any number.
+    counts = sum(vectors << 2 * kind for kind, vectors in VECTORS.items())
+
+
+LAYOUT: Any = Layout if INTERPRETED else tl.constexpr(Layout)
 
 
 @triton.jit
@@ -71,9 +84,9 @@ def product(w, q, INTERPRETED: tl.constexpr = _INTERPRETED):
 
 
 @triton.jit
-def entries_of(row, row_slot, ranges, n_slots, n_entries):
+def entries_of(row, rows, ranges, n_slots, n_entries):
     """`first, end`: the entries of the row's slot, cut to those there are; none for a slot that does not exist."""
-    slot = tl.load(row_slot + row)
+    slot = tl.load(rows + row)
     exists = (slot >= 0) & (slot < n_slots)
     first = tl.load(ranges + 2 * slot.to(tl.int64), mask=exists, other=0)
     count = tl.load(ranges + 2 * slot.to(tl.int64) + 1, mask=exists, other=0)
@@ -101,36 +114,24 @@ def widen(value, INTERPRETED: tl.constexpr = _INTERPRETED):
 
 
 @triton.jit
-def read_entry(
-    fields,
-    entry,
-    n_vectors,
-    STRIDE: tl.constexpr = N_FIELDS,
-    KIND: tl.constexpr = int(Field.KIND),
-    VECTOR: tl.constexpr = int(Field.VECTOR),
-    COUNT: tl.constexpr = int(Field.COUNT),
-    MODE: tl.constexpr = int(Field.GATE_MODE),
-    GATE_VECTOR: tl.constexpr = int(Field.GATE_VECTOR),
-    N_KINDS: tl.constexpr = len(Kind),  # noqa: B008
-    COUNTS: tl.constexpr = _COUNTS,
-    NONE: tl.constexpr = int(GateMode.NONE),
-    COSINE: tl.constexpr = int(GateMode.COSINE),
-    LATCHED: tl.constexpr = int(GateMode.LATCHED),
-):
+def read_entry(entries, entry, n_vectors, IS: tl.constexpr = LAYOUT):
     """`valid, kind, vector, count, mode, gate_vector`. An entry is not valid, and to be skipped, if it is of no known
     kind or gate mode, has a number of vectors that its kind cannot have, or points outside the bank."""
-    f = fields + entry * STRIDE
-    kind = tl.load(f + KIND)
-    vector = tl.load(f + VECTOR)
-    count = tl.load(f + COUNT)
-    mode = tl.load(f + MODE)
-    gate_vector = tl.load(f + GATE_VECTOR)
-    valid = below(kind, N_KINDS) & below(count - 1, n_vectors) & below(vector, n_vectors - count + 1)
-    wanted = (COUNTS >> 2 * kind) & 3
+    f = entries + entry * IS.n_fields
+    kind, vector, count = tl.load(f + IS.field.KIND), tl.load(f + IS.field.VECTOR), tl.load(f + IS.field.COUNT)
+    mode, gate_vector = tl.load(f + IS.field.GATE_MODE), tl.load(f + IS.field.GATE_VECTOR)
+    valid = below(kind, IS.n_kinds) & below(count - 1, n_vectors) & below(vector, n_vectors - count + 1)
+    wanted = (IS.counts >> 2 * kind) & 3
     valid &= (wanted == 0) | (wanted == count)
-    looks = below(mode + COSINE, 2 * COSINE + 1) & below(gate_vector, n_vectors)
-    valid &= (mode == NONE) | (mode == LATCHED) | looks
+    looks = below(mode + IS.mode.COSINE, 2 * IS.mode.COSINE + 1) & below(gate_vector, n_vectors)
+    valid &= (mode == IS.mode.NONE) | (mode == IS.mode.LATCHED) | looks
     return valid, kind, vector, count, mode, gate_vector
+
+
+@triton.jit
+def number(pointer):
+    """An fp32 number of an entry, whose columns are int32."""
+    return tl.cast(tl.load(pointer), tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -143,32 +144,58 @@ def gate_verdict(
     threshold,
     HIDDEN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    COSINE: tl.constexpr = int(GateMode.COSINE),
+    IS: tl.constexpr = LAYOUT,
 ):
     """What a dot or cosine gate says of the row: h . d, or h . d / |h|, above the threshold; or, for a negative mode,
     not above it."""
     d = load_vector(bank, gate_vector, columns, HIDDEN, ALIGNED)
     value = tl.sum(h * d)
-    if (mode == COSINE) | (mode == -COSINE):
+    if (mode == IS.mode.COSINE) | (mode == -IS.mode.COSINE):
         norm = tl.sqrt_rn(tl.sum(h * h))
         value = tl.where(norm > 0, tl.div_rn(value, tl.where(norm > 0, norm, 1.0)), 0.0)
     return (value > threshold) != (mode < 0)
 
 
 @triton.jit
-def gate_cell(
-    fields,
-    entry,
-    sequence,
-    n_gates,
-    n_sequences,
-    STRIDE: tl.constexpr = N_FIELDS,
-    STATE: tl.constexpr = int(Field.GATE_STATE),
-):
+def gate_cell(entries, entry, sequence, n_gates, n_sequences, IS: tl.constexpr = LAYOUT):
     """Where the entry's latched decision for a sequence stands in `gate_state`, and whether there is such a place."""
-    state = tl.load(fields + entry * STRIDE + STATE).to(tl.int64)
+    sequence = sequence.to(tl.int64)
+    state = tl.load(entries + entry * IS.n_fields + IS.field.GATE_STATE).to(tl.int64)
     exists = (state >= 0) & (state < n_gates) & (sequence >= 0) & (sequence < n_sequences)
     return state * n_sequences + sequence, exists
+
+
+@triton.jit
+def latch_row(
+    h,
+    columns,
+    row,
+    first,
+    end,
+    bank,
+    entries,
+    rows,
+    gate_state,
+    place_stride,
+    n_vectors,
+    n_gates,
+    n_sequences,
+    HIDDEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    IS: tl.constexpr = LAYOUT,
+):
+    """Every valid LATCH entry writes its gate's verdict on h to the cell of its gate and the row's sequence. A gate
+    without a direction decides nothing: closed."""
+    sequence = tl.load(rows + 2 * place_stride + row)
+    for entry in range(first, end):
+        valid, kind, _vector, _count, mode, gate_vector = read_entry(entries, entry, n_vectors)
+        if valid & (kind == IS.kind.LATCH):
+            verdict = first < 0  # False, as a scalar of the program
+            if (mode != IS.mode.NONE) & (mode != IS.mode.LATCHED):
+                threshold = number(entries + entry * IS.n_fields + IS.field.THRESHOLD)
+                verdict = gate_verdict(h, columns, bank, gate_vector, mode, threshold, HIDDEN, ALIGNED)
+            cell, exists = gate_cell(entries, entry, sequence, n_gates, n_sequences)
+            tl.store(gate_state + cell, verdict, mask=exists)
 
 
 @triton.jit
@@ -197,35 +224,18 @@ def steer_row(
     first,
     end,
     bank,
-    fields,
-    scalars,
-    row_position,
-    row_sequence,
+    entries,
+    rows,
     gate_state,
     probe,
+    place_stride,
     n_vectors,
     n_gates,
     n_sequences,
     n_columns,
     HIDDEN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FIELDS: tl.constexpr = N_FIELDS,
-    SCALARS: tl.constexpr = N_SCALARS,
-    LOW: tl.constexpr = int(Field.POSITION_LOW),
-    HIGH: tl.constexpr = int(Field.POSITION_HIGH),
-    KEEP_NORM: tl.constexpr = int(Field.KEEP_NORM),
-    PROBE_COLUMN: tl.constexpr = int(Field.PROBE),
-    A: tl.constexpr = int(Scalar.A),
-    B: tl.constexpr = int(Scalar.B),
-    THRESHOLD: tl.constexpr = int(Scalar.THRESHOLD),
-    ADD: tl.constexpr = int(Kind.ADD),
-    ABLATE: tl.constexpr = int(Kind.ABLATE),
-    PROJECT: tl.constexpr = int(Kind.PROJECT),
-    ROTATE: tl.constexpr = int(Kind.ROTATE),
-    ROTATE_RELATIVE: tl.constexpr = int(Kind.ROTATE_RELATIVE),
-    PROBE: tl.constexpr = int(Kind.PROBE),
-    NONE: tl.constexpr = int(GateMode.NONE),
-    LATCHED: tl.constexpr = int(GateMode.LATCHED),
+    IS: tl.constexpr = LAYOUT,
 ):
     """`h` `[BLOCK]` fp32 after the entries [first, end), and whether any of them acted. For each entry, in order:
 
@@ -238,21 +248,19 @@ def steer_row(
     """
     touched = first < 0  # False, as a scalar of the program
     for entry in range(first, end):
-        valid, kind, vector, count, mode, gate_vector = read_entry(fields, entry, n_vectors)
-        f = fields + entry * FIELDS
-        low, high = tl.load(f + LOW), tl.load(f + HIGH)
-        keeps_norm = tl.load(f + KEEP_NORM)
-        column = tl.load(f + PROBE_COLUMN)
-        s = scalars + entry * SCALARS
-        a, b, threshold = tl.load(s + A), tl.load(s + B), tl.load(s + THRESHOLD)
+        valid, kind, vector, count, mode, gate_vector = read_entry(entries, entry, n_vectors)
+        f = entries + entry * IS.n_fields
+        low, high = tl.load(f + IS.field.POSITION_LOW), tl.load(f + IS.field.POSITION_HIGH)
+        keeps_norm, column = tl.load(f + IS.field.KEEP_NORM), tl.load(f + IS.field.PROBE)
+        a, b, threshold = number(f + IS.field.A), number(f + IS.field.B), number(f + IS.field.THRESHOLD)
 
-        position = tl.load(row_position + row)
-        acts = valid & (kind < PROBE) & (low <= position) & (position < high)
-        if acts & (mode == LATCHED):
-            sequence = tl.load(row_sequence + row).to(tl.int64)
-            cell, exists = gate_cell(fields, entry, sequence, n_gates, n_sequences)
+        position = tl.load(rows + place_stride + row)
+        acts = valid & (kind < IS.kind.PROBE) & (low <= position) & (position < high)
+        if acts & (mode == IS.mode.LATCHED):
+            sequence = tl.load(rows + 2 * place_stride + row)
+            cell, exists = gate_cell(entries, entry, sequence, n_gates, n_sequences)
             acts = tl.load(gate_state + cell, mask=exists, other=0) != 0
-        elif acts & (mode != NONE):
+        elif acts & (mode != IS.mode.NONE):
             acts = gate_verdict(h, columns, bank, gate_vector, mode, threshold, HIDDEN, ALIGNED)
 
         probes = valid & (column >= 0)
@@ -260,39 +268,39 @@ def steer_row(
             norm = 0.0
             if acts & (keeps_norm != 0):
                 norm = tl.sqrt_rn(tl.sum(h * h))
-            if (kind == ROTATE) | (kind == ROTATE_RELATIVE):
+            if (kind == IS.kind.ROTATE) | (kind == IS.kind.ROTATE_RELATIVE):
                 p1 = tl.sum(h * load_vector(bank, vector, columns, HIDDEN, ALIGNED))
                 p2 = tl.sum(h * load_vector(bank, vector + 1, columns, HIDDEN, ALIGNED))
                 if probes:
                     write_probe(probe, row, column, 0, n_columns, p1)
                     write_probe(probe, row, column, 1, n_columns, p2)
-                w1, w2 = rotation(p1, p2, a, b, kind == ROTATE_RELATIVE)
+                w1, w2 = rotation(p1, p2, a, b, kind == IS.kind.ROTATE_RELATIVE)
                 changes = acts & ((w1 != 0) | (w2 != 0))
                 if changes:
                     h = h + product(w1, load_vector(bank, vector, columns, HIDDEN, ALIGNED))
                     h = h + product(w2, load_vector(bank, vector + 1, columns, HIDDEN, ALIGNED))
-            elif (count == 1) & (kind != PROJECT):
+            elif (count == 1) & (kind != IS.kind.PROJECT):
                 q = load_vector(bank, vector, columns, HIDDEN, ALIGNED)
                 w = a
-                if probes | (kind != ADD):
+                if probes | (kind != IS.kind.ADD):
                     p = tl.sum(h * q)
                     if probes:
                         write_probe(probe, row, column, 0, n_columns, p)
-                    if kind == ABLATE:
+                    if kind == IS.kind.ABLATE:
                         w = -a * p
-                    elif kind != ADD:
+                    elif kind != IS.kind.ADD:
                         w = tl.minimum(tl.maximum(p, a), b) - p
                 changes = acts & (w != 0)
                 if changes:
                     h = h + product(w, q)
             else:
-                changes = acts & (kind == PROJECT)
+                changes = acts & (kind == IS.kind.PROJECT)
                 moved = tl.where(changes, 0.0, h)
                 for k in range(0, count):
                     p = tl.sum(h * load_vector(bank, vector + k, columns, HIDDEN, ALIGNED))
                     if probes:
                         write_probe(probe, row, column, k, n_columns, p)
-                    w = tl.where(kind == PROJECT, p, -a * p)
+                    w = tl.where(kind == IS.kind.PROJECT, p, -a * p)
                     moved = moved + product(w, load_vector(bank, vector + k, columns, HIDDEN, ALIGNED))
                     changes |= acts & (w != 0)
                 if changes:

@@ -8,9 +8,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from faststeer.kernels.latch import latch_
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, steer, steer_, steer_pair_
-from faststeer.ops.tables import N_FIELDS, N_SCALARS
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, latch_, steer, steer_, steer_pair_
+from faststeer.ops.tables import N_FIELDS, N_PLACES
 
 OPERATORS = ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_")
 
@@ -36,44 +35,28 @@ def warmup(
         weight_dtype: of the norm's weight; default: dtype.
         operators: which.
     """
-    itemsize = dtype.itemsize
-    for start in (0, 1) if hidden * itemsize % 16 == 0 else (1,):
-        _launch_all(hidden, dtype, torch.device(device), weight_dtype or dtype, operators, start)
+    for start in (0, 1) if hidden * dtype.itemsize % 16 == 0 else (1,):  # elements from a 16-byte boundary
 
+        def one_row(start: int = start) -> Tensor:
+            return torch.zeros(hidden + start, dtype=dtype, device=device)[start:].unsqueeze(0)
 
-def _launch_all(
-    hidden: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    weight_dtype: torch.dtype,
-    operators: Collection[str],
-    start: int,
-) -> None:
-    """Every operator on one row that nothing acts on, `start` elements from a 16-byte boundary."""
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def one_row() -> Tensor:
-        return torch.zeros(hidden + start, dtype=dtype, device=device)[start:].unsqueeze(0)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    bank, scalars = torch.zeros(1, hidden, device=device), torch.zeros(1, N_SCALARS, device=device)
-    row = integers(1)
-    untouched = torch.full_like(row, -1)
-    gates = torch.zeros(1, 1, dtype=torch.bool, device=device)
-    tables = bank, integers(1, N_FIELDS), scalars, integers(1, 2), untouched, row, row, gates
-    if "steer" in operators:
-        steer(one_row(), *tables, 0)
-    if "steer_" in operators:
-        steer_(one_row(), *tables, None)
-    if "add_steer" in operators:
-        add_steer(one_row(), one_row(), *tables, 0)
-    if "steer_pair_" in operators:
-        steer_pair_(one_row(), one_row(), *tables, None)
-    if "add_steer_rmsnorm" in operators:
-        weight = torch.ones(hidden, dtype=weight_dtype, device=device)
-        for fp32_weight in (False, True):
-            add_steer_rmsnorm(one_row(), one_row(), weight, 1e-6, 0.0, fp32_weight, *tables, 0)
-    if "latch_" in operators:
-        latch_(one_row(), None, *tables)
-        latch_(one_row(), one_row(), *tables)
+        bank, gates = torch.zeros(1, hidden, device=device), torch.zeros(1, 1, dtype=torch.bool, device=device)
+        tables = bank, integers(1, N_FIELDS), integers(1, 2), integers(N_PLACES, 1) - 1, gates  # nothing acts
+        if "steer" in operators:
+            steer(one_row(), *tables, None, 0)
+        if "steer_" in operators:
+            steer_(one_row(), *tables, None)
+        if "add_steer" in operators:
+            add_steer(one_row(), one_row(), *tables, None, 0)
+        if "steer_pair_" in operators:
+            steer_pair_(one_row(), one_row(), *tables, None)
+        if "add_steer_rmsnorm" in operators:
+            weight = torch.ones(hidden, dtype=weight_dtype or dtype, device=device)
+            for fp32_weight in (False, True):
+                add_steer_rmsnorm(one_row(), one_row(), weight, 1e-6, 0.0, fp32_weight, *tables, None, 0)
+        if "latch_" in operators:
+            latch_(one_row(), None, *tables)
+            latch_(one_row(), one_row(), *tables)

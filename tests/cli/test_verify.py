@@ -57,10 +57,10 @@ def skipping(kind: Kind, name: str):
     def wrong(*arguments, backend=None):
         listed = list(arguments)
         at = next(i for i, argument in enumerate(listed) if isinstance(argument, ops.Tables))
-        fields = listed[at].fields.clone()
-        skipped = fields[:, int(Field.KIND)] == int(kind)
-        fields[skipped, int(Field.KIND)] = int(Kind.PROBE)
-        listed[at] = listed[at]._replace(fields=fields)
+        entries = listed[at].entries.clone()
+        skipped = entries[:, int(Field.KIND)] == int(kind)
+        entries[skipped, int(Field.KIND)] = int(Kind.PROBE)
+        listed[at] = listed[at]._replace(entries=entries)
         return op(*listed, backend=backend)
 
     return wrong
@@ -107,7 +107,7 @@ def test_other_mistakes_are_told(quick, monkeypatch, tmp_path):
         return None
 
     def all_rows(x, tables, rows, *rest, backend=None, steer=ops.steer):
-        return steer(x + 0.001 * (rows.slot < 0).unsqueeze(1).to(x.dtype), tables, rows, *rest, backend=backend)
+        return steer(x + 0.001 * (rows[0] < 0).unsqueeze(1).to(x.dtype), tables, rows, *rest, backend=backend)
 
     def no_number(*arguments, add_steer=ops.add_steer, **named):
         return add_steer(*arguments, **named) * float("nan")
@@ -130,12 +130,12 @@ def test_other_mistakes_are_told(quick, monkeypatch, tmp_path):
 def test_rows_whose_gate_hangs_on_rounding_say_nothing():
     """Rows on the threshold itself: which way they fall is nobody's mistake."""
     made = verify.Case([["Add, dot gate"]], 14, 64, torch.float32, "cpu", 0)
-    gate = made.cpu.tables.bank[made.cpu.tables.fields[0, int(Field.GATE_VECTOR)].long()]
+    gate = made.cpu.tables.bank[made.cpu.tables.entries[0, int(Field.GATE_VECTOR)].long()]
     exact, decided = verify._expected(made, made.cpu.x, torch.zeros(14, 0, dtype=torch.float64))
     assert decided.all() and not torch.equal(exact, made.cpu.x.double())
     x = made.cpu.x - (made.cpu.x @ gate).unsqueeze(1) * gate
     _, decided = verify._expected(made, x, torch.zeros(14, 0, dtype=torch.float64))
-    assert torch.equal(decided, made.cpu.rows.slot < 0)
+    assert torch.equal(decided, made.cpu.rows[0] < 0)
 
 
 # A captured graph -----------------------------------------------------------------------------------------------------

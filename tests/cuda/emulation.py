@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from faststeer.ops.tables import Rows, Tables
+from faststeer.ops.tables import Tables
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "host_emulation"
@@ -30,16 +30,20 @@ HERE = Path(__file__).parent / "host_emulation"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE / 'shim'}"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM = range(5)
+STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH = range(6)
 Config = tuple[int, int, int, int]  # threads per row, rows per block, elements per vector, vectors per thread
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
 class CTables(ctypes.Structure):
-    _names = ("bank", "fields", "scalars", "ranges", "row_slot", "row_position", "row_sequence", "gate_state")
+    _names = ("bank", "entries", "ranges", "rows", "gate_state")
     _sizes = ("n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences")
-    _fields_ = [(name, _pointer) for name in _names] + [(name, _int32) for name in _sizes]
+    _fields_ = [
+        *((name, _pointer) for name in _names),
+        ("place_stride", _int64),
+        *((name, _int32) for name in _sizes),
+    ]
 
 
 class CRow(ctypes.Structure):
@@ -50,15 +54,6 @@ class CRow(ctypes.Structure):
         *((name, _float) for name in ("eps", "weight_offset")),
         ("fp32_weight", ctypes.c_bool),
         ("weight_dtype", _int32),
-        ("tables", CTables),
-    ]
-
-
-class CLatch(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("x", "residual", "gate_state")),
-        *((name, _int64) for name in ("rows", "x_stride", "residual_stride")),
-        ("hidden_size", _int32),
         ("tables", CTables),
     ]
 
@@ -82,9 +77,8 @@ def library() -> ctypes.CDLL:
             _build(target)
     loaded = ctypes.CDLL(str(target))
     loaded.emulator_error.restype = ctypes.c_char_p
-    sizes = (_int64 * 2)()
-    loaded.emulate_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(c) for c in (CRow, CLatch)], "kernels.h has changed"
+    loaded.emulate_size.restype = _int64
+    assert loaded.emulate_size() == ctypes.sizeof(CRow), "arguments.h has changed"
     return loaded
 
 
@@ -135,13 +129,12 @@ def _check(status: int) -> None:
     assert status == 0, f"cudaError {status}: {library().emulator_error().decode()}"
 
 
-def _tables(tables: Tables, rows: Rows, gate_state: Tensor | None) -> CTables:
-    found = CTables()
-    given = (*tables[:4], rows.slot, rows.position, rows.sequence, gate_state)
-    for name, tensor in zip(CTables._names, given, strict=True):
-        assert tensor is None or tensor.is_contiguous()
+def _tables(tables: Tables, rows: Tensor, gate_state: Tensor | None) -> CTables:
+    found = CTables(place_stride=rows.stride(0))
+    for name, tensor in zip(CTables._names, (*tables[:3], rows, gate_state), strict=True):
+        assert tensor is None or (tensor.stride(-1) == 1 if name == "rows" else tensor.is_contiguous())
         setattr(found, name, None if tensor is None else tensor.data_ptr())
-    found.n_vectors, found.n_entries, found.n_slots = len(tables.bank), len(tables.fields), len(tables.ranges)
+    found.n_vectors, found.n_entries, found.n_slots = len(tables.bank), len(tables.entries), len(tables.ranges)
     found.n_gates, found.n_sequences = (0, 0) if gate_state is None else gate_state.shape
     return found
 
@@ -163,7 +156,7 @@ class Emulated:
     """
 
     def __init__(
-        self, tables: Tables, rows: Rows, gate_state: Tensor | None, sm_count: int = 132, asked: int = 0
+        self, tables: Tables, rows: Tensor, gate_state: Tensor | None, sm_count: int = 132, asked: int = 0
     ) -> None:
         self.tables, self.rows, self.gate_state = tables, rows, gate_state
         self.sm_count, self.asked = sm_count, asked
@@ -198,7 +191,7 @@ class Emulated:
         if weight is not None:
             a.weight_dtype = DTYPES[weight.dtype]
         a.eps, a.weight_offset, a.fp32_weight = norm
-        wide = [x, hidden, self.tables.bank, self.tables.fields, self.tables.scalars]
+        wide = [x, hidden, self.tables.bank]
         wide += [t for t in (residual, normed) if t is not None]
         wide += [weight] if weight is not None and weight.dtype == x.dtype else []
         config = choose(*x.shape, x.element_size(), on_16_bytes(*wide), self.sm_count, self.asked)
@@ -234,12 +227,7 @@ class Emulated:
         return normed, hidden, probe
 
     def latch_(self, x: Tensor, residual: Tensor | None, gate_state: Tensor) -> None:
-        a = CLatch(tables=_tables(self.tables, self.rows, gate_state))
-        a.x, a.gate_state, a.x_stride = x.data_ptr(), gate_state.data_ptr(), _stride(x)
-        a.rows, a.hidden_size = x.shape
-        if residual is not None:
-            a.residual, a.residual_stride = residual.data_ptr(), _stride(residual)
-        _check(library().emulate_latch(DTYPES[x.dtype], ctypes.byref(a)))
+        Emulated(self.tables, self.rows, gate_state, self.sm_count)._row(LATCH, x, x, None, residual)
 
 
 def seed(number: int) -> None:

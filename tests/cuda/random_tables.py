@@ -6,10 +6,12 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from placing import entries_of, placed
 from torch import Tensor
 
 from faststeer.ops import reference
-from faststeer.ops.tables import Field, GateMode, Kind, Rows, Tables
+from faststeer.ops.tables import VECTORS as VECTORS_OF
+from faststeer.ops.tables import Field, GateMode, Kind, Tables
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HIDDEN = (64, 111, 896, 2048, 3584, 4096, 8192, 16384)
@@ -58,16 +60,15 @@ class Case:
         self.weight = self.randn(hidden).to(device, dtype)
         bank = torch.nn.functional.normalize(self.randn(VECTORS, hidden), dim=1)
         slots, entries = 4, 14
-        fields, scalars = zip(*(self._entry(i) for i in range(entries)), strict=True)
+        fields, numbers = zip(*(self._entry(i) for i in range(entries)), strict=True)
         ranges = [[0, 3], [3, 1], [4, 4], [8, 6]]
         depth, width = 6, max(f[Field.COUNT] for f in fields)
         self.tables = Tables(
-            bank.to(device), self.integers(fields), torch.tensor(scalars, device=device), self.integers(ranges), depth,
-            width,
+            bank.to(device), entries_of(fields, numbers).to(device), self.integers(ranges), depth, width,
         )  # fmt: skip
         number = torch.arange(rows)
         slot = torch.where(number % 6 == 5, -1, number % slots)
-        self.rows = Rows(self.integers(slot), self.integers(number % 5 - 3), self.integers(rows - 1 - number))
+        self.rows = placed(slot, number % 5 - 3, rows - 1 - number).to(device)
         self.gate_state = torch.rand(GATES, rows, generator=self.generator).lt(0.5).to(device)
 
     def integers(self, numbers: Any) -> Tensor:
@@ -93,7 +94,7 @@ class Case:
 
     def _entry(self, i: int) -> tuple[list[int], list[float]]:
         kind = ACTING[i % len(ACTING)] if i < 10 else self.pick(*Kind)
-        count = {Kind.ADD: 1, Kind.CLAMP: 1, Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2}.get(kind)
+        count = VECTORS_OF.get(kind)
         if count is None:
             count = self.pick(*self.counts)
         row = [0] * 12
@@ -112,7 +113,7 @@ class Case:
             Kind.ROTATE: (0.6, -0.8),
             Kind.ROTATE_RELATIVE: (0.6, 0.8),
         }.get(kind, (0.0, 0.0))
-        return row, [a, b, float(self.randn(())) * 0.1, 0.0]
+        return row, [a, b, float(self.randn(())) * 0.1]
 
 
 def check_close(found: Tensor, exact: Tensor, plain: Tensor, size: Tensor, what: str) -> None:

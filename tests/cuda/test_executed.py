@@ -97,8 +97,8 @@ def test_the_first_vector_waits_for_what_it_must():
     """Slot, range and entry: the measure of hops is not blind to them."""
     code = executed.compile_triton()
     row = executed.execute_triton("add", code)
-    depths = {name: row.trace.of(name)[0].depth for name in ("row_slot", "ranges", "fields", "bank")}
-    assert depths == {"row_slot": 1, "ranges": 2, "fields": 3, "bank": 4}
+    depths = {name: row.trace.of(name)[0].depth for name in ("rows", "ranges", "entries", "bank")}
+    assert depths == {"rows": 1, "ranges": 2, "entries": 3, "bank": 4}
 
 
 def test_an_instruction_that_is_not_known_is_an_error():

@@ -12,12 +12,13 @@ import emulation
 import pytest
 import torch
 from emulation import Emulated
+from placing import entries_of, moved
 from random_tables import COLUMNS, DTYPES, HIDDEN, VECTORS, Case, bits, check_all, check_close
 from torch import Tensor
 
 from faststeer import ops
 from faststeer.ops import reference
-from faststeer.ops.tables import Field, Kind, Rows, Scalar, Tables
+from faststeer.ops.tables import Field, Kind, Tables
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import backend_cases
@@ -115,7 +116,7 @@ class Backend:
     def __init__(self, sm_count: int) -> None:
         self.sm_count = sm_count
 
-    def _op(self, tables: Tables, rows: Rows, gate_state: Tensor | None) -> Emulated:
+    def _op(self, tables: Tables, rows: Tensor, gate_state: Tensor | None) -> Emulated:
         return Emulated(tables, rows, gate_state, self.sm_count)
 
     def steer(self, x, tables, rows, gate_state, probe=None, *, backend):
@@ -174,22 +175,19 @@ def test_a_row_in_a_batch_is_that_row_alone(sm_count):
     together, _ = Emulated(case.tables, case.rows, case.gate_state, sm_count).steer(case.x, COLUMNS)
     for i in range(10):
         twice = [i, i]  # two rows are many for one multiprocessor, one is not
-        rows = Rows(*(t[twice].contiguous() for t in case.rows))
-        alone, _ = Emulated(case.tables, rows, case.gate_state, sm_count).steer(case.x[twice], COLUMNS)
+        alone, _ = Emulated(case.tables, case.rows[:, twice], case.gate_state, sm_count).steer(case.x[twice], COLUMNS)
         assert torch.equal(bits(alone), bits(together[twice]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_is_the_hand_written_hook_bit_for_bit(dtype):
     case = Case(896, DTYPES[dtype], rows=4, seed=3)
-    fields = torch.zeros(1, 12, dtype=torch.int32)
-    fields[0, Field.COUNT], fields[0, Field.POSITION_LOW], fields[0, Field.POSITION_HIGH] = 1, -100, 100
-    fields[0, Field.PROBE] = -1
-    scalars = torch.tensor([[1.7, 0.0, 0.0, 0.0]])
-    tables = Tables(case.tables.bank, fields, scalars, torch.tensor([[0, 1]], dtype=torch.int32), 1, 1)
-    rows = Rows(torch.zeros(4, dtype=torch.int32), case.rows.position, case.rows.sequence)
-    found, _ = Emulated(tables, rows, None).steer(case.x, 0)
-    by_hand = (case.x.float() + scalars[0, Scalar.A] * case.tables.bank[0]).to(case.x.dtype)
+    entries = entries_of([[0] * 12], [(1.7, 0.0, 0.0)])
+    entries[0, Field.COUNT], entries[0, Field.POSITION_LOW], entries[0, Field.POSITION_HIGH] = 1, -100, 100
+    entries[0, Field.PROBE] = -1
+    tables = Tables(case.tables.bank, entries, torch.tensor([[0, 1]], dtype=torch.int32), 1, 1)
+    found, _ = Emulated(tables, moved(case.rows, slot=0), None).steer(case.x, 0)
+    by_hand = (case.x.float() + torch.tensor(1.7) * case.tables.bank[0]).to(case.x.dtype)
     assert torch.equal(bits(found), bits(by_hand))
 
 
@@ -197,10 +195,10 @@ def test_a_row_that_nothing_acts_on_keeps_the_bits_of_a_nan():
     case = Case(64, torch.bfloat16, rows=8, seed=4)
     x = case.x.contiguous()
     bits(x)[:, 5] = 0x7FA1
-    fields = case.tables.fields.clone()
-    fields[:, Field.POSITION_LOW] = fields[:, Field.POSITION_HIGH] = 50
-    fields[:, Field.PROBE] = -1
-    op = Emulated(case.tables._replace(fields=fields), case.rows, case.gate_state)
+    entries = case.tables.entries.clone()
+    entries[:, Field.POSITION_LOW] = entries[:, Field.POSITION_HIGH] = 50
+    entries[:, Field.PROBE] = -1
+    op = Emulated(case.tables._replace(entries=entries), case.rows, case.gate_state)
     found, probe = op.steer(x, COLUMNS)
     assert torch.equal(bits(found), bits(x)) and not probe.any()
     pair = x.clone(), x.clone()
@@ -214,7 +212,7 @@ def test_a_pair_writes_only_its_rows_and_their_probes():
     hidden, wide = 111, [torch.full((9, width), 3.0, dtype=torch.float16) for width in (160, 200)]
     pair = wide[0][:, 3 : 3 + hidden].copy_(case.x), wide[1][:, 8 : 8 + hidden].copy_(case.residual)
     expected, found = (torch.full((12, COLUMNS), 7.0) for _ in range(2))
-    rows = Rows(*(torch.cat([t, t[:3]]) for t in case.rows))
+    rows = torch.cat([case.rows, case.rows[:, :3]], 1)
     same = case.x.clone(), case.residual.clone()
     reference.steer_pair_(*same, case.tables, rows, case.gate_state, expected)
     Emulated(case.tables, rows, case.gate_state).steer_pair_(*pair, found)
@@ -248,13 +246,13 @@ def test_in_place_writes_only_the_rows_and_the_probed_columns():
 @pytest.mark.parametrize("seed", range(4))
 def test_latch(dtype, seed):
     case = Case(200, DTYPES[dtype], rows=75, seed=seed)
-    fields = case.tables.fields.clone()
-    fields[::2, Field.KIND] = int(Kind.LATCH)
-    fields[::2, Field.GATE_MODE] = torch.tensor([1, -1, 2, -2, 0, 3, 1], dtype=torch.int32)
-    tables = case.tables._replace(fields=fields)
+    entries = case.tables.entries.clone()
+    entries[::2, Field.KIND] = int(Kind.LATCH)
+    entries[::2, Field.GATE_MODE] = torch.tensor([1, -1, 2, -2, 0, 3, 1], dtype=torch.int32)
+    tables = case.tables._replace(entries=entries)
     position = torch.where(torch.arange(75) % 3 == 0, -1, 0).int()
     position[32:64] = 4  # a whole block of rows without one
-    rows = case.rows._replace(position=position)
+    rows = moved(case.rows, position=position)
     for residual in (None, case.residual):
         expected, found = case.gate_state.clone(), case.gate_state.clone()
         reference.latch(case.x if residual is None else case.x + residual, tables, rows, expected)
@@ -288,14 +286,14 @@ def test_wrong_indices_stay_inside_and_agree_with_the_reference(seed, sm_count):
     hidden = (64, 70)[seed % 2]
     case = Case(hidden, torch.float32, rows=20, seed=100 + seed)
     generator = torch.Generator().manual_seed(seed)
-    fields, ranges, slot, sequence = (t.clone() for t in (case.tables.fields, case.tables.ranges, *case.rows[::2]))
-    fields[:, Field.KEEP_NORM] = 0  # a row of zeros but for rounding would be blown up
-    for table, share in ((fields, 0.08), (ranges, 0.1), (slot, 0.2), (sequence, 0.2)):
+    entries, ranges, rows = (t.clone() for t in (case.tables.entries, case.tables.ranges, case.rows))
+    entries[:, Field.KEEP_NORM] = 0  # a row of zeros but for rounding would be blown up
+    for table, share in ((entries[:, : Field.A], 0.08), (ranges, 0.1), (rows[0], 0.2), (rows[2], 0.2)):
         pick = torch.rand(table.shape, generator=generator) < share
         table[pick] = torch.tensor(HOSTILE)[torch.randint(len(HOSTILE), (int(pick.sum()),), generator=generator)].int()
     x, gate_state = fenced(case.x), fenced(case.gate_state)
-    tables = Tables(*(fenced(t) for t in (case.tables.bank, fields, case.tables.scalars, ranges)), len(fields), VECTORS)
-    rows = Rows(*(fenced(t) for t in (slot, case.rows.position, sequence)))
+    tables = Tables(*(fenced(t) for t in (case.tables.bank, entries, ranges)), len(entries), VECTORS)
+    rows = fenced(rows)
     op = Emulated(tables, rows, gate_state, sm_count)
     exact_probe = torch.zeros(20, COLUMNS, dtype=torch.float64)
     exact = reference.steer(x.double(), tables, rows, gate_state, exact_probe)
@@ -318,9 +316,9 @@ def test_no_range_leads_outside(dtype):
     pairs = [(first, count) for first in HOSTILE for count in (*HOSTILE, -(2**31) + 5, -(2**31) + 1000)]
     case = Case(64, DTYPES[dtype], rows=len(pairs), seed=9)
     ranges = torch.tensor(pairs, dtype=torch.int32)
-    fields = fenced(case.tables.fields)
-    tables = case.tables._replace(ranges=fenced(ranges), fields=fields, depth=len(fields))
-    rows = case.rows._replace(slot=torch.arange(len(pairs), dtype=torch.int32))
+    entries = fenced(case.tables.entries)
+    tables = case.tables._replace(ranges=fenced(ranges), entries=entries, depth=len(entries))
+    rows = moved(case.rows, slot=torch.arange(len(pairs)))
     op = Emulated(tables, rows, case.gate_state)
     exact = reference.steer(case.x.double(), tables, rows, case.gate_state)
     plain = reference.steer(case.x, tables, rows, case.gate_state)

@@ -124,13 +124,13 @@ def test_the_bank_holds_what_is_loaded(seed):
     refused = 0
     for _ in range(60):
         steered = fs.Plan([fs.Ablate(pool[draw(9)], layers=draw(2)) for _ in range(draw(4))])
-        before = program.bank.clone(), program.fields.clone(), program.ranges.clone(), list(program.plans)
+        before = program.bank.clone(), program.entries.clone(), program.ranges.clone(), list(program.plans)
         try:
             program.load(slot := draw(4), None if draw(5) == 0 else steered)
         except ValueError as error:
             refused += 1
             assert "capacity exceeded" in str(error)
-            assert all(map(torch.equal, before[:3], (program.bank, program.fields, program.ranges)))
+            assert all(map(torch.equal, before[:3], (program.bank, program.entries, program.ranges)))
             assert before[3] == program.plans
         for slot, loaded in enumerate(program.plans):
             entries = [] if loaded is None else compile_plan(loaded, 2, 8)
@@ -141,6 +141,6 @@ def test_the_bank_holds_what_is_loaded(seed):
                 bases = [entry.basis for entry in entries if entry.site == site]
                 assert count == len(bases)
                 for i, basis in enumerate(bases):
-                    row = int(program.fields[first + i, 1])
+                    row = int(program.entries[first + i, 1])
                     assert torch.equal(program.bank[row : row + len(basis)], basis)
     assert refused

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("ops", "cuda")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "ops", "cuda")]
 
 import torch
 from device import BACKENDS, CUDA, DEVICE
@@ -23,7 +23,7 @@ from random_tables import COLUMNS, Case, bits, check_close
 
 from faststeer import ops
 from faststeer.ops import reference
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import Field, Kind
 
 NORM = 1e-6, 0.0, False
 # Every launch configuration: one warp per row, several, rows of a block; by 16 bytes, and by elements.
@@ -52,9 +52,9 @@ def run(backend: ops.Backend, hidden: int, rows: int, dtype: torch.dtype) -> Non
     expected = op.steer(there.x, 0)[0]
     op.steer_(there.x, torch.zeros(rows, COLUMNS).to(DEVICE))
     assert torch.equal(bits(there.x.cpu()), bits(expected.cpu()))
-    fields = here.tables.fields.clone()
-    fields[::2, 0] = int(Kind.LATCH)
-    tables = there.tables._replace(fields=fields.to(DEVICE))
+    entries = here.tables.entries.clone()
+    entries[::2, Field.KIND] = int(Kind.LATCH)
+    tables = there.tables._replace(entries=entries.to(DEVICE))
     ops.latch_(there.x, tables, there.rows, there.gate_state, residual=there.residual, backend=backend)
 
 
@@ -69,8 +69,8 @@ def run_hostile(backend: ops.Backend, seed: int) -> None:
         table[pick] = HOSTILE[torch.randint(len(HOSTILE), (int(pick.sum()),), generator=generator)].int()
         return table.to(DEVICE)
 
-    case.tables = case.tables._replace(fields=spoiled(case.tables.fields), ranges=spoiled(case.tables.ranges))
-    case.rows = case.rows._replace(slot=spoiled(case.rows.slot), sequence=spoiled(case.rows.sequence))
+    case.tables = case.tables._replace(entries=spoiled(case.tables.entries), ranges=spoiled(case.tables.ranges))
+    case.rows = torch.stack((spoiled(case.rows[0]), case.rows[1], spoiled(case.rows[2])))
     op = Called(case, backend)
     op.steer(case.x, COLUMNS)
     op.add_steer_rmsnorm(case.x, case.residual, case.weight, NORM, COLUMNS)

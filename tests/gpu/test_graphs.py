@@ -12,6 +12,7 @@ import pytest
 import torch
 from backend_cases import Steered, bits, check_close, intervention, steered
 from device import CUDA, DEVICE, DTYPES, MARKS, allocations, captured, needs_device, no_synchronisation
+from placing import numbers_of
 from torch import Tensor
 
 import faststeer as fs
@@ -76,12 +77,12 @@ def test_plans_change_between_replays(kernels, dtype, rows, hidden):
 
     (normed, hidden_rows), replay = captured(lambda: layer(x, state, probe))
     generator = torch.Generator().manual_seed(3)
-    addresses = [t.data_ptr() for t in (program.bank, program.fields, program.scalars, program.ranges)]
+    addresses = [t.data_ptr() for t in (program.bank, program.entries, program.ranges)]
     for kinds in (MIXES, MIXES[::-1], [["Clamp"], ["Gated", "Add"], ["Latched"], ["Ablate"], ["Latched", "Probe"]]):
         for slot, listed in enumerate(kinds):
             program.load(slot, fs.Plan([any_intervention(kind, hidden, generator) for kind in listed]))
-        case.rows.slot.copy_(torch.randint(-1, len(kinds), (rows,), generator=generator))
-        case.rows.position.copy_(torch.randint(-3, 3, (rows,), generator=generator))
+        case.rows[0].copy_(torch.randint(-1, len(kinds), (rows,), generator=generator))
+        case.rows[1].copy_(torch.randint(-3, 3, (rows,), generator=generator))
         x.copy_(torch.randn(rows, hidden, generator=generator))
         state.copy_(torch.rand(state.shape, generator=generator) < 0.5)
         before = x.clone(), state.clone()
@@ -99,7 +100,7 @@ def test_plans_change_between_replays(kernels, dtype, rows, hidden):
         for found, s, what in ((x, before[0], "steer_"), (hidden_rows, x + case.residual, "add_steer_rmsnorm")):
             exact, plain = (ops.reference.steer(t, tables, case.rows, state) for t in (s.double(), s))
             check_close(found, case, exact, plain, f"{what}, replayed")
-    assert addresses == [t.data_ptr() for t in (program.bank, program.fields, program.scalars, program.ranges)]
+    assert addresses == [t.data_ptr() for t in (program.bank, program.entries, program.ranges)]
 
 
 def any_intervention(kind: str, hidden: int, generator: torch.Generator) -> fs.Intervention:
@@ -115,7 +116,7 @@ def test_other_rows_of_a_pair_are_steered_at_a_replay(kernels, dtype, rows, hidd
     """One graph for a server's buffers: slots change, and so which rows of the pair and the probe are written."""
     case = steered(MIXES, rows, hidden, DTYPES[dtype], DEVICE, seed=7)
     room = rows + 9
-    buffers = ops.Rows(*(torch.zeros(room, dtype=torch.int32, device=DEVICE) for _ in range(3)))
+    buffers = torch.zeros(3, room, dtype=torch.int32, device=DEVICE)
     x, residual, probe = case.x.clone(), case.residual.clone(), torch.zeros(room, case.columns, device=DEVICE)
 
     def layer(x: Tensor, residual: Tensor, probe: Tensor) -> tuple[Tensor]:
@@ -125,8 +126,8 @@ def test_other_rows_of_a_pair_are_steered_at_a_replay(kernels, dtype, rows, hidd
     (stream,), replay = captured(lambda: layer(x, residual, probe))
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
-        buffers.slot.copy_(torch.randint(-1, len(MIXES), (room,), generator=generator))
-        buffers.position.copy_(torch.randint(-3, 3, (room,), generator=generator))
+        buffers[0].copy_(torch.randint(-1, len(MIXES), (room,), generator=generator))
+        buffers[1].copy_(torch.randint(-3, 3, (room,), generator=generator))
         for tensor in (x, residual, probe):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         eager = x.clone(), residual.clone(), probe.clone()
@@ -171,7 +172,8 @@ def test_gradients_are_the_references(kernels, op):
     case = steered(MIXES, 9, 48, torch.float32, DEVICE, seed=6)
     grads = {}
     for name in (kernels, "reference"):
-        leaves = (case.x, case.residual, case.weight, case.tables.bank, case.tables.scalars)
+        numbers = numbers_of(case.tables.entries)[:, ops.Field.A : ops.Field.B + 1]
+        leaves = (case.x, case.residual, case.weight, case.tables.bank, numbers)
         x, residual, weight, bank, scalars = (leaf.clone().requires_grad_() for leaf in leaves)
         arguments = case.tables._replace(bank=bank, scalars=scalars), case.rows, case.gate_state
         if op == "steer":

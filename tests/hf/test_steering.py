@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from placing import placed
 from test_architectures import close, far, generate, hand_hook, logits, rich_plan
 from test_hook_points import hooks_of
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from transformers import DynamicCache, LogitsProcessor
 
 import faststeer as fs
 from faststeer.hf import read
-from faststeer.ops import Rows
 
 PROMPT, NEW = 6, 5
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "neox_parallel"])
@@ -1163,12 +1163,8 @@ class TestGivenRows:
         with fs.steer(model, [plans[0], None, plans[1]]):
             expected = logits(model, ids)
         batch, length = ids.shape
-        slot = torch.tensor([5, -1, 2], dtype=torch.int32)
-        rows = Rows(
-            slot.repeat_interleave(length),
-            torch.arange(-length, 0, dtype=torch.int32).repeat(batch),
-            torch.tensor([7, 0, 3], dtype=torch.int32).repeat_interleave(length),
-        )
+        slot, sequence = (torch.tensor(t).repeat_interleave(length) for t in ([5, -1, 2], [7, 0, 3]))
+        rows = placed(slot, torch.arange(-length, 0).repeat(batch), sequence)
         with fs.steer(model, [None], capacity=fs.Capacity(slots=6, vectors=50, entries=50)) as steering:
             steering.set_rows(rows, n_sequences=8)
             steering.load(5, plans[0])
@@ -1176,28 +1172,26 @@ class TestGivenRows:
             assert torch.equal(logits(model, ids), expected)
             steering.load(2, None)
             assert not torch.equal(logits(model, ids)[2], expected[2])
-            rows.slot.fill_(-1)
+            rows[0] = -1
             assert torch.equal(logits(model, ids), plain)
 
     def test_a_sequence_that_starts_anew_forgets_its_gate(self, model, ids):
         gate = fs.Gate(d(1), -1e9, latched=True)
         plan = fs.Plan([fs.Add(d(), 2.0, layers=0, when=gate, positions="generated")])
-        ends, after = (torch.full((3,), p, dtype=torch.int32) for p in (-1, 0))
-        sequence, slot = torch.arange(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        ends, after = (placed(0, p, [0, 1, 2]) for p in (-1, 0))
         first = ids[:, :1]
         with fs.steer(model, [None]) as steering:
             steering.load(0, plan)
-            steering.set_rows(Rows(slot, ends, sequence), n_sequences=3)
+            steering.set_rows(ends, n_sequences=3)
             plain = logits(model, first)
-            steering.set_rows(Rows(slot, after, sequence), n_sequences=3)
+            steering.set_rows(after, n_sequences=3)
             assert not torch.equal(logits(model, first), plain)
             steering.forget(1)
             steered = logits(model, first)
             assert torch.equal(steered[1], plain[1]) and not torch.equal(steered[2], plain[2])
 
     def test_wrong_number_of_rows(self, model, ids):
-        one = torch.zeros(1, dtype=torch.int32)
         with fs.steer(model, [None]) as steering:
-            steering.set_rows(Rows(one, one, one), n_sequences=1)
+            steering.set_rows(placed([0]), n_sequences=1)
             with pytest.raises(RuntimeError, match="was given 1 rows, but the forward pass has 3 x 6 tokens"):
                 logits(model, ids)

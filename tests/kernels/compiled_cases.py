@@ -50,9 +50,8 @@ driver.set_active(no_driver)
 JITFunction.__getitem__ = only_compile  # type: ignore[method-assign]
 
 import faststeer.kernels as kernels  # noqa: E402
-from faststeer.kernels.latch import latch_kernel  # noqa: E402
 from faststeer.kernels.residual import residual_kernel  # noqa: E402
-from faststeer.ops.tables import N_FIELDS, N_SCALARS  # noqa: E402
+from faststeer.ops.tables import N_FIELDS  # noqa: E402
 
 
 def machine_code(
@@ -120,23 +119,21 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
 
 
-def caches() -> list[dict[Any, Any]]:
-    """The compiled variants of each kernel, for the device that the driver names."""
-    device = no_driver.get_current_device()
-    return [kernel.device_caches[device][0] for kernel in (residual_kernel, latch_kernel)]
+def cache() -> dict[Any, Any]:
+    """The compiled variants of the kernel, for the device that the driver names."""
+    return residual_kernel.device_caches[no_driver.get_current_device()][0]
 
 
 def compilations(hidden: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many kernels `warmup` compiles, and how many more all sorts of calls do after it."""
     no_driver.capability = 90
-    for compiled_before in caches():  # for other tests
-        compiled_before.clear()
+    cache().clear()  # of what was compiled for other tests
     kernels.warmup(hidden, dtype, "cpu")
-    warm = sum(map(len, caches()))
+    warm = len(cache())
     for rows in (1, 2, 3, 15, 16, 17, 32, 1000, 4096):
         for start, gap in ((0, 0), (0, 1), (0, 16), (1, 0), (8, 8)):
             call_all(rows, hidden, dtype, start, gap, large=rows % 2 == 0)
-    return warm, sum(map(len, caches())) - warm
+    return warm, len(cache()) - warm
 
 
 def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, large: bool) -> None:
@@ -146,14 +143,8 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
 
     n = 16 if large else 1
     bank = torch.zeros(n * hidden + start)[start:].view(n, hidden)
-    integers = [torch.zeros(rows + start, dtype=torch.int32)[start:] for _ in range(3)]
-    tables = (
-        bank,
-        torch.zeros(n, N_FIELDS, dtype=torch.int32),
-        torch.zeros(n, N_SCALARS),
-        torch.zeros(n, 2, dtype=torch.int32),
-        *integers,
-    )
+    places = torch.zeros(3, rows + start, dtype=torch.int32)[:, start:]
+    tables = (bank, torch.zeros(n, N_FIELDS, dtype=torch.int32), torch.zeros(n, 2, dtype=torch.int32), places)
     gates = torch.zeros(n, n, dtype=torch.bool)
     weight = torch.zeros(hidden + start, dtype=dtype)[start:]
     for gate_state, columns, probe in (
@@ -161,13 +152,13 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
         (gates, n, torch.zeros(rows, n)),
         (gates[:0], 1, torch.zeros(rows, 0)),
     ):
-        kernels.steer(matrix(), *tables, gate_state, columns)
+        kernels.steer(matrix(), *tables, gate_state, None, columns)
         kernels.steer_(matrix(), *tables, gate_state, probe)
-        kernels.add_steer(matrix(), matrix(), *tables, gate_state, columns)
+        kernels.add_steer(matrix(), matrix(), *tables, gate_state, None, columns)
         kernels.steer_pair_(matrix(), matrix(), *tables, gate_state, probe)
         for eps, offset, fp32_weight in ((1e-6, 0.0, False), (0.0, 1.0, True), (1, 1, True)):
             kernels.add_steer_rmsnorm(
-                matrix(), matrix(), weight, eps, offset, fp32_weight, *tables, gate_state, columns
+                matrix(), matrix(), weight, eps, offset, fp32_weight, *tables, gate_state, None, columns
             )
     kernels.latch_(matrix(), None, *tables, gates)
     kernels.latch_(matrix(), matrix(), *tables, gates)

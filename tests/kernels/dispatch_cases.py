@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from interpreted_cases import arguments, bits, generator, random_slot, rows_of, tables_of, where
+from placing import numbers_of
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 import faststeer.kernels as kernels
 from faststeer import ops
-from faststeer.ops import Rows, Tables
+from faststeer.ops import Field, Tables
 
 assert kernels.INTERPRETED
 assert ops.states()["triton"].works  # the first look registers the kernels, which opcheck calls by their overload
@@ -31,11 +32,11 @@ class Case(NamedTuple):
     residual: Tensor
     weight: Tensor
     tables: Tables
-    rows: Rows
+    rows: Tensor
     gates: Tensor
 
     @property
-    def given(self) -> tuple[Tables, Rows, Tensor]:
+    def given(self) -> tuple[Tables, Tensor, Tensor]:
         return self.tables, self.rows, self.gates
 
     @property
@@ -82,11 +83,12 @@ def through_ops(c: Case, **options: Any) -> list[Tensor]:
 
 def through_kernels(c: Case) -> list[Tensor]:
     """The same, by calling the kernels."""
-    steered, probe = kernels.steer(c.x, *c.flat, COLUMNS)
+    steered, probe = kernels.steer(c.x, *c.flat, None, COLUMNS)
     in_place, gates, probe_ = c.x.clone(), c.gates.clone(), torch.zeros_like(probe)
     kernels.steer_(in_place, *c.flat, probe_)
-    added, added_probe = kernels.add_steer(c.x, c.residual, *c.flat, COLUMNS)
-    normed, hidden, normed_probe = kernels.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.flat, COLUMNS)
+    added, added_probe = kernels.add_steer(c.x, c.residual, *c.flat, None, COLUMNS)
+    norm = c.weight, *NORM
+    normed, hidden, normed_probe = kernels.add_steer_rmsnorm(c.x, c.residual, *norm, *c.flat, None, COLUMNS)
     pair, pair_probe = (c.x.clone(), c.residual.clone()), torch.zeros_like(probe)
     kernels.steer_pair_(*pair, *c.flat, pair_probe)
     kernels.latch_(c.x, c.residual, *c.flat[:-1], gates)
@@ -133,30 +135,17 @@ BAD: dict[str, tuple[Callable[[Case], Case], type[Exception], str]] = {
     "bank dtype": (lambda c: with_table(c, bank=c.tables.bank.half()), TypeError, "bank has dtype torch.float16"),
     "bank device": (lambda c: with_table(c, bank=c.tables.bank.to("meta")), ValueError, "bank is on meta, x on cpu"),
     "bank strided": (lambda c: with_table(c, bank=c.tables.bank[::2]), ValueError, "bank is not contiguous"),
-    "fields dtype": (lambda c: with_table(c, fields=c.tables.fields.long()), TypeError, "fields has dtype torch.int64"),
-    "scalars shape": (lambda c: with_table(c, scalars=c.tables.scalars[1:]), ValueError, "scalars has shape"),
+    "entries dtype": (lambda c: with_table(c, entries=c.tables.entries.long()), TypeError, "entries has dtype .*int64"),
     "ranges strided": (lambda c: with_table(c, ranges=c.tables.ranges[::2]), ValueError, "ranges is not contiguous"),
-    "row_slot shape": (lambda c: with_row(c, slot=c.rows.slot[1:]), ValueError, "row_slot has shape .4."),
-    "row_position dtype": (
-        lambda c: with_row(c, position=c.rows.position.long()),
-        TypeError,
-        "row_position has dtype torch.int64",
-    ),
-    "row_sequence device": (
-        lambda c: with_row(c, sequence=c.rows.sequence.to("meta")),
-        ValueError,
-        "row_sequence is on meta",
-    ),
+    "rows shape": (lambda c: c._replace(rows=c.rows[:, 1:]), ValueError, "rows has shape .3, 4."),
+    "rows dtype": (lambda c: c._replace(rows=c.rows.long()), TypeError, "rows has dtype torch.int64"),
+    "rows device": (lambda c: c._replace(rows=c.rows.to("meta")), ValueError, "rows is on meta"),
     "gate_state dtype": (lambda c: c._replace(gates=c.gates.int()), TypeError, "gate_state has dtype torch.int32"),
 }
 
 
 def with_table(c: Case, **changes: Tensor) -> Case:
     return c._replace(tables=c.tables._replace(**changes))
-
-
-def with_row(c: Case, **changes: Tensor) -> Case:
-    return c._replace(rows=c.rows._replace(**changes))
 
 
 def refused(what: str) -> None:
@@ -189,11 +178,15 @@ def refused(what: str) -> None:
 def pair_refused(what: str) -> None:
     """Rows and probe may have room for more rows than x has, and none for fewer."""
     c = case_of(torch.float32)
-    short = with_row(c, slot=c.rows.slot[1:]) if what == "row_slot" else c
+    short = c._replace(rows=c.rows[:, 1:]) if what == "rows" else c
     probe = {"probe": torch.zeros(4, COLUMNS), "probe dtype": torch.zeros(9, COLUMNS).double()}.get(what)
     error = TypeError if what == "probe dtype" else ValueError
     before = c.x.clone(), c.residual.clone()
-    with ops.backend("triton"), launches(0), pytest.raises(error, match=f"{what.split()[0]} has (shape .4|dtype)"):
+    with (
+        ops.backend("triton"),
+        launches(0),
+        pytest.raises(error, match=f"{what.split()[0]} has (shape .(3, )?4|dtype)"),
+    ):
         ops.steer_pair_(c.x, c.residual, *short.given, probe)
     assert torch.equal(c.x, before[0]) and torch.equal(c.residual, before[1])
 
@@ -205,11 +198,11 @@ def opcheck(operator: str) -> None:
     """PyTorch's own checks of the overload: schema, fake tensors, autograd registration, tracing."""
     c = case_of(torch.float32, n_rows=2)
     given = {
-        "steer": (c.x.requires_grad_(), *c.flat, COLUMNS),
+        "steer": (c.x.requires_grad_(), *c.flat, None, COLUMNS),
         "steer_": (c.x.detach(), *c.flat, torch.zeros(2, COLUMNS)),
-        "add_steer": (c.x, c.residual.requires_grad_(), *c.flat, COLUMNS),
+        "add_steer": (c.x, c.residual.requires_grad_(), *c.flat, None, COLUMNS),
         "steer_pair_": (c.x.detach(), c.residual.detach(), *c.flat, torch.zeros(4, COLUMNS)),
-        "add_steer_rmsnorm": (c.x, c.residual, c.weight.requires_grad_(), *NORM, *c.flat, COLUMNS),
+        "add_steer_rmsnorm": (c.x, c.residual, c.weight.requires_grad_(), *NORM, *c.flat, None, COLUMNS),
         "latch_": (c.x.detach(), None, *c.flat),
     }[operator]
     torch.library.opcheck(getattr(torch.ops.faststeer, operator).triton, given)
@@ -220,7 +213,8 @@ def gradients() -> None:
     c = case_of(torch.float32)
     grads = []
     for name in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (c.x, c.residual, c.weight, c.tables.bank, c.tables.scalars)]
+        numbers = numbers_of(c.tables.entries)[:, Field.A : Field.B + 1]
+        leaves = [t.clone().requires_grad_() for t in (c.x, c.residual, c.weight, c.tables.bank, numbers)]
         x, residual, weight, bank, scalars = leaves
         given = c.tables._replace(bank=bank, scalars=scalars), c.rows, c.gates
         normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, *NORM, *given, backend=name)
@@ -241,7 +235,7 @@ def one_graph(dtype: torch.dtype) -> None:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("eager")(graph, inputs)
 
-    def run(x: Tensor, residual: Tensor, weight: Tensor, tables: Tables, rows: Rows, gates: Tensor) -> Any:
+    def run(x: Tensor, residual: Tensor, weight: Tensor, tables: Tables, rows: Tensor, gates: Tensor) -> Any:
         normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, *NORM, tables, rows, gates)
         ops.steer_(normed, tables, rows, gates)
         return ops.steer(hidden, tables, rows, gates), normed

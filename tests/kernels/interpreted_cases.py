@@ -9,22 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from placing import entries_of, placed
 from torch import Tensor
 
 import faststeer.kernels as kernels
 from faststeer.ops import reference
-from faststeer.ops.tables import (
-    N_FIELDS,
-    N_SCALARS,
-    POSITION_MAX,
-    POSITION_MIN,
-    Field,
-    GateMode,
-    Kind,
-    Rows,
-    Scalar,
-    Tables,
-)
+from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, VECTORS, Field, GateMode, Kind, Tables
 
 assert kernels.INTERPRETED
 
@@ -55,11 +45,11 @@ class Entry:
 
 def tables_of(slots: Sequence[Sequence[Entry]], hidden: int) -> Tables:
     """Tables that are cut out of larger memory, in which NaN and hostile numbers surround them."""
-    bank, fields, scalars, ranges = [torch.zeros(1, hidden)], [], [], []
+    bank, fields, numbers, ranges = [torch.zeros(1, hidden)], [], [], []
     for slot in slots:
         ranges.append([len(fields), len(slot)])
         for e in slot:
-            row = [0] * N_FIELDS
+            row = [0] * Field.A
             row[Field.KIND], row[Field.VECTOR], row[Field.COUNT] = e.kind, sum(map(len, bank)), len(e.q)
             bank.append(e.q.float())
             row[Field.POSITION_LOW], row[Field.POSITION_HIGH] = e.low, e.high
@@ -69,13 +59,10 @@ def tables_of(slots: Sequence[Sequence[Entry]], hidden: int) -> Tables:
                 bank.append(e.d.float().unsqueeze(0))
             row[Field.KEEP_NORM], row[Field.PROBE] = e.keep_norm, e.probe
             fields.append(row)
-            numbers = [0.0] * N_SCALARS
-            numbers[Scalar.A], numbers[Scalar.B], numbers[Scalar.THRESHOLD] = e.a, e.b, e.threshold
-            scalars.append(numbers)
+            numbers.append((e.a, e.b, e.threshold))
     return Tables(
         fenced(torch.cat(bank)),
-        fenced(torch.tensor(fields, dtype=torch.int32).reshape(-1, N_FIELDS)),
-        fenced(torch.tensor(scalars).reshape(-1, N_SCALARS)),
+        fenced(entries_of(fields, numbers)),
         fenced(torch.tensor(ranges, dtype=torch.int32).reshape(-1, 2)),
         depth=max(map(len, slots), default=0),
         width=max([1, *(len(e.q) for slot in slots for e in slot)]),
@@ -109,7 +96,7 @@ def orthonormal(g: torch.Generator, k: int, hidden: int) -> Tensor:
 
 def random_entry(g: torch.Generator, kind: int, hidden: int, k: int = 3, **options: Any) -> Entry:
     """An entry that changes the rows of `rows_of` by much; of k directions where the kind may have any number."""
-    number = {Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2, Kind.ADD: 1, Kind.CLAMP: 1}.get(Kind(kind)) or min(k, hidden)
+    number = VECTORS.get(Kind(kind)) or min(k, hidden)
     q = orthonormal(g, number, hidden)
     a, b = 0.7, 0.0
     if kind == Kind.ADD:
@@ -161,10 +148,10 @@ def rows_of(g: torch.Generator, rows: int, hidden: int, dtype: torch.dtype, layo
     return view.copy_(x)
 
 
-def where(g: torch.Generator, rows: int, n_slots: int, n_sequences: int) -> Rows:
+def where(g: torch.Generator, rows: int, n_slots: int, n_sequences: int) -> Tensor:
     slot = torch.randint(-1, n_slots, (rows,), generator=g, dtype=torch.int32)
     position = torch.randint(-3, 3, (rows,), generator=g, dtype=torch.int32)
-    return Rows(slot, position, torch.randint(n_sequences, (rows,), generator=g, dtype=torch.int32))
+    return placed(slot, position, torch.randint(n_sequences, (rows,), generator=g))
 
 
 def bits(t: Tensor) -> Tensor:
@@ -198,13 +185,13 @@ def check_close(actual: Tensor, plain: Tensor, exact: Tensor, sums: Tensor | flo
     )
 
 
-def sums_of(s: Tensor, tables: Tables, rows: Rows) -> tuple[Tensor, Tensor]:
+def sums_of(s: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For each row's elements, and for its projections: how large can one get in an entry if the whole row is along its
     direction, times the number of the row's entries, of which each rounds anew. `Add`'s vectors count where they are
     probed; they are not multiplied with the row otherwise."""
     elements, projections = torch.zeros(2, len(tables.ranges) + 1, dtype=torch.float64)  # the last: of no slot
     for slot, (first, n) in enumerate(tables.ranges.tolist()):
-        for fields in tables.fields[first : first + n]:
+        for fields in tables.entries[first : first + n]:
             vectors = tables.bank[fields[Field.VECTOR] :][: fields[Field.COUNT]]
             if fields[Field.KIND] != Kind.ADD:
                 elements[slot] = max(elements[slot], vectors.abs().max())
@@ -212,20 +199,20 @@ def sums_of(s: Tensor, tables: Tables, rows: Rows) -> tuple[Tensor, Tensor]:
                 projections[slot] = max(projections[slot], vectors.norm(dim=1).max())
         elements[slot], projections[slot] = n * elements[slot], n * projections[slot]
     norm = s.double().norm(dim=1)
-    return norm * elements[rows.slot.long()], norm * projections[rows.slot.long()]
+    return norm * elements[rows[0].long()], norm * projections[rows[0].long()]
 
 
 def expect(
-    s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    s: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference's hidden and probe for s, in its dtype and in fp64. Rows with equally many entries go together,
     since the reference takes as many steps for each row as for the longest."""
     plain, exact = torch.empty_like(s), torch.empty_like(s, dtype=torch.float64)
     plain_probe, exact_probe = (torch.zeros(len(s), columns, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    depth = torch.where(rows.slot < 0, 0, tables.ranges[rows.slot.clamp(min=0).long(), 1])
+    depth = torch.where(rows[0] < 0, 0, tables.ranges[rows[0].clamp(min=0).long(), 1])
     for steps in depth.unique().tolist():
         here = depth == steps
-        at, of = tables._replace(depth=steps), Rows(*(t[here] for t in rows))
+        at, of = tables._replace(depth=steps), rows[:, here]
         for given, hidden, seen in ((s, plain, plain_probe), (s.double(), exact, exact_probe)):
             probe = seen[here]
             hidden[here] = reference.steer(given[here], at, of, gates, probe)
@@ -233,7 +220,7 @@ def expect(
     return plain, plain_probe, exact, exact_probe
 
 
-def check_steered(hidden: Tensor, probe: Tensor, s: Tensor, tables: Tables, rows: Rows, gates: Tensor | None) -> None:
+def check_steered(hidden: Tensor, probe: Tensor, s: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None) -> None:
     plain, plain_probe, exact, exact_probe = expect(s, tables, rows, gates, probe.shape[1])
     elements, projections = sums_of(s, tables, rows)
     check_close(hidden, plain, exact, elements, "hidden")
@@ -265,7 +252,7 @@ def random_case(
     for operator in operators:
         x, residual = (rows_of(g, n_rows, hidden, dtype, layout) for _ in range(2))
         RUN[operator](g, x, residual, tables, rows, gates, columns)
-        for name, table in zip(("bank", "fields", "scalars", "ranges"), tables[:4], strict=True):
+        for name, table in zip(("bank", "entries", "ranges"), tables[:3], strict=True):
             check_fence(table, name)
 
 
@@ -278,7 +265,7 @@ def grid_cell(dtype: torch.dtype, hidden: int, n_rows: int, operators: Sequence[
     number = torch.arange(n_rows, dtype=torch.int32)
     in_turn = torch.where(number < 2 * len(slots), number % len(slots), 1 + number % len(alone))
     slot = torch.where((number % 6 == 5) & (number > 7), -1, in_turn).int()
-    rows = Rows(slot, (number + 2) % 4 - 2, number % 3)
+    rows = placed(slot, (number + 2) % 4 - 2, number % 3)
     tables, gates = tables_of(slots, hidden), torch.rand(2, 3, generator=g) < 0.6
     for operator in operators:
         x, residual = (rows_of(g, n_rows, hidden, dtype) for _ in range(2))
@@ -316,22 +303,22 @@ def plans_of_every_kind(g: torch.Generator, hidden: int) -> tuple[list[list[Entr
     return alone, [*mixed, mix(*kinds, Kind.ABLATE, k=1)]
 
 
-def arguments(tables: Tables, rows: Rows, gates: Tensor | None) -> tuple[Any, ...]:
-    return (*tables[:4], *rows, gates)
+def arguments(tables: Tables, rows: Tensor, gates: Tensor | None) -> tuple[Any, ...]:
+    return (*tables[:3], rows, gates)
 
 
 def run_steer(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     before = x.clone()
-    hidden, probe = kernels.steer(x, *arguments(tables, rows, gates), columns)
+    hidden, probe = kernels.steer(x, *arguments(tables, rows, gates), None, columns)
     assert torch.equal(bits(x), bits(before)), "the input was written to"
     check_result(hidden, x)
     check_steered(hidden, probe, before, tables, rows, gates)
 
 
 def run_steer_(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     before, probe = x.clone(), fenced(torch.zeros(len(x), columns))
     memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
@@ -345,26 +332,26 @@ def run_steer_(
 
 
 def run_add_steer(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
-    hidden, probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), columns)
+    hidden, probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), None, columns)
     check_result(hidden, x)
     check_steered(hidden, probe, x + residual, tables, rows, gates)
 
 
 def run_steer_pair_(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     """Against `add_steer`, to the bit; rows and probe have room for more than x's."""
     n, more = len(x), 2
     before, wanted = (x.clone(), residual.clone()), (x.clone(), residual.clone())
-    added, added_probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), columns)
+    added, added_probe = kernels.add_steer(x, residual, *arguments(tables, rows, gates), None, columns)
     seen = torch.full((n, columns), 7.0)
     reference.steer_pair_(*wanted, tables, rows, gates, seen)
     acted, probed = (bits(wanted[0]) != bits(x)).any(1) | (bits(wanted[1]) != bits(residual)).any(1), (seen != 7).all(1)
     memories = [torch.empty(0, dtype=x.dtype).set_(t.untyped_storage()) for t in (x, residual)]
     around = [m.clone() for m in memories]
-    buffers = Rows(*(fenced(torch.cat([t, t.new_zeros(more)])) for t in rows))
+    buffers = fenced(torch.nn.functional.pad(rows, (0, more)))
     probe = fenced(torch.full((n + more, columns), 7.0))
     kernels.steer_pair_(x, residual, *arguments(tables, buffers, gates), probe)
     for ours, steered, unsteered in zip((x, residual), (torch.zeros_like(added), added), before, strict=True):
@@ -385,14 +372,14 @@ NORMS = [(False, 0.0), (True, 0.0), (True, 1.0)]  # fp32_weight, weight_offset: 
 
 
 def run_add_steer_rmsnorm(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     for weight_dtype, norm in itertools.product({x.dtype, torch.float32}, NORMS):
         run_one_norm(g, x, residual, tables, rows, gates, columns, weight_dtype, *norm)
 
 
 def run_some_norm(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     """One of the norms, with a weight of x's dtype: for grids."""
     norm = NORMS[int(torch.randint(len(NORMS), (), generator=g))]
@@ -404,7 +391,7 @@ def run_one_norm(
     x: Tensor,
     residual: Tensor,
     tables: Tables,
-    rows: Rows,
+    rows: Tensor,
     gates: Tensor | None,
     columns: int,
     weight_dtype: torch.dtype,
@@ -413,7 +400,7 @@ def run_one_norm(
 ) -> None:
     weight = (torch.randn(x.shape[1], generator=g) / 4 + 1).to(weight_dtype)
     normed, hidden, probe = kernels.add_steer_rmsnorm(
-        x, residual, weight, 1e-6, offset, fp32_weight, *arguments(tables, rows, gates), columns
+        x, residual, weight, 1e-6, offset, fp32_weight, *arguments(tables, rows, gates), None, columns
     )
     check_result(hidden, x)
     check_result(normed, x)
@@ -429,7 +416,7 @@ def run_one_norm(
 
 
 def run_latch_(
-    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Rows, gates: Tensor | None, columns: int
+    g: Any, x: Tensor, residual: Tensor, tables: Tables, rows: Tensor, gates: Tensor | None, columns: int
 ) -> None:
     """Every slot decides its gates; only one row of a sequence is the last of its prompt."""
     hidden = x.shape[1]
@@ -439,7 +426,7 @@ def run_latch_(
     tables = tables_of([*entries, [random_entry(g, Kind.ABLATE, hidden)]], hidden)
     sequence = torch.arange(len(x), dtype=torch.int32)
     position = torch.where(torch.rand(len(x), generator=g) < 0.7, -1, 0).int()
-    rows = Rows(torch.randint(-1, 5, (len(x),), generator=g, dtype=torch.int32), position, sequence)
+    rows = placed(torch.randint(-1, 5, (len(x),), generator=g), position, sequence)
     for given, s in ((None, x), (residual, x + residual)):
         actual = fenced(torch.rand(2, len(x) + 1, generator=g) < 0.5)
         expected = actual.clone()
@@ -479,11 +466,7 @@ def one_kind(dtype: torch.dtype, hidden: int, kind: int) -> None:
     if kind in (Kind.ABLATE, Kind.PROJECT, Kind.PROBE):
         slots[3][0].q = slots[3][0].q[:1]
     n = 2 * len(slots)
-    rows = Rows(
-        torch.arange(n, dtype=torch.int32) % len(slots),
-        torch.arange(n, dtype=torch.int32) // 2 - 2,
-        torch.zeros(n, dtype=torch.int32),
-    )
+    rows = placed(torch.arange(n) % len(slots), torch.arange(n) // 2 - 2)
     run_steer(g, rows_of(g, n, hidden, dtype), None, tables_of(slots, hidden), rows, None, 5)
 
 
@@ -493,8 +476,7 @@ def add_is_the_hook(dtype: torch.dtype, hidden: int) -> None:
     v = torch.randn(1, hidden, generator=g)
     tables = tables_of([[Entry(Kind.ADD, v, a=0.3)]], hidden)
     x = rows_of(g, 3, hidden, dtype)
-    here = torch.zeros(3, dtype=torch.int32)
-    hidden_, _ = kernels.steer(x, *arguments(tables, Rows(here, here, here), None), 0)
+    hidden_, _ = kernels.steer(x, *arguments(tables, placed([0] * 3), None), None, 0)
     product = torch.tensor(0.3) * v
     assert torch.equal(bits(hidden_), bits((x.float() + product).to(dtype)))
 
@@ -517,18 +499,17 @@ def untouched(dtype: torch.dtype, hidden: int) -> None:
     ]
     tables = tables_of(slots, hidden)
     slot = torch.arange(-1, len(slots), dtype=torch.int32)
-    zero = torch.zeros_like(slot)
-    rows = Rows(slot, zero, zero)
+    rows = placed(slot)
     x = rows_of(g, len(slot), hidden, dtype)
     x[:, 0] = -0.0
     for gates in (None, torch.zeros(1, 1, dtype=torch.bool)):
-        result, _ = kernels.steer(x, *arguments(tables, rows, gates), 0)
+        result, _ = kernels.steer(x, *arguments(tables, rows, gates), None, 0)
         assert torch.equal(bits(result), bits(x)), (
             f"steer: rows {(bits(result) != bits(x)).any(1).nonzero().flatten().tolist()}"
         )
         kernels.steer_(result, *arguments(tables, rows, gates), None)
         assert torch.equal(bits(result), bits(x)), "steer_"
-        summed, _ = kernels.add_steer(x, x, *arguments(tables, rows, gates), 0)
+        summed, _ = kernels.add_steer(x, x, *arguments(tables, rows, gates), None, 0)
         assert torch.equal(bits(summed), bits(x + x)), "add_steer"
         pair = x.clone(), x.clone()
         kernels.steer_pair_(*pair, *arguments(tables, rows, gates), None)
@@ -537,10 +518,10 @@ def untouched(dtype: torch.dtype, hidden: int) -> None:
     odd.view(BITS[x.element_size()])[0, 1:] = torch.tensor(
         {2: 0x7FC1 if dtype == torch.bfloat16 else 0x7E01, 4: 0x7FC00001}[x.element_size()]
     )
-    result, _ = kernels.steer(odd, *arguments(tables, Rows(slot[:1], zero[:1], zero[:1]), None), 0)
+    result, _ = kernels.steer(odd, *arguments(tables, rows[:, :1], None), None, 0)
     assert torch.equal(bits(result), bits(odd)), "a NaN has lost its payload"
     pair = odd.clone(), odd.clone()
-    kernels.steer_pair_(*pair, *arguments(tables, Rows(slot[1:2], zero[:1], zero[:1]), None), None)
+    kernels.steer_pair_(*pair, *arguments(tables, rows[:, 1:2], None), None)
     assert all(torch.equal(bits(t), bits(odd)) for t in pair), "a NaN of a pair has lost its payload"
 
 
@@ -562,11 +543,11 @@ def not_finite(dtype: torch.dtype, hidden: int) -> None:
     tables = tables_of([[entry] for entry in entries], hidden)
     n = 4 * len(entries)
     slot = torch.arange(n, dtype=torch.int32) // 4
-    rows = Rows(slot, torch.zeros_like(slot), torch.zeros_like(slot))
+    rows = placed(slot)
     x = rows_of(g, n, hidden, dtype)
     x[1::4, 3], x[2::4, 0], x[3::4, hidden - 1] = inf, -inf, float("nan")
     plain, plain_probe, _, _ = expect(x, tables, rows, None, 2)
-    hidden_, probe = kernels.steer(x, *arguments(tables, rows, None), 2)
+    hidden_, probe = kernels.steer(x, *arguments(tables, rows, None), None, 2)
     for ours, theirs, what in ((hidden_, plain, "hidden"), (probe, plain_probe, "probe")):
         # +-inf as they are, NaN whatever its payload, 0 for all finite numbers
         kinds = [torch.where(t.isfinite(), 0, t).nan_to_num(nan=1.0, posinf=2.0, neginf=3.0) for t in (ours, theirs)]
@@ -580,25 +561,22 @@ def alone_and_among_others(dtype: torch.dtype, hidden: int) -> None:
     slots = [random_slot(g, 3, hidden, 1, 1) for _ in range(4)]
     tables, rows = tables_of(slots, hidden), where(g, 6, 4, 2)
     x = rows_of(g, 6, hidden, dtype)
-    together, _ = kernels.steer(x, *arguments(tables, rows, None), 0)
+    together, _ = kernels.steer(x, *arguments(tables, rows, None), None, 0)
     for i in range(6):
-        one = Rows(*(t[i : i + 1] for t in rows))
-        alone, _ = kernels.steer(x[i : i + 1], *arguments(tables, one, None), 0)
+        alone, _ = kernels.steer(x[i : i + 1], *arguments(tables, rows[:, i : i + 1], None), None, 0)
         assert torch.equal(bits(alone[0]), bits(together[i])), f"row {i}"
 
 
 def no_rows(dtype: torch.dtype) -> None:
-    tables, none = tables_of([[]], 64), torch.zeros(0, dtype=torch.int32)
-    x, rows = torch.zeros(0, 64, dtype=dtype), Rows(none, none, none)
-    hidden, probe = kernels.steer(x, *arguments(tables, rows, None), 3)
+    tables, x, rows = tables_of([[]], 64), torch.zeros(0, 64, dtype=dtype), torch.zeros(3, 0, dtype=torch.int32)
+    hidden, probe = kernels.steer(x, *arguments(tables, rows, None), None, 3)
     assert hidden.shape == (0, 64)
     assert probe.shape == (0, 3)
     kernels.steer_(x, *arguments(tables, rows, None), None)
-    assert kernels.add_steer(x, x, *arguments(tables, rows, None), 0)[0].shape == (0, 64)
+    assert kernels.add_steer(x, x, *arguments(tables, rows, None), None, 0)[0].shape == (0, 64)
     kernels.steer_pair_(x, x.clone(), *arguments(tables, rows, None), None)
-    assert (
-        len(kernels.add_steer_rmsnorm(x, x, torch.ones(64), 1e-6, 0.0, False, *arguments(tables, rows, None), 0)) == 3
-    )
+    norm = torch.ones(64), 1e-6, 0.0, False
+    assert len(kernels.add_steer_rmsnorm(x, x, *norm, *arguments(tables, rows, None), None, 0)) == 3
     kernels.latch_(x, None, *arguments(tables, rows, torch.zeros(1, 1, dtype=torch.bool)))
 
 
@@ -631,14 +609,12 @@ def hostile_entries(dtype: torch.dtype) -> None:
     bad = bad_entries(len(tables.bank))
     for i, changes in enumerate(bad):
         for column, value in changes.items():
-            tables.fields[3 * i + 1, column] = value
+            tables.entries[3 * i + 1, column] = value
     x = rows_of(g, 1, hidden, dtype).expand(n, hidden).contiguous()
-    zero = torch.zeros(n, dtype=torch.int32)
     gates = fenced(torch.ones(2, 1, dtype=torch.bool))
-    rows = Rows(torch.arange(n, dtype=torch.int32), zero, zero)
-    actual, probe = kernels.steer(x, *arguments(tables, rows, gates), 6)
-    good, one = tables_of([[first, last]], hidden), Rows(zero[:1], zero[:1], zero[:1])
-    expected, expected_probe = kernels.steer(x[:1], *arguments(good, one, None), 6)
+    actual, probe = kernels.steer(x, *arguments(tables, placed(torch.arange(n)), gates), None, 6)
+    good = tables_of([[first, last]], hidden)
+    expected, expected_probe = kernels.steer(x[:1], *arguments(good, placed([0]), None), None, 6)
     wrong = (bits(actual) != bits(expected)).any(1) | (bits(probe) != bits(expected_probe)).any(1)
     assert not wrong.any(), [bad[i] for i in wrong.nonzero().flatten().tolist()]
 
@@ -652,32 +628,30 @@ def hostile_rows(dtype: torch.dtype) -> None:
     tables.ranges[2:4] = torch.tensor([[-3, 4], [4, 2**31 - 1]], dtype=torch.int32)  # cut to entry 0, and to entry 4
     slot = torch.tensor([0, *EXTREMES, -1, n_slots, 2, 3, 4, 4, 4], dtype=torch.int32)
     n = len(slot)
-    zero = torch.zeros(n, dtype=torch.int32)
-    sequence = zero.clone()
+    sequence = torch.zeros(n, dtype=torch.int32)
     sequence[-3:] = torch.tensor([-1, 1, 2**31 - 1])
     x = rows_of(g, n, hidden, dtype)
-    result, _ = kernels.steer(
-        x, *arguments(tables, Rows(slot, zero, sequence), fenced(torch.ones(1, 1, dtype=torch.bool))), 0
-    )
+    rows, gates = fenced(placed(slot, 0, sequence)), fenced(torch.ones(1, 1, dtype=torch.bool))
+    result, _ = kernels.steer(x, *arguments(tables, rows, gates), None, 0)
     changed = (bits(result) != bits(x)).any(1)
     assert changed.tolist() == [i in (0, n - 5, n - 4) for i in range(n)], changed
     for ranges in itertools.product([*EXTREMES, -1, 0, 4], [*EXTREMES, -1]):
         tables.ranges[0] = torch.tensor(ranges)
         entries = range(max(0, ranges[0]), min(5, sum(ranges)))
-        result, _ = kernels.steer(x[:1], *arguments(tables, Rows(zero[:1], zero[:1], zero[:1]), None), 0)
+        result, _ = kernels.steer(x[:1], *arguments(tables, placed([0]), None), None, 0)
         acts = any(i in (0, 2, 3) for i in entries)
         assert torch.equal(bits(result), bits(x[:1])) != acts, ranges
     tables.ranges[0] = torch.tensor([1, 1])
     for column in (*EXTREMES, -1, -2, 0, 1, 2, 3):
-        tables.fields[1, Field.PROBE] = column
+        tables.entries[1, Field.PROBE] = column
         probe = fenced(torch.full((3, 3), -5.0))
-        kernels.steer_(x[:3].clone(), *arguments(tables, Rows(zero[:3], zero[:3], zero[:3]), None), probe)
+        kernels.steer_(x[:3].clone(), *arguments(tables, placed([0] * 3), None), probe)
         check_fence(probe, f"the probe, column {column}")
         written = [column >= 0 and column <= i < column + 3 for i in range(3)]
         assert ((probe != -5.0).all(0)).tolist() == written, (column, probe)
         probe = fenced(torch.full((3, 3), -5.0))
         pair = x[:2].clone(), x[:2].clone()
-        kernels.steer_pair_(*pair, *arguments(tables, Rows(zero[:3], zero[:3], zero[:3]), None), probe)
+        kernels.steer_pair_(*pair, *arguments(tables, placed([0] * 3), None), probe)
         check_fence(probe, f"the probe of a pair, column {column}")
         assert ((probe[:2] != 0).all(0)).tolist() == written and (probe[2] == -5).all(), (column, probe)
     latching = tables_of(
@@ -686,11 +660,7 @@ def hostile_rows(dtype: torch.dtype) -> None:
     n = latching.ranges.shape[0]
     gates = fenced(torch.zeros(2, 2, dtype=torch.bool))
     for sequence_of_all in (-1, 2, 2**31 - 1, 1):
-        rows = Rows(
-            torch.arange(n, dtype=torch.int32),
-            torch.full((n,), -1, dtype=torch.int32),
-            torch.full((n,), sequence_of_all, dtype=torch.int32),
-        )
+        rows = placed(torch.arange(n), -1, sequence_of_all)
         kernels.latch_(rows_of(g, n, hidden, dtype), None, *arguments(latching, rows, gates))
         check_fence(gates, "gate_state")
         assert gates.tolist() == [[False, False], [False, sequence_of_all == 1]], gates

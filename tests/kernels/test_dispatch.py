@@ -6,9 +6,9 @@ import torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BAD = ["x dtype", "x dimensions", "x stride", "x overlap", "residual shape", "residual dtype", "weight shape"]
-BAD += ["weight dtype", "bank shape", "bank dtype", "bank device", "bank strided", "fields dtype", "scalars shape"]
-BAD += ["ranges strided", "row_slot shape", "row_position dtype", "row_sequence device", "gate_state dtype"]
-BAD_PAIR = ["row_slot", "probe", "probe dtype"]
+BAD += ["weight dtype", "bank shape", "bank dtype", "bank device", "bank strided", "entries dtype"]
+BAD += ["ranges strided", "rows shape", "rows dtype", "rows device", "gate_state dtype"]
+BAD_PAIR = ["rows", "probe", "probe dtype"]
 OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from placing import placed
 from torch import Tensor
 
 import faststeer as fs
 from faststeer import ops
-from faststeer.ops import Rows, Tables
+from faststeer.ops import Tables
 from faststeer.program import Capacity, Program
 
 KINDS = ("Add", "Ablate", "Ablate3", "Project", "Clamp", "Rotate", "RotateRelative", "Probe", "KeepNorm", "Gated")
@@ -23,7 +24,7 @@ class Steered:
     residual: Tensor
     weight: Tensor
     tables: Tables
-    rows: Rows
+    rows: Tensor
     gate_state: Tensor
     columns: int
     program: Program
@@ -62,7 +63,7 @@ def steered(kinds: list[list[str]], rows: int, hidden: int, dtype: torch.dtype, 
     x, residual = (torch.randn(rows, hidden, generator=generator).to(device, dtype) for _ in range(2))
     weight = torch.randn(hidden, generator=generator).to(device, dtype)
     gate_state = torch.rand(4, rows + 1, generator=generator).lt(0.5).to(device)
-    where = Rows(slot.to(device), position.to(device), number.int().to(device))
+    where = placed(slot, position, number).to(device)
     return Steered(x, residual, weight, program.tables(0), where, gate_state, program.columns[0], program)
 
 
@@ -101,7 +102,7 @@ def check_ops(case: Steered, backend: ops.Backend) -> None:
     ops.steer_(in_place, *arguments, seen, backend=backend)
     assert torch.equal(bits(in_place), bits(found)), "steer_ differs from steer"
     assert torch.equal(seen, ours)
-    idle = case.rows.slot < 0
+    idle = case.rows[0] < 0
     assert torch.equal(bits(found[idle]), bits(x[idle])), "a row without a plan changed"
 
     s = x + residual
@@ -126,7 +127,7 @@ def check_pair(case: Steered, added: Tensor, seen: Tensor, backend: ops.Backend)
     """`steer_pair_` of `backend` against its `add_steer`, which gave `added` and `seen`; rows and probe have room for
     more than x's."""
     n, more = len(case.x), 3
-    where = Rows(*(torch.nn.functional.pad(t, (0, more)) for t in case.rows))
+    where = torch.nn.functional.pad(case.rows, (0, more))
     probe = torch.full((n + more, case.columns), 7.0, device=case.x.device)
     expected, found = ((case.x.clone(), case.residual.clone()) for _ in range(2))
     ops.reference.steer_pair_(*expected, case.tables, case.rows, case.gate_state)
@@ -136,7 +137,7 @@ def check_pair(case: Steered, added: Tensor, seen: Tensor, backend: ops.Backend)
         assert torch.equal(bits(pair[acted]), bits(steered_row[acted])), "not (0, what add_steer gives)"
     for pair, row in zip(found, (case.x, case.residual), strict=True):
         assert torch.equal(bits(pair[~acted]), bits(row[~acted])), "a pair that nothing acts on changed"
-    has_entries = (case.rows.slot >= 0) & (case.tables.ranges[case.rows.slot.clamp(min=0).long(), 1] > 0)
+    has_entries = (case.rows[0] >= 0) & (case.tables.ranges[case.rows[0].clamp(min=0).long(), 1] > 0)
     assert torch.equal(probe[:n][has_entries], seen[has_entries]), "not what add_steer probes"
     assert (probe[:n][~has_entries] == 7).all() and (probe[n:] == 7).all(), "the probe of another row was written"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backend_cases import KINDS, bits, check_ops, steered
+from placing import moved, numbers_of, placed
 from torch._inductor.utils import run_and_get_code
 
 from faststeer import ops
@@ -48,8 +49,7 @@ def test_a_row_in_a_batch_is_that_row_alone_bit_for_bit(backend, dtype):
     case = steered(MIXES, 33, 896, DTYPES[dtype], "cpu", seed=3)
     whole = ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=backend)
     for i in range(33):
-        rows = ops.Rows(*(t[i : i + 1].contiguous() for t in case.rows))
-        alone = ops.steer(case.x[i : i + 1], case.tables, rows, case.gate_state, backend=backend)
+        alone = ops.steer(case.x[i : i + 1], case.tables, case.rows[:, i : i + 1], case.gate_state, backend=backend)
         assert torch.equal(bits(alone), bits(whole[i : i + 1]))
 
 
@@ -70,10 +70,10 @@ def test_every_number_is_rounded_to_nearest_even(backend, dtype, plans):
     vector = torch.cat([powers.flatten(), some.int().view(torch.float32), torch.randn(437, generator=generator)])
     vector = vector[torch.randperm(hidden, generator=generator)]
     case = steered([["Add"]] * plans, rows, hidden, DTYPES[dtype], "cpu", seed=0)
-    scalars = case.tables.scalars.clone()
-    scalars[:, ops.Scalar.A] = 1.0
-    tables = case.tables._replace(bank=vector.expand_as(case.tables.bank).contiguous(), scalars=scalars)
-    where = case.rows._replace(slot=(torch.arange(rows) % plans).int())
+    entries = case.tables.entries.clone()
+    numbers_of(entries)[:, ops.Field.A] = 1.0
+    tables = case.tables._replace(bank=vector.expand_as(case.tables.bank).contiguous(), entries=entries)
+    where = moved(case.rows, slot=torch.arange(rows) % plans)
     expected = (x.float() + vector).to(DTYPES[dtype])
     changed = x.clone()
     ops.steer_(changed, tables, where, backend=backend)
@@ -88,10 +88,10 @@ def test_every_number_is_rounded_to_nearest_even(backend, dtype, plans):
 def test_rows_in_runs_of_one_addition(backend, dtype, hidden):
     case = steered([["Add"], ["Add"], ["Ablate"]], 13, hidden, DTYPES[dtype], "cpu", seed=11)
     slot = torch.tensor([0, 0, 0, 1, 1, -1, 1, 0, 2, 0, 0, 1, 1], dtype=torch.int32)
-    where = case.rows._replace(slot=slot)
+    where = moved(case.rows, slot=slot)
     first = case.tables.ranges[:2, 0].long()
-    coefficients = case.tables.scalars[first, ops.Scalar.A].unsqueeze(1)
-    sums = coefficients * case.tables.bank[case.tables.fields[first, ops.Field.VECTOR].long()]
+    coefficients = numbers_of(case.tables.entries)[first, ops.Field.A].unsqueeze(1)
+    sums = coefficients * case.tables.bank[case.tables.entries[first, ops.Field.VECTOR].long()]
     expected = (case.x.float() + sums[slot.clamp(0, 1).long()]).to(DTYPES[dtype])
     expected[5] = case.x[5]
     found = ops.steer(case.x, case.tables, where, backend=backend)
@@ -142,41 +142,62 @@ def test_a_pair_that_nothing_acts_on_keeps_its_bits(both, dtype):
     for rows, nan, zero in ((case.x, 5, 7), (case.residual, 7, 6)):
         bits(rows)[:, nan], bits(rows)[:, zero] = {4: 0x7FA12345, 2: 0x7FA1}[width], -(2 ** (8 * width - 1))
     before = case.x.clone(), case.residual.clone()
-    nowhere = case.rows._replace(slot=torch.full_like(case.rows.slot, -1))
-    idle = case.tables._replace(scalars=torch.zeros_like(case.tables.scalars))
+    nowhere, entries = moved(case.rows, slot=-1), case.tables.entries.clone()
+    numbers_of(entries)[:, ops.Field.A] = 0.0
+    idle = case.tables._replace(entries=entries)
     for tables, rows in ((case.tables, nowhere), (idle, case.rows)):
         ops.steer_pair_(case.x, case.residual, tables, rows, case.gate_state, backend=both)
         for pair, was in zip((case.x, case.residual), before, strict=True):
             assert torch.equal(bits(pair), bits(was))
     ops.steer_pair_(case.x, case.residual, case.tables, case.rows, case.gate_state, backend=both)
-    assert torch.equal(case.x.any(1), case.rows.slot < 0), "a NaN does not keep a row from being steered"
+    assert torch.equal(case.x.any(1), case.rows[0] < 0), "a NaN does not keep a row from being steered"
 
 
 def test_the_probe_of_a_pair_is_written_where_its_slot_has_entries(both):
     """And only there, whether or not one acts; not at all by tables without entries."""
     case = steered([["Probe"], []], 6, 64, torch.float32, "cpu", seed=8)
-    slot, position = torch.tensor([0, 1, -1, 9, 0, 0]).int(), torch.zeros(6, dtype=torch.int32)
-    rows, probe = ops.Rows(slot, position, position), torch.full((4, case.columns), 7.0)
+    rows, probe = placed([0, 1, -1, 9, 0, 0]), torch.full((4, case.columns), 7.0)
     before = case.x.clone(), case.residual.clone()
     pair = case.x[:3], case.residual[:3]
     ops.steer_pair_(*pair, case.tables, rows, case.gate_state, probe, backend=both)
     assert (probe[0] != 7).all() and (probe[1:] == 7).all()
-    silent = case.tables.fields.clone()
+    silent = case.tables.entries.clone()
     silent[:, ops.Field.PROBE] = -1
-    ops.steer_pair_(*pair, case.tables._replace(fields=silent), rows, case.gate_state, probe, backend=both)
+    ops.steer_pair_(*pair, case.tables._replace(entries=silent), rows, case.gate_state, probe, backend=both)
     assert (probe[0] == 0).all() and (probe[1:] == 7).all()
-    empty = ops.Tables(*(t[:0] for t in case.tables[:4]), depth=0, width=1)
+    empty = ops.Tables(*(t[:0] for t in case.tables[:3]), depth=0, width=1)
     ops.steer_pair_(*pair, empty, rows, case.gate_state, probe, backend=both)
     assert (probe[0] == 0).all() and (probe[1:] == 7).all()
     assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
+
+
+def test_places_of_rows_come_from_a_longer_buffer(both):
+    """As a slice, or whole, of which the first columns count."""
+    case = steered(MIXES, 13, 96, torch.bfloat16, "cpu", seed=12)
+    arguments = case.x, case.residual, case.weight, 1e-6, 0.0, False, case.tables
+    expected = ops.add_steer_rmsnorm(*arguments, case.rows, case.gate_state, backend=both)
+    buffer = torch.full((3, 40), 77, dtype=torch.int32)
+    for start in (0, 5):
+        buffer[:, start : start + 13] = case.rows
+        for rows in (buffer[:, start:], buffer[:, start : start + 13]):
+            found = ops.add_steer_rmsnorm(*arguments, rows, case.gate_state, backend=both)
+            assert all(map(torch.equal, found, expected))
+            gates = case.gate_state.clone(), case.gate_state.clone()
+            for given, state in zip((rows, case.rows), gates, strict=True):
+                ops.latch_(case.x, case.tables, given, state, backend=both)
+            assert torch.equal(*gates)
+    same = torch.zeros(13, dtype=torch.int32).expand(3, -1)
+    assert torch.equal(
+        ops.steer(case.x, case.tables, same, backend=both), ops.steer(case.x, case.tables, placed([0] * 13))
+    )
 
 
 def test_no_rows(both):
     case = steered(MIXES, 0, 64, torch.float32, "cpu", seed=5)
     assert ops.steer(case.x, case.tables, case.rows, case.gate_state, backend=both).shape == (0, 64)
     ops.steer_(case.x, case.tables, case.rows, case.gate_state, backend=both)
-    buffer, probe = torch.zeros(4, dtype=torch.int32), torch.full((4, case.columns), 7.0)
-    for rows in (case.rows, ops.Rows(buffer, buffer, buffer)):
+    probe = torch.full((4, case.columns), 7.0)
+    for rows in (case.rows, torch.zeros(3, 4, dtype=torch.int32)):
         ops.steer_pair_(case.x, case.residual, case.tables, rows, case.gate_state, probe, backend=both)
     assert (probe == 7).all()
 
@@ -184,12 +205,12 @@ def test_no_rows(both):
 def test_latched_gates(backend):
     hidden, rows = 96, 40
     case = steered([["Add"]], rows, hidden, torch.float32, "cpu", seed=6)
-    fields, scalars = case.tables.fields.clone(), case.tables.scalars.clone()
-    fields[:, ops.Field.KIND] = int(ops.Kind.LATCH)
-    fields[:, ops.Field.GATE_MODE] = int(ops.GateMode.COSINE)
-    fields[:, ops.Field.GATE_STATE] = 2
-    scalars[:, ops.Scalar.THRESHOLD] = 0.05
-    tables = case.tables._replace(fields=fields, scalars=scalars)
+    entries = case.tables.entries.clone()
+    entries[:, ops.Field.KIND] = int(ops.Kind.LATCH)
+    entries[:, ops.Field.GATE_MODE] = int(ops.GateMode.COSINE)
+    entries[:, ops.Field.GATE_STATE] = 2
+    numbers_of(entries)[:, ops.Field.THRESHOLD] = 0.05
+    tables = case.tables._replace(entries=entries)
     expected, found = case.gate_state.clone(), case.gate_state.clone()
     ops.latch_(case.x, tables, case.rows, expected, backend="reference")
     ops.latch_(case.x, tables, case.rows, found, backend=backend)
@@ -208,14 +229,13 @@ def test_wrong_indices_in_tables_stay_inside_and_agree_with_the_reference(backen
     generator = torch.Generator().manual_seed(seed)
     case = steered(MIXES, 20, 70, torch.float32, "cpu", seed)
     values = torch.tensor(HOSTILE, dtype=torch.int64)
-    fields, ranges, slot, sequence = (t.clone() for t in (case.tables.fields, case.tables.ranges, *case.rows[::2]))
-    for table, share in ((fields, 0.05), (ranges, 0.05), (slot, 0.2), (sequence, 0.2)):
+    entries, ranges, rows = (t.clone() for t in (case.tables.entries, case.tables.ranges, case.rows))
+    for table, share in ((entries[:, : ops.Field.A], 0.05), (ranges, 0.05), (rows[0], 0.2), (rows[2], 0.2)):
         pick = torch.rand(table.shape, generator=generator) < share
         table[pick] = values[torch.randint(len(values), (int(pick.sum()),), generator=generator)].int()
     # The reference's loops are bounded by host numbers; these tables reach further than any program's.
-    tables = ops.schema.host_tables(case.tables.bank, fields, case.tables.scalars, ranges)
-    tables = tables._replace(depth=min(tables.depth, len(fields)), width=min(tables.width, len(case.tables.bank)))
-    rows = ops.Rows(slot, case.rows.position, sequence)
+    tables = ops.schema.host_tables(case.tables.bank, entries, ranges)
+    tables = tables._replace(depth=min(tables.depth, len(entries)), width=min(tables.width, len(case.tables.bank)))
     expected_probe, probe = torch.zeros(20, case.columns), torch.zeros(20, case.columns)
     expected = ops.reference.steer(case.x, tables, rows, case.gate_state, expected_probe)
     found = ops.steer(case.x, tables, rows, case.gate_state, probe, backend=backend)
@@ -236,37 +256,43 @@ BAD = {
     "x stride": (lambda c: {"x": c.x.T.contiguous().T}, ValueError, "x has stride"),
     "bank hidden": (lambda c: {"bank": c.tables.bank[:, :-1].contiguous()}, ValueError, "bank has shape"),
     "bank dtype": (lambda c: {"bank": c.tables.bank.half()}, TypeError, "bank has dtype"),
-    "fields columns": (lambda c: {"fields": c.tables.fields[:, :10].contiguous()}, ValueError, "fields has shape"),
-    "fields dtype": (lambda c: {"fields": c.tables.fields.long()}, TypeError, "fields has dtype"),
-    "scalars rows": (lambda c: {"scalars": c.tables.scalars[1:]}, ValueError, "scalars has shape"),
+    "entries columns": (lambda c: {"entries": c.tables.entries[:, :12].contiguous()}, ValueError, "entries has shape"),
+    "entries dtype": (lambda c: {"entries": c.tables.entries.long()}, TypeError, "entries has dtype"),
+    "entries start": (lambda c: {"entries": shifted(c.tables.entries)}, ValueError, "entries does not start at a mult"),
     "ranges strided": (lambda c: {"ranges": c.tables.ranges[::2]}, ValueError, "ranges is not contiguous"),
-    "row_slot rows": (lambda c: {"row_slot": c.rows.slot[1:]}, ValueError, "row_slot has shape"),
-    "row_position dtype": (lambda c: {"row_position": c.rows.position.long()}, TypeError, "row_position has dtype"),
-    "row_sequence rows": (lambda c: {"row_sequence": c.rows.sequence[:1]}, ValueError, "row_sequence has shape"),
+    "rows fewer": (lambda c: {"rows": c.rows[:, 1:]}, ValueError, r"rows has shape \[3, 4\]: expected \[3, 5\]"),
+    "rows places": (lambda c: {"rows": c.rows[:2]}, ValueError, r"rows has shape \[2, 5\]: expected \[3, 5\]"),
+    "rows dimensions": (lambda c: {"rows": c.rows[0]}, ValueError, r"rows has shape \[5\]"),
+    "rows dtype": (lambda c: {"rows": c.rows.long()}, TypeError, "rows has dtype"),
+    "rows strided": (lambda c: {"rows": c.rows.T.contiguous().T}, ValueError, "rows has stride 3 in its last dim"),
     "gate_state dtype": (lambda c: {"gate_state": c.gate_state.int()}, TypeError, "gate_state has dtype"),
 }
+
+
+def shifted(table):
+    """The same numbers, 4 bytes after a multiple of 16."""
+    return torch.nn.functional.pad(table.flatten(), (1, 0))[1:].view(table.shape)
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments_are_named(backend, what):
     case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=7)
     change, error, message = BAD[what]
-    t, r = case.tables, case.rows
-    arguments = {"x": case.x, "bank": t.bank, "fields": t.fields, "scalars": t.scalars, "ranges": t.ranges}
-    arguments |= {"row_slot": r.slot, "row_position": r.position, "row_sequence": r.sequence}
+    t = case.tables
+    arguments = {"x": case.x, "bank": t.bank, "entries": t.entries, "ranges": t.ranges, "rows": case.rows}
     arguments |= {"gate_state": case.gate_state}
     arguments |= change(case)
     before = case.x.clone()
     overload = "triton" if backend == "triton" else "cpp"
-    for op, last in (("steer", 0), ("steer_", None), ("steer_pair_", None)):
-        given = [*arguments.values(), last]
+    for op, last in (("steer", (None, 0)), ("steer_", (None,)), ("steer_pair_", (None,))):
+        given = [*arguments.values(), *last]
         if op == "steer_pair_":
             given.insert(1, torch.ones_like(arguments["x"]))
         with pytest.raises((error, RuntimeError), match=rf"^(steer: )?{what.split()[0]} "):
             getattr(getattr(torch.ops.faststeer, op), overload)(*given)
     assert torch.equal(case.x, before)
-    tables = ops.Tables(*(arguments[name] for name in ("bank", "fields", "scalars", "ranges")), t.depth, t.width)
-    rows = ops.Rows(*(arguments[f"row_{name}"] for name in ("slot", "position", "sequence")))
+    tables = ops.Tables(*(arguments[name] for name in ("bank", "entries", "ranges")), t.depth, t.width)
+    rows = arguments["rows"]
     for op in (ops.steer, ops.steer_):
         for name in (backend, "reference"):
             if name == "reference" and what == "x dtype":
@@ -283,12 +309,10 @@ BAD_PAIR = {
     "residual shape": (lambda c: {"residual": c.residual[1:]}, ValueError, "residual is .4, 64."),
     "residual dtype": (lambda c: {"residual": c.residual.half()}, ValueError, "residual is .* torch.float16"),
     "residual stride": (lambda c: {"residual": c.residual.T.contiguous().T}, ValueError, "residual has stride"),
-    "row_position rows": (lambda c: {"position": c.rows.position[:4]}, ValueError, "row_position has shape .4."),
-    "row_slot empty": (lambda c: {"slot": c.rows.slot[:0]}, ValueError, "row_slot has shape .0."),
-    "row_slot dimensions": (lambda c: {"slot": c.rows.slot[:, None]}, ValueError, "row_slot has shape .5, 1."),
-    "row_sequence strided": (
-        lambda c: {"sequence": torch.zeros(20, dtype=torch.int32)[::2]}, ValueError, "row_sequence is not contiguous"
-    ),
+    "rows fewer": (lambda c: {"rows": c.rows[:, :4]}, ValueError, "rows has shape .3, 4.: expected .3, 5."),
+    "rows empty": (lambda c: {"rows": c.rows[:, :0]}, ValueError, "rows has shape .3, 0."),
+    "rows dimensions": (lambda c: {"rows": c.rows[0]}, ValueError, "rows has shape .5."),
+    "rows strided": (lambda c: {"rows": torch.zeros(3, 20).int()[:, ::2]}, ValueError, "rows has stride 2"),
     "probe rows": (lambda c: {"probe": torch.zeros(4, 3)}, ValueError, "probe has shape .4, 3.: expected .5, any."),
     "probe dimensions": (lambda c: {"probe": torch.zeros(5)}, ValueError, "probe has shape .5.: expected .5, any."),
     "probe dtype": (lambda c: {"probe": torch.zeros(5, 3).half()}, TypeError, "probe has dtype torch.float16"),
@@ -300,11 +324,12 @@ BAD_PAIR = {
 def test_bad_arguments_of_a_pair_are_named(both, what):
     case = steered(MIXES, 5, 64, torch.float32, "cpu", seed=7)
     change, error, message = BAD_PAIR[what]
-    given = {"residual": case.residual, "probe": None, **case.rows._asdict(), **change(case)}
-    rows = ops.Rows(given["slot"], given["position"], given["sequence"])
+    given = {"residual": case.residual, "probe": None, "rows": case.rows, **change(case)}
     before = case.x.clone(), case.residual.clone()
     with pytest.raises(error, match=message):
-        ops.steer_pair_(case.x, given["residual"], case.tables, rows, case.gate_state, given["probe"], backend=both)
+        ops.steer_pair_(
+            case.x, given["residual"], case.tables, given["rows"], case.gate_state, given["probe"], backend=both
+        )
     assert torch.equal(case.x, before[0]) and torch.equal(case.residual, before[1])
 
 
@@ -324,7 +349,8 @@ def test_in_place_forms_refuse_a_gradient(both):
 @pytest.mark.parametrize("op", ["steer", "add_steer", "add_steer_rmsnorm"])
 def test_gradients_are_the_references(backend, op):
     case = steered(MIXES, 9, 48, torch.float32, "cpu", seed=9)
-    leaves = [case.x, case.residual, case.weight, case.tables.bank, case.tables.scalars]
+    scalars = numbers_of(case.tables.entries)[:, ops.Field.A : ops.Field.B + 1]
+    leaves = [case.x, case.residual, case.weight, case.tables.bank, scalars.contiguous()]
     grads = {}
     for name in (backend, "reference"):
         x, residual, weight, bank, scalars = (leaf.clone().requires_grad_() for leaf in leaves)
@@ -347,14 +373,14 @@ def test_gradients_are_the_references(backend, op):
 @pytest.mark.parametrize("op", ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"])
 def test_opcheck(backend, op):
     case = steered(MIXES, 5, 48, torch.float32, "cpu", seed=10)
-    t, r = case.tables, case.rows
-    tables = [t.bank, t.fields, t.scalars, t.ranges, r.slot, r.position, r.sequence, case.gate_state]
+    tables = [*case.tables[:3], case.rows, case.gate_state]
+    scalars = numbers_of(case.tables.entries)[:, ops.Field.A : ops.Field.B + 1].clone().requires_grad_()
     arguments = {
-        "steer": (case.x.requires_grad_(), *tables, case.columns),
+        "steer": (case.x.requires_grad_(), *tables, None, case.columns),
         "steer_": (case.x.detach(), *tables, torch.zeros(5, case.columns)),
-        "add_steer": (case.x, case.residual, *tables, 0),
+        "add_steer": (case.x, case.residual, *tables, None, 0),
         "steer_pair_": (case.x.detach(), case.residual, *tables, torch.zeros(8, case.columns)),
-        "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, case.columns),
+        "add_steer_rmsnorm": (case.x, case.residual, case.weight, 1e-6, 0.0, False, *tables, scalars, case.columns),
         "latch_": (case.x.detach(), None, *tables),
     }[op]
     overload = "triton" if backend == "triton" else "cpp"
@@ -400,6 +426,27 @@ def test_compiled_code_copies_nothing(backend):
     assert not re.search(r"empty_strided|clone|copy_\(|fused", body), "a hidden copy"
 
 
+def test_a_whole_buffer_of_places_serves_any_number_of_rows(backend):
+    """As vLLM's layers are compiled, first with as many rows as the buffer has room for."""
+    case = steered(MIXES, 64, 96, torch.float32, "cpu", seed=3)
+    tables = case.tables[:3]
+
+    def run(x, rows, gate_state):
+        torch.ops.faststeer.latch_.cpp(x, None, *tables, rows, gate_state)
+        return torch.ops.faststeer.steer.cpp(x, *tables, rows, gate_state, None, 0)[0]
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for n in (64, 13, 29):
+        x = case.x[:n].clone()
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            found = compiled(x, case.rows, case.gate_state)
+        assert torch.equal(found, ops.steer(x, case.tables, case.rows[:, :n], case.gate_state, backend=backend))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     """In compiled code too, of one graph for any number of rows: as vLLM's layers are compiled."""
@@ -409,10 +456,9 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     generator = torch.Generator().manual_seed(2)
     weights = [(torch.randn(hidden, hidden, generator=generator) / 8).to(dtype) for _ in range(2)]
 
-    def run(x, before, slot, position, sequence, probe):
+    def run(x, before, rows, probe):
         hidden, residual = x @ weights[0], (before + x) @ weights[1]
-        rows = slot, position, sequence, case.gate_state, probe
-        torch.ops.faststeer.steer_pair_.cpp(hidden, residual, *tables[:4], *rows)
+        torch.ops.faststeer.steer_pair_.cpp(hidden, residual, *tables[:3], rows, case.gate_state, probe)
         s = (hidden + residual).float()
         return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * case.weight
 
@@ -423,7 +469,7 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     probes = [[torch.full((room, columns), 7.0) for _ in inputs] for _ in range(2)]
 
     def run_all(function, probes):
-        return [function(*given, *case.rows, probe) for given, probe in zip(inputs, probes, strict=True)]
+        return [function(*given, case.rows, probe) for given, probe in zip(inputs, probes, strict=True)]
 
     with torch.no_grad():
         expected = run_all(run, probes[0])
@@ -435,7 +481,7 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     (code,) = codes
     body = code[code.index("def call(") : code.index("return (buf")]
     # On the products themselves, and on the buffers that came in: tables, rows, gates and probe.
-    assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){9}\)", body)) == 1
+    assert len(re.findall(r"faststeer\.steer_pair_\.cpp\(buf\d+, buf\d+(, arg\d+_1){6}\)", body)) == 1
     assert not re.search(r"clone|copy_\(", body), "a hidden copy"
     assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from oracle import Oracle, Row, TooClose
+from placing import moved, numbers_of, placed
 from strategies import plans, randn, seeds
 from torch import Tensor
 
 import faststeer as fs
 from faststeer.compile import compile_plan
-from faststeer.ops import Rows, backend_for, latch_, steer
+from faststeer.ops import Field, Tables, backend_for, latch_, steer
 from faststeer.ops.tables import Kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -62,7 +63,7 @@ def check(dtype: torch.dtype, hidden: int, n_layers: int, loaded: list[fs.Plan],
     sequence = torch.arange(len(ends), dtype=torch.int32).repeat_interleave(length)
     position = torch.cat([torch.arange(length, dtype=torch.int32) - end for end in ends])
     slot = torch.tensor([-1 if i < 0 else slots[i] for i in choice], dtype=torch.int32).repeat_interleave(length)
-    rows = Rows(slot, position, sequence)
+    rows = placed(slot, position, sequence)
     gate_state = torch.zeros(max(1, program.latching), len(ends) + 1, dtype=torch.bool)
 
     oracle = Oracle(n_layers, roundoff=2.0 ** (-53 if dtype == torch.float64 else -24))
@@ -151,9 +152,8 @@ def one_site(*interventions: fs.Intervention, hidden: int | None = None) -> fs.P
     return program
 
 
-def rows_at(position: int | list[int], n: int, slot: int = 0) -> Rows:
-    where = torch.as_tensor(position, dtype=torch.int32).expand(n).contiguous()
-    return Rows(torch.full((n,), slot, dtype=torch.int32), where, torch.arange(n, dtype=torch.int32))
+def rows_at(position: int | list[int], n: int, slot: int = 0) -> Tensor:
+    return placed(slot, position, torch.arange(n))
 
 
 def apply(x: Tensor, *interventions: fs.Intervention, position: int | list[int] = 0) -> Tensor:
@@ -414,6 +414,11 @@ class TestAdd:
         assert torch.equal(bits(steer(x, together.tables(0), rows_at(0, 6))), expected)
 
 
+def scalars_of(tables: Tables) -> Tensor:
+    """The entries' A and B, `[n_entries, 2]`."""
+    return numbers_of(tables.entries)[:, Field.A : Field.B + 1].clone()
+
+
 class TestZeroRows:
     """A zero row has cosine 0, no norm to keep, and no gradient that is not a number."""
 
@@ -453,7 +458,7 @@ class TestZeroRows:
         ):
             x = torch.zeros(2, 8, requires_grad=True)
             tables = one_site(intervention).tables(0)
-            bank, scalars = tables.bank.clone().requires_grad_(), tables.scalars.clone().requires_grad_()
+            bank, scalars = tables.bank.clone().requires_grad_(), scalars_of(tables).requires_grad_()
             steer(x, tables._replace(bank=bank, scalars=scalars), rows_at(0, 2)).sum().backward()
             for name, tensor in {"x": x, "bank": bank, "scalars": scalars}.items():
                 assert torch.isfinite(tensor.grad).all(), f"{type(intervention).__name__}, {name}"
@@ -483,7 +488,7 @@ def test_gradcheck(kind, more):
     made["mixed"] = [i for kind in made.values() for i in kind if not isinstance(i, fs.Project)]
     tables = one_site(*made[kind]).tables(0)
     used = int(tables.ranges[0, 1]) + int(tables.ranges[0, 0])
-    rest = tables.scalars[used:].double()
+    rest = scalars_of(tables)[used:].double()
 
     def f(x: Tensor, bank: Tensor, scalars: Tensor) -> Tensor:
         now = tables._replace(
@@ -492,7 +497,7 @@ def test_gradcheck(kind, more):
         return steer(x, now, rows_at([-2, -1, 0, -1], 4))
 
     x, in_use = randn(4, 4, hidden, dtype=torch.float64).requires_grad_(), int(tables.bank.any(1).sum())
-    bank, scalars = tables.bank[:in_use].double().requires_grad_(), tables.scalars[:used].double().requires_grad_()
+    bank, scalars = tables.bank[:in_use].double().requires_grad_(), scalars_of(tables)[:used].double().requires_grad_()
     assert not torch.equal(f(x, bank, scalars), x)
     assert torch.autograd.gradcheck(f, (x, bank, scalars))
 
@@ -609,8 +614,7 @@ class TestProbe:
         program.load(0, probing)
         program.load(1, other)
         probe = torch.full((3, 1), 7.0)
-        slots = torch.tensor([0, 1, -1], dtype=torch.int32)
-        steer(randn(1, 3, 16), program.tables(0), rows_at(0, 3)._replace(slot=slots), probe=probe)
+        steer(randn(1, 3, 16), program.tables(0), placed([0, 1, -1], 0, [0, 1, 2]), probe=probe)
         assert probe[0] not in (0.0, 7.0) and (probe[1:] == 0).all()
 
 
@@ -621,9 +625,8 @@ class TestLatch:
         gate = fs.Gate(self.d, 0.5, latched=True)
         return one_site(fs.Add(self.v, when=gate, **HERE, **where))
 
-    def rows(self, positions: list[int], sequences: list[int]) -> Rows:
-        position, sequence = (torch.tensor(t, dtype=torch.int32) for t in (positions, sequences))
-        return Rows(torch.zeros_like(position), position, sequence)
+    def rows(self, positions: list[int], sequences: list[int]) -> Tensor:
+        return placed(0, positions, sequences)
 
     def test_decided_at_the_last_prompt_token(self):
         """Rows are [sequence 0: -2, -1, 0, 1], [sequence 1: the same]; only sequence 0 is above the threshold at r =
@@ -672,7 +675,7 @@ class TestLatch:
         latch_(
             9 * self.d.expand(1, 8),
             self.program().tables(0),
-            rows._replace(slot=torch.tensor([-1], dtype=torch.int32)),
+            moved(rows, slot=-1),
             state,
         )
         assert not state.any()

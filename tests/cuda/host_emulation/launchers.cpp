@@ -11,10 +11,6 @@ int emulate_row(int op, int dtype, const int32_t* config, const RowArguments* ar
   return launch_row(static_cast<RowOp>(op), static_cast<Dtype>(dtype), chosen, *arguments, nullptr).error;
 }
 
-int emulate_latch(int dtype, const LatchArguments* arguments) {
-  return launch_latch(static_cast<Dtype>(dtype), *arguments, nullptr).error;
-}
-
 void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int aligned, int32_t sm_count,
                            int32_t asked, int32_t* config) {
   const LaunchConfig chosen = choose_launch(rows, hidden, itemsize, aligned != 0, sm_count, asked);
@@ -24,7 +20,5 @@ void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int a
 
 int32_t emulate_columns_of(const char* text) { return columns_of(text); }
 
-void emulate_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(RowArguments), sizes[1] = sizeof(LatchArguments);
-}
+int64_t emulate_size() { return sizeof(RowArguments); }
 }
