@@ -329,7 +329,7 @@ def _forecast(asked: _Asked, model: Any, tokenizer: Any, settings: dict[str, Any
     n = len(asked.layers) * len(positions)
     seconds = extraction.selection_seconds(
         model, tokenizer, asked.select, prompts.induce, prompts.suppress, n, len(asked.coefficients),
-        max_new_tokens=asked.max_new_tokens, **settings,
+        layers=asked.layers, max_new_tokens=asked.max_new_tokens, **settings,
     )  # fmt: skip
     sides = f"{len(prompts.induce)} + {len(prompts.suppress)} prompts"
     less = _less(seconds, max(len(prompts.induce), len(prompts.suppress)), asked.layers)

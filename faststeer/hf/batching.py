@@ -1,4 +1,4 @@
-"""From prompts to token batches, and from batches to next-token logits.
+"""From prompts to token batches.
 
 Every evaluation and extraction goes through here, so that chat templates, begin-of-sequence tokens, padding and
 position ids are handled once. It never samples, never changes the tokenizer or the model, and pads by hand on the left,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, count
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from faststeer.hf.encoding import (
     encode_texts,
     has_template,
 )
-from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
 Prompt = str | list[dict[str, str]]
@@ -364,43 +363,6 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
                 f"than {edge} tokens ({name}); these rows have {int(lengths.min())} to {mask.shape[1]}, and the "
                 "shorter would come out as they do not alone: use batch_size=1"
             )
-
-
-@torch.no_grad()
-def next_token_logits(
-    model: Any,
-    encoded: Sequence[Sequence[int]],
-    rows: Sequence[tuple[int, Plan | None]],
-    *,
-    pad_id: int = 0,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (row numbers, logits `[batch, vocabulary]` at the last prompt token) until every row was seen once.
-
-    A row is (index into `encoded`, plan), and the rows of a batch may have different plans, which is how many
-    candidates share a pass: plans are put on the model `batch_size` at a time, and all their rows pass before the next
-    ones are. Rows without a plan pass first, the model untouched. Logits have the model's dtype and device.
-
-    Raises:
-        ValueError: a model in training mode, a batch size below 1, a plan that does not fit the model.
-    """
-    check_evaluating(model)
-    device = model_device(model)
-    lengths = [len(encoded[prompt]) for prompt, _ in rows]
-    work = []
-    for plans, numbers in rounds(rows, batch_size):
-        groups = batches([lengths[number] for number in numbers], batch_size)
-        work.append((plans, [[numbers[index] for index in group] for group in groups]))
-    with progress_bar("Scoring", sum(len(groups) for _, groups in work), progress) as advance:
-        for plans, groups in work:
-            with steer(model, plans) if plans else nullcontext() as steering:
-                for group in groups:
-                    if steering is not None:
-                        steering.assign([rows[number][1] for number in group])
-                    batch = pad([encoded[rows[number][0]] for number in group], pad_id, device)
-                    yield group, model(**forward_arguments(model, batch)).logits[:, -1]
-                    advance()
 
 
 def rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:
