@@ -9,6 +9,7 @@ stand is run on whole prompts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ Row = tuple[int, Plan | None]
 
 # Whole passes are made where sharing leaves more than this part of them to run.
 LARGEST_PART = 0.95
-# Plans whose first layers are at most this part of all layers apart share batches: a few layers more are run, and the
+# Plans whose first layers are at most this part of all layers apart begin together: a few layers more are run, and the
 # rows of a batch are of similar length.
 WINDOW = 1 / 10
 # What is kept of the layers in front of the plans takes at most this much memory. With more, fewer layers are kept, and
@@ -89,7 +90,7 @@ def last_tokens(
         ValueError: a model in training mode, a batch size below 1, a plan that does not fit the model.
     """
     check_evaluating(model)
-    common = find_common(model, encoded, rows, layers, pad_id) if share else None
+    common = find_common(model, encoded, rows, layers, pad_id, batch_size) if share else None
     entering: Entering | None = None
     work: list[tuple[int | None, list[Plan], list[list[int]]]] = []  # first layer, plans, batches of rows
     lengths = [len(encoded[prompt]) for prompt, _ in rows]
@@ -214,17 +215,9 @@ def _rounds(
     by_begin: dict[int | None, list[int]] = {}
     for number, (_, plan) in enumerate(rows):
         by_begin.setdefault(None if common is None else common.begins.get(id(plan)), []).append(number)
-    window = 0 if common is None else int(WINDOW * common.points.n_layers)
-    together: dict[int | None, list[int]] = {None: by_begin.pop(None, [])}
-    first = 0
-    for begin in sorted(begin for begin in by_begin if begin is not None):
-        if not first or begin > first + window:  # what begins at layer 0 stays alone
-            first = begin
-        together.setdefault(first, []).extend(by_begin[begin])
-    for first_run, unsorted in together.items():
-        numbers = sorted(unsorted)
+    for begin, numbers in sorted(by_begin.items(), key=lambda item: -1 if item[0] is None else item[0]):
         for plans, some in rounds([rows[number] for number in numbers], plans_at_once):
-            yield first_run, plans, [numbers[index] for index in some]
+            yield begin, plans, [numbers[index] for index in some]
 
 
 def first_layer(plan: Plan, n_layers: int) -> int | None:
@@ -248,6 +241,7 @@ def find_common(
     rows: Sequence[Row],
     layers: Sequence[int],
     pad_id: int,
+    batch_size: int,
 ) -> Common | None:
     """Return what the rows of `last_tokens` have in common; None where the model allows nothing, or little is saved."""
     plans = {id(plan): plan for _, plan in rows if plan is not None}
@@ -258,6 +252,7 @@ def find_common(
         return None
     firsts = {key: first for key, plan in plans.items() if (first := first_layer(plan, points.n_layers)) is not None}
     begins = {key: min(first, *layers) if layers else first for key, first in firsts.items()}
+    begins = _together(begins, [id(plan) for _, plan in rows], int(WINDOW * points.n_layers), batch_size)
     used = sorted({prompt for prompt, plan in rows if id(plan) in begins})
     prompts = [encoded[prompt] for prompt in used]
     if not prompts or _cost(encoded, rows, begins, points.n_layers, common_length(prompts, 1)) > LARGEST_PART:
@@ -302,6 +297,19 @@ def _cost(
     left = sum((tokens - length) * (n_layers - begin) for tokens, begin in mine)
     left += sum(length * (n_layers - begin) for begin in begins.values())
     return (left + ahead * n_layers) / (sum(tokens for tokens, _ in mine) * n_layers)
+
+
+def _together(begins: Mapping[int, int], plan_of_row: Sequence[int], window: int, batch_size: int) -> dict[int, int]:
+    """Let plans that begin near each other begin at the first of them: at most `window` layers apart, or further where
+    their rows fill no batch. What begins at layer 0 stays alone."""
+    n_rows = Counter(begins[plan] for plan in plan_of_row if plan in begins)
+    merged, first, filled = {0: 0}, 0, 0
+    for begin in sorted(n_rows):
+        if not first or (begin > first + window and filled >= batch_size):
+            first, filled = begin, 0
+        filled += n_rows[begin]
+        merged[begin] = first
+    return {plan: merged[begin] for plan, begin in begins.items()}
 
 
 def _fewer(begins: Mapping[int, int], most: int) -> dict[int, int]:

@@ -90,7 +90,7 @@ def test_shared_passes_equal_whole_ones(name):
     subject, encoded = models.build(name, **changes), prompts()
     some = plans()
     rows = rows_of(encoded, some)
-    common = find_common(subject, encoded, rows, (), 0)
+    common = find_common(subject, encoded, rows, (), 0, 12)
     assert common.prefix.length == (0 if name in WINDOWED else 24)
     assert set(common.begins.values()) == ({0} if name in UNTIED else {0, 1, 2, 3})
     whole, shared = (run(subject, encoded, rows, batch_size=12, share=s)[0] for s in (False, True))
@@ -107,7 +107,7 @@ def test_models_with_states_begin_behind_layers_as_well(family):
     v = torch.randn(points.hidden_size, generator=torch.Generator().manual_seed(1))
     some = [fs.Plan([fs.Add(c * v, layers=3, at="resid_pre")]) for c in (-3, -2, -1, 1, 2, 3)]
     rows = rows_of(encoded, some)
-    assert set(find_common(subject, encoded, rows, (), 0).begins.values()) == {2}
+    assert set(find_common(subject, encoded, rows, (), 0, 12).begins.values()) == {2}
     with counted(subject, 0) as seen:
         shared, _ = run(subject, encoded, rows, batch_size=5)
     with counted(subject, 0) as seen_whole:
@@ -127,7 +127,9 @@ def test_activations_dtypes_and_paths(dtype, path, monkeypatch):
     assert_near(shared, whole, dtype)
     for layer in (1, 3):
         assert_near(b[layer], a[layer], dtype)
-    assert max(find_common(subject, encoded, rows, [1, 3], 0).begins.values()) == 1, "layer 1 is read as it is steered"
+    assert max(find_common(subject, encoded, rows, [1, 3], 0, 12).begins.values()) == 1, (
+        "layer 1 is read as it is steered"
+    )
 
 
 def test_layers_in_front_of_a_plan_run_once_for_each_prompt():
@@ -148,7 +150,7 @@ def test_only_as_many_layers_are_kept_as_memory_allows(monkeypatch):
     whole, _ = run(subject, encoded, rows, batch_size=16, share=False)
     shared, _ = run(subject, encoded, rows, batch_size=16)
     assert_near(shared, whole, torch.float32)
-    assert set(find_common(subject, encoded, rows, (), 0).begins.values()) == {0, 1, 3}
+    assert set(find_common(subject, encoded, rows, (), 0, 12).begins.values()) == {0, 1, 3}
 
 
 def test_where_a_plan_begins():
@@ -187,7 +189,7 @@ def test_a_model_whose_layers_look_past_the_stream_is_run_whole(on):
     )  # fmt: skip
     subject, encoded = Leaving(config, on).eval(), prompts()
     rows = rows_of(encoded, plans())
-    common = find_common(subject, encoded, rows, (), 0)
+    common = find_common(subject, encoded, rows, (), 0, 12)
     assert set(common.begins.values()) == {0}
     whole, shared = (run(subject, encoded, rows, batch_size=16, share=share)[0] for share in (False, True))
     assert_near(shared, whole, torch.float32)
@@ -197,7 +199,7 @@ def test_a_steered_model_is_run_whole():
     subject, encoded = models.model("llama"), prompts()
     rows = rows_of(encoded, plans(2))
     with fs.steer(subject, fs.Plan([fs.Add(models.direction(3), layers=0, positions="last")])):
-        assert find_common(subject, encoded, rows, (), 0) is None
+        assert find_common(subject, encoded, rows, (), 0, 12) is None
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_a_steered_model_is_run_whole():
 def test_what_saves_little_is_run_whole(encoded, n_plans):
     subject = models.model("llama")
     some = [fs.Plan([fs.Add(models.direction(), layers=1, at="resid_post")])] * n_plans
-    assert find_common(subject, encoded, rows_of(encoded, some), (), 0) is None
+    assert find_common(subject, encoded, rows_of(encoded, some), (), 0, 12) is None
 
 
 def test_the_model_is_as_before_when_the_work_is_left_half_done():
@@ -222,3 +224,13 @@ def test_the_model_is_as_before_when_the_work_is_left_half_done():
     assert "forward" in vars(subject.model.layers[-1]), "nothing is changed yet"
     work.close()
     assert [dict(vars(layer)) for layer in subject.model.layers] == before
+
+
+def test_rows_that_fill_no_batch_begin_together():
+    """A row for each of 20 layers, or ten, and batches of 6; what begins at layer 0 stays apart."""
+    plan_of_row = list(range(20))
+    begins = module._together({plan: plan for plan in plan_of_row}, plan_of_row, 2, 6)
+    assert [begins[plan] for plan in plan_of_row] == [0, *[1] * 6, *[7] * 6, *[13] * 6, 19]
+    many = [plan for plan in plan_of_row for _ in range(10)]
+    begins = module._together({plan: plan for plan in plan_of_row}, many, 2, 6)
+    assert [begins[plan] for plan in plan_of_row] == [0, *(3 * (plan // 3) + 1 for plan in range(19))]
