@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPTS = (
-    "generation/cpu.py", "extract/reading.py", "extract/selection.py", "extract/sharing.py", "evaluate/sweep.py", "observe/freezing.py",
+    "generation/cpu.py", "extract/reading.py", "extract/selection.py", "extract/sharing.py", "evaluate/sweep.py",
+    "observe/freezing.py",
 )  # fmt: skip
 
 

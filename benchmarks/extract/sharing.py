@@ -5,9 +5,10 @@ whole passes for every candidate, as it was done before.
 
 About 15 minutes on two idle cores. Candidates of all 30 layers at the last token are chosen among by `select` on
 64 + 64 questions: added and subtracted with coefficient 1, ablated everywhere, and the ablation's KL. `shared`: as
-`select` does it; `whole passes`: the same with `last_tokens(share=False)`. Both must choose the same candidate; the largest
-difference of a score or KL in the table is logged. Cases take turns within a repeat. Appended to
-out/bench/sharing.jsonl; at the end benchmarks/results/sharing_smollm2.csv (`--quick`: in out/bench).
+`select` does it; `whole passes`: the same with `last_tokens(share=False)`. Both must choose the same candidate; the
+largest difference of a score or KL in the table is logged. Cases take turns within a
+repeat. Appended to out/bench/sharing.jsonl; at the end benchmarks/results/sharing_smollm2.csv (`--quick`: in
+out/bench).
 """
 
 from __future__ import annotations
