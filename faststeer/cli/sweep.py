@@ -10,12 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Json, app, check_files, errors, load_model, reports_errors
+from faststeer.cli.common import FAILED, Json, MaxBatch, app, check_files, keeps, load_model, reports_errors
 
 if TYPE_CHECKING:
     from faststeer.evaluate.sweep import Line
-
-FAILED, STOPPED = 3, 130
 
 
 @app.command()
@@ -28,7 +26,7 @@ def sweep(
     judge: Annotated[str | None, typer.Option(help="Sort the table by this judge's mean score.")] = None,
     tag: Annotated[str | None, typer.Option(help="Count only prompts with this tag.")] = None,
     lines: Annotated[int, typer.Option(min=1, help="Lines of the table; --json has all.")] = 20,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 256,
+    max_batch: MaxBatch = 256,
     as_json: Json = False,
 ) -> None:
     """Measure layers x coefficients x vectors x prompts in one go, next to random vectors, and print what they do.
@@ -68,12 +66,9 @@ def sweep(
         return
     with sweeps.Store(store) as opened:
         model, tokenizer = load_model(asked.model, asked.dtype, asked.device)
-        try:
+        with keeps(store):
             engine = VllmEngine if asked.engine == "vllm" else None
             run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=engine)
-        except KeyboardInterrupt:
-            errors.print(f"Stopped; what was finished is in {store}. The same command goes on.", highlight=False)
-            raise typer.Exit(STOPPED) from None
         found = _print(opened, run, judge, tag, lines, as_json)
     if any(line.errors or any(score.failures for score in line.scores.values()) for line in found):
         raise typer.Exit(FAILED)

@@ -97,7 +97,9 @@ def last_tokens(
     for begin, plans, numbers in _rounds(rows, batch_size, common):
         groups = batches([lengths[number] for number in numbers], batch_size)
         work.append((begin, plans, [[numbers[index] for index in group] for group in groups]))
-    with progress_bar("Scoring", sum(len(groups) for _, _, groups in work), progress) as advance:
+    n_layers = 1 if common is None else common.points.n_layers
+    weights = [float(len(group) * (n_layers - (begin or 0))) for begin, _, groups in work for group in groups]
+    with progress_bar("Scoring", len(weights), progress, weights=weights) as advance:
         for begin, plans, groups in work:
             if common is not None and begin is not None and entering is None:
                 entering = _run_ahead(model, common, encoded, rows, pad_id, batch_size)
