@@ -111,6 +111,8 @@ def _mean(line: Line, judge: str) -> float:
 def results_table(found: list[Line], title: str) -> Table:
     """Settings by judges, one unit per column (`shows_share`); * where a vector or plan differs from the random vectors
     (or, without those, from the unsteered model)."""
+    from faststeer.evaluate.sweep import shows_share
+
     names = list(found[0].scores) if found else []
     shares = {name: shows_share(found, name) for name in names}
     costs = sorted({name for line in found for name in line.effects})
@@ -121,18 +123,6 @@ def results_table(found: list[Line], title: str) -> Table:
         made.add_row(line.name, *(_cell(line, name, shares[name]) for name in names), *effects, str(line.answers))
     made.caption = "95 % intervals; * differs from the random vectors, or where there are none from the unsteered model"
     return made
-
-
-def shows_share(found: list[Line], judge: str) -> bool:
-    """Whether a judge's column has the share of answers that show what it looks for: where it draws a line, and its
-    score is 0 or 1 or the unsteered share is between 10 and 90 %. Otherwise the mean score says more: a share near its
-    end cannot move."""
-    shown = [(score.rate, score.mean) for line in found if (score := line.scores.get(judge)) is not None and score.mean]
-    if not shown or any(rate is None for rate, _ in shown):
-        return False
-    binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
-    unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
-    return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
 
 
 def _cell(line: Line, judge: str, share: bool) -> str:
