@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import faststeer as fs
-import faststeer.demo  # noqa: F401  its prompts
+import faststeer.demo
 from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt, load_sweep
 from faststeer.evaluate.sweep import run as run_sweep
 
