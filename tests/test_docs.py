@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import faststeer as fs
+import faststeer.demo
 from faststeer.compile import compile_plan
 from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt, load_sweep
 from faststeer.evaluate.sweep import run as run_sweep

@@ -79,7 +79,7 @@ def observed(out: Path) -> None:
 TINY: dict[str, Any] = {"layer": 3, "position": -1, "methods": ("dim", "ntp"), "steps": 2, "n_patch": 2, "controls": 1}
 TINY |= {"n_faithful": 1, "n_test": 2, "n_utility": 2, "quadrature": 2, "shares": (0.1,), "sparsities": (0.5,)}
 TINY |= {"max_new_tokens": 12}
-SMALL = ("--prompts", 1, "--max-new-tokens", 2, "--steps", 2)
+SMALL = ("--prompts", 1, "--max-new-tokens", 2, "--steps", 2, "--held-out", 1, "--layers", "2,3", "--position", -1)
 WORK: dict[str, Callable[[Path], None]] = {
     "extract": command("extract", "--model", "demo", "--behaviour", "tone", "--out", ...),
     **{name: trained(method) for name, method in (("ntp", ntp), ("po", po), ("reps", reps), ("bipo", bipo))},

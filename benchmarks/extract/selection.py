@@ -8,8 +8,8 @@ few opening words), with every candidate's tone direction added on one set of pr
 rows`: `score_on` with all plans, 64 rows a batch, each row under its own plan. `one at a time`: each plan alone on the
 model by `fs.steer`, all its prompts in one batch. `one at a time, hooks`: the same with a hand-written forward hook,
 registered and removed for each candidate, which is what people do. Cases take turns within a repeat. With few prompts a
-candidate the batches of one at a time are small; with many, both compute the same rows, and what is left of the
-difference is the cost of putting plans on the model. Appended to out/bench/selection.jsonl; at the end
+candidate the batches of one at a time are small; with many, mixed rows save what candidates have in common, and the
+cost of putting plans on the model. Appended to out/bench/selection.jsonl; at the end
 benchmarks/results/selection_smollm2.csv (`--quick`: in out/bench).
 """
 

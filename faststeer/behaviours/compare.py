@@ -7,9 +7,10 @@ left out.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from faststeer.algebra import random_like
+from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.behaviours.behaviour import Behaviour
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.generate import seconds_per_answer
@@ -44,7 +46,9 @@ from faststeer.hf import find_hook_points
 from faststeer.hf.batching import forecast, model_name
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector
+from faststeer.version import versions
 
+FORMAT = "faststeer.comparison/1"
 CONTRAST = ("dim", "pca", "lat", "probe", "ace")
 FROM_PAIRS = ("caa", "attribution", "unembedding")
 TRAINED = tuple(optimise.METHODS)
@@ -137,6 +141,7 @@ class _Job:
     coefficients: tuple[float, ...]
     n_select: int
     training: Mapping[str, Any]
+    parts: ArtefactStore | None
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def say(self, text: str) -> None:
@@ -149,7 +154,7 @@ class _Job:
 
     @property
     def answering(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "progress": self.progress}
+        return self.passing | {"max_new_tokens": self.max_new_tokens, "parts": self.parts}
 
 
 def compare(
@@ -171,6 +176,7 @@ def compare(
     training: Mapping[str, Any] = MappingProxyType({}),
     batch_size: int = 64,
     progress: bool = False,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Comparison:
     """Find a behaviour's vector by each method, choose where and how strongly it acts, and measure all of them alike.
 
@@ -196,6 +202,8 @@ def compare(
         seed: of training and of the control.
         training: other fields of `Recipe` for the trained methods, such as {"lr": 0.02}.
         batch_size, progress: as in `faststeer.extract.candidates`.
+        folder: where answers, trained vectors and the state of trainings are kept as they come: the same call goes on
+            with them after a kill, and gives the same bytes. None: nothing is kept.
 
     Raises:
         ValueError: an unknown method, an empty list, numbers out of range; what the methods refuse in the behaviour's
@@ -218,7 +226,7 @@ def compare(
         layers = check_layer_numbers(layers, n_layers)
     job = _Job(
         model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
-        max_new_tokens, check_coefficients(coefficients), n_select, training,
+        max_new_tokens, check_coefficients(coefficients), n_select, training, _store(folder, model, tokenizer),
     )  # fmt: skip
     if progress:
         _forecast(job, wanted, n_layers, n_test)
@@ -231,7 +239,7 @@ def compare(
             continue
         job.say(f"[bold]{method}[/]")
         try:
-            table, times[method] = _timed(lambda method=method: _find(job, method, found, chosen["dim"]))  # type: ignore[misc]
+            table, times[method] = _find(job, method, found, chosen["dim"])
             chosen[method] = _select(job, method, _scaled(method, table, norms, found, chosen["dim"]))
         except (ValueError, optimise.TrainingDiverged) as error:
             skipped[method] = str(error)
@@ -262,6 +270,12 @@ def compare(
         "test_suppress": len(test.suppress[:n_test]),
     }
     return Comparison(behaviour.name, results, skipped, settings, counts, model_name(model))
+
+
+def _store(folder: str | os.PathLike[str] | None, model: Any, tokenizer: Any) -> ArtefactStore | None:
+    if folder is None:
+        return None
+    return ArtefactStore(folder, FORMAT, fingerprint(model), versions(), getattr(tokenizer, "chat_template", None))
 
 
 def _forecast(job: _Job, methods: Sequence[str], n_layers: int, n_test: int | None) -> None:
@@ -305,31 +319,58 @@ def _contrast(job: _Job) -> Contrast:
     )
 
 
-def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
-    """The table of a method's directions."""
+def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> tuple[Found, float]:
+    """The table of a method's directions, and the seconds that it took to find it."""
+    if method not in TRAINED:
+        return _timed(lambda: _table(job, method, found, dim))
+    vector, seconds = _trained(job, method, dim)
+    return Directions.of_vector(vector, found.candidates.n_layers), seconds
+
+
+def _table(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
+    """Directions of a method that trains nothing."""
     if method in CONTRAST:
         return getattr(found, method)()
     pairs = job.behaviour.train.pairs
     if method == "caa":
         _need_pairs(job)
         return caa_table(job.model, job.tokenizer, pairs, at=job.at, **job.passing)
-    if method in ("unembedding", "attribution"):
-        tokens, against = answer_tokens(job.tokenizer, job.behaviour)
-        if method == "unembedding":
-            vector = unembedding(job.model, job.tokenizer, tokens, against or None, at=job.at)
-            return Directions.of_vector(vector, found.candidates.n_layers)
-        rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
-        prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
-        metric = logit_difference(tokens, rest)
-        means = found.candidates
-        return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
+    tokens, against = answer_tokens(job.tokenizer, job.behaviour)
+    if method == "unembedding":
+        vector = unembedding(job.model, job.tokenizer, tokens, against or None, at=job.at)
+        return Directions.of_vector(vector, found.candidates.n_layers)
+    rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
+    prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
+    metric = logit_difference(tokens, rest)
+    means = found.candidates
+    return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
+
+
+def _trained(job: _Job, method: str, dim: Choice) -> tuple[SteeringVector, float]:
+    """The vector of a method that trains, and the seconds that it took. Where parts are kept, the vector is one of
+    them, and a training that was stopped goes on; the seconds are those of the run that ended it."""
     _need_pairs(job)
+    pairs, parts = job.behaviour.train.pairs, job.parts
     layers = list(job.layers) if job.layers is not None else _best_layers(dim, job.train_layers)
     recipe = Recipe(**{"steps": job.steps, "seed": job.seed, **job.training, "layers": layers, "at": job.at})
     # What is measured is the vector subtracted.
     how = optimise.RePS(suppression="subtract") if method == "reps" else optimise.METHODS[method]()
-    training = optimise.train(job.model, job.tokenizer, pairs, how, recipe, progress=job.progress)
-    return Directions.of_vector(training.vector, found.candidates.n_layers)
+    depends = [[asdict(pair) for pair in pairs], asdict(recipe)]
+    checkpoint = None if parts is None else parts.path(f"{method}-training", depends, ".checkpoint")
+
+    def train() -> SteeringVector:
+        return optimise.train(
+            job.model, job.tokenizer, pairs, how, recipe, checkpoint=checkpoint, progress=job.progress
+        ).vector
+
+    if parts is None:
+        return _timed(train)
+
+    def find() -> SteeringVector:
+        return parts.record(SteeringVector, method, depends, train)
+
+    seconds = parts.json(f"{method}-time", depends, lambda: {"seconds": _timed(find)[1]})["seconds"]
+    return find(), seconds
 
 
 def _need_pairs(job: _Job) -> None:

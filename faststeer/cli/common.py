@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from faststeer import Plan, SteeringVector
     from faststeer.behaviours import Behaviour
 
+FAILED, STOPPED = 3, 130  # exit codes: finished, but something had to be left out; stopped by Ctrl-C
 DEMO_STEPS = 24  # of training: a tiny model needs no ten epochs
 
 app = typer.Typer(
@@ -48,6 +50,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Judge = Annotated[
     str | None, typer.Option(help="What reads the answers: refusal, sentiment, ... (default: the behaviour's).")
 ]
+BehaviourName = Annotated[
+    str | None, typer.Option("--behaviour", help="refusal, sentiment, tone, or a behaviour's file or folder.")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Rows that run together.")]
+Title = Annotated[str | None, typer.Option("--title", help="Heading of the page.")]
 VectorLayer = Annotated[
     str | None, typer.Option(help="For --vector: its layers that act, such as 12, 8-12, 3,7, or all.")
 ]
@@ -82,6 +90,19 @@ def reports_errors(command: Command) -> Command:
             raise typer.Exit(1) from error
 
     return run  # type: ignore[return-value]
+
+
+@contextmanager
+def keeps(where: Path | None) -> Iterator[None]:
+    """A block whose finished work is kept at `where`: Ctrl-C says so and ends the command with STOPPED. None: nothing
+    is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if where is None:
+            raise
+        errors.print(f"Stopped; what was finished is in {where}. The same command goes on.", highlight=False)
+        raise typer.Exit(STOPPED) from None
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from faststeer.cli.common import (
+    FAILED,
     Device,
     Dtype,
     Json,
+    MaxBatch,
+    MaxNewTokens,
     Model,
     Rendered,
     System,
@@ -26,7 +29,7 @@ from faststeer.cli.common import (
     reports_errors,
     vector_layers,
 )
-from faststeer.cli.sweep import FAILED, results_table
+from faststeer.cli.sweep import results_table
 from faststeer.files import FormatError, read_json, read_text
 
 if TYPE_CHECKING:
@@ -64,10 +67,10 @@ def evaluate(
         typer.Option(help="Judge a behaviour's test prompts (those to induce it on) by its judge; several times."),
     ] = None,
     meant: Annotated[str | None, typer.Option(help="Which --behaviour the plan or vector is for.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     system: System = None,
     rendered: Rendered = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 128,
+    max_batch: MaxBatch = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,

@@ -18,6 +18,7 @@ from rich.table import Table
 from faststeer.cli.common import (
     DEMO_STEPS,
     BatchSize,
+    BehaviourName,
     Device,
     Dtype,
     Field,
@@ -31,6 +32,7 @@ from faststeer.cli.common import (
     app,
     behaviour_of,
     check_sides,
+    keeps,
     layer_numbers,
     load_model,
     numbers,
@@ -58,10 +60,7 @@ def extract(
         Path | None, typer.Option(help="The vector's file (.safetensors); with --method, a folder for all of them.")
     ] = None,
     model: Model = "demo",
-    behaviour: Annotated[
-        str | None,
-        typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder."),
-    ] = None,
+    behaviour: BehaviourName = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -136,8 +135,9 @@ def extract(
 
     With --select a fifth of each set is held out, and the layer and token that do most on it are kept. With --method
     the behaviour's vector is found by each method, its layer, token and coefficient are chosen on validation prompts,
-    and what it does is measured on test prompts, next to a random vector. The demo model brings its own prompts. How
-    long it takes is said before the work and while it runs.
+    and what it does is measured on test prompts, next to a random vector; what is finished is kept in --out, and the
+    same command goes on with it after a kill or Ctrl-C. The demo model brings its own prompts. How long it takes is
+    said before the work and while it runs.
 
     \b
     Example: faststeer extract --model ./my-model --positive cheerful.txt --negative gloomy.txt --out tone.safetensors
@@ -329,7 +329,7 @@ def _forecast(asked: _Asked, model: Any, tokenizer: Any, settings: dict[str, Any
     n = len(asked.layers) * len(positions)
     seconds = extraction.selection_seconds(
         model, tokenizer, asked.select, prompts.induce, prompts.suppress, n, len(asked.coefficients),
-        max_new_tokens=asked.max_new_tokens, **settings,
+        layers=asked.layers, max_new_tokens=asked.max_new_tokens, **settings,
     )  # fmt: skip
     sides = f"{len(prompts.induce)} + {len(prompts.suppress)} prompts"
     less = _less(seconds, max(len(prompts.induce), len(prompts.suppress)), asked.layers)
@@ -395,7 +395,9 @@ def _compare(
 
     methods = list(METHODS) if method == "all" else [part.strip() for part in method.split(",")]
     loaded, tokenizer = load_model(model, dtype, device)
-    found = compare(loaded, tokenizer, behaviour, methods, **options)
+    folder = None if out is None else out / "parts"
+    with keeps(folder):
+        found = compare(loaded, tokenizer, behaviour, methods, folder=folder, **options)
     report = found.to_dict() | {"model": model}
     if out is not None:
         for result in found.results:

@@ -12,24 +12,28 @@ from rich.table import Table
 
 from faststeer.cli.common import (
     DEMO_STEPS,
+    FAILED,
     BatchSize,
+    BehaviourName,
     Device,
     Dtype,
     Field,
     Json,
     Judge,
+    MaxNewTokens,
     Model,
     Negative,
     Positive,
+    Title,
     app,
     behaviour_of,
     check_sides,
     errors,
+    keeps,
     load_model,
     numbers,
     reports_errors,
 )
-from faststeer.cli.sweep import FAILED, STOPPED
 
 
 @app.command()
@@ -37,9 +41,7 @@ from faststeer.cli.sweep import FAILED, STOPPED
 def observe(
     out: Annotated[Path, typer.Option(help="Folder of the study; go on with it after a kill.")] = Path("observe"),
     model: Model = "demo",
-    behaviour: Annotated[
-        str | None, typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder.")
-    ] = None,
+    behaviour: BehaviourName = None,
     positive: Positive = None,
     negative: Negative = None,
     field: Field = None,
@@ -68,12 +70,12 @@ def observe(
         str, typer.Option(help="Shares of the vector's coordinates that are zero.")
     ] = "0,0.5,0.8,0.9,0.95,0.99",
     controls: Annotated[int, typer.Option(min=1, help="Random circuits of each size, and random sparse vectors.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of training and of every control.")] = 0,
     batch_size: BatchSize = 32,
     patch_batch: Annotated[int, typer.Option(min=1, help="Examples that are patched together.")] = 4,
     png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNGs.")] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    title: Title = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -118,11 +120,8 @@ def observe(
     studied = behaviour_of(model, behaviour, positive, negative, field, judge)
     loaded, tokenizer = load_model(model, dtype, device)
     run: dict[str, Any] = {"name": model, "batch_size": batch_size, "patch_batch": patch_batch, "progress": True}
-    try:
+    with keeps(out):
         found = study.run(loaded, tokenizer, studied, out, settings, **run)
-    except KeyboardInterrupt:
-        errors.print(f"Stopped; what was finished is in {out}. The same command goes on.", highlight=False)
-        raise typer.Exit(STOPPED) from None
     page = _page(found, title)
     if page is not None:
         write_atomically(out / "observe.html", page)

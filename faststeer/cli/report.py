@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from faststeer.cli.common import Json, app, errors, reports_errors
+from faststeer.cli.common import Json, Title, app, errors, reports_errors
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def report(
     price: Annotated[str | None, typer.Option(help="The price: kl, cross_entropy, accuracy or a judge.")] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the largest effect, good enough to recommend.")] = 0.9,
     limit: Annotated[float | None, typer.Option(help="Recommend nothing that costs more than this.")] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    title: Title = None,
     as_json: Json = False,
 ) -> None:
     """Make one HTML page of a sweep: dose and response, heat maps, the Pareto front with the setting to use, answers,

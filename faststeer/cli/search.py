@@ -11,25 +11,30 @@ from rich.console import Console
 from rich.table import Table
 
 from faststeer.cli.common import (
+    FAILED,
+    BehaviourName,
     Device,
     Dtype,
     Field,
     Json,
     Judge,
+    MaxBatch,
+    MaxNewTokens,
     Model,
     Negative,
     Positive,
+    Title,
     app,
     behaviour_of,
     check_files,
     check_sides,
     errors,
+    keeps,
     layer_numbers,
     load_model,
     positions_of,
     reports_errors,
 )
-from faststeer.cli.sweep import FAILED, STOPPED
 
 
 @app.command()
@@ -37,9 +42,7 @@ from faststeer.cli.sweep import FAILED, STOPPED
 def search(
     out: Annotated[Path, typer.Option(help="Folder of the search; go on with it after a kill.")] = Path("search"),
     model: Model = "demo",
-    behaviour: Annotated[
-        str | None, typer.Option(help="refusal, sentiment, tone, or a behaviour's file or folder.")
-    ] = None,
+    behaviour: BehaviourName = None,
     positive: Positive = None,
     negative: Negative = None,
     field: Field = None,
@@ -59,16 +62,19 @@ def search(
     max_repetition: Annotated[
         float, typer.Option(min=0, max=1, help="Share of repeated 4-grams that it may add to the answers.")
     ] = 0.1,
+    max_over_refusal: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of refusing answers that it may add (refusal itself apart).")
+    ] = 0.1,
     share: Annotated[float, typer.Option(min=0, max=1, help="Of the largest gain, good enough to be chosen.")] = 0.9,
     prompts: Annotated[int, typer.Option(help="Validation prompts of a setting.")] = 8,
     finalists: Annotated[int, typer.Option(help="Settings that are measured on more prompts.")] = 6,
     train: Annotated[
         int | None, typer.Option(help="Training prompts a side that vectors are found on, at most (all).")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
-    max_batch: Annotated[int, typer.Option(help="Rows that run together.")] = 32,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    max_batch: MaxBatch = 32,
+    title: Title = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -100,6 +106,7 @@ def search(
         max_kl=max_kl,
         max_perplexity=max_perplexity,
         max_repetition=max_repetition,
+        max_over_refusal=max_over_refusal,
         share=share,
         prompts=prompts,
         finalists=finalists,
@@ -110,11 +117,8 @@ def search(
     )
     searched = behaviour_of(model, behaviour, positive, negative, field, judge)
     loaded, tokenizer = load_model(model, dtype, device)
-    try:
+    with keeps(out):
         state = searching.search(loaded, tokenizer, searched, out, settings, name=model, progress=True)
-    except KeyboardInterrupt:
-        errors.print(f"Stopped; what was finished is in {out}. The same command goes on.", highlight=False)
-        raise typer.Exit(STOPPED) from None
     page = _page(state, out / "search.html", title)
     if as_json:
         facts = {"chosen": state["chosen"], "test": state["test"], "settings": searching.rows(state)}

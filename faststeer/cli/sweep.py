@@ -10,12 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from faststeer.cli.common import Json, app, check_files, errors, load_model, reports_errors
+from faststeer.cli.common import FAILED, Json, MaxBatch, app, check_files, keeps, load_model, reports_errors
 
 if TYPE_CHECKING:
     from faststeer.evaluate.sweep import Line
-
-FAILED, STOPPED = 3, 130
 
 
 @app.command()
@@ -28,7 +26,7 @@ def sweep(
     judge: Annotated[str | None, typer.Option(help="Sort the table by this judge's mean score.")] = None,
     tag: Annotated[str | None, typer.Option(help="Count only prompts with this tag.")] = None,
     lines: Annotated[int, typer.Option(min=1, help="Lines of the table; --json has all.")] = 20,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 256,
+    max_batch: MaxBatch = 256,
     as_json: Json = False,
 ) -> None:
     """Measure layers x coefficients x vectors x prompts in one go, next to random vectors, and print what they do.
@@ -68,12 +66,9 @@ def sweep(
         return
     with sweeps.Store(store) as opened:
         model, tokenizer = load_model(asked.model, asked.dtype, asked.device)
-        try:
+        with keeps(store):
             engine = VllmEngine if asked.engine == "vllm" else None
             run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=engine)
-        except KeyboardInterrupt:
-            errors.print(f"Stopped; what was finished is in {store}. The same command goes on.", highlight=False)
-            raise typer.Exit(STOPPED) from None
         found = _print(opened, run, judge, tag, lines, as_json)
     if any(line.errors or any(score.failures for score in line.scores.values()) for line in found):
         raise typer.Exit(FAILED)
@@ -116,6 +111,8 @@ def _mean(line: Line, judge: str) -> float:
 def results_table(found: list[Line], title: str) -> Table:
     """Settings by judges, one unit per column (`shows_share`); * where a vector or plan differs from the random vectors
     (or, without those, from the unsteered model)."""
+    from faststeer.evaluate.sweep import shows_share
+
     names = list(found[0].scores) if found else []
     shares = {name: shows_share(found, name) for name in names}
     costs = sorted({name for line in found for name in line.effects})
@@ -126,18 +123,6 @@ def results_table(found: list[Line], title: str) -> Table:
         made.add_row(line.name, *(_cell(line, name, shares[name]) for name in names), *effects, str(line.answers))
     made.caption = "95 % intervals; * differs from the random vectors, or where there are none from the unsteered model"
     return made
-
-
-def shows_share(found: list[Line], judge: str) -> bool:
-    """Whether a judge's column has the share of answers that show what it looks for: where it draws a line, and its
-    score is 0 or 1 or the unsteered share is between 10 and 90 %. Otherwise the mean score says more: a share near its
-    end cannot move."""
-    shown = [(score.rate, score.mean) for line in found if (score := line.scores.get(judge)) is not None and score.mean]
-    if not shown or any(rate is None for rate, _ in shown):
-        return False
-    binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
-    unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
-    return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
 
 
 def _cell(line: Line, judge: str, share: bool) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.hf.batching import Prompt, encode, next_token_logits, padding_id
+from faststeer.hf.batching import Prompt, encode, padding_id
+from faststeer.hf.last_tokens import last_tokens
 from faststeer.plan import Plan
 
 
@@ -67,7 +68,7 @@ def kl_on(
     # Rows without a plan pass first; what they give is what the others are compared with.
     base: dict[int, Tensor] = {}
     result = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    for numbers, logits in next_token_logits(
+    for numbers, logits, _ in last_tokens(
         model, encoded, rows, pad_id=padding_id(tokenizer), batch_size=batch_size, progress=progress
     ):
         if rows[numbers[0]][1] is None:

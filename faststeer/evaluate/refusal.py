@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from faststeer.evaluate.intervals import Rate
-from faststeer.hf.batching import (
-    Prompt,
-    encode,
-    next_token_logits,
-    padding_id,
-    render,
-)
+from faststeer.hf.batching import Prompt, encode, padding_id, render
 from faststeer.hf.encoding import encode_texts
+from faststeer.hf.last_tokens import last_tokens
 from faststeer.plan import Plan
 
 Variant = Literal["phrases", "substrings"]
@@ -179,7 +174,7 @@ def _refined(
         encoded = encode(tokenizer, prompts, system)
         rows = [(index, None) for index in range(len(encoded))]
         total = torch.zeros(len(tokens), dtype=torch.float64)
-        for _, logits in next_token_logits(model, encoded, rows, pad_id=padding_id(tokenizer), batch_size=batch_size):
+        for _, logits, _ in last_tokens(model, encoded, rows, pad_id=padding_id(tokenizer), batch_size=batch_size):
             total += logits.cpu().double().softmax(-1)[:, tokens].sum(0)
         means.append(total / len(encoded))
     kept = {token for token, on_harmful, on_harmless in zip(tokens, *means, strict=True) if on_harmful > on_harmless}
@@ -254,7 +249,7 @@ def score_on(
     listed = [plans] if plans is None or isinstance(plans, Plan) else list(plans)
     rows = [(prompt, plan) for plan in listed for prompt in range(len(encoded))]
     result = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    for numbers, logits in next_token_logits(
+    for numbers, logits, _ in last_tokens(
         model, encoded, rows, pad_id=padding_id(tokenizer), batch_size=batch_size, progress=progress
     ):
         result[numbers] = refusal_score(logits, token_ids).cpu()

@@ -6,26 +6,15 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from faststeer import hf
 from faststeer.evaluate.divergence import kl_on
 from faststeer.extract.sweep import Found, cells, check_layers
-from faststeer.hf.batching import (
-    Prompt,
-    as_rendered,
-    batches,
-    check_evaluating,
-    encode,
-    forward_arguments,
-    model_device,
-    pad,
-    padding_id,
-    progress_bar,
-)
+from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, padding_id
+from faststeer.hf.last_tokens import last_tokens
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
@@ -176,36 +165,15 @@ def _choose(table: Sequence[CosmicRow]) -> tuple[CosmicRow, tuple[str, ...]]:
     )
 
 
-@torch.no_grad()
 def _means(
-    model: Any,
-    encoded: list[list[int]],
-    plans: Sequence[Plan | None],
-    layers: Sequence[int],
-    *,
-    pad_id: int,
-    batch_size: int,
-    progress: bool,
+    model: Any, encoded: list[list[int]], plans: Sequence[Plan | None], layers: Sequence[int], **settings: Any
 ) -> Tensor:
     """`[plans, layers, hidden]` fp64: the mean over prompts of the activation after each layer at the last token."""
-    rows = [(plan, prompt) for plan in range(len(plans)) for prompt in range(len(encoded))]
-    total = torch.zeros(len(plans), len(layers), hf.find_hook_points(model).hidden_size, dtype=torch.float64)
-    # As many plans on the model at a time as rows in a batch: their tables take memory.
-    rounds = [range(start, min(start + batch_size, len(plans))) for start in range(0, len(plans), batch_size)]
-    with progress_bar("Comparing", len(rounds), progress) as advance:
-        for some in rounds:
-            here = [row for row in rows if row[0] in some]
-            with (
-                hf.steer(model, [plans[number] for number in some]) as steering,
-                hf.read(model, "resid_post", layers, [-1]) as taken,
-            ):
-                for group in batches([len(encoded[prompt]) for _, prompt in here], batch_size):
-                    chosen = [here[index] for index in group]
-                    steering.assign([plans[plan] for plan, _ in chosen])
-                    batch = pad([encoded[prompt] for _, prompt in chosen], pad_id, model_device(model))
-                    model(**forward_arguments(model, batch))
-                    # [rows, layers, hidden]
-                    values = torch.stack([taken[layer][:, 0].cpu().double() for layer in layers], dim=1)
-                    total.index_add_(0, torch.tensor([plan for plan, _ in chosen]), values)
-            advance()
-    return total / len(encoded)
+    rows = [(prompt, plan) for plan in plans for prompt in range(len(encoded))]
+    total: Tensor | float = 0.0
+    for numbers, _, taken in last_tokens(model, encoded, rows, layers=layers, **settings):
+        # [rows, layers, hidden]
+        values = torch.stack([taken[layer].cpu().double() for layer in layers], dim=1)
+        of_plan = torch.tensor(numbers) // len(encoded)
+        total = torch.zeros(len(plans), *values.shape[1:], dtype=torch.float64).index_add_(0, of_plan, values) + total
+    return cast(Tensor, total) / len(encoded)

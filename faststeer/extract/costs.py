@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
+
 from faststeer.evaluate.generate import seconds_per_answer
+from faststeer.hf import find_hook_points
 from faststeer.hf.batching import Prompt, as_rendered, check_prompts, encode, padding_id, seconds_per_row
+from faststeer.hf.last_tokens import find_common
+from faststeer.intervention import Add
+from faststeer.plan import Plan
 
 
 def selection_seconds(
@@ -18,6 +24,7 @@ def selection_seconds(
     n_candidates: int,
     n_coefficients: int = 1,
     *,
+    layers: Sequence[int] | None = None,
     max_new_tokens: int = 64,
     system: str | None = None,
     rendered: bool = False,
@@ -32,6 +39,8 @@ def selection_seconds(
         rule: "refusal" for `select`, "cosmic" for `select_cosmic`, "judge" for `select_by_judge`.
         induce, suppress: the validation prompts, to be steered towards the behaviour and away from it.
         n_candidates: layers times positions that are tried, each with `n_coefficients` coefficients.
+        layers: whose candidates are tried (all): rows of late ones take less where the layers in front of them are run
+            once for each prompt.
         max_new_tokens, system, rendered, batch_size: as in the selection.
 
     Raises:
@@ -47,7 +56,18 @@ def selection_seconds(
         return n_answers * seconds_per_answer(model, tokenizer, [*sets[0], *sets[1]], n_answers, **settings)
     # Both measure an addition on one side and an ablation on the other, and the ablation's KL. By refusal scores, a
     # subtraction is measured, too.
-    n_rows = (n_steered + n_candidates) * n_induce + n_candidates * n_suppress
-    n_rows += n_steered * n_suppress if rule == "refusal" else 0
+    points, pad_id = find_hook_points(model), padding_id(tokenizer)
+    layers = range(points.n_layers) if layers is None else list(layers)
+    at = [layer for layer in layers if points.has("resid_pre", layer)] or [0]
+    unit = torch.ones(points.hidden_size)
+    added = [Plan([Add(unit, layers=at[number % len(at)], at="resid_pre")]) for number in range(n_steered)]
+    ablated = [Plan([Add(unit, layers=0, at="resid_pre")]) for _ in range(n_candidates)]
+    n_rows, n_whole = 0, 0.0
+    for prompts, plans in ((sets[0], added + ablated), (sets[1], (added if rule == "refusal" else []) + ablated)):
+        encoded = encode(tokenizer, prompts, system)
+        rows = [(prompt, plan) for plan in plans for prompt in range(len(encoded))]
+        common = find_common(model, encoded, rows, (), pad_id, batch_size)
+        n_rows += len(rows)
+        n_whole += len(rows) * (1.0 if common is None else common.part)
     encoded = encode(tokenizer, [*sets[0], *sets[1]], system)
-    return n_rows * seconds_per_row(model, encoded, padding_id(tokenizer), batch_size, n_rows)
+    return n_whole * seconds_per_row(model, encoded, pad_id, batch_size, n_rows)

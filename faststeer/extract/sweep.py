@@ -7,23 +7,26 @@ passes differs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from faststeer import hf
+from faststeer.artefacts import ArtefactStore
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging import Judge, check_line, make, signs
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, as_rendered, check_prompts
+from faststeer.hf.batching import Prompt, as_rendered, check_prompts, progress_bar
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
 
 Found = Candidates | Directions
+KEPT_BATCHES = 2  # of answers that are kept together: they fill batches, and few are lost when work is stopped
 EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 
 
@@ -175,6 +178,7 @@ def select_by_judge(
     rendered: bool = False,
     batch_size: int = 64,
     progress: bool = False,
+    parts: ArtefactStore | None = None,
 ) -> Choice:
     """Steer with every candidate, let a judge read the answers, and choose the candidate that does most both ways.
 
@@ -191,6 +195,7 @@ def select_by_judge(
         coefficients, layers: which are tried (1; all).
         max_new_tokens, system, rendered, batch_size, progress: as in `faststeer.evaluate.complete`; a batch mixes
             candidates.
+        parts: where answers are kept as they come, as of `answer`.
 
     Raises:
         ValueError: no prompts, coefficients that are not positive, candidates of another model or without direction, a
@@ -201,6 +206,7 @@ def select_by_judge(
     sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
     tried = cells(found, coefficients, check_layers(model, found, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
+    settings["parts"] = parts
     reader = Reader.made(judge, coherent, model, tokenizer)
     unsteered: list[tuple[Sequence[Prompt], Plan | None]] = [(prompts, None) for prompts in sets]
     plain = reader.read(unsteered, answer(model, tokenizer, unsteered, **settings))
@@ -223,9 +229,38 @@ def select_by_judge(
 
 
 def answer(
+    model: Any,
+    tokenizer: Any,
+    work: Sequence[tuple[Sequence[Prompt], Plan | None]],
+    *,
+    parts: ArtefactStore | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> list[list[str]]:
+    """Answer several lists of prompts, each under its own plan, in mixed batches (`faststeer.evaluate.complete`).
+
+    With `parts`, the answers are kept there, those to the lists that fill KEPT_BATCHES batches together as one part.
+    """
+    if parts is None:
+        return _answer(model, tokenizer, work, progress=progress, **settings)
+    groups: list[list[tuple[Sequence[Prompt], Plan | None]]] = [[]]
+    for each in work:
+        if sum(len(listed) for listed, _ in groups[-1]) >= KEPT_BATCHES * settings["batch_size"]:
+            groups.append([])
+        groups[-1].append(each)
+    answers: list[list[str]] = []
+    with progress_bar("Generating", len(groups), progress) as advance:
+        for group in groups:
+            depends = [[list(listed), plan and plan.to_json(inline=True)] for listed, plan in group]
+            make = functools.partial(_answer, model, tokenizer, group, **settings)
+            answers += parts.json("answers", [depends, settings], make)
+            advance()
+    return answers
+
+
+def _answer(
     model: Any, tokenizer: Any, work: Sequence[tuple[Sequence[Prompt], Plan | None]], **settings: Any
 ) -> list[list[str]]:
-    """Answer several lists of prompts, each under its own plan, in mixed batches (`faststeer.evaluate.complete`)."""
     prompts = [prompt for listed, _ in work for prompt in listed]
     plans = [plan for listed, plan in work for _ in listed]
     texts = iter(complete(model, tokenizer, prompts, plans, **settings))

@@ -1,4 +1,4 @@
-"""From prompts to token batches, and from batches to next-token logits.
+"""From prompts to token batches.
 
 Every evaluation and extraction goes through here, so that chat templates, begin-of-sequence tokens, padding and
 position ids are handled once. It never samples, never changes the tokenizer or the model, and pads by hand on the left,
@@ -8,15 +8,17 @@ so that the last column of a batch is every row's last prompt token.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import chain, count
+from contextlib import contextmanager
+from itertools import accumulate, chain, count
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from faststeer.hf.encoding import (
@@ -27,12 +29,12 @@ from faststeer.hf.encoding import (
     encode_texts,
     has_template,
 )
-from faststeer.hf.steering import steer
 from faststeer.plan import Plan
 
 Prompt = str | list[dict[str, str]]
 
 REPORT_SECONDS = 10.0  # between two lines of progress where there is no terminal
+LEAST_SHARE = 1 / 20  # of the steps are done before the time left is said
 LONG_SECONDS = 180.0  # above which a forecast says what takes less
 TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
@@ -228,29 +230,73 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+def progress_bar(
+    description: str, total: int, shown: bool, *, weights: Sequence[float] | None = None
+) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each of `total` steps. Where `shown`, it moves a progress bar on stderr with the
-    time left; where stderr is no terminal, it prints a line every REPORT_SECONDS instead."""
+    time left; where stderr is no terminal, it prints a line every REPORT_SECONDS instead.
+
+    The time left is said once a part of the steps is done (LEAST_SHARE, at least two): the first ones also take what is
+    done once, and their number says little.
+
+    Args:
+        weights: how much work each step is, where steps differ.
+    """
     if not shown:
         yield lambda: None
         return
-    console = Console(stderr=True)
+    console, least = Console(stderr=True), max(2, math.ceil(LEAST_SHARE * total))
     if not console.is_terminal:
-        report, steps = progress_lines(total, console), count(1)
+        report, steps = progress_lines(total, console, least, weights=weights), count(1)
         report(0, description)
         yield lambda: report(next(steps), description)
         return
-    with Progress(console=console) as bar:
+    left = _Left(least, Left(total, weights))
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 
 
-def progress_lines(total: int, console: Console, least: int = 1) -> Callable[[int, str], None]:
+class Left:
+    """How much longer work takes, by what its finished steps took.
+
+    Args:
+        total: the number of steps.
+        weights: how much work each is (all the same).
+    """
+
+    def __init__(self, total: int, weights: Sequence[float] | None = None) -> None:
+        self._done = [0.0, *accumulate([1.0] * total if weights is None else weights)]
+
+    def seconds(self, elapsed: float, steps: int, first: int = 0) -> float:
+        """Return the seconds left after `steps`, of which all but the first so many took `elapsed`."""
+        done = self._done
+        return elapsed / (done[steps] - done[first]) * (done[-1] - done[steps])
+
+
+class _Left(ProgressColumn):
+    """The time left, once at least so many steps are done."""
+
+    def __init__(self, least: int, left: Left) -> None:
+        super().__init__()
+        self._least, self._left = least, left
+
+    def render(self, task: Task) -> Text:
+        steps = int(task.completed)
+        if task.finished or steps < self._least or task.elapsed is None:
+            return Text("")
+        return Text(f"about {duration(self._left.seconds(task.elapsed, steps))} left")
+
+
+def progress_lines(
+    total: int, console: Console, least: int = 1, *, weights: Sequence[float] | None = None
+) -> Callable[[int, str], None]:
     """Return a function to call with the number of finished steps and what is being done: it prints a line with the
     time left every REPORT_SECONDS, once `least` steps are finished. The first call says how many steps were finished
-    before the work began."""
+    before the work began. `weights` as of `progress_bar`."""
     start = last = time.monotonic()
     first: int | None = None
+    left = Left(total, weights)
 
     def report(steps: int, description: str) -> None:
         nonlocal last, first
@@ -260,8 +306,8 @@ def progress_lines(total: int, console: Console, least: int = 1) -> Callable[[in
         now = time.monotonic()
         if now - last >= REPORT_SECONDS and first + least <= steps < total:
             last = now
-            left = duration((now - start) / (steps - first) * (total - steps))
-            console.print(f"{description}: {steps} of {total}, about {left} left", highlight=False)
+            about = duration(left.seconds(now - start, steps, first))
+            console.print(f"{description}: {steps} of {total}, about {about} left", highlight=False)
 
     return report
 
@@ -364,43 +410,6 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
                 f"than {edge} tokens ({name}); these rows have {int(lengths.min())} to {mask.shape[1]}, and the "
                 "shorter would come out as they do not alone: use batch_size=1"
             )
-
-
-@torch.no_grad()
-def next_token_logits(
-    model: Any,
-    encoded: Sequence[Sequence[int]],
-    rows: Sequence[tuple[int, Plan | None]],
-    *,
-    pad_id: int = 0,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (row numbers, logits `[batch, vocabulary]` at the last prompt token) until every row was seen once.
-
-    A row is (index into `encoded`, plan), and the rows of a batch may have different plans, which is how many
-    candidates share a pass: plans are put on the model `batch_size` at a time, and all their rows pass before the next
-    ones are. Rows without a plan pass first, the model untouched. Logits have the model's dtype and device.
-
-    Raises:
-        ValueError: a model in training mode, a batch size below 1, a plan that does not fit the model.
-    """
-    check_evaluating(model)
-    device = model_device(model)
-    lengths = [len(encoded[prompt]) for prompt, _ in rows]
-    work = []
-    for plans, numbers in rounds(rows, batch_size):
-        groups = batches([lengths[number] for number in numbers], batch_size)
-        work.append((plans, [[numbers[index] for index in group] for group in groups]))
-    with progress_bar("Scoring", sum(len(groups) for _, groups in work), progress) as advance:
-        for plans, groups in work:
-            with steer(model, plans) if plans else nullcontext() as steering:
-                for group in groups:
-                    if steering is not None:
-                        steering.assign([rows[number][1] for number in group])
-                    batch = pad([encoded[rows[number][0]] for number in group], pad_id, device)
-                    yield group, model(**forward_arguments(model, batch)).logits[:, -1]
-                    advance()
 
 
 def rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:

@@ -26,11 +26,20 @@ LEAST_SAVING = 0.2
 
 
 class Prefix:
-    """A number of common tokens and their keys and values; without them, the empty prefix of whole prompts."""
+    """Common tokens and their keys and values by layer; without them, the empty prefix of whole prompts.
+
+    Args:
+        tokens: that all prompts begin with.
+        layers: their keys and values, each `[1 or rows, heads, tokens, head size]`: one row for all prompts, or a row
+            for each.
+    """
 
     def __init__(self, tokens: Sequence[int] = (), layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.length = len(tokens)
-        self._layers = layers
+        self.tokens, self.layers = tokens, layers
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
     def arguments(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
         """Return the keyword arguments of a forward pass over whole prompts `rows` that computes no common token.
@@ -40,13 +49,13 @@ class Prefix:
         """
         device = model_device(model)
         batch = pad([row[self.length :] for row in rows], pad_id, device)
-        if not self._layers:
+        if not self.layers:
             return forward_arguments(model, batch)
         batch["position_ids"] += self.length
         batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (self.length, 0), value=1)
         arguments = forward_arguments(model, batch)
         cache = DynamicCache()
-        for number, (keys, values) in enumerate(self._layers):
+        for number, (keys, values) in enumerate(self.layers):
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), number)
         return arguments | {"use_cache": True, cache_argument(model): cache}
 
@@ -71,7 +80,7 @@ def common_prefix(
     What is read of the shortest and of the longest prompt, in one batch, must be the same with and without sharing,
     up to `rounding_bound`.
     """
-    length = _common_length(rows, own)
+    length = common_length(rows, own)
     ends = [min(rows, key=len), max(rows, key=len)]
     # The common tokens once, and two prompts twice.
     saved = length * (len(rows) - 1) - sum(map(len, ends)) - sum(len(row) - length for row in ends)
@@ -99,8 +108,8 @@ def rounding_bound(dtype: torch.dtype, layer: int) -> float:
     return c * torch.finfo(dtype).eps * (2 * (layer + 1)) ** 0.5
 
 
-def _common_length(rows: Sequence[Sequence[int]], own: int) -> int:
-    """How many tokens all rows begin with, at least `own` tokens of each left out."""
+def common_length(rows: Sequence[Sequence[int]], own: int) -> int:
+    """Return how many tokens all rows begin with, at least `own` tokens of each left out."""
     ordered = sorted(list(row) for row in rows)
     pairs = zip(ordered[0], ordered[-1], strict=False)  # the first and the last in order differ where any two do
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from faststeer.evaluate.sweep import Line, Store, StoreError, table
+from faststeer.evaluate.sweep import Line, Store, StoreError, shows_share, table
 
 Price = Literal["increase", "drop", "change"]
 Goal = Literal["more", "less"]
@@ -106,14 +106,32 @@ class Findings:
 
     @property
     def behaviours(self) -> tuple[Measure, ...]:
-        """What judges measured, in the order in which the description names them; those that draw a line first."""
+        """What judges measured, in the order in which the description names them; of a judge with both, the share or
+        the mean score first, as tables show it (`shows_share`)."""
         order = [str(j["judge"] if isinstance(j, dict) else j) for j in self.facts["description"].get("judges", ())]
 
-        def place(measure: Measure) -> tuple[bool, bool, int]:
+        draws = {m.name for m in self.measures if m.judged and m.share}
+
+        def place(measure: Measure) -> tuple[bool, bool, int, bool]:
             said = (i for i, text in enumerate(order) if text == measure.name or text.startswith(f"{measure.name}:"))
-            return measure.name in PRICES, not measure.share, next(said, len(order))
+            other = measure.share is not shows_share(self.lines, measure.name)
+            return measure.name in PRICES, measure.name not in draws, next(said, len(order)), other
 
         return tuple(sorted((m for m in self.measures if m.judged), key=place))
+
+    def reason(self, measure: Measure) -> str:
+        """Why the mean score is shown before the share, for people; "" where it is not."""
+        shares = (m for m in self.measures if m.share and (m.name, m.tag) == (measure.name, measure.tag))
+        base = next((m.points[0] for m in shares), None)
+        if measure.share or not measure.judged or base is None:
+            return ""
+        return (
+            f"The mean score of {measure.name} is shown first, as {base.value:.0%} of the unsteered answers show it "
+            "already: a share so near its end can hardly move."
+            if base.value > 0.5
+            else f"The mean score of {measure.name} is shown first, as only {base.value:.0%} of the unsteered answers "
+            "show it: the score moves before the share does."
+        )
 
     def prices(self, behaviour: Measure) -> tuple[Measure, ...]:
         """Measures that can be set against a behaviour, side effects first."""
@@ -121,7 +139,8 @@ class Findings:
         return tuple(sorted(others, key=lambda m: (m.judged, list(PRICES).index(m.name) if m.name in PRICES else 99)))
 
     def measure(self, name: str | None, tag: str | None) -> Measure:
-        """The behaviour of a judge on prompts with a tag; by default the first judge that draws a line, on all prompts.
+        """The behaviour of a judge on prompts with a tag; by default of the first judge that draws a line, on all
+        prompts.
 
         Raises:
             ValueError: no such judge, or no such tag.

@@ -52,6 +52,7 @@ def page(
         "failed": sum(line.errors for line in found.lines),
         "unread": {name: sum(line.scores[name].failures for line in found.lines) for name in found.judges},
         "store": store.path.name,
+        "reason": found.reason(behaviour),
         "has_vectors": any(line.kind == "vector" for line in found.lines),
         "has_prices": price is not None,
         "has_projections": bool(projections["setting"]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from faststeer.extras import needed_for
@@ -15,6 +15,7 @@ from faststeer.extras import needed_for
 with needed_for("a picture", "report"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
 from faststeer.report.document import render
 from faststeer.report.figures import COLOURS, GREY, MARKERS, plain, saved
@@ -55,7 +56,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, drawn on the page and as PNG alike. `level`: a dashed line across; `log`: of the x axis's shares."""
+    """A figure, drawn on the page and as PNG alike.
+
+    Args:
+        unit: of y: "share" is written in percent.
+        level: a dashed line across. log: of the x axis's shares.
+        part: section of the page.
+        range: of the y axis; filled in by `charts`.
+    """
 
     name: str
     title: str
@@ -63,9 +71,11 @@ class Chart:
     y: str
     series: Sequence[Series]
     kind: Literal["lines", "bars"] = "lines"
+    unit: Literal["share", "nats"] = "share"
     level: float | None = None
     log: bool = False
-    part: str = field(default="", repr=False)  # section of the page
+    part: str = field(default="", repr=False)
+    range: tuple[float, float] = (0.0, 1.0)
 
 
 def charts(study: Mapping[str, Any]) -> list[Chart]:
@@ -78,7 +88,20 @@ def charts(study: Mapping[str, Any]) -> list[Chart]:
     if study["patching"]:
         made.append(_kinds(study))
     pairs = dict.fromkeys((row["vector"], row["side"]) for row in study["sparsity"])
-    return made + [_sparsity(study, vector, side) for vector, side in pairs]
+    made += [_sparsity(study, vector, side) for vector, side in pairs]
+    return [replace(chart, range=_range(chart)) for chart in made]
+
+
+def _range(chart: Chart) -> tuple[float, float]:
+    """From 0 to 1 for shares, further where a value lies outside (faithfulness may); from 0 for nats. Values decide,
+    and bars' intervals: a curve's band may be cut off."""
+    values = [y for series in chart.series for y in series.y if y is not None]
+    values += [] if chart.level is None else [chart.level]
+    if chart.kind == "bars":
+        values += [high for series in chart.series for high in series.high if high is not None]
+    low, high = min(0.0, *values), max(1.0, *values) if chart.unit == "share" else max(values)
+    room = 0.05 * (high - low)
+    return low - room if low < 0 else 0.0, high + room
 
 
 def _answers(study: Mapping[str, Any], side: str) -> Chart:
@@ -100,7 +123,7 @@ def _loss(study: Mapping[str, Any], side: str) -> Chart:
         series.append(_with_interval(vector, x, [row["loss"] for row in own], "mean"))
     (base,) = (row["loss"]["mean"] for row in rows if row["vector"] == "none")
     title = f"Loss on neutral text, {'vector added' if side == 'induce' else 'vector subtracted'}"
-    return Chart(f"loss-{side}", title, "", "nats per token", series, "bars", level=base, part="utility")
+    return Chart(f"loss-{side}", title, "", "nats per token", series, "bars", "nats", base, part="utility")
 
 
 def _faithfulness(study: Mapping[str, Any], which: str) -> Chart:
@@ -210,6 +233,9 @@ def _png(chart: Chart) -> bytes:
     axes.set(xlabel=plain(chart.x), ylabel=plain(chart.y), title=plain(chart.title))
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.25)
+    axes.set_ylim(*chart.range)
+    if chart.unit == "share":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     (_bars if chart.kind == "bars" else _lines)(axes, chart)
     if chart.log:
         axes.set_xscale("log")

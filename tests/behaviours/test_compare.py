@@ -3,6 +3,8 @@ table says what generating by hand says."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import faststeer as fs
@@ -103,6 +105,51 @@ def test_as_many_answers_are_forecast_as_given(chat, methods, monkeypatch, capsy
     said = " ".join(capsys.readouterr().err.split())
     assert f"{len(answers)} answers of 2 tokens at most" in said
     assert ("training not counted" in said) == ("ntp" in methods)
+
+
+def test_a_comparison_goes_on_with_what_is_kept(chat, tmp_path, monkeypatch):
+    """Stopped in the middle of answering: what was answered and trained is not done again, and nothing differs."""
+    refusal = fs.demo.behaviour("refusal")
+    few = Split(refusal.train.positive[:16], refusal.train.negative[:16], pairs=refusal.train.pairs[:8])
+    asked = (*chat, dataclasses.replace(refusal, train=few), ("dim", "ntp"))
+    options = {"positions": [-1], "layers": [2, 3], "steps": 2, "n_select": 2, "n_test": 2, "max_new_tokens": 2}
+    options |= {"batch_size": 2}
+    calls: list[int] = []
+    complete = candidate_sweep.complete
+
+    def counted(model, tokenizer, prompts, *more, **given):
+        calls.append(len(prompts))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return complete(model, tokenizer, prompts, *more, **given)
+
+    monkeypatch.setattr(candidate_sweep, "complete", counted)
+    stop = 0
+    whole = compare(*asked, **options, folder=tmp_path / "whole").to_dict()
+    n_calls = len(calls)
+    assert n_calls > 6 and not whole["skipped"]
+    calls.clear()
+    stop = n_calls - 1
+    with pytest.raises(KeyboardInterrupt):
+        compare(*asked, **options, folder=tmp_path / "stopped")
+    stop = 0
+    calls.clear()
+    monkeypatch.setattr(comparing.optimise, "train", None)  # it was trained before
+    again = compare(*asked, **options, folder=tmp_path / "stopped").to_dict()
+    assert len(calls) == 2
+    calls.clear()
+    for report in (whole, again):
+        for row in report["results"]:
+            row.pop("seconds")
+    assert again == whole
+    assert sorted(each.name for each in (tmp_path / "whole").iterdir()) == sorted(
+        each.name for each in (tmp_path / "stopped").iterdir()
+    )
+    monkeypatch.undo()
+    unkept = compare(*asked, **options).to_dict()
+    for row in unkept["results"]:
+        row.pop("seconds")
+    assert unkept == whole
 
 
 def test_tokens_at_which_answers_part(chat):

@@ -70,6 +70,11 @@ def test_the_table_of_generation(tmp_path):
             ["mixed rows", "one at a time", "one at a time, hooks"],
             {"prompts": 2, "candidates": 16, "largest_difference": "3e-06"},
         ),
+        (
+            "sharing",
+            ["whole passes", "shared"],
+            {"prompts": 64, "candidates": 30, "layer": 15, "largest_difference": "2e-05", "same_choice": True},
+        ),
         ("sweep", ["sweep", "`generate` with hooks, a setting at a time"], {"settings": 25}),
         ("vllm", ["off", "on, unsteered", "on, every layer"], {}),
         (

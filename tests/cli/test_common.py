@@ -127,6 +127,32 @@ def test_progress_without_a_terminal_is_lines_with_the_time_left(monkeypatch):
     ]
 
 
+def test_the_time_left_waits_for_steps_and_weighs_them(monkeypatch):
+    """A hundred steps, of which the first ten are nine tenths of the work: nothing is said before the fifth."""
+    stream, now = io.StringIO(), iter(range(0, 10000, 11))
+    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=stream, width=100))
+    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
+    with batching.progress_bar("Scoring", 100, True, weights=[81.0] * 10 + [1.0] * 90) as advance:
+        for _ in range(12):
+            advance()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Scoring: 5 of 100, about 67 s left"  # 55 s for 405 of 900
+    assert lines[5] == "Scoring: 10 of 100, about 12 s left" and len(lines) == 8
+
+
+def test_the_bar_of_a_terminal_waits_for_steps():
+    column = batching._Left(3, batching.Left(4, [5.0, 1.0, 1.0, 1.0]))
+    with batching.Progress(column, console=Console(file=io.StringIO(), force_terminal=True)) as bar:
+        number = bar.add_task("", total=4)
+        shown = []
+        for _ in range(4):
+            bar.advance(number)
+            task = bar.tasks[0]
+            task.start_time = bar.get_time() - 70.0
+            shown.append(column.render(task).plain)
+    assert shown == ["", "", "about 10 s left", ""]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "1 s"), (99.4, "99 s"), (100, "2 min"), (3570, "1 h 0 min"), (7800, "2 h 10 min")]
 )

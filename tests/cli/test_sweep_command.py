@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 import faststeer as fs
 from faststeer.cli import app
-from faststeer.cli.sweep import results_table, shows_share
+from faststeer.cli.sweep import results_table
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.statistics import Estimate
-from faststeer.evaluate.sweep import Line, Store, table
+from faststeer.evaluate.sweep import Line, Store, shows_share, table
 from faststeer.evaluate.sweep.table import Score
 
 runner = CliRunner()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from faststeer import Add, Plan
 from faststeer.hf import render, tokenize
-from faststeer.hf.batching import batches, encode, next_token_logits, pad
+from faststeer.hf.batching import batches, encode, pad
+from faststeer.hf.last_tokens import last_tokens
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Bake a cake"}]
 
@@ -115,7 +116,7 @@ def test_batch_size_below_one_is_refused():
 def test_training_mode_is_refused(tokenizer):
     model = tiny_chat.llama(len(tokenizer)).train()
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        next(next_token_logits(model, [[3, 4]], [(0, None)]))
+        next(last_tokens(model, [[3, 4]], [(0, None)]))
 
 
 def unpadded(model, encoded):
@@ -131,7 +132,7 @@ def test_logits_do_not_depend_on_padding_or_batch_size(tokenizer, make, batch_si
     assert len({len(ids) for ids in encoded}) > 3
     ours = torch.full((len(encoded), len(tokenizer)), torch.nan)
     rows = [(prompt, None) for prompt in range(len(encoded))]
-    for numbers, logits in next_token_logits(model, encoded, rows, batch_size=batch_size):
+    for numbers, logits, _ in last_tokens(model, encoded, rows, batch_size=batch_size):
         ours[numbers] = logits
     tiny_chat.assert_no_worse(ours, unpadded(model, encoded), unpadded(exact, encoded))
 
@@ -144,7 +145,7 @@ def test_every_row_gets_its_own_plan(tokenizer, batch_size):
     plans = [None] + [Plan([Add(d, 1.0, layers=1, at="resid_pre")]) for d in directions]
     rows = [(prompt, plan) for plan in plans for prompt in range(len(encoded))]
     ours = torch.full((len(rows), len(tokenizer)), torch.nan)
-    for numbers, logits in next_token_logits(model, encoded, rows, batch_size=batch_size):
+    for numbers, logits, _ in last_tokens(model, encoded, rows, batch_size=batch_size):
         ours[numbers] = logits
 
     def by_hand(model):
@@ -167,7 +168,7 @@ def test_the_model_is_as_before_when_only_some_logits_are_taken(model, tokenizer
     encoded = encode(tokenizer, tiny_chat.HARMFUL)
     before = unpadded(model, encoded)
     plan = Plan([Add(torch.ones(32), 1.0, layers=0, at="resid_pre")])
-    steered = next_token_logits(model, encoded, [(0, plan), (1, plan)], batch_size=1)
+    steered = last_tokens(model, encoded, [(0, plan), (1, plan)], batch_size=1)
     next(steered)
     steered.close()
     assert torch.equal(unpadded(model, encoded), before)

@@ -12,7 +12,8 @@ from faststeer.evaluate import refusal_score
 from faststeer.extract import Candidates, candidates
 from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.hf import read
-from faststeer.hf.batching import encode, next_token_logits
+from faststeer.hf.batching import encode
+from faststeer.hf.last_tokens import last_tokens
 
 TOKENIZER = tiny_chat.bpe_tokenizer()
 MODEL = tiny_chat.llama(len(TOKENIZER)).double()
@@ -75,7 +76,7 @@ def test_where_the_path_is_a_point_the_vector_is_the_gradient_of_steering():
         values = {}
         # The tables hold fp32: a step that it can hold, central so that its error is of second order.
         plans = [Plan([Add(v, c, layers=1, at="resid_pre", positions=position)]) for c in (2**-7, -(2**-7))]
-        for rows, logits in next_token_logits(MODEL, ids, [(0, plan) for plan in plans]):
+        for rows, logits, _ in last_tokens(MODEL, ids, [(0, plan) for plan in plans]):
             values |= zip(rows, METRIC(logits).tolist(), strict=True)
         slope = (values[0] - values[1]) * 2**6
         exact = (found.gradients.directions[place, 1] @ v).item()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.hf.batching import next_token_logits
+from faststeer.hf.last_tokens import last_tokens
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -28,8 +28,8 @@ KINDS = {
 def logits(model, rows, batch_size):
     """`[rows, vocabulary]`, each row under a plan of its own, by its length."""
     plans = [fs.Plan([fs.Add(models.direction(len(row)), layers=1)]) for row in rows]
-    pairs = next_token_logits(model, rows, list(enumerate(plans)), batch_size=batch_size)
-    by_row = {number: row for numbers, found in pairs for number, row in zip(numbers, found, strict=True)}
+    pairs = last_tokens(model, rows, list(enumerate(plans)), batch_size=batch_size)
+    by_row = {number: row for numbers, found, _ in pairs for number, row in zip(numbers, found, strict=True)}
     return torch.stack([by_row[number] for number in range(len(rows))])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import json
 import re
@@ -18,8 +19,12 @@ from typer.testing import CliRunner
 
 from faststeer import report
 from faststeer.cli import app
-from faststeer.evaluate.sweep import Store, StoreError
+from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Estimate
+from faststeer.evaluate.sweep import Line, Store, StoreError
+from faststeer.evaluate.sweep.table import Score
 from faststeer.report.figures import file_names
+from faststeer.report.findings import _judged
 from faststeer.report.projections import colour_range
 
 
@@ -167,3 +172,26 @@ def test_file_names_are_safe_and_distinct():
     names = file_names(["../a", "a", "A", "$x$", "", "é"])
     assert len({name.lower() for name in names.values()}) == 6
     assert all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names.values())
+
+
+def test_where_a_share_saturates_the_mean_score_is_shown_first_and_why(found):
+    """As the table on the command line decides it."""
+
+    def measured(unsteered):
+        rates, means = (unsteered, 11), (0.6, 0.1)
+        scores = [
+            Score(20, 0, Estimate(m, m, m, 20), Rate(r, 20), None, None) for r, m in zip(rates, means, strict=True)
+        ]
+        lines = [
+            Line(n, kind, kind, "v", (1,), 1.0, None, 20, 0, {"j": score})
+            for n, (kind, score) in enumerate(zip(("unsteered", "vector"), scores, strict=True))
+        ]
+        return dataclasses.replace(found, lines=lines, measures=tuple(_judged(lines, None)))
+
+    saturated, free = measured(20), measured(10)
+    assert not saturated.measure(None, None).share and "100% of the unsteered answers" in saturated.reason(
+        saturated.measure("j", None)
+    )
+    assert "only 0%" in measured(0).reason(measured(0).measure("j", None))
+    assert free.measure("j", None).share and free.reason(free.measure("j", None)) == ""
+    assert {m.share for m in saturated.behaviours} == {True, False}, "the other one can still be chosen"

@@ -15,7 +15,7 @@ from browsers import drawn
 from made_up import NASTY
 
 from faststeer import report
-from faststeer.report.study import charts, reached
+from faststeer.report.study import Chart, Series, _range, charts, reached
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "observe" / "refusal.json"
 
@@ -134,3 +134,23 @@ def test_in_a_browser(study, tmp_path):
         size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("name", ["refusal", "tone"])
+def test_axes_fit_the_quantity(name):
+    """Shares from 0 to 1, further only where a value lies outside; losses from 0, in nats and not in percent."""
+    drawn = charts(json.loads(RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8")))
+    for chart in drawn:
+        low, high = chart.range
+        values = [y for series in chart.series for y in series.y if y is not None]
+        assert low <= min(values) and max(values) <= high, chart.name
+        assert chart.unit == ("nats" if chart.name.startswith("loss") else "share")
+        if chart.unit == "nats":
+            assert low == 0 and high < 1.3 * max(h for series in chart.series for h in series.high)
+        elif min(values) >= 0 and max(values) <= 1:
+            assert low == 0 and 1 <= high <= 1.3
+    assert any(chart.unit == "nats" for chart in drawn) is (name == "tone")
+    wide = Chart("c", "", "", "", [Series("s", [0.1], [1.2], [-0.5], [1.5])])
+    assert _range(wide) == pytest.approx((0.0, 1.26))
+    below = Chart("c", "", "", "", [Series("s", [0.1], [-0.2])], level=0.85)
+    assert _range(below) == pytest.approx((-0.26, 1.06))

@@ -15,15 +15,9 @@ from faststeer.engine import Engine
 from faststeer.evaluate.judging.formats import FORMATS, JudgeFormat, fill
 from faststeer.evaluate.judging.interface import Verdict, last_user_text
 from faststeer.evaluate.refusal import refusal_score, refusal_tokens
-from faststeer.hf.batching import (
-    Prompt,
-    batches,
-    check_evaluating,
-    encode,
-    next_token_logits,
-    padding_id,
-)
+from faststeer.hf.batching import Prompt, batches, check_evaluating, encode, padding_id
 from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
+from faststeer.hf.last_tokens import last_tokens
 from faststeer.hf.loading import load as load_model
 from faststeer.plan import Plan
 
@@ -294,8 +288,6 @@ class RefusalScore:
         rows = [(i, None if plans is None else plans[i]) for i in range(len(encoded))]
         scores: dict[int, float] = {}
         pad_id = padding_id(self._tokenizer)
-        for numbers, logits in next_token_logits(
-            self._model, encoded, rows, pad_id=pad_id, batch_size=self._batch_size
-        ):
+        for numbers, logits, _ in last_tokens(self._model, encoded, rows, pad_id=pad_id, batch_size=self._batch_size):
             scores |= dict(zip(numbers, refusal_score(logits, self._ids).tolist(), strict=True))
         return [Verdict("refusal" if scores[i] >= 0 else "answer", scores[i]) for i in range(len(rows))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,18 @@ def table(store: Store, run: str | None = None, *, tag: str | None = None, seed:
         for setting in settings
         for number in (setting["setting"],)
     ]
+
+
+def shows_share(found: Sequence[Line], judge: str) -> bool:
+    """Whether tables and reports show the share of answers that show what a judge looks for: where it draws a line, and
+    its score is 0 or 1 or the unsteered share is between 10 and 90 %. Otherwise the mean score says more: a share near
+    its end cannot move."""
+    shown = [(score.rate, score.mean) for line in found if (score := line.scores.get(judge)) is not None and score.mean]
+    if not shown or any(rate is None for rate, _ in shown):
+        return False
+    binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
+    unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
+    return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
 
 
 def doses(

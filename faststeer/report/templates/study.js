@@ -6,12 +6,14 @@
   const narrow = () => innerWidth < 640;
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
+  const written = (chart, value) => chart.unit === "share" ? percent(value) : value.toFixed(3);
+
   function traces(chart) {
     const names = [...new Set(chart.series.filter((s) => !s.control).map((s) => s.name))], seen = new Set();
     const palette = COLOURS[dark() ? "dark" : "light"], grey = dark() ? "#8d96a1" : "#8a8a8a";
     return chart.series.flatMap((s) => {
       const i = names.indexOf(s.name), colour = s.control ? grey : palette[i % palette.length];
-      const said = s.y.map((y, k) => y === null ? "" : percent(y) + (s.low.length ? ` [${percent(s.low[k])}, ${percent(s.high[k])}]` : ""));
+      const said = s.y.map((y, k) => y === null ? "" : written(chart, y) + (s.low.length ? ` [${written(chart, s.low[k])}, ${written(chart, s.high[k])}]` : ""));
       const shared = { name: label(s.name), legendgroup: s.name, showlegend: !seen.has(s.name), x: s.x.map((x) => (typeof x === "number" ? x : label(x))),
         y: s.y, customdata: said, hovertemplate: `${label(s.name)}, %{x}: %{customdata}<extra></extra>` };
       seen.add(s.name);
@@ -36,7 +38,7 @@
       legend: { orientation: "h", y: -0.22, yanchor: "top" }, showlegend: true,
       xaxis: { ...axis, title: { text: label(chart.x), standoff: 8 }, ...(chart.kind === "bars" ? {} : { tickformat: ".0%" }),
         ...(chart.log ? { type: "log", tickvals: [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1] } : {}) },
-      yaxis: { ...axis, title: { text: label(chart.y), standoff: 8 }, tickformat: ".0%", ...(chart.kind === "bars" ? { range: [0, 1.05] } : {}) },
+      yaxis: { ...axis, title: { text: label(chart.y), standoff: 8 }, tickformat: chart.unit === "share" ? ".0%" : ".2f", range: chart.range },
       shapes: chart.level === null ? [] : [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: chart.level, y1: chart.level, line: { color: "#8a8a8a", dash: "dash", width: 1 } }],
       ...(printing ? { width: 680 } : { autosize: true }),
     };
