@@ -6,9 +6,9 @@ whole passes for every candidate, as it was done before.
 About 15 minutes on two idle cores. Candidates of all 30 layers at the last token are chosen among by `select` on
 64 + 64 questions: added and subtracted with coefficient 1, ablated everywhere, and the ablation's KL. `shared`: as
 `select` does it; `whole passes`: the same with `last_tokens(share=False)`. Both must choose the same candidate; the
-largest difference of a score or KL in the table is logged. Cases take turns within a
-repeat. Appended to out/bench/sharing.jsonl; at the end benchmarks/results/sharing_smollm2.csv (`--quick`: in
-out/bench).
+largest difference of a score or KL in the table is logged, and the CPU time of the process beside the wall's. Cases
+take turns within a repeat. Appended to out/bench/sharing.jsonl; at the end benchmarks/results/sharing_smollm2.csv
+(`--quick`: in out/bench).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import functools
 import os
 import sys
+import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,6 +65,7 @@ def main() -> None:
     first: list[Any] = []
 
     def selection(share: bool) -> dict[str, Any]:
+        started = time.process_time()
         with ExitStack() as stack:
             for module in ("evaluate.refusal", "evaluate.divergence"):
                 stack.enter_context(
@@ -72,12 +74,14 @@ def main() -> None:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of constraints that are given up: what is scored is no refusal
             made = fs.extract.select(model, tokenizer, found, *sides(n), token_ids=ids, batch_size=64)
+        spent = time.process_time() - started
         first.append(made)
         pairs = zip(made.table, first[0].table, strict=True)
         differences = [
             abs(getattr(a, k) - getattr(b, k)) for a, b in pairs for k in ("induce", "bypass", "ablate", "kl")
         ]
         return {
+            "cpu_seconds": round(spent, 2),
             "candidates": len(made.table),
             "layer": made.chosen.layer,
             "largest_difference": f"{max(d for d in differences if d == d):.1e}",

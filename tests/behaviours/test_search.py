@@ -20,6 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 import faststeer as fs
+import faststeer.demo
 from faststeer import behaviours
 from faststeer.behaviours import search as searching
 from faststeer.behaviours.search import SearchSettings, bench, replay, search
