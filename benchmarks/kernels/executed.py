@@ -208,5 +208,6 @@ def _row_arguments(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
     head += struct.pack("<4q", ROWS, HIDDEN, HIDDEN, HIDDEN)
     head += struct.pack("<iiff?xxxi", HIDDEN, 0, 1e-6, 0.0, False, 2)  # 2: bf16, of the weight
     counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0
-    pointers = struct.pack("<5Q", *(addresses[name] for name in TABLES), 0)
-    return head + pointers + struct.pack("<q5i", case.rows.stride(0), *counts)
+    rows, apart = addresses["rows"], case.rows.stride(0) * case.rows.itemsize
+    pointers = *(addresses[name] for name in TABLES), rows + apart, rows + 2 * apart, 0
+    return head + struct.pack("<7Q5i", *pointers, *counts)

@@ -104,8 +104,9 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   tables.bank = static_cast<const float*>(bank.data_ptr());
   tables.entries = static_cast<const Entry*>(entries.data_ptr());
   tables.ranges = static_cast<const int32_t*>(ranges.data_ptr());
-  tables.rows = static_cast<const int32_t*>(rows.data_ptr());
-  tables.place_stride = rows.stride(0);
+  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
+  tables.positions = tables.slots + rows.stride(0);
+  tables.sequences = tables.positions + rows.stride(0);
   tables.gate_state = gate_state.has_value() ? static_cast<uint8_t*>(gate_state->data_ptr()) : nullptr;
   tables.n_vectors = count("bank", bank.size(0));
   tables.n_entries = count("entries", entries.size(0));

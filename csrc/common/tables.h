@@ -29,9 +29,8 @@ struct Tables {
   const float* bank;          // [n_vectors, hidden]
   const Entry* entries;       // [n_entries]
   const int32_t* ranges;      // [n_slots, 2], one site's
-  const int32_t* rows;        // [N_PLACES, rows], place_stride apart
+  const int32_t *slots, *positions, *sequences;  // of the rows
   uint8_t* gate_state;        // [n_gates, n_sequences] bool, or null; written by latch_ alone
-  int64_t place_stride;
   int32_t n_vectors, n_entries, n_slots, n_gates, n_sequences;
 };
 
@@ -41,8 +40,7 @@ struct Place {
 };
 
 FASTSTEER_INLINE Place place_of(const Tables& tables, int64_t row) {
-  const int32_t* const at = tables.rows + row;
-  return {at[0], at[tables.place_stride], at[2 * tables.place_stride]};
+  return {tables.slots[row], tables.positions[row], tables.sequences[row]};
 }
 
 struct Range {

@@ -25,16 +25,16 @@ struct Request {
   __device__ __forceinline__ int32_t kind() const { return static_cast<int32_t>(bits >> KIND_SHIFT); }
 };
 
-__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, const Place& place,
+__device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e, int32_t row, int32_t position,
                                             int32_t probe_columns) {
   uint32_t bits = static_cast<uint32_t>(e.kind) << Request::KIND_SHIFT;
   if (e.probe >= 0 && e.probe < probe_columns) bits |= Request::PROBES;
-  if (e.kind >= PROBE || !in_position(e, place.position)) return bits;
+  if (e.kind >= PROBE || !in_position(e, position)) return bits;
   bits |= Request::MAY_ACT;
   if (e.keep_norm != 0) bits |= Request::KEEPS_NORM | Request::NORM;
   if (e.gate_mode == GATE_NONE) return bits;
   if (e.gate_mode == GATE_LATCHED) {
-    const int64_t cell = gate_cell(tables, e, place.sequence);
+    const int64_t cell = gate_cell(tables, e, tables.sequences[row]);
     return cell >= 0 && tables.gate_state[cell] != 0 ? bits : bits & ~uint32_t{Request::MAY_ACT};
   }
   bits |= Request::GATED;
@@ -43,15 +43,17 @@ __device__ __forceinline__ uint32_t bits_of(const Tables& tables, const Entry& e
 }
 
 // Read entry i for this row; `more` says that another follows it, which is asked for at once.
-__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, const Place& place,
+__device__ __forceinline__ Request read_request(const Tables& tables, int32_t i, bool more, int32_t row,
                                                 int32_t probe_columns) {
+  // With the entry, and not after it: beside it it costs no time. Every time, from L1: so it needs no register.
+  const int32_t position = load_now(tables.positions + row);
   Entry e;
   const bool valid = read_entry(tables, i, e);
   if (more) {  // 64 bytes: both of the 32-byte sectors that L1 loads
     prefetch(tables.entries + i + 1);
     prefetch(&tables.entries[i + 1].keep_norm);
   }
-  return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, place, probe_columns) : 0u};
+  return {e.vector, e.count, e.a, e.b, valid ? bits_of(tables, e, row, position, probe_columns) : 0u};
 }
 
 }  // namespace faststeer

@@ -540,7 +540,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     if constexpr (EARLY) fetch();
     clear_probe();
   }
-  const Range range = entries_of(tables, tables.rows[index]);
+  const Range range = entries_of(tables, tables.slots[index]);
   const bool steered = range.first < range.end;
   Last last{steered ? static_cast<uint32_t>(range.end) : 0u};
   if constexpr (IN_PLACE) {
@@ -560,10 +560,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   float q[R::KEPT];
   const auto read = [&] {
     const bool more = row.entry + 1 < last.end();
-    // With the entry, and not after it: beside it they cost no time. Every time, from L1: so they need no registers.
-    const int32_t* const positions = tables.rows + tables.place_stride + static_cast<int32_t>(opaque(row.row));
-    const Place place{0, load_now(positions), load_now(positions + tables.place_stride)};
-    request = read_request(tables, row.entry, more, place, arguments.probe_columns);
+    request = read_request(tables, row.entry, more, index, arguments.probe_columns);
     row.keep(request, q);
   };
   // Beside two fp32 rows there are no registers for an entry and its vector to wait in.

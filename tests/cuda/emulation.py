@@ -37,13 +37,9 @@ _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class CTables(ctypes.Structure):
-    _names = ("bank", "entries", "ranges", "rows", "gate_state")
+    _names = ("bank", "entries", "ranges", "slots", "positions", "sequences", "gate_state")
     _sizes = ("n_vectors", "n_entries", "n_slots", "n_gates", "n_sequences")
-    _fields_ = [
-        *((name, _pointer) for name in _names),
-        ("place_stride", _int64),
-        *((name, _int32) for name in _sizes),
-    ]
+    _fields_ = [(name, _pointer) for name in _names] + [(name, _int32) for name in _sizes]
 
 
 class CRow(ctypes.Structure):
@@ -130,9 +126,9 @@ def _check(status: int) -> None:
 
 
 def _tables(tables: Tables, rows: Tensor, gate_state: Tensor | None) -> CTables:
-    found = CTables(place_stride=rows.stride(0))
-    for name, tensor in zip(CTables._names, (*tables[:3], rows, gate_state), strict=True):
-        assert tensor is None or (tensor.stride(-1) == 1 if name == "rows" else tensor.is_contiguous())
+    found = CTables()
+    for name, tensor in zip(CTables._names, (*tables[:3], *rows, gate_state), strict=True):
+        assert tensor is None or tensor.is_contiguous()
         setattr(found, name, None if tensor is None else tensor.data_ptr())
     found.n_vectors, found.n_entries, found.n_slots = len(tables.bank), len(tables.entries), len(tables.ranges)
     found.n_gates, found.n_sequences = (0, 0) if gate_state is None else gate_state.shape

@@ -27,11 +27,11 @@ def _nvcc():
 
 
 CUDA = pytest.param(
-    executed.compile_cuda, executed.execute_cuda, {"none": 450, "add": 680, "mixed4": 1700}, id="cuda",
+    executed.compile_cuda, executed.execute_cuda, {"none": 390, "add": 600, "mixed4": 1610}, id="cuda",
     marks=pytest.mark.skipif(_nvcc() is None, reason="no nvcc"),
 )  # fmt: skip
 TRITON = pytest.param(
-    executed.compile_triton, executed.execute_triton, {"none": 330, "add": 560, "mixed4": 1600}, id="triton",
+    executed.compile_triton, executed.execute_triton, {"none": 330, "add": 560, "mixed4": 1520}, id="triton",
     marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"),
 )  # fmt: skip
 HOPS = 3
