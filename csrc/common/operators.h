@@ -137,12 +137,12 @@ class Operators {
 };
 
 // Inside STABLE_TORCH_LIBRARY_IMPL(faststeer, ..., library).
-#define FASTSTEER_REGISTER(library, Backend)                                                  \
-  library.impl("steer.cpp", TORCH_BOX(&Operators<Backend>::steer));                           \
-  library.impl("steer_.cpp", TORCH_BOX(&Operators<Backend>::steer_));                         \
-  library.impl("add_steer.cpp", TORCH_BOX(&Operators<Backend>::add_steer));                   \
-  library.impl("steer_pair_.cpp", TORCH_BOX(&Operators<Backend>::steer_pair_));               \
-  library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm));   \
+#define FASTSTEER_REGISTER(library, Backend)                                                \
+  library.impl("steer.cpp", TORCH_BOX(&Operators<Backend>::steer));                         \
+  library.impl("steer_.cpp", TORCH_BOX(&Operators<Backend>::steer_));                       \
+  library.impl("add_steer.cpp", TORCH_BOX(&Operators<Backend>::add_steer));                 \
+  library.impl("steer_pair_.cpp", TORCH_BOX(&Operators<Backend>::steer_pair_));             \
+  library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm)); \
   library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));
 
 }  // namespace faststeer

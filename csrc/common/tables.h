@@ -26,11 +26,11 @@ struct alignas(16) Entry {
 constexpr int N_FIELDS = sizeof(Entry) / sizeof(int32_t), N_SCALARS = 2, N_PLACES = 3;
 
 struct Tables {
-  const float* bank;          // [n_vectors, hidden]
-  const Entry* entries;       // [n_entries]
-  const int32_t* ranges;      // [n_slots, 2], one site's
+  const float* bank;                             // [n_vectors, hidden]
+  const Entry* entries;                          // [n_entries]
+  const int32_t* ranges;                         // [n_slots, 2], one site's
   const int32_t *slots, *positions, *sequences;  // of the rows
-  uint8_t* gate_state;        // [n_gates, n_sequences] bool, or null; written by latch_ alone
+  uint8_t* gate_state;                           // [n_gates, n_sequences] bool, or null; written by latch_ alone
   int32_t n_vectors, n_entries, n_slots, n_gates, n_sequences;
 };
 
@@ -110,10 +110,14 @@ FASTSTEER_INLINE float plus(float a, float b) {
 // w, what an entry of a and b adds along one of its vectors, from p = h . q. Not of a plane, which has two of each.
 FASTSTEER_INLINE float weight_of(int32_t kind, float a, float b, float p) {
   switch (kind) {
-    case ADD: return a;
-    case ABLATE: return times(-a, p);
-    case CLAMP: return fminf(fmaxf(p, a), b) - p;
-    default: return p;  // PROJECT, which starts from 0 instead of h
+    case ADD:
+      return a;
+    case ABLATE:
+      return times(-a, p);
+    case CLAMP:
+      return fminf(fmaxf(p, a), b) - p;
+    default:
+      return p;  // PROJECT, which starts from 0 instead of h
   }
 }
 
@@ -134,8 +138,8 @@ FASTSTEER_INLINE void rotate(int32_t kind, float a, float b, float& first, float
 
 // Where a latched decision stands in gate_state, or -1.
 FASTSTEER_INLINE int64_t gate_cell(const Tables& tables, const Entry& entry, int64_t sequence) {
-  const bool inside = tables.gate_state != nullptr && entry.gate_state >= 0 && entry.gate_state < tables.n_gates && sequence >= 0 &&
-                      sequence < tables.n_sequences;
+  const bool inside = tables.gate_state != nullptr && entry.gate_state >= 0 && entry.gate_state < tables.n_gates &&
+                      sequence >= 0 && sequence < tables.n_sequences;
   return inside ? entry.gate_state * tables.n_sequences + sequence : -1;
 }
 

@@ -146,9 +146,7 @@ FASTSTEER_LANES Words rounding(Words bits) {
   return reinterpret_cast<Words>(_mm256_permutevar_ps(by_last_bit, upper));
 }
 
-FASTSTEER_LANES bool any_nan(Floats a, Floats b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
-}
+FASTSTEER_LANES bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
 
 FASTSTEER_LANES Floats decode(const Half* from) {
   __m128i bits;

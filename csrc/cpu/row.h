@@ -228,9 +228,8 @@ class Row {
   // sink(first column, Whole or Some, values of h) for every block.
   template <class Sink>
   FASTSTEER_METHOD void each(Sink sink) const {
-    with_values([&](auto value) {
-      each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, value(i, block)); });
-    });
+    with_values(
+        [&](auto value) { each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, value(i, block)); }); });
   }
 
   // The sum of what the sink returns. What had to be put together is kept: after this, nothing is left to be added.

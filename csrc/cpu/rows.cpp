@@ -142,7 +142,9 @@ void latch(const RowArguments& job, int64_t first, int64_t end) {
 const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {
     {FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(add_steer),
      FASTSTEER_BY_DTYPE(steer_pair), FASTSTEER_BY_DTYPE(add_steer_rmsnorm), FASTSTEER_BY_DTYPE(latch)},
-    FASTSTEER_BY_DTYPE(widen), FASTSTEER_BY_DTYPE(linear), UNIT,
+    FASTSTEER_BY_DTYPE(widen),
+    FASTSTEER_BY_DTYPE(linear),
+    UNIT,
 };
 
 }  // namespace faststeer

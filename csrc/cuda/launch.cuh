@@ -32,12 +32,18 @@ Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments&
     return launch(kernel, ceil_div(arguments.rows, block.y), block, sizeof(Partials) + stash, arguments, stream);
   };
   switch (op) {
-    case RowOp::STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>);
-    case RowOp::STEER_IN_PLACE: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_IN_PLACE>);
-    case RowOp::ADD_STEER: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
-    case RowOp::STEER_PAIR: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
-    case RowOp::ADD_STEER_RMSNORM: return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
-    case RowOp::LATCH: break;  // launch_row_for has it
+    case RowOp::STEER:
+      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>);
+    case RowOp::STEER_IN_PLACE:
+      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_IN_PLACE>);
+    case RowOp::ADD_STEER:
+      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
+    case RowOp::STEER_PAIR:
+      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
+    case RowOp::ADD_STEER_RMSNORM:
+      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
+    case RowOp::LATCH:
+      break;  // launch_row_for has it
   }
   return {cudaErrorInvalidValue, {}, {}};
 }

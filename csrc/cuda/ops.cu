@@ -39,8 +39,8 @@ int32_t asked_columns() {
   static const int32_t columns = [] {
     const char* const text = std::getenv(COLUMNS_VARIABLE);
     const int32_t number = columns_of(text);
-    STD_TORCH_CHECK(number >= 0, COLUMNS_VARIABLE, " must be 8, 16 or 32 (columns of a row per thread), or not set; got ",
-                    text);
+    STD_TORCH_CHECK(number >= 0, COLUMNS_VARIABLE,
+                    " must be 8, 16 or 32 (columns of a row per thread), or not set; got ", text);
     return number;
   }();
   return columns;

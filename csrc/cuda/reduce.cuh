@@ -52,7 +52,7 @@ struct RowGroup {
     sum_in_warp(value);
     if (threads() == WARP) return;
     const unsigned warp = opaque(thread) / WARP, warps = THREADS > 0 ? THREADS / WARP : opaque(launched) / WARP;
-    float(&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
+    float (&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
     turn ^= 1;
     if (lane() <= padding(warp, warps)) {
 #pragma unroll
@@ -67,7 +67,7 @@ struct RowGroup {
   __device__ __forceinline__ float sum_lanes(float value) {
     if (threads() == WARP) return value;
     const unsigned warp = opaque(thread) / WARP, warps = THREADS > 0 ? THREADS / WARP : opaque(launched) / WARP;
-    float(&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
+    float (&mine)[MAX_SUMS][MAX_WARPS + 4] = partials[turn];
     turn ^= 1;
     if (lane() < MAX_SUMS) {
       mine[lane()][warp] = value;

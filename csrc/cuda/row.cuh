@@ -36,9 +36,12 @@ struct ChainsOf {
   float sum[N] = {};
   __device__ __forceinline__ void add(int i, float a, float b) { sum[i % N] += a * b; }
   __device__ __forceinline__ float total() const {
-    if constexpr (N == 1) return sum[0];
-    else if constexpr (N == 2) return sum[0] + sum[1];
-    else return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if constexpr (N == 1)
+      return sum[0];
+    else if constexpr (N == 2)
+      return sum[0] + sum[1];
+    else
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 };
 
@@ -354,8 +357,10 @@ struct Row {
         const float w_k = group.from_lane(w, k);
         if (w_k == 0.0f) continue;
         changes = true;
-        if (stashes) add_to_stash(w_k, q + k * hidden_size());
-        else add(w_k, q + k * hidden_size());
+        if (stashes)
+          add_to_stash(w_k, q + k * hidden_size());
+        else
+          add(w_k, q + k * hidden_size());
       }
     }
     if (!acts || !changes) return false;
@@ -382,9 +387,12 @@ struct Row {
     float square_before = 0.0f;
     const uint32_t kind = opaque(r.bits) >> Request::KIND_SHIFT;  // or all that asks for the kind becomes one table
     bool changed;
-    if (r.count == 1 && kind != PROJECT) changed = act_along(r, q, square_before);
-    else if (PLANES && kind - ROTATE <= ROTATE_RELATIVE - ROTATE) changed = act_in_plane(r, square_before);
-    else changed = act_within(r, square_before);
+    if (r.count == 1 && kind != PROJECT)
+      changed = act_along(r, q, square_before);
+    else if (PLANES && kind - ROTATE <= ROTATE_RELATIVE - ROTATE)
+      changed = act_in_plane(r, square_before);
+    else
+      changed = act_within(r, square_before);
     if (!changed || !r.has(Request::KEEPS_NORM)) return changed;
     float after[1] = {square()};
     group.sum(after);
@@ -432,9 +440,12 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
       const void* weight = arguments.weight;
-      if (arguments.weight_dtype == Dtype::FP32) w[i] = static_cast<const float*>(weight)[j + i];
-      else if (arguments.weight_dtype == Dtype::FP16) w[i] = to_float(static_cast<const __half*>(weight)[j + i]);
-      else w[i] = to_float(static_cast<const __nv_bfloat16*>(weight)[j + i]);
+      if (arguments.weight_dtype == Dtype::FP32)
+        w[i] = static_cast<const float*>(weight)[j + i];
+      else if (arguments.weight_dtype == Dtype::FP16)
+        w[i] = to_float(static_cast<const __half*>(weight)[j + i]);
+      else
+        w[i] = to_float(static_cast<const __nv_bfloat16*>(weight)[j + i]);
     }
   }
 
@@ -495,8 +506,10 @@ struct Row {
         if (v % FEWEST_COLUMNS == 0) loads_stay_behind();
         if (same) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
       }
-      if (same) unpack(weight[v], w);
-      else convert_weight(column[v], w);
+      if (same)
+        unpack(weight[v], w);
+      else
+        convert_weight(column[v], w);
 #pragma unroll
       for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
       if (!arguments.fp32_weight) unpack(round_to_pack<T, ELEMENTS>(n), n);
@@ -550,8 +563,10 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   }
   if constexpr (OP == RowOp::STEER) {
     if (!steered) {
-      if constexpr (EARLY) row.write(arguments.hidden, arguments.hidden_stride, x);
-      else row.copy();
+      if constexpr (EARLY)
+        row.write(arguments.hidden, arguments.hidden_stride, x);
+      else
+        row.copy();
       return;
     }
   }
@@ -572,8 +587,10 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   if constexpr (WAITS) read_first();
 
   // 2. The row in fp32.
-  if constexpr (EARLY) row.template begin<ADDS>(x, residual);
-  else row.template begin_late<ADDS>();
+  if constexpr (EARLY)
+    row.template begin<ADDS>(x, residual);
+  else
+    row.template begin_late<ADDS>();
 
   // 3. The entries.
   if constexpr (!WAITS) read_first();

@@ -30,9 +30,12 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 
 template <typename T>
 __device__ __forceinline__ T round_to(float x) {
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else return x;
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
 }
 
 template <typename To, typename From>
@@ -137,14 +140,18 @@ __device__ __forceinline__ Pack<T, N> load_once(const T* from) {
 // Load what no thread writes while the kernel runs, and other rows read too.
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_shared_by_rows(const T* from) {
-  if constexpr (N == 1) return {__ldg(from)};
-  else return bits_as<Pack<T, N>>(__ldg(reinterpret_cast<const uint4*>(from)));
+  if constexpr (N == 1)
+    return {__ldg(from)};
+  else
+    return bits_as<Pack<T, N>>(__ldg(reinterpret_cast<const uint4*>(from)));
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
-  if constexpr (N == 1) *to = pack.element;
-  else *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
+  if constexpr (N == 1)
+    *to = pack.element;
+  else
+    *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
 }
 
 // x, of which the compiler knows nothing: what is computed from it is computed where it stands, and not kept in a
