@@ -363,7 +363,7 @@ def measure_host(session: Session) -> None:
     buffers = Buffers(1, 64)
     case = buffers.cases("add", 1)[0]
     hook = eager_hook("ablate", 64, DTYPE, DEVICE)
-    tensors = *case.tables[:4], *case.rows, None
+    tensors = *case.tables[:3], case.rows, None
     norm_arguments = case.x, case.residual, case.weight, EPS, 0.0, False
     runs: dict[tuple[str, str], Callable[[], Any]] = {("an ablating hook", "torch"): lambda: hook(case.x)}
     for name in working(session.table):
@@ -372,7 +372,7 @@ def measure_host(session: Session) -> None:
             for op in ("steer_", "add_steer_rmsnorm")
         )
         runs["operator steer_", name] = lambda op=steer_: op(case.x, *tensors, None)
-        runs["operator add_steer_rmsnorm", name] = lambda op=rmsnorm: op(*norm_arguments, *tensors, 0)
+        runs["operator add_steer_rmsnorm", name] = lambda op=rmsnorm: op(*norm_arguments, *tensors, None, 0)
         run = ours("steer_", name)
         runs["ops.steer_", name] = lambda run=run: run(case)
     for (op, who), run in runs.items():
