@@ -41,9 +41,8 @@ class Here:
         self.program, self.rows, self.gates = program, rows, gates
         self.by_site = None if program.requires_grad else program.by_site
         self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
-        self._live: dict[
-            bool, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # a reentrant checkpoint's forward pass has gradients off
+        # By whether gradients are on: in a reentrant checkpoint's forward pass they are off.
+        self._live: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
 
     def tables(self, site: int) -> Tables:
         """The tables at a site; with the present values of what is being trained, read once per pass."""
@@ -93,7 +92,7 @@ class Pass:
             return None
         if x.device not in self._last:
             whole = self.on(x)
-            rows = whole.rows.unflatten(1, (-1, columns))[:, :, -self.kept :].flatten(1)
+            rows = whole.rows.unflatten(1, (-1, columns))[:, :, -self.kept :].flatten(1).contiguous()
             self._last[x.device] = Here(whole.program, rows, whole.gates, x)
         return self._last[x.device]
 
