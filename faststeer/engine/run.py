@@ -238,6 +238,8 @@ class GenerateJob:
             self._release(request)
         try:
             text = self.stops.text(request.tokens)
+        except TimeoutError:  # a signal handler's, not the tokenizer's
+            raise
         except Exception as fault:  # the tokenizer's: this request's trouble alone
             text, reason, error = "", "error", error or fault
         seen = request.projections

@@ -178,6 +178,8 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         tried.append(parts)
         try:
             text, check = (_written(tokenizer, messages, parts, end) for messages in (chat, marked))
+        except TimeoutError:  # a signal handler's, not the template's
+            raise
         except Exception as error:  # a template raises what it likes, and what the objects in it do
             failure, parts = failure or error, everything
             continue

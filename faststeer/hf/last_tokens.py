@@ -402,6 +402,8 @@ def _began(
         _begin_at(changes, model, points, tuples, begin, states)
         try:
             return model(**arguments).logits[:, -1]
+        except TimeoutError:  # a signal handler's, not the model's
+            raise
         except Exception:  # what it says depends on the model: a layer misses what one in front of it leaves for it
             return None
 

@@ -290,6 +290,22 @@ def test_templates_that_fail_are_told_in_words():
         render(refusing, ["red"])
 
 
+def test_a_signal_handlers_timeout_is_no_fault_of_the_template(monkeypatch):
+    """A handler's exception comes out wherever it strikes, here within the first writing of the template alone."""
+    tokenizer = words_tokenizer(template=template("[Q] {{ m.content }}"))
+    write, calls = type(tokenizer).apply_chat_template, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise TimeoutError("time is up")
+        return write(*args, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", interrupted)
+    with pytest.raises(TimeoutError, match="time is up"):
+        render(tokenizer, ["red sky"])
+
+
 def test_a_turns_end_is_found_in_templates_that_read_parts():
     source = "{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }} <|close|> {% endfor %}"
     tokenizer = words_tokenizer(template=source, eos_token="<|close|>")
