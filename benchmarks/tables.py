@@ -40,9 +40,9 @@ def median(rows: Rows, case: str, value: str = "seconds") -> float:
     return statistics.median(per_repeat(rows, case, value).values())
 
 
-def faster(rows: Rows, case: str, other: str) -> str:
+def faster(rows: Rows, case: str, other: str, value: str = "seconds") -> str:
     """Return how many times as fast `case` is as `other` within a repeat of the same work: "median (min to max)"."""
-    mine, others = per_repeat(rows, case), per_repeat(rows, other)
+    mine, others = per_repeat(rows, case, value), per_repeat(rows, other, value)
     numbers = [others[repeat] / mine[repeat] for repeat in mine if repeat in others]
     return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})" if numbers else "-"
 
@@ -100,14 +100,15 @@ def selection(rows: Rows) -> str:
 
 
 def sharing(rows: Rows) -> str:
-    head = ["candidates", "prompts a side", "whole passes", "shared", "as many times as fast", "chosen layers",
-            "largest difference of a score or KL"]  # fmt: skip
+    head = ["candidates", "prompts a side", "threads", "whole passes", "shared", "as many times as fast",
+            "in CPU time", "chosen layers", "largest difference of a score or KL"]  # fmt: skip
     first = rows[0]
     seconds = [f"{median(rows, case):.0f} s" for case in ("whole passes", "shared")]
     layers = ", ".join(sorted({row["layer"] for row in rows}, key=int))
     largest = max(float(row["largest_difference"]) for row in rows)
-    factor = faster(rows, "shared", "whole passes")
-    return grid(head, [[first["candidates"], first["prompts"], *seconds, factor, layers, f"{largest:.0e}"]])
+    factors = [faster(rows, "shared", "whole passes", value) for value in ("seconds", "cpu_seconds")]
+    where_run = [first["candidates"], first["prompts"], first["threads"]]
+    return grid(head, [[*where_run, *seconds, *factors, layers, f"{largest:.0e}"]])
 
 
 def sweep(rows: Rows) -> str:

@@ -73,7 +73,14 @@ def test_the_table_of_generation(tmp_path):
         (
             "sharing",
             ["whole passes", "shared"],
-            {"prompts": 64, "candidates": 30, "layer": 15, "largest_difference": "2e-05", "same_choice": True},
+            {
+                "prompts": 64,
+                "threads": 2,
+                "candidates": 30,
+                "layer": 15,
+                "largest_difference": "2e-05",
+                "cpu_seconds": 9.0,
+            },
         ),
         ("sweep", ["sweep", "`generate` with hooks, a setting at a time"], {"settings": 25}),
         ("vllm", ["off", "on, unsteered", "on, every layer"], {}),
