@@ -206,8 +206,8 @@ def _begin_at(
 ) -> None:
     """Let every layer in front of `begin` give `states` and compute nothing, until the changes are undone."""
     for number in range(begin):
-        given = (states,) if tuples[number] else states
-        changes.replace(points.layer(model, number), "forward", lambda *args, _given=given, **kwargs: _given)
+        output = (states,) if tuples[number] else states
+        changes.replace(points.layer(model, number), "forward", lambda *args, _output=output, **kwargs: _output)
 
 
 def _rounds(
@@ -316,10 +316,10 @@ def _together(begins: Mapping[int, int], plan_of_row: Sequence[int], window: int
 
 def _fewer(begins: Mapping[int, int], most: int) -> dict[int, int]:
     """Let plans begin at no more than `most` different layers, 0 apart: at the next in front of their own."""
-    kept = sorted(set(begins.values()) - {0})
-    while len(kept) > most:
-        kept = kept[::2] if len(kept) > 1 else []
-    return {key: max((layer for layer in kept if layer <= begin), default=0) for key, begin in begins.items()}
+    layers = sorted(set(begins.values()) - {0})
+    while len(layers) > most:
+        layers = layers[::2] if len(layers) > 1 else []
+    return {key: max((layer for layer in layers if layer <= begin), default=0) for key, begin in begins.items()}
 
 
 def _prefix_of(model: Any, points: HookPoints, prompts: Sequence[Sequence[int]], pad_id: int) -> Prefix:
