@@ -24,7 +24,7 @@ ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scal
 
 
 class Kept(Protocol):
-    """What a store keeps as a file: a SteeringVector, `tensor_files.Record`s."""
+    """What a store keeps as a file: a SteeringVector, `tensor_files.TensorRecord`s."""
 
     def save(self, path: str | os.PathLike[str]) -> Any: ...
 

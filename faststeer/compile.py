@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from faststeer.intervention import Direction, Gate, Intervention, Number
-from faststeer.ops.tables import POSITION_MAX, GateMode, Kind
+from faststeer.ops.tables import POSITION_MAX, EntryKind, GateMode
 from faststeer.plan import Plan, site
 from faststeer.vector import HookPoint, SteeringVector, layers_text
 
@@ -24,7 +24,7 @@ class Entry:
     """One intervention at one site, ready for the tables: what docs/design.md calls an entry."""
 
     site: int
-    kind: Kind
+    kind: EntryKind
     basis: Tensor  # [k, hidden]
     scalars: tuple[Number, Number] = (0.0, 0.0)
     position_range: tuple[int, int] = (-1, POSITION_MAX)
@@ -227,7 +227,7 @@ def _gate(
     if key not in latches:
         latches[key] = Entry(
             number,
-            Kind.LATCH,
+            EntryKind.LATCH,
             vector,
             gate_mode=gate.mode,
             gate_vector=vector,
@@ -318,5 +318,5 @@ class Need:
             vectors=sum(blocks.values()),
             entries=max(map(len, plans), default=0),
             probe_columns=max((n for entries in plans for n in probed_columns(entries).values()), default=0),
-            latched_gates=max((sum(e.kind == Kind.LATCH for e in entries) for entries in plans), default=0),
+            latched_gates=max((sum(e.kind == EntryKind.LATCH for e in entries) for entries in plans), default=0),
         )

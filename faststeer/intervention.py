@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, GateMode, Kind
+from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, EntryKind, GateMode
 from faststeer.vector import (
     MAX_LAYERS,
     HookPoint,
@@ -138,9 +138,9 @@ class Intervention:
         """What a kind has to check of its own numbers."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> EntryKind:
         """The intervention's number in the op's tables."""
-        return Kind[type(self).__name__.upper()]
+        return EntryKind[type(self).__name__.upper()]
 
     @property
     def scalars(self) -> tuple[Number, Number]:
@@ -293,9 +293,9 @@ class Rotate(Intervention):
         _switches(self, "relative")
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> EntryKind:
         """The number in the op's tables; absolute and relative rotations have one each."""
-        return Kind.ROTATE_RELATIVE if self.relative else Kind.ROTATE
+        return EntryKind.ROTATE_RELATIVE if self.relative else EntryKind.ROTATE
 
     @property
     def scalars(self) -> tuple[Number, Number]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
-from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
+from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, EntryKind, Field, Tables
 from faststeer.plan import Plan, n_sites
 
 _SCALARS = slice(int(Field.A), int(Field.B) + 1)  # columns of `entries`
@@ -215,10 +215,10 @@ class Program:
             counts[entry.site] = counts.get(entry.site, 0) + 1
             self.depth[entry.site] = max(self.depth[entry.site], counts[entry.site])
             self.width[entry.site] = max(self.width[entry.site], entry.basis.shape[0])
-            self.latches[entry.site] |= entry.kind == Kind.LATCH
+            self.latches[entry.site] |= entry.kind == EntryKind.LATCH
             if entry.probe_column >= 0:
                 self.columns[entry.site] = max(self.columns[entry.site], entry.probe_column + entry.basis.shape[0])
-        self.latching = max(self.latching, sum(entry.kind == Kind.LATCH for entry in entries))
+        self.latching = max(self.latching, sum(entry.kind == EntryKind.LATCH for entry in entries))
 
 
 def send(values: Tensor, target: Tensor) -> None:

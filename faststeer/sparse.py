@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from faststeer.tensor_files import Record, TensorFile, file_words
+from faststeer.tensor_files import TensorFile, TensorRecord, file_words
 from faststeer.vector import (
     HookPoint,
     SteeringVector,
@@ -25,7 +25,7 @@ MAX_ELEMENTS = 2**25  # of a sparse file's dense form, which a small file may cl
 
 
 @dataclass(frozen=True, eq=False)
-class SparseVector(Record):
+class SparseVector(TensorRecord):
     """A steering vector of few coordinates: at each layer the columns that are not zero and their values.
 
     Adding it touches those columns only. In fused layers nothing is gained over `Add(sparse.dense())`, whose vector is

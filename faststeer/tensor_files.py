@@ -7,7 +7,7 @@ Beside its own words, the header of such a file holds
 
 So a tensor can be checked when it is read, without reading the others. A file without them is read unchecked.
 
-A class whose values are kept as one such file is a `Record`.
+A class whose values are kept as one such file is a `TensorRecord`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from faststeer.file_kinds import expect
 from faststeer.files import read_json, reading, write_atomically
 
-R = TypeVar("R", bound="Record")
+R = TypeVar("R", bound="TensorRecord")
 OF_WORDS, OF_TENSORS = "sha256", "sha256.tensors"
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no larger one
 
@@ -117,7 +117,7 @@ def opened(source: bytes | Path, format: str, fault: str, mend: str) -> Iterator
         yield file
 
 
-class Record:
+class TensorRecord:
     """A value that is kept as one file of tensors. A class says its `FORMAT`, what such a file holds (`HOLDS`, for
     errors), how to get another (`MEND`), and turns itself into tensors and words and back.
 

@@ -167,7 +167,7 @@ def cases(backend: ops.Backend, device: str) -> list[Callable[[], Case]]:
 
 
 @dataclass
-class Verdict:
+class BackendCheck:
     """What became of a back end's check.
 
     Attributes:
@@ -239,23 +239,23 @@ def _bits(x: Tensor) -> Tensor:
     return x.cpu().contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
-def check_ops(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def check_ops(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     """Every op of a back end against the reference in fp64 and, where two of them must agree, against each other."""
     cpu, here = case.cpu, case.device
-    _check_steer(case, backend, verdict)
-    added, decided = _check_add_steer(case, backend, verdict)
+    _check_steer(case, backend, check)
+    added, decided = _check_add_steer(case, backend, check)
     everywhere = torch.ones(len(cpu.x), dtype=torch.bool)
     for fp32_weight, offset in ((False, 0.0), (True, 1.0)):
         norm = EPS, offset, fp32_weight
         normed, hidden = ops.add_steer_rmsnorm(
             here.x, here.residual, here.weight, *norm, *here.steering, backend=backend
         )
-        verdict.same("add_steer_rmsnorm", case, hidden, added, everywhere, "the sum is add_steer's")
+        check.same("add_steer_rmsnorm", case, hidden, added, everywhere, "the sum is add_steer's")
         exact = reference.rmsnorm(hidden.cpu().double(), cpu.weight.double(), *norm)
         plain = reference.rmsnorm(hidden.cpu(), cpu.weight, *norm)
-        verdict.note("add_steer_rmsnorm", case, _shares(normed, exact, plain, case.size))
-    _check_pair(case, backend, added, decided, verdict)
-    _check_latch(case, backend, verdict)
+        check.note("add_steer_rmsnorm", case, _shares(normed, exact, plain, case.size))
+    _check_pair(case, backend, added, decided, check)
+    _check_latch(case, backend, check)
 
 
 def _expected(case: Case, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ def _expected(case: Case, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     return exact, decided
 
 
-def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verdict: Verdict) -> Tensor:
+def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, check: BackendCheck) -> Tensor:
     """What an op made of the rows s `[rows, hidden]`, and what it probed. Returns which rows rounding cannot turn."""
     cpu = case.cpu
     exact_probe = torch.zeros(len(s), case.columns, dtype=torch.float64)
@@ -275,35 +275,35 @@ def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verd
     exact, decided = _expected(case, s, exact_probe)
     plain = reference.steer(s, *cpu.steering, plain_probe)
     shares = _shares(ours, exact, plain, case.size)
-    verdict.note(op, case, torch.where(decided, shares, 0))
-    verdict.same(op, case, ours, s, cpu.rows[0] < 0, "a row without a plan keeps its bits")
+    check.note(op, case, torch.where(decided, shares, 0))
+    check.same(op, case, ours, s, cpu.rows[0] < 0, "a row without a plan keeps its bits")
     if case.columns:
         # The error of a dot product is bounded by the row's norm, since the direction is a unit vector.
         allowed = 2 * (plain_probe - exact_probe).abs() + 8 * EPS32 * case.norm.unsqueeze(1)
         share = ((seen.cpu().double() - exact_probe).abs() / allowed).amax(1).nan_to_num(nan=float("inf"))
-        verdict.note(f"{op}, probes", case, torch.where(decided, share, 0))
+        check.note(f"{op}, probes", case, torch.where(decided, share, 0))
     return decided
 
 
-def _check_steer(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def _check_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     here = case.device
     seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
     ours = ops.steer(here.x, *here.steering, seen, backend=backend)
-    _check_rows(case, "steer", case.cpu.x, ours, seen, verdict)
+    _check_rows(case, "steer", case.cpu.x, ours, seen, check)
     in_place = here.x.clone()
     ops.steer_(in_place, *here.steering, torch.empty_like(seen), backend=backend)
     everywhere = torch.ones(len(here.x), dtype=torch.bool)
-    verdict.same("steer_", case, in_place, ours, everywhere, "it writes what steer gives")
+    check.same("steer_", case, in_place, ours, everywhere, "it writes what steer gives")
 
 
-def _check_add_steer(case: Case, backend: ops.Backend, verdict: Verdict) -> tuple[Tensor, Tensor]:
+def _check_add_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> tuple[Tensor, Tensor]:
     cpu, here = case.cpu, case.device
     seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
     added = ops.add_steer(here.x, here.residual, *here.steering, seen, backend=backend)
-    return added, _check_rows(case, "add_steer", cpu.x + cpu.residual, added, seen, verdict)
+    return added, _check_rows(case, "add_steer", cpu.x + cpu.residual, added, seen, check)
 
 
-def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor, verdict: Verdict) -> None:
+def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor, check: BackendCheck) -> None:
     """(0, what add_steer gives) where something acts, else the pair as it was."""
     cpu, here = case.cpu, case.device
     x, residual = cpu.x.clone(), cpu.residual.clone()
@@ -312,11 +312,11 @@ def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor
     ours = here.x.clone(), here.residual.clone()
     ops.steer_pair_(ours[0], ours[1], *here.steering, backend=backend)
     for part, steered, before in zip(ours, (torch.zeros_like(added), added), (here.x, here.residual), strict=True):
-        verdict.same("steer_pair_", case, part, steered, acted & decided, "a row becomes (0, what add_steer gives)")
-        verdict.same("steer_pair_", case, part, before, ~acted & decided, "a row that nothing acts on keeps its bits")
+        check.same("steer_pair_", case, part, steered, acted & decided, "a row becomes (0, what add_steer gives)")
+        check.same("steer_pair_", case, part, before, ~acted & decided, "a row that nothing acts on keeps its bits")
 
 
-def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def _check_latch(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     cpu, here = case.cpu, case.device
     low, high = (cpu.gate_state.clone() for _ in range(2))
     for by, state in ((-1.0, low), (1.0, high)):
@@ -326,10 +326,10 @@ def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
     ops.latch_(here.x, here.tables, here.rows, ours, backend=backend)
     wrong = (low == high) & (ours.cpu() != low)
     if wrong.any():
-        verdict.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
+        check.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
 
 
-def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
+def check_replays(backend: ops.Backend, device: str, check: BackendCheck) -> None:
     """A steered op of a decode step, captured once: what is loaded into a slot between two replays is what runs."""
     hidden, rows = 1024, 8
     generator = torch.Generator().manual_seed(0)
@@ -340,7 +340,7 @@ def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
     where = torch.zeros(3, rows, dtype=torch.int32, device=device)
     x = torch.randn(rows, hidden, generator=generator).to(device, torch.bfloat16)
     replay, result = capture(lambda: ops.steer(x, program.tables(0), where, backend=backend), device)
-    verdict.replays = True
+    check.replays = True
     for plan, name in zip(plans, ("Ablate", "Add"), strict=True):
         program.load(0, plan)
         replay()
@@ -349,8 +349,8 @@ def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
         exact, plain = (reference.steer(t, *at) for t in (x.cpu().double(), x.cpu()))
         size = x.cpu().double().norm(dim=1) * tables.bank.abs().max()
         if not (_shares(result, exact, plain, size) <= 1).all():
-            verdict.replays = False
-            verdict.disagree(f"a replay of a captured graph did not run the plan in its slot, {name}")
+            check.replays = False
+            check.disagree(f"a replay of a captured graph did not run the plan in its slot, {name}")
 
 
 def capture(run: Callable[[], Tensor], device: str) -> tuple[Callable[[], None], Tensor]:
@@ -367,27 +367,27 @@ def capture(run: Callable[[], Tensor], device: str) -> tuple[Callable[[], None],
     return graph.replay, result
 
 
-def check_backend(backend: ops.Backend, device: str, end: float) -> Verdict:
+def check_backend(backend: ops.Backend, device: str, end: float) -> BackendCheck:
     """All cases, or as many as begin before `end` on `time.monotonic`, at the least the first, which has every kind of
     intervention. What a back end raises is a disagreement."""
     state = ops.states()[backend]
-    verdict = Verdict(state.works, state.reason)
+    check = BackendCheck(state.works, state.reason)
     if not state.works:
-        return verdict
-    verdict.device = device
+        return check
+    check.device = device
     listed = cases(backend, device)
-    verdict.of = len(listed)
+    check.of = len(listed)
     try:
         for make in listed:
-            if verdict.cases and time.monotonic() > end:
+            if check.cases and time.monotonic() > end:
                 break
-            check_ops(make(), backend, verdict)
-            verdict.cases += 1
+            check_ops(make(), backend, check)
+            check.cases += 1
         if device == "cuda" and time.monotonic() < end:
-            check_replays(backend, device, verdict)
+            check_replays(backend, device, check)
     except Exception as error:
-        verdict.disagree(f"it raised {type(error).__name__}: {str(error).strip()[:300]}")
-    return verdict
+        check.disagree(f"it raised {type(error).__name__}: {str(error).strip()[:300]}")
+    return check
 
 
 def device_of(backend: ops.Backend) -> str:
@@ -548,8 +548,8 @@ def verify(
         progress: called with what is done next.
 
     Returns:
-        What JSON can hold: `versions`, `machine`, `backends` (`Verdict` by name), `kernels` and `steps` (records of
-        `time_kernels` and `time_steps`), `passed`, `seconds`.
+        What JSON can hold: `versions`, `machine`, `backends` (`BackendCheck` by name), `kernels` and `steps` (records
+        of `time_kernels` and `time_steps`), `passed`, `seconds`.
 
     Raises:
         ValueError: an unknown back end, or one that does not work here.
@@ -562,14 +562,14 @@ def verify(
     names = [name for name in states if backend in (None, name)]
     working = [name for name in names if states[name].works]
     gpu = torch.cuda.is_available()
-    verdicts = {}
+    checks = {}
     with torch.no_grad():
         for i, name in enumerate(names):
             progress(f"checking {name}")
             # What others left over is for those that come behind.
             now, last = time.monotonic(), begun + CHECKS_UNTIL * seconds
             remaining = sum(other in working for other in names[i:])
-            verdicts[name] = check_backend(name, device_of(name), now + (last - now) / max(remaining, 1))
+            checks[name] = check_backend(name, device_of(name), now + (last - now) / max(remaining, 1))
         progress("timing the kernels")
         kernels = list(time_kernels(working, begun + KERNELS_UNTIL * seconds))
     progress("timing decode steps of the demo model")
@@ -577,9 +577,9 @@ def verify(
     return {
         "versions": versions() | {"python": platform.python_version(), "triton": measure.version("triton")},
         "machine": measure.machine() | {"platform": platform.platform(), "threads": torch.get_num_threads()},
-        "backends": {name: verdict.to_dict() for name, verdict in verdicts.items()},
+        "backends": {name: check.to_dict() for name, check in checks.items()},
         "kernels": kernels,
         "steps": steps,
-        "passed": not any(verdict.n_disagreements for verdict in verdicts.values()),
+        "passed": not any(check.n_disagreements for check in checks.values()),
         "seconds": round(time.monotonic() - begun, 1),
     }

@@ -312,7 +312,10 @@ class TestHeaderAgreesWithPython:
         return {word: i for i, word in enumerate(re.findall(r"\w+", body))}
 
     def test_kinds(self):
-        assert self.enum("Kind") == {**{kind.name: kind.value for kind in tables.Kind}, "N_KINDS": len(tables.Kind)}
+        assert self.enum("Kind") == {
+            **{kind.name: kind.value for kind in tables.EntryKind},
+            "N_KINDS": len(tables.EntryKind),
+        }
 
     def test_gate_modes(self):
         assert self.enum("GateMode") == {f"GATE_{mode.name}": mode.value for mode in tables.GateMode}

@@ -9,7 +9,7 @@ from strategies import plans, randn
 
 import faststeer as fs
 from faststeer.compile import Need, compile_plan, probed_columns
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.program import Capacity, Program
 
 N_LAYERS, HIDDEN = 3, 8
@@ -25,7 +25,7 @@ def test_need_is_what_a_program_takes(several):
     rows = {block.float().contiguous().numpy().tobytes() for block in blocks}
     assert need.slots == len(several) and need.vectors == sum(len(row) // (4 * HIDDEN) for row in rows)
     assert need.entries == max(map(len, compiled), default=0)
-    assert need.latched_gates == max((sum(e.kind == Kind.LATCH for e in each) for each in compiled), default=0)
+    assert need.latched_gates == max((sum(e.kind == EntryKind.LATCH for e in each) for each in compiled), default=0)
     program = Program(N_LAYERS, HIDDEN, Capacity(max(need.slots, 1), max(need.vectors, 1), max(need.entries, 1)))
     program.change(dict(enumerate(several)))
     assert need.probe_columns == max(program.columns)

@@ -17,7 +17,7 @@ from strategies import plans, randn
 
 import faststeer as fs
 from faststeer.compile import compile_plan
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.plan import plans_for
 from faststeer.plan_schema import plan_schema
 
@@ -186,7 +186,7 @@ class TestPlan:
         """In the order of the sites, and within one in the plan's; latched gates first, each decided once."""
         entries = compile_plan(plan, n_layers, 8)
         assert [e.site for e in entries] == sorted(e.site for e in entries)
-        acting = [(e.site, e.basis.shape[0]) for e in entries if e.kind != Kind.LATCH]
+        acting = [(e.site, e.basis.shape[0]) for e in entries if e.kind != EntryKind.LATCH]
         expected = [
             (
                 site,
@@ -202,20 +202,22 @@ class TestPlan:
         assert sorted(acting) == sorted(expected)
         for site in {e.site for e in entries}:
             here = [e for e in entries if e.site == site]
-            assert [e.kind == Kind.LATCH for e in here] == sorted([e.kind == Kind.LATCH for e in here], reverse=True)
-            names = [e.kind for e in here if e.kind != Kind.LATCH]
+            assert [e.kind == EntryKind.LATCH for e in here] == sorted(
+                [e.kind == EntryKind.LATCH for e in here], reverse=True
+            )
+            names = [e.kind for e in here if e.kind != EntryKind.LATCH]
             assert names == [i.kind for i in plan if site in sites_of(i, n_layers)]
             assert sum(e.basis.shape[0] for e in here if e.probe_column >= 0) == max(
                 (e.probe_column + e.basis.shape[0] for e in here if e.probe_column >= 0), default=0
             )
         gates = {id(i.when) for i in plan if i.when is not None and i.when.latched}
-        assert len({e.gate_state for e in entries if e.kind == Kind.LATCH}) >= len(gates)
+        assert len({e.gate_state for e in entries if e.kind == EntryKind.LATCH}) >= len(gates)
 
     def test_a_gate_that_several_interventions_share_is_decided_once(self):
         gate = fs.Gate(V, latched=True, layer=0, at="resid_pre")
         plan = fs.Plan([fs.Add(V, layers=(0, 1), when=gate), fs.Ablate(V, layers=1, when=gate)])
         entries = compile_plan(plan, 2, 8)
-        assert [e.kind for e in entries].count(Kind.LATCH) == 1
+        assert [e.kind for e in entries].count(EntryKind.LATCH) == 1
 
 
 class TestJson:

@@ -21,21 +21,21 @@ def fuse() -> None:
     layers.patch_layers = patch_layers
 
 
-def patch_layers(found: dict[int, Any], device: layers.Device, hook_points: Any, n_layers: int) -> None:
+def patch_layers(found: dict[int, Any], tables: layers.StepTables, hook_points: Any, n_layers: int) -> None:
     if set(hook_points) != {"resid_pre", "resid_post"}:
         raise ValueError(f"the fused form has resid_pre and resid_post alone, not {hook_points}")
-    target = device.program.device
+    target = tables.program.device
     op, operators = overload("add_steer_rmsnorm", target), layers.Operators.of(target)
     for number, layer in found.items():
-        layers.check_layer(layer, device)
-        here = layers.Site(site("resid_pre", number), device, operators)
+        layers.check_layer(layer, tables)
+        here = layers.Site(site("resid_pre", number), tables, operators)
         layer.add_module("faststeer_resid_pre", here)
         if number == 0:
             layers._patch_layer(layer, {"resid_pre": here})
         else:
             _patch_norm(layer.input_layernorm, here, op)
         if number == n_layers - 1:  # what the model's last norm reads
-            last = layers.Site(site("resid_post", number), device, operators)
+            last = layers.Site(site("resid_post", number), tables, operators)
             layer.add_module("faststeer_resid_post", last)
             layers._patch_layer(layer, {"resid_post": last})
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.engine.device import Device
+from faststeer.engine.batch import EngineBatch
 from faststeer.engine.requests import Request
 from faststeer.hf import Steering
 from faststeer.hf.fused import WRONG_CALL
@@ -26,7 +26,7 @@ def vocabulary(model: Any) -> int:
 
 
 @torch.inference_mode()
-def check_logits(device: Device, steering: Steering | None) -> None:
+def check_logits(batch: EngineBatch, steering: Steering | None) -> None:
     """Sequences of different lengths, each read but for its last token, and that: short ones, and for every window and
     switch-over length that the config names and rows can reach, one that ends in front of it, one that crosses it and
     one behind it, together. `steering`: what passes run in, whatever the plans.
@@ -34,14 +34,14 @@ def check_logits(device: Device, steering: Steering | None) -> None:
     Raises:
         ValueError: the logits are not the model's own; or the model cannot be called as the Engine calls it.
     """
-    _check(device, steering, [6, 3], "")
-    config: Any = device.model.config
+    _check(batch, steering, [6, 3], "")
+    config: Any = batch.model.config
     for edge in sorted(set(_edges(config.get_text_config().to_dict()))):
-        if 2 <= edge <= device.length - 1:
+        if 2 <= edge <= batch.length - 1:
             remedy = f"make the Engine with max_length={edge}, or "
-            sizes = [min(edge + 3, device.length), 3, edge + 1]
-            for first in range(0, len(sizes), device.rows):
-                _check(device, steering, sizes[first : first + device.rows], remedy)
+            sizes = [min(edge + 3, batch.length), 3, edge + 1]
+            for first in range(0, len(sizes), batch.rows):
+                _check(batch, steering, sizes[first : first + batch.rows], remedy)
 
 
 def _edges(config: Mapping[str, Any]) -> Iterator[int]:
@@ -52,37 +52,37 @@ def _edges(config: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _check(device: Device, steering: Steering | None, sizes: list[int], remedy: str) -> None:
-    words, name = vocabulary(device.model), type(device.model).__name__
+def _check(batch: EngineBatch, steering: Steering | None, sizes: list[int], remedy: str) -> None:
+    words, name = vocabulary(batch.model), type(batch.model).__name__
     ids = [[(7 * row + 3 * i + 1) % words for i in range(size)] for row, size in enumerate(sizes)]
-    ids = [row[: device.length] for row in ids[: device.rows]]
+    ids = [row[: batch.length] for row in ids[: batch.rows]]
     requests = [Request(row, prompt[:-1], None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
     try:
-        alone = [_alone(device, row) for row in ids]
-        with steering or nullcontext(), device.linears:
-            device.steering = steering
-            found = [device.read_prompts(requests, 0)]
-            device.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(device.device)
-            found.append(device.read_tokens(len(ids), max(map(len, ids))))
+        alone = [_alone(batch, row) for row in ids]
+        with steering or nullcontext(), batch.linears:
+            batch.steering = steering
+            found = [batch.read_prompts(requests, 0)]
+            batch.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(batch.device)
+            found.append(batch.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
     except WRONG_CALL as error:
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
     finally:
-        device.steering = None
+        batch.steering = None
     expected = torch.stack([row[0, -2:] for row in alone], 1).float()
     # Of the row that is furthest away.
     away = ((torch.stack(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
-    if not away <= (1e-3 if device.dtype == torch.float32 else 0.1):
+    if not away <= (1e-3 if batch.dtype == torch.float32 else 0.1):
         what = f"with sequences of {', '.join(map(str, map(len, ids)))} tokens together, " if remedy else ""
         raise ValueError(
             f"{name}: {what}the Engine's logits are {away:.1%} away from the model's own, so that it cannot run this "
             f"architecture{' so far' if remedy else ''}: {remedy}use model.generate"
         )
     for row in range(len(ids)):
-        device.clear(row)
+        batch.clear(row)
 
 
-def _alone(device: Device, ids: list[int]) -> Tensor:
-    tokens = torch.tensor([ids]).to(device.device)
-    return device.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+def _alone(batch: EngineBatch, ids: list[int]) -> Tensor:
+    tokens = torch.tensor([ids]).to(batch.device)
+    return batch.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits

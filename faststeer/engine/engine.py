@@ -22,8 +22,8 @@ from torch import nn
 
 from faststeer import ops
 from faststeer.compile import Need, compile_plan
+from faststeer.engine.batch import EngineBatch
 from faststeer.engine.check import check_logits, vocabulary
-from faststeer.engine.device import Device
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
     Request,
@@ -101,10 +101,10 @@ class Engine:
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
         self._slots = SlotPool(self._steering.change, self._steering.loaded)
-        self._device = self._fitting(model, max_batch, max_length)
+        self._batch = self._fitting(model, max_batch, max_length)
         self._busy = False
-        on_gpu = self._device.device.type == "cuda"
-        self._steps: Steps = Graphs(self._device) if on_gpu else EagerSteps(self._device)
+        on_gpu = self._batch.device.type == "cuda"
+        self._steps: Steps = Graphs(self._batch) if on_gpu else EagerSteps(self._batch)
         self._ahead = 1 if on_gpu else 0  # steps launched before the tokens of one are read
 
     def _steering_of(self, capacity: Capacity) -> Steering:
@@ -112,13 +112,13 @@ class Engine:
             return steer(self.model, Plan(), capacity=capacity)
         return frozen_steering(self.model, Plan(), self._frozen, capacity=capacity)
 
-    def _fitting(self, model: nn.Module, rows: int, length: int) -> Device:
+    def _fitting(self, model: nn.Module, rows: int, length: int) -> EngineBatch:
         """Rows and their cache, checked; half as many until they fit into memory."""
         while True:
             try:
-                device = Device(model, rows, length, self._frozen is not None)
-                check_logits(device, self._steering if self._frozen or self._steering.path == "fused" else None)
-                return device
+                batch = EngineBatch(model, rows, length, self._frozen is not None)
+                check_logits(batch, self._steering if self._frozen or self._steering.path == "fused" else None)
+                return batch
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -127,7 +127,7 @@ class Engine:
     @property
     def max_batch(self) -> int:
         """Rows that run together: as asked for, or what fitted into memory."""
-        return self._device.rows
+        return self._batch.rows
 
     @property
     def path(self) -> str:
@@ -258,11 +258,11 @@ class Engine:
         self._make_room([request.plan for request in requests])
         ops.warmup(
             self._points.hidden_size,
-            self._device.dtype,
-            self._device.device,
+            self._batch.dtype,
+            self._batch.device,
             ("steer", "add_steer", "add_steer_rmsnorm", "latch_"),
         )
-        with changing() as changes, self._context(requests) as steering, self._device.linears:
+        with changing() as changes, self._context(requests) as steering, self._batch.linears:
             # What goes wrong under a plan is told again where it is asked for.
             deque(self._begin(changes, steering, requests, Stops(self.tokenizer, (), ()), probes).completions(), 0)
             self._steps.warm_up(requests[0].mode)
@@ -310,7 +310,7 @@ class Engine:
         with (
             changing() as changes,
             self._context(requests) as steering,
-            self._device.linears,
+            self._batch.linears,
             _Bar(len(requests)) if shown else nullcontext() as advance,
         ):
             run = self._begin(changes, steering, requests, stops, probes)
@@ -347,12 +347,12 @@ class Engine:
         self._busy = True
         if self._steering.unfinished:  # an earlier call was interrupted as it loaded a plan
             self._steering.change({})
-        run = GenerateJob(self._device, self._steps, self._ahead, self._steering, self._slots, requests, stops)
+        run = GenerateJob(self._batch, self._steps, self._ahead, self._steering, self._slots, requests, stops)
         changes.on_undo(run.close)
-        self._device.steering = steering
+        self._batch.steering = steering
         entries = compile_plan(Plan(probes), self._points.n_layers, self._points.hidden_size)
         sites = [entry.site for entry in entries]
-        self._device.watch(sites, entries[0].basis.shape[0] if entries else 0)
+        self._batch.watch(sites, entries[0].basis.shape[0] if entries else 0)
         return run
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from faststeer.engine.device import Device
+from faststeer.engine.batch import EngineBatch
 from faststeer.engine.sampling import Mode
 from faststeer.ops import backend_for
 
@@ -36,7 +36,7 @@ class Steps(Protocol):
         """Why eagerly; "" where graphs are used."""
 
     def decode(self, n: int, width: int, mode: Mode) -> Tensor:
-        """See `Device.decode`."""
+        """See `EngineBatch.decode`."""
 
     def look_again(self) -> None:
         """The caller's code has run: weights, hooks and adapters may be others at the next step."""
@@ -50,9 +50,9 @@ class EagerSteps:
 
     path = "eager"
 
-    def __init__(self, device: Device) -> None:
-        self.why = f"the model is on {device.device.type}: CUDA graphs are for NVIDIA GPUs"
-        self.decode = device.decode
+    def __init__(self, batch: EngineBatch) -> None:
+        self.why = f"the model is on {batch.device.type}: CUDA graphs are for NVIDIA GPUs"
+        self.decode = batch.decode
 
     def look_again(self) -> None:
         pass
@@ -82,10 +82,10 @@ class NotCapturable(RuntimeError):
 class Graphs:
     """Decode steps as graphs, one per (rows, width, mode), captured when first needed.
 
-    Rows and widths are rounded up to powers of two, so that there are few. A graph reads the tables of `Device` and of
-    the steering's program, so that plans change between replays. Everything else it holds fixed, and `_constants` lists
-    it; it is compared before the first step of a run and after each time the caller's code has run. Graphs are dropped
-    as soon as anything in it differs.
+    Rows and widths are rounded up to powers of two, so that there are few. A graph reads the tables of the batch and of
+    the steering's program, so that plans change between replays. Everything else is fixed in the graph: `_constants`
+    lists it. The list is compared before the first step of a run and after each time the caller's code has run; a
+    difference drops the graphs.
 
     Before a capture the step runs twice for real, on rows that are put back: once to warm up, once to see that it
     neither reads the device from the host nor changes the model's attributes, which a replay would not. No GPU has run
@@ -95,10 +95,10 @@ class Graphs:
         why: why steps run eagerly, after a capture that failed; until something changes, none is tried again.
     """
 
-    def __init__(self, device: Device, captures: Captures | None = None) -> None:
+    def __init__(self, batch: EngineBatch, captures: Captures | None = None) -> None:
         self.why = ""
-        self._device = device
-        self._captures: Captures = captures or CudaCaptures(device.device)
+        self._batch = batch
+        self._captures: Captures = captures or CudaCaptures(batch.device)
         self._graphs: dict[tuple[int, int, Mode], tuple[Callable[[], None], Tensor]] = {}
         self._held: dict[str, Any] = {}
         self._look = True
@@ -112,24 +112,24 @@ class Graphs:
 
     def warm_up(self, mode: Mode) -> None:
         """The largest first: the others fit into the memory that it took."""
-        rows, widths = _sizes(1, self._device.rows), _sizes(LEAST_WIDTH, self._device.length)
+        rows, widths = _sizes(1, self._batch.rows), _sizes(LEAST_WIDTH, self._batch.length)
         for n, width in itertools.product(reversed(rows), reversed(widths)):
             self.decode(n, width, mode)
             if self.why:
                 break
 
     def decode(self, n: int, width: int, mode: Mode) -> Tensor:
-        device = self._device
+        batch = self._batch
         if self._look:
             self._renew(self._constants())
             self._look = False
         if not self.why:
-            columns = min(max(_power_of_two(width), LEAST_WIDTH), device.length)
-            shape = min(_power_of_two(n), device.rows), columns, mode
+            columns = min(max(_power_of_two(width), LEAST_WIDTH), batch.length)
+            shape = min(_power_of_two(n), batch.rows), columns, mode
             if shape not in self._graphs:
                 self._capture(shape)
         if self.why:
-            return device.decode(n, width, mode)
+            return batch.decode(n, width, mode)
         replay, chosen = self._graphs[shape]
         replay()
         return chosen[:n]
@@ -145,12 +145,12 @@ class Graphs:
 
     def _capture(self, shape: tuple[int, int, Mode]) -> None:
         """Capture a step, or say in `why` that it cannot be. Nothing has moved on then."""
-        device = self._device
-        tables = (device.long, device.int)
+        batch = self._batch
+        tables = (batch.long, batch.int)
         before = [table.clone() for table in tables]
 
         def step() -> Tensor:
-            return device.decode(*shape)
+            return batch.decode(*shape)
 
         def put_back() -> None:
             with torch.inference_mode():
@@ -164,7 +164,7 @@ class Graphs:
             # The first pass may have made what it keeps: a lazily built table, say.
             self._renew(warm := self._constants())
             try:
-                with _NoHostReads(device.device):
+                with _NoHostReads(batch.device):
                     step()
                 put_back()
                 if changed := _differences(warm, self._constants()):
@@ -181,19 +181,19 @@ class Graphs:
             put_back()
             if self.why:
                 self._drop()
-                if device.steering is not None:
-                    device.steering.clear_projections()
+                if batch.steering is not None:
+                    batch.steering.clear_projections()
 
     def _constants(self) -> dict[str, Any]:
         """What a graph holds fixed, by name. Equal ones give equal graphs; objects are held, so that none can be
         taken for another that has its address later."""
-        device, steering = self._device, self._device.steering
+        batch, steering = self._batch, self._batch.steering
         return {
             "the steering": None if steering is None else (steering, steering.fingerprint),
-            "the probes": (device.projections.data_ptr(), tuple(device.probes)),
-            "the back end": backend_for(device.device),
-            "autocast": (torch.is_autocast_enabled(device.device.type), torch.get_autocast_dtype(device.device.type)),
-            **model_constants(device.model),
+            "the probes": (batch.projections.data_ptr(), tuple(batch.probes)),
+            "the back end": backend_for(batch.device),
+            "autocast": (torch.is_autocast_enabled(batch.device.type), torch.get_autocast_dtype(batch.device.type)),
+            **model_constants(batch.model),
         }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from faststeer.engine.device import Device
+from faststeer.engine.batch import EngineBatch
 from faststeer.engine.graphs import Steps
 from faststeer.engine.requests import Request, Stops
 from faststeer.generator import Completion, FinishReason
@@ -40,7 +40,7 @@ class GenerateJob:
 
     def __init__(
         self,
-        device: Device,
+        batch: EngineBatch,
         steps: Steps,
         ahead: int,
         steering: Steering,
@@ -48,15 +48,15 @@ class GenerateJob:
         requests: Sequence[Request],
         stops: Stops,
     ) -> None:
-        self.device, self.steps, self.ahead, self.stops = device, steps, ahead, stops
+        self.batch, self.steps, self.ahead, self.stops = batch, steps, ahead, stops
         self.steering, self.slots = steering, slots
         self.queue = deque(requests)
         plans = {id(request.plan): request.plan for request in requests if request.plan is not None}
         self.keys = {number: plan.key for number, plan in plans.items()}  # by which `slots` knows them
         self.live: list[Request] = []  # by row
-        self.rows = device.rows  # fewer after running out of memory
+        self.rows = batch.rows  # fewer after running out of memory
         self.pending: deque[_Launched] = deque()
-        self.sequences = list(range(device.rows))
+        self.sequences = list(range(batch.rows))
         self.drawn = 0
 
     def completions(self) -> Iterator[Completion]:
@@ -82,9 +82,9 @@ class GenerateJob:
 
     def close(self) -> None:
         """Empty the rows. Plans stay in their slots."""
-        self.device.steering = None
-        for row in range(self.device.rows):
-            self.device.clear(row)
+        self.batch.steering = None
+        for row in range(self.batch.rows):
+            self.batch.clear(row)
         self.slots.release()
         self.steering.clear_projections()
 
@@ -129,7 +129,7 @@ class GenerateJob:
             request.launched = len(request.tokens)
         first = len(self.live)
         self.live += group
-        return self.device.prefill(group, first, prefix, source)
+        return self.batch.prefill(group, first, prefix, source)
 
     def _step(self) -> Tensor:
         width = 1 + max(len(request.prompt) + request.launched - 1 for request in self.live)
@@ -153,13 +153,13 @@ class GenerateJob:
     def _release(self, request: Request) -> None:
         """Give back a row: what it saw is kept, and the last row takes its place."""
         row, last = self.live.index(request), len(self.live) - 1
-        request.projections = self.device.seen(row, len(request.prompt) + request.launched - 1)
+        request.projections = self.batch.seen(row, len(request.prompt) + request.launched - 1)
         if row != last:
             length = len(self.live[last].prompt) + self.live[last].launched
-            self.device.move(last, row, min(length, self.device.length))
+            self.batch.move(last, row, min(length, self.batch.length))
             self.live[row] = self.live[last]
         self.live.pop()
-        self.device.clear(last)
+        self.batch.clear(last)
         self.sequences.append(request.sequence)
         self._leave_slot(request)
 
@@ -172,10 +172,10 @@ class GenerateJob:
             self.sequences.append(request.sequence)
             self._leave_slot(request)
         for row in range(len(self.live)):
-            self.device.clear(row)
+            self.batch.clear(row)
         self.live.clear()
         self.steering.clear_projections()
-        if self.device.device.type == "cuda":
+        if self.batch.device.type == "cuda":
             torch.cuda.empty_cache()
 
     # Slots
@@ -212,7 +212,7 @@ class GenerateJob:
             fault = "the logits hold NaN or infinity: is the steering too strong for the model's dtype?"
             completion = self._finish(request, "error", ValueError(fault))
             lengths = [len(live.prompt) + live.launched - 1 for live in self.live]
-            self.device.wipe(lengths + [0] * (self.device.rows - len(lengths)))
+            self.batch.wipe(lengths + [0] * (self.batch.rows - len(lengths)))
             return completion
         self.drawn += 1
         if token in self.stops.tokens:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from faststeer.extract.reading import check_positions
-from faststeer.tensor_files import Record, TensorFile
+from faststeer.tensor_files import TensorFile, TensorRecord
 from faststeer.vector import HookPoint, check_hook_point
 
 
 @dataclass(frozen=True, eq=False)
-class Activations(Record):
+class Activations(TensorRecord):
     """Activations of two sets of prompts.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
 from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
 from faststeer.hf.prompts import post_instruction_positions
-from faststeer.tensor_files import Record, TensorFile
+from faststeer.tensor_files import TensorFile, TensorRecord
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 METHOD = "dim"
@@ -25,7 +25,7 @@ MEANS = ("positive_mean", "negative_mean")
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates(Record):
+class Candidates(TensorRecord):
     """Mean activations of two sets of prompts at several positions and all layers: a direction for each of these.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from faststeer.compile import Entry, orthonormal
-from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, GateMode, Kind
+from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, EntryKind, GateMode
 
 NEGLIGIBLE = 1e-9  # singular values of a map in fp64 that are none
 SAME = 1e-6  # of maps made of fp32 directions: nobody computes orthogonal ones more exactly
@@ -79,7 +79,7 @@ def affine(entry: Entry, where: str) -> tuple[Map, Tensor]:
     """
     kind = entry.kind.name.capitalize().replace("_relative", "")
     name = f"{kind} at {where}"
-    if entry.kind == Kind.LATCH or entry.gate_mode != GateMode.NONE:
+    if entry.kind == EntryKind.LATCH or entry.gate_mode != GateMode.NONE:
         raise FoldError(f"{name} has a gate: weights cannot decide row by row; steer with hooks instead")
     low, high = entry.position_range
     if (low, high) != (POSITION_MIN, POSITION_MAX):
@@ -90,21 +90,21 @@ def affine(entry: Entry, where: str) -> tuple[Map, Tensor]:
     hidden = basis.shape[1]
     nothing, same = torch.zeros(hidden, dtype=torch.float64), Map.identity(hidden)
     first, second = (float(number) for number in entry.scalars)
-    if entry.kind == Kind.ADD:
+    if entry.kind == EntryKind.ADD:
         return same, first * basis[0]
-    if entry.kind == Kind.PROBE or entry.probe_column >= 0:
+    if entry.kind == EntryKind.PROBE or entry.probe_column >= 0:
         raise FoldError(f"{name} watches a direction: a folded model has no probe; take the probe out of the plan")
     q = orthonormal(basis, name).double().T  # as the hooks have it to fp32, and orthonormal to fp64 here
-    if entry.kind == Kind.ABLATE:
+    if entry.kind == EntryKind.ABLATE:
         return (Map(1.0, -first * q, q) if first else same), nothing
-    if entry.kind == Kind.PROJECT:
+    if entry.kind == EntryKind.PROJECT:
         return Map(0.0, q, q), nothing
-    if entry.kind == Kind.ROTATE_RELATIVE:
+    if entry.kind == EntryKind.ROTATE_RELATIVE:
         turn = torch.tensor([[first - 1, -second], [second, first - 1]], dtype=torch.float64)
         return (Map(1.0, q @ turn, q) if (first, second) != (1.0, 0.0) else same), nothing
-    if entry.kind == Kind.CLAMP and first == second and math.isfinite(first):
+    if entry.kind == EntryKind.CLAMP and first == second and math.isfinite(first):
         return Map(1.0, -q, q), first * q[:, 0]
-    if entry.kind == Kind.CLAMP:
+    if entry.kind == EntryKind.CLAMP:
         what, way = "clips where a projection is out of bounds", "a Clamp with low = high can be folded"
     else:
         what, way = "turns every row by its own angle", "Rotate(relative=True) can be folded at attn_out and mlp_out"

@@ -28,7 +28,7 @@ from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import Norm, Parts, find_parts
-from faststeer.ops.tables import GateMode, Kind
+from faststeer.ops.tables import EntryKind, GateMode
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector, check_direction
@@ -155,9 +155,9 @@ def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int)
     found: dict[tuple[int, int, int], _Group] = {}
     for slot, plan in by_slot.items():
         for entry in compile_plan(plan, n_layers, hidden_size) if plan is not None else ():
-            if entry.kind == Kind.PROBE:
+            if entry.kind == EntryKind.PROBE:
                 continue
-            if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
+            if entry.kind != EntryKind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
                 raise ValueError(
                     "steering value vectors are those of added vectors: the plan must hold Add alone (and Probe), "
                     f"without gates and keep_norm; it has {entry.kind.name.capitalize()}"

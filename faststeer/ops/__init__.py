@@ -4,7 +4,7 @@ model, no plan and no hook."""
 from faststeer.ops import reference
 from faststeer.ops.dispatch import (
     Backend,
-    State,
+    BackendState,
     add_steer,
     add_steer_rmsnorm,
     backend,
@@ -19,14 +19,14 @@ from faststeer.ops.dispatch import (
     warmup,
 )
 from faststeer.ops.linear import linear
-from faststeer.ops.tables import Field, GateMode, Kind, Tables
+from faststeer.ops.tables import EntryKind, Field, GateMode, Tables
 
 __all__ = [
     "Backend",
+    "BackendState",
+    "EntryKind",
     "Field",
     "GateMode",
-    "Kind",
-    "State",
     "Tables",
     "add_steer",
     "add_steer_rmsnorm",

@@ -31,7 +31,7 @@ _resolved: dict[tuple[str | None, str], Backend] = {}  # (chosen, kind of device
 
 
 @dataclass(frozen=True)
-class State:
+class BackendState:
     """Whether a back end can be used here, and why not."""
 
     works: bool
@@ -98,35 +98,35 @@ def _checked(name: str, source: str) -> Backend | Literal["auto"]:
 
 
 @functools.cache
-def states() -> dict[Backend, State]:
+def states() -> dict[Backend, BackendState]:
     """Each back end's state on this machine. The first call loads the libraries that are built."""
     from faststeer import build
 
     built = build.load()
-    found: dict[Backend, State] = {"reference": State(True, "plain PyTorch, any device")}
+    found: dict[Backend, BackendState] = {"reference": BackendState(True, "plain PyTorch, any device")}
     names: tuple[Backend, ...] = ("cpu", "cuda")
     for name in names:
         reason = built[name]
         works = reason is None
         if works and name == "cuda" and not torch.cuda.is_available():
             works, reason = False, "built, but there is no GPU that PyTorch can use"
-        found[name] = State(works, reason or "C++, built for this PyTorch")
+        found[name] = BackendState(works, reason or "C++, built for this PyTorch")
     found["triton"] = _triton_state()
     return {name: found[name] for name in BACKENDS}
 
 
-def _triton_state() -> State:
+def _triton_state() -> BackendState:
     if importlib.util.find_spec("triton") is None:
-        return State(False, "Triton is not installed: pip install triton")
+        return BackendState(False, "Triton is not installed: pip install triton")
     if not _interpreted() and not torch.cuda.is_available():
-        return State(
+        return BackendState(
             False, "there is no GPU that PyTorch can use (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
         )
     try:
         importlib.import_module(KERNELS)  # which registers them
     except Exception as error:  # an unfit Triton must not take the other back ends with it
-        return State(False, f"its kernels cannot be imported: {error}")
-    return State(True, "interpreted on the CPU" if _interpreted() else "Triton kernels")
+        return BackendState(False, f"its kernels cannot be imported: {error}")
+    return BackendState(True, "interpreted on the CPU" if _interpreted() else "Triton kernels")
 
 
 def _interpreted() -> bool:

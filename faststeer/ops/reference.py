@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from faststeer.ops.tables import VECTORS, Field, GateMode, Kind, Tables
+from faststeer.ops.tables import VECTORS, EntryKind, Field, GateMode, Tables
 
 # As plain numbers: a compiler that traces this takes an enum for an object.
-_A, _N_INTEGERS, _N_KINDS = int(Field.A), int(Field.PROBE) + 1, len(Kind)
+_A, _N_INTEGERS, _N_KINDS = int(Field.A), int(Field.PROBE) + 1, len(EntryKind)
 _VECTORS = tuple((int(kind), vectors) for kind, vectors in VECTORS.items())
 
 
@@ -139,7 +139,7 @@ def latch(x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
         cell, inside = entry.gate_cell(gate_state)
-        decides = entry.live & entry.is_kind(Kind.LATCH) & (entry.position == -1) & inside
+        decides = entry.live & entry.is_kind(EntryKind.LATCH) & (entry.position == -1) & inside
         verdict = decides & entry.compare(h, tables)
         # Counted and not assigned: rows that decide nothing must not write, and no row's number may decide who wins.
         votes = torch.zeros(2, gate_state.numel(), dtype=torch.int32, device=x.device)
@@ -184,7 +184,7 @@ class _Entry:
         latched = self.mode == int(GateMode.LATCHED)
         return valid & torch.where(looks, (gate >= 0) & (gate < n_vectors), self.is_mode(GateMode.NONE) | latched)
 
-    def is_kind(self, kind: Kind) -> Tensor:
+    def is_kind(self, kind: EntryKind) -> Tensor:
         return self.kind == int(kind)
 
     def is_mode(self, mode: GateMode) -> Tensor:
@@ -233,16 +233,20 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
     Every kind is h <- h + sum_k w_k q_k with a weight per direction (Project starts from zero instead of h).
     """
     a, b, count = entry.a, entry.b, entry.count.unsqueeze(1)
-    adds, projects, relative = entry.is_kind(Kind.ADD), entry.is_kind(Kind.PROJECT), entry.is_kind(Kind.ROTATE_RELATIVE)
-    rotates = relative | entry.is_kind(Kind.ROTATE)
+    adds, projects, relative = (
+        entry.is_kind(EntryKind.ADD),
+        entry.is_kind(EntryKind.PROJECT),
+        entry.is_kind(EntryKind.ROTATE_RELATIVE),
+    )
+    rotates = relative | entry.is_kind(EntryKind.ROTATE)
     p1, p2 = p[:, 0], p[:, min(1, p.shape[1] - 1)]
     # A clamp's missing bound is infinite: other kinds' formulas must not meet it, not even times zero in a gradient.
     w1, w2 = _rotation(p1, p2, torch.where(rotates, a, 1), torch.where(rotates, b, 0), relative)
-    clamped = torch.where(entry.is_kind(Kind.CLAMP), p1.clamp(min=a, max=b) - p1, 0)
+    clamped = torch.where(entry.is_kind(EntryKind.CLAMP), p1.clamp(min=a, max=b) - p1, 0)
     first = torch.where(adds, a, torch.where(rotates, w1, clamped))
     second = torch.where(rotates, w2, 0)
     kept = torch.where(projects.unsqueeze(1), p, 0)
-    ablates = entry.is_kind(Kind.ABLATE)
+    ablates = entry.is_kind(EntryKind.ABLATE)
     weight = torch.where(ablates.unsqueeze(1), -torch.where(ablates, a, 0).unsqueeze(1) * p, kept)
 
     # One direction at a time, product rounded before the sum: `Add` is then h + c v as anybody would write it, bit for
@@ -254,7 +258,7 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
             w = w + (first, second)[k]  # one of the two is zero
         # Nothing is added beyond the entry's own directions, not even zero, which would take the sign of a -0.
         moved = torch.where(k < count, moved + w.unsqueeze(1) * q[:, k], moved)
-    acts = ~entry.is_kind(Kind.PROBE) & ~entry.is_kind(Kind.LATCH)
+    acts = ~entry.is_kind(EntryKind.PROBE) & ~entry.is_kind(EntryKind.LATCH)
     changes = projects | (weight != 0).any(1) | (first != 0) | (second != 0)
     return moved, acts & changes
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Kind(IntEnum):
+class EntryKind(IntEnum):
     """What an entry does to the row (docs/design.md has the formulas)."""
 
     ADD = 0
@@ -22,7 +22,7 @@ class Kind(IntEnum):
     LATCH = 7  # decides a latched gate; leaves the row alone
 
 
-VECTORS = {Kind.ADD: 1, Kind.CLAMP: 1, Kind.ROTATE: 2, Kind.ROTATE_RELATIVE: 2}
+VECTORS = {EntryKind.ADD: 1, EntryKind.CLAMP: 1, EntryKind.ROTATE: 2, EntryKind.ROTATE_RELATIVE: 2}
 """How many vectors an entry of a kind has; a kind that is not named has any number."""
 
 

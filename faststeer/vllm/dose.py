@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import Entry
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.plan import site_name
 from faststeer.vllm.layers import find_layers, replaced
 
@@ -52,17 +52,17 @@ def check_dose(entries: Sequence[Entry], norms: Mapping[int, float], n_layers: i
 def _length(entry: Entry) -> float:
     """What an entry adds at most, in units of the residual stream."""
     first, second = map(float, entry.scalars)
-    if entry.kind == Kind.ADD:
+    if entry.kind == EntryKind.ADD:
         # In fp64: squares of what fp32 holds overflow in fp32.
         return abs(first) * float(entry.basis.detach().double().norm())
-    if entry.kind == Kind.CLAMP:
+    if entry.kind == EntryKind.CLAMP:
         return max(0.0, first if math.isfinite(first) else 0.0, -second if math.isfinite(second) else 0.0)
     return 0.0
 
 
 def _share(entry: Entry) -> float:
     """What an entry changes at most, as a share of the row itself."""
-    return abs(float(entry.scalars[0])) if entry.kind == Kind.ABLATE else 0.0
+    return abs(float(entry.scalars[0])) if entry.kind == EntryKind.ABLATE else 0.0
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ class Operators:
 
 
 @dataclass(frozen=True)
-class Device:
+class StepTables:
     """What ops read and write beside the program's tables; addresses never change.
 
     Attributes:
@@ -65,13 +65,13 @@ class Site(nn.Module):
     gate_state: Tensor | None
     probe: Tensor | None
 
-    def __init__(self, number: int, device: Device, operators: Operators) -> None:
+    def __init__(self, number: int, tables: StepTables, operators: Operators) -> None:
         super().__init__()
-        program = device.program
-        probe = device.probes.get(number)
+        program = tables.program
+        probe = tables.probes.get(number)
         tensors = {
             "bank": program.bank, "entries": program.entries, "ranges": program.ranges[number],
-            "rows": device.rows, "gate_state": device.gate_state, "probe": probe,
+            "rows": tables.rows, "gate_state": tables.gate_state, "probe": probe,
         }  # fmt: skip
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -123,7 +123,7 @@ def find_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def patch_layers(
-    layers: dict[int, nn.Module], device: Device, hook_points: tuple[HookPoint, ...], n_layers: int
+    layers: dict[int, nn.Module], tables: StepTables, hook_points: tuple[HookPoint, ...], n_layers: int
 ) -> None:
     """Build steering at these hook points into the layers.
 
@@ -131,11 +131,11 @@ def patch_layers(
         RuntimeError: layers of another form than (hidden, residual) -> (hidden, residual); a hook point that they do
             not have. Nothing is changed then.
     """
-    operators = Operators.of(device.program.device)
-    kinds = {number: check_layer(layer, device) for number, layer in layers.items()}
+    operators = Operators.of(tables.program.device)
+    kinds = {number: check_layer(layer, tables) for number, layer in layers.items()}
     inside = {"attn_out", "resid_mid", "mlp_out"} & set(hook_points)
-    for number, parts in kinds.items():
-        if inside and parts is None:
+    for number, branches in kinds.items():
+        if inside and branches is None:
             raise RuntimeError(
                 f"layer {number}, {type(layers[number]).__name__}, keeps no {', '.join(sorted(inside))} that could be "
                 'steered: start with "hook_points": ["resid_pre", "resid_post"]'
@@ -146,17 +146,17 @@ def patch_layers(
             wanted.pop("resid_pre", None)
         if number < n_layers - 1 and "resid_pre" in hook_points:
             wanted["resid_post"] = site("resid_post", number)
-        sites = {at: Site(number_, device, operators) for at, number_ in wanted.items()}
+        sites = {at: Site(number_, tables, operators) for at, number_ in wanted.items()}
         for at, built in sites.items():
             layer.add_module(f"faststeer_{at}", built)
         _patch_layer(layer, sites)
-        parts = kinds[number]
-        if parts is not None:
-            _patch_parts(parts, sites)
+        branches = kinds[number]
+        if branches is not None:
+            _patch_branches(branches, sites)
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerBranches:
     """The modules of a layer that give attn_out and mlp_out, and the norm that sums up resid_mid."""
 
     attention: nn.Module
@@ -181,12 +181,12 @@ def _patch_layer(layer: nn.Module, sites: dict[Any, Site]) -> None:
     layer.forward = forward
 
 
-def _patch_parts(parts: Parts, sites: dict[Any, Site]) -> None:
-    for module, at in ((parts.attention, "attn_out"), (parts.mlp, "mlp_out")):
+def _patch_branches(branches: LayerBranches, sites: dict[Any, Site]) -> None:
+    for module, at in ((branches.attention, "attn_out"), (branches.mlp, "mlp_out")):
         if at in sites:
             module.forward = _steered(module.forward, sites[at].one)
     if "resid_mid" in sites:
-        parts.norm.forward = _norm_of_steered(parts.norm.forward, sites["resid_mid"].pair)
+        branches.norm.forward = _norm_of_steered(branches.norm.forward, sites["resid_mid"].pair)
 
 
 def _steered(original: Callable[..., Any], steer: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -207,8 +207,8 @@ def _norm_of_steered(original: Callable[..., Any], steer: Callable[..., Any]) ->
 # What a layer computes, found out ------------------------------------------------------------------------------------
 
 
-def find_parts(layer: nn.Module) -> Parts | None:
-    """The parts of a layer with norms before its branches (Llama, Qwen) or around them (Gemma 2 and 3)."""
+def find_branches(layer: nn.Module) -> LayerBranches | None:
+    """The branches of a layer with norms before its branches (Llama, Qwen) or around them (Gemma 2 and 3)."""
     children = dict(layer.named_children())
     attention, mlp = children.get("self_attn") or children.get("attn"), children.get("mlp")
     if attention is None or mlp is None:
@@ -216,9 +216,9 @@ def find_parts(layer: nn.Module) -> Parts | None:
     names = "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     sandwich = [children.get(name) for name in names]
     if all(module is not None for module in sandwich):
-        return Parts(*sandwich)  # type: ignore[arg-type]
+        return LayerBranches(*sandwich)  # type: ignore[arg-type]
     norm = children.get("post_attention_layernorm") or children.get("ln_2")
-    return None if norm is None else Parts(attention, norm, mlp)
+    return None if norm is None else LayerBranches(attention, norm, mlp)
 
 
 @contextlib.contextmanager
@@ -238,11 +238,11 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
 
 
 @torch.no_grad()
-def check_layer(layer: nn.Module, device: Device) -> Parts | None:
+def check_layer(layer: nn.Module, tables: StepTables) -> LayerBranches | None:
     """Run a layer with its attention replaced by a fixed tensor: it must take and give a pair whose sum is the stream.
 
     Returns:
-        Its parts; None where they do not give attn_out, resid_mid and mlp_out as tensors of their own.
+        Its branches; None where they do not give attn_out, resid_mid and mlp_out as tensors of their own.
 
     Raises:
         RuntimeError: it does not work with such pairs.
@@ -255,14 +255,14 @@ def check_layer(layer: nn.Module, device: Device) -> Parts | None:
     weights = [p for p in layer.parameters() if p.dtype in DTYPES]
     if attention is None or not weights:
         raise RuntimeError(refused)
-    dtype, hidden_size = weights[0].dtype, device.program.hidden_size
+    dtype, hidden_size = weights[0].dtype, tables.program.hidden_size
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(3, hidden_size, generator=generator).to(weights[0].device, dtype) for _ in range(3)]
     hidden, residual, attended = made
     positions = torch.zeros(3, dtype=torch.long, device=hidden.device)
     seen: dict[str, Any] = {}
-    parts = find_parts(layer)
-    watched = {} if parts is None else {"attention": parts.attention, "norm": parts.norm, "mlp": parts.mlp}
+    branches = find_branches(layer)
+    watched = {} if branches is None else {"attention": branches.attention, "norm": branches.norm, "mlp": branches.mlp}
     handles = [
         module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args, out)))
         for name, module in watched.items()
@@ -293,4 +293,4 @@ def check_layer(layer: nn.Module, device: Device) -> Parts | None:
     one = isinstance(summed, tuple) and len(summed) == 2
     if not one or x is not seen["attention"][1] or h1 is not seen["mlp"][1] or r1 is not summed[1]:
         return None
-    return parts
+    return branches

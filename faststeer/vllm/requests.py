@@ -22,7 +22,7 @@ from torch import Tensor, float32
 from faststeer.compile import Entry, compile_plan
 from faststeer.files import read_json
 from faststeer.intervention import KINDS, Intervention
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.plan import FORMAT, Plan
 from faststeer.vector import SteeringVector
 from faststeer.vllm.registry import Registry, Stamp, read_vector
@@ -146,7 +146,7 @@ def parse(payload: Any, registry: Registry, limits: Limits) -> ParsedPlan | None
         return None
     if limits.check is not None:
         limits.check(entries)
-    changing = {entry.position_range for entry in entries if entry.kind not in (Kind.PROBE, Kind.LATCH)}
+    changing = {entry.position_range for entry in entries if entry.kind not in (EntryKind.PROBE, EntryKind.LATCH)}
     probes = any(entry.probe_column >= 0 for entry in entries)
     return ParsedPlan(plan, digest(entries), tuple(sorted(changing)), probes, tuple(files))
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from faststeer.compile import compile_plan, probed_columns
 from faststeer.ops import backend_for, warmup
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.plan import Plan, site_name
 from faststeer.program import SlotPool
 from faststeer.vllm.dose import measure_norms
 from faststeer.vllm.fresh_blocks import FreshBlocks
-from faststeer.vllm.layers import Device, find_layers, patch_layers
+from faststeer.vllm.layers import StepTables, find_layers, patch_layers
 from faststeer.vllm.overflow import StepSums, final_states
 from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.seen import Packed, Projections, merged, pack
@@ -59,7 +59,7 @@ class LoadedPlan:
     def of(cls, wire: Wire, n_layers: int, hidden_size: int) -> LoadedPlan:
         plan = Plan.from_json(wire.plan)
         entries = compile_plan(plan, n_layers, hidden_size)
-        return cls(wire.digest, plan, probed_columns(entries), any(entry.kind == Kind.LATCH for entry in entries))
+        return cls(wire.digest, plan, probed_columns(entries), any(entry.kind == EntryKind.LATCH for entry in entries))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class WorkerSteering:
         self.requests: dict[str, Running] = {}
         self.plans: OrderedDict[str, LoadedPlan] = OrderedDict()
         self.norms: dict[int, float] = {}  # see `dose`
-        self.device: Device
+        self.tables: StepTables
         self.pool: SlotPool
         self.probes: Probes
         self._free_sequences = list(range(self.n_sequences))
@@ -133,10 +133,10 @@ class WorkerSteering:
             sites = sites_of(self.settings, self.n_layers)
             here = [s for s in sites if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
             probes = {s: torch.zeros(self.max_rows, columns, device=target) for s in here}
-        self.device, self.pool = Device(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
+        self.tables, self.pool = StepTables(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
         self.fresh_blocks = FreshBlocks(runner)
-        self.probes = Probes(self.device, self.n_layers, self.settings.max_projection_bytes)
-        patch_layers(layers, self.device, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
+        self.probes = Probes(self.tables, self.n_layers, self.settings.max_projection_bytes)
+        patch_layers(layers, self.tables, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
         if self.settings.max_dose is not None:
             self.norms = measure_norms(runner.get_model(), self.worker.vllm_config, torch.device(target))
         if hasattr(runner, "model_memory_usage"):
@@ -147,9 +147,9 @@ class WorkerSteering:
     @property
     def bytes(self) -> int:
         """Of the tables."""
-        program = self.device.program
-        tensors = [program.bank, program.entries, program.ranges, self.device.rows]
-        tensors += [*self.device.probes.values(), *([] if self.device.gate_state is None else [self.device.gate_state])]
+        program = self.tables.program
+        tensors = [program.bank, program.entries, program.ranges, self.tables.rows]
+        tensors += [*self.tables.probes.values(), *([] if self.tables.gate_state is None else [self.tables.gate_state])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _wrap(self, runner: Any) -> None:
@@ -238,7 +238,7 @@ class WorkerSteering:
             logger.error("faststeer: so many requests are preempted that a latched gate has no place, and stays closed")
             return -1
         sequence = self._free_sequences.pop()
-        self.device.gate_state[:, sequence].zero_()  # type: ignore[index]
+        self.tables.gate_state[:, sequence].zero_()  # type: ignore[index]
         return sequence
 
     def _drop(self, request_id: str) -> None:
@@ -270,7 +270,7 @@ class WorkerSteering:
         if layout is None or layout.request_ids != request_ids or layout.counts != counts:
             if not self._stepping.intersection(request_ids):
                 if self._rows_in_use:
-                    self.device.rows[0, : self._rows_in_use].fill_(-1)
+                    self.tables.rows[0, : self._rows_in_use].fill_(-1)
                 self._rows_in_use, self._layout = 0, None
                 return
             layout = self._layout = self._lay_out(request_ids, counts)
@@ -309,22 +309,22 @@ class WorkerSteering:
         """Write the first rows of a column of the device's table, from a tensor of their own: the pass before may still
         be under way."""
         host = torch.from_numpy(values)
-        if self.device.rows.is_cuda:
+        if self.tables.rows.is_cuda:
             host = host.pin_memory()
-        self.device.rows[column, : len(values)].copy_(host, non_blocking=True)
+        self.tables.rows[column, : len(values)].copy_(host, non_blocking=True)
 
 
 class Probes:
     """What probes saw, per request, in the host's memory until somebody asks; the oldest are forgotten first.
 
     Args:
-        device: whose probe tensors a pass fills.
+        tables: whose probe tensors a pass fills.
         n_layers: of the model.
         max_bytes: of all that is kept.
     """
 
-    def __init__(self, device: Device, n_layers: int, max_bytes: int) -> None:
-        self.device, self.n_layers, self.max_bytes = device, n_layers, max_bytes
+    def __init__(self, tables: StepTables, n_layers: int, max_bytes: int) -> None:
+        self.tables, self.n_layers, self.max_bytes = tables, n_layers, max_bytes
         self.rows: list[tuple[str, int, int, int]] = []  # this step's: request, rows from, to, the first row's token
         self._columns: OrderedDict[str, dict[int, int]] = OrderedDict()  # site -> number of values
         self._seen: dict[str, list[tuple[int, list[int], np.ndarray]]] = {}  # first token, sites, [site, token, value]
@@ -332,7 +332,7 @@ class Probes:
         self._coming: deque[Coming] = deque()
 
     def begin(self, request_id: str, columns: dict[int, int]) -> None:
-        self._columns[request_id] = {s: n for s, n in columns.items() if s in self.device.probes}
+        self._columns[request_id] = {s: n for s, n in columns.items() if s in self.tables.probes}
         self._seen[request_id] = []
         while len(self._columns) > KEPT_PROJECTIONS:
             self._forget(next(iter(self._columns)))
@@ -345,7 +345,7 @@ class Probes:
         sites = sorted({number for row in rows for number in self._columns[row[0]]})
         if sites:
             first, last = rows[0][1], rows[-1][2]
-            seen, ready = torch.stack([self.device.probes[number][first:last] for number in sites]), None
+            seen, ready = torch.stack([self.tables.probes[number][first:last] for number in sites]), None
             if seen.is_cuda:
                 host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
                 seen, ready = host.copy_(seen, non_blocking=True), torch.cuda.Event()

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from faststeer.ops.tables import N_FIELDS, VECTORS, Field, GateMode, Kind
+from faststeer.ops.tables import N_FIELDS, VECTORS, EntryKind, Field, GateMode
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 """Whether the kernels run in the interpreter, on CPU tensors."""
@@ -29,7 +29,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 class Layout:
     """What kernels know of the tables: names that stand for numbers."""
 
-    field, kind, mode, n_fields, n_kinds = Field, Kind, GateMode, N_FIELDS, len(Kind)
+    field, kind, mode, n_fields, n_kinds = Field, EntryKind, GateMode, N_FIELDS, len(EntryKind)
     # Two bits for each kind: how many vectors an entry of it has, or 0 for any number.
     counts = sum(vectors << 2 * kind for kind, vectors in VECTORS.items())
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from faststeer import ops, verify
 from faststeer.cli import app
 from faststeer.measure import StepTiming, Timing
-from faststeer.ops import Kind, reference
+from faststeer.ops import EntryKind, reference
 from faststeer.ops.tables import Field
 
 
@@ -50,7 +50,7 @@ def off_by(share: float):
     return wrong
 
 
-def skipping(kind: Kind, name: str):
+def skipping(kind: EntryKind, name: str):
     """An op that leaves out one kind of intervention."""
     op = getattr(ops, name)
 
@@ -59,7 +59,7 @@ def skipping(kind: Kind, name: str):
         at = next(i for i, argument in enumerate(listed) if isinstance(argument, ops.Tables))
         entries = listed[at].entries.clone()
         skipped = entries[:, int(Field.KIND)] == int(kind)
-        entries[skipped, int(Field.KIND)] = int(Kind.PROBE)
+        entries[skipped, int(Field.KIND)] = int(EntryKind.PROBE)
         listed[at] = listed[at]._replace(entries=entries)
         return op(*listed, backend=backend)
 
@@ -68,7 +68,7 @@ def skipping(kind: Kind, name: str):
 
 def disagreements(result) -> dict[str, str]:
     written = json.loads(result.stdout)
-    return {name: " ".join(verdict["disagreements"]) for name, verdict in written["backends"].items()}
+    return {name: " ".join(check["disagreements"]) for name, check in written["backends"].items()}
 
 
 def test_an_error_beyond_the_tolerance_is_told(quick, monkeypatch, tmp_path):
@@ -82,12 +82,14 @@ def test_an_error_beyond_the_tolerance_is_told(quick, monkeypatch, tmp_path):
         assert result.exit_code == code, result.output
         text = disagreements(result)["reference"]
         assert ("times what is allowed" in text) == ("steer, " in text) == (code == 3)
-        verdict = json.loads(result.stdout)["backends"]["reference"]
-        assert (verdict["passed"], json.loads(result.stdout)["passed"]) == (code == 0, code == 0)
-        assert (verdict["largest_error"] > 1) == (code == 3) and verdict["cases"] == verdict["of"] == 12
+        check = json.loads(result.stdout)["backends"]["reference"]
+        assert (check["passed"], json.loads(result.stdout)["passed"]) == (code == 0, code == 0)
+        assert (check["largest_error"] > 1) == (code == 3) and check["cases"] == check["of"] == 12
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind not in (Kind.PROBE, Kind.LATCH)], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in EntryKind if kind not in (EntryKind.PROBE, EntryKind.LATCH)], ids=lambda k: k.name
+)
 @pytest.mark.parametrize("name", ["steer", "add_steer", "steer_pair_", "add_steer_rmsnorm"])
 def test_an_intervention_that_is_left_out_is_told(name, kind, quick, monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "cases", lambda *_, cases=verify.cases: cases(*_)[:1])
@@ -150,9 +152,9 @@ def test_the_plan_changes_between_two_replays(reads_tables, monkeypatch):
         return lambda: result.copy_(step() if reads_tables else result), result
 
     monkeypatch.setattr(verify, "capture", capture)
-    verdict = verify.Verdict(True, "")
-    verify.check_replays("reference", "cpu", verdict)
-    assert (verdict.replays, verdict.n_disagreements) == ((True, 0) if reads_tables else (False, 1))
+    check = verify.BackendCheck(True, "")
+    verify.check_replays("reference", "cpu", check)
+    assert (check.replays, check.n_disagreements) == ((True, 0) if reads_tables else (False, 1))
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -170,12 +172,12 @@ def test_json_is_complete_and_the_table_shows_it(tmp_path, monkeypatch):
     assert set(written["versions"]) == {"faststeer", "python", "torch", "transformers", "triton"}
     assert {"cpu", "cores", "torch", "platform", "threads"} <= set(written["machine"])
     assert set(written["backends"]) == set(ops.states())
-    for name, verdict in written["backends"].items():
+    for name, check in written["backends"].items():
         state = ops.states()[name]
-        assert (verdict["works"], verdict["reason"]) == (state.works, state.reason)
-        assert set(verdict) == {f.name for f in dataclasses.fields(verify.Verdict)} | {"passed"}
-        assert verdict["passed"] is (True if state.works else None)
-        assert (0 < verdict["largest_error"] <= 1 and verdict["where"] and verdict["cases"]) if state.works else True
+        assert (check["works"], check["reason"]) == (state.works, state.reason)
+        assert set(check) == {f.name for f in dataclasses.fields(verify.BackendCheck)} | {"passed"}
+        assert check["passed"] is (True if state.works else None)
+        assert (0 < check["largest_error"] <= 1 and check["where"] and check["cases"]) if state.works else True
         assert name in result.stdout and ("agrees" in result.stdout or not state.works)
     timed = {(record["op"], record["backend"]) for record in written["kernels"] if "us" in record}
     measured = [n for n, s in ops.states().items() if s.works and n not in ("reference", "triton")] or ["reference"]
@@ -195,7 +197,7 @@ def test_the_time_is_kept_and_what_is_left_out_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     checked = []
 
-    def check_ops(case, backend, verdict):
+    def check_ops(case, backend, check):
         checked.append((now[0], backend))
         now[0] += 7.0
 
@@ -206,8 +208,8 @@ def test_the_time_is_kept_and_what_is_left_out_is_said(tmp_path, monkeypatch):
     # 60 % of the time are for the checks: nothing begins behind, but for the first case of each back end.
     first = {backend: when for when, backend in reversed(checked)}
     assert all(when <= 118 or first[backend] == when for when, backend in checked)
-    for verdict in written["backends"].values():
-        assert 0 < verdict["cases"] < verdict["of"] if verdict["works"] else not verdict["of"]
+    for check in written["backends"].values():
+        assert 0 < check["cases"] < check["of"] if check["works"] else not check["of"]
     now[0] = 1e6
     assert "then out of time" in result.stdout
     kernels, steps = (list(each) for each in (verify.time_kernels(["reference"], 5), verify.time_steps("cpu", 5)))

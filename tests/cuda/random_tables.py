@@ -11,12 +11,19 @@ from torch import Tensor
 
 from faststeer.ops import reference
 from faststeer.ops.tables import VECTORS as VECTORS_OF
-from faststeer.ops.tables import Field, GateMode, Kind, Tables
+from faststeer.ops.tables import EntryKind, Field, GateMode, Tables
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HIDDEN = (64, 111, 896, 2048, 3584, 4096, 8192, 16384)
 COLUMNS, VECTORS, GATES = 5, 44, 3
-ACTING = [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.ROTATE, Kind.ROTATE_RELATIVE]
+ACTING = [
+    EntryKind.ADD,
+    EntryKind.ABLATE,
+    EntryKind.PROJECT,
+    EntryKind.CLAMP,
+    EntryKind.ROTATE,
+    EntryKind.ROTATE_RELATIVE,
+]
 COUNTS = (1, 1, 2, 3, 5, 16, 17, 35)  # around the 16 vectors whose dots the CUDA kernels sum together
 
 
@@ -93,7 +100,7 @@ class Case:
         return flat.as_strided((rows, hidden), (stride, 1), int(unaligned))
 
     def _entry(self, i: int) -> tuple[list[int], list[float]]:
-        kind = ACTING[i % len(ACTING)] if i < 10 else self.pick(*Kind)
+        kind = ACTING[i % len(ACTING)] if i < 10 else self.pick(*EntryKind)
         count = VECTORS_OF.get(kind)
         if count is None:
             count = self.pick(*self.counts)
@@ -107,11 +114,11 @@ class Case:
         row[Field.KEEP_NORM] = self.pick(0, 0, 1)
         row[Field.PROBE] = self.pick(-1, -1, *range(COLUMNS))
         a, b = {
-            Kind.ADD: (self.pick(1.5, -2.0, 0.0), 0.0),
-            Kind.ABLATE: (self.pick(1.0, 2.0, 0.3), 0.0),
-            Kind.CLAMP: (-0.25, self.pick(0.5, float("inf"))),
-            Kind.ROTATE: (0.6, -0.8),
-            Kind.ROTATE_RELATIVE: (0.6, 0.8),
+            EntryKind.ADD: (self.pick(1.5, -2.0, 0.0), 0.0),
+            EntryKind.ABLATE: (self.pick(1.0, 2.0, 0.3), 0.0),
+            EntryKind.CLAMP: (-0.25, self.pick(0.5, float("inf"))),
+            EntryKind.ROTATE: (0.6, -0.8),
+            EntryKind.ROTATE_RELATIVE: (0.6, 0.8),
         }.get(kind, (0.0, 0.0))
         return row, [a, b, float(self.randn(())) * 0.1]
 

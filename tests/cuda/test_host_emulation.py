@@ -18,7 +18,7 @@ from torch import Tensor
 
 from faststeer import ops
 from faststeer.ops import reference
-from faststeer.ops.tables import Field, Kind, Tables
+from faststeer.ops.tables import EntryKind, Field, Tables
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import backend_cases
@@ -247,7 +247,7 @@ def test_in_place_writes_only_the_rows_and_the_probed_columns():
 def test_latch(dtype, seed):
     case = Case(200, DTYPES[dtype], rows=75, seed=seed)
     entries = case.tables.entries.clone()
-    entries[::2, Field.KIND] = int(Kind.LATCH)
+    entries[::2, Field.KIND] = int(EntryKind.LATCH)
     entries[::2, Field.GATE_MODE] = torch.tensor([1, -1, 2, -2, 0, 3, 1], dtype=torch.int32)
     tables = case.tables._replace(entries=entries)
     position = torch.where(torch.arange(75) % 3 == 0, -1, 0).int()

@@ -79,7 +79,7 @@ def as_on_a_gpu(monkeypatch):
 def graphed(model, captures=None, **more):
     made = engine(model, **more)
     captures = captures or Simulated()
-    made._steps = Graphs(made._device, captures)
+    made._steps = Graphs(made._batch, captures)
     return made, captures
 
 
@@ -371,13 +371,13 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(name):
 def test_tables_after_a_failed_capture():
     """Bit for bit what an eager step would have met: the rows have not moved on, their gates are undecided."""
     made, _ = graphed("llama", Simulated(RuntimeError("no")))
-    device, steps = made._device, []
+    batch, steps = made._batch, []
 
     def watch(n, width, mode):
-        steps.append([t.clone() for t in (device.long, device.int, device.real)])
-        return type(device).decode(device, n, width, mode)
+        steps.append([t.clone() for t in (batch.long, batch.int, batch.real)])
+        return type(batch).decode(batch, n, width, mode)
 
-    device.decode = watch
+    batch.decode = watch
     list(made.generate(prompts()[:3], plans=mixed("llama")[:3], max_new_tokens=4))
     # Warm-up, rehearsal, capture and the eager step behind them all begin at the same place; the next does not.
     for other in steps[1:4]:
@@ -390,12 +390,12 @@ def test_out_of_memory_in_a_capture_lowers_the_batch():
     capture = captures.capture
 
     def small(step):
-        captures.error = torch.OutOfMemoryError("CUDA out of memory") if len(made._device.live_rows) > 2 else None
+        captures.error = torch.OutOfMemoryError("CUDA out of memory") if len(made._batch.live_rows) > 2 else None
         return capture(step)
 
-    made._device.live_rows = []
-    decode = made._device.decode
-    made._device.decode = lambda n, *more: (setattr(made._device, "live_rows", range(n)), decode(n, *more))[1]
+    made._batch.live_rows = []
+    decode = made._batch.decode
+    made._batch.decode = lambda n, *more: (setattr(made._batch, "live_rows", range(n)), decode(n, *more))[1]
     captures.capture = small
     plans = mixed("llama")
     assert tokens(made.generate(prompts(), plans=plans, max_new_tokens=LIMITS)) == expected(

@@ -13,8 +13,8 @@ from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
 
 import faststeer as fs
 from faststeer.compile import orthonormal
-from faststeer.engine import device, run
-from faststeer.engine.device import Device
+from faststeer.engine import batch, run
+from faststeer.engine.batch import EngineBatch
 from faststeer.hf import read
 
 ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
@@ -75,10 +75,8 @@ def test_a_row_without_plan_has_the_bits_of_the_unsteered_engine(name, monkeypat
         [fs.Add(models.direction(0), 0.0, **everywhere), fs.Ablate(models.direction(1), 0.0, **everywhere)]
     )
     seen: list[torch.Tensor] = []
-    choose = made._device._choose
-    monkeypatch.setattr(
-        made._device, "_choose", lambda logits, *a: (seen.append(logits.clone()), choose(logits, *a))[1]
-    )
+    choose = made._batch._choose
+    monkeypatch.setattr(made._batch, "_choose", lambda logits, *a: (seen.append(logits.clone()), choose(logits, *a))[1])
 
     def logits(plans: list[fs.Plan | None]) -> torch.Tensor:
         seen.clear()
@@ -253,13 +251,13 @@ def test_weights_that_change_are_seen():
 
 def before_passes(monkeypatch, made, call) -> None:
     """`call(sequences, tokens of each)` at every forward pass of an engine, when the rows' tables are written."""
-    forward = made._device._forward
+    forward = made._batch._forward
 
     def own(ids, *more):
         call(*ids.shape)
         return forward(ids, *more)
 
-    monkeypatch.setattr(made._device, "_forward", own)
+    monkeypatch.setattr(made._batch, "_forward", own)
 
 
 class Raises:
@@ -325,8 +323,8 @@ def test_plans_change_in_place():
     made = engine("llama")
 
     def addresses() -> list[int]:
-        device = made._device
-        own = (device.long, device.int, device.real, device.cache.layers[0].keys)
+        rows = made._batch
+        own = (rows.long, rows.int, rows.real, rows.cache.layers[0].keys)
         return [t.data_ptr() for t in (*made._steering.tables, *own)]
 
     list(made.generate(prompts(), plans=mixed("llama"), max_new_tokens=3))
@@ -406,14 +404,14 @@ def _raise_memory():
 
 
 def test_rows_that_do_not_fit_into_memory_at_the_start(monkeypatch):
-    read_prompts = Device.read_prompts
+    read_prompts = EngineBatch.read_prompts
 
-    def small(device, *arguments):
-        if device.rows > 4:
+    def small(rows, *arguments):
+        if rows.rows > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read_prompts(device, *arguments)
+        return read_prompts(rows, *arguments)
 
-    monkeypatch.setattr(Device, "read_prompts", small)
+    monkeypatch.setattr(EngineBatch, "read_prompts", small)
     assert engine("llama", max_batch=16).max_batch == 4
 
 
@@ -713,7 +711,7 @@ def test_windows_are_tried_on_both_sides(monkeypatch):
     assert tokens(engine(model).generate(prompts((20, 3)), max_new_tokens=8)) == [
         generated(model, prompt, None, 8) for prompt in prompts((20, 3))
     ]
-    monkeypatch.setattr(device, "_windows", lambda config: {"": None})
+    monkeypatch.setattr(batch, "_windows", lambda config: {"": None})
     with pytest.raises(ValueError, match=r"sequences of 12, 3, 10 tokens together.*max_length=9"):
         engine(model)
 

@@ -23,7 +23,7 @@ from random_tables import COLUMNS, Case, bits, check_close
 
 from faststeer import ops
 from faststeer.ops import reference
-from faststeer.ops.tables import Field, Kind
+from faststeer.ops.tables import EntryKind, Field
 
 NORM = 1e-6, 0.0, False
 # Every launch configuration: one warp per row, several, rows of a block; by 16 bytes, and by elements.
@@ -53,7 +53,7 @@ def run(backend: ops.Backend, hidden: int, rows: int, dtype: torch.dtype) -> Non
     op.steer_(there.x, torch.zeros(rows, COLUMNS).to(DEVICE))
     assert torch.equal(bits(there.x.cpu()), bits(expected.cpu()))
     entries = here.tables.entries.clone()
-    entries[::2, Field.KIND] = int(Kind.LATCH)
+    entries[::2, Field.KIND] = int(EntryKind.LATCH)
     tables = there.tables._replace(entries=entries.to(DEVICE))
     ops.latch_(there.x, tables, there.rows, there.gate_state, residual=there.residual, backend=backend)
 

@@ -11,7 +11,7 @@ from placing import entries_of, moved, numbers_of
 from torch import Tensor
 
 from faststeer import ops
-from faststeer.ops.tables import Field, GateMode, Kind, Tables
+from faststeer.ops.tables import EntryKind, Field, GateMode, Tables
 
 pytestmark = MARKS
 
@@ -89,7 +89,7 @@ def test_no_rows(backend):
     assert normed.shape == (0, 64)
 
 
-def one_entry(bank: Tensor, kind: Kind, a: float) -> Tables:
+def one_entry(bank: Tensor, kind: EntryKind, a: float) -> Tables:
     """One slot with one entry that acts everywhere."""
     entries = entries_of([[0] * Field.A], [(a, 0.0, 0.0)])
     entries[0, Field.KIND], entries[0, Field.COUNT], entries[0, Field.PROBE] = int(kind), 1, -1
@@ -110,7 +110,7 @@ def test_add_is_the_hand_written_hook_bit_for_bit(backend, dtype, hidden, rows):
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(rows, hidden, generator=generator).to(DEVICE, DTYPES[dtype])
     bank = torch.randn(1, hidden, generator=generator).to(DEVICE)
-    found = ops.steer(x, one_entry(bank, Kind.ADD, 1.7), every_row(rows), backend=backend)
+    found = ops.steer(x, one_entry(bank, EntryKind.ADD, 1.7), every_row(rows), backend=backend)
     # The product by itself, so that nothing can fuse it with the sum.
     by_hand = (x.float() + torch.tensor(1.7, device=DEVICE) * bank[0]).to(x.dtype)
     assert torch.equal(bits(found), bits(by_hand))
@@ -124,7 +124,7 @@ def test_a_row_that_nothing_acts_on_keeps_its_bits(backend, dtype, hidden):
     width = case.x.element_size()
     bits(case.x)[:, 5], bits(case.x)[:, 7] = {4: 0x7FA12345, 2: 0x7FA1}[width], -(2 ** (8 * width - 1))
     nowhere = moved(case.rows, slot=-1)
-    zero = one_entry(case.tables.bank[:1].contiguous(), Kind.ADD, 0.0)
+    zero = one_entry(case.tables.bank[:1].contiguous(), EntryKind.ADD, 0.0)
     for tables, rows in ((case.tables, nowhere), (zero, every_row(9))):
         assert torch.equal(bits(ops.steer(case.x, tables, rows, backend=backend)), bits(case.x))
         written = case.x.clone()
@@ -145,7 +145,7 @@ def test_more_than_2_to_the_31_elements(kernels):
     some = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device=DEVICE)
     x[some] = torch.randn(5, hidden, device=DEVICE).to(dtype)
     bank = torch.nn.functional.normalize(torch.randn(1, hidden, device=DEVICE), dim=1)
-    tables = one_entry(bank, Kind.ABLATE, 1.0)
+    tables = one_entry(bank, EntryKind.ABLATE, 1.0)
     expected = ops.reference.steer(x[some].double(), tables, every_row(5))
     found = ops.steer(x, tables, every_row(rows), backend=kernels)
     ops.steer_(x, tables, every_row(rows), backend=kernels)
@@ -237,7 +237,7 @@ def test_latch(backend, dtype, with_residual, hidden):
     case = steered([["Add", "Ablate"], ["Clamp", "Add", "Ablate"]], rows, hidden, DTYPES[dtype], DEVICE, seed=9)
     fields = case.tables.entries.clone()
     number = torch.arange(len(fields), device=DEVICE)
-    fields[:, Field.KIND] = torch.where(number % 3 == 2, int(Kind.ADD), int(Kind.LATCH)).int()
+    fields[:, Field.KIND] = torch.where(number % 3 == 2, int(EntryKind.ADD), int(EntryKind.LATCH)).int()
     modes = torch.tensor([1, 2, -2, -1, int(GateMode.NONE), int(GateMode.LATCHED)], dtype=torch.int32, device=DEVICE)
     fields[:, Field.GATE_MODE] = modes[number % len(modes)]
     fields[:, Field.GATE_VECTOR] = fields[:, Field.VECTOR]

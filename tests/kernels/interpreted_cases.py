@@ -14,12 +14,19 @@ from torch import Tensor
 
 import faststeer.kernels as kernels
 from faststeer.ops import reference
-from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, VECTORS, Field, GateMode, Kind, Tables
+from faststeer.ops.tables import POSITION_MAX, POSITION_MIN, VECTORS, EntryKind, Field, GateMode, Tables
 
 assert kernels.INTERPRETED
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-ACTING = [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.ROTATE, Kind.ROTATE_RELATIVE]
+ACTING = [
+    EntryKind.ADD,
+    EntryKind.ABLATE,
+    EntryKind.PROJECT,
+    EntryKind.CLAMP,
+    EntryKind.ROTATE,
+    EntryKind.ROTATE_RELATIVE,
+]
 
 
 # Tables ------------------------------------------------------------------------------------------------------------
@@ -96,14 +103,14 @@ def orthonormal(g: torch.Generator, k: int, hidden: int) -> Tensor:
 
 def random_entry(g: torch.Generator, kind: int, hidden: int, k: int = 3, **options: Any) -> Entry:
     """An entry that changes the rows of `rows_of` by much; of k directions where the kind may have any number."""
-    number = VECTORS.get(Kind(kind)) or min(k, hidden)
+    number = VECTORS.get(EntryKind(kind)) or min(k, hidden)
     q = orthonormal(g, number, hidden)
     a, b = 0.7, 0.0
-    if kind == Kind.ADD:
+    if kind == EntryKind.ADD:
         q = q * hidden**0.5 / 4
-    elif kind == Kind.CLAMP:
+    elif kind == EntryKind.CLAMP:
         a, b = -0.25, 0.125
-    elif kind in (Kind.ROTATE, Kind.ROTATE_RELATIVE):
+    elif kind in (EntryKind.ROTATE, EntryKind.ROTATE_RELATIVE):
         a, b = 0.6, 0.8
     return Entry(int(kind), q, a, b, **options)
 
@@ -112,9 +119,9 @@ def random_slot(g: torch.Generator, n: int, hidden: int, n_gates: int, columns: 
     """n entries of all kinds, with gates, positions, probes and kept norms."""
     pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=g))]  # noqa: E731
     kinds = (
-        [*ACTING, Kind.PROBE, Kind.LATCH]
+        [*ACTING, EntryKind.PROBE, EntryKind.LATCH]
         if hidden > 1
-        else [Kind.ADD, Kind.ABLATE, Kind.PROJECT, Kind.CLAMP, Kind.PROBE]
+        else [EntryKind.ADD, EntryKind.ABLATE, EntryKind.PROJECT, EntryKind.CLAMP, EntryKind.PROBE]
     )
     entries = []
     for _ in range(n):
@@ -193,7 +200,7 @@ def sums_of(s: Tensor, tables: Tables, rows: Tensor) -> tuple[Tensor, Tensor]:
     for slot, (first, n) in enumerate(tables.ranges.tolist()):
         for fields in tables.entries[first : first + n]:
             vectors = tables.bank[fields[Field.VECTOR] :][: fields[Field.COUNT]]
-            if fields[Field.KIND] != Kind.ADD:
+            if fields[Field.KIND] != EntryKind.ADD:
                 elements[slot] = max(elements[slot], vectors.abs().max())
             if fields[Field.PROBE] >= 0:
                 projections[slot] = max(projections[slot], vectors.norm(dim=1).max())
@@ -276,7 +283,7 @@ def plans_of_every_kind(g: torch.Generator, hidden: int) -> tuple[list[list[Entr
     """A plan for each kind that `steer` knows, alone, where it acts on every row, of one and of several directions; and
     mixes, in random order, with gates, kept norms, positions and probes: of 8 with every kind, of 2, of 3, and another
     of 8."""
-    kinds = [kind for kind in Kind if kind != Kind.LATCH]
+    kinds = [kind for kind in EntryKind if kind != EntryKind.LATCH]
     options: list[dict[str, Any]] = [
         {"mode": GateMode.DOT},
         {"mode": -GateMode.DOT, "keep_norm": True},
@@ -288,19 +295,21 @@ def plans_of_every_kind(g: torch.Generator, hidden: int) -> tuple[list[list[Entr
         {"probe": 0},
     ]
 
-    def mix(*some: Kind, k: int) -> list[Entry]:
+    def mix(*some: EntryKind, k: int) -> list[Entry]:
         order, which = (torch.randperm(n, generator=g).tolist() for n in (len(some), len(options)))
         d = orthonormal(g, 1, hidden)[0]
         return [random_entry(g, some[i], hidden, k, d=d, **options[o]) for i, o in zip(order, which, strict=False)]
 
     alone = [[random_entry(g, kind, hidden, probe=2)] for kind in kinds]
-    alone += [[random_entry(g, kind, hidden, 1, probe=2)] for kind in (Kind.ABLATE, Kind.PROJECT, Kind.PROBE)]
-    mixed = [
-        mix(*kinds, Kind.ADD, k=3),
-        mix(Kind.ABLATE, Kind.ADD, k=1),
-        mix(Kind.CLAMP, Kind.PROJECT, Kind.ROTATE, k=3),
+    alone += [
+        [random_entry(g, kind, hidden, 1, probe=2)] for kind in (EntryKind.ABLATE, EntryKind.PROJECT, EntryKind.PROBE)
     ]
-    return alone, [*mixed, mix(*kinds, Kind.ABLATE, k=1)]
+    mixed = [
+        mix(*kinds, EntryKind.ADD, k=3),
+        mix(EntryKind.ABLATE, EntryKind.ADD, k=1),
+        mix(EntryKind.CLAMP, EntryKind.PROJECT, EntryKind.ROTATE, k=3),
+    ]
+    return alone, [*mixed, mix(*kinds, EntryKind.ABLATE, k=1)]
 
 
 def arguments(tables: Tables, rows: Tensor, gates: Tensor | None) -> tuple[Any, ...]:
@@ -422,8 +431,8 @@ def run_latch_(
     hidden = x.shape[1]
     d = orthonormal(g, 1, hidden)
     modes = [(1, 0), (-1, 1), (2, 0), (-2, 1)]
-    entries = [[Entry(Kind.LATCH, d, mode=m, d=d[0], threshold=0.01, state=state)] * 2 for m, state in modes]
-    tables = tables_of([*entries, [random_entry(g, Kind.ABLATE, hidden)]], hidden)
+    entries = [[Entry(EntryKind.LATCH, d, mode=m, d=d[0], threshold=0.01, state=state)] * 2 for m, state in modes]
+    tables = tables_of([*entries, [random_entry(g, EntryKind.ABLATE, hidden)]], hidden)
     sequence = torch.arange(len(x), dtype=torch.int32)
     position = torch.where(torch.rand(len(x), generator=g) < 0.7, -1, 0).int()
     rows = placed(torch.randint(-1, 5, (len(x),), generator=g), position, sequence)
@@ -463,7 +472,7 @@ def one_kind(dtype: torch.dtype, hidden: int, kind: int) -> None:
         [random_entry(g, kind, hidden, mode=2, d=d, probe=0)],
         [random_entry(g, kind, hidden), random_entry(g, kind, hidden, low=-1, high=1, probe=3)],
     ]
-    if kind in (Kind.ABLATE, Kind.PROJECT, Kind.PROBE):
+    if kind in (EntryKind.ABLATE, EntryKind.PROJECT, EntryKind.PROBE):
         slots[3][0].q = slots[3][0].q[:1]
     n = 2 * len(slots)
     rows = placed(torch.arange(n) % len(slots), torch.arange(n) // 2 - 2)
@@ -474,7 +483,7 @@ def add_is_the_hook(dtype: torch.dtype, hidden: int) -> None:
     """`Add` is h + c v in fp32 bit for bit."""
     g = generator(hidden, dtype)
     v = torch.randn(1, hidden, generator=g)
-    tables = tables_of([[Entry(Kind.ADD, v, a=0.3)]], hidden)
+    tables = tables_of([[Entry(EntryKind.ADD, v, a=0.3)]], hidden)
     x = rows_of(g, 3, hidden, dtype)
     hidden_, _ = kernels.steer(x, *arguments(tables, placed([0] * 3), None), None, 0)
     product = torch.tensor(0.3) * v
@@ -488,14 +497,14 @@ def untouched(dtype: torch.dtype, hidden: int) -> None:
     plane = orthonormal(g, 2, hidden)
     slots = [
         [],
-        [Entry(Kind.ADD, q, a=0.0)],
-        [Entry(Kind.ABLATE, plane, a=0.0)],
-        [Entry(Kind.CLAMP, q, a=-1e30, b=1e30)],
-        [Entry(Kind.ROTATE_RELATIVE, plane, a=1.0, b=0.0, keep_norm=True)],
-        [Entry(Kind.ADD, q, a=1.0, low=5, high=9)],
-        [Entry(Kind.PROJECT, q, mode=1, d=d, threshold=1e30)],
-        [Entry(Kind.PROJECT, q, mode=3, state=0)],
-        [Entry(Kind.PROBE, q), Entry(Kind.LATCH, q, mode=1, d=d)],
+        [Entry(EntryKind.ADD, q, a=0.0)],
+        [Entry(EntryKind.ABLATE, plane, a=0.0)],
+        [Entry(EntryKind.CLAMP, q, a=-1e30, b=1e30)],
+        [Entry(EntryKind.ROTATE_RELATIVE, plane, a=1.0, b=0.0, keep_norm=True)],
+        [Entry(EntryKind.ADD, q, a=1.0, low=5, high=9)],
+        [Entry(EntryKind.PROJECT, q, mode=1, d=d, threshold=1e30)],
+        [Entry(EntryKind.PROJECT, q, mode=3, state=0)],
+        [Entry(EntryKind.PROBE, q), Entry(EntryKind.LATCH, q, mode=1, d=d)],
     ]
     tables = tables_of(slots, hidden)
     slot = torch.arange(-1, len(slots), dtype=torch.int32)
@@ -530,15 +539,15 @@ def not_finite(dtype: torch.dtype, hidden: int) -> None:
     g, inf = generator(hidden, dtype), float("inf")
     q, plane = orthonormal(g, 1, hidden), orthonormal(g, 2, hidden)
     entries = [
-        Entry(Kind.ADD, q, a=inf),
-        Entry(Kind.ADD, q, a=inf, keep_norm=True),
-        Entry(Kind.ABLATE, plane, a=1.0, keep_norm=True, probe=0),
-        Entry(Kind.PROJECT, plane, probe=0),
-        Entry(Kind.CLAMP, q, a=-inf, b=inf),
-        Entry(Kind.CLAMP, q, a=-inf, b=-0.5, keep_norm=True),
-        Entry(Kind.CLAMP, q, a=inf, b=inf),
-        Entry(Kind.ROTATE, plane, a=0.6, b=0.8, mode=2, d=q[0], threshold=-2.0),
-        Entry(Kind.ROTATE_RELATIVE, plane, a=0.6, b=0.8, mode=-1, d=q[0]),
+        Entry(EntryKind.ADD, q, a=inf),
+        Entry(EntryKind.ADD, q, a=inf, keep_norm=True),
+        Entry(EntryKind.ABLATE, plane, a=1.0, keep_norm=True, probe=0),
+        Entry(EntryKind.PROJECT, plane, probe=0),
+        Entry(EntryKind.CLAMP, q, a=-inf, b=inf),
+        Entry(EntryKind.CLAMP, q, a=-inf, b=-0.5, keep_norm=True),
+        Entry(EntryKind.CLAMP, q, a=inf, b=inf),
+        Entry(EntryKind.ROTATE, plane, a=0.6, b=0.8, mode=2, d=q[0], threshold=-2.0),
+        Entry(EntryKind.ROTATE_RELATIVE, plane, a=0.6, b=0.8, mode=-1, d=q[0]),
     ]
     tables = tables_of([[entry] for entry in entries], hidden)
     n = 4 * len(entries)
@@ -591,8 +600,8 @@ def bad_entries(n_vectors: int) -> list[dict[Field, int]]:
     bad += [{Field.VECTOR: v} for v in [*EXTREMES, -1, n_vectors, n_vectors - 2]]
     bad += [{Field.COUNT: c} for c in [*EXTREMES, 0, -1, n_vectors + 1]]
     bad += [{Field.VECTOR: 2**31 - 1, Field.COUNT: 2**31 - 1}, {Field.VECTOR: -5, Field.COUNT: 5}]
-    bad += [{Field.KIND: k} for k in [*EXTREMES, -1, len(Kind)]]
-    bad += [{Field.KIND: k, Field.COUNT: c} for k, c in zip(Kind, [2, 0, 0, 3, 1, 3, 0, 0], strict=True)]
+    bad += [{Field.KIND: k} for k in [*EXTREMES, -1, len(EntryKind)]]
+    bad += [{Field.KIND: k, Field.COUNT: c} for k, c in zip(EntryKind, [2, 0, 0, 3, 1, 3, 0, 0], strict=True)]
     bad += [{Field.GATE_MODE: m, Field.GATE_VECTOR: v} for m in (1, -1, 2, -2) for v in (-1, n_vectors, *EXTREMES[::5])]
     bad += [{Field.GATE_MODE: m, Field.GATE_VECTOR: 0} for m in [*EXTREMES, 4, -3, -4]]
     bad += [{Field.GATE_MODE: 3, Field.GATE_STATE: s, Field.PROBE: -1} for s in [*EXTREMES, -1, 2]]
@@ -602,8 +611,8 @@ def bad_entries(n_vectors: int) -> list[dict[Field, int]]:
 def hostile_entries(dtype: torch.dtype) -> None:
     """Entries that point anywhere are skipped, with their probes; the good ones around them act."""
     hidden, g = 40, generator(dtype)
-    first, last = random_entry(g, Kind.ABLATE, hidden, probe=0), random_entry(g, Kind.ADD, hidden)
-    middle = random_entry(g, Kind.ABLATE, hidden, probe=3)
+    first, last = random_entry(g, EntryKind.ABLATE, hidden, probe=0), random_entry(g, EntryKind.ADD, hidden)
+    middle = random_entry(g, EntryKind.ABLATE, hidden, probe=3)
     n = len(bad_entries(0))
     tables = tables_of([[first, middle, last]] * n, hidden)
     bad = bad_entries(len(tables.bank))
@@ -622,8 +631,8 @@ def hostile_entries(dtype: torch.dtype) -> None:
 def hostile_rows(dtype: torch.dtype) -> None:
     """Slots, ranges, sequences and probe columns that do not exist."""
     hidden, g = 40, generator(dtype)
-    add, probing = random_entry(g, Kind.ADD, hidden), random_entry(g, Kind.PROBE, hidden)
-    tables = tables_of([[add], [probing], [add], [add], [random_entry(g, Kind.ADD, hidden, mode=3)]], hidden)
+    add, probing = random_entry(g, EntryKind.ADD, hidden), random_entry(g, EntryKind.PROBE, hidden)
+    tables = tables_of([[add], [probing], [add], [add], [random_entry(g, EntryKind.ADD, hidden, mode=3)]], hidden)
     n_slots = 5
     tables.ranges[2:4] = torch.tensor([[-3, 4], [4, 2**31 - 1]], dtype=torch.int32)  # cut to entry 0, and to entry 4
     slot = torch.tensor([0, *EXTREMES, -1, n_slots, 2, 3, 4, 4, 4], dtype=torch.int32)
@@ -655,7 +664,8 @@ def hostile_rows(dtype: torch.dtype) -> None:
         check_fence(probe, f"the probe of a pair, column {column}")
         assert ((probe[:2] != 0).all(0)).tolist() == written and (probe[2] == -5).all(), (column, probe)
     latching = tables_of(
-        [[Entry(Kind.LATCH, add.q, mode=1, d=add.q[0], threshold=-1e9, state=s)] for s in (*EXTREMES, -1, 2, 1)], hidden
+        [[Entry(EntryKind.LATCH, add.q, mode=1, d=add.q[0], threshold=-1e9, state=s)] for s in (*EXTREMES, -1, 2, 1)],
+        hidden,
     )
     n = latching.ranges.shape[0]
     gates = fenced(torch.zeros(2, 2, dtype=torch.bool))

@@ -17,7 +17,7 @@ sizes.
 import pytest
 import torch
 
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROW_OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
@@ -28,7 +28,7 @@ LAYOUTS = ["contiguous", "strided", "odd stride", "offset"]
 
 
 def name(value):
-    return value.name if isinstance(value, Kind) else str(value).removeprefix("torch.")
+    return value.name if isinstance(value, EntryKind) else str(value).removeprefix("torch.")
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -79,7 +79,7 @@ def test_layouts_of_every_size(interpreted, dtype, hidden, layout):
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind != Kind.LATCH], ids=name)
+@pytest.mark.parametrize("kind", [kind for kind in EntryKind if kind != EntryKind.LATCH], ids=name)
 @pytest.mark.parametrize("hidden", [64, 111])
 def test_every_kind(interpreted, dtype, kind, hidden):
     interpreted("one_kind", dtype, hidden, int(kind))

@@ -206,7 +206,7 @@ def test_latched_gates(backend):
     hidden, rows = 96, 40
     case = steered([["Add"]], rows, hidden, torch.float32, "cpu", seed=6)
     entries = case.tables.entries.clone()
-    entries[:, ops.Field.KIND] = int(ops.Kind.LATCH)
+    entries[:, ops.Field.KIND] = int(ops.EntryKind.LATCH)
     entries[:, ops.Field.GATE_MODE] = int(ops.GateMode.COSINE)
     entries[:, ops.Field.GATE_STATE] = 2
     numbers_of(entries)[:, ops.Field.THRESHOLD] = 0.05

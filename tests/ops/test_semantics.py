@@ -16,7 +16,7 @@ from torch import Tensor
 import faststeer as fs
 from faststeer.compile import compile_plan
 from faststeer.ops import Field, Tables, backend_for, latch_, steer
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FULL = hypothesis.settings.get_current_profile_name() == "full"
@@ -97,7 +97,7 @@ def check(dtype: torch.dtype, hidden: int, n_layers: int, loaded: list[fs.Plan],
             within(probe[i, : len(row.probes)], np.array(row.probes), np.array(row.probe_bounds), f"{where}, probes")
     for index, plan in enumerate(loaded):
         for entry in compile_plan(plan, n_layers, hidden):
-            if entry.kind != Kind.LATCH:
+            if entry.kind != EntryKind.LATCH:
                 continue
             for s in range(len(ends)):
                 verdicts = {

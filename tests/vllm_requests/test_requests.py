@@ -16,7 +16,7 @@ from strategies import plans, randn
 
 import faststeer as fs
 from faststeer.compile import compile_plan
-from faststeer.ops.tables import Kind
+from faststeer.ops.tables import EntryKind
 from faststeer.sparse import SparseVector
 from faststeer.vector import LAYER_CONVENTION
 from faststeer.vllm import plan as client_plan
@@ -152,7 +152,7 @@ def _facts(entry) -> tuple:
         return None if values is None else values.float().tolist()
 
     scalars = torch.tensor([*map(float, entry.scalars), entry.gate_threshold], dtype=torch.float32).tolist()
-    same = (entry.site, Kind(entry.kind), entry.position_range, entry.gate_mode, entry.gate_state, entry.keep_norm)
+    same = (entry.site, EntryKind(entry.kind), entry.position_range, entry.gate_mode, entry.gate_state, entry.keep_norm)
     return (*same, entry.probe_column, scalars, single(entry.basis), single(entry.gate_vector))
 
 

@@ -57,7 +57,7 @@ def check_rows(steering, ids, step, since):
         if acts and watched:
             probed.append((name, row, row + tokens, computed + since))
         row += tokens
-    table = steering.device.rows
+    table = steering.tables.rows
     assert table[0, : len(slots)].tolist() == slots and (table[0, len(slots) :] == -1).all()
     for found, expected in ((table[1], positions), (table[2], sequences)):
         assert all(found[i] == expected[i] for i, slot in enumerate(slots) if slot >= 0)

@@ -16,7 +16,7 @@ from faststeer.hf.batching import Prompt, check_evaluating, encode
 from faststeer.hf.hook_points import HookPoints
 from faststeer.observe.difference import difference, kept_positions
 from faststeer.observe.tokens import Row
-from faststeer.ops.tables import GateMode, Kind
+from faststeer.ops.tables import EntryKind, GateMode
 from faststeer.plan import Plan, site_name
 
 Side = Literal["steered", "base"]
@@ -217,9 +217,9 @@ def added(group: Sequence[Example], batch: dict[str, Tensor], points: HookPoints
 
 
 def _additions(plan: Plan, points: HookPoints) -> list[Entry]:
-    entries = [each for each in compile_plan(plan, points.n_layers, points.hidden_size) if each.kind != Kind.PROBE]
+    entries = [each for each in compile_plan(plan, points.n_layers, points.hidden_size) if each.kind != EntryKind.PROBE]
     for entry in entries:
-        if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
+        if entry.kind != EntryKind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
             what = "a gate" if entry.gate_mode != GateMode.NONE else "keep_norm" if entry.keep_norm else entry.kind.name
             raise ValueError(
                 f"patching explains added vectors: the plan must hold Add alone, without gates and keep_norm; it has "

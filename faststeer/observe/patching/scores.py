@@ -17,13 +17,13 @@ from faststeer.observe.patching.graph import Graph
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
 from faststeer.observe.patching.network import Network, Taken
 from faststeer.observe.tokens import batch_of
-from faststeer.tensor_files import Record, TensorFile
+from faststeer.tensor_files import TensorFile, TensorRecord
 
 TENSORS = ("edges", "nodes", "dimensions")
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Record):
+class Scores(TensorRecord):
     """Indirect effects on a metric m, fp64 on the CPU, in its units per kept position; m rises from base to steered.
 
     Attributes:

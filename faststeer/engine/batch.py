@@ -1,5 +1,5 @@
-"""The device side of the engine: where every row stands, and the two passes that move rows on. Nothing here waits for
-the device, and every tensor that a decode step reads keeps its address.
+"""The rows that the Engine generates together: their tables and cache on the device, and the two passes, prefill and
+decode. Nothing here waits for the device, and every tensor that a decode step reads keeps its address.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from faststeer.hf.cache import cache_argument
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class Device:
-    """Rows on the device: cache, tables, and the passes over them.
+class EngineBatch:
+    """The batch of rows on the device: cache, tables, and the passes over them.
 
     Row i is the i-th live sequence. Its tables: `long` = last token, its length in the cache (the column of its next
     token), seed, top-k; `int` = slot, position of the last token counted from the prompt's end, sequence; `real` =
