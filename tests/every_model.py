@@ -485,15 +485,24 @@ def _close(a: Tensor, b: Tensor, what: str, exact: bool = False) -> None:
 
 HEAD = """# Models
 
-Every causal language model of transformers that can be built small, and language models inside of models for images.
-The table is what `python tests/every_model.py` prints, and the tests compare it with what they find.
+This table has every causal language model of transformers that can be built with small random weights, and the
+language models inside models for images. `python tests/every_model.py` prints it, and a test compares it with the
+models.
 
-- *path*: how the residual stream is steered by default.
-- *hook points*: what the layers have; [design.md](design.md) says what they are.
-- *tested*: "hooks": equal to hooks written by hand; "rows": each row of a mixed batch as if it were alone, rows without
-  a plan bit for bit the model's own; "restored": the model is what it was; "padding": as hooks written by hand, with
-  padding on the left; "generate": with plans that depend on positions, padding and a cache, as hooks written by hand
-  and as each prompt alone. Models that let padding into their states do so with and without steering.
+- *path*: how faststeer steers the residual stream by default, by fused layers or by hooks
+  ([Concepts](concepts.md#fused-layers-and-hooks)).
+- *hook points*: those that the layers have ([Concepts](concepts.md#hook-points)).
+- *tested*: what was compared.
+    - "hooks": steering equals hand-written hooks.
+    - "rows": each row of a mixed batch equals that row alone, and rows without a plan are bit for bit the model's
+      own.
+    - "restored": after steering the model is what it was.
+    - "padding": with padding on the left, steering equals hand-written hooks.
+    - "generate": `generate` with plans that depend on positions, with padding and a cache, equals hand-written hooks
+      and each prompt alone.
+
+"By hand, too, padding shows in a row" means that the model itself reads padding into its states, with and without
+steering.
 
 | family | path | hook points | tested |
 |---|---|---|---|
@@ -501,25 +510,25 @@ The table is what `python tests/every_model.py` prints, and the tests compare it
 TAIL = """
 ## Quantised weights
 
-Steering acts on hidden states: weights may be of any kind that the model's own forward pass takes. Tested on a
-small Llama in fp32 and bf16 against hooks written by hand, bit for bit, padding and rows without a plan included
-(`tests/hf/test_quantised.py`):
+Steering acts on hidden states, so weights may have any form that the model's own forward pass can use. The table was
+tested on a small Llama in fp32 and bf16, bit for bit against hand-written hooks, with padding and with rows without a
+plan (`tests/hf/test_quantised.py`):
 
 | weights | path | a plan per row | Engine | fold |
 |---|---|---|---|---|
-| torchao int8, weights alone | fused | yes | yes | refused |
+| torchao int8, weights only | fused | yes | yes | refused |
 | torchao int8, activations per token as well | hooks | yes | yes | refused |
 | bitsandbytes int8 | hooks | yes | yes | refused |
 | bitsandbytes NF4 | fused | yes | yes | refused |
 | PyTorch's dynamic quantisation | hooks | refused | refused | refused |
 
-- A layer that quantises what it is given is steered by hooks: a fused norm sums in another order than the model's own,
-  and where that changes the last bit of a row's largest number, it changes the row's scale.
-- PyTorch's dynamic quantisation takes one scale for the whole batch, so that each row depends on the others, steered or
-  not. One plan for all rows is what a hook does; rows with different plans are refused.
-- bitsandbytes on a CPU packs 4-bit weights anew in the first pass in evaluation mode without gradients, with another
-  rounding: outputs before that pass and after it differ, steered or not.
-- `fold` changes plain weights alone; fold first, and quantise afterwards. A GGUF file is dequantised when it is loaded.
+- A layer that quantises its input is steered by hooks. A fused norm sums in another order than the model's own norm.
+  That can change the last bit of a row's largest number, and with it the scale of the row.
+- PyTorch's dynamic quantisation has one scale for the whole batch, so each row depends on the others, steered or not.
+  One plan for all rows works as a hook does; different plans are refused.
+- bitsandbytes on a CPU packs 4-bit weights again in the first pass in evaluation mode without gradients, with another
+  rounding. So outputs before and after that pass differ, steered or not.
+- `fold` changes only plain weights: fold first and quantise afterwards. A GGUF file is dequantised when it is loaded.
 """
 
 
