@@ -78,8 +78,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         if (module := _MODULE_OF.get(name)) is not None:
-            found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-            return found
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            return value
         if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

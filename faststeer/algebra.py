@@ -81,11 +81,11 @@ def orthogonalise(
     for layer, direction in _wide(vector).items():
         span = torch.cat([torch.atleast_2d(o[layer] if isinstance(o, SteeringVector) else o).double() for o in others])
         basis = orthonormal(span, f"what the vector is made orthogonal to at layer {layer}")
-        left = direction - (direction @ basis.T) @ basis
-        left = left - (left @ basis.T) @ basis  # twice is enough, once is not where little is left
-        if left.norm() <= 1e-6 * direction.norm():
+        remainder = direction - (direction @ basis.T) @ basis
+        remainder = remainder - (remainder @ basis.T) @ basis  # twice is enough, once is not where little is left
+        if remainder.norm() <= 1e-6 * direction.norm():
             raise ValueError(f"layer {layer}: the vector lies in what it is made orthogonal to: nothing is left")
-        directions[layer] = left
+        directions[layer] = remainder
     return _made(vector, directions, {"orthogonalise": [_name(other) for other in others]}, scale="raw")
 
 
@@ -125,12 +125,14 @@ def interpolate(
     if path not in ("line", "arc"):
         raise ValueError(f"unknown path {path!r}: expected 'line' or 'arc'")
     if path == "line":
-        made = combine([a, b], [1 - t, t])
+        combined = combine([a, b], [1 - t, t])
     else:
         _same_place([a, b], layers=True)
         directions = {layer: _on_arc(x, _wide(b)[layer], t, layer) for layer, x in _wide(a).items()}
-        made = _made(a, directions, {}, scale="raw")
-    return _made(made, _wide(made), {"interpolate": [_name(a), _name(b), t, path]}, scale="raw", method="combination")
+        combined = _made(a, directions, {}, scale="raw")
+    return _made(
+        combined, _wide(combined), {"interpolate": [_name(a), _name(b), t, path]}, scale="raw", method="combination"
+    )
 
 
 def _on_arc(a: Tensor, b: Tensor, t: float, layer: int) -> Tensor:
@@ -235,8 +237,8 @@ def sparsify(
             columns = (score >= threshold).nonzero().squeeze(1)
         if not len(columns):
             raise ValueError(f"layer {layer}: no coordinate scores {threshold} or more; the best: {score.max():.4g}")
-        kept = s[columns] * (s.norm() / s[columns].norm() if rescale else 1.0)
-        indices[layer], values[layer] = columns.to(torch.int32), kept.to(torch.float32)
+        kept_values = s[columns] * (s.norm() / s[columns].norm() if rescale else 1.0)
+        indices[layer], values[layer] = columns.to(torch.int32), kept_values.to(torch.float32)
     chosen = {"by": by, "keep": keep, "threshold": threshold, "rescale": rescale}
     chosen |= {"seed": seed} if by == "random" else {}
     like = _made(vector, vector.directions, {"sparsify": chosen}, scale=vector.scale if rescale else "raw")
@@ -262,12 +264,12 @@ def _effect_at(effect: Effect, vector: SteeringVector, layer: int) -> Tensor:
     if isinstance(effect, Tensor):
         if len(vector.layers) > 1:
             raise ValueError(f"one effect for {len(vector.layers)} layers: give {{layer: [hidden]}}")
-        found = effect
+        values = effect
     elif layer in effect:
-        found = effect[layer]
+        values = effect[layer]
     else:
         raise ValueError(f"the effect says nothing of layer {layer}")
-    checked = check_direction(found, f"the effect at layer {layer}").detach().double().cpu()
+    checked = check_direction(values, f"the effect at layer {layer}").detach().double().cpu()
     if checked.shape[0] != vector.hidden_size:
         raise ValueError(
             f"the effect at layer {layer} has {checked.shape[0]} coordinates, the vector {vector.hidden_size}"

@@ -96,23 +96,23 @@ def _pieces(name: str, value: Any) -> Iterator[bytes]:
         yield str(int(raw[:whole].view(torch.int64).sum())).encode() + raw[whole:].cpu().numpy().tobytes()
 
 
-def digest(*things: Any) -> str:
+def digest(*values: Any) -> str:
     """A SHA-256 of numbers, texts, lists, mappings, tensors and what has `to_bytes` (vectors, records, sparse vectors).
 
     Raises:
         TypeError: something else.
     """
-    return hashlib.sha256(json.dumps(things, sort_keys=True, default=_plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def _plain(thing: Any) -> Any:
-    if isinstance(thing, Tensor):
-        values = thing.detach().cpu().contiguous()
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        values = value.detach().cpu().contiguous()
         raw = values.reshape(-1).view(torch.uint8).numpy().tobytes()
         return [str(values.dtype), list(values.shape), hashlib.sha256(raw).hexdigest()]
-    if hasattr(thing, "to_bytes"):
-        return hashlib.sha256(thing.to_bytes()).hexdigest()
-    raise TypeError(f"{type(thing).__name__} has no digest")
+    if hasattr(value, "to_bytes"):
+        return hashlib.sha256(value.to_bytes()).hexdigest()
+    raise TypeError(f"{type(value).__name__} has no digest")
 
 
 class ArtefactStore:

@@ -103,11 +103,11 @@ def source_folder() -> Path:
 def source_files(name: str) -> list[Path]:
     """All files that library `name` is made of, headers included."""
     folder = source_folder()
-    found: list[Path] = []
+    sources: list[Path] = []
     for part in PARTS[name]:
         path = folder / part
-        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [path for path in found if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+        sources += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [path for path in sources if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
 
 
 def digest(name: str) -> str:
@@ -145,8 +145,8 @@ def torch_folder() -> Path:
 
 
 def torch_version(folder: Path) -> str:
-    found = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / "version.py").read_text())
-    return found.group(1) if found else "unknown"
+    version = re.search(r"__version__ = ['\"]([^'\"]+)", (folder / "version.py").read_text())
+    return version.group(1) if version else "unknown"
 
 
 def torch_has_cuda(folder: Path) -> bool:
@@ -164,14 +164,14 @@ def find_cxx() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    if given := os.environ.get("CXX"):
-        command = shlex.split(given)
+    if compiler := os.environ.get("CXX"):
+        command = shlex.split(compiler)
         if shutil.which(command[0]):
             return command
-        raise BuildError(f"CXX is {given!r}, which is no program here")
+        raise BuildError(f"CXX is {compiler!r}, which is no program here")
     for name in ("g++", "c++", "clang++"):
-        if found := shutil.which(name):
-            return [found]
+        if compiler_path := shutil.which(name):
+            return [compiler_path]
     raise BuildError("there is no C++ compiler: install g++, or point CXX to one")
 
 
@@ -183,8 +183,8 @@ def find_nvcc() -> str:
     """
     homes = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for candidate in (os.environ.get("CUDACXX"), *map(str, homes), "nvcc", "/usr/local/cuda/bin/nvcc"):
-        if candidate and (found := shutil.which(candidate)):
-            return found
+        if candidate and (nvcc := shutil.which(candidate)):
+            return nvcc
     raise BuildError("there is no nvcc: install the CUDA toolkit, or point CUDA_HOME to it")
 
 
@@ -192,18 +192,18 @@ def pybind11_include(torch: Path) -> Path:
     """pybind11's own headers, or those that come with torch."""
     spec = importlib.util.find_spec("pybind11")
     if spec is not None and spec.submodule_search_locations:
-        own = Path(next(iter(spec.submodule_search_locations))) / "include"
-        if (own / "pybind11" / "pybind11.h").exists():
-            return own
+        include = Path(next(iter(spec.submodule_search_locations))) / "include"
+        if (include / "pybind11" / "pybind11.h").exists():
+            return include
     return torch / "include"
 
 
 def cuda_archs(nvcc: str) -> list[str]:
     """The architectures to compile for: FASTSTEER_CUDA_ARCHS, else those of CUDA_ARCHS that this nvcc knows."""
-    if given := os.environ.get("FASTSTEER_CUDA_ARCHS"):
-        archs = re.split(r"[;,\s]+", given.strip())
+    if named := os.environ.get("FASTSTEER_CUDA_ARCHS"):
+        archs = re.split(r"[;,\s]+", named.strip())
         if not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
-            raise BuildError(f"FASTSTEER_CUDA_ARCHS is {given!r}: expected compute capabilities, such as 90;100")
+            raise BuildError(f"FASTSTEER_CUDA_ARCHS is {named!r}: expected compute capabilities, such as 90;100")
         return archs
     known = set(re.findall(r"sm_(\w+)", run([nvcc, "--list-gpu-code"])))
     return [arch for arch in CUDA_ARCHS if arch in known]
@@ -352,7 +352,7 @@ def build(name: str, package: Path = PACKAGE, work: Path | None = None) -> bool:
     return True
 
 
-def build_all(wanted: str, package: Path = PACKAGE, work: Path | None = None) -> dict[str, str | None]:
+def build_all(what: str, package: Path = PACKAGE, work: Path | None = None) -> dict[str, str | None]:
     """Build what `wanted` (auto, cpu, cuda or all) says and print a line on each library. `auto` builds what can be
     used with the torch that is here.
 
@@ -362,11 +362,11 @@ def build_all(wanted: str, package: Path = PACKAGE, work: Path | None = None) ->
     Raises:
         BuildError: one that was asked for by name cannot be built.
     """
-    names = {"cpu": ("cpu", "native"), "cuda": ("cuda", "native")}.get(wanted, ("cpu", "native", "cuda"))
+    names = {"cpu": ("cpu", "native"), "cuda": ("cuda", "native")}.get(what, ("cpu", "native", "cuda"))
     reasons: dict[str, str | None] = {}
     for name in names:
         try:
-            if wanted == "auto" and name == "cuda" and not torch_has_cuda(torch_folder()):
+            if what == "auto" and name == "cuda" and not torch_has_cuda(torch_folder()):
                 raise BuildError(
                     "this PyTorch is without CUDA (python -m faststeer.build cuda compiles it all the same)"
                 )
@@ -374,7 +374,7 @@ def build_all(wanted: str, package: Path = PACKAGE, work: Path | None = None) ->
             print(f"faststeer: {name}: {done}", flush=True)
             reasons[name] = None
         except BuildError as error:
-            if wanted != "auto":
+            if what != "auto":
                 raise BuildError(f"{name} was asked for and cannot be built: {error}") from None
             # One line: of a compiler's message the first that says error.
             lines = str(error).splitlines()

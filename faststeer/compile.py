@@ -267,8 +267,8 @@ class Blocks:
     def of(cls, entries: Sequence[Entry], slot: int) -> Blocks:
         blocks = cls({}, [], [], {})
         for i, entry in enumerate(entries):
-            own = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
-            blocks.basis.append(blocks._add(entry.basis, own))
+            trained = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
+            blocks.basis.append(blocks._add(entry.basis, trained))
             blocks.gate.append(None if entry.gate_vector is None else blocks._add(entry.gate_vector))
         return blocks
 

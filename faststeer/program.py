@@ -275,7 +275,7 @@ class _Allocation:
         Raises:
             ValueError: they do not fit, however they lie.
         """
-        blocks = {key: values for own in changes.values() for key, values in own.items()}
+        blocks = {key: values for entries in changes.values() for key, values in entries.items()}
         before = {key for slot in changes for key in self.of_slot.get(slot, ())}
         gone = [key for key in before - blocks.keys() if self.blocks[key].users <= changes.keys()]
         new = {key: values for key, values in blocks.items() if key not in self.blocks}
@@ -287,7 +287,7 @@ class _Allocation:
             )
         other = _Allocation(self.rows)
         other.blocks, other.used, other._free = self.blocks.copy(), used + needed, self._free.copy()
-        other.of_slot = self.of_slot | {slot: frozenset(own) for slot, own in changes.items()}
+        other.of_slot = self.of_slot | {slot: frozenset(entries) for slot, entries in changes.items()}
         for key in gone:
             block = other.blocks.pop(key)
             other._give_back(block.first, block.first + block.length)
@@ -295,7 +295,7 @@ class _Allocation:
             other.blocks[key] = _Block(other._take(len(values)), len(values))
         for key in (before | blocks.keys()) & other.blocks.keys():
             block = other.blocks[key]
-            now = {slot for slot, own in changes.items() if key in own}
+            now = {slot for slot, entries in changes.items() if key in entries}
             other.blocks[key] = replace(block, users=block.users.difference(changes) | now)
         return other, new
 

@@ -112,8 +112,8 @@ def opened(source: bytes | Path, format: str, fault: str, mend: str) -> Iterator
     "<fault> (<reason>): <mend>"."""
     with reading(fault, mend):
         file = TensorFile(source)
-        if (found := file.words.get("format")) != format:
-            raise ValueError(f"its format is {found!r}, expected {format!r}")
+        if (format_here := file.words.get("format")) != format:
+            raise ValueError(f"its format is {format_here!r}, expected {format!r}")
         yield file
 
 

@@ -52,21 +52,21 @@ def interventions(hidden: int, generator: torch.Generator) -> dict[str, Interven
         # Of unit length, so that about half of the rows pass.
         return Gate(torch.nn.functional.normalize(randn(hidden), dim=0), 0.0, kind=kind, **more)
 
-    here: dict[str, Any] = {"layers": 0, "at": "resid_pre"}
+    place: dict[str, Any] = {"layers": 0, "at": "resid_pre"}
     return {
-        "Add": Add(randn(hidden), 1.5, **here),
-        "Ablate": Ablate(randn(hidden), probe=True, **here),
-        "Ablate, a subspace": Ablate(randn(3, hidden), strength=0.7, **here),
-        "Project": Project(randn(2, hidden), **here),
-        "Clamp": Clamp(randn(hidden), low=-0.5, high=0.25, **here),
-        "Rotate": Rotate(randn(hidden), randn(hidden), 40.0, **here),
-        "Rotate, relative": Rotate(randn(hidden), randn(hidden), -70.0, relative=True, **here),
-        "Probe": Probe(randn(2, hidden), **here),
-        "Add, keep_norm": Add(randn(hidden), 3.0, keep_norm=True, **here),
-        "Add, positions": Add(randn(hidden), -1.0, positions="[-3:0]", **here),
-        "Add, dot gate": Add(randn(hidden), -2.0, when=gate("dot"), **here),
-        "Ablate, cosine gate": Ablate(randn(hidden), when=gate("cosine", above=False), **here),
-        "Add, latched gate": Add(randn(hidden), 1.0, when=gate("dot", latched=True), **here),
+        "Add": Add(randn(hidden), 1.5, **place),
+        "Ablate": Ablate(randn(hidden), probe=True, **place),
+        "Ablate, a subspace": Ablate(randn(3, hidden), strength=0.7, **place),
+        "Project": Project(randn(2, hidden), **place),
+        "Clamp": Clamp(randn(hidden), low=-0.5, high=0.25, **place),
+        "Rotate": Rotate(randn(hidden), randn(hidden), 40.0, **place),
+        "Rotate, relative": Rotate(randn(hidden), randn(hidden), -70.0, relative=True, **place),
+        "Probe": Probe(randn(2, hidden), **place),
+        "Add, keep_norm": Add(randn(hidden), 3.0, keep_norm=True, **place),
+        "Add, positions": Add(randn(hidden), -1.0, positions="[-3:0]", **place),
+        "Add, dot gate": Add(randn(hidden), -2.0, when=gate("dot"), **place),
+        "Ablate, cosine gate": Ablate(randn(hidden), when=gate("cosine", above=False), **place),
+        "Add, latched gate": Add(randn(hidden), 1.0, when=gate("dot", latched=True), **place),
     }
 
 
@@ -241,14 +241,14 @@ def _bits(x: Tensor) -> Tensor:
 
 def check_ops(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     """Every op of a back end against the reference in fp64 and, where two of them must agree, against each other."""
-    cpu, here = case.cpu, case.device
+    cpu, on_device = case.cpu, case.device
     _check_steer(case, backend, check)
     added, decided = _check_add_steer(case, backend, check)
     everywhere = torch.ones(len(cpu.x), dtype=torch.bool)
     for fp32_weight, offset in ((False, 0.0), (True, 1.0)):
         norm = EPS, offset, fp32_weight
         normed, hidden = ops.add_steer_rmsnorm(
-            here.x, here.residual, here.weight, *norm, *here.steering, backend=backend
+            on_device.x, on_device.residual, on_device.weight, *norm, *on_device.steering, backend=backend
         )
         check.same("add_steer_rmsnorm", case, hidden, added, everywhere, "the sum is add_steer's")
         exact = reference.rmsnorm(hidden.cpu().double(), cpu.weight.double(), *norm)
@@ -286,44 +286,46 @@ def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, chec
 
 
 def _check_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
-    here = case.device
-    seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
-    ours = ops.steer(here.x, *here.steering, seen, backend=backend)
+    on_device = case.device
+    seen = torch.full((len(on_device.x), case.columns), float("nan"), device=on_device.x.device)
+    ours = ops.steer(on_device.x, *on_device.steering, seen, backend=backend)
     _check_rows(case, "steer", case.cpu.x, ours, seen, check)
-    in_place = here.x.clone()
-    ops.steer_(in_place, *here.steering, torch.empty_like(seen), backend=backend)
-    everywhere = torch.ones(len(here.x), dtype=torch.bool)
+    in_place = on_device.x.clone()
+    ops.steer_(in_place, *on_device.steering, torch.empty_like(seen), backend=backend)
+    everywhere = torch.ones(len(on_device.x), dtype=torch.bool)
     check.same("steer_", case, in_place, ours, everywhere, "it writes what steer gives")
 
 
 def _check_add_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> tuple[Tensor, Tensor]:
-    cpu, here = case.cpu, case.device
-    seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
-    added = ops.add_steer(here.x, here.residual, *here.steering, seen, backend=backend)
+    cpu, on_device = case.cpu, case.device
+    seen = torch.full((len(on_device.x), case.columns), float("nan"), device=on_device.x.device)
+    added = ops.add_steer(on_device.x, on_device.residual, *on_device.steering, seen, backend=backend)
     return added, _check_rows(case, "add_steer", cpu.x + cpu.residual, added, seen, check)
 
 
 def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor, check: BackendCheck) -> None:
     """(0, what add_steer gives) where something acts, else the pair as it was."""
-    cpu, here = case.cpu, case.device
+    cpu, on_device = case.cpu, case.device
     x, residual = cpu.x.clone(), cpu.residual.clone()
     reference.steer_pair_(x, residual, *cpu.steering)
     acted = ~x.any(1)
-    ours = here.x.clone(), here.residual.clone()
-    ops.steer_pair_(ours[0], ours[1], *here.steering, backend=backend)
-    for part, steered, before in zip(ours, (torch.zeros_like(added), added), (here.x, here.residual), strict=True):
+    ours = on_device.x.clone(), on_device.residual.clone()
+    ops.steer_pair_(ours[0], ours[1], *on_device.steering, backend=backend)
+    for part, steered, before in zip(
+        ours, (torch.zeros_like(added), added), (on_device.x, on_device.residual), strict=True
+    ):
         check.same("steer_pair_", case, part, steered, acted & decided, "a row becomes (0, what add_steer gives)")
         check.same("steer_pair_", case, part, before, ~acted & decided, "a row that nothing acts on keeps its bits")
 
 
 def _check_latch(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
-    cpu, here = case.cpu, case.device
+    cpu, on_device = case.cpu, case.device
     low, high = (cpu.gate_state.clone() for _ in range(2))
     for by, state in ((-1.0, low), (1.0, high)):
         tables, rows, _ = cpu.moved_thresholds(by)
         reference.latch(cpu.x.double(), tables, rows, state)
-    ours = here.gate_state.clone()
-    ops.latch_(here.x, here.tables, here.rows, ours, backend=backend)
+    ours = on_device.gate_state.clone()
+    ops.latch_(on_device.x, on_device.tables, on_device.rows, ours, backend=backend)
     wrong = (low == high) & (ours.cpu() != low)
     if wrong.any():
         check.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
@@ -516,8 +518,8 @@ def time_steps(device: str, end: float, *, rows: int = 16, tokens: int = 16) -> 
 @contextmanager
 def _hand_written(model: Any, vector: Tensor) -> Iterator[None]:
     """What people write: a forward hook on every layer."""
-    here = vector.to(model.device, model.dtype)
-    handles = [layer.register_forward_hook(lambda _m, _a, out: out + here) for layer in model.model.layers]
+    addend = vector.to(model.device, model.dtype)
+    handles = [layer.register_forward_hook(lambda _m, _a, out: out + addend) for layer in model.model.layers]
     try:
         yield
     finally:

@@ -252,9 +252,9 @@ def behaviour_of(
     """The behaviour asked for: by name or path, of two files of prompts, or the demo model's refusal; with `judge`,
     judged by that."""
     if judge is not None:
-        own = name is None and positive is not None
-        asked = behaviour_of(model, "refusal" if own else name, positive, negative, field)
-        return dataclasses.replace(asked, name="own" if own else asked.name, judge=judge)
+        of_prompts = name is None and positive is not None
+        asked = behaviour_of(model, "refusal" if of_prompts else name, positive, negative, field)
+        return dataclasses.replace(asked, name="own" if of_prompts else asked.name, judge=judge)
     from faststeer import behaviours, demo
     from faststeer.evaluate.judging import judge_names
 

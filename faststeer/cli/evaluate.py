@@ -175,58 +175,58 @@ def _measure(
     tags = list(dict.fromkeys(prompt.tag for prompt in asked.prompts))
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "rows.db") as store:
         digest = run(asked, model, tokenizer, store, max_batch=max_batch)
-        found = {tag: table(store, digest, tag=tag) for tag in tags}
+        tables = {tag: table(store, digest, tag=tag) for tag in tags}
         judges = {each.name: make(each.judge, model=model, tokenizer=tokenizer).name for each in tried}
         purpose = {} if meant is None else dict.fromkeys([*asked.vectors, *asked.plans], meant)
         moved = entanglement(store, judges, purpose, digest) if tried else []
     if as_json:
-        report: dict[str, Any] = {tag: [line.to_dict() for line in lines] for tag, lines in found.items()}
+        report: dict[str, Any] = {tag: [line.to_dict() for line in lines] for tag, lines in tables.items()}
         typer.echo(json.dumps(report | ({"moved": [row.to_dict() for row in moved]} if tried else {})))
     else:
-        for tag, lines in found.items():
+        for tag, lines in tables.items():
             Console().print(results_table(lines, tag))
         if tried:
             Console().print(_matrix(moved))
-    every = [line for lines in found.values() for line in lines]
+    every = [line for lines in tables.values() for line in lines]
     return any(line.errors or any(score.failures for score in line.scores.values()) for line in every)
 
 
 def _matrix(moved: list[Moved]) -> Table:
-    made = Table("setting", *moved[0].moved, "others", title="What moved, in points of the answers that show it")
+    matrix = Table("setting", *moved[0].moved, "others", title="What moved, in points of the answers that show it")
     for row in moved:
         cells = []
-        for name, found in row.moved.items():
-            sure = found is not None and found.low is not None and (found.low > 0 or (found.high or 0) < 0)
-            text = "unread" if found is None else f"{100 * found.mean:+.0f}{'*' if sure else ''}"
+        for name, change in row.moved.items():
+            sure = change is not None and change.low is not None and (change.low > 0 or (change.high or 0) < 0)
+            text = "unread" if change is None else f"{100 * change.mean:+.0f}{'*' if sure else ''}"
             cells.append(f"[bold]{text}[/]" if name == row.meant else text)
-        made.add_row(row.name, *cells, "" if row.entanglement is None else f"{100 * row.entanglement:.0f}")
-    made.caption = (
+        matrix.add_row(row.name, *cells, "" if row.entanglement is None else f"{100 * row.entanglement:.0f}")
+    matrix.caption = (
         "bold: what was meant; * its 95 % interval leaves 0 out; others: root mean square over what was not meant"
     )
-    return made
+    return matrix
 
 
 def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
     from faststeer.evaluate.judging import judged, make
 
     prompts, completions = _read_answers(path)
-    made = [make(judge) for judge in judges]
-    found = {judge.name: judged(judge, prompts, completions) for judge in made}
+    instances = [make(judge) for judge in judges]
+    judged_answers = {judge.name: judged(judge, prompts, completions) for judge in instances}
     if as_json:
         each = {
             name: [{"label": v.label, "score": v.score, "parts": dict(v.parts)} for v in verdicts]
-            for name, verdicts in found.items()
+            for name, verdicts in judged_answers.items()
         }
-        totals = {name: verdicts.to_dict() for name, verdicts in found.items()}
+        totals = {name: verdicts.to_dict() for name, verdicts in judged_answers.items()}
         typer.echo(json.dumps({"answers": str(path), "judges": totals, "verdicts": each}))
     else:
         made_table = Table("judge", "mean score", "shows it", "labels", "not read", title=f"{len(prompts)} answers")
-        for name, verdicts in found.items():
+        for name, verdicts in judged_answers.items():
             labels = ", ".join(f"{label} {n}" for label, n in verdicts.labels.items())
             mean = "" if verdicts.mean is None else f"{verdicts.mean:.3g}"
             made_table.add_row(name, mean, str(verdicts.rate or ""), labels, str(verdicts.failures))
         Console().print(made_table)
-    return any(verdicts.failures for verdicts in found.values())
+    return any(verdicts.failures for verdicts in judged_answers.values())
 
 
 def _read_answers(path: Path) -> tuple[list[Any], list[str]]:

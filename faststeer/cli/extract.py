@@ -344,10 +344,10 @@ def _less(seconds: float, n_prompts: int, layers: Sequence[int]) -> str:
     share = min(SHORT_SECONDS / seconds, 1.0)
     fewer = min(n_prompts, max(int(n_prompts * share), FEWEST))
     every = math.ceil(fewer / n_prompts / share)
-    left = layers[(min(every, len(layers)) - 1) // 2 :: every]
+    thinned = layers[(min(every, len(layers)) - 1) // 2 :: every]
     options = [f"--held-out {fewer}"] if fewer < n_prompts else []
-    options += [f"--layers {','.join(map(str, left))}"] if len(left) < len(layers) else []
-    about = duration(seconds * fewer / n_prompts * len(left) / len(layers))
+    options += [f"--layers {','.join(map(str, thinned))}"] if len(thinned) < len(layers) else []
+    about = duration(seconds * fewer / n_prompts * len(thinned) / len(layers))
     return f"With {' '.join(options)}: about {about}" if options else ""
 
 
@@ -397,10 +397,10 @@ def _compare(
     loaded, tokenizer = load_model(model, dtype, device)
     folder = None if out is None else out / "parts"
     with keeps(folder):
-        found = compare(loaded, tokenizer, behaviour, methods, folder=folder, **options)
-    report = found.to_dict() | {"model": model}
+        comparison = compare(loaded, tokenizer, behaviour, methods, folder=folder, **options)
+    report = comparison.to_dict() | {"model": model}
     if out is not None:
-        for result in found.results:
+        for result in comparison.results:
             if result.vector is not None:
                 result.vector.save(out / f"{result.method}.safetensors")
         write_atomically(out / "comparison.json", json.dumps(report, indent=2) + "\n")
@@ -408,7 +408,7 @@ def _compare(
         typer.echo(json.dumps(report))
         return
     Console().print(_comparison_table(report))
-    for name, why in found.skipped.items():
+    for name, why in comparison.skipped.items():
         Console().print(f"{name} left out: {why}", highlight=False)
     if out is not None:
         Console().print(f"Written to {out}: comparison.json and a vector of each method")

@@ -121,17 +121,17 @@ def observe(
     loaded, tokenizer = load_model(model, dtype, device)
     run: dict[str, Any] = {"name": model, "batch_size": batch_size, "patch_batch": patch_batch, "progress": True}
     with keeps(out):
-        found = study.run(loaded, tokenizer, studied, out, settings, **run)
-    page = _page(found, title)
+        results = study.run(loaded, tokenizer, studied, out, settings, **run)
+    page = _page(results, title)
     if page is not None:
         write_atomically(out / "observe.html", page)
-    for name, picture in ({} if png is None else report.study_figures(found)).items():
+    for name, picture in ({} if png is None else report.study_figures(results)).items():
         write_atomically(Path(png or ".") / name, picture)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(results))
     else:
-        _print(found, out)
-    left_out = _left_out(found)
+        _print(results, out)
+    left_out = _left_out(results)
     for line in left_out:
         errors.print(f"Left out: {line}", highlight=False, markup=False)
     if page is None:
@@ -142,50 +142,54 @@ def observe(
         raise typer.Exit(FAILED)
 
 
-def _page(found: dict[str, Any], title: str | None) -> str | None:
+def _page(results: dict[str, Any], title: str | None) -> str | None:
     """None where the packages for it are not there: the figures are worth keeping without it."""
     from faststeer import report
 
     try:
-        return report.study_page(found, title)
+        return report.study_page(results, title)
     except ImportError:
         return None
 
 
-def _left_out(found: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {why}" for part in found["skipped"].values() for name, why in part.items()]
-    for split, of_vectors in found["without_examples"].items():
+def _left_out(results: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {why}" for part in results["skipped"].values() for name, why in part.items()]
+    for split, of_vectors in results["without_examples"].items():
         lines += [
             f"{n}, {side}, {split} prompts: {why}" for n, sides in of_vectors.items() for side, why in sides.items()
         ]
     return lines
 
 
-def _print(found: dict[str, Any], out: Path) -> None:
+def _print(results: dict[str, Any], out: Path) -> None:
     from faststeer.report.study import CONTEXTS, HIGH, reached
 
     console = Console()
     sides = {"induce": "behaviour, added", "suppress": "opposite, subtracted"}
-    table = Table("vector", "context", *sides.values(), title=f"{found['behaviour']}, steered before {found['layer']}")
-    rows = {(row["vector"], row["context"], row["side"]): row["shown"] for row in found["answers"]}
+    table = Table(
+        "vector", "context", *sides.values(), title=f"{results['behaviour']}, steered before {results['layer']}"
+    )
+    rows = {(row["vector"], row["context"], row["side"]): row["shown"] for row in results["answers"]}
     for vector, context in dict.fromkeys(key[:2] for key in rows):
         cells = (rows[vector, context, side] for side in sides)
         shares = (f"{r['rate']:.0%} [{r['low']:.0%}, {r['high']:.0%}]" for r in cells)
         table.add_row(vector, CONTEXTS[context], *shares)
     table.caption = "share of answers to test prompts that show it, with Wilson's 95 % interval"
     console.print(table)
-    loss = {(row["vector"], row["context"]): row for row in found["utility"] if row["side"] == "induce"}
-    for vector in found["methods"]:
-        own = (f"{CONTEXTS[c]} {row['loss']['mean']:.3f}, {row['right']['rate']:.0%}" for c in CONTEXTS
+    loss = {(row["vector"], row["context"]): row for row in results["utility"] if row["side"] == "induce"}
+    for vector in results["methods"]:
+        costs = (f"{CONTEXTS[c]} {row['loss']['mean']:.3f}, {row['right']['rate']:.0%}" for c in CONTEXTS
                if (row := loss.get((vector, c))))  # fmt: skip
-        console.print(f"{vector}: loss on neutral text, questions answered rightly: {'; '.join(own)}", highlight=False)
-    for vector, scored in found["patching"].items():
-        best, total = reached(found, vector), scored["n_edges"]
+        console.print(
+            f"{vector}: loss on neutral text, questions answered rightly: {'; '.join(costs)}", highlight=False
+        )
+    for vector, scored in results["patching"].items():
+        best, total = reached(results, vector), scored["n_edges"]
         said = (
             f"{best['edges']} of {total} edges carry {best['value']:.0%}" if best else f"no circuit carries {HIGH:.0%}"
         )
         console.print(f"{vector}: {said} of what it does to the next tokens", highlight=False)
-    for row in (row for row in found["overlap"] if "intervals" in row):
+    for row in (row for row in results["overlap"] if "intervals" in row):
         iou = row["intervals"]["iou"]
         share = f"{iou['value']:.0%} [{iou['low']:.0%}, {iou['high']:.0%}]"
         console.print(

@@ -52,27 +52,27 @@ def report(
     from faststeer.files import write_atomically
 
     with _needs_packages(), Store(store, create=False) as opened, errors.status("Intervals of every setting ..."):
-        found = reports.findings(opened, None if run == "newest" else run)
-        behaviour = found.measure(judge, tag)
-        paid = found.price(behaviour, price)
-        choice = reports.choose(found, behaviour, paid, goal, share=share, limit=limit)
-        html = reports.page(opened, found, behaviour, paid, goal, share=share, limit=limit, title=title)
+        findings = reports.findings(opened, None if run == "newest" else run)
+        behaviour = findings.measure(judge, tag)
+        paid = findings.price(behaviour, price)
+        choice = reports.choose(findings, behaviour, paid, goal, share=share, limit=limit)
+        html = reports.page(opened, findings, behaviour, paid, goal, share=share, limit=limit, title=title)
         best = choice.recommended
-        shown = None if png is None or best is None else reports.projected(opened, found.run, best, tag)
-    pictures = {} if png is None else reports.figures(found, behaviour, paid, choice, shown)
+        shown = None if png is None or best is None else reports.projected(opened, findings.run, best, tag)
+    pictures = {} if png is None else reports.figures(findings, behaviour, paid, choice, shown)
     write_atomically(out, html)
     for name, picture in pictures.items():
         write_atomically(Path(png or ".") / name, picture)
     facts: dict[str, Any] = {
-        "run": found.run,
+        "run": findings.run,
         "page": str(out),
         "figures": [str(Path(png or ".") / n) for n in pictures],
     }
     facts |= {"behaviour": behaviour.title, "goal": goal, "price": paid and paid.title}
-    facts["recommended"] = None if best is None else found.lines[best].name
+    facts["recommended"] = None if best is None else findings.lines[best].name
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    said = facts["recommended"] or f"nothing: no setting differs from the {found.versus} (within the limit)"
+    said = facts["recommended"] or f"nothing: no setting differs from the {findings.versus} (within the limit)"
     Console().print(f"Recommended: {said}", highlight=False, markup=False)
     Console().print(f"Written to {out}{f' and {png}' if png else ''}", highlight=False, markup=False)

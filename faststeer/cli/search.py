@@ -146,10 +146,10 @@ def _print(state: dict[str, Any], out: Path) -> None:
     from faststeer.behaviours.search import rows, setting_text
 
     console, lines = Console(), rows(state)
-    made = Table("setting", "gain", "KL, nats", "perplexity", "repetition", "answers", title="The Pareto front")
+    front = Table("setting", "gain", "KL, nats", "perplexity", "repetition", "answers", title="The Pareto front")
     for line in sorted((line for line in lines if line["front"]), key=lambda line: line["kl"]):
         mark = " (chosen)" if line["chosen"] else ""
-        made.add_row(
+        front.add_row(
             setting_text(line) + mark,
             f"{line['gain']:+.3f}",
             f"{line['kl']:.4f}",
@@ -157,8 +157,8 @@ def _print(state: dict[str, Any], out: Path) -> None:
             f"{line['repetition']:+.3f}",
             str(line["answers"]),
         )
-    made.caption = "against the unsteered model on the same validation prompts"
-    console.print(made)
+    front.caption = "against the unsteered model on the same validation prompts"
+    console.print(front)
     if state["chosen"] is None:
         console.print("Nothing gains anything within the limits: raise --max-kl, or search with more --answers")
         return

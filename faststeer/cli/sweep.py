@@ -69,8 +69,8 @@ def sweep(
         with keeps(store):
             engine = VllmEngine if asked.engine == "vllm" else None
             run = sweeps.run(asked, model, tokenizer, opened, max_batch=max_batch, engine=engine)
-        found = _print(opened, run, judge, tag, lines, as_json)
-    if any(line.errors or any(score.failures for score in line.scores.values()) for line in found):
+        rows = _print(opened, run, judge, tag, lines, as_json)
+    if any(line.errors or any(score.failures for score in line.scores.values()) for line in rows):
         raise typer.Exit(FAILED)
 
 
@@ -86,21 +86,21 @@ def _count(asked: Any, as_json: bool) -> None:
 def _print(store: Any, run: str, judge: str | None, tag: str | None, n: int, as_json: bool) -> list[Line]:
     from faststeer.evaluate.sweep import table
 
-    found = table(store, run, tag=tag)
-    if tag is not None and not any(line.answers for line in found):
+    rows = table(store, run, tag=tag)
+    if tag is not None and not any(line.answers for line in rows):
         raise ValueError(f"no prompt of this sweep has the tag {tag!r}")
-    names = list(found[0].scores)
+    names = list(rows[0].scores)
     if judge is not None and judge not in names:
         raise ValueError(f"there is no judge {judge!r}: this sweep has {', '.join(names)}")
     if judge is not None:
-        found.sort(key=lambda line: -_mean(line, judge))
+        rows.sort(key=lambda line: -_mean(line, judge))
     if as_json:
-        typer.echo(json.dumps({"run": run, "store": str(store.path), "lines": [line.to_dict() for line in found]}))
-        return found
-    Console().print(results_table(found[:n], f"Run {run[:12]} in {store.path}"))
-    if len(found) > n:
-        Console().print(f"{len(found) - n} more lines: --lines, or --json")
-    return found
+        typer.echo(json.dumps({"run": run, "store": str(store.path), "lines": [line.to_dict() for line in rows]}))
+        return rows
+    Console().print(results_table(rows[:n], f"Run {run[:12]} in {store.path}"))
+    if len(rows) > n:
+        Console().print(f"{len(rows) - n} more lines: --lines, or --json")
+    return rows
 
 
 def _mean(line: Line, judge: str) -> float:
@@ -108,21 +108,23 @@ def _mean(line: Line, judge: str) -> float:
     return float("-inf") if mean is None else mean.mean
 
 
-def results_table(found: list[Line], title: str) -> Table:
+def results_table(rows: list[Line], title: str) -> Table:
     """Settings by judges, one unit per column (`shows_share`); * where a vector or plan differs from the random vectors
     (or, without those, from the unsteered model)."""
     from faststeer.evaluate.sweep import shows_share
 
-    names = list(found[0].scores) if found else []
-    shares = {name: shows_share(found, name) for name in names}
-    costs = sorted({name for line in found for name in line.effects})
+    names = list(rows[0].scores) if rows else []
+    shares = {name: shows_share(rows, name) for name in names}
+    costs = sorted({name for line in rows for name in line.effects})
     heads = (f"{name}, {'share' if shares[name] else 'mean score'}" for name in names)
-    made = Table("setting", *heads, *costs, "n", title=title)
-    for line in found:
+    shown = Table("setting", *heads, *costs, "n", title=title)
+    for line in rows:
         effects = [f"{line.effects[name]:.3f}" if name in line.effects else "" for name in costs]
-        made.add_row(line.name, *(_cell(line, name, shares[name]) for name in names), *effects, str(line.answers))
-    made.caption = "95 % intervals; * differs from the random vectors, or where there are none from the unsteered model"
-    return made
+        shown.add_row(line.name, *(_cell(line, name, shares[name]) for name in names), *effects, str(line.answers))
+    shown.caption = (
+        "95 % intervals; * differs from the random vectors, or where there are none from the unsteered model"
+    )
+    return shown
 
 
 def _cell(line: Line, judge: str, share: bool) -> str:

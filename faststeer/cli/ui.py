@@ -74,21 +74,21 @@ def _playground(model: str, vectors: Sequence[str], dtype: str, device: str) -> 
             f"no vectors for {model!r}: give their files with --vector. One is made by: faststeer extract "
             f"--model {model} --behaviour tone --out tone.safetensors"
         )
-    found = _load(vectors)
+    by_name = _load(vectors)
     loaded, tokenizer = load_model(model, dtype, device)
-    return Playground(loaded, tokenizer, found, name=model)
+    return Playground(loaded, tokenizer, by_name, name=model)
 
 
 def _load(vectors: Sequence[str]) -> dict[str, SteeringVector]:
     """Vectors by name: NAME=FILE, or a file, whose name without ending it is."""
     from faststeer import SteeringVector
 
-    found: dict[str, SteeringVector] = {}
+    by_name: dict[str, SteeringVector] = {}
     for text in vectors:
-        name, given, file = text.partition("=")
-        if not given or Path(text).exists():
+        name, equals, file = text.partition("=")
+        if not equals or Path(text).exists():
             name, file = Path(text).stem, text
-        if name in found:
+        if name in by_name:
             raise ValueError(f"two vectors are called {name!r}: name one of them, --vector OTHER={file}")
-        found[name] = SteeringVector.load(file)
-    return found
+        by_name[name] = SteeringVector.load(file)
+    return by_name

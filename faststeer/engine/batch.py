@@ -78,8 +78,8 @@ class EngineBatch:
         self._place(torch.stack((torch.where(column < length, slot, -1), position, sequence)).flatten(1))
         self.cache.prefill(first, len(ids), prefix, source)
         distinct = sorted(set(lengths))
-        kept = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
-        logits = kept[each, self._sent([distinct.index(n) for n in lengths])]
+        last_logits = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
+        logits = last_logits[each, self._sent([distinct.index(n) for n in lengths])]
         if self.probes:
             known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
             seen = torch.cat([known, self._probed().transpose(1, 2)], 2)
@@ -132,12 +132,12 @@ class EngineBatch:
         attention would read the bits of another as its own."""
         dtype = self.cache.dtype
         behind = column.unsqueeze(1) - torch.arange(width, device=self.device)
-        made = {}
+        masks = {}
         for kind, window in self._windows.items():
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             least = torch.zeros(seen.shape, dtype=dtype, device=self.device)
-            made[kind] = least.masked_fill_(~seen, torch.finfo(dtype).min).view(-1, 1, 1, width)
-        return made.get("", made)
+            masks[kind] = least.masked_fill_(~seen, torch.finfo(dtype).min).view(-1, 1, 1, width)
+        return masks.get("", masks)
 
     # Rows
 
@@ -196,9 +196,9 @@ class EngineBatch:
         """`[batch, tokens, sites, k]` of the pass just made."""
         assert self.steering is not None
         k = self.projections.shape[-1]
-        found = torch.stack([self.steering.seen(site)[..., :k] for site in self.probes], dim=2)
+        values = torch.stack([self.steering.seen(site)[..., :k] for site in self.probes], dim=2)
         self.steering.clear_projections()
-        return found
+        return values
 
 
 def _windows(config: Any) -> dict[str, int | None]:

@@ -61,9 +61,9 @@ def _check(batch: EngineBatch, steering: Steering | None, sizes: list[int], reme
         alone = [_alone(batch, row) for row in ids]
         with steering or nullcontext(), batch.linears:
             batch.steering = steering
-            found = [batch.read_prompts(requests, 0)]
+            logits = [batch.read_prompts(requests, 0)]
             batch.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(batch.device)
-            found.append(batch.read_tokens(len(ids), max(map(len, ids))))
+            logits.append(batch.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
     except WRONG_CALL as error:
@@ -72,7 +72,7 @@ def _check(batch: EngineBatch, steering: Steering | None, sizes: list[int], reme
         batch.steering = None
     expected = torch.stack([row[0, -2:] for row in alone], 1).float()
     # Of the row that is furthest away.
-    away = ((torch.stack(found).float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+    away = ((torch.stack(logits).float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
     if not away <= (1e-3 if batch.dtype == torch.float32 else 0.1):
         what = f"with sequences of {', '.join(map(str, map(len, ids)))} tokens together, " if remedy else ""
         raise ValueError(

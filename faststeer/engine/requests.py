@@ -47,12 +47,12 @@ class Stops:
     """Where a completion ends: tokens, and strings in its text."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], stop: str | int | Sequence[str | int]) -> None:
-        given = [stop] if isinstance(stop, (str, int)) else list(stop)
-        for item in given:
+        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+        for item in stops:
             if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
                 raise ValueError(f"stop holds {item!r}: expected strings that are not empty, and token ids")
-        self.tokens = frozenset([*ends, *(item for item in given if isinstance(item, int))])
-        self.strings = [item for item in given if isinstance(item, str)]
+        self.tokens = frozenset([*ends, *(item for item in stops if isinstance(item, int))])
+        self.strings = [item for item in stops if isinstance(item, str)]
         self._tokenizer = tokenizer
         # A token adds at least one byte (a special one none, hence some more): a stop string that ends with the newest
         # token began within this many.
@@ -99,8 +99,8 @@ def read_prompts(
         words: list[Prompt] = [prompts[i] for i in texts]  # type: ignore[misc]
         for i, ids in zip(texts, encode(tokenizer, words, rendered=rendered, what=names), strict=True):
             encoded[i] = ids
-    found = [ids or [] for ids in encoded]
-    for i, ids in enumerate(found):
+    prompts_ids = [ids or [] for ids in encoded]
+    for i, ids in enumerate(prompts_ids):
         if not ids:
             raise ValueError(f"prompts[{i}] has no tokens: expected at least one")
         if (worst := max(ids)) >= vocabulary or min(ids) < 0:
@@ -111,7 +111,7 @@ def read_prompts(
                 f"prompts[{i}] has {len(ids)} tokens, and the engine holds {max_length} of prompt and completion "
                 "together: shorten it, or make an Engine with a larger max_length"
             )
-    return found
+    return prompts_ids
 
 
 def _token_ids(prompt: Any) -> list[int] | None:

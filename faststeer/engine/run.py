@@ -95,18 +95,18 @@ class GenerateJob:
         free = self.rows - len(self.live)
         if not self.queue or (self.live and free < min(max(1, self.rows // REFILL), len(self.queue))):
             return
-        taken: list[Request] = []
+        admitted: list[Request] = []
         waiting: list[Request] = []
-        while self.queue and len(taken) < free and len(waiting) < LOOK_AHEAD * self.rows:
+        while self.queue and len(admitted) < free and len(waiting) < LOOK_AHEAD * self.rows:
             request = self.queue.popleft()
             try:
                 fits = self._take_slot(request)
             except ValueError as error:
                 yield self._finish(request, "error", error)
                 continue
-            (taken if fits else waiting).append(request)
+            (admitted if fits else waiting).append(request)
         self.queue.extendleft(reversed(waiting))
-        prefills = _shared_prefixes(self.live, taken)
+        prefills = _shared_prefixes(self.live, admitted)
         while prefills:
             group, leader, prefix = prefills.pop(0)
             if leader is not None and leader not in self.live:  # it has ended, and its row may be another's
@@ -249,7 +249,7 @@ class GenerateJob:
         return Completion(request.index, text, request.tokens, request.prompt, seen, reason, error, stop_token)
 
 
-def _shared_prefixes(live: list[Request], taken: list[Request]) -> list[tuple[list[Request], Request | None, int]]:
+def _shared_prefixes(live: list[Request], admitted: list[Request]) -> list[tuple[list[Request], Request | None, int]]:
     """What to prefill, in order: groups of requests, the request whose row has their prefix, and how long it is.
 
     Requests of one plan that begin with the same tokens read them once: a live one, or the first, leads, and the others
@@ -257,7 +257,7 @@ def _shared_prefixes(live: list[Request], taken: list[Request]) -> list[tuple[li
     """
     shared: list[tuple[list[Request], Request | None, int]] = []
     by_plan: dict[int, list[Request]] = {}
-    for request in taken:
+    for request in admitted:
         by_plan.setdefault(id(request.plan), []).append(request)
     following: set[int] = set()
     for requests in by_plan.values():
@@ -266,13 +266,13 @@ def _shared_prefixes(live: list[Request], taken: list[Request]) -> list[tuple[li
         for leader in [*leaders, requests[0]]:
             followers = [request for request in requests if request is not leader]
             saved = _common_prefix([leader, *followers]) * len(followers)
-            best = max(best, (saved, leader, followers), key=lambda found: found[0])
+            best = max(best, (saved, leader, followers), key=lambda candidate: candidate[0])
         saved, leader, followers = best
         following |= {request.index for request in followers}
         if followers:
             prefix = saved // len(followers)
             shared += [(group, leader, prefix) for group in _groups(followers, prefix)]
-    return [(group, None, 0) for group in _groups([r for r in taken if r.index not in following])] + shared
+    return [(group, None, 0) for group in _groups([r for r in admitted if r.index not in following])] + shared
 
 
 def _common_prefix(requests: list[Request]) -> int:

@@ -73,8 +73,8 @@ def _kept(scaled: Tensor, sampling: Sampling) -> Tensor:
     share = ordered.masked_fill(rank >= size, -torch.inf).softmax(-1)
     before = share.cumsum(-1) - share
     off = sampling.top_p.unsqueeze(-1) >= 1
-    kept = (rank < size) & (off | (before < sampling.top_p.unsqueeze(-1)) | (rank == 0))
-    return torch.zeros_like(kept).scatter_(-1, order, kept)
+    mask = (rank < size) & (off | (before < sampling.top_p.unsqueeze(-1)) | (rank == 0))
+    return torch.zeros_like(mask).scatter_(-1, order, mask)
 
 
 def uniform(seed: Tensor, count: Tensor) -> Tensor:

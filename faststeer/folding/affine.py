@@ -67,8 +67,8 @@ def _trimmed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right)
     u, s, v = torch.linalg.svd(r_left @ r_right.T)
-    kept = s > NEGLIGIBLE
-    return q_left @ (u[:, : len(s)] * s)[:, kept], q_right @ v.T[:, : len(s)][:, kept]
+    rank_mask = s > NEGLIGIBLE
+    return q_left @ (u[:, : len(s)] * s)[:, rank_mask], q_right @ v.T[:, : len(s)][:, rank_mask]
 
 
 def affine(entry: Entry, where: str) -> tuple[Map, Tensor]:

@@ -97,13 +97,13 @@ def find_writers(model: nn.Module, points: HookPoints) -> list[Writer]:
     for i, at, name in branches:
         what = f"{'attention' if at == 'attn_out' else 'the MLP'} of layer {i}"
         end = f"{inside}{i}.{name}"
-        found = [
+        paths = [
             n
             for n in linear
             if n.startswith(f"{inside}{i}.") and n in seen and torch.equal(seen[n].flatten(), seen[end].flatten())
         ]
-        if found:
-            writers.append(_linear(model, what, found[-1]))
+        if paths:
+            writers.append(_linear(model, what, paths[-1]))
         else:
             writers.append(_experts(model, what, end, points.hidden_size))
     for writer in writers:
@@ -117,13 +117,13 @@ def _embedding(model: nn.Module, tables: list[str], seen: dict[str, Tensor], ent
     writer = Writer("the embedding", kind="embedding")
     width = entering.shape[-1]
     used = [name for name in tables if name in seen and seen[name].shape[-1] == width]
-    wanted = entering.double()
-    total = torch.zeros_like(wanted)
+    target = entering.double()
+    total = torch.zeros_like(target)
     for name in used:
         total = total + seen[name].double()  # that of positions is one for all rows
-    writer.scale = float((wanted * total).sum() / (total * total).sum()) if used else 0.0
+    writer.scale = float((target * total).sum() / (total * total).sum()) if used else 0.0
     rounding = 8 * torch.finfo(entering.dtype).eps
-    if not used or (wanted - writer.scale * total).abs().max() > rounding * wanted.abs().max():
+    if not used or (target - writer.scale * total).abs().max() > rounding * target.abs().max():
         writer.closed = "what enters the first layer is no sum of embeddings: a norm or a projection lies between"
         return writer
     config = getattr(model, "config", None)
@@ -241,7 +241,7 @@ def _needs_bias(writer: Writer) -> bool:
     return bool(writer.constant.any()) and writer.kind == "linear" and writer.parts[0].module.bias is None
 
 
-def bias_switches(model: Any, wanted: set[str]) -> tuple[dict[str, bool], set[str]] | None:
+def bias_switches(model: Any, missing: set[str]) -> tuple[dict[str, bool], set[str]] | None:
     """The switches in the model's configuration (such as Llama's `mlp_bias`) that give it the wanted biases, and all
     the biases that they bring; None where there are none. Found by building the model on the meta device."""
     base = set(_meta_keys(model, {}))
@@ -255,7 +255,7 @@ def bias_switches(model: Any, wanted: set[str]) -> tuple[dict[str, bool], set[st
             except (TypeError, ValueError, RuntimeError):
                 continue  # a switch that this class does not have in truth
             new = brought - base
-            if base <= brought and wanted <= new and all(name.endswith(".bias") for name in new):
+            if base <= brought and missing <= new and all(name.endswith(".bias") for name in new):
                 return switches, new
     return None
 
@@ -387,28 +387,28 @@ def fold(
     check_savable(model)
     writers, points = prepare(model, plan)
     check_writers(model, writers)
-    wanted = {f"{writer.parts[0].path}.bias" for writer in writers if _needs_bias(writer)}
+    missing = {f"{writer.parts[0].path}.bias" for writer in writers if _needs_bias(writer)}
     switches: dict[str, bool] = {}
     brought: set[str] = set()
-    if wanted:
-        found = bias_switches(model, wanted)
-        if found is None:
+    if missing:
+        switched = bias_switches(model, missing)
+        if switched is None:
             raise FoldError(
-                f"{type(model).__name__} has no bias at {min(wanted).removesuffix('.bias')}, nor a switch in its "
+                f"{type(model).__name__} has no bias at {min(missing).removesuffix('.bias')}, nor a switch in its "
                 "configuration that gives it one: it would be lost when the model is loaded. Fold it into a peft "
                 "adapter (fold_adapter, faststeer fold --adapter)"
             )
-        switches, brought = found
+        switches, brought = switched
     expected = Expected(model, plan, points, tokens)
     target = model if in_place else copy.deepcopy(model)
     leave_quantizer(target)
     with torch.no_grad():
         _open_biases(target, switches, brought)
-        here = [_moved(writer, target) for writer in writers if writer.is_changed]
-        untied = _untie(target, here)
-        for writer in here:
+        moved = [_moved(writer, target) for writer in writers if writer.is_changed]
+        untied = _untie(target, moved)
+        for writer in moved:
             _write(writer)
-    changed = [name for writer in here for name in _changed_names(writer)]
+    changed = [name for writer in moved for name in _changed_names(writer)]
     check = expected.compare(target)
     return Folded(target, plan, tuple(changed), untied, switches, check)
 
@@ -438,12 +438,12 @@ def _in_fp64(intervention: Intervention) -> Intervention:
     """The same with fp64 directions, so that they are made orthonormal to fp64 too."""
     wide = copy.copy(intervention)
     for name in intervention.direction_names:
-        given = getattr(intervention, name)
-        if isinstance(given, SteeringVector):
-            given = dataclasses.replace(given, directions={n: d.detach().double() for n, d in given.directions.items()})
+        value = getattr(intervention, name)
+        if isinstance(value, SteeringVector):
+            value = dataclasses.replace(value, directions={n: d.detach().double() for n, d in value.directions.items()})
         else:
-            given = given.detach().double()
-        object.__setattr__(wide, name, given)
+            value = value.detach().double()
+        object.__setattr__(wide, name, value)
     return wide
 
 
@@ -530,8 +530,8 @@ def own_scale(module: Any) -> float:
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     if type(module).forward is nn.Embedding.forward or getattr(module, "embed_scale", None) is None:
         return 1.0
-    rows, given = weight[ids].double(), module(ids).double()
-    return float((rows * given).sum() / (rows * rows).sum())
+    rows, embedded = weight[ids].double(), module(ids).double()
+    return float((rows * embedded).sum() / (rows * rows).sum())
 
 
 # The check ------------------------------------------------------------------------------------------------------------
@@ -585,9 +585,9 @@ class Expected:
         with evaluating(folded), torch.no_grad():
             logits = _logits(folded, self.ids)
         difference = float((logits - self.logits).abs().max())
-        here = slice(self.start - 1, -1) if self.ids.shape[1] > self.start else slice(None)
-        best, second = self.logits[:, here].topk(2, dim=-1).values.unbind(-1)
-        same = logits[:, here].argmax(-1) == self.logits[:, here].argmax(-1)
+        answer = slice(self.start - 1, -1) if self.ids.shape[1] > self.start else slice(None)
+        best, second = self.logits[:, answer].topk(2, dim=-1).values.unbind(-1)
+        same = logits[:, answer].argmax(-1) == self.logits[:, answer].argmax(-1)
         check = Check(difference, self.tolerance, same.numel(), int(same.sum()))
         finite = bool(torch.isfinite(logits).all())
         if not finite or difference > self.tolerance or bool((~same & (best - second > 2 * self.tolerance)).any()):

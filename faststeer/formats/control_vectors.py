@@ -52,14 +52,14 @@ def read(data: bytes, what: str, said: Said) -> SteeringVector:
         )
     fields, tensors = _read(data, what)
     at, op = said.known("at", "resid_post", what), said.known("op", _op(fields, what, said), what)
-    found = {_layer(name, what): _values(tensor, name, what) for name, tensor in tensors.items()}
-    if not found:
+    directions = {_layer(name, what): _values(tensor, name, what) for name, tensor in tensors.items()}
+    if not directions:
         raise FormatError(f"{what} holds no direction")
     ours = _ours(fields, what)
     hint = fields.get("controlvector.model_hint")
     return built(
         what,
-        found,
+        directions,
         at=at,
         op=op,
         model=ours.get("model") or said.model,

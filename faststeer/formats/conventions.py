@@ -59,12 +59,12 @@ class Said:
                 counted = "counted from 0" if name == "layer" else "negative: -1 is the prompt's last token"
                 raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
 
-    def known(self, name: str, found: Any, what: str) -> Any:
+    def known(self, name: str, value: Any, what: str) -> Any:
         """What the file says of `name`, which the caller may repeat but not contradict."""
         said = getattr(self, name)
-        if said is not None and said != found:
-            raise FormatError(f"{what} says {name}={found!r}, the call {name}={said!r}: leave {name} out")
-        return found
+        if said is not None and said != value:
+            raise FormatError(f"{what} says {name}={value!r}, the call {name}={said!r}: leave {name} out")
+        return value
 
     def needed(self, name: str, what: str, why: str) -> Any:
         """What the caller says of `name`, which the file does not."""
@@ -98,12 +98,12 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
         FormatError: what a SteeringVector refuses, naming the file.
     """
     zero = [layer for layer, direction in directions.items() if not bool(direction.any())]
-    kept = {layer: direction for layer, direction in directions.items() if layer not in zero}
-    if directions and not kept:
+    nonzero = {layer: direction for layer, direction in directions.items() if layer not in zero}
+    if directions and not nonzero:
         raise FormatError(f"{what} holds only zeros: it points nowhere")
     provenance = dict(fields.pop("provenance", {})) | ({"zero_layers": sorted(zero)} if zero else {})
     try:
-        return SteeringVector(kept, provenance=provenance, **fields)
+        return SteeringVector(nonzero, provenance=provenance, **fields)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{what} is not a valid steering vector: {error}") from error
 

@@ -90,9 +90,9 @@ def _scaled(vector: SteeringVector, what: str, said: Said) -> SteeringVector:
     return replace(vector, scale=said.scale)
 
 
-def _only(said: Said, what: str, found: str) -> None:
-    if said.format not in (None, found):
-        raise FormatError(f"{what} is no file of {said.format}: by its content it is {found}")
+def _only(said: Said, what: str, reading: str) -> None:
+    if said.format not in (None, reading):
+        raise FormatError(f"{what} is no file of {said.format}: by its content it is {reading}")
 
 
 def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
@@ -106,12 +106,12 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
             said.known(name, getattr(vector, name), what)
     if said.layer is not None and said.layer not in vector:
         raise FormatError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
-    kept = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
+    chosen = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
     changes: dict[str, Any] = {"op": vector.op or said.op, "model": vector.model or said.model}
-    if kept is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):
+    if chosen is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):
         return vector
     return SteeringVector(
-        kept, at=vector.at, method=vector.method, scale=vector.scale, provenance=vector.provenance, **changes
+        chosen, at=vector.at, method=vector.method, scale=vector.scale, provenance=vector.provenance, **changes
     )
 
 

@@ -95,9 +95,9 @@ def parse(address: str) -> dict[str, str]:
     name, _, revision = name.partition("@")
     if not owner or not name:
         raise FormatError(f"{address!r}: expected hub:user/name, hub:user/name@revision or hub:user/name/file")
-    found = {"repo": f"{owner}/{name}"}
+    parts = {"repo": f"{owner}/{name}"}
     if filename:
-        found["filename"] = filename
+        parts["filename"] = filename
     if revision:
-        found["revision"] = revision
-    return found
+        parts["revision"] = revision
+    return parts

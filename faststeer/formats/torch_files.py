@@ -103,10 +103,10 @@ def _tensor(value: Any, what: str, name: str, size: int) -> Tensor:
 
 
 def _per_layer(content: Mapping[Any, Any], what: str, size: int) -> dict[int, Tensor]:
-    found = {_layer(key, what): _tensor(value, what, f"layer {key}", size) for key, value in content.items()}
-    if len(found) < len(content):
+    directions = {_layer(key, what): _tensor(value, what, f"layer {key}", size) for key, value in content.items()}
+    if len(directions) < len(content):
         raise FormatError(f"{what} names a layer twice")
-    return found
+    return directions
 
 
 def _layer(key: Any, what: str) -> int:

@@ -68,18 +68,18 @@ def backend_for(device: torch.device | str) -> Backend:
 @torch.compiler.assume_constant_result
 def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
     if chosen is None:
-        wanted = _checked(os.environ.get("FASTSTEER_BACKEND", "auto"), "FASTSTEER_BACKEND")
+        requested = _checked(os.environ.get("FASTSTEER_BACKEND", "auto"), "FASTSTEER_BACKEND")
     else:
-        wanted = _checked(chosen, "backend")
-    if wanted == "auto":
+        requested = _checked(chosen, "backend")
+    if requested == "auto":
         order: tuple[Backend, ...] = ("cuda", "triton") if kind == "cuda" else ("cpu",) if kind == "cpu" else ()
         return next((name for name in order if states()[name].works), "reference")
     devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if _interpreted() else ("cuda",)}
-    if kind not in devices.get(wanted, (kind,)):
+    if kind not in devices.get(requested, (kind,)):
         raise RuntimeError(
-            f"the back end {wanted!r} was chosen, but the tensors are on {kind}: choose another, or auto"
+            f"the back end {requested!r} was chosen, but the tensors are on {kind}: choose another, or auto"
         )
-    return wanted
+    return requested
 
 
 def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operators: Collection[str]) -> None:
@@ -103,16 +103,16 @@ def states() -> dict[Backend, BackendState]:
     from faststeer import build
 
     built = build.load()
-    found: dict[Backend, BackendState] = {"reference": BackendState(True, "plain PyTorch, any device")}
+    by_name: dict[Backend, BackendState] = {"reference": BackendState(True, "plain PyTorch, any device")}
     names: tuple[Backend, ...] = ("cpu", "cuda")
     for name in names:
         reason = built[name]
         works = reason is None
         if works and name == "cuda" and not torch.cuda.is_available():
             works, reason = False, "built, but there is no GPU that PyTorch can use"
-        found[name] = BackendState(works, reason or "C++, built for this PyTorch")
-    found["triton"] = _triton_state()
-    return {name: found[name] for name in BACKENDS}
+        by_name[name] = BackendState(works, reason or "C++, built for this PyTorch")
+    by_name["triton"] = _triton_state()
+    return {name: by_name[name] for name in BACKENDS}
 
 
 def _triton_state() -> BackendState:

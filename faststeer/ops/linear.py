@@ -39,12 +39,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Shapes that fit (None: any size), and one dtype and device."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}: expected float32, float16 or bfloat16")
-    wanted = {
+    shapes = {
         "x": (x, (None, None)),
         "weight": (weight, (None, x.shape[-1] if x.dim() else None)),
         "bias": (bias, (weight.shape[0],)),
     }
-    for name, (tensor, shape) in wanted.items():
+    for name, (tensor, shape) in shapes.items():
         if tensor is None:
             continue
         fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))

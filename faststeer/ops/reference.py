@@ -245,9 +245,9 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
     clamped = torch.where(entry.is_kind(EntryKind.CLAMP), p1.clamp(min=a, max=b) - p1, 0)
     first = torch.where(adds, a, torch.where(rotates, w1, clamped))
     second = torch.where(rotates, w2, 0)
-    kept = torch.where(projects.unsqueeze(1), p, 0)
+    projection = torch.where(projects.unsqueeze(1), p, 0)
     ablates = entry.is_kind(EntryKind.ABLATE)
-    weight = torch.where(ablates.unsqueeze(1), -torch.where(ablates, a, 0).unsqueeze(1) * p, kept)
+    weight = torch.where(ablates.unsqueeze(1), -torch.where(ablates, a, 0).unsqueeze(1) * p, projection)
 
     # One direction at a time, product rounded before the sum: `Add` is then h + c v as anybody would write it, bit for
     # bit.

@@ -65,8 +65,8 @@ def check_table(
     fits = table.dim() == len(shape) and all(w is None or n == w for n, w in zip(table.shape, shape, strict=True))
     if not fits:
         # Not sooner: a number of rows that a compiler keeps open is fixed by being written down.
-        wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
-        raise ValueError(f"{name} has shape {list(table.shape)}: expected {wanted}")
+        expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+        raise ValueError(f"{name} has shape {list(table.shape)}: expected {expected}")
     if table.device != x.device:
         raise ValueError(f"{name} is on {table.device}, x on {x.device}: move it there")
     if contiguous and not table.is_contiguous():
@@ -247,8 +247,8 @@ def _backward(
         if grad_normed is not None:
             outputs.append(reference.rmsnorm(hidden, scale, eps, weight_offset, fp32_weight))
             grads.append(grad_normed)
-        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
-    return found  # type: ignore[return-value]
+        gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
+    return gradients  # type: ignore[return-value]
 
 
 def host_tables(bank: Tensor, entries: Tensor, ranges: Tensor, scalars: Tensor | None = None) -> Tables:

@@ -19,5 +19,5 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from faststeer.vllm import client
 
-        found = globals()[name] = getattr(client, name)
-        return found
+        value = globals()[name] = getattr(client, name)
+        return value

@@ -38,11 +38,11 @@ PROTOCOLS = ("vllm.entrypoints.openai.completion.protocol", "vllm.entrypoints.op
 
 def wrap_input(processor: Any) -> None:
     """Let vLLM's InputProcessor, which every request passes, check plans."""
-    made, process, refused = processor.__init__, processor.process_inputs, refusal()
+    original_init, process, refused = processor.__init__, processor.process_inputs, refusal()
 
-    @functools.wraps(made)
+    @functools.wraps(original_init)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, vllm_config, *args, **kwargs)
+        original_init(self, vllm_config, *args, **kwargs)
         self.faststeer = None
         if is_on(vllm_config):
             from faststeer.vllm.frontend import FrontEnd
@@ -65,11 +65,11 @@ def wrap_input(processor: Any) -> None:
 
 def wrap_engine(engine: Any) -> None:
     """Let vLLM's LLMEngine, which an `LLM` has, ask its workers for what plans are checked by."""
-    made = engine.__init__
+    original_init = engine.__init__
 
-    @functools.wraps(made)
+    @functools.wraps(original_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original_init(self, *args, **kwargs)
         front: FrontEnd | None = getattr(self.input_processor, "faststeer", None)
         if front is not None and front.waits_for_norms:
             front.learn(self.collective_rpc("faststeer_norms"))
@@ -187,10 +187,10 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
     """
     if not hasattr(params, "extra_args"):  # of a pooling request
         return params
-    given = (params.extra_args or {}).get(PAYLOAD_KEY)
-    if front is None and given not in (None, NONE):
+    payload = (params.extra_args or {}).get(PAYLOAD_KEY)
+    if front is None and payload not in (None, NONE):
         raise ValueError(IS_OFF)
-    wire = None if front is None else front.wire(given)
+    wire = None if front is None else front.wire(payload)
     if wire is None and PAYLOAD_KEY not in (params.extra_args or {}):
         return params
     if wire is not None and BEAM.fullmatch(request_id):
@@ -279,10 +279,10 @@ def refuse_beams() -> None:
     for protocol in PROTOCOLS:
         for kind in ("CompletionRequest", "ChatCompletionRequest"):
             request = getattr(sys.modules.get(protocol), kind, None)
-            made = getattr(request, "to_beam_search_params", None)
-            if made is None or hasattr(made, "faststeer"):
+            to_beam_search = getattr(request, "to_beam_search_params", None)
+            if to_beam_search is None or hasattr(to_beam_search, "faststeer"):
                 continue
-            request.to_beam_search_params = _without_plan(made, refused)  # type: ignore[union-attr]
+            request.to_beam_search_params = _without_plan(to_beam_search, refused)  # type: ignore[union-attr]
 
 
 def _without_default(search: Any, refused: type[ValueError]) -> Any:
@@ -297,12 +297,12 @@ def _without_default(search: Any, refused: type[ValueError]) -> Any:
     return beam_search
 
 
-def _without_plan(made: Any, refused: type[ValueError]) -> Any:
-    @functools.wraps(made)
+def _without_plan(to_beam_search: Any, refused: type[ValueError]) -> Any:
+    @functools.wraps(to_beam_search)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (self.vllm_xargs or {}).get(PAYLOAD_KEY) not in (None, NONE):
             raise refused(BEAMS)
-        return made(self, *args, **kwargs)
+        return to_beam_search(self, *args, **kwargs)
 
     to_beam_search_params.faststeer = True  # type: ignore[attr-defined]
     return to_beam_search_params

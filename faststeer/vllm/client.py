@@ -69,8 +69,8 @@ def projections(
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as found:
-            return [choice["projections"] for choice in json.load(found)["choices"]]
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return [choice["projections"] for choice in json.load(response)["choices"]]
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         if error.code == 404 and "no probes of an answer" in said:

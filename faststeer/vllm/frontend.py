@@ -106,9 +106,9 @@ class FrontEnd:
         return wire
 
     def _fresh(self, payload: Any) -> tuple[dict[str, Any] | None, tuple[Stamp, ...]]:
-        found = parse(payload, self.registry, self.limits)
+        parsed = parse(payload, self.registry, self.limits)
         room = self.settings.max_plans if self.settings.when_full == "refuse" else None
-        return (found.wire(room or 0), found.files) if found else (None, ())
+        return (parsed.wire(room or 0), parsed.files) if parsed else (None, ())
 
     def _keep(self, payload: str, version: int, files: tuple[Stamp, ...], wire: dict[str, Any] | None) -> None:
         with self._lock:
@@ -124,10 +124,10 @@ class FrontEnd:
 
     def register_plan(self, name: str, payload: Any) -> None:
         """Register a plan as a request would give it, checked against the model (ValueError)."""
-        found = parse(payload, self.registry, self.limits)
-        if found is None:
+        parsed = parse(payload, self.registry, self.limits)
+        if parsed is None:
             raise ValueError("the plan does nothing: a request that is not to be steered says 'none'")
-        self.registry.register_plan(name, found.plan)
+        self.registry.register_plan(name, parsed.plan)
 
     def register_vector(self, name: str, vector: Any) -> None:
         """Register a vector, checked against the model (ValueError)."""
@@ -161,7 +161,7 @@ def front_end(engine: Any) -> FrontEnd:
         RuntimeError: faststeer is off in it.
     """
     engine = getattr(engine, "llm_engine", engine)
-    found = getattr(getattr(engine, "input_processor", None), "faststeer", None)
-    if found is None:
+    front = getattr(getattr(engine, "input_processor", None), "faststeer", None)
+    if front is None:
         raise RuntimeError(f"faststeer is off in this engine: set {SWITCH}=1 before vLLM is imported")
-    return found
+    return front

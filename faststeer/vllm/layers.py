@@ -141,12 +141,12 @@ def patch_layers(
                 'steered: start with "hook_points": ["resid_pre", "resid_post"]'
             )
     for number, layer in layers.items():
-        wanted = {at: site(at, number) for at in hook_points}
+        site_numbers = {at: site(at, number) for at in hook_points}
         if number > 0:  # what enters a layer is what left the one before, and is steered there
-            wanted.pop("resid_pre", None)
+            site_numbers.pop("resid_pre", None)
         if number < n_layers - 1 and "resid_pre" in hook_points:
-            wanted["resid_post"] = site("resid_post", number)
-        sites = {at: Site(number_, tables, operators) for at, number_ in wanted.items()}
+            site_numbers["resid_post"] = site("resid_post", number)
+        sites = {at: Site(number_, tables, operators) for at, number_ in site_numbers.items()}
         for at, built in sites.items():
             layer.add_module(f"faststeer_{at}", built)
         _patch_layer(layer, sites)
@@ -230,9 +230,9 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
-            if own is not None:
-                module.forward = own
+        for module, instance_forward in before.items():
+            if instance_forward is not None:
+                module.forward = instance_forward
             elif "forward" in module.__dict__:
                 del module.forward
 
@@ -257,8 +257,8 @@ def check_layer(layer: nn.Module, tables: StepTables) -> LayerBranches | None:
         raise RuntimeError(refused)
     dtype, hidden_size = weights[0].dtype, tables.program.hidden_size
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(3, hidden_size, generator=generator).to(weights[0].device, dtype) for _ in range(3)]
-    hidden, residual, attended = made
+    tensors = [torch.randn(3, hidden_size, generator=generator).to(weights[0].device, dtype) for _ in range(3)]
+    hidden, residual, attended = tensors
     positions = torch.zeros(3, dtype=torch.long, device=hidden.device)
     seen: dict[str, Any] = {}
     branches = find_branches(layer)

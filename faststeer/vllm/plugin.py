@@ -50,13 +50,13 @@ def _wrap_worker(why_not: str = "") -> None:
     """A worker is told when it is made, before it loads a model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    made = WorkerBase.__init__
-    if hasattr(made, "faststeer"):
+    original_init = WorkerBase.__init__
+    if hasattr(original_init, "faststeer"):
         return
 
-    @functools.wraps(made)
+    @functools.wraps(original_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original_init(self, *args, **kwargs)
         if not is_on(self.vllm_config):
             return
         if why_not:
@@ -126,11 +126,11 @@ def _wrap_scheduler() -> None:
 
     if hasattr(Scheduler.schedule, "faststeer"):
         return
-    made, schedule, update = Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output
+    original_init, schedule, update = Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output
 
-    @functools.wraps(made)
+    @functools.wraps(original_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original_init(self, *args, **kwargs)
         self.faststeer_isolation = None
         if is_on(self.vllm_config):
             from faststeer.vllm.isolation import Isolation

@@ -37,8 +37,8 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        found = path.stat()
-        return cls(path, found.st_mtime_ns, found.st_size)
+        status = path.stat()
+        return cls(path, status.st_mtime_ns, status.st_size)
 
     def holds(self) -> bool:
         try:
@@ -101,11 +101,11 @@ class Folder(Generic[Item]):
     def _bytes(self, path: Path, relative: str) -> bytes:
         # A pipe would block in open, a link could have been put there meanwhile.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{relative!r} is no plain file")
-            data = b"" if found.st_size > self._max_bytes else file.read(self._max_bytes + 1)
-        if found.st_size > self._max_bytes or len(data) > self._max_bytes:
+            data = b"" if status.st_size > self._max_bytes else file.read(self._max_bytes + 1)
+        if status.st_size > self._max_bytes or len(data) > self._max_bytes:
             raise ValueError(f"the file {relative!r} is larger than the {self._max_bytes:,} bytes that are allowed")
         return data
 
@@ -228,8 +228,8 @@ class Registry:
     def _in_folder(self, ending: str) -> list[str]:
         if not self._vector_files:
             return []
-        found = (path.name.removesuffix(ending) for path in self._vector_files.root.glob(f"*{ending}"))
-        return [name for name in found if NAME.fullmatch(name)]
+        names = (path.name.removesuffix(ending) for path in self._vector_files.root.glob(f"*{ending}"))
+        return [name for name in names if NAME.fullmatch(name)]
 
     @staticmethod
     def _has(files: Folder[Item], name: str, ending: str) -> bool:

@@ -170,23 +170,23 @@ def _entries(plan: Plan, limits: Limits) -> list[Entry]:
 
 def digest(entries: list[Entry]) -> str:
     """SHA-256 of what entries do, in the precision of the tables."""
-    made, known = hashlib.sha256(b"faststeer.entries/1"), {}
+    hasher, layouts = hashlib.sha256(b"faststeer.entries/1"), {}
 
     def bank(rows: Tensor | None) -> bytes:
         if rows is None:
             return bytes(32)
-        if id(rows) not in known:
+        if id(rows) not in layouts:
             values = rows.detach().to("cpu", float32).contiguous()
             shape = struct.pack("<2q", *values.shape)
-            known[id(rows)] = hashlib.sha256(shape + values.numpy().tobytes()).digest()
-        return known[id(rows)]
+            layouts[id(rows)] = hashlib.sha256(shape + values.numpy().tobytes()).digest()
+        return layouts[id(rows)]
 
     for entry in entries:
         numbers = (entry.site, int(entry.kind), *entry.position_range, entry.gate_mode, entry.gate_state)
         scalars = (*map(float, entry.scalars), entry.gate_threshold)
-        made.update(struct.pack("<6q3f?q", *numbers, *scalars, entry.keep_norm, entry.probe_column))
-        made.update(bank(entry.basis) + bank(entry.gate_vector))
-    return made.hexdigest()
+        hasher.update(struct.pack("<6q3f?q", *numbers, *scalars, entry.keep_norm, entry.probe_column))
+        hasher.update(bank(entry.basis) + bank(entry.gate_vector))
+    return hasher.hexdigest()
 
 
 def _directions(intervention: Intervention) -> int:
@@ -207,12 +207,12 @@ def _registered(name: str, registry: Registry, limits: Limits, files: list[Stamp
     if name == NONE:
         return Plan()
     try:
-        found, stamp = registry.plan(name)
+        plan, stamp = registry.plan(name)
     except ValueError as error:
         raise ValueError(f"{error}. Expected {EXPECTED}") from error
     if stamp is not None:
         files.append(stamp)
-    return found if isinstance(found, Plan) else _read(_data(found, limits), registry, limits, files)
+    return plan if isinstance(plan, Plan) else _read(_data(plan, limits), registry, limits, files)
 
 
 def _data(payload: Any, limits: Limits) -> Any:
@@ -256,8 +256,8 @@ def _long(item: Any, number: int) -> dict[str, Any]:
     if len(kinds) != 1 or "type" in item:
         raise ValueError(f"[{number}]: expected one of {', '.join(SHORT)} with the name of a vector, and its fields")
     kind = KINDS[SHORT[kinds[0]]]
-    given, names = item.pop(kinds[0]), kind.direction_names
-    values = given if isinstance(given, list) else [given]
+    direction_value, names = item.pop(kinds[0]), kind.direction_names
+    values = direction_value if isinstance(direction_value, list) else [direction_value]
     if len(values) != len(names) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"[{number}].{kinds[0]}: expected {len(names)} name(s) of vectors")
     return item | {"type": kind.__name__} | {n: {"name": v} for n, v in zip(names, values, strict=True)}

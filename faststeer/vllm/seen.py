@@ -43,14 +43,14 @@ def unpack(packed: Packed) -> Projections:
     }
 
 
-def merged(found: Sequence[Packed | None]) -> Projections | None:
+def merged(packed: Sequence[Packed | None]) -> Projections | None:
     """What all workers know of a request: each pipeline stage has its own layers. None: nobody knows any."""
-    return {name: seen for part in found if part for name, seen in unpack(part).items()} or None
+    return {name: seen for part in packed if part for name, seen in unpack(part).items()} or None
 
 
-def choices(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def choices(per_engine: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The choices of an answer out of what workers know of them (`worker.Probes.of_answer`), in the answer's order."""
     known: dict[tuple[int, int], list[Packed]] = {}
-    for choice in (choice for answer in found for choice in answer):
+    for choice in (choice for answer in per_engine for choice in answer):
         known.setdefault((choice["prompt"], choice["sample"]), []).append(choice["projections"])
     return [{"prompt": p, "sample": s, "projections": merged(known[p, s]) or {}} for p, s in sorted(known)]

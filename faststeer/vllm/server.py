@@ -103,15 +103,15 @@ def routes() -> list[Any]:
 
     async def projections(request: Any) -> Any:
         answer = request.path_params["answer"]
-        found = await _from_workers(request.app.state.engine_client, "faststeer_projections_of", answer)
-        if not any(found):
+        packed = await _from_workers(request.app.state.engine_client, "faststeer_projections_of", answer)
+        if not any(packed):
             raise HTTPException(
                 404,
                 f"no probes of an answer with the id {answer[:200]!r} are known: its plan has none, or they were "
                 'forgotten for newer ones; the setting "max_projection_bytes" says how many are kept',
             )
         # In a thread of its own: of long answers these are millions of numbers.
-        text = await asyncio.to_thread(lambda: json.dumps({"id": answer, "choices": choices(found)}))
+        text = await asyncio.to_thread(lambda: json.dumps({"id": answer, "choices": choices(packed)}))
         return Response(text, media_type="application/json")
 
     return [

@@ -115,16 +115,16 @@ class ServerSettings:
         return cls.read(data)
 
     @classmethod
-    def read(cls, given: Any) -> ServerSettings | None:
+    def read(cls, value: Any) -> ServerSettings | None:
         """Settings as plain data: true, false, or an object of fields."""
-        if isinstance(given, bool):
-            return cls() if given else None
-        if not isinstance(given, Mapping):
-            raise ValueError(f"faststeer's settings are {given!r}: expected true, false, or an object")
+        if isinstance(value, bool):
+            return cls() if value else None
+        if not isinstance(value, Mapping):
+            raise ValueError(f"faststeer's settings are {value!r}: expected true, false, or an object")
         known = [f.name for f in fields(cls)]
-        if unknown := [name for name in given if name not in known]:
+        if unknown := [name for name in value if name not in known]:
             raise ValueError(f"faststeer has no setting {unknown[0]!r}: it has {', '.join(known)}")
-        return cls(**given)
+        return cls(**value)
 
 
 _OPTIONAL = ("max_plans", "max_entries", "max_vectors")
@@ -135,12 +135,12 @@ _WHOLE = {
 }  # fmt: skip
 
 
-def _points(given: Any) -> tuple[str, ...]:
-    if given == "all":
+def _points(value: Any) -> tuple[str, ...]:
+    if value == "all":
         return HOOK_POINTS
-    if isinstance(given, str) or not isinstance(given, tuple | list) or not given:
-        raise ValueError(f"faststeer's setting hook_points is {given!r}: expected a list of hook points, or 'all'")
+    if isinstance(value, str) or not isinstance(value, tuple | list) or not value:
+        raise ValueError(f"faststeer's setting hook_points is {value!r}: expected a list of hook points, or 'all'")
     try:
-        return tuple(point for point in HOOK_POINTS if point in [check_hook_point(one) for one in given])
+        return tuple(point for point in HOOK_POINTS if point in [check_hook_point(one) for one in value])
     except ValueError as error:
         raise ValueError(f"faststeer's setting hook_points: {error}") from error

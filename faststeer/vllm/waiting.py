@@ -25,14 +25,14 @@ def held_back(scheduler: Any) -> Iterator[None]:
         return
     queues = [getattr(scheduler, name) for name in QUEUES if hasattr(scheduler, name)]
     late = too_many((request for queue in queues for request in queue), scheduler.running, slots, time.time())
-    taken = [[request for request in queue if request in late] for queue in queues]
-    for queue, requests in zip(queues, taken, strict=True):
+    held = [[request for request in queue if request in late] for queue in queues]
+    for queue, requests in zip(queues, held, strict=True):
         if requests:
             queue.remove_requests(requests)
     try:
         yield
     finally:
-        for queue, requests in zip(queues, taken, strict=True):
+        for queue, requests in zip(queues, held, strict=True):
             for request in reversed(requests):  # to the front, so that they keep their order and their turn
                 queue.prepend_request(request)
 
@@ -53,14 +53,14 @@ def too_many(waiting: Iterable[Any], running: Iterable[Any], slots: int, now: fl
     Behind one that has waited for longer than `PATIENCE`, all others with plans wait, too: running ones end, and their
     slots come free, however many arrive under the plans that have slots now.
     """
-    taken = {digest for request in running if (digest := digest_of(request)) is not None}
+    digests = {digest for request in running if (digest := digest_of(request)) is not None}
     late, closed = set(), False
     for request in waiting:
         digest = digest_of(request)
         if digest is None:
             continue
-        if not closed and (digest in taken or len(taken) < slots):
-            taken.add(digest)
+        if not closed and (digest in digests or len(digests) < slots):
+            digests.add(digest)
         else:
             late.add(request)
             closed = closed or now - request.arrival_time > PATIENCE

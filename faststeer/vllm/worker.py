@@ -131,8 +131,8 @@ class WorkerSteering:
         if columns := self.settings.probe_columns:
             # What enters a layer is what left the one before, and is seen there.
             sites = sites_of(self.settings, self.n_layers)
-            here = [s for s in sites if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
-            probes = {s: torch.zeros(self.max_rows, columns, device=target) for s in here}
+            probed = [s for s in sites if (max(s - 4, 0) if s % 4 == 0 else s) // 4 in layers]
+            probes = {s: torch.zeros(self.max_rows, columns, device=target) for s in probed}
         self.tables, self.pool = StepTables(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.tables, self.n_layers, self.settings.max_projection_bytes)
@@ -284,11 +284,11 @@ class WorkerSteering:
 
     def _lay_out(self, request_ids: list[str], counts: list[int]) -> Layout:
         """Write whose the rows are; their positions are still to come."""
-        found = [self.requests[i] if i in self._stepping else None for i in request_ids]
+        records = [self.requests[i] if i in self._stepping else None for i in request_ids]
         of_requests = [
-            [-1 if r is None else self.pool.slots[r.plan.digest] for r in found],
-            [0 if r is None else r.sequence for r in found],
-            [0 if r is None else -r.prompt_length for r in found],
+            [-1 if r is None else self.pool.slots[r.plan.digest] for r in records],
+            [0 if r is None else r.sequence for r in records],
+            [0 if r is None else -r.prompt_length for r in records],
         ]
         tokens = np.asarray(counts, dtype=np.int64)
         ends = np.cumsum(tokens)
@@ -300,7 +300,7 @@ class WorkerSteering:
         offsets += (np.arange(total) - np.repeat(ends - tokens, tokens)).astype(np.int32)
         probed = [
             (number, request_ids[number], int(ends[number] - tokens[number]), int(ends[number]))
-            for number, request in enumerate(found)
+            for number, request in enumerate(records)
             if request is not None and request.plan.probed
         ]
         return Layout(list(request_ids), list(counts), offsets, probed)
@@ -360,9 +360,9 @@ class Probes:
             values = step.values.numpy()
             for request_id, start, stop, token in step.rows:
                 if request_id in self._columns:
-                    own = values[:, start - step.first : stop - step.first].copy()
-                    self._seen[request_id].append((token, step.sites, own))
-                    self._bytes += own.nbytes
+                    part = values[:, start - step.first : stop - step.first].copy()
+                    self._seen[request_id].append((token, step.sites, part))
+                    self._bytes += part.nbytes
         while self._bytes > self.max_bytes:
             self._forget(next(iter(self._columns)))
 
@@ -376,12 +376,12 @@ class Probes:
         A request is known by the id that its answer has, or by the engine's own, which begins with it.
         """
         self._receive(wait=True)
-        known = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
-        if not known:
+        names = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
+        if not names:
             return None
-        found = self._packed(known[0])
-        self._forget(known[0])
-        return found
+        packed = self._packed(names[0])
+        self._forget(names[0])
+        return packed
 
     def of_answer(self, answer: str) -> list[dict[str, Any]]:
         """What was seen so far for the choices of a server's answer, which stays known: their prompt's number, their
@@ -390,11 +390,11 @@ class Probes:
         vLLM calls the request of a choice "2_cmpl-ab-1-0123abcd" for the third sample of the second prompt of cmpl-ab.
         """
         self._receive(wait=True)
-        own = re.compile(rf"(?:(\d+)_)?{re.escape(answer)}(?:[-_](\d+))?(?:-[0-9a-f]{{8}})?")
-        found = [(match, name) for name in self._columns if (match := own.fullmatch(name))]
+        pattern = re.compile(rf"(?:(\d+)_)?{re.escape(answer)}(?:[-_](\d+))?(?:-[0-9a-f]{{8}})?")
+        matches = [(match, name) for name in self._columns if (match := pattern.fullmatch(name))]
         return [
             {"prompt": int(match[2] or 0), "sample": int(match[1] or 0), "projections": self._packed(name)}
-            for match, name in found
+            for match, name in matches
         ]
 
     def _packed(self, request_id: str) -> Packed:
