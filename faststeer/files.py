@@ -54,8 +54,8 @@ REMEDIES = {
 
 
 class FormatError(ValueError):
-    """A file or a text that is damaged, is something else, or says what cannot be used. The message names it and says
-    how to mend that."""
+    """A file or a text that is damaged, of another kind, or with values that cannot be used. The message names it and
+    says how to fix it."""
 
 
 @contextmanager

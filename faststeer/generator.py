@@ -50,12 +50,12 @@ class Completion:
         token_ids: what was generated, without the end-of-sequence or stop token that ended it.
         prompt_ids: the tokens of the prompt.
         projections: with `probe=`, `[sites, tokens]` or, for k directions, `[sites, tokens, k]`, fp32, on the CPU:
-            h . v / |v| at every token that went through the model, which are the prompt's and the generated ones but
-            the last one drawn (that one is nobody's input).
+            h . v / |v| at every token that the model read. These are the tokens of the prompt and all generated tokens
+            except the last.
         finish_reason: "stop": end of sequence, stop token or stop string; "length": `max_new_tokens` or the engine's
             `max_length`; "error": see `error`.
-        error: what failed this request alone.
-        stop_token: the end-of-sequence or stop token that ended it; None where none did.
+        error: why this request failed, if it did.
+        stop_token: the end-of-sequence or stop token that ended it; None if no such token did.
     """
 
     index: int

@@ -42,10 +42,10 @@ class Gate:
         kind: which value is compared, "dot" or "cosine".
         above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
-            verdict holds from that token on. Without it every token decides for itself, on the row as the intervention
-            finds it.
-        layer, at: where a latched gate looks; by default where the intervention first acts. It may look earlier than
-            that, not later.
+            decision holds from that token on. False: each token is decided separately, on the row right before the
+            intervention.
+        layer, at: the site whose row a latched gate reads; by default the first site where the intervention acts. It
+            may be earlier than that site, but not later.
 
     Source: conditional activation steering, arXiv 2409.05907; the adaptive mode of angular steering, arXiv 2510.26243.
     """
@@ -224,7 +224,7 @@ class Ablate(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Project(Intervention):
-    """sum_k (h . q_k) q_k: only what lies in the subspace is left.
+    """sum_k (h . q_k) q_k: keep only the part of h in the subspace.
 
     Args:
         direction: `[hidden]`, `[k, hidden]` (linearly independent; made orthonormal), or a SteeringVector.
@@ -240,7 +240,7 @@ class Clamp(Intervention):
     With `Add`: ACE, AxBench's clamp.
 
     Args:
-        direction: `[hidden]` or a SteeringVector; only where it points matters.
+        direction: `[hidden]` or a SteeringVector; its length does not matter.
         low, high: in units of the residual stream; None for no bound. At least one is needed.
 
     Source: arXiv 2411.09003 (ACE), 2501.17148 (AxBench).
@@ -267,7 +267,7 @@ class Clamp(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Rotate(Intervention):
-    """Turn the part of h in the plane of a and b; the rest, and the norm, stay.
+    """Rotate the part of h in the plane of a and b; the rest of h, and its norm, do not change.
 
     b1 = a / |a|, b2 = the part of b orthogonal to a, normalised. Absolute: h - p1 b1 - p2 b2 + sqrt(p1^2 + p2^2) (cos t
     b1 + sin t b2), so 0 degrees points along a. Relative: the part in the plane is turned by t from b1 towards b2.
@@ -275,7 +275,7 @@ class Rotate(Intervention):
     Args:
         a, b: `[hidden]` or SteeringVectors, not parallel.
         degrees: the angle t.
-        relative: turn by t instead of to t.
+        relative: rotate by t. False: rotate to the angle t from a.
 
     Source: arXiv 2510.26243 (absolute), 2601.19375 (relative).
     """
@@ -309,10 +309,10 @@ class Rotate(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Probe(Intervention):
-    """Leaves h as it is and writes h . v_k / |v_k| to the probe buffer, wherever the token stands.
+    """Leaves h as it is and writes h . v_k / |v_k| to the probe buffer, for every token, whatever `positions` says.
 
     Args:
-        direction: `[hidden]`, `[k, hidden]` or a SteeringVector; each direction is normalised by itself, in its order.
+        direction: `[hidden]`, `[k, hidden]` or a SteeringVector. Each direction is normalised; the order is kept.
     """
 
     direction: Direction

@@ -50,10 +50,10 @@ class Plan:
     """Interventions in the order in which they act.
 
     Args:
-        interventions: any number of them; none is a plan that leaves everything as it is.
+        interventions: any number of them; a plan without interventions changes nothing.
 
     Raises:
-        TypeError: something in the list is no intervention.
+        TypeError: the list has something that is no intervention.
     """
 
     def __init__(self, interventions: Iterable[Intervention] = ()) -> None:

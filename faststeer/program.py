@@ -53,14 +53,13 @@ class Program:
         bank, entries, ranges: the tables (docs/design.md, 'Tables').
         depth, width, columns: per site, the most entries of any slot loaded so far, the most bank rows of one entry,
             the most probe columns. Host numbers for the reference back end.
-        requires_grad: whether a loaded plan is being trained: then its values must be read anew before every use,
-            through `live`.
-        latches: per site, whether any plan loaded so far decides a gate there. latching: the most latched gates of any
-            such plan.
-        positioned: whether a loaded plan asks where tokens stand.
-        by_site: what `tables` gives.
-        unfinished: slots whose change was interrupted: what they hold is not known, until they are changed again. The
-            next change of any slot empties them.
+        requires_grad: whether a loaded plan is being trained; then `live` must read its values before every use.
+        latches: per site, whether any plan loaded so far decides a gate there. latching: the largest number of latched
+            gates of such a plan.
+        positioned: whether a loaded plan depends on positions.
+        by_site: the tables of every site, as `tables` returns them.
+        unfinished: slots whose change was interrupted, so that their content is not known. The next change of any slot
+            empties them.
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
@@ -88,8 +87,8 @@ class Program:
         self.change({slot: plan})
 
     def change(self, changes: Mapping[int, Plan | None]) -> None:
-        """Put a plan into each of these slots, replacing what is there; None empties a slot. Nothing is changed if they
-        do not all fit. Where rows of the bank are free, but not side by side, the others move together.
+        """Load a plan into each of these slots, in place of the one before; None empties a slot. Nothing is changed if
+        they do not all fit. If the free rows of the bank are not side by side, the rows in use are moved together.
 
         Raises:
             ValueError: no such slot; a plan that does not fit the model (see `compile_plan`); capacity exceeded, with
@@ -133,7 +132,7 @@ class Program:
         self.unfinished.clear()
 
     def tables(self, site: int) -> Tables:
-        """What an op reads at `site`."""
+        """The tables that an op reads at `site`."""
         return self.by_site[site]
 
     def _made_tables(self) -> list[Tables]:

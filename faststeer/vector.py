@@ -83,14 +83,14 @@ class SteeringVector:
     Args:
         directions: `{layer: [hidden]}`, layers counted from 0, all of one hidden size, finite and not zero (a tensor
             that requires a gradient may be zero: it is being trained).
-        at: hook point the directions were found at and are meant for (see docs/design.md).
-        model: name of the model they come from.
+        at: hook point where the directions were found and are to be used (see docs/design.md).
+        model: name of the model they were found in.
         method: how they were found, such as "dim".
-        scale: "raw" where the length is meaningful (a difference in means), "unit" where only the direction is.
-        provenance: anything else worth keeping, JSON-serialisable.
-        op: what it is meant for, where that was said: "add", "ablate", "project", "clamp" or "rotate".
+        scale: "raw" if the length has a meaning (a difference in means), "unit" if only the direction has.
+        provenance: any other information, JSON-serialisable.
+        op: the intervention it is for, if known: "add", "ablate", "project", "clamp" or "rotate".
 
-    `v[14]` is the direction of layer 14, `v.layers` the layers there are, `14 in v` asks.
+    `v[14]` is the direction of layer 14, `v.layers` lists its layers, and `14 in v` tells whether it has layer 14.
 
     Raises:
         ValueError: no layers, negative layers, different hidden sizes, NaN or infinity, a zero direction, an unknown

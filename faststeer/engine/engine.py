@@ -53,8 +53,8 @@ class Engine:
         for completion in engine.generate(prompts, plans=plans, max_new_tokens=128):
             print(completion.index, completion.text)
 
-    Keys and values of `max_batch` rows of `max_length` tokens are allocated at once. The first thing done is to check
-    that its passes give the model's own logits, so that an architecture it cannot run is refused, not run wrong.
+    Keys and values of `max_batch` rows of `max_length` tokens are allocated when the Engine is made. Then it checks
+    that its passes give the model's own logits; an architecture for which they do not is refused.
 
     Args:
         model: a causal language model of transformers on one device, in evaluation mode, with "sdpa" or "eager"
@@ -63,10 +63,10 @@ class Engine:
         max_batch: rows that run together.
         max_length: tokens of a prompt and its completion together; by default 1024, or what the model has positions for
             if that is less.
-        capacity: room for plans that are live together; by default it grows with the plans given. With fewer slots than
+        capacity: room for plans that run at the same time; by default it grows with the plans. With fewer slots than
             plans, requests wait for a slot.
-        freeze: "qk": every token looks where it would look unsteered, and only what attention moves is steered (see
-            `hf.freeze`). A pass has two rows per request then, its cache half as much again.
+        freeze: "qk": the attention pattern is that of the unsteered model, and only the values are steered (see
+            `hf.freeze`). A pass then has two rows per request, and the cache is half as large again.
 
     Raises:
         ValueError: a model in training mode, on several devices, of another attention; numbers out of range; an
@@ -126,7 +126,7 @@ class Engine:
 
     @property
     def max_batch(self) -> int:
-        """Rows that run together: as asked for, or what fitted into memory."""
+        """Rows that run together: the number passed, or fewer if memory was short."""
         return self._batch.rows
 
     @property
@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def why(self) -> str:
-        """Why steps are eager; "" where they are graphs. On a GPU they are graphs until a capture fails."""
+        """Why steps are eager; "" if they are graphs. On a GPU they are graphs until a capture fails."""
         return self._steps.why
 
     def generate(
@@ -157,33 +157,33 @@ class Engine:
     ) -> Iterator[Completion]:
         """Complete every prompt; yield completions while others still run.
 
-        Until the iterator ends or is closed, the model belongs to the engine. Closing it, an exception and Ctrl-C leave
-        the model as it was; at Ctrl-C what has ended is still delivered before KeyboardInterrupt is raised.
+        Do not use the model elsewhere until the iterator ends or is closed. After closing it, an exception or Ctrl-C
+        the model is as it was before. At Ctrl-C, finished completions are yielded before KeyboardInterrupt is raised.
 
         Args:
             prompts: texts and chats (the tokenizer's chat template is applied, as everywhere), or lists of token ids.
             plans: one for all, or one (or None) per prompt.
             max_new_tokens: tokens per completion at most; `max_length` may end it sooner.
-            temperature: 0: greedy. top_k: draw from the k likeliest tokens; 0: from all. top_p: from the fewest tokens
-                that hold this probability. One number for all or one per prompt. The model's own generation config is
-                read for end-of-sequence tokens alone.
-            seed: prompt i draws with seed + i, or with its own from a list. A request draws the same alone and in any
-                batch. None: from torch's global generator.
-            stop: strings and token ids that end a completion, beside the end-of-sequence tokens.
-            probe: a direction `[hidden]` or directions `[k, hidden]`, each normalised, watched at the `resid_pre` of
-                every layer and the `resid_post` of the last; a SteeringVector is watched at its own hook point and
-                layers. See `Completion.projections`.
-            rendered: texts hold the chat template's markup already and are taken as they are.
+            temperature: 0: greedy. top_k: draw from the k likeliest tokens; 0: from all. top_p: draw from the smallest
+                set of likeliest tokens with this total probability. One number for all or one per prompt. Of the
+                model's own generation config only the end-of-sequence tokens are used.
+            seed: prompt i draws with seed + i, or with its own seed from a list. A request draws the same tokens alone
+                and in any batch. None: a seed from torch's global generator.
+            stop: strings and token ids that end a completion, in addition to the end-of-sequence tokens.
+            probe: a direction `[hidden]` or directions `[k, hidden]`, each normalised. Their projections are recorded
+                at the `resid_pre` of every layer and the `resid_post` of the last; those of a SteeringVector at its
+                own hook point and layers. See `Completion.projections`.
+            rendered: texts already contain the chat template's marks, and no template is applied.
             in_order: yield in the order of the prompts; False: as they finish.
-            progress: a bar with tokens/s on stderr; by default where that is a terminal.
+            progress: show a bar with tokens/s on stderr; by default if stderr is a terminal.
 
         Raises:
-            TypeError, ValueError: everything that can be told from the arguments, before anything runs: a prompt that
-                is empty or too long, a plan that does not fit the model or the given `capacity`.
+            TypeError, ValueError: wrong arguments, before anything runs: a prompt that is empty or too long, a plan
+                that does not fit the model or `capacity`.
             RuntimeError: another iterator of this engine is open, or the model is being steered.
 
-        What goes wrong with one request later (logits that are not finite) ends that one, with `finish_reason="error"`.
-        Out of memory: half the rows go on, from where they were.
+        A later fault of one request (logits that are not finite) ends only that request, with `finish_reason="error"`.
+        If memory runs out, the Engine continues with half the rows.
         """
         self._check_free()
         encoded = read_prompts(self.tokenizer, prompts, self.max_length, vocabulary(self.model), rendered=rendered)
@@ -226,18 +226,17 @@ class Engine:
         top_p: float = 1.0,
         probe: Direction | None = None,
     ) -> None:
-        """Do beforehand what the first calls of `generate` would do on the way: a server's first answers come as fast
-        as the later ones.
+        """Compile and capture before the first `generate`, so that the first answers are as fast as the later ones.
 
-        On CUDA: compile Triton's kernels where these run, read a prompt of one token under each plan, and capture the
-        graphs of all row counts and lengths, which are powers of two (28 graphs for 64 rows of 1,024 tokens). On a CPU,
-        where nothing is compiled or captured: read that prompt, which takes as long as a step or two.
+        On CUDA: compile Triton's kernels if they are used, read a prompt of one token under each plan, and capture the
+        graphs of all row counts and lengths, which are powers of two (28 graphs for 64 rows of 1,024 tokens). On a CPU
+        nothing is compiled or captured; only the prompt is read, which takes as long as a step or two.
 
         Args:
-            plans: those to come, as in `generate`, or ones that act at as many layers with as many interventions and
-                vectors. Room is made for them, and they stay loaded. A later plan that goes further is captured anew.
-            temperature, top_k, top_p, probe: as in `generate`. Greedy steps, steps with a temperature and steps with
-                top-k or top-p have graphs of their own; so has another number of probed directions.
+            plans: the plans that will be used, as in `generate`, or plans with as many layers, interventions and
+                vectors. Room is made for them, and they stay loaded. A later plan that needs more is captured again.
+            temperature, top_k, top_p, probe: as in `generate`. Greedy steps, steps with a temperature, steps with
+                top-k or top-p, and each number of probed directions have their own graphs.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `generate`.

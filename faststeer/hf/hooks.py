@@ -27,11 +27,10 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
     """A callable for `module.register_forward_hook` (steers the output) or `register_forward_pre_hook` (steers the
     first input), with or without `with_kwargs`.
 
-    It acts on every row of `[..., hidden]`; a tuple's first element is the tensor. Where the hook is registered says
-    where it acts; a SteeringVector must have one layer, or the intervention must name one. The hook point that the
-    intervention's `at` or its SteeringVector names must fit: what enters a module (`resid_pre`, `resid_mid`) takes a
-    pre-hook, what leaves it (`attn_out`, `mlp_out`, `resid_post`) a forward hook. `at=` on the intervention overrides
-    the vector's.
+    It acts on every row of `[..., hidden]`; if the input or output is a tuple, on its first element. It acts at the
+    module where you register it, so a SteeringVector must have one layer, or the intervention must name one. The hook
+    point (the intervention's `at`, else the vector's) must fit the kind of hook: `resid_pre` and `resid_mid` need a
+    pre-hook, `attn_out`, `mlp_out` and `resid_post` a forward hook.
 
         model.model.layers[14].register_forward_hook(fs.hook(fs.Add(direction, coefficient=1.0)))
         model.model.layers[14].register_forward_pre_hook(fs.hook(fs.Add(resid_pre_vector, layers=14)))

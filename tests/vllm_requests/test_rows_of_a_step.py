@@ -27,7 +27,7 @@ def test_rows_are_those_of_one_token_after_the_other(steps, repeats):
     """Also where a step is as the one before, but for tokens that have been computed since."""
     steering = object.__new__(WorkerSteering)
     steering.pool, steering._rows_in_use = SimpleNamespace(slots={"a": 5, "b": 2}), 0
-    steering.device = SimpleNamespace(rows=torch.full((3, ROWS), -1, dtype=torch.int32))
+    steering.tables = SimpleNamespace(rows=torch.full((3, ROWS), -1, dtype=torch.int32))
     steering.probes = SimpleNamespace(rows=[])
     for step in steps:
         ids = [f"r{i}" for i in range(len(step))]
