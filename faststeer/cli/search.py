@@ -40,58 +40,66 @@ from faststeer.cli.common import (
 @app.command()
 @reports_errors
 def search(
-    out: Annotated[Path, typer.Option(help="Folder of the search; go on with it after a kill.")] = Path("search"),
+    out: Annotated[Path, typer.Option(help="Folder of the search; name it again to continue.")] = Path("search"),
     model: Model = "demo",
     behaviour: BehaviourName = None,
     positive: Positive = None,
     negative: Negative = None,
     field: Field = None,
     judge: Judge = None,
-    answers: Annotated[int, typer.Option(help="The budget: answers that are generated at most.")] = 600,
-    goal: Annotated[Literal["more", "less"], typer.Option(help="Whether more or less of it is wanted.")] = "more",
+    answers: Annotated[int, typer.Option(help="How many answers may be generated in all.")] = 600,
+    goal: Annotated[Literal["more", "less"], typer.Option(help="More or less of the behaviour.")] = "more",
     method: Annotated[str, typer.Option(help="Some of dim,pca,lat,probe.")] = "dim,pca,probe",
     op: Annotated[str, typer.Option(help="Some of add,ablate,clamp.")] = "add,ablate,clamp",
     layers: Annotated[str, typer.Option(help="Layers to try, such as 8-20 or 8,12,16, or all.")] = "all",
     position: Annotated[
-        str, typer.Option(help="Tokens to try, counted from the prompt's end, such as -1,-2, or all after it.")
+        str,
+        typer.Option(
+            help="Tokens to try, counted from the prompt's end, such as -1,-2; all: those after the instruction."
+        ),
     ] = "all",
-    max_kl: Annotated[float, typer.Option(min=0, help="Nats per token of neutral text that it may cost.")] = 0.5,
+    max_kl: Annotated[float, typer.Option(min=0, help="The highest KL on neutral text, in nats per token.")] = 0.5,
     max_perplexity: Annotated[
-        float, typer.Option(min=1, help="Times the unsteered answers' perplexity that its answers may have.")
+        float, typer.Option(min=1, help="The highest perplexity, as a multiple of that of the unsteered answers.")
     ] = 2.0,
     max_repetition: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of repeated 4-grams that it may add to the answers.")
+        float, typer.Option(min=0, max=1, help="The highest increase of the share of repeated 4-grams.")
     ] = 0.1,
     max_over_refusal: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of refusing answers that it may add (refusal itself apart).")
+        float,
+        typer.Option(
+            min=0, max=1, help="The highest increase of the share of refusals; not used if refusal is the behaviour."
+        ),
     ] = 0.1,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Of the largest gain, good enough to be chosen.")] = 0.9,
-    prompts: Annotated[int, typer.Option(help="Validation prompts of a setting.")] = 8,
-    finalists: Annotated[int, typer.Option(help="Settings that are measured on more prompts.")] = 6,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of the largest gain that the chosen setting must have.")
+    ] = 0.9,
+    prompts: Annotated[int, typer.Option(help="Validation prompts for each setting.")] = 8,
+    finalists: Annotated[int, typer.Option(help="How many of the best settings answer more validation prompts.")] = 6,
     train: Annotated[
-        int | None, typer.Option(help="Training prompts a side that vectors are found on, at most (all).")
+        int | None, typer.Option(help="The most training prompts in each set to find vectors on (default: all).")
     ] = None,
     max_new_tokens: MaxNewTokens = 32,
-    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the proposals.")] = 0,
     max_batch: MaxBatch = 32,
     title: Title = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Search the setting that brings about a behaviour at the least price: layer, token, method, op and strength, by
-    Optuna's TPE, against KL, perplexity, repetition and over-refusal.
+    """Look for the setting that changes a behaviour with the smallest side effects: layer, token, method, op and
+    strength, by Optuna's TPE, against KL, perplexity, repetition and over-refusal.
 
-    Writes search.json (everything that was measured), plan.json (the chosen plan) and search.html (one page, no network
-    needed) to --out. After a kill or Ctrl-C the same command goes on, to the same bytes. `faststeer replay` repeats the
-    choice.
+    Writes search.json (everything that was measured), plan.json (the chosen plan) and search.html (one page that needs
+    no network) to --out. After a kill or Ctrl-C the same command continues, and ends with the same bytes.
+    `faststeer replay` repeats the choice.
 
     \b
     Example: faststeer search --behaviour tone --model ./my-model --out tone-search
     Example: faststeer search --model ./my-model --positive happy.txt --negative sad.txt --judge sentiment
 
-    Exit codes: 0 chosen; 1 wrong input, or a full disk; 2 wrong usage; 3 finished, but nothing gains anything within
-    the limits, or the page could not be made; 130 stopped by Ctrl-C (what was finished is kept).
+    Exit codes: 0 chosen; 1 wrong input, or a full disk; 2 wrong usage; 3 finished, but no setting gains anything within
+    the limits, or the page could not be made; 130 stopped by Ctrl-C (finished work is kept).
     """
     check_sides(positive, negative)
     from faststeer.behaviours import search as searching
@@ -177,7 +185,7 @@ def _print(state: dict[str, Any], out: Path) -> None:
 def replay(
     record: Annotated[Path, typer.Argument(help="A search.json.")] = Path("search/search.json"),
     model: Annotated[
-        str | None, typer.Option(help="The model (default: by the name that the search was given).")
+        str | None, typer.Option(help="The model (default: the name that was given to the search).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
     dtype: Dtype = "auto",

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from faststeer.artefacts import fingerprint
 from faststeer.behaviours.behaviour import Behaviour, behaviour_from
 from faststeer.behaviours.search.bench import Bench
@@ -203,8 +205,12 @@ def _told(
 
 
 def _forecast(bench: Bench, n: int) -> None:
-    """Say how long answering takes, which is most of the work."""
+    """Say on stderr what comes first, which has no progress bar, and how long answering will take."""
     settings = bench.settings
+    train = bench.behaviour.train
+    n_train = sum(len(side[: settings.train]) for side in (train.positive, train.negative))
+    text = f"First the vectors of every layer are found, from {n_train} training prompts; then answers are generated"
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
     options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch}
     seconds = n * seconds_per_answer(bench.model, bench.tokenizer, bench.validation, n, **options)
     forecast(f"{n} answers of {settings.max_new_tokens} tokens at most", seconds, "Fewer --answers take less")
