@@ -111,14 +111,16 @@ def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
     elif intervention.layers == "all":
         layers = list(range(n_layers))
     else:
-        layers = sorted(layer + n_layers if layer < 0 else layer for layer in intervention.layers)  # type: ignore[union-attr]
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"{name}: layers={intervention.layers} names a layer twice: -1 is layer {n_layers - 1}")
+        layers = list(intervention.layers)  # type: ignore[arg-type]
     for layer in layers:
-        if not 0 <= layer < n_layers:
+        if not -n_layers <= layer < n_layers:
             raise ValueError(
                 f"{name}: layer {layer} is out of range: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)"
             )
+    layers = sorted(layer % n_layers for layer in layers)
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name}: layers={intervention.layers} names a layer twice: -1 is layer {n_layers - 1}")
+    for layer in layers:
         for v in vectors:
             if layer not in v:
                 raise ValueError(

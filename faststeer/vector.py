@@ -47,6 +47,9 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
         except (TypeError, ValueError, RuntimeError):
             kind = type(direction).__name__
             raise TypeError(f"{what} is a {kind}: expected a tensor of shape [hidden] or a SteeringVector") from None
+    if direction.is_complex() or direction.layout != torch.strided:
+        kind = f"{direction.dtype}, {direction.layout}"
+        raise ValueError(f"{what} is {kind}: expected real numbers in a dense tensor (.real, .to_dense())")
     if direction.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         direction = direction.float()
     allowed = (1, 2) if subspace else (1,)

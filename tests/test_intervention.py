@@ -259,7 +259,7 @@ class TestRefused:
         ("layers", "message"),
         [
             (4, r"layer 4 is out of range: the model has layers 0\.\.3 \(or -4\.\.-1\)"),
-            (-5, r"out of range: the model has layers 0\.\.3"),
+            (-5, r"layer -5 is out of range: the model has layers 0\.\.3"),
             ([0, 7], "layer 7 is out of range"),
         ],
         ids=str,

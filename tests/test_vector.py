@@ -76,6 +76,8 @@ class TestVector:
             (lambda: fs.SteeringVector({0: torch.tensor(1.0)}), r"layer 0 has shape \[\]"),
             (lambda: fs.SteeringVector({0: torch.zeros(0)}), r"layer 0 has shape \[0\]"),
             (lambda: fs.SteeringVector({0: torch.zeros(4, device="meta")}), "meta device"),
+            (lambda: fs.SteeringVector({0: torch.ones(4, dtype=torch.complex64)}), "complex64.*real numbers"),
+            (lambda: fs.SteeringVector({0: torch.ones(4).to_sparse()}), "sparse_coo.*dense tensor"),
             (
                 lambda: fs.SteeringVector({0: randn(0, 4)}, at="resid"),
                 "unknown hook point 'resid': expected one of resid_pre, attn_out",
@@ -94,6 +96,8 @@ class TestVector:
             "scalar",
             "no_numbers",
             "meta",
+            "complex",
+            "sparse",
             "hook_point",
             "scale",
         ],

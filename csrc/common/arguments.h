@@ -3,10 +3,13 @@
 
 #include <cstdint>
 
-#include "dtype.h"
 #include "tables.h"
 
 namespace faststeer {
+
+// Of a row.
+enum class Dtype : int32_t { FP32, FP16, BF16 };
+constexpr int N_DTYPES = 3;
 
 enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
 constexpr int N_OPS = 6;

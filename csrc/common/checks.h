@@ -13,9 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "dtype.h"
+#include "arguments.h"
 #include "launch.h"
-#include "tables.h"
 
 namespace faststeer {
 

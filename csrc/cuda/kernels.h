@@ -24,8 +24,8 @@ struct Launched {
   dim3 grid, block;
 };
 
-// rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor it reads and writes by 16 bytes stands on 16-byte boundaries, the
-// weight only if it is of x's dtype.
+// rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor that is read and
+// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype.
 Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
                     cudaStream_t stream);
 

@@ -4,8 +4,8 @@ decode. Nothing here waits for the device, and every tensor that a decode step r
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from faststeer.engine.requests import Request
 from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.hf import Steering, find_hook_points
 from faststeer.hf.cache import cache_argument
+from faststeer.hf.changes import changing
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -46,7 +47,6 @@ class EngineBatch:
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
         self._windows = _windows(model.config)
         self._cache_argument = cache_argument(model)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request], first: int, prefix: int = 0, source: int = 0) -> Tensor:
@@ -77,9 +77,8 @@ class EngineBatch:
         position = (column - prompt).int()
         self._place(torch.stack((torch.where(column < length, slot, -1), position, sequence)).flatten(1))
         self.cache.prefill(first, len(ids), prefix, source)
-        distinct = sorted(set(lengths))
-        last_logits = self._forward(tokens, column, None, self._sent([end - prefix - 1 for end in distinct]))
-        logits = last_logits[each, self._sent([distinct.index(n) for n in lengths])]
+        with _only(self.model, each, length[:, 0] - prefix - 1) as logits_of:
+            logits = logits_of(self._forward(tokens, column, None))
         if self.probes:
             known = self.projections[source, :, :prefix].expand(len(ids), -1, -1, -1)
             seen = torch.cat([known, self._probed().transpose(1, 2)], 2)
@@ -91,7 +90,7 @@ class EngineBatch:
         token, column = self.long[0, :n], self.long[1, :n]
         self._place(self.int[:, :n])
         self.cache.decode(column, width)
-        logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width), None)[:, -1]
+        logits = self._forward(token.unsqueeze(1), column.unsqueeze(1), self._masks(column, width))[:, -1]
         if self.probes:
             row = torch.arange(n, device=self.device)
             self.projections[row, :, column] = self._probed()[:, 0]
@@ -113,18 +112,11 @@ class EngineBatch:
         # From pinned memory the host does not wait for what runs.
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def _forward(self, tokens: Tensor, position: Tensor, masks: Any, keep: Tensor | None) -> Tensor:
-        """Logits of the columns `keep` of a prompt, or of the one token of a step."""
-        some = {"logits_to_keep": 1 if keep is None else keep} if self._keeps else {}
-        out = self.model(
-            input_ids=tokens,
-            position_ids=position,
-            attention_mask=masks,
-            use_cache=True,
-            **{self._cache_argument: self.cache},
-            **some,
-        )
-        return out.logits if self._keeps or keep is None else out.logits[:, keep]
+    def _forward(self, tokens: Tensor, position: Tensor, masks: Any) -> Tensor:
+        of_cache = {self._cache_argument: self.cache}
+        return self.model(
+            input_ids=tokens, position_ids=position, attention_mask=masks, use_cache=True, **of_cache
+        ).logits
 
     def _masks(self, column: Tensor, width: int) -> Any:
         """What a step's tokens may look at, as the model wants it: 0 or the least number, `[rows, 1, 1, width]`; a
@@ -199,6 +191,25 @@ class EngineBatch:
         values = torch.stack([self.steering.seen(site)[..., :k] for site in self.probes], dim=2)
         self.steering.clear_projections()
         return values
+
+
+@contextmanager
+def _only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Let the unembedding compute the logits at one column of each row alone; gives what makes them
+    `[rows, vocabulary]`. Where the model does not call it with the hidden states, all are computed and these taken."""
+    unembedding: Any = model.get_output_embeddings()  # type: ignore[operator]
+
+    def at_columns(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        x = args[0] if args else None
+        return (x[row, column].unsqueeze(1), *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 else None
+
+    def logits_of(logits: Tensor) -> Tensor:
+        return logits[:, 0] if logits.shape[1] == 1 else logits[row, column]
+
+    with changing() as changes:
+        if unembedding is not None:
+            changes.hook(unembedding.register_forward_pre_hook, at_columns)
+        yield logits_of
 
 
 def _windows(config: Any) -> dict[str, int | None]:

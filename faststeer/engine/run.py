@@ -20,8 +20,8 @@ from faststeer.hf import Steering
 from faststeer.ops.tables import POSITION_MIN
 from faststeer.program import SlotPool
 
-# Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), different lengths, tokens.
-PADDING, LENGTHS, PREFILL = 256, 8, 16384
+# Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), and tokens.
+PADDING, PREFILL = 256, 16384
 REFILL = 8  # this part of the rows must be free before a prefill interrupts the others
 LOOK_AHEAD = 4  # times the rows: requests looked at for one whose plan has a slot
 
@@ -293,7 +293,7 @@ def _common_prefix(requests: list[Request]) -> int:
 
 def _groups(requests: list[Request], prefix: int = 0) -> list[list[Request]]:
     """Requests that are prefilled together, longest first. Padding stays below an eighth of a group's tokens, or is
-    less than another pass costs; no group has many different lengths, since logits are computed for each of them."""
+    less than another pass costs."""
 
     def length(request: Request) -> int:
         return len(request.prompt) + len(request.tokens) - prefix
@@ -303,8 +303,7 @@ def _groups(requests: list[Request], prefix: int = 0) -> list[list[Request]]:
         group = [*groups[-1], request] if groups else []
         lengths = list(map(length, group))
         total, padding = sum(lengths), sum(lengths[0] - n for n in lengths)
-        few = len(set(lengths)) <= LENGTHS and total <= PREFILL
-        if group and few and padding <= PADDING + total // 8:
+        if group and total <= PREFILL and padding <= PADDING + total // 8:
             groups[-1] = group
         else:
             groups.append([request])

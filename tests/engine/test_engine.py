@@ -415,6 +415,22 @@ def test_rows_that_do_not_fit_into_memory_at_the_start(monkeypatch):
     assert engine("llama", max_batch=16).max_batch == 4
 
 
+def test_a_prompt_is_unembedded_at_its_last_token_alone():
+    model, seen = models.build("llama"), []
+    made = engine(model, max_batch=8)
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    found = tokens(made.generate(prompts(), max_new_tokens=1))
+    assert seen == [(8, 1, models.VOCAB)]
+    assert found == [generated(model, prompt, None, 1) for prompt in prompts()]
+
+
+def test_a_model_that_names_no_unembedding(monkeypatch):
+    model, plans = models.build("llama"), mixed("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    found = tokens(engine(model).generate(prompts(), plans=plans, max_new_tokens=3))
+    assert found == [generated(model, *each, 3) for each in zip(prompts(), plans, strict=True)]
+
+
 def test_one_row_of_two_tokens():
     made = engine("llama", max_batch=1, max_length=2)
     assert tokens(made.generate(prompts((1, 1)))) == [
