@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,7 +169,7 @@ def _print(state: dict[str, Any], out: Path) -> None:
     front.caption = "against the unsteered model on the same validation prompts"
     console.print(front)
     if state["chosen"] is None:
-        console.print("Nothing gains anything within the limits: raise --max-kl, or search with more --answers")
+        console.print("No setting gains anything within the limits: raise --max-kl, or search with more --answers")
         return
     gain, n = state["test"]["gain"], len(state["test"]["steered"]["scores"])
     interval = f" [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain["low"] is not None else ""
@@ -178,6 +179,8 @@ def _print(state: dict[str, Any], out: Path) -> None:
         markup=False,
     )
     console.print(f"Written to {out}: search.json, plan.json, search.html", highlight=False, markup=False)
+    use = shlex.join(["faststeer", "generate", "--model", state["model"] or "demo", "--plan", str(out / "plan.json")])
+    console.print(f'Next: {use} --prompt "..." --compare', highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -192,7 +195,7 @@ def replay(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Repeat a search's choice: find the vectors anew, choose by the rule among the recorded settings, make the plan,
+    """Repeat a search's choice: extract the vectors again, apply the rule to the recorded settings, make the plan,
     measure it on the test prompts, and say whether every number is the same, bit for bit.
 
     Example: faststeer replay search/search.json --out plan.json
@@ -216,8 +219,14 @@ def replay(
         typer.echo(json.dumps({"same": not differences, "differs": sorted(differences), "chosen": chosen}))
     elif differences:
         other = {k: v for k, v in versions().items() if state["versions"].get(k) != v}
-        why = f" The search ran with other versions: {state['versions']}." if other else ""
-        errors.print(f"Repeated, but not the same: {', '.join(differences)}.{why}", highlight=False, markup=False)
+        why = (
+            f"The search ran with other versions: {state['versions']}"
+            if other
+            else "The versions are those of the search; another processor, back end (`faststeer info`) or number of "
+            "threads gives other roundings"
+        )
+        text = f"Repeated, but these numbers differ: {', '.join(differences)}. {why}"
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         Console().print(f"The same, bit for bit: {chosen}", highlight=False, markup=False)
     if differences:
