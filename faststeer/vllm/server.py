@@ -72,8 +72,8 @@ def routes() -> list[Any]:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
+    from faststeer.vllm.packed_projections import choices
     from faststeer.vllm.registry import read_vector
-    from faststeer.vllm.seen import choices
 
     async def about(request: Any) -> Any:
         return JSONResponse(_front_end(request).about())

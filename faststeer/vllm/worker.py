@@ -26,8 +26,8 @@ from faststeer.vllm.dose import measure_norms
 from faststeer.vllm.fresh_blocks import FreshBlocks
 from faststeer.vllm.layers import StepTables, find_layers, patch_layers
 from faststeer.vllm.overflow import StepSums, final_states
+from faststeer.vllm.packed_projections import Packed, Projections, merged, pack
 from faststeer.vllm.requests import Wire, received
-from faststeer.vllm.seen import Packed, Projections, merged, pack
 from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.switch import CONFIG_KEY, NEW_BLOCKS_KEY
 from faststeer.vllm.tables import make_program, sites_of

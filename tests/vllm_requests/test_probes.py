@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from faststeer.vllm.seen import choices, unpack
+from faststeer.vllm.packed_projections import choices, unpack
 from faststeer.vllm.server import _from_workers
 from faststeer.vllm.worker import Probes
 

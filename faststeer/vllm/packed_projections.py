@@ -1,5 +1,5 @@
-"""What probes saw, on its way from workers to whoever asks: as bytes, which cost a worker little between two steps, and
-turned into numbers by the one that asked."""
+"""Projections of probes on their way from the workers to a client. Workers pack them as bytes, which takes little time
+between two steps; the receiver unpacks them into numbers."""
 
 from __future__ import annotations
 
