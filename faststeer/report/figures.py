@@ -22,7 +22,8 @@ from faststeer.report.projections import Projected, colour_range
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
-GREY = "#8a8a8a"
+GREYS = ["#8a8a8a", "#c4c4c4"]  # of controls
+GREY = GREYS[0]
 IN_CELLS = 80  # more cells than these get no number
 TOKENS_NAMED = 60  # at most, along an axis
 

@@ -18,7 +18,7 @@ with needed_for("a picture", "report"):
     from matplotlib.ticker import PercentFormatter
 
 from faststeer.report.document import render
-from faststeer.report.figures import COLOURS, GREY, MARKERS, plain, saved
+from faststeer.report.figures import COLOURS, GREY, GREYS, MARKERS, plain, saved
 
 CONTEXTS = {
     "unsteered": "unsteered",
@@ -44,7 +44,7 @@ HIGH = 0.85  # of the effect: "carries it", as the paper says it
 
 @dataclass(frozen=True)
 class Series:
-    """A curve or a group of bars. `low` and `high` are 95 % intervals, where there are any. A control is grey."""
+    """A curve, bars or points. `low` and `high` are 95 % intervals, where there are any. A control is grey."""
 
     name: str
     x: Sequence[float | str]
@@ -70,7 +70,7 @@ class Chart:
     x: str
     y: str
     series: Sequence[Series]
-    kind: Literal["lines", "bars"] = "lines"
+    kind: Literal["lines", "bars", "points"] = "lines"
     unit: Literal["share", "nats"] = "share"
     level: float | None = None
     log: bool = False
@@ -93,15 +93,17 @@ def charts(study: Mapping[str, Any]) -> list[Chart]:
 
 
 def _range(chart: Chart) -> tuple[float, float]:
-    """From 0 to 1 for shares, further where a value lies outside (faithfulness may); from 0 for nats. Values decide,
-    and bars' intervals: a curve's band may be cut off."""
+    """From 0 to 1 for shares, further where a value lies outside (faithfulness may); what there is for nats. Values
+    decide, and the intervals of bars and points: a curve's band may be cut off."""
     values = [y for series in chart.series for y in series.y if y is not None]
     values += [] if chart.level is None else [chart.level]
-    if chart.kind == "bars":
-        values += [high for series in chart.series for high in series.high if high is not None]
-    low, high = min(0.0, *values), max(1.0, *values) if chart.unit == "share" else max(values)
+    if chart.kind != "lines":
+        values += [end for series in chart.series for end in (*series.low, *series.high) if end is not None]
+    low, high = min(values), max(values)
+    if chart.unit == "share":
+        low, high = min(0.0, low), max(1.0, high)
     room = 0.05 * (high - low)
-    return low - room if low < 0 else 0.0, high + room
+    return low - room if low != 0 else 0.0, high + room
 
 
 def _answers(study: Mapping[str, Any], side: str) -> Chart:
@@ -123,7 +125,7 @@ def _loss(study: Mapping[str, Any], side: str) -> Chart:
         series.append(_with_interval(vector, x, [row["loss"] for row in own], "mean"))
     (base,) = (row["loss"]["mean"] for row in rows if row["vector"] == "none")
     title = f"Loss on neutral text, {'vector added' if side == 'induce' else 'vector subtracted'}"
-    return Chart(f"loss-{side}", title, "", "nats per token", series, "bars", "nats", base, part="utility")
+    return Chart(f"loss-{side}", title, "", "nats per token", series, "points", "nats", base, part="utility")
 
 
 def _faithfulness(study: Mapping[str, Any], which: str) -> Chart:
@@ -236,7 +238,7 @@ def _png(chart: Chart) -> bytes:
     axes.set_ylim(*chart.range)
     if chart.unit == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    (_bars if chart.kind == "bars" else _lines)(axes, chart)
+    (_lines if chart.kind == "lines" else _groups)(axes, chart)
     if chart.log:
         axes.set_xscale("log")
         axes.set_xticks(TICKS, [f"{100 * tick:g} %" for tick in TICKS])
@@ -258,7 +260,7 @@ def _lines(axes: Axes, chart: Chart) -> None:
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.13)  # type: ignore[arg-type]
 
 
-def _bars(axes: Axes, chart: Chart) -> None:
+def _groups(axes: Axes, chart: Chart) -> None:
     places = list(dict.fromkeys(x for series in chart.series for x in series.x))
     at = {place: [s for s in chart.series if place in s.x] for place in places}
     for series, colour in zip(chart.series, _colours(chart), strict=True):
@@ -266,12 +268,16 @@ def _bars(axes: Axes, chart: Chart) -> None:
             width = 0.8 / len(at[place])
             x = places.index(place) + (at[place].index(series) + 0.5) * width - 0.4
             y, low, high = series.y[i] or 0.0, series.low[i] or 0.0, series.high[i] or 0.0
-            axes.bar(x, y, width * 0.92, color=colour, label=plain(series.name))
-            axes.vlines(x, low, high, color="black", lw=1)
+            if chart.kind == "bars":
+                axes.bar(x, y, width * 0.92, color=colour, label=plain(series.name))
+            else:
+                axes.plot(x, y, "o", color=colour, label=plain(series.name))
+            axes.vlines(x, low, high, color="black" if chart.kind == "bars" else colour, lw=1)
     axes.set_xticks(range(len(places)), [plain(str(place)) for place in places], fontsize=8)
 
 
 def _colours(chart: Chart) -> list[str]:
     """Of each series; a name keeps its own."""
-    names = list(dict.fromkeys(series.name for series in chart.series if not series.control))
-    return [GREY if s.control else COLOURS[names.index(s.name) % len(COLOURS)] for s in chart.series]
+    names = {of: list(dict.fromkeys(s.name for s in chart.series if s.control == of)) for of in (False, True)}
+    shades = {False: COLOURS, True: GREYS}
+    return [shades[s.control][names[s.control].index(s.name) % len(shades[s.control])] for s in chart.series]

@@ -138,7 +138,8 @@ def test_in_a_browser(study, tmp_path):
 
 @pytest.mark.parametrize("name", ["refusal", "tone"])
 def test_axes_fit_the_quantity(name):
-    """Shares from 0 to 1, further only where a value lies outside; losses from 0, in nats and not in percent."""
+    """Shares from 0 to 1, further only where a value lies outside; losses as far as they and their intervals go,
+    in nats and not in percent."""
     drawn = charts(json.loads(RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8")))
     for chart in drawn:
         low, high = chart.range
@@ -146,7 +147,9 @@ def test_axes_fit_the_quantity(name):
         assert low <= min(values) and max(values) <= high, chart.name
         assert chart.unit == ("nats" if chart.name.startswith("loss") else "share")
         if chart.unit == "nats":
-            assert low == 0 and high < 1.3 * max(h for series in chart.series for h in series.high)
+            ends = [end for series in chart.series for end in (*series.low, *series.high)]
+            assert chart.kind == "points" and low < min(ends) and max(ends) < high
+            assert high - low < 1.2 * (max(ends) - min(ends))
         elif min(values) >= 0 and max(values) <= 1:
             assert low == 0 and 1 <= high <= 1.3
     assert any(chart.unit == "nats" for chart in drawn) is (name == "tone")

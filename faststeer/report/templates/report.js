@@ -207,11 +207,13 @@
     if (data.intervention !== "clamp") xs.push(0);
     const coefficients = unique(xs).sort((a, b) => a - b);
     const cells = layers.map((l) => coefficients.map((c) => place.get(`${l} ${c}`) ?? (c === 0 && data.intervention !== "clamp" ? 0 : null)));
-    const few = cells.length * coefficients.length <= (narrow() ? 60 : 120);
     const z = cells.map((row) => row.map((n) => (n === null ? null : m.value[n])));
+    const text = z.map((row) => row.map((v) => (v === null ? "" : m.share ? String(Math.round(100 * v)) : number(v, 2))));
+    const longest = Math.max(...text.flat().map((each) => each.length));
+    const fits = cells.length <= 12 && coefficients.length * (longest + 1) <= (narrow() ? 46 : 66);  // characters in a row
     const traces = [{ type: "heatmap", x: coefficients.map(String), y: layers, z, colorscale: "Cividis", xgap: 1, ygap: 1,
       ...(m.share ? { zmin: 0, zmax: 1 } : {}), colorbar: { thickness: 12, tickformat: m.share ? ".0%" : "~g" }, customdata: cells.map((row) => row.map((n) => (n === null ? "" : interval(m, n)))),
-      ...(few ? { text: z.map((row) => row.map((v) => (v === null ? "" : m.share ? String(Math.round(100 * v)) : number(v, 2)))), texttemplate: "%{text}", textfont: { size: narrow() ? 9 : 11 } } : {}),
+      ...(fits ? { text, texttemplate: "%{text}", textfont: { size: narrow() ? 9 : 11 } } : {}),
       hovertemplate: "layer %{y}, coefficient %{x}: %{customdata}<extra></extra>" }];
     const best = state.recommended === null ? null : settings[state.recommended];
     const made = layout("coefficient", "layer", { xaxis: { type: "category" }, yaxis: { type: "category" }, showlegend: false });

@@ -9,17 +9,18 @@
   const written = (chart, value) => chart.unit === "share" ? percent(value) : value.toFixed(3);
 
   function traces(chart) {
-    const names = [...new Set(chart.series.filter((s) => !s.control).map((s) => s.name))], seen = new Set();
-    const palette = COLOURS[dark() ? "dark" : "light"], grey = dark() ? "#8d96a1" : "#8a8a8a";
+    const named = (control) => [...new Set(chart.series.filter((s) => s.control === control).map((s) => s.name))], seen = new Set();
+    const palette = COLOURS[dark() ? "dark" : "light"], greys = dark() ? ["#8d96a1", "#5c6570"] : ["#8a8a8a", "#c4c4c4"];
     return chart.series.flatMap((s) => {
-      const i = names.indexOf(s.name), colour = s.control ? grey : palette[i % palette.length];
+      const i = named(s.control).indexOf(s.name), shades = s.control ? greys : palette, colour = shades[i % shades.length];
       const said = s.y.map((y, k) => y === null ? "" : written(chart, y) + (s.low.length ? ` [${written(chart, s.low[k])}, ${written(chart, s.high[k])}]` : ""));
       const shared = { name: label(s.name), legendgroup: s.name, showlegend: !seen.has(s.name), x: s.x.map((x) => (typeof x === "number" ? x : label(x))),
         y: s.y, customdata: said, hovertemplate: `${label(s.name)}, %{x}: %{customdata}<extra></extra>` };
       seen.add(s.name);
-      if (chart.kind === "bars") return [{ ...shared, type: "bar", marker: { color: colour },
+      const drawnAs = { bars: { type: "bar" }, points: { type: "scatter", mode: "markers", offsetgroup: s.name } }[chart.kind];
+      if (drawnAs) return [{ ...shared, ...drawnAs, marker: { color: colour },
         error_y: { type: "data", symmetric: false, array: s.high.map((h, k) => h - s.y[k]), arrayminus: s.low.map((l, k) => s.y[k] - l), thickness: 1.2, width: 3 } }];
-      const line = { ...shared, mode: s.control ? "lines" : "lines+markers", marker: { symbol: SYMBOLS[Math.max(i, 0) % SYMBOLS.length], size: 6 },
+      const line = { ...shared, mode: s.control ? "lines" : "lines+markers", marker: { symbol: SYMBOLS[i % SYMBOLS.length], size: 6 },
         line: { color: colour, width: s.control ? 1 : 2, dash: s.control ? "dot" : "solid" } };
       if (!s.low.length || s.control) return [line];
       const band = { x: [...s.x, ...[...s.x].reverse()], y: [...s.low, ...[...s.high].reverse()], mode: "lines", fill: "toself",
@@ -34,9 +35,9 @@
     const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true };
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow() ? 11 : 13 },
-      hovermode: "closest", barmode: "group", margin: { l: 56, r: 12, t: 8, b: 48 }, dragmode: narrow() ? false : "zoom", hoverlabel: { namelength: -1 },
+      hovermode: "closest", barmode: "group", scattermode: "group", margin: { l: 56, r: 12, t: 8, b: 48 }, dragmode: narrow() ? false : "zoom", hoverlabel: { namelength: -1 },
       legend: { orientation: "h", y: -0.22, yanchor: "top" }, showlegend: true,
-      xaxis: { ...axis, title: { text: label(chart.x), standoff: 8 }, ...(chart.kind === "bars" ? {} : { tickformat: ".0%" }),
+      xaxis: { ...axis, title: { text: label(chart.x), standoff: 8 }, ...(chart.kind === "lines" ? { tickformat: ".0%" } : {}),
         ...(chart.log ? { type: "log", tickvals: [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1] } : {}) },
       yaxis: { ...axis, title: { text: label(chart.y), standoff: 8 }, tickformat: chart.unit === "share" ? ".0%" : ".2f", range: chart.range },
       shapes: chart.level === null ? [] : [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: chart.level, y1: chart.level, line: { color: "#8a8a8a", dash: "dash", width: 1 } }],
