@@ -368,7 +368,7 @@ def contrast(
     sets = check_contrast(positive, negative, paired=paired)
     rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
     check_lengths(rows, positions)
-    adding = _Sums(rows, paired, covariance, keep)
+    adding = _ContrastSums(rows, paired, covariance, keep)
     for batch in read_batches(
         model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
     ):
@@ -390,7 +390,7 @@ def of_activations(activations: Activations) -> Contrast:
     return Contrast(found, activations.paired, None, activations)
 
 
-class _Sums:
+class _ContrastSums:
     """What is added up while batches pass."""
 
     def __init__(self, rows: Rows, paired: bool, covariance: bool, keep: bool) -> None:

@@ -31,7 +31,7 @@ LAST = "half way"
 
 
 @dataclass(frozen=True)
-class Row:
+class RefusalRow:
     """What one candidate does; scores are means of log(P_R / (1 - P_R)) over the prompts.
 
     Args:
@@ -93,8 +93,8 @@ class Selection:
     """
 
     vector: SteeringVector
-    chosen: Row
-    table: tuple[Row, ...]
+    chosen: RefusalRow
+    table: tuple[RefusalRow, ...]
     rule: Rule
     relaxed: tuple[str, ...]
     limits: dict[str, float]
@@ -254,7 +254,7 @@ def select(
 
 def _row(
     layer: int, position: int | None, values: list[float] | None, limits: dict[str, float], coefficient: float = 1.0
-) -> Row:
+) -> RefusalRow:
     induce, bypass, ablate, kl = values or [math.nan] * 4
     if values is None:
         violated: tuple[str, ...] = ("no direction",)
@@ -268,10 +268,10 @@ def _row(
             LAST: induce > limits["half_way_above"],
         }
         violated = tuple(name for name, holds in satisfied.items() if not holds)
-    return Row(layer, position, induce, bypass, ablate, kl, violated, coefficient)
+    return RefusalRow(layer, position, induce, bypass, ablate, kl, violated, coefficient)
 
 
-def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
+def _choose(table: Sequence[RefusalRow], rule: Rule) -> tuple[RefusalRow, tuple[str, ...]]:
     """Return the best row that violates no constraint but the fewest that must be given up, and those."""
     fewest_first = [some for count in range(len(CONSTRAINTS) + 1) for some in combinations(CONSTRAINTS, count)]
     for relaxed in [*fewest_first, *((*some, LAST) for some in fewest_first)]:
@@ -283,7 +283,7 @@ def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
     )
 
 
-def _order(row: Row, rule: Rule) -> tuple[float, ...]:
+def _order(row: RefusalRow, rule: Rule) -> tuple[float, ...]:
     return row.objective(rule), row.layer, row.position or 0, row.coefficient
 
 

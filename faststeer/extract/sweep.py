@@ -136,7 +136,7 @@ class Judged:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class JudgeSelection:
     """What `select_by_judge` chose.
 
     Args:
@@ -179,7 +179,7 @@ def select_by_judge(
     batch_size: int = 64,
     progress: bool = False,
     parts: ArtefactStore | None = None,
-) -> Choice:
+) -> JudgeSelection:
     """Steer with every candidate, let a judge read the answers, and choose the candidate that does most both ways.
 
     Chosen is the largest min(share of +1 among the answers to `induce`, share of -1 among those to `suppress`), where
@@ -225,7 +225,7 @@ def select_by_judge(
         name: Rate(said.verdicts.count(sign), len(said.verdicts))
         for name, sign, said in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
     }
-    return Choice(vector, table[best], cell, table, before)
+    return JudgeSelection(vector, table[best], cell, table, before)
 
 
 def answer(

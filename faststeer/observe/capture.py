@@ -35,7 +35,7 @@ from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range
 from faststeer.observe.memory import in_batches
-from faststeer.observe.tokens import Row, batch_of, rows
+from faststeer.observe.tokens import TokenRow, batch_of, rows
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_hook_point
 
@@ -172,7 +172,7 @@ def capture(
     kept = dtype or next(model.parameters()).dtype
     if kept not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
-    run = _Reader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
+    run = _BatchReader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
     if folder is None:
         found: dict[int, Captured] = {}
         for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
@@ -200,7 +200,7 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return layers
 
 
-def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int) -> None:
+def _check_keeps(given: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
     """The last generated token is not read by the model, so it cannot be kept."""
     for index, row in enumerate(given):
         last = max(max_new_tokens - 2, -1) if max_new_tokens else len(row.completion) - 1
@@ -216,12 +216,12 @@ def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _BatchReader:
     """Reads one batch after the other."""
 
     model: Any
     tokenizer: Any
-    given: list[Row]
+    given: list[TokenRow]
     plans: list[Plan | None]
     points: tuple[HookPoint, ...]
     layers: list[int]
@@ -263,18 +263,18 @@ class _Reader:
         columns = {key: torch.cat(pieces, dim=1) for key, pieces in seen.items()}
         return [self._row(row, i, ends[i], width, max(first, 0), columns) for i, row in enumerate(rows)]
 
-    def _forward(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+    def _forward(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
         self.model(**forward_arguments(self.model, batch))
         return chosen
 
-    def _generate(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+    def _generate(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
         """The rows with what they go on with, generated in the contexts that read them, as one batch in this order."""
         answering = HuggingFace(self.model, self.tokenizer, max_batch=len(chosen))
         answers = answering.complete([row.prompt for row in chosen], None, SamplingParams(self.max_new_tokens))
-        return [Row(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
+        return [TokenRow(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
 
     def _row(
-        self, row: Row, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
+        self, row: TokenRow, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
     ) -> Captured:
         """Cut a row's own kept tokens from the columns, which begin with the batch's column `first`."""
         n = next(iter(columns.values())).shape[1]
@@ -289,7 +289,9 @@ class _Reader:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _store(folder: Path, model: nn.Module, given: list[Row], plans: list[Plan | None], *settings: Any) -> ArtefactStore:
+def _store(
+    folder: Path, model: nn.Module, given: list[TokenRow], plans: list[Plan | None], *settings: Any
+) -> ArtefactStore:
     """The folder, for the capture that is all of this."""
     shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
     tokens = [(row.prompt, row.completion) for row in given]

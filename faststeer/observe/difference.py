@@ -21,7 +21,7 @@ from faststeer.hf.hooks import read
 from faststeer.hf.steering import steer
 from faststeer.observe.capture import check_layers
 from faststeer.observe.memory import in_batches
-from faststeer.observe.tokens import Row, batch_of, rows
+from faststeer.observe.tokens import TokenRow, batch_of, rows
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_direction, check_hook_point
 
@@ -165,7 +165,7 @@ def _units(
 def _compare(
     model: Any,
     pad_id: int,
-    here: list[Row],
+    here: list[TokenRow],
     plans: list[Plan | None],
     at: HookPoint,
     layers: Sequence[int],

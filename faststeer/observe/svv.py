@@ -27,7 +27,7 @@ from faststeer.hf.hook_points import HookPoints, first_tensor
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.observe.lens import LogitLens
-from faststeer.observe.parts import Norm, Parts, find_parts
+from faststeer.observe.parts import LayerParts, Norm, find_parts
 from faststeer.ops.tables import GateMode, Kind
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
@@ -112,7 +112,7 @@ def svv(
     return SteeringValueVectors(torch.stack([each.to(made[0].device) for each in made]), chosen)
 
 
-def _heads(layer: nn.Module, part: Parts, x: Tensor) -> Tensor:
+def _heads(layer: nn.Module, part: LayerParts, x: Tensor) -> Tensor:
     """x W_V^h W_O^h, times the output norm's weight: `[heads, hidden]` from `[hidden]`."""
     values = part.value_matrix(layer) @ x  # [kv_heads, head_dim]
     values = values.repeat_interleave(part.heads // part.kv_heads, 0)
@@ -262,7 +262,7 @@ class Ablating:
         changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
 
     def _values_withheld(
-        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             def make(added: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class Ablating:
         return hook
 
     def _input_withheld(
-        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
         where = site("resid_pre" if self._points.resid_mid is None else "resid_mid", number)
 
@@ -329,7 +329,7 @@ class Ablating:
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class AttentionSplit:
     """A layer's attention output in a steered run, in parts: attn_out = sum over heads of base + steering, + bias.
 
     Attributes:
@@ -350,7 +350,7 @@ def split(
     batch: Mapping[str, Tensor],
     layers: Iterable[int] | None = None,
     set_prompt: Sequence[int] | int | None = None,
-) -> Iterator[tuple[int, Split]]:
+) -> Iterator[tuple[int, AttentionSplit]]:
     """Split the attention output of some layers (all) in one steered forward pass over `batch` (the arguments of the
     model) into what the heads carry of the steering and of the rest; yields (layer, its split).
 
@@ -401,7 +401,7 @@ def _added(groups: Sequence[_Group], steering: Steering, number: int, stream: Te
     return (_active(groups, steering.passes.rows_on(stream.device), table) @ table).view(stream.shape)
 
 
-def _split(layer: nn.Module, part: Parts, base: Tensor, steering: Tensor, whole: Tensor) -> Split:
+def _split(layer: nn.Module, part: LayerParts, base: Tensor, steering: Tensor, whole: Tensor) -> AttentionSplit:
     matrix = part.output_matrix(layer)
     of_base, of_steering = (torch.einsum("bthd,hod->btho", x.to(matrix.dtype), matrix) for x in (base, steering))
     bias = part.output_bias(layer)
@@ -410,9 +410,9 @@ def _split(layer: nn.Module, part: Parts, base: Tensor, steering: Tensor, whole:
         rest = rest + bias
     norm = part.output_norm
     if norm is None:
-        return Split(of_base, of_steering, rest)
+        return AttentionSplit(of_base, of_steering, rest)
     scale = norm.scale(torch.einsum("bthd,hod->bto", whole.to(matrix.dtype), matrix) + rest)
     of_base, of_steering = (norm.linear(layer, x) * scale.unsqueeze(-1) for x in (of_base, of_steering))
     behind = getattr(layer.get_submodule(norm.path), "bias", None)
     rest = norm.linear(layer, rest) * scale
-    return Split(of_base, of_steering, rest if behind is None else rest + behind)
+    return AttentionSplit(of_base, of_steering, rest if behind is None else rest + behind)

@@ -326,7 +326,7 @@ class TestManyAtOnce:
 
     def test_gradients_of_one_step(self, model, tokenizer):
         """Bit for bit what they are alone would ask the same shapes of every matrix product; fp32 sums allow this."""
-        from faststeer.extract.optimise.objectives import Example, Side
+        from faststeer.extract.optimise.objectives import Side, TokenizedPair
         from faststeer.extract.optimise.rows import Plans, Work, losses
 
         objective = PO(0.5)
@@ -334,7 +334,7 @@ class TestManyAtOnce:
             tokenizer, [p.prompt for p in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS]
         )
         examples = [
-            Example(Side(texts[i], -20.0), Side(texts[4 + i], -15.0), pair.sign) for i, pair in enumerate(PAIRS)
+            TokenizedPair(Side(texts[i], -20.0), Side(texts[4 + i], -15.0), pair.sign) for i, pair in enumerate(PAIRS)
         ]
 
         def gradients(numbers):

@@ -21,7 +21,7 @@ TENSORS = ("values", "best", "first_moment", "second_moment")
 
 
 @dataclass
-class State:
+class VectorState:
     """How far one vector's training has come.
 
     Args:
@@ -43,7 +43,7 @@ class State:
     done: bool = False
 
 
-def save(path: Path, states: list[State], step: int, description: Mapping[str, Any]) -> None:
+def save(path: Path, states: list[VectorState], step: int, description: Mapping[str, Any]) -> None:
     """Write `states` after `step` steps of the training that `description` (JSON-serialisable) describes."""
     tensors = {
         f"{name}.{number}": getattr(state, name).detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -68,7 +68,7 @@ def save(path: Path, states: list[State], step: int, description: Mapping[str, A
     write_atomically(path, tensor_files.to_bytes(tensors, header))
 
 
-def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[State], int]:
+def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[VectorState], int]:
     """Read what `save` wrote: the states of the training's `n_vectors` vectors and the number of steps taken.
 
     Raises:
@@ -97,8 +97,8 @@ def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[li
     return states, step
 
 
-def _state(file: tensor_files.TensorFile, number: int, entry: Mapping[str, Any]) -> State:
-    return State(
+def _state(file: tensor_files.TensorFile, number: int, entry: Mapping[str, Any]) -> VectorState:
+    return VectorState(
         **{name: file.tensor(f"{name}.{number}") for name in TENSORS},
         losses=[float(loss) for loss in entry["losses"]],
         held_out={_count(at): float(loss) for at, loss in entry["held_out"]},

@@ -28,7 +28,7 @@ class Side(NamedTuple):
     reference: float
 
 
-class Example(NamedTuple):
+class TokenizedPair(NamedTuple):
     """A Pair in tokens."""
 
     chosen: Side
@@ -58,7 +58,7 @@ class Term(NamedTuple):
     coefficient: float | None
 
 
-class Scores(NamedTuple):
+class TermScores(NamedTuple):
     """Of terms `[terms]`: log p_v, |y| and log p_0 of winners and losers (empty without losers)."""
 
     winner: Tensor
@@ -87,11 +87,11 @@ class Objective(Protocol):
     def check(self, start: float) -> None:
         """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
         ...
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """`[terms]`."""
         ...
 
@@ -135,11 +135,11 @@ class NTP(_Method):
     needs_rejected: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the chosen completion, under the vector times the sign of the pair and the coefficient."""
         return [Term(example.chosen, None, example.sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log p_v(w), divided by the length of w unless `length_normalised` is False; one number per example."""
         return -scores.winner / (scores.winner_length if self.length_normalised else 1)
 
@@ -169,11 +169,11 @@ class PO(_Method):
     def __post_init__(self) -> None:
         _check_not_negative("phi", self.phi)
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the chosen completion against the other, under the vector times the sign and the coefficient."""
         return [Term(example.chosen, example.other, example.sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log s(b log p_v(w) / |w| - log p_v(l) / |l|) with b from the unsteered model; one number per example."""
         b = ((scores.loser_reference - scores.winner_reference) * self.phi).clamp(min=1)
         margin = b * scores.winner / scores.winner_length - scores.loser / scores.loser_length
@@ -215,7 +215,7 @@ class RePS(PO):
         if self.suppression == "null" and start == 0:
             raise ValueError("start is 0.0: a zero vector has no direction to take out; start elsewhere, or 'subtract'")
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """Two terms: the positive completion under the vector, the negative one with the vector suppressed."""
         return [
             Term(example.positive, example.negative, coefficient),
@@ -256,13 +256,13 @@ class BiPO(_Method):
     def __post_init__(self) -> None:
         _check_not_negative("beta", self.beta)
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the positive completion wins where `sign` is +1, the negative one where it is -1."""
         # d (f(positive) - f(negative)) is f(winner) - f(loser), the two changing places with d.
         sides = (example.positive, example.negative) if sign > 0 else (example.negative, example.positive)
         return [Term(*sides, sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log s(beta (log p_v/p_0 (w) - log p_v/p_0 (l))); one number per example."""
         gain = (scores.winner - scores.winner_reference) - (scores.loser - scores.loser_reference)
         return -F.logsigmoid(self.beta * gain)
@@ -277,7 +277,7 @@ def _check_not_negative(name: str, value: float) -> None:
 METHODS: dict[str, type[NTP] | type[PO] | type[BiPO]] = {m.name: m for m in (NTP, PO, RePS, BiPO)}
 
 
-def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> Scores:
+def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> TermScores:
     """`winner` and `loser`: log p_v `[terms]`, `loser` empty where the terms have none."""
 
     def lengths(sides: list[Side]) -> Tensor:
@@ -288,4 +288,4 @@ def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> Scores:
 
     winners = [term.winner for term in terms]
     losers = [term.loser for term in terms if term.loser is not None]
-    return Scores(winner, lengths(winners), references(winners), loser, lengths(losers), references(losers))
+    return TermScores(winner, lengths(winners), references(winners), loser, lengths(losers), references(losers))

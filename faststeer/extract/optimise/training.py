@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from faststeer import hf
 from faststeer.artefacts import digest, fingerprint
 from faststeer.extract.optimise import checkpoint as checkpoints
-from faststeer.extract.optimise.checkpoint import State
-from faststeer.extract.optimise.objectives import Example, Objective, Side
+from faststeer.extract.optimise.checkpoint import VectorState
+from faststeer.extract.optimise.objectives import Objective, Side, TokenizedPair
 from faststeer.extract.optimise.recipe import Recipe, listed
 from faststeer.extract.optimise.rows import Plans, Work, losses, reference_log_probabilities, residual_sizes
 from faststeer.extract.pairs import Pair, Text, check_pairs, encode_completions
@@ -252,7 +252,7 @@ class _Loop:
     held_out: list[Pair]
     checkpoint: str | os.PathLike[str] | None
     progress: bool
-    states: list[State] = field(init=False)
+    states: list[VectorState] = field(init=False)
     plans: Plans = field(init=False)
 
     def run(self) -> Training:
@@ -276,7 +276,7 @@ class _Loop:
             self._train()
         return Training(course.method.name, tuple(self._result(i) for i in range(len(grid))))
 
-    def _begin(self) -> tuple[list[State], int]:
+    def _begin(self) -> tuple[list[VectorState], int]:
         device = model_device(self.model)
         if self.path is not None and self.path.exists():
             states, step = checkpoints.load(self.path, self.description, len(self.course.grid))
@@ -288,7 +288,7 @@ class _Loop:
         starts = [
             self.units[layer] * self.course.start(layer, seed, hidden).to(device) for layer, seed, _ in self.course.grid
         ]
-        return [State(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
+        return [VectorState(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         groups = [
@@ -328,7 +328,7 @@ class _Loop:
                 )
         return sizes
 
-    def _encode(self, pairs: list[Pair]) -> list[Example]:
+    def _encode(self, pairs: list[Pair]) -> list[TokenizedPair]:
         settings = self.course.recipe
 
         def texts(prompts: list[Any], completions: list[str]) -> list[Text]:
@@ -350,7 +350,7 @@ class _Loop:
             references = reference_log_probabilities(self.model, both, padding_id(self.tokenizer), settings.rows)
         sides = [Side(text, value) for text, value in zip(both, references, strict=True)]
         others: list[Any] = sides[len(pairs) :] or [None] * len(pairs)
-        return [Example(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
+        return [TokenizedPair(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
 
     def _train(self) -> None:
         course = self.course

@@ -15,7 +15,7 @@ from faststeer.generator import SamplingParams
 from faststeer.hf.batching import Prompt, check_evaluating, encode
 from faststeer.hf.hook_points import HookPoints
 from faststeer.observe.difference import difference, kept_positions
-from faststeer.observe.tokens import Row
+from faststeer.observe.tokens import TokenRow
 from faststeer.ops.tables import GateMode, Kind
 from faststeer.plan import Plan, site_name
 
@@ -41,9 +41,9 @@ class Example:
     base_tokens: list[int]
 
     @property
-    def row(self) -> Row:
+    def row(self) -> TokenRow:
         """Prompt and completion, as the model reads them."""
-        return Row(self.prompt, self.completion)
+        return TokenRow(self.prompt, self.completion)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)

@@ -151,9 +151,9 @@ def patch(
     points = find_hook_points(model)
     network = Network(model, steered_layer(examples, points))
     graph = network.graph
-    total = _Sums.empty(graph, points.hidden_size)
+    total = _PatchSums.empty(graph, points.hidden_size)
 
-    def run(group: list[int]) -> _Sums:
+    def run(group: list[int]) -> _PatchSums:
         return _patch_batch(network, [examples[index] for index in group], metric, steps)
 
     with network:
@@ -166,7 +166,7 @@ def patch(
 
 
 @dataclass
-class _Sums:
+class _PatchSums:
     """Sums over positions, fp64 on the CPU."""
 
     edges: Tensor
@@ -176,16 +176,16 @@ class _Sums:
     base: Tensor
 
     @classmethod
-    def empty(cls, graph: Graph, hidden_size: int) -> _Sums:
+    def empty(cls, graph: Graph, hidden_size: int) -> _PatchSums:
         shapes = (graph.n_senders, graph.n_receivers), (graph.n_senders,), (hidden_size,), (), ()
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, other: _Sums) -> None:
+    def add(self, other: _PatchSums) -> None:
         for name, value in vars(other).items():
             getattr(self, name).add_(value)
 
 
-def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _Sums:
+def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _PatchSums:
     graph = network.graph
     batch, _ = batch_of([example.row for example in group], 0, network.device)
     base, base_end = network.base(batch)
@@ -193,7 +193,7 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
     difference, steered_end = _differences(network, base, start + added(group, batch, network.points, start.dtype))
     steering = difference[:, 0]
     metric = Metric(name, network.lens, group, base_end, steered_end)
-    sums = _Sums.empty(graph, start.shape[-1])
+    sums = _PatchSums.empty(graph, start.shape[-1])
     sums.steered, sums.base = metric.of(steered_end).sum(), metric.of(base_end).sum()
     check_finite(sums.steered, sums.base)
     del base, base_end, steered_end

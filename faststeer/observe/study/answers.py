@@ -25,7 +25,7 @@ CONTEXTS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
 }
 
 
-class Answers:
+class StudyAnswers:
     """Answers of every vector in every context, one part each."""
 
     def __init__(self, job: Job) -> None:
