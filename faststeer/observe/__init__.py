@@ -8,7 +8,7 @@ from faststeer.observe.difference import Difference, difference, kept_positions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import LayerParts, Norm, find_parts
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch, patch_bytes, with_positions
-from faststeer.observe.sparsity import SparsityPoint, plot_sparsity, sparsity_curves
+from faststeer.observe.sparsity import SparsityPoint, sparsity_curves
 from faststeer.observe.svv import AttentionSplit, SteeringValueVectors, ablate, split, svv
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "overlap",
     "patch",
     "patch_bytes",
-    "plot_sparsity",
     "random_circuit",
     "select",
     "sparsity_curves",

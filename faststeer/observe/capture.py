@@ -26,16 +26,19 @@ from faststeer.generator import SamplingParams
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
     Prompt,
+    TokenRow,
     check_evaluating,
     forward_arguments,
     model_device,
+    pad_rows,
     padding_id,
 )
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range
-from faststeer.observe.memory import in_batches
-from faststeer.observe.tokens import TokenRow, batch_of, rows
+from faststeer.observe.memory import in_batches, rows_in_batches
+from faststeer.observe.tokens import rows
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_hook_point
 
@@ -163,8 +166,7 @@ def capture(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 (none) or more")
     points: tuple[HookPoint, ...] = (check_hook_point(at),) if isinstance(at, str) else tuple(map(check_hook_point, at))
-    n_layers = find_hook_points(model).n_layers
-    wanted = list(range(n_layers)) if layers is None else [layer % n_layers for layer in check_layers(layers, n_layers)]
+    wanted = layer_numbers(layers, find_hook_points(model).n_layers)
     given = rows(tokenizer, prompts, completions, system)
     chosen = plans_for(len(given), plans)
     low, high = position_range(positions)
@@ -174,30 +176,19 @@ def capture(
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
     run = _BatchReader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
     if folder is None:
-        found: dict[int, Captured] = {}
-        for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
-            found |= zip(group, taken, strict=True)
-        return Capture([found[index] for index in range(len(given))])
+        return Capture(rows_in_batches(list(map(len, given)), batch_size, run, "Reading", progress))
     way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
-    store = _store(Path(folder), model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
+    store = run.store(Path(folder), way)
     done = _done(store)
     left = [index for index in range(len(given)) if index not in done]
 
     def read_and_write(group: list[int]) -> None:
         numbers = [left[index] for index in group]
-        _write(store, len(given), dict(zip(numbers, run(numbers), strict=True)), points, wanted)
+        run.write(store, dict(zip(numbers, run(numbers), strict=True)))
 
     for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
         pass
     return Capture.load(folder)
-
-
-def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    """The layers, if the model has them all (negative ones count from the end), else ValueError."""
-    layers = list(layers)
-    if not layers or not all(-n_layers <= layer < n_layers for layer in layers):
-        raise ValueError(f"layers are {layers}: expected some of 0..{n_layers - 1} (or -{n_layers}..-1)")
-    return layers
 
 
 def _check_keeps(given: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
@@ -232,7 +223,7 @@ class _BatchReader:
 
     def __call__(self, group: list[int]) -> list[Captured]:
         chosen = [self.given[index] for index in group]
-        batch, ends = batch_of(chosen, padding_id(self.tokenizer), model_device(self.model))
+        batch, ends = pad_rows(chosen, padding_id(self.tokenizer), model_device(self.model))
         width = batch["input_ids"].shape[1]
         first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
         seen: dict[tuple[HookPoint, int], list[Tensor]] = {
@@ -284,6 +275,32 @@ class _BatchReader:
         return Captured(
             row.ids, len(row.prompt), torch.arange(low, max(high, low)), lambda at, layer: tensors[at, layer]
         )
+
+    def store(self, folder: Path, way: Any) -> ArtefactStore:
+        """The folder, for the capture that is all of this, `way` being what puts plans on the model."""
+        shared = {id(plan): plan.to_json(inline=True) for plan in self.plans if plan is not None}
+        tokens = [(row.prompt, row.completion) for row in self.given]
+        settings = self.points, self.layers, self.range, self.max_new_tokens, self.dtype, way
+        plans = [shared.get(id(plan)) for plan in self.plans]
+        return ArtefactStore(folder, fingerprint(self.model), tokens, plans, list(map(str, settings)))
+
+    def write(self, store: ArtefactStore, batch: Mapping[int, Captured]) -> None:
+        """Write a batch's prompts as a file of the folder."""
+        tensors: dict[str, Tensor] = {}
+        for index, captured in batch.items():
+            tensors |= {
+                f"{index}.token_ids": torch.tensor(captured.token_ids),
+                f"{index}.positions": captured.positions,
+            }
+            places = ((at, layer) for at in self.points for layer in self.layers)
+            tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at, layer in places}
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": store.key,
+            "total": str(len(self.given)),
+            "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
+        }
+        write_atomically(store.folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -19,16 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import compile_plan
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, first_tensor
+from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.observe.additions import additions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import LayerParts, Norm, find_parts
-from faststeer.ops.tables import GateMode, Kind
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector, check_direction
@@ -101,9 +100,7 @@ def svv(
     direction = check_direction(direction, "the vector")
     if direction.shape[0] != points.hidden_size:
         raise ValueError(f"the vector has hidden size {direction.shape[0]}, the model {points.hidden_size}")
-    chosen = tuple(range(first, points.n_layers) if layers is None else layers)
-    if not chosen or not all(0 <= layer < points.n_layers for layer in chosen):
-        raise ValueError(f"layers {list(chosen)}: expected some of 0..{points.n_layers - 1} behind the vector")
+    chosen = tuple(layer_numbers(range(first, points.n_layers) if layers is None else layers, points.n_layers))
     parts = find_parts(model)
     made = []
     for number in chosen:
@@ -154,18 +151,11 @@ def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int)
     """
     found: dict[tuple[int, int, int], _Group] = {}
     for slot, plan in by_slot.items():
-        for entry in compile_plan(plan, n_layers, hidden_size) if plan is not None else ():
-            if entry.kind == Kind.PROBE:
-                continue
-            if entry.kind != Kind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
-                raise ValueError(
-                    "steering value vectors are those of added vectors: the plan must hold Add alone (and Probe), "
-                    f"without gates and keep_norm; it has {entry.kind.name.capitalize()}"
-                    + (" with a gate" if entry.gate_mode != GateMode.NONE else " with keep_norm" * entry.keep_norm)
-                )
+        if plan is None:
+            continue
+        for entry, step in additions(plan, n_layers, hidden_size, "steering value vectors are those of added vectors"):
             key = slot, *entry.position_range
             group = found.setdefault(key, _Group(*key, {}))
-            step = float(entry.scalars[0]) * entry.basis[0].detach().cpu().double()
             group.added[entry.site] = group.added[entry.site] + step if entry.site in group.added else step
     return list(found.values())
 
@@ -363,7 +353,7 @@ def split(
         ValueError: as `ablate`.
     """
     points, parts = find_hook_points(model), find_parts(model)
-    wanted = range(points.n_layers) if layers is None else sorted(set(layers))
+    wanted = sorted(set(layer_numbers(layers, points.n_layers)))
     taken: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     ablating = Ablating(model, ())
     steering = Steering(model, plans, part=ablating)

@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from faststeer.hf.batching import Prompt, encode, pad
+from faststeer.hf.batching import Prompt, TokenRow, encode
 from faststeer.hf.encoding import encode_texts
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """Token ids of a prompt and its completion."""
-
-    prompt: list[int]
-    completion: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.completion
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
 
 
 def rows(
@@ -51,9 +33,3 @@ def _ids(tokenizer: Any, completion: str | Sequence[int]) -> list[int]:
     if isinstance(completion, str):
         return encode_texts(tokenizer, [completion], begin=False)[0]
     return [int(token) for token in completion]
-
-
-def batch_of(rows: Sequence[TokenRow], pad_id: int, device: Any) -> tuple[dict[str, Tensor], list[int]]:
-    """The rows as one batch padded on the left, and the column behind each one's prompt."""
-    width = max(map(len, rows))
-    return pad([row.ids for row in rows], pad_id, device), [width - len(row.completion) for row in rows]

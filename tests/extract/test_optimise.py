@@ -554,9 +554,9 @@ def test_bad_pairs(arguments, message):
         ({"held_out": PAIRS[:1]}, r"held_out\[0\] is among the training pairs"),
         ({"held_out": []}, "held_out is empty"),
         ({"layers": 3}, r"the model has layers 0\.\.2"),
-        ({"layers": []}, "layers is"),
+        ({"layers": []}, "no layer is named"),
         ({"layers": [0, -3]}, "named twice"),
-        ({"layers": "every"}, "layers is 'every'"),
+        ({"layers": "every"}, "layer 'every' is out of range"),
         ({"at": "resid"}, "unknown hook point"),
         ({"coefficient": 0.0}, "coefficient is 0.0"),
         ({"coefficient": [1.0, 1.0]}, "named twice"),
@@ -654,8 +654,9 @@ def test_bad_objectives(model, tokenizer):
         bipo(model, tokenizer, PAIRS, layers=0, steps=1, beta=math.nan)
 
 
-def test_progress_goes_to_stderr(model, tokenizer, capsys):
-    ntp(model, tokenizer, PAIRS, layers=0, steps=2, progress=True)
+def test_progress_goes_to_stderr(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("faststeer.hf.batching.REPORT_SECONDS", 0)
+    ntp(model, tokenizer, PAIRS, layers=0, steps=4, progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "Training 1 vector(s) by ntp, loss" in captured.err
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faststeer.extract.pairs import Text
+from faststeer.hf.batching import TokenRow
 
 Suppression = Literal["null", "subtract"]
 
@@ -24,7 +24,7 @@ Suppression = Literal["null", "subtract"]
 class Side(NamedTuple):
     """A completion, and its log probability under the unsteered model (NaN where no objective needs it)."""
 
-    text: Text
+    text: TokenRow
     reference: float
 
 
@@ -69,36 +69,17 @@ class TermScores(NamedTuple):
     loser_reference: Tensor
 
 
-class Objective(Protocol):
-    """A method's name, what its pairs need, whether each step adds or subtracts the vector by chance, and what it takes
-    for everything that a Recipe leaves open."""
+class Objective:
+    """A method: a subclass gives `name`, `terms` and `losses`, and whatever else differs from what stands here.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def needs_rejected(self) -> bool: ...
-    @property
-    def needs_reference(self) -> bool: ...
-    @property
-    def draws_sign(self) -> bool: ...
-    @property
-    def defaults(self) -> Mapping[str, Any]: ...
+    Attributes:
+        name: of the method.
+        needs_rejected, needs_reference: whether pairs need a rejected completion, and log p_0.
+        draws_sign: whether each step adds or subtracts the vector by chance.
+        defaults: what the method takes for everything that a Recipe leaves open.
+    """
 
-    def check(self, start: float) -> None:
-        """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
-
-    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
-        """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
-        ...
-
-    def losses(self, scores: TermScores) -> Tensor:
-        """`[terms]`."""
-        ...
-
-
-class _Method:
-    """What methods are unless they say otherwise."""
-
+    name: ClassVar[str]
     needs_rejected: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     draws_sign: ClassVar[bool] = False
@@ -112,11 +93,19 @@ class _Method:
     }
 
     def check(self, start: float) -> None:
-        pass
+        """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
+
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
+        """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
+        raise NotImplementedError
+
+    def losses(self, scores: TermScores) -> Tensor:
+        """`[terms]`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NTP(_Method):
+class NTP(Objective):
     """Next-token prediction: -(1/|y|) sum_i log p_v(y_i | prompt, y_<i), y the chosen completion, while sign x
     coefficient x factor x v is added at every token of prompt and completion.
 
@@ -145,7 +134,7 @@ class NTP(_Method):
 
 
 @dataclass(frozen=True)
-class PO(_Method):
+class PO(Objective):
     """Preference optimisation, RePS in one direction: -log sigma(D), D = (b/|w|) log p_v(w) - (1/|l|) log p_v(l), w and
     l the chosen and the rejected completion, both under sign x coefficient x factor x v; b = max((log p_0(l) -
     log p_0(w)) phi, 1). Means over tokens, but b takes sums, as in the source.
@@ -203,7 +192,7 @@ class RePS(PO):
     phi: float = 1.0
     suppression: Suppression = "null"
     name: ClassVar[str] = "reps"
-    defaults: ClassVar[Mapping[str, Any]] = {**_Method.defaults, "lr": 0.04, "batch_size": 6}
+    defaults: ClassVar[Mapping[str, Any]] = {**Objective.defaults, "lr": 0.04, "batch_size": 6}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,7 +213,7 @@ class RePS(PO):
 
 
 @dataclass(frozen=True)
-class BiPO(_Method):
+class BiPO(Objective):
     """Bi-directional preference optimisation: -log sigma(d beta (log p_v(positive)/p_0(positive) -
     log p_v(negative)/p_0(negative))), d = +1 or -1 drawn once per step, while d x coefficient x factor x v is added;
     log p the sum over tokens. Every pair takes part whatever its sign.

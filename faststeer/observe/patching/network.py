@@ -292,17 +292,11 @@ class Network(Context["Network"]):
 
             changes.hook(layer.get_submodule(path).register_forward_hook, projection)
 
-        def before_output(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._taps[i].mixed = first_tensor(args, kwargs)
+        def noting(name: str, of: Callable[..., Tensor]) -> Callable[..., None]:
+            return lambda module, args, last: setattr(self._taps[i], name, of(args, last))
 
-        def after_output(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].attended = first_output(output)
-
-        def attention_out(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].attn_out = first_output(output)
-
-        def mlp_out(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].mlp_out = first_output(output)
+        def output_of(args: Any, output: Any) -> Tensor:
+            return first_output(output)
 
         def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
             # The first reading counts: a norm that is called on streams of our own comes later.
@@ -326,10 +320,11 @@ class Network(Context["Network"]):
             )
 
         output = layer.get_submodule(part.output)
-        changes.hook(output.register_forward_pre_hook, before_output, with_kwargs=True)
-        changes.hook(output.register_forward_hook, after_output)
-        changes.hook(layer.get_submodule(self.points.branch("attn_out", i) or "").register_forward_hook, attention_out)
-        changes.hook(layer.get_submodule(self.points.branch("mlp_out", i) or "").register_forward_hook, mlp_out)
+        changes.hook(output.register_forward_pre_hook, noting("mixed", first_tensor), with_kwargs=True)
+        changes.hook(output.register_forward_hook, noting("attended", output_of))
+        for name in ("attn_out", "mlp_out"):
+            branch = layer.get_submodule(self.points.branch(name, i) or "")
+            changes.hook(branch.register_forward_hook, noting(name, output_of))
         if part.mlp_norm is not None:
             changes.hook(layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook, middle, with_kwargs=True)
         changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, mlp_in, with_kwargs=True)
