@@ -217,10 +217,10 @@ def read_means(
         totals[side] += values.double().sum(0)
         if keep:
             kept[side][numbers] = values
-    counts = {side: len(rows[side]) for side in SIDES}
-    means = (totals[side] / counts[side] for side in SIDES)
+    positive, negative = (totals[side] / len(rows[side]) for side in SIDES)
+    counts = len(rows["positive"]), len(rows["negative"])
     name = model_name(model)
-    found = Candidates(*means, positions, at, *counts.values(), name)
+    found = Candidates(positive, negative, positions, at, *counts, name)
     return found, Activations(kept["positive"], kept["negative"], positions, at, paired, name) if keep else None
 
 

@@ -100,6 +100,8 @@ def svv(
     direction = check_direction(direction, "the vector")
     if direction.shape[0] != points.hidden_size:
         raise ValueError(f"the vector has hidden size {direction.shape[0]}, the model {points.hidden_size}")
+    if layers is None and first >= points.n_layers:
+        raise ValueError("the vector is added behind the last layer: no layer reads it")
     chosen = tuple(layer_numbers(range(first, points.n_layers) if layers is None else layers, points.n_layers))
     parts = find_parts(model)
     made = []
