@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,6 +33,7 @@ from faststeer.files import read_json, reading, write_atomically
 R = TypeVar("R", bound="TensorRecord")
 OF_WORDS, OF_TENSORS = "sha256", "sha256.tensors"
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no larger one
+TEXTS = ("str", "str | None", "HookPoint")  # types of fields whose words are the texts themselves, not JSON
 
 
 def to_bytes(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> bytes:
@@ -129,12 +131,18 @@ class TensorRecord:
     MEND: ClassVar[str]
 
     def _content(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        raise NotImplementedError
+        """Tensors and words; of a dataclass, all its fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return tensors, {name: value for name, value in values.items() if name not in tensors}
 
     @classmethod
     def _read(cls: type[R], file: TensorFile) -> R:
         """May raise whatever `files.UNREADABLE` names."""
-        raise NotImplementedError
+        kinds = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+        tensors = file.exactly(*(name for name, kind in kinds.items() if kind == "Tensor"))
+        words = {name: kind for name, kind in kinds.items() if name in file.words and name not in tensors}
+        return cls(**tensors, **{n: file.words[n] if kind in TEXTS else file.json(n) for n, kind in words.items()})
 
     def to_bytes(self) -> bytes:
         """The file in memory; equal content is equal bytes."""

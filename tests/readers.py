@@ -185,11 +185,11 @@ def _capture(folder: Path) -> object:
 
 def _checkpoint_file() -> bytes:
     states = [
-        checkpoint.State(*(randn(n + i, HIDDEN) for i in range(4)), losses=[1.0, 0.5], held_out={0: 1.0, 2: 0.5})
+        checkpoint.VectorState(*(randn(n + i, HIDDEN) for i in range(4)), losses=[1.0, 0.5], held_out={0: 1.0, 2: 0.5})
         for n in (0, 4)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(path := Path(folder) / "c", states, 2, {"recipe": {"lr": 0.1}})
+        checkpoint.Checkpoint(states, 2, {"recipe": {"lr": 0.1}}).save(path := Path(folder) / "c")
         return path.read_bytes()
 
 
@@ -360,7 +360,7 @@ def _readers() -> dict[str, Reader]:
             {"cfg.json": _json(SAE), "sae_weights.safetensors": save({"W_dec": randn(3, 3, 4)})},
         ),
         "checkpoint": Reader(
-            lambda f: checkpoint.load(f / "c.safetensors", {"recipe": {"lr": 0.1}}, 2),
+            lambda f: checkpoint.Checkpoint.of(f / "c.safetensors", {"recipe": {"lr": 0.1}}, 2),
             {"c.safetensors": _checkpoint_file()},
         ),
         "capture": Reader(_capture, _capture_files()),

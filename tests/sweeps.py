@@ -26,7 +26,7 @@ TABLES = (
 def of_thousands(demo):
     """A sweep of the size it is made for: 7 choices of layers x 9 coefficients x 3 methods x 64 prompts."""
     positive, negative = fs.demo.prompts("refusal", "train")
-    means = contrast(*demo, positive, negative, at="resid_post", positions=[-1], covariance=True)
+    means = contrast(*demo, positive, negative, at="resid_post", positions=[-1], keep=True)
     dim, unit = means.dim().vector(-1), means.pca().vector(-1)
     pca = fs.SteeringVector({n: unit[n] * dim[n].norm() for n in dim.layers}, at="resid_post", method="pca")
     return sweeps.Sweep(

@@ -52,7 +52,8 @@ def _capture(folder: Path) -> None:
 
 
 def _checkpoint(folder: Path) -> None:
-    checkpoint.save(folder / "checkpoint.safetensors", [checkpoint.State(*randn(next(number), 4, 8))], 1, {})
+    states = [checkpoint.VectorState(*randn(next(number), 4, 8))]
+    checkpoint.Checkpoint(states, 1, {}).save(folder / "checkpoint.safetensors")
 
 
 def _activations(folder: Path) -> None:

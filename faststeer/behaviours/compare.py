@@ -31,19 +31,19 @@ from faststeer.extract.caa import answer_rows, caa_table
 from faststeer.extract.contrast import Contrast, Directions, contrast
 from faststeer.extract.sweep import (
     Cell,
-    Choice,
     Found,
+    JudgeSelection,
     Reader,
     answer,
     cells,
     check_coefficients,
-    check_layer_numbers,
     judged,
     select_by_judge,
 )
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import forecast, model_name
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector
 from faststeer.version import versions
@@ -223,7 +223,7 @@ def compare(
     Recipe(0, **training)  # what is wrong is said before any work
     n_layers = find_hook_points(model).n_layers
     if layers is not None:
-        layers = check_layer_numbers(layers, n_layers)
+        layers = sorted(set(layer_numbers(layers, n_layers)))
     job = _Job(
         model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
         max_new_tokens, check_coefficients(coefficients), n_select, training, _store(folder, model, tokenizer),
@@ -231,7 +231,7 @@ def compare(
     if progress:
         _forecast(job, wanted, n_layers, n_test)
     found, seconds = _timed(lambda: _contrast(job))
-    chosen: dict[str, Choice] = {"dim": _select(job, "dim", found.dim())}
+    chosen: dict[str, JudgeSelection] = {"dim": _select(job, "dim", found.dim())}
     times, skipped = {"dim": seconds}, {}
     norms = found.dim().directions.norm(dim=-1) * found.dim().exists()
     for method in wanted:
@@ -319,7 +319,7 @@ def _contrast(job: _Job) -> Contrast:
     )
 
 
-def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> tuple[Found, float]:
+def _find(job: _Job, method: str, found: Contrast, dim: JudgeSelection) -> tuple[Found, float]:
     """The table of a method's directions, and the seconds that it took to find it."""
     if method not in TRAINED:
         return _timed(lambda: _table(job, method, found, dim))
@@ -327,7 +327,7 @@ def _find(job: _Job, method: str, found: Contrast, dim: Choice) -> tuple[Found, 
     return Directions.of_vector(vector, found.candidates.n_layers), seconds
 
 
-def _table(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
+def _table(job: _Job, method: str, found: Contrast, dim: JudgeSelection) -> Found:
     """Directions of a method that trains nothing."""
     if method in CONTRAST:
         return getattr(found, method)()
@@ -346,7 +346,7 @@ def _table(job: _Job, method: str, found: Contrast, dim: Choice) -> Found:
     return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
 
 
-def _trained(job: _Job, method: str, dim: Choice) -> tuple[SteeringVector, float]:
+def _trained(job: _Job, method: str, dim: JudgeSelection) -> tuple[SteeringVector, float]:
     """The vector of a method that trains, and the seconds that it took. Where parts are kept, the vector is one of
     them, and a training that was stopped goes on; the seconds are those of the run that ended it."""
     _need_pairs(job)
@@ -378,7 +378,7 @@ def _need_pairs(job: _Job) -> None:
         raise ValueError(f"behaviour {job.behaviour.name!r} has no training pairs (prompts with completions)")
 
 
-def _best_layers(dim: Choice, count: int) -> list[int]:
+def _best_layers(dim: JudgeSelection, count: int) -> list[int]:
     """The layers at which the difference in means does most."""
     best: dict[int, tuple[float, float]] = {}
     for row in dim.table:
@@ -407,7 +407,7 @@ def answer_tokens(tokenizer: Any, behaviour: Behaviour) -> tuple[list[int], list
     return found
 
 
-def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: Choice) -> Found:
+def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: JudgeSelection) -> Found:
     """The directions with the lengths of the difference in means; ACE's are its."""
     if method == "ace" or not isinstance(table, Directions):
         return table
@@ -417,7 +417,7 @@ def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: Choi
     return table.scaled_like(norms[place : place + 1])
 
 
-def _select(job: _Job, method: str, table: Found) -> Choice:
+def _select(job: _Job, method: str, table: Found) -> JudgeSelection:
     job.say(f"{method}: choosing among its candidates")
     split = job.behaviour.validation
     return select_by_judge(
@@ -434,7 +434,7 @@ def _select(job: _Job, method: str, table: Found) -> Choice:
     )
 
 
-def _control(job: _Job, dim: Choice) -> Cell:
+def _control(job: _Job, dim: JudgeSelection) -> Cell:
     control = random_like(dim.vector, job.seed)
     table = Directions.of_vector(control, find_hook_points(job.model).n_layers)
     return next(iter(cells(table, [dim.cell.coefficient])))._replace(position=dim.cell.position)
@@ -442,8 +442,8 @@ def _control(job: _Job, dim: Choice) -> Cell:
 
 def _measure(
     job: _Job,
-    chosen: dict[str, Choice],
-    dim: Choice,
+    chosen: dict[str, JudgeSelection],
+    dim: JudgeSelection,
     found: Contrast,
     times: dict[str, float],
     n_test: int | None,
@@ -486,7 +486,7 @@ def _measure(
     return tuple(results)
 
 
-def _cosine(vector: SteeringVector, cell: Cell, found: Contrast, dim: Choice) -> float | None:
+def _cosine(vector: SteeringVector, cell: Cell, found: Contrast, dim: JudgeSelection) -> float | None:
     position = dim.cell.position if cell.position is None else cell.position
     place = found.candidates.positions.index(position)
     if not found.candidates.exists()[place, cell.layer]:

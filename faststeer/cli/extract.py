@@ -307,12 +307,12 @@ def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> No
 
 def _tried(asked: _Asked, model: Any) -> list[int]:
     """The layers that a selection tries."""
-    from faststeer.extract.sweep import check_layer_numbers
     from faststeer.hf import find_hook_points
+    from faststeer.hf.hook_points import layer_numbers
 
     n_layers = find_hook_points(model).n_layers
     if asked.layers is not None:
-        return check_layer_numbers(asked.layers, n_layers)
+        return sorted(set(layer_numbers(asked.layers, n_layers)))
     if asked.select == "judge":  # generating answers takes long
         return list(range(round(0.2 * n_layers), max(round(0.8 * n_layers), 1), 2 if n_layers > 8 else 1))
     return list(range(n_layers))

@@ -22,9 +22,9 @@ from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import NTP, PO, BiPO, Recipe, RePS, Training, TrainingDiverged, train
 from faststeer.extract.pairs import Pair
 from faststeer.extract.sae import sae_feature
-from faststeer.extract.select import Filtered, Row, Selection, check_refusal, filter_prompts, select
+from faststeer.extract.select import Filtered, RefusalRow, Selection, check_refusal, filter_prompts, select
 from faststeer.extract.steered_pairs import steered_pairs
-from faststeer.extract.sweep import Choice, select_by_judge
+from faststeer.extract.sweep import JudgeSelection, select_by_judge
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf.prompts import (
     load_contrast,
@@ -39,15 +39,15 @@ __all__ = [
     "Attribution",
     "BiPO",
     "Candidates",
-    "Choice",
     "Contrast",
     "CosmicSelection",
     "Directions",
     "Filtered",
+    "JudgeSelection",
     "Pair",
     "RePS",
     "Recipe",
-    "Row",
+    "RefusalRow",
     "Selection",
     "Training",
     "TrainingDiverged",

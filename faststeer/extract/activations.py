@@ -6,13 +6,12 @@ A file is safetensors; nothing but the two tensors and the words that say where 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
-import torch
 from torch import Tensor
 
-from faststeer.extract.reading import check_positions
-from faststeer.tensor_files import TensorFile, TensorRecord
+from faststeer.extract.reading import check_positions, check_sides
+from faststeer.tensor_files import TensorRecord
 from faststeer.vector import HookPoint, check_hook_point
 
 
@@ -45,36 +44,12 @@ class Activations(TensorRecord):
     def __post_init__(self) -> None:
         check_hook_point(self.at)
         object.__setattr__(self, "positions", check_positions(self.positions))
-        shapes = self.positive.shape, self.negative.shape
-        wrong = any(len(shape) != 4 or shape[1] != len(self.positions) for shape in shapes)
-        if wrong or shapes[0][1:] != shapes[1][1:] or not self.positive.numel() or not self.negative.numel():
-            raise ValueError(
-                f"activations of shapes {list(shapes[0])} and {list(shapes[1])} for {len(self.positions)} position(s): "
-                "expected [prompts, positions, layers, hidden] twice"
-            )
-        if self.positive.dtype != self.negative.dtype or not self.positive.is_floating_point():
-            raise ValueError(
-                f"activations of dtypes {self.positive.dtype} and {self.negative.dtype}: expected one float"
-            )
-        if self.paired and shapes[0][0] != shapes[1][0]:
-            raise ValueError(f"pairs have two sides, but there are {shapes[0][0]} positive and {shapes[1][0]} negative")
-        if not bool(torch.isfinite(self.positive).all() and torch.isfinite(self.negative).all()):
-            raise ValueError("the activations hold NaN or infinite values: read them again")
+        sides = self.positive, self.negative
+        check_sides("activations", "prompts, positions, layers, hidden", *sides, self.positions)
+        if self.paired and len(self.positive) != len(self.negative):
+            n = f"{len(self.positive)} positive and {len(self.negative)} negative"
+            raise ValueError(f"pairs have two sides, but there are {n}")
 
     def cell(self, side: str, position: int, layer: int) -> Tensor:
         """One side's activations at a position (its index) and layer: `[prompts, hidden]` fp64."""
         return cast(Tensor, getattr(self, side))[:, position, layer].double()
-
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        words = {name: getattr(self, name) for name in ("at", "positions", "paired", "model")}
-        return {"positive": self.positive, "negative": self.negative}, words
-
-    @classmethod
-    def _read(cls, file: TensorFile) -> Activations:
-        return cls(
-            **file.exactly("positive", "negative"),
-            positions=tuple(file.json("positions")),
-            at=cast(HookPoint, file.words["at"]),
-            paired=file.json("paired") is True,
-            model=file.words.get("model"),
-        )

@@ -31,7 +31,7 @@ from faststeer.hf.batching import (
     progress_bar,
 )
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import install, next_order
+from faststeer.hf.hook_points import install, layer_numbers, next_order
 from faststeer.plan import site
 
 Metric = Callable[[Tensor], Tensor]
@@ -112,7 +112,7 @@ def attribution(
         )
     encoded = encode(tokenizer, prompts, system, rendered=rendered)
     check_lengths({"prompts": encoded}, baseline.positions)
-    wanted = list(range(points.n_layers)) if layers is None else sorted(set(layers))
+    wanted = sorted(set(layer_numbers(layers, points.n_layers)))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     # The ends of the path carry no weight: they give the change of the metric.
     times = [0.0, 1.0, *((nodes + 1) / 2)]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from faststeer.extract.contrast import Directions
-from faststeer.extract.dim import Candidates
+from faststeer.extract.dim import read_means
 from faststeer.extract.pairs import Pair, check_pairs
-from faststeer.extract.reading import SIDES, read_batches, side_means
-from faststeer.hf.batching import check_evaluating, encode, model_name
+from faststeer.extract.reading import SIDES
+from faststeer.hf.batching import check_evaluating, encode
 from faststeer.hf.encoding import encode_texts
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -29,28 +29,14 @@ def caa_table(
     check_hook_point(at)
     check_evaluating(model)
     rows = answer_rows(tokenizer, pairs, system, rendered=rendered)
-    n = len(rows["positive"])
-    batches = read_batches(
-        model, tokenizer, rows, at=at, positions=[-1], batch_size=batch_size, progress=progress, paired=True
-    )
-    means = side_means(batches, rows)
-    found = Candidates(means["positive"], means["negative"], (-1,), at, n, n, model_name(model))
-    directions = found.directions * found.exists().unsqueeze(-1)
-    provenance = {"n_pairs": n, "token": "the first at which the completions of a pair differ"}
-    return Directions(directions, (None,), at, "caa", "raw", model_name(model), provenance=provenance)
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    means, _ = read_means(model, tokenizer, rows, at=at, positions=(-1,), paired=True, **how)
+    directions = means.directions * means.exists().unsqueeze(-1)
+    provenance = {"n_pairs": means.n_positive, "token": "the first at which the completions of a pair differ"}
+    return Directions(directions, (None,), at, "caa", "raw", means.model, provenance=provenance)
 
 
-def caa(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    *,
-    at: HookPoint = "resid_post",
-    system: str | None = None,
-    rendered: bool = False,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> SteeringVector:
+def caa(model: Any, tokenizer: Any, pairs: Sequence[Pair], **options: Any) -> SteeringVector:
     """Return the mean over pairs of h(prompt + positive completion) - h(prompt + negative completion) at the answer
     token, a direction for every layer, not normalised.
 
@@ -60,17 +46,14 @@ def caa(
 
     Args:
         pairs: at least two, each with a rejected completion.
-        at: hook point; a block's output is the source's.
-        system, rendered, batch_size, progress: as in `faststeer.extract.candidates`; both sides of a pair pass in one
-            batch.
+        options: `at`, the hook point (a block's output, "resid_post", is the source's); `system`, `rendered`,
+            `batch_size`, `progress` as in `faststeer.extract.candidates`; both sides of a pair pass in one batch.
 
     Raises:
         ValueError: fewer than two pairs, one without a rejected completion or whose completions have the same first
             tokens up to the end of one of them; as `candidates`.
     """
-    return caa_table(
-        model, tokenizer, pairs, at=at, system=system, rendered=rendered, batch_size=batch_size, progress=progress
-    ).vector(None)
+    return caa_table(model, tokenizer, pairs, **options).vector(None)
 
 
 def answer_rows(

@@ -7,7 +7,7 @@ positions at once. Sums are fp64 and independent of the order of the prompts and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from faststeer.extract import linear
 from faststeer.extract.activations import Activations
-from faststeer.extract.dim import Candidates, check_cell
-from faststeer.extract.reading import SIDES, Batch, Rows, check_contrast, check_lengths, check_positions, read_batches
-from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
-from faststeer.hf.prompts import post_instruction_positions
+from faststeer.extract.dim import Candidates, check_cell, read_sets
+from faststeer.extract.reading import SIDES
+from faststeer.hf.batching import Prompt
 from faststeer.intervention import Add, Clamp
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
@@ -108,30 +107,8 @@ class Directions:
         2604.08524); where a norm is 0 there is no direction."""
         own = self.directions.norm(dim=-1, keepdim=True)
         unit = torch.where(own > 0, self.directions / own.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        return Directions(
-            unit * norms.to(torch.float64).expand(own.shape[:2]).unsqueeze(-1),
-            self.positions,
-            self.at,
-            self.method,
-            "raw",
-            self.model,
-            self.details,
-            self.provenance,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Second moments at every position and layer, `[positions, layers, hidden, hidden]` fp64, however many the prompts.
-
-    Args:
-        covariance: of each side about its own mean, divided by its number of prompts.
-        differences: mean of (positive - negative) (positive - negative)^T over the pairs, about zero; None for sets
-            that are no pairs.
-    """
-
-    covariance: Mapping[str, Tensor]
-    differences: Tensor | None
+        lengths = norms.to(torch.float64).expand(own.shape[:2]).unsqueeze(-1)
+        return replace(self, directions=unit * lengths, scale="raw")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +121,11 @@ class Contrast:
     Args:
         candidates: both means, which are also DIM.
         paired: whether positive[i] and negative[i] belong together.
-        moments: second moments, if they were asked for.
         activations: every prompt's activations, if they were kept.
     """
 
     candidates: Candidates
     paired: bool
-    moments: Moments | None = None
     activations: Activations | None = None
 
     def dim(self) -> Candidates:
@@ -174,9 +149,9 @@ class Contrast:
         2310.01405, whose reader it is with labelled pairs.
 
         Raises:
-            ValueError: neither moments nor activations were kept.
+            ValueError: the activations were not kept.
         """
-        return self._components("pca", self._pair_matrix, self._pair_factor)
+        return self._components("pca", self._pair_factor)
 
     def lat(self) -> Directions:
         """Linear artificial tomography: the first principal component of differences of prompts drawn without regard to
@@ -188,9 +163,9 @@ class Contrast:
         2310.01405.
 
         Raises:
-            ValueError: neither moments nor activations were kept.
+            ValueError: the activations were not kept.
         """
-        return self._components("lat", self._total_matrix, self._total_factor)
+        return self._components("lat", self._total_factor)
 
     def probe(self, c: float = 1.0) -> Directions:
         """The normal of a logistic regression of the side on the activation, of unit length, pointing to the positive.
@@ -237,34 +212,30 @@ class Contrast:
         at = means.negative_mean if reference == "negative" else (means.positive_mean + means.negative_mean) / 2
         norm = r.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
         details = {"reference": (at * r).sum(-1) / norm}
-        provenance = self._provenance() | {"reference_of": reference}
-        return Directions(r, means.positions, means.at, "ace", "raw", means.model, details, provenance)
+        return self._table("ace", "raw", r, details, {"reference_of": reference})
 
     # What the methods are made of
 
-    def _provenance(self) -> dict[str, Any]:
-        return {"n_positive": self.candidates.n_positive, "n_negative": self.candidates.n_negative}
+    def _table(
+        self,
+        method: str,
+        scale: Literal["raw", "unit"],
+        directions: Tensor,
+        details: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> Directions:
+        means = self.candidates
+        provenance = {"n_positive": means.n_positive, "n_negative": means.n_negative, **provenance}
+        return Directions(directions, means.positions, means.at, method, scale, means.model, details, provenance)
 
     @cached_property
     def _delta(self) -> Tensor:
         return self.candidates.directions
 
-    @property
-    def _share(self) -> float:
-        """Of the prompts, how many are positive."""
-        return self.candidates.n_positive / (self.candidates.n_positive + self.candidates.n_negative)
-
     def _kept(self, why: str) -> Activations:
         if self.activations is None:
             raise ValueError(f"{why}, and they were not kept: call contrast(..., keep=True)")
         return self.activations
-
-    def _pair_matrix(self, position: int, layer: int) -> Tensor:
-        assert self.moments is not None
-        if self.moments.differences is not None:
-            return self.moments.differences[position, layer]
-        positive, negative = (self.moments.covariance[side][position, layer] for side in SIDES)
-        return positive + negative + torch.outer(self._delta[position, layer], self._delta[position, layer])
 
     def _pair_factor(self, kept: Activations, position: int, layer: int) -> Tensor:
         positive, negative = (kept.cell(side, position, layer) for side in SIDES)
@@ -273,34 +244,15 @@ class Contrast:
         parts = [(x - x.mean(0)) / len(x) ** 0.5 for x in (positive, negative)]
         return torch.cat([*parts, self._delta[position, layer].unsqueeze(0)])
 
-    def _total_matrix(self, position: int, layer: int) -> Tensor:
-        assert self.moments is not None
-        p, delta = self._share, self._delta[position, layer]
-        positive, negative = (self.moments.covariance[side][position, layer] for side in SIDES)
-        return p * positive + (1 - p) * negative + p * (1 - p) * torch.outer(delta, delta)
-
     def _total_factor(self, kept: Activations, position: int, layer: int) -> Tensor:
         both = torch.cat([kept.cell(side, position, layer) for side in SIDES])
         return (both - both.mean(0)) / len(both) ** 0.5
 
-    def _components(
-        self,
-        method: str,
-        matrix: Callable[[int, int], Tensor],
-        factor: Callable[[Activations, int, int], Tensor],
-    ) -> Directions:
-        kept = self.activations
-        if kept is None and self.moments is None:
-            raise ValueError(
-                f"{method} needs second moments: call contrast(..., covariance=True), whose memory does not grow with "
-                "the prompts, or keep=True, whose memory does not grow with the square of the hidden size"
-            )
+    def _components(self, method: str, factor: Callable[[Activations, int, int], Tensor]) -> Directions:
+        kept = self._kept(f"{method} is made of the prompts' activations")
 
         def top(position: int, layer: int) -> tuple[Tensor, float]:
-            if kept is not None:
-                direction, share = linear.top_of_factor(factor(kept, position, layer))
-            else:
-                direction, share = linear.top_of_matrix(matrix(position, layer))
+            direction, share = linear.top_of_factor(factor(kept, position, layer))
             # Where the component is orthogonal to the difference in means, its sign means nothing.
             return (-direction if direction @ self._delta[position, layer] < 0 else direction), share
 
@@ -314,16 +266,7 @@ class Contrast:
         directions, details = torch.zeros_like(self._delta), torch.zeros(self._delta.shape[:2], dtype=torch.float64)
         for position, layer in means.exists().nonzero().tolist():
             directions[position, layer], details[position, layer] = find(position, layer)
-        return Directions(
-            directions,
-            means.positions,
-            means.at,
-            method,
-            "unit",
-            means.model,
-            {detail: details},
-            self._provenance() | provenance,
-        )
+        return self._table(method, "unit", directions, {detail: details}, provenance)
 
 
 def contrast(
@@ -332,15 +275,9 @@ def contrast(
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
-    at: HookPoint = "resid_pre",
-    positions: Sequence[int] | None = None,
     paired: bool = False,
-    covariance: bool = False,
     keep: bool = False,
-    system: str | None = None,
-    rendered: bool = False,
-    batch_size: int = 32,
-    progress: bool = False,
+    **options: Any,
 ) -> Contrast:
     """Run both sets through the model once and keep what the methods from contrast need, for all layers and positions.
 
@@ -348,32 +285,18 @@ def contrast(
 
     Args:
         positive, negative: texts or chat message lists; directions point from the negative to the positive.
-        at, positions, system, rendered, batch_size, progress: as in `candidates`.
         paired: positive[i] and negative[i] differ in the behaviour alone (the same question under two system prompts);
             both pass in one batch.
-        covariance: also add up second moments, for `pca` and `lat`: `(2 or 3) x positions x layers x hidden^2` fp64,
-            however many the prompts.
-        keep: also keep every prompt's activations, for `probe` (and for `pca` and `lat`, which then need no
-            covariance): `prompts x positions x layers x hidden` in the model's dtype. They can be saved and read back
-            (`Activations`).
+        keep: also keep every prompt's activations, for `pca`, `lat` and `probe`: `prompts x positions x layers x
+            hidden` in the model's dtype. They can be saved and read back (`Activations`).
+        options: `at`, `positions`, `system`, `rendered`, `batch_size`, `progress`, as in `candidates`.
 
     Raises:
         ValueError: as `candidates`; with `paired`, sides of different length.
     """
-    check_hook_point(at)
-    check_evaluating(model)
-    positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
-    if rendered:
-        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
-    sets = check_contrast(positive, negative, paired=paired)
-    rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
-    check_lengths(rows, positions)
-    adding = _Sums(rows, paired, covariance, keep)
-    for batch in read_batches(
-        model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
-    ):
-        adding.add(batch)
-    return adding.result(positions, at, model_name(model))
+    sets = {"positive": positive, "negative": negative}
+    means, activations = read_sets(model, tokenizer, sets, paired=paired, keep=keep, **options)
+    return Contrast(means, paired, activations)
 
 
 def of_activations(activations: Activations) -> Contrast:
@@ -387,49 +310,7 @@ def of_activations(activations: Activations) -> Contrast:
     means = [getattr(activations, side).double().mean(0) for side in SIDES]
     counts = len(activations.positive), len(activations.negative)
     found = Candidates(means[0], means[1], activations.positions, activations.at, *counts, activations.model)
-    return Contrast(found, activations.paired, None, activations)
-
-
-class _Sums:
-    """What is added up while batches pass."""
-
-    def __init__(self, rows: Rows, paired: bool, covariance: bool, keep: bool) -> None:
-        self.counts = {side: len(encoded) for side, encoded in rows.items()}
-        self.paired, self.keep, self.covariance = paired, keep, covariance
-        self.totals: dict[str, Tensor] = {}
-        self.scatters = {side: linear.Scatter() for side in rows}
-        self.differences = linear.Scatter(centred=False)
-        self.kept: dict[str, Tensor] = {}
-        self.positive: Tensor | None = None  # of the pairs whose negative side comes next
-
-    def add(self, batch: Batch) -> None:
-        values = batch.activations.double()
-        total = values.sum(0)
-        self.totals[batch.side] = self.totals[batch.side] + total if batch.side in self.totals else total
-        if self.covariance:
-            self.scatters[batch.side].add(values)
-            if self.paired and batch.side == "positive":
-                self.positive = values
-            elif self.paired and self.positive is not None:
-                self.differences.add(self.positive - values)
-        if self.keep:
-            if batch.side not in self.kept:
-                shape = (self.counts[batch.side], *batch.activations.shape[1:])
-                self.kept[batch.side] = torch.empty(shape, dtype=batch.activations.dtype)
-            self.kept[batch.side][batch.numbers] = batch.activations
-
-    def result(self, positions: tuple[int, ...], at: HookPoint, model: str | None) -> Contrast:
-        means = [self.totals[side] / self.counts[side] for side in SIDES]
-        counts = [self.counts[side] for side in SIDES]
-        found = Candidates(means[0], means[1], positions, at, counts[0], counts[1], model)
-        moments = activations = None
-        if self.covariance:
-            covariance = {side: scatter.mean() for side, scatter in self.scatters.items()}
-            moments = Moments(covariance, self.differences.mean() if self.paired else None)
-        if self.keep:
-            kept = [self.kept[side] for side in SIDES]
-            activations = Activations(kept[0], kept[1], positions, at, self.paired, model)
-        return Contrast(found, self.paired, moments, activations)
+    return Contrast(found, activations.paired, activations)
 
 
 def ace_plan(vector: SteeringVector, coefficient: float, layer: int | None = None) -> Plan:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from faststeer.evaluate.divergence import kl_on
-from faststeer.extract.sweep import Found, cells, check_layers
-from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, padding_id
+from faststeer.extract.sweep import Found, JsonFields, cells, check_layers, choose, chosen_vector, fewest_first
+from faststeer.hf.batching import Prompt, check_evaluating, encode, padding_id, prompt_sets
 from faststeer.hf.last_tokens import last_tokens
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
 
 @dataclass(frozen=True)
-class CosmicRow:
+class CosmicRow(JsonFields):
     """What one candidate does to activations.
 
     Args:
@@ -38,19 +38,15 @@ class CosmicRow:
     induce: float
     kl: float
     violated: tuple[str, ...]
+    DERIVED: ClassVar[tuple[str, ...]] = ("score",)
 
     @property
     def score(self) -> float:
         return self.suppress + self.induce
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and `score`, ready for JSON: a number that is not finite is None."""
-        data = asdict(self) | {"score": self.score, "violated": list(self.violated)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
-
 
 @dataclass(frozen=True, eq=False)
-class CosmicSelection:
+class CosmicSelection(JsonFields):
     """The chosen direction at its one layer, its row, the whole table, the layers at which activations were compared,
     and the constraints given up because no candidate satisfied all of them."""
 
@@ -59,17 +55,7 @@ class CosmicSelection:
     table: tuple[CosmicRow, ...]
     layers: tuple[int, ...]
     relaxed: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the vector's values, ready for JSON."""
-        rows = [row.to_dict() for row in self.table]
-        return {
-            "rule": "cosmic",
-            "relaxed": list(self.relaxed),
-            "layers": list(self.layers),
-            "chosen": self.chosen.to_dict(),
-            "table": rows,
-        }
+    rule: str = "cosmic"
 
 
 def select_cosmic(
@@ -116,12 +102,8 @@ def select_cosmic(
     tried_layers, n_layers = check_layers(model, found, layers), found.n_layers
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
-    if rendered:
-        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
-    sides = [
-        encode(tokenizer, prompts, system, what=name)
-        for prompts, name in ((positive, "positive"), (negative, "negative"))
-    ]
+    sets = prompt_sets(rendered, positive=positive, negative=negative)
+    sides = [encode(tokenizer, prompts, system, what=name) for name, prompts in sets.items()]
     settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}
     tried = cells(found, coefficients, tried_layers)
     plain = [_means(model, encoded, [None], range(n_layers), **settings)[0] for encoded in sides]  # [layers, hidden]
@@ -132,7 +114,7 @@ def select_cosmic(
     ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
     added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
     options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
-    kl = kl_on(model, tokenizer, ablations, negative, **options).mean(1)
+    kl = kl_on(model, tokenizer, ablations, sets["negative"], **options).mean(1)
     of_ablation = {id(plan): number for number, plan in enumerate(ablations)}
     table = []
     for number, cell in enumerate(tried):
@@ -146,23 +128,11 @@ def select_cosmic(
         table.append(
             CosmicRow(cell.layer, cell.position, cell.coefficient, suppress, induce, kl[ablation].item(), violated)
         )
-    best, relaxed = _choose(table)
+    best, relaxed = choose(table, fewest_first(("kl", "layer")), lambda row: (-row.score, row.layer, row.position or 0))
     if relaxed:
         warnings.warn(f"no candidate satisfies every constraint; given up: {', '.join(relaxed)}", stacklevel=2)
-    vector = found.vector(best.position, best.layer)
-    how = {"rule": "cosmic", "relaxed": list(relaxed), "layers": chosen_layers, "scores": best.to_dict()}
-    vector = replace(vector, provenance={**vector.provenance, "selection": how})
+    vector = chosen_vector(found, best, rule="cosmic", relaxed=list(relaxed), layers=chosen_layers)
     return CosmicSelection(vector, best, tuple(table), tuple(chosen_layers), relaxed)
-
-
-def _choose(table: Sequence[CosmicRow]) -> tuple[CosmicRow, tuple[str, ...]]:
-    for relaxed in ((), ("kl",), ("layer",), ("kl", "layer")):
-        allowed = [row for row in table if set(row.violated) <= set(relaxed)]
-        if allowed:
-            return min(allowed, key=lambda row: (-row.score, row.layer, row.position or 0)), relaxed
-    raise ValueError(
-        "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
-    )
 
 
 def _means(

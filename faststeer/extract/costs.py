@@ -9,7 +9,7 @@ import torch
 
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import Prompt, as_rendered, check_prompts, encode, padding_id, seconds_per_row
+from faststeer.hf.batching import Prompt, encode, padding_id, prompt_sets, seconds_per_row
 from faststeer.hf.last_tokens import find_common
 from faststeer.intervention import Add
 from faststeer.plan import Plan
@@ -46,8 +46,7 @@ def selection_seconds(
     Raises:
         ValueError: no prompts, or what is no prompt.
     """
-    check = as_rendered if rendered else check_prompts
-    sets = check(induce, "induce"), check(suppress, "suppress")
+    sets = list(prompt_sets(rendered, induce=induce, suppress=suppress).values())
     n_induce, n_suppress = map(len, sets)
     n_steered = n_candidates * n_coefficients
     if rule == "judge":

@@ -7,21 +7,29 @@ direction is the distance between the means.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from faststeer.extract.reading import check_contrast, check_lengths, check_positions, read_batches, side_means
-from faststeer.hf.batching import Prompt, as_rendered, check_evaluating, encode, model_name
+from faststeer.extract.activations import Activations
+from faststeer.extract.reading import (
+    SIDES,
+    Rows,
+    check_contrast,
+    check_lengths,
+    check_positions,
+    check_sides,
+    read_batches,
+)
+from faststeer.hf.batching import Prompt, check_evaluating, encode, model_name, prompt_sets
 from faststeer.hf.prompts import post_instruction_positions
-from faststeer.tensor_files import TensorFile, TensorRecord
+from faststeer.tensor_files import TensorRecord
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
 METHOD = "dim"
-MEANS = ("positive_mean", "negative_mean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,23 +63,8 @@ class Candidates(TensorRecord):
     def __post_init__(self) -> None:
         check_hook_point(self.at)
         object.__setattr__(self, "positions", check_positions(self.positions))
-        shape = self.positive_mean.shape
-        if (
-            len(shape) != 3
-            or shape[0] != len(self.positions)
-            or self.negative_mean.shape != shape
-            or not self.positive_mean.numel()
-        ):
-            raise ValueError(
-                f"means of shapes {list(shape)} and {list(self.negative_mean.shape)} for {len(self.positions)} "
-                "position(s): expected [positions, layers, hidden] twice"
-            )
-        if self.positive_mean.dtype != torch.float64 or self.negative_mean.dtype != torch.float64:
-            raise ValueError(
-                f"means of dtypes {self.positive_mean.dtype} and {self.negative_mean.dtype}: expected torch.float64"
-            )
-        if not bool(torch.isfinite(self.positive_mean).all() and torch.isfinite(self.negative_mean).all()):
-            raise ValueError("the means hold NaN or infinite values: extract them again")
+        means = self.positive_mean, self.negative_mean
+        check_sides("means", "positions, layers, hidden", *means, self.positions, torch.float64)
         if self.n_positive < 1 or self.n_negative < 1:
             raise ValueError(
                 f"means over {self.n_positive} positive and {self.n_negative} negative prompts: "
@@ -130,21 +123,6 @@ class Candidates(TensorRecord):
             directions, at=self.at, model=self.model, method=METHOD, scale="raw", provenance=provenance
         )
 
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        words = {name: getattr(self, name) for name in ("at", "positions", "n_positive", "n_negative", "model")}
-        return {name: getattr(self, name) for name in MEANS}, words
-
-    @classmethod
-    def _read(cls, file: TensorFile) -> Candidates:
-        return cls(
-            **file.exactly(*MEANS),
-            positions=tuple(file.json("positions")),
-            at=cast(HookPoint, file.words["at"]),
-            n_positive=int(file.words["n_positive"]),
-            n_negative=int(file.words["n_negative"]),
-            model=file.words.get("model"),
-        )
-
 
 def check_cell(
     positions: Sequence[int | None], n_layers: int, position: int | None, layer: int | None
@@ -188,25 +166,62 @@ def candidates(
             positions that are not negative or that the shortest prompt does not have, a model in training mode. During
             it: an activation that is NaN or infinite, with its layer and prompt.
     """
+    sets = {"positive": positive, "negative": negative}
+    how: dict[str, Any] = {"system": system, "rendered": rendered, "batch_size": batch_size, "progress": progress}
+    return read_sets(model, tokenizer, sets, at=at, positions=positions, **how)[0]
+
+
+def read_sets(
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[Prompt]],
+    *,
+    at: HookPoint = "resid_pre",
+    positions: Sequence[int] | None = None,
+    paired: bool = False,
+    system: str | None = None,
+    rendered: bool = False,
+    **how: Any,
+) -> tuple[Candidates, Activations | None]:
+    """Check and encode both sets, and read them (`read_means`, whose other arguments are `how`)."""
     check_hook_point(at)
     check_evaluating(model)
     positions = check_positions(post_instruction_positions(tokenizer) if positions is None else positions)
-    if rendered:
-        positive, negative = as_rendered(positive, "positive"), as_rendered(negative, "negative")
-    sets = check_contrast(positive, negative)
-    rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in sets.items()}
+    checked = check_contrast(**prompt_sets(rendered, **sets), paired=paired)
+    rows = {side: encode(tokenizer, prompts, system, what=side) for side, prompts in checked.items()}
     check_lengths(rows, positions)
-    batches = read_batches(model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress)
-    means = side_means(batches, rows)
-    return Candidates(
-        means["positive"],
-        means["negative"],
-        positions,
-        at,
-        len(sets["positive"]),
-        len(sets["negative"]),
-        model_name(model),
-    )
+    return read_means(model, tokenizer, rows, at=at, positions=positions, paired=paired, **how)
+
+
+def read_means(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    *,
+    at: HookPoint,
+    positions: tuple[int, ...],
+    paired: bool = False,
+    keep: bool = False,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> tuple[Candidates, Activations | None]:
+    """Return the means over both sides' rows of token ids, and with `keep` every row's activations."""
+    totals: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for side, numbers, values in read_batches(
+        model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
+    ):
+        if side not in totals:
+            totals[side] = torch.zeros(values.shape[1:], dtype=torch.float64)
+            kept[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
+        totals[side] += values.double().sum(0)
+        if keep:
+            kept[side][numbers] = values
+    positive, negative = (totals[side] / len(rows[side]) for side in SIDES)
+    counts = len(rows["positive"]), len(rows["negative"])
+    name = model_name(model)
+    found = Candidates(positive, negative, positions, at, *counts, name)
+    return found, Activations(kept["positive"], kept["negative"], positions, at, paired, name) if keep else None
 
 
 def dim(
@@ -215,12 +230,8 @@ def dim(
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
-    at: HookPoint = "resid_pre",
     position: int = -1,
-    system: str | None = None,
-    rendered: bool = False,
-    batch_size: int = 32,
-    progress: bool = False,
+    **options: Any,
 ) -> SteeringVector:
     """Return mean(positive activations) - mean(negative activations) at one token position, a direction for every
     layer, not normalised.
@@ -237,16 +248,4 @@ def dim(
     Raises:
         ValueError: as `candidates`; or the means are equal at every layer.
     """
-    found = candidates(
-        model,
-        tokenizer,
-        positive,
-        negative,
-        at=at,
-        positions=[position],
-        system=system,
-        rendered=rendered,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return found.vector(position)
+    return candidates(model, tokenizer, positive, negative, positions=[position], **options).vector(position)

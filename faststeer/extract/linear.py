@@ -1,63 +1,19 @@
-"""The linear algebra of the methods from contrast, in fp64: moments added up batch by batch, top eigenvectors, and
-logistic regression. It knows tensors, no models."""
+"""The linear algebra of the methods from contrast, in fp64: top eigenvectors and logistic regression.
+
+It knows tensors, no models.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from faststeer.extras import needed_for
-
 MAX_STEPS = 200
 
 
-class Scatter:
-    """Second moments of a stream of vectors `[prompts, positions, layers, hidden]`, in memory that does not grow with
-    it.
-
-    About the mean: two groups of n and k vectors whose means differ by e have the scatter S_n + S_k + n k / (n + k) e
-    e^T (Chan, Golub and LeVeque), so that nothing large is ever subtracted. Or, with `centred=False`, about zero.
-    """
-
-    def __init__(self, centred: bool = True) -> None:
-        self._centred = centred
-        self._n = 0
-        self._mean: Tensor | None = None
-        self._sum: Tensor | None = None
-
-    def add(self, values: Tensor) -> None:
-        """Add vectors `[prompts, positions, layers, hidden]`, fp64."""
-        k, positions, layers, hidden = values.shape
-        cells = values.permute(1, 2, 0, 3).reshape(positions * layers, k, hidden)
-        mean = cells.mean(1)
-        if self._sum is None or self._mean is None:
-            self._sum = torch.zeros(positions * layers, hidden, hidden, dtype=torch.float64)
-            self._mean, self._shape = torch.zeros_like(mean), (positions, layers, hidden, hidden)
-        if self._centred:
-            cells = cells - mean.unsqueeze(1)
-            step = mean - self._mean
-            self._sum.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=self._n * k / (self._n + k))
-            self._mean = self._mean + step * (k / (self._n + k))
-        self._sum.baddbmm_(cells.transpose(1, 2), cells)
-        self._n += k
-
-    def mean(self) -> Tensor:
-        """The second moment per vector, `[positions, layers, hidden, hidden]`."""
-        assert self._sum is not None
-        return (self._sum / self._n).view(self._shape)
-
-
-def top_of_matrix(matrix: Tensor) -> tuple[Tensor, float]:
-    """The top eigenvector of a positive semidefinite matrix, and its eigenvalue's share of the trace."""
-    last = matrix.shape[0] - 1
-    with needed_for("principal components", "evaluate"):
-        from scipy.linalg import eigh
-    values, vectors = eigh(matrix.numpy(), subset_by_index=[last, last])
-    return torch.from_numpy(vectors[:, 0].copy()), float(values[0] / matrix.trace())
-
-
 def top_of_factor(factor: Tensor) -> tuple[Tensor, float]:
-    """The same of factor^T factor, `factor` being `[k, hidden]`, without that matrix."""
+    """The top eigenvector of factor^T factor, `factor` being `[k, hidden]`, and its eigenvalue's share of the trace,
+    without that matrix."""
     _, sizes, rows = torch.linalg.svd(factor, full_matrices=False)
     return rows[0], float(sizes[0] ** 2 / (sizes**2).sum())
 

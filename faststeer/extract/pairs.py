@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faststeer.hf.batching import Prompt, encode, prompt_fault
+from faststeer.hf.batching import Prompt, TokenRow, encode, prompt_fault
 from faststeer.hf.encoding import apply_template, encode_texts, special_ids
 
 PLACEHOLDER = "faststeer"
@@ -66,14 +66,6 @@ class Pair:
         return self.rejected if self.sign > 0 else self.chosen
 
 
-@dataclass(frozen=True)
-class Text:
-    """A prompt and one completion, as token ids; the completion has at least one."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-
-
 def check_pairs(pairs: Iterable[Pair], what: str = "pairs", *, rejected: bool = False) -> list[Pair]:
     """Return `pairs` as a list, or raise ValueError naming the first that cannot be used.
 
@@ -118,8 +110,9 @@ def encode_completions(
     system: str | None = None,
     rendered: bool = False,
     max_tokens: int | None = None,
-) -> list[Text]:
-    """Return each prompt with its completion as tokens, the first `max_tokens` of the completion and its end.
+) -> list[TokenRow]:
+    """Return each prompt with its completion as tokens (at least one), the first `max_tokens` of the completion and its
+    end.
 
     Raises:
         ValueError: as `render`; a completion without tokens.
@@ -131,5 +124,5 @@ def encode_completions(
     for index, (prompt, completion) in enumerate(zip(before, after, strict=True)):
         if not completion:
             raise ValueError(f"the completion {completions[index]!r} has no tokens: expected at least one")
-        texts.append(Text(tuple(prompt), tuple([*completion, *ends][:max_tokens])))
+        texts.append(TokenRow(tuple(prompt), tuple([*completion, *ends][:max_tokens])))
     return texts

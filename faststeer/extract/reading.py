@@ -46,6 +46,26 @@ def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
     return positions
 
 
+def check_sides(
+    what: str, axes: str, positive: Tensor, negative: Tensor, positions: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """Raise ValueError unless both sides are finite tensors `[axes]` of one float dtype (by default any) that agree
+    from the axis of `positions` on."""
+    shapes, n = (positive.shape, negative.shape), axes.count(",") + 1
+    first = axes.split(", ").index("positions")
+    wrong = any(len(shape) != n or shape[first] != len(positions) or not shape.numel() for shape in shapes)
+    if wrong or shapes[0][first:] != shapes[1][first:]:
+        raise ValueError(
+            f"{what} of shapes {list(shapes[0])} and {list(shapes[1])} for {len(positions)} position(s): "
+            f"expected [{axes}] twice"
+        )
+    if not positive.is_floating_point() or {positive.dtype, negative.dtype} != {dtype or positive.dtype}:
+        expected = dtype or "one float"
+        raise ValueError(f"{what} of dtypes {positive.dtype} and {negative.dtype}: expected {expected}")
+    if not bool(torch.isfinite(positive).all() and torch.isfinite(negative).all()):
+        raise ValueError(f"the {what} hold NaN or infinite values: extract them again")
+
+
 def check_contrast(
     positive: Sequence[Prompt], negative: Sequence[Prompt], *, paired: bool = False
 ) -> dict[str, list[Prompt]]:
@@ -163,15 +183,6 @@ def read_batches(
                 _check_finite(part, numbers, side, at)
                 yield Batch(side, numbers, part)
             advance()
-
-
-def side_means(batches: Iterator[Batch], rows: Rows) -> dict[str, Tensor]:
-    """Mean activation of each side, `[positions, layers, hidden]` fp64."""
-    totals: dict[str, Tensor] = {}
-    for side, _, activations in batches:
-        total = activations.double().sum(0)
-        totals[side] = totals[side] + total if side in totals else total
-    return {side: total / len(rows[side]) for side, total in totals.items()}
 
 
 def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:

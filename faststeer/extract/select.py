@@ -10,16 +10,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
-from faststeer.extract.sweep import Found, cells, check_coefficients, check_layers
-from faststeer.hf.batching import Prompt, as_rendered, check_prompts
+from faststeer.extract.sweep import (
+    Found,
+    JsonFields,
+    cells,
+    check_coefficients,
+    check_layers,
+    choose,
+    chosen_vector,
+    fewest_first,
+)
+from faststeer.hf.batching import Prompt, prompt_sets
 from faststeer.vector import SteeringVector
 
 Rule = Literal["steering", "arditi"]
@@ -31,7 +39,7 @@ LAST = "half way"
 
 
 @dataclass(frozen=True)
-class Row:
+class RefusalRow(JsonFields):
     """What one candidate does; scores are means of log(P_R / (1 - P_R)) over the prompts.
 
     Args:
@@ -56,6 +64,7 @@ class Row:
     kl: float
     violated: tuple[str, ...]
     coefficient: float = 1.0
+    DERIVED: ClassVar[tuple[str, ...]] = ("admissible",)
 
     @property
     def admissible(self) -> bool:
@@ -66,17 +75,9 @@ class Row:
         """What `rule` minimises."""
         return self.bypass - self.induce if rule == "steering" else self.ablate
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and `admissible`, ready for JSON: a number that is not finite is None."""
-        data = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
-        return data | {"violated": list(self.violated), "admissible": self.admissible}
-
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(JsonFields):
     """The chosen direction and the table it was chosen from.
 
     Args:
@@ -93,21 +94,14 @@ class Selection:
     """
 
     vector: SteeringVector
-    chosen: Row
-    table: tuple[Row, ...]
+    chosen: RefusalRow
+    table: tuple[RefusalRow, ...]
     rule: Rule
     relaxed: tuple[str, ...]
     limits: dict[str, float]
     unsteered: dict[str, float]
     n_prompts: dict[str, int]
     refusal_tokens: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the vector's values, ready for JSON."""
-        names = ("rule", "relaxed", "limits", "unsteered", "n_prompts", "refusal_tokens")
-        data = {name: getattr(self, name) for name in names}
-        data |= {"relaxed": list(self.relaxed), "refusal_tokens": list(self.refusal_tokens)}
-        return data | {"chosen": self.chosen.to_dict(), "table": [row.to_dict() for row in self.table]}
 
 
 def check_refusal(
@@ -130,10 +124,8 @@ def check_refusal(
         ValueError: no prompts, or default refusal tokens with which the model does not begin its answers to harmful
             prompts more often than those to harmless ones.
     """
-    if rendered:
-        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
+    sets = prompt_sets(rendered, harmful=harmful, harmless=harmless)
     ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
-    sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
     unsteered = {
         name: score_on(
             model, tokenizer, [None], prompts, token_ids=ids, system=system, batch_size=batch_size
@@ -203,8 +195,7 @@ def select(
     """
     if rule not in ("steering", "arditi"):
         raise ValueError(f"unknown rule {rule!r}: expected 'steering' or 'arditi'")
-    if rendered:
-        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
+    harmful, harmless = prompt_sets(rendered, harmful=harmful, harmless=harmless).values()
     layers = check_layers(model, candidates, layers)
     coefficients = check_coefficients(coefficients)
     scoring: dict[str, Any] = {"system": system, "batch_size": batch_size}
@@ -246,15 +237,14 @@ def select(
             stacklevel=2,
         )
     n_prompts = {"harmful": len(harmful), "harmless": len(harmless)}
-    found = candidates.vector(chosen.position, chosen.layer)
-    how = {"rule": rule, "relaxed": list(relaxed), "limits": limits, "n_prompts": n_prompts, "scores": chosen.to_dict()}
-    vector = replace(found, provenance={**found.provenance, "selection": how})
+    how = {"rule": rule, "relaxed": list(relaxed), "limits": limits, "n_prompts": n_prompts}
+    vector = chosen_vector(candidates, chosen, **how)
     return Selection(vector, chosen, table, rule, relaxed, limits, unsteered, n_prompts, ids)
 
 
 def _row(
     layer: int, position: int | None, values: list[float] | None, limits: dict[str, float], coefficient: float = 1.0
-) -> Row:
+) -> RefusalRow:
     induce, bypass, ablate, kl = values or [math.nan] * 4
     if values is None:
         violated: tuple[str, ...] = ("no direction",)
@@ -268,23 +258,17 @@ def _row(
             LAST: induce > limits["half_way_above"],
         }
         violated = tuple(name for name, holds in satisfied.items() if not holds)
-    return Row(layer, position, induce, bypass, ablate, kl, violated, coefficient)
+    return RefusalRow(layer, position, induce, bypass, ablate, kl, violated, coefficient)
 
 
-def _choose(table: Sequence[Row], rule: Rule) -> tuple[Row, tuple[str, ...]]:
+def _choose(table: Sequence[RefusalRow], rule: Rule) -> tuple[RefusalRow, tuple[str, ...]]:
     """Return the best row that violates no constraint but the fewest that must be given up, and those."""
-    fewest_first = [some for count in range(len(CONSTRAINTS) + 1) for some in combinations(CONSTRAINTS, count)]
-    for relaxed in [*fewest_first, *((*some, LAST) for some in fewest_first)]:
-        allowed = [row for row in table if set(row.violated) <= set(relaxed)]
-        if allowed:
-            return min(allowed, key=lambda row: _order(row, rule)), relaxed
-    raise ValueError(
-        "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
+    relaxations = fewest_first(CONSTRAINTS)
+    return choose(
+        table,
+        [*relaxations, *((*some, LAST) for some in relaxations)],
+        lambda row: (row.objective(rule), row.layer, row.position or 0, row.coefficient),
     )
-
-
-def _order(row: Row, rule: Rule) -> tuple[float, ...]:
-    return row.objective(rule), row.layer, row.position or 0, row.coefficient
 
 
 @dataclass(frozen=True)
@@ -339,22 +323,12 @@ def filter_prompts(
     Raises:
         ValueError: no prompts, or something that is no prompt.
     """
-    if rendered:
-        harmful, harmless = as_rendered(harmful, "harmful"), as_rendered(harmless, "harmless")
-    sets = {"harmful": check_prompts(harmful, "harmful"), "harmless": check_prompts(harmless, "harmless")}
+    sets = prompt_sets(rendered, harmful=harmful, harmless=harmless)
+    scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress, "token_ids": token_ids}
     kept: dict[str, list[Prompt]] = {}
     unfiltered: list[str] = []
     for name, prompts in sets.items():
-        scores = score_on(
-            model,
-            tokenizer,
-            None,
-            prompts,
-            token_ids=token_ids,
-            system=system,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        scores = score_on(model, tokenizer, None, prompts, **scoring)
         wanted = scores > 0 if name == "harmful" else scores < 0
         kept[name] = [prompt for prompt, keep in zip(prompts, wanted.tolist(), strict=True) if keep]
         if len(kept[name]) < minimum:

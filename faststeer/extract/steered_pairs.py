@@ -10,7 +10,7 @@ from faststeer.evaluate.generate import complete
 from faststeer.evaluate.judging import Judge
 from faststeer.extract.pairs import Pair
 from faststeer.extract.sweep import Reader
-from faststeer.hf.batching import Prompt, as_rendered, check_prompts
+from faststeer.hf.batching import Prompt, prompt_sets
 from faststeer.intervention import Add, Layers
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
@@ -55,9 +55,8 @@ def steered_pairs(
     Raises:
         ValueError: no prompts, a vector that does not fit the model, or no pair that stays.
     """
-    if rendered:
-        induce, suppress = as_rendered(induce, "induce"), as_rendered(suppress, "suppress")
-    sides = ((1, check_prompts(induce, "induce")), (-1, check_prompts(suppress, "suppress")))
+    sets = prompt_sets(rendered, induce=induce, suppress=suppress)
+    sides = ((1, sets["induce"]), (-1, sets["suppress"]))
     prompts = [(sign, prompt) for sign, given in sides for prompt in given]
     plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign, _ in sides}
     reader = Reader.made(judge, coherence, model, tokenizer)

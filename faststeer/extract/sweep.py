@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from faststeer import hf
 from faststeer.artefacts import ArtefactStore
@@ -20,7 +21,8 @@ from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging import Judge, check_line, make, signs
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, as_rendered, check_prompts, progress_bar
+from faststeer.hf.batching import Prompt, progress_bar, prompt_sets
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
@@ -91,19 +93,76 @@ def check_layers(model: Any, found: Found, layers: Iterable[int] | None) -> list
     n_layers = hf.find_hook_points(model).n_layers
     if n_layers != found.n_layers:
         raise ValueError(f"the model has {n_layers} layers, the candidates {found.n_layers}: extract them from it")
-    return list(range(n_layers)) if layers is None else check_layer_numbers(layers, n_layers)
+    return sorted(set(layer_numbers(layers, n_layers)))
 
 
-def check_layer_numbers(layers: Iterable[int], n_layers: int) -> list[int]:
-    """Return distinct layer numbers, ascending, if the model has them, else raise ValueError."""
-    numbers = sorted(set(layers))
-    if not numbers or not 0 <= numbers[0] <= numbers[-1] < n_layers:
-        raise ValueError(f"layers are {numbers}: the model has layers 0..{n_layers - 1}")
-    return numbers
+# What every rule of selection says and does ---------------------------------------------------------------------------
+
+
+class JsonFields:
+    """A dataclass that becomes JSON: its fields but those named in OMITTED, then the properties named in DERIVED."""
+
+    OMITTED: ClassVar[tuple[str, ...]] = ("vector", "cell")
+    DERIVED: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the vector's values, ready for JSON: a number that is not finite is None."""
+        names = [field.name for field in fields(self) if field.name not in self.OMITTED]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in (*names, *self.DERIVED)}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Measured(Protocol):
+    """A candidate's row in the table of a rule with constraints."""
+
+    @property
+    def violated(self) -> tuple[str, ...]: ...
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def fewest_first(constraints: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return every choice of constraints to give up: as few as possible, of equally many the earlier ones."""
+    return [some for count in range(len(constraints) + 1) for some in combinations(constraints, count)]
+
+
+def choose(
+    table: Sequence[M], relaxations: Iterable[tuple[str, ...]], order: Callable[[M], tuple[float, ...]]
+) -> tuple[M, tuple[str, ...]]:
+    """Return the first row by `order` that violates nothing but the first of `relaxations` that leaves one, and that.
+
+    Raises:
+        ValueError: no row is left by any.
+    """
+    for relaxed in relaxations:
+        if allowed := [row for row in table if set(row.violated) <= set(relaxed)]:
+            return min(allowed, key=order), relaxed
+    raise ValueError(
+        "no candidate has finite scores: does the model overflow when steered? Load it in bfloat16 or float32"
+    )
+
+
+def chosen_vector(found: Found, row: Any, **how: Any) -> SteeringVector:
+    """Return a row's direction at its one layer, with how it was chosen and its scores in the provenance."""
+    vector = found.vector(row.position, row.layer)
+    return replace(vector, provenance={**vector.provenance, "selection": {**how, "scores": row.to_dict()}})
+
+
+# By any judge of the answers ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(JsonFields):
     """What a judge says of one candidate.
 
     Args:
@@ -122,21 +181,9 @@ class Judged:
     coherent: Rate | None
     both: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        return {
-            "layer": self.layer,
-            "position": self.position,
-            "coefficient": self.coefficient,
-            "induce": self.induce.to_dict(),
-            "suppress": self.suppress.to_dict(),
-            "coherent": self.coherent and self.coherent.to_dict(),
-            "both": self.both,
-        }
-
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class JudgeSelection(JsonFields):
     """What `select_by_judge` chose.
 
     Args:
@@ -144,6 +191,7 @@ class Choice:
         chosen, cell: its row of the table, and its plans.
         table: one row per candidate.
         unsteered: the shares "induce" and "suppress" of the unsteered model.
+        rule: "judge".
     """
 
     vector: SteeringVector
@@ -151,15 +199,7 @@ class Choice:
     cell: Cell
     table: tuple[Judged, ...]
     unsteered: dict[str, Rate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the vector's values, ready for JSON."""
-        return {
-            "rule": "judge",
-            "chosen": self.chosen.to_dict(),
-            "table": [row.to_dict() for row in self.table],
-            "unsteered": {name: rate.to_dict() for name, rate in self.unsteered.items()},
-        }
+    rule: str = "judge"
 
 
 def select_by_judge(
@@ -179,7 +219,7 @@ def select_by_judge(
     batch_size: int = 64,
     progress: bool = False,
     parts: ArtefactStore | None = None,
-) -> Choice:
+) -> JudgeSelection:
     """Steer with every candidate, let a judge read the answers, and choose the candidate that does most both ways.
 
     Chosen is the largest min(share of +1 among the answers to `induce`, share of -1 among those to `suppress`), where
@@ -201,9 +241,7 @@ def select_by_judge(
         ValueError: no prompts, coefficients that are not positive, candidates of another model or without direction, a
             judge that says something else.
     """
-    if rendered:
-        induce, suppress = as_rendered(induce, "induce"), as_rendered(suppress, "suppress")
-    sets = check_prompts(induce, "induce"), check_prompts(suppress, "suppress")
+    sets = list(prompt_sets(rendered, induce=induce, suppress=suppress).values())
     tried = cells(found, coefficients, check_layers(model, found, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
     settings["parts"] = parts
@@ -218,14 +256,12 @@ def select_by_judge(
     )
     best = max(range(len(table)), key=lambda n: (table[n].both, _sum(table[n]), *_earlier(tried[n])))
     cell = tried[best]
-    vector = found.vector(cell.position, cell.layer)
-    how = {"rule": "judge", "scores": table[best].to_dict()}
-    vector = replace(vector, provenance={**vector.provenance, "selection": how})
+    vector = chosen_vector(found, table[best], rule="judge")
     before = {
         name: Rate(said.verdicts.count(sign), len(said.verdicts))
         for name, sign, said in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
     }
-    return Choice(vector, table[best], cell, table, before)
+    return JudgeSelection(vector, table[best], cell, table, before)
 
 
 def answer(

@@ -13,6 +13,7 @@ import torch
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import model_name
 from faststeer.hf.encoding import encode_texts
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.norms import final_norm, unembedding_of
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 
@@ -62,10 +63,10 @@ def unembedding(
     direction = u if norm is None else norm.transposed(model, u)
     if not bool(direction.norm() > 0):
         raise ValueError("tokens and against have the same unembedding: there is no direction between them")
-    points = find_hook_points(model)
+    n_layers = find_hook_points(model).n_layers
     unit = (direction / direction.norm()).float()
     provenance = {"tokens": wanted, "against": other or "the mean of the vocabulary", "position": None}
-    found = {layer: unit.clone() for layer in (range(points.n_layers) if layers is None else layers)}
+    found = {layer: unit.clone() for layer in layer_numbers(layers, n_layers)}
     return SteeringVector(
         found, at=at, model=model_name(model), method="unembedding", scale="unit", provenance=provenance
     )

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate, chain, count
 from typing import Any, cast
 
@@ -71,6 +72,12 @@ def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prom
                 f"{what}[{index}] {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}"
             )
     return prompts
+
+
+def prompt_sets(rendered: bool, **sets: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Return several named lists of prompts checked (`check_prompts`), with `rendered` each marked (`as_rendered`)."""
+    check = as_rendered if rendered else check_prompts
+    return {name: check(prompts, name) for name, prompts in sets.items()}
 
 
 def prompt_fault(prompt: object) -> str | None:
@@ -198,6 +205,27 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str =
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids of a prompt and of what follows it."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.completion]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def pad_rows(rows: Sequence[TokenRow], pad_id: int, device: Any) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the rows as one batch padded on the left (`pad`), and the column behind each one's prompt."""
+    width = max(map(len, rows))
+    return pad([row.ids for row in rows], pad_id, device), [width - len(row.completion) for row in rows]
+
+
 def tokenize(
     tokenizer: Any,
     prompts: Sequence[Prompt],
@@ -232,9 +260,10 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 @contextmanager
 def progress_bar(
     description: str, total: int, shown: bool, *, weights: Sequence[float] | None = None
-) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each of `total` steps. Where `shown`, it moves a progress bar on stderr with the
-    time left; where stderr is no terminal, it prints a line every REPORT_SECONDS instead.
+) -> Iterator[Callable[..., None]]:
+    """Yield a function to call after each of `total` steps, with a new description if it likes. Where `shown`, it moves
+    a progress bar on stderr with the time left; where stderr is no terminal, it prints a line every REPORT_SECONDS
+    instead.
 
     The time left is said once a part of the steps is done (LEAST_SHARE, at least two): the first ones also take what is
     done once, and their number says little.
@@ -243,18 +272,18 @@ def progress_bar(
         weights: how much work each step is, where steps differ.
     """
     if not shown:
-        yield lambda: None
+        yield lambda text=None: None
         return
     console, least = Console(stderr=True), max(2, math.ceil(LEAST_SHARE * total))
     if not console.is_terminal:
         report, steps = progress_lines(total, console, least, weights=weights), count(1)
         report(0, description)
-        yield lambda: report(next(steps), description)
+        yield lambda text=description: report(next(steps), text)
         return
     left = _Left(least, Left(total, weights))
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, console=console) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda text=description: bar.update(task, advance=1, description=text)
 
 
 class Left:

@@ -6,13 +6,14 @@ from faststeer.observe.capture import Capture, Captured, capture
 from faststeer.observe.circuits import Circuit, Faithfulness, Overlap, faithfulness, overlap, random_circuit, select
 from faststeer.observe.difference import Difference, difference, kept_positions
 from faststeer.observe.lens import LogitLens
-from faststeer.observe.parts import Norm, Parts, find_parts
+from faststeer.observe.parts import LayerParts, Norm, find_parts
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch, patch_bytes, with_positions
-from faststeer.observe.sparsity import SparsityPoint, plot_sparsity, sparsity_curves
-from faststeer.observe.svv import Split, SteeringValueVectors, ablate, split, svv
+from faststeer.observe.sparsity import SparsityPoint, sparsity_curves
+from faststeer.observe.svv import AttentionSplit, SteeringValueVectors, ablate, split, svv
 
 __all__ = [
     "AttentionCall",
+    "AttentionSplit",
     "Capture",
     "Captured",
     "Circuit",
@@ -20,13 +21,12 @@ __all__ = [
     "Example",
     "Faithfulness",
     "Graph",
+    "LayerParts",
     "LogitLens",
     "Norm",
     "Overlap",
-    "Parts",
     "Scores",
     "SparsityPoint",
-    "Split",
     "SteeringValueVectors",
     "ablate",
     "attention_modules",
@@ -41,7 +41,6 @@ __all__ = [
     "overlap",
     "patch",
     "patch_bytes",
-    "plot_sparsity",
     "random_circuit",
     "select",
     "sparsity_curves",

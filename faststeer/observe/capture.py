@@ -26,16 +26,19 @@ from faststeer.generator import SamplingParams
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
     Prompt,
+    TokenRow,
     check_evaluating,
     forward_arguments,
     model_device,
+    pad_rows,
     padding_id,
 )
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range
-from faststeer.observe.memory import in_batches
-from faststeer.observe.tokens import Row, batch_of, rows
+from faststeer.observe.memory import in_batches, rows_in_batches
+from faststeer.observe.tokens import rows
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_hook_point
 
@@ -163,8 +166,7 @@ def capture(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 (none) or more")
     points: tuple[HookPoint, ...] = (check_hook_point(at),) if isinstance(at, str) else tuple(map(check_hook_point, at))
-    n_layers = find_hook_points(model).n_layers
-    wanted = list(range(n_layers)) if layers is None else [layer % n_layers for layer in check_layers(layers, n_layers)]
+    wanted = layer_numbers(layers, find_hook_points(model).n_layers)
     given = rows(tokenizer, prompts, completions, system)
     chosen = plans_for(len(given), plans)
     low, high = position_range(positions)
@@ -172,35 +174,24 @@ def capture(
     kept = dtype or next(model.parameters()).dtype
     if kept not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
-    run = _Reader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
+    run = _BatchReader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
     if folder is None:
-        found: dict[int, Captured] = {}
-        for group, taken in in_batches(list(map(len, given)), batch_size, run, "Reading", progress):
-            found |= zip(group, taken, strict=True)
-        return Capture([found[index] for index in range(len(given))])
+        return Capture(rows_in_batches(list(map(len, given)), batch_size, run, "Reading", progress))
     way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
-    store = _store(Path(folder), model, given, chosen, points, wanted, (low, high), max_new_tokens, kept, way)
+    store = run.store(Path(folder), way)
     done = _done(store)
     left = [index for index in range(len(given)) if index not in done]
 
     def read_and_write(group: list[int]) -> None:
         numbers = [left[index] for index in group]
-        _write(store, len(given), dict(zip(numbers, run(numbers), strict=True)), points, wanted)
+        run.write(store, dict(zip(numbers, run(numbers), strict=True)))
 
     for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
         pass
     return Capture.load(folder)
 
 
-def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    """The layers, if the model has them all (negative ones count from the end), else ValueError."""
-    layers = list(layers)
-    if not layers or not all(-n_layers <= layer < n_layers for layer in layers):
-        raise ValueError(f"layers are {layers}: expected some of 0..{n_layers - 1} (or -{n_layers}..-1)")
-    return layers
-
-
-def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int) -> None:
+def _check_keeps(given: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
     """The last generated token is not read by the model, so it cannot be kept."""
     for index, row in enumerate(given):
         last = max(max_new_tokens - 2, -1) if max_new_tokens else len(row.completion) - 1
@@ -216,12 +207,12 @@ def _check_keeps(given: Sequence[Row], low: int, high: int, max_new_tokens: int)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _BatchReader:
     """Reads one batch after the other."""
 
     model: Any
     tokenizer: Any
-    given: list[Row]
+    given: list[TokenRow]
     plans: list[Plan | None]
     points: tuple[HookPoint, ...]
     layers: list[int]
@@ -232,7 +223,7 @@ class _Reader:
 
     def __call__(self, group: list[int]) -> list[Captured]:
         chosen = [self.given[index] for index in group]
-        batch, ends = batch_of(chosen, padding_id(self.tokenizer), model_device(self.model))
+        batch, ends = pad_rows(chosen, padding_id(self.tokenizer), model_device(self.model))
         width = batch["input_ids"].shape[1]
         first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
         seen: dict[tuple[HookPoint, int], list[Tensor]] = {
@@ -263,18 +254,18 @@ class _Reader:
         columns = {key: torch.cat(pieces, dim=1) for key, pieces in seen.items()}
         return [self._row(row, i, ends[i], width, max(first, 0), columns) for i, row in enumerate(rows)]
 
-    def _forward(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+    def _forward(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
         self.model(**forward_arguments(self.model, batch))
         return chosen
 
-    def _generate(self, batch: dict[str, Tensor], chosen: list[Row]) -> list[Row]:
+    def _generate(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
         """The rows with what they go on with, generated in the contexts that read them, as one batch in this order."""
         answering = HuggingFace(self.model, self.tokenizer, max_batch=len(chosen))
         answers = answering.complete([row.prompt for row in chosen], None, SamplingParams(self.max_new_tokens))
-        return [Row(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
+        return [TokenRow(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
 
     def _row(
-        self, row: Row, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
+        self, row: TokenRow, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
     ) -> Captured:
         """Cut a row's own kept tokens from the columns, which begin with the batch's column `first`."""
         n = next(iter(columns.values())).shape[1]
@@ -285,11 +276,39 @@ class _Reader:
             row.ids, len(row.prompt), torch.arange(low, max(high, low)), lambda at, layer: tensors[at, layer]
         )
 
+    def store(self, folder: Path, way: Any) -> ArtefactStore:
+        """The folder, for the capture that is all of this, `way` being what puts plans on the model."""
+        shared = {id(plan): plan.to_json(inline=True) for plan in self.plans if plan is not None}
+        tokens = [(row.prompt, row.completion) for row in self.given]
+        settings = self.points, self.layers, self.range, self.max_new_tokens, self.dtype, way
+        plans = [shared.get(id(plan)) for plan in self.plans]
+        return ArtefactStore(folder, fingerprint(self.model), tokens, plans, list(map(str, settings)))
+
+    def write(self, store: ArtefactStore, batch: Mapping[int, Captured]) -> None:
+        """Write a batch's prompts as a file of the folder."""
+        tensors: dict[str, Tensor] = {}
+        for index, captured in batch.items():
+            tensors |= {
+                f"{index}.token_ids": torch.tensor(captured.token_ids),
+                f"{index}.positions": captured.positions,
+            }
+            places = ((at, layer) for at in self.points for layer in self.layers)
+            tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at, layer in places}
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": store.key,
+            "total": str(len(self.given)),
+            "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
+        }
+        write_atomically(store.folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
+
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _store(folder: Path, model: nn.Module, given: list[Row], plans: list[Plan | None], *settings: Any) -> ArtefactStore:
+def _store(
+    folder: Path, model: nn.Module, given: list[TokenRow], plans: list[Plan | None], *settings: Any
+) -> ArtefactStore:
     """The folder, for the capture that is all of this."""
     shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
     tokens = [(row.prompt, row.completion) for row in given]

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from faststeer.extras import needed_for
 from faststeer.files import write_atomically
 from faststeer.hf.anatomy import find_hook_points
-from faststeer.observe.memory import in_batches
-from faststeer.observe.patching.examples import Example, added, steered_layer
+from faststeer.observe.memory import rows_in_batches
+from faststeer.observe.patching.examples import Example, steered_layer
 from faststeer.observe.patching.graph import Graph, Kind
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
 from faststeer.observe.patching.network import Network
-from faststeer.observe.patching.scores import Scores
-from faststeer.observe.tokens import batch_of
+from faststeer.observe.patching.scores import Scores, begin
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -307,8 +306,6 @@ def faithfulness(
         if circuit.graph != network.graph:
             raise ValueError(f"circuits[{number}] is of {circuit.graph}, the model and its steering of {network.graph}")
     lengths = [len(example) for example in examples]
-    ends = torch.zeros(2, len(examples), dtype=torch.float64)
-    found = torch.zeros(len(chosen), len(examples), dtype=torch.float64)
     # All circuits of an example after each other: a pass mixes circuits, and rows of similar length.
     pairs = [(e, c) for e in range(len(examples)) for c in range(len(chosen))]
 
@@ -320,33 +317,30 @@ def faithfulness(
         return _partial(network, [examples[e] for e, _ in here], [chosen[c] for _, c in here], metric)
 
     with network:
-        for group, sums in in_batches(lengths, batch_size, whole, "Steered and base", progress):
-            ends[:, group] = sums
+        ends = torch.stack(rows_in_batches(lengths, batch_size, whole, "Steered and base", progress), dim=1)
         check_finite(ends)
-        for group, sums in in_batches([lengths[e] for e, _ in pairs], batch_size, partial, "Circuits", progress):
-            for index, value in zip(group, sums, strict=True):
-                e, c = pairs[index]
-                found[c, e] = value
+        sums = rows_in_batches([lengths[e] for e, _ in pairs], batch_size, partial, "Circuits", progress)
     if ends[0].sum() == ends[1].sum():
         raise ValueError("the metric is the same steered and unsteered: there is nothing to be faithful to")
     kept = torch.tensor([len(example.kept) for example in examples], dtype=torch.float64)
-    return Faithfulness(found, ends[0], ends[1], kept)
+    found = torch.tensor([float(each) for each in sums], dtype=torch.float64).view(len(examples), len(chosen))
+    return Faithfulness(found.T.contiguous(), ends[0], ends[1], kept)
 
 
 @torch.no_grad()
 def _whole(network: Network, group: Sequence[Example], name: MetricName) -> Tensor:
-    """`[2, examples]`: the metric steered and unsteered."""
-    stream, base_end = _begin(network, group)[1:]
+    """`[examples, 2]`: the metric steered and unsteered."""
+    stream, base_end = begin(network, group)[1:]
     left = _last(left for _, left in network.run(stream))
     metric = Metric(name, network.lens, group, base_end, left)
-    return torch.stack([metric.of(left), metric.of(base_end)])
+    return torch.stack([metric.of(left), metric.of(base_end)], dim=1)
 
 
 @torch.no_grad()
 def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circuit], name: MetricName) -> Tensor:
     """`[rows]`: the metric of each example under its circuit."""
     graph = network.graph
-    base, stream, base_end = _begin(network, group)
+    base, stream, base_end = begin(network, group)
     steered_end = _last(left for _, left in network.run(stream)) if name == "directed_kl" else None
     metric = Metric(name, network.lens, group, base_end, steered_end)
     rows, *shape = stream.shape
@@ -375,15 +369,6 @@ def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circ
         moved[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
     last = slice(graph.n_receivers - 1, graph.n_receivers)
     return metric.of(base_end + reads(graph.n_senders, last)[:, 0])
-
-
-def _begin(network: Network, group: Sequence[Example]) -> tuple[list[Any], Tensor, Tensor]:
-    """What the layers do unsteered, the steered stream that enters the first, and the unsteered one that leaves the
-    last."""
-    batch, _ = batch_of([example.row for example in group], 0, network.device)
-    base, base_end = network.base(batch)
-    start = base[0].stream
-    return base, start + added(group, batch, network.points, start.dtype), base_end
 
 
 def _last(streams: Iterable[Tensor]) -> Tensor:

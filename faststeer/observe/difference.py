@@ -16,12 +16,20 @@ from torch import Tensor, nn
 
 from faststeer.evaluate.divergence import kl_divergence
 from faststeer.hf.anatomy import find_hook_points
-from faststeer.hf.batching import Prompt, check_evaluating, forward_arguments, model_device, padding_id
+from faststeer.hf.batching import (
+    Prompt,
+    TokenRow,
+    check_evaluating,
+    forward_arguments,
+    model_device,
+    pad_rows,
+    padding_id,
+)
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import steer
-from faststeer.observe.capture import check_layers
-from faststeer.observe.memory import in_batches
-from faststeer.observe.tokens import Row, batch_of, rows
+from faststeer.observe.memory import rows_in_batches
+from faststeer.observe.tokens import rows
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import HookPoint, check_direction, check_hook_point
 
@@ -105,8 +113,7 @@ def difference(
     check_evaluating(model)
     check_hook_point(at)
     points = find_hook_points(model)
-    wanted = range(points.n_layers) if layers is None else check_layers(layers, points.n_layers)
-    numbers = tuple(layer % points.n_layers for layer in wanted)
+    numbers = tuple(layer_numbers(layers, points.n_layers))
     given = rows(tokenizer, prompts, completions, system)
     chosen = plans_for(len(given), plans)
     units = _units(directions, numbers, points.hidden_size)
@@ -115,10 +122,7 @@ def difference(
         here = [given[index] for index in group]
         return _compare(model, padding_id(tokenizer), here, [chosen[index] for index in group], at, numbers, units)
 
-    found: dict[int, Difference] = {}
-    for group, made in in_batches(list(map(len, given)), batch_size, run, "Comparing", progress):
-        found |= zip(group, made, strict=True)
-    return [found[index] for index in range(len(given))]
+    return rows_in_batches(list(map(len, given)), batch_size, run, "Comparing", progress)
 
 
 def kept_positions(found: Sequence[Difference]) -> list[list[int]]:
@@ -165,13 +169,13 @@ def _units(
 def _compare(
     model: Any,
     pad_id: int,
-    here: list[Row],
+    here: list[TokenRow],
     plans: list[Plan | None],
     at: HookPoint,
     layers: Sequence[int],
     units: Mapping[int, Tensor],
 ) -> list[Difference]:
-    batch, ends = batch_of([*here, *here], pad_id, model_device(model))
+    batch, ends = pad_rows([*here, *here], pad_id, model_device(model))
     with steer(model, [*([None] * len(here)), *plans]) as steering:
         steering.set_prompt(ends)
         with read(model, at, layers, reduce=_reducer(units)) as taken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -43,6 +43,16 @@ def in_batches(
             size = (len(group) + 1) // 2
             warnings.warn(f"{what}: {len(group)} rows do not fit into memory, going on with {size}", stacklevel=3)
             pending = [half for each in [group, *pending] for half in _split(each, size)]
+
+
+def rows_in_batches(
+    lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], Iterable[T]], what: str, progress: bool
+) -> list[T]:
+    """Return what `run` gives of each row, in the order of the rows. Args and errors as `in_batches`."""
+    by_row: dict[int, T] = {}
+    for group, values in in_batches(lengths, batch_size, run, what, progress):
+        by_row |= zip(group, values, strict=True)
+    return [by_row[index] for index in range(len(lengths))]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

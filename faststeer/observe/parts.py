@@ -22,7 +22,7 @@ from faststeer.hf.norms import Norm, NotSeen, is_norm, norm_form, wide
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerParts:
     """Where a decoder layer keeps what attention and MLP read and write. Paths are inside the layer.
 
     Attributes:
@@ -62,7 +62,7 @@ class Parts:
         return getattr(layer.get_submodule(self.output), "bias", None)
 
 
-def find_parts(model: nn.Module) -> tuple[Parts, ...]:
+def find_parts(model: nn.Module) -> tuple[LayerParts, ...]:
     """The parts of every layer, found once per model by a forward pass over four tokens.
 
     Raises:
@@ -70,7 +70,7 @@ def find_parts(model: nn.Module) -> tuple[Parts, ...]:
             linear function of what attention reads, a norm that is neither RMSNorm nor LayerNorm, quantised weights.
     """
 
-    def find() -> tuple[Parts, ...]:
+    def find() -> tuple[LayerParts, ...]:
         points = find_hook_points(model)
         points.check_uniform(model, "an analysis of attention and MLP")
         return tuple(_find(model, points))
@@ -84,7 +84,7 @@ def matrix(projection: nn.Module) -> Tensor:
     return weight.T if isinstance(projection, Conv1D) else weight
 
 
-def _find(model: nn.Module, points: HookPoints) -> Iterator[Parts]:
+def _find(model: nn.Module, points: HookPoints) -> Iterator[LayerParts]:
     values: dict[int, tuple[AttentionCall, Tensor]] = {}
 
     def note(call: AttentionCall) -> Tensor:
@@ -117,7 +117,7 @@ class _Layer:
     calls: dict[str, Call]
     points: HookPoints
 
-    def parts(self, call: AttentionCall, mixed: Tensor) -> Parts:
+    def parts(self, call: AttentionCall, mixed: Tensor) -> LayerParts:
         """`mixed` `[1, tokens, heads, head_dim]`: what attention made of the values."""
         kv_heads, head_dim = call.value.shape[1], call.value.shape[3]
         read = self.calls[self.attention].received
@@ -130,7 +130,7 @@ class _Layer:
         if (mid := self.points.branch("resid_mid", 0)) is not None:
             middle = self.calls[mid].received
         mlp, mlp_norm = self._mlp(middle)
-        return Parts(
+        return LayerParts(
             self.attention,
             attention_norm,
             value,

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from faststeer.algebra import RULES, Rule, sparsify
-from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
-from faststeer.extras import needed_for
-from faststeer.files import write_atomically
+from faststeer.extract.sweep import answer
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.intervention import Add
 from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 
@@ -106,18 +98,9 @@ def sparsity_curves(
     sparse = [_sparse(vector, effect, *cell, rescale) for cell in cells]
     plans = {key: Plan([Add(made, coefficient)]) for key, made in sparse}  # what is the same vector is run once
     every: list[Plan | None] = [None, *plans.values()]
-    texts = complete(
-        model,
-        tokenizer,
-        [prompt for _ in every for prompt in prompts],
-        [plan for plan in every for _ in prompts],
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    n = len(prompts)
-    rates = [Rate(sum(map(bool, map(judge, texts[i : i + n]))), n) for i in range(0, len(texts), n)]
+    how: dict[str, Any] = {"system": system, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    answers = answer(model, tokenizer, [(prompts, plan) for plan in every], progress=progress, **how)
+    rates = [Rate(sum(map(bool, map(judge, texts))), len(prompts)) for texts in answers]
     of_plan = dict(zip(plans, rates[1:], strict=True))
     found = [SparsityPoint(None, 1.0, 0, 0, rates[0])]
     for cell, (key, _) in zip(cells, sparse, strict=True):
@@ -141,30 +124,3 @@ def _sparse(
         seed=seed,
     )
     return (int(scaled), *made.indices[vector.layers[0]].tolist()), made.dense()
-
-
-def plot_sparsity(points: Sequence[SparsityPoint], path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw the rate against sparsity, a curve per rule with 95 % intervals, the unsteered rate dashed. With `path`
-    (.png, .svg, .pdf) it is written too."""
-    with needed_for("a picture", "report"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    axes = figure.add_subplot()
-    for rule, seed in dict.fromkeys((point.rule, point.seed) for point in points if point.rule is not None):
-        own = sorted((p for p in points if (p.rule, p.seed) == (rule, seed)), key=lambda p: p.sparsity)
-        x, y = [p.sparsity for p in own], [p.rate.rate for p in own]
-        (line,) = axes.plot(x, y, marker="o", markersize=3, label=rule if rule != "random" else f"random, seed {seed}")
-        axes.fill_between(x, [p.rate.low for p in own], [p.rate.high for p in own], color=line.get_color(), alpha=0.1)
-    for point in points:
-        if point.rule is None:
-            axes.axhline(point.rate.rate, color="gray", linestyle="--", label="unsteered")
-    axes.set_xlabel("share of coordinates that are zero")
-    axes.set_ylabel("answers with the behaviour")
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, fontsize="small")
-    if path is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150, bbox_inches="tight")
-        write_atomically(path, buffer.getvalue())
-    return figure

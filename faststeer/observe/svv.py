@@ -19,16 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import compile_plan
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, first_tensor
+from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.observe.additions import additions
 from faststeer.observe.lens import LogitLens
-from faststeer.observe.parts import Norm, Parts, find_parts
-from faststeer.ops.tables import EntryKind, GateMode
+from faststeer.observe.parts import LayerParts, Norm, find_parts
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector, check_direction
@@ -101,9 +100,9 @@ def svv(
     direction = check_direction(direction, "the vector")
     if direction.shape[0] != points.hidden_size:
         raise ValueError(f"the vector has hidden size {direction.shape[0]}, the model {points.hidden_size}")
-    chosen = tuple(range(first, points.n_layers) if layers is None else layers)
-    if not chosen or not all(0 <= layer < points.n_layers for layer in chosen):
-        raise ValueError(f"layers {list(chosen)}: expected some of 0..{points.n_layers - 1} behind the vector")
+    if layers is None and first >= points.n_layers:
+        raise ValueError("the vector is added behind the last layer: no layer reads it")
+    chosen = tuple(layer_numbers(range(first, points.n_layers) if layers is None else layers, points.n_layers))
     parts = find_parts(model)
     made = []
     for number in chosen:
@@ -112,7 +111,7 @@ def svv(
     return SteeringValueVectors(torch.stack([each.to(made[0].device) for each in made]), chosen)
 
 
-def _heads(layer: nn.Module, part: Parts, x: Tensor) -> Tensor:
+def _heads(layer: nn.Module, part: LayerParts, x: Tensor) -> Tensor:
     """x W_V^h W_O^h, times the output norm's weight: `[heads, hidden]` from `[hidden]`."""
     values = part.value_matrix(layer) @ x  # [kv_heads, head_dim]
     values = values.repeat_interleave(part.heads // part.kv_heads, 0)
@@ -154,18 +153,11 @@ def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int)
     """
     found: dict[tuple[int, int, int], _Group] = {}
     for slot, plan in by_slot.items():
-        for entry in compile_plan(plan, n_layers, hidden_size) if plan is not None else ():
-            if entry.kind == EntryKind.PROBE:
-                continue
-            if entry.kind != EntryKind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
-                raise ValueError(
-                    "steering value vectors are those of added vectors: the plan must hold Add alone (and Probe), "
-                    f"without gates and keep_norm; it has {entry.kind.name.capitalize()}"
-                    + (" with a gate" if entry.gate_mode != GateMode.NONE else " with keep_norm" * entry.keep_norm)
-                )
+        if plan is None:
+            continue
+        for entry, step in additions(plan, n_layers, hidden_size, "steering value vectors are those of added vectors"):
             key = slot, *entry.position_range
             group = found.setdefault(key, _Group(*key, {}))
-            step = float(entry.scalars[0]) * entry.basis[0].detach().cpu().double()
             group.added[entry.site] = group.added[entry.site] + step if entry.site in group.added else step
     return list(found.values())
 
@@ -262,7 +254,7 @@ class Ablating:
         changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
 
     def _values_withheld(
-        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             def make(added: Tensor) -> Tensor:
@@ -282,7 +274,7 @@ class Ablating:
         return hook
 
     def _input_withheld(
-        self, steering: Steering, number: int, part: Parts, layer: nn.Module, scales: Mapping[str, Tensor]
+        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
         where = site("resid_pre" if self._points.resid_mid is None else "resid_mid", number)
 
@@ -329,7 +321,7 @@ class Ablating:
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class AttentionSplit:
     """A layer's attention output in a steered run, in parts: attn_out = sum over heads of base + steering, + bias.
 
     Attributes:
@@ -350,7 +342,7 @@ def split(
     batch: Mapping[str, Tensor],
     layers: Iterable[int] | None = None,
     set_prompt: Sequence[int] | int | None = None,
-) -> Iterator[tuple[int, Split]]:
+) -> Iterator[tuple[int, AttentionSplit]]:
     """Split the attention output of some layers (all) in one steered forward pass over `batch` (the arguments of the
     model) into what the heads carry of the steering and of the rest; yields (layer, its split).
 
@@ -363,7 +355,7 @@ def split(
         ValueError: as `ablate`.
     """
     points, parts = find_hook_points(model), find_parts(model)
-    wanted = range(points.n_layers) if layers is None else sorted(set(layers))
+    wanted = sorted(set(layer_numbers(layers, points.n_layers)))
     taken: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     ablating = Ablating(model, ())
     steering = Steering(model, plans, part=ablating)
@@ -401,7 +393,7 @@ def _added(groups: Sequence[_Group], steering: Steering, number: int, stream: Te
     return (_active(groups, steering.passes.rows_on(stream.device), table) @ table).view(stream.shape)
 
 
-def _split(layer: nn.Module, part: Parts, base: Tensor, steering: Tensor, whole: Tensor) -> Split:
+def _split(layer: nn.Module, part: LayerParts, base: Tensor, steering: Tensor, whole: Tensor) -> AttentionSplit:
     matrix = part.output_matrix(layer)
     of_base, of_steering = (torch.einsum("bthd,hod->btho", x.to(matrix.dtype), matrix) for x in (base, steering))
     bias = part.output_bias(layer)
@@ -410,9 +402,9 @@ def _split(layer: nn.Module, part: Parts, base: Tensor, steering: Tensor, whole:
         rest = rest + bias
     norm = part.output_norm
     if norm is None:
-        return Split(of_base, of_steering, rest)
+        return AttentionSplit(of_base, of_steering, rest)
     scale = norm.scale(torch.einsum("bthd,hod->bto", whole.to(matrix.dtype), matrix) + rest)
     of_base, of_steering = (norm.linear(layer, x) * scale.unsqueeze(-1) for x in (of_base, of_steering))
     behind = getattr(layer.get_submodule(norm.path), "bias", None)
     rest = norm.linear(layer, rest) * scale
-    return Split(of_base, of_steering, rest if behind is None else rest + behind)
+    return AttentionSplit(of_base, of_steering, rest if behind is None else rest + behind)

@@ -326,7 +326,7 @@ class TestManyAtOnce:
 
     def test_gradients_of_one_step(self, model, tokenizer):
         """Bit for bit what they are alone would ask the same shapes of every matrix product; fp32 sums allow this."""
-        from faststeer.extract.optimise.objectives import Example, Side
+        from faststeer.extract.optimise.objectives import Side, TokenizedPair
         from faststeer.extract.optimise.rows import Plans, Work, losses
 
         objective = PO(0.5)
@@ -334,7 +334,7 @@ class TestManyAtOnce:
             tokenizer, [p.prompt for p in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS]
         )
         examples = [
-            Example(Side(texts[i], -20.0), Side(texts[4 + i], -15.0), pair.sign) for i, pair in enumerate(PAIRS)
+            TokenizedPair(Side(texts[i], -20.0), Side(texts[4 + i], -15.0), pair.sign) for i, pair in enumerate(PAIRS)
         ]
 
         def gradients(numbers):
@@ -554,9 +554,9 @@ def test_bad_pairs(arguments, message):
         ({"held_out": PAIRS[:1]}, r"held_out\[0\] is among the training pairs"),
         ({"held_out": []}, "held_out is empty"),
         ({"layers": 3}, r"the model has layers 0\.\.2"),
-        ({"layers": []}, "layers is"),
+        ({"layers": []}, "no layer is named"),
         ({"layers": [0, -3]}, "named twice"),
-        ({"layers": "every"}, "layers is 'every'"),
+        ({"layers": "every"}, "layer 'every' is out of range"),
         ({"at": "resid"}, "unknown hook point"),
         ({"coefficient": 0.0}, "coefficient is 0.0"),
         ({"coefficient": [1.0, 1.0]}, "named twice"),
@@ -654,8 +654,9 @@ def test_bad_objectives(model, tokenizer):
         bipo(model, tokenizer, PAIRS, layers=0, steps=1, beta=math.nan)
 
 
-def test_progress_goes_to_stderr(model, tokenizer, capsys):
-    ntp(model, tokenizer, PAIRS, layers=0, steps=2, progress=True)
+def test_progress_goes_to_stderr(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("faststeer.hf.batching.REPORT_SECONDS", 0)
+    ntp(model, tokenizer, PAIRS, layers=0, steps=4, progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "Training 1 vector(s) by ntp, loss" in captured.err
 

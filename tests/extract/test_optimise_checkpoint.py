@@ -143,7 +143,7 @@ def test_a_single_changed_weight_is_another_model(name, saved, model, tokenizer,
 
 
 def test_a_folder_is_refused(model, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="is no checkpoint of a training"):
+    with pytest.raises(ValueError, match="holds no checkpoint of a training"):
         ntp(model, tokenizer, PAIRS, layers=1, steps=2, checkpoint=tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_a_folder_is_refused(model, tokenizer, tmp_path):
 @given(data=st.data())
 def test_only_our_error_comes_out_of_damaged_files(data, saved, tmp_path_factory):
     """Cut short, bytes changed, JSON in the header changed."""
-    from faststeer.extract.optimise.checkpoint import load
+    from faststeer.extract.optimise.checkpoint import Checkpoint
 
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     length = int.from_bytes(saved[:8], "little")
@@ -172,7 +172,7 @@ def test_only_our_error_comes_out_of_damaged_files(data, saved, tmp_path_factory
         damaged = save(tensors, {**header["__metadata__"], name: value})
     path.write_bytes(damaged)
     try:
-        states, step = load(path, description, 1)
+        states, step = Checkpoint.of(path, description, 1)
     except ValueError as error:
         assert str(path) in str(error)
     else:

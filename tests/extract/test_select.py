@@ -18,7 +18,7 @@ from scipy.special import log_softmax, logsumexp, rel_entr
 
 from faststeer import SteeringVector
 from faststeer.extract import Candidates, candidates, filter_prompts, select
-from faststeer.extract.select import Row, _choose, _row
+from faststeer.extract.select import RefusalRow, _choose, _row
 from faststeer.hf.batching import encode
 
 TOKENIZER = tiny_chat.bpe_tokenizer()
@@ -231,14 +231,16 @@ def test_choice_is_brute_force(measured, rule):
 
 
 def test_a_direction_that_does_nothing_is_no_way_out():
-    idle = Row(1, -1, induce=-5.0, bypass=4.0, ablate=4.0, kl=0.0, violated=("induce", "half way"))
-    costly = Row(2, -1, induce=-0.5, bypass=-2.0, ablate=-2.0, kl=9.0, violated=("induce", "kl"))
+    idle = RefusalRow(1, -1, induce=-5.0, bypass=4.0, ablate=4.0, kl=0.0, violated=("induce", "half way"))
+    costly = RefusalRow(2, -1, induce=-0.5, bypass=-2.0, ablate=-2.0, kl=9.0, violated=("induce", "kl"))
     assert _choose([idle, costly], "steering") == (costly, ("induce", "kl"))
     assert _choose([idle], "steering") == (idle, ("induce", "half way"))
 
 
 def test_ties_go_to_the_earlier_layer_then_to_the_earlier_position():
-    rows = [Row(layer, position, 1.0, -1.0, 0.0, 0.0, ()) for layer, position in ((3, -5), (2, -1), (2, -4), (2, -2))]
+    rows = [
+        RefusalRow(layer, position, 1.0, -1.0, 0.0, 0.0, ()) for layer, position in ((3, -5), (2, -1), (2, -4), (2, -2))
+    ]
     for rule in ("steering", "arditi"):
         assert _choose(rows, rule) == (rows[2], ())
 

@@ -248,12 +248,13 @@ def test_bad_input_is_refused():
         ({"positions": "generated"}, "keep no token of prompt 0.*give completions"),
         ({"positions": "generated", "max_new_tokens": 1}, "keep no token of prompt 0"),
         ({"at": "residual"}, "unknown hook point"),
-        ({"layers": [6]}, r"expected some of 0\.\.5"),
-        ({"layers": []}, "expected some of"),
+        ({"layers": [6]}, r"the model has layers 0\.\.5"),
+        ({"layers": []}, "no layer is named"),
         ({"dtype": torch.int8}, "expected one of float64"),
         ({"max_new_tokens": -1}, "0 .none. or more"),
         ({"batch_size": 0}, "at least 1"),
     ]
+    fs.hf.find_hook_points(model)  # found by passes of its own
     count, handle = passes(model)
     for settings, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -117,7 +117,7 @@ def test_bad_input_is_refused():
         ({"directions": torch.ones(5)}, "hidden size 5, the model 128"),
         ({"directions": {1: vector()}}, "lack the layers"),
         ({"directions": {0: vector(), 1: torch.ones(2, 128)}, "layers": [0, 1]}, "different numbers of directions"),
-        ({"layers": [9]}, "expected some of"),
+        ({"layers": [9]}, "layer 9 is out of range"),
         ({"completions": "one text"}, "one text for 3 prompts"),
         ({"plans": [None]}, "1 plans for 3 prompts"),
     ]

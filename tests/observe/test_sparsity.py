@@ -109,19 +109,12 @@ def test_rescaling_by_rule():
 def test_equal_vectors_are_run_once(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "faststeer.observe.sparsity.complete",
+        "faststeer.extract.sweep.complete",
         lambda model, tokenizer, prompts, plans, **more: seen.extend(plans) or ["" for _ in prompts],
     )
     points.__wrapped__()
     # Unsteered, whole, and two sparse ones of four rules and of two seeds.
     assert len(seen) == (1 + 1 + 4 * 2 + 2 * 2) * len(PROMPTS)
-
-
-def test_picture(tmp_path):
-    figure = observe.plot_sparsity(points(), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
-    assert labels == {"magnitude", "effect", "paper", "code", "random, seed 0", "random, seed 1", "unsteered"}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from faststeer.cli import app
 from faststeer.evaluate import complete, is_refusal
 from faststeer.observe import study
 from faststeer.observe.study import answers
-from faststeer.observe.study.answers import Answers
+from faststeer.observe.study.answers import StudyAnswers
 from faststeer.observe.study.job import Job
 from faststeer.observe.study.vectors import Finder
 
@@ -360,7 +360,7 @@ def test_attention_that_cannot_be_frozen_is_left_out(demo, tmp_path, monkeypatch
     monkeypatch.setitem(answers.CONTEXTS, "qk", refused)
     job = Job(*demo, study.Settings(**TINY | {"n_test": 1}), ArtefactStore(tmp_path, "base"), 32, 4, False)
     dim = Finder(job).dim
-    table = Answers(job).table({"dim": dim}, fs.extract.random_like(dim, 0))
+    table = StudyAnswers(job).table({"dim": dim}, fs.extract.random_like(dim, 0))
     assert table["skipped"] == {"qk": "no exchangeable attention"}
     assert [row["context"] for row in table["rows"]][4::2] == ["steered", "ov", "svv", "mlp"]
 

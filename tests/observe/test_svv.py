@@ -210,9 +210,9 @@ def test_bad_input_is_refused():
         observe.svv(m, fs.SteeringVector({0: CASE.vector, 1: CASE.vector}))
     with pytest.raises(ValueError, match="hidden size 5, the model 32"):
         observe.svv(m, torch.ones(5))
-    with pytest.raises(ValueError, match=r"expected some of 0\.\.2"):
+    with pytest.raises(ValueError, match=r"the model has layers 0\.\.2"):
         observe.svv(m, CASE.vector, layers=[3])
-    with pytest.raises(ValueError, match="expected some of"):
+    with pytest.raises(ValueError, match="behind the last layer: no layer reads it"):
         observe.svv(m, fs.SteeringVector({2: CASE.vector}, at="resid_post"))
     with pytest.raises(ValueError, match="'svv', 'mlp' or both"):
         observe.ablate(m, fs.Plan([fs.Add(VECTOR)]), "ov")

@@ -38,11 +38,11 @@ from faststeer.behaviours.search.record import (
 from faststeer.behaviours.search.settings import Budget, SearchSettings
 from faststeer.behaviours.search.space import Space
 from faststeer.evaluate.generate import seconds_per_answer
-from faststeer.extract.sweep import check_layer_numbers
 from faststeer.extras import needed_for
 from faststeer.files import FormatError, write_atomically
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, forecast, model_name, progress_bar
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.plan import Plan
 from faststeer.version import versions
@@ -151,7 +151,7 @@ def _checked(model: Any, tokenizer: Any, settings: SearchSettings) -> SearchSett
         ValueError: layers that the model does not have, positions that are no tokens of the prompt.
     """
     n_layers = find_hook_points(model).n_layers
-    layers = check_layer_numbers(range(n_layers) if settings.layers is None else settings.layers, n_layers)
+    layers = sorted(set(layer_numbers(settings.layers, n_layers)))
     positions = settings.positions or tuple(post_instruction_positions(tokenizer))
     return SearchSettings(**asdict(settings) | {"layers": tuple(layers), "positions": tuple(positions)})
 

@@ -7,21 +7,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from faststeer import tensor_files
-from faststeer.files import FormatError, write_atomically
+from faststeer.files import FormatError
 
-FORMAT = "faststeer.training/1"
 MAX_STEPS = 10**9  # a year of thirty steps a second: a larger number is damaged
 TENSORS = ("values", "best", "first_moment", "second_moment")
 
 
 @dataclass
-class State:
+class VectorState:
     """How far one vector's training has come.
 
     Args:
@@ -43,62 +42,66 @@ class State:
     done: bool = False
 
 
-def save(path: Path, states: list[State], step: int, description: Mapping[str, Any]) -> None:
-    """Write `states` after `step` steps of the training that `description` (JSON-serialisable) describes."""
-    tensors = {
-        f"{name}.{number}": getattr(state, name).detach().to("cpu", torch.float32, copy=True).contiguous()
-        for number, state in enumerate(states)
-        for name in TENSORS
-    }
-    progress = [
-        {
-            "losses": s.losses,
-            "held_out": sorted(s.held_out.items()),
-            "best_step": s.best_step,
-            "done": s.done,
+@dataclass
+class Checkpoint(tensor_files.TensorRecord):
+    """The states of a training's vectors after `step` steps, and the training's description (JSON-serialisable)."""
+
+    FORMAT: ClassVar[str] = "faststeer.training/1"
+    HOLDS: ClassVar[str] = "checkpoint of a training"
+    MEND: ClassVar[str] = "remove it, or give another checkpoint="
+
+    states: list[VectorState]
+    step: int
+    description: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[VectorState], int]:
+        """Read the states of a training's `n_vectors` vectors and the number of steps taken.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FormatError: the file is damaged or something else, or belongs to another training than `description`'s,
+                with what differs.
+        """
+        kept = cls.load(path)
+        wanted, found = json.loads(json.dumps(dict(description))), kept.description
+        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if differing or len(kept.states) != n_vectors:
+            said = ", ".join(f"{name} (there {found.get(name)!r}, here {wanted.get(name)!r})" for name in differing)
+            said = said or f"the number of its vectors (there {len(kept.states)}, here {n_vectors})"
+            raise FormatError(
+                f"{path} is a checkpoint of another training: it differs in {said}. Train with the same, or give "
+                "another checkpoint="
+            )
+        return kept.states, kept.step
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {
+            f"{name}.{number}": getattr(state, name).detach().to("cpu", torch.float32, copy=True)
+            for number, state in enumerate(self.states)
+            for name in TENSORS
         }
-        for s in states
-    ]
-    header = {
-        "format": FORMAT,
-        "step": str(step),
-        "progress": json.dumps(progress),
-        "description": json.dumps(dict(description), sort_keys=True),
-    }
-    write_atomically(path, tensor_files.to_bytes(tensors, header))
+        progress = [
+            {"losses": s.losses, "held_out": sorted(s.held_out.items()), "best_step": s.best_step, "done": s.done}
+            for s in self.states
+        ]
+        description = json.dumps(dict(self.description), sort_keys=True)
+        return tensors, {"step": self.step, "progress": progress, "description": description}
 
-
-def load(path: Path, description: Mapping[str, Any], n_vectors: int) -> tuple[list[State], int]:
-    """Read what `save` wrote: the states of the training's `n_vectors` vectors and the number of steps taken.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FormatError: the file is damaged or something else, or belongs to another training than `description`'s, with
-            what differs.
-    """
-    fault = f"{path} is no checkpoint of a training"
-    with tensor_files.opened(path, FORMAT, fault, "remove it, or give another checkpoint=") as file:
-        progress, found = file.json("progress"), file.json("description")
-        if not isinstance(progress, list) or len(progress) != n_vectors or not isinstance(found, dict):
-            raise ValueError(f"it does not hold the states of {n_vectors} vectors and a description")
-        step = _count(file.words["step"])
+    @classmethod
+    def _read(cls, file: tensor_files.TensorFile) -> Checkpoint:
+        progress, description = file.json("progress"), file.json("description")
+        if not isinstance(progress, list) or not isinstance(description, dict):
+            raise ValueError("it does not hold the states of vectors and a description")
         states = [_state(file, number, entry) for number, entry in enumerate(progress)]
         shapes = {(tuple(getattr(s, name).shape), getattr(s, name).dtype) for s in states for name in TENSORS}
         if len(shapes) != 1 or next(iter(shapes))[1] != torch.float32:
             raise ValueError("its tensors are not alike")
-    wanted = json.loads(json.dumps(dict(description)))
-    differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    if differing:
-        said = ", ".join(f"{name} (there {found.get(name)!r}, here {wanted.get(name)!r})" for name in differing)
-        raise FormatError(
-            f"{path} is a checkpoint of another training: it differs in {said}. Train with the same, or give another "
-            "checkpoint="
-        )
-    return states, step
+        return cls(states, _count(file.words["step"]), description)
 
 
-def _state(file: tensor_files.TensorFile, number: int, entry: Mapping[str, Any]) -> State:
-    return State(
+def _state(file: tensor_files.TensorFile, number: int, entry: Mapping[str, Any]) -> VectorState:
+    return VectorState(
         **{name: file.tensor(f"{name}.{number}") for name in TENSORS},
         losses=[float(loss) for loss in entry["losses"]],
         held_out={_count(at): float(loss) for at, loss in entry["held_out"]},

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faststeer.extract.pairs import Text
+from faststeer.hf.batching import TokenRow
 
 Suppression = Literal["null", "subtract"]
 
@@ -24,11 +24,11 @@ Suppression = Literal["null", "subtract"]
 class Side(NamedTuple):
     """A completion, and its log probability under the unsteered model (NaN where no objective needs it)."""
 
-    text: Text
+    text: TokenRow
     reference: float
 
 
-class Example(NamedTuple):
+class TokenizedPair(NamedTuple):
     """A Pair in tokens."""
 
     chosen: Side
@@ -58,7 +58,7 @@ class Term(NamedTuple):
     coefficient: float | None
 
 
-class Scores(NamedTuple):
+class TermScores(NamedTuple):
     """Of terms `[terms]`: log p_v, |y| and log p_0 of winners and losers (empty without losers)."""
 
     winner: Tensor
@@ -69,36 +69,17 @@ class Scores(NamedTuple):
     loser_reference: Tensor
 
 
-class Objective(Protocol):
-    """A method's name, what its pairs need, whether each step adds or subtracts the vector by chance, and what it takes
-    for everything that a Recipe leaves open."""
+class Objective:
+    """A method: a subclass gives `name`, `terms` and `losses`, and whatever else differs from what stands here.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def needs_rejected(self) -> bool: ...
-    @property
-    def needs_reference(self) -> bool: ...
-    @property
-    def draws_sign(self) -> bool: ...
-    @property
-    def defaults(self) -> Mapping[str, Any]: ...
+    Attributes:
+        name: of the method.
+        needs_rejected, needs_reference: whether pairs need a rejected completion, and log p_0.
+        draws_sign: whether each step adds or subtracts the vector by chance.
+        defaults: what the method takes for everything that a Recipe leaves open.
+    """
 
-    def check(self, start: float) -> None:
-        """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
-
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
-        """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
-        ...
-
-    def losses(self, scores: Scores) -> Tensor:
-        """`[terms]`."""
-        ...
-
-
-class _Method:
-    """What methods are unless they say otherwise."""
-
+    name: ClassVar[str]
     needs_rejected: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     draws_sign: ClassVar[bool] = False
@@ -112,11 +93,19 @@ class _Method:
     }
 
     def check(self, start: float) -> None:
-        pass
+        """Raise ValueError where a vector cannot be trained from numbers of this standard deviation."""
+
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
+        """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
+        raise NotImplementedError
+
+    def losses(self, scores: TermScores) -> Tensor:
+        """`[terms]`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NTP(_Method):
+class NTP(Objective):
     """Next-token prediction: -(1/|y|) sum_i log p_v(y_i | prompt, y_<i), y the chosen completion, while sign x
     coefficient x factor x v is added at every token of prompt and completion.
 
@@ -135,17 +124,17 @@ class NTP(_Method):
     needs_rejected: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the chosen completion, under the vector times the sign of the pair and the coefficient."""
         return [Term(example.chosen, None, example.sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log p_v(w), divided by the length of w unless `length_normalised` is False; one number per example."""
         return -scores.winner / (scores.winner_length if self.length_normalised else 1)
 
 
 @dataclass(frozen=True)
-class PO(_Method):
+class PO(Objective):
     """Preference optimisation, RePS in one direction: -log sigma(D), D = (b/|w|) log p_v(w) - (1/|l|) log p_v(l), w and
     l the chosen and the rejected completion, both under sign x coefficient x factor x v; b = max((log p_0(l) -
     log p_0(w)) phi, 1). Means over tokens, but b takes sums, as in the source.
@@ -169,11 +158,11 @@ class PO(_Method):
     def __post_init__(self) -> None:
         _check_not_negative("phi", self.phi)
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the chosen completion against the other, under the vector times the sign and the coefficient."""
         return [Term(example.chosen, example.other, example.sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log s(b log p_v(w) / |w| - log p_v(l) / |l|) with b from the unsteered model; one number per example."""
         b = ((scores.loser_reference - scores.winner_reference) * self.phi).clamp(min=1)
         margin = b * scores.winner / scores.winner_length - scores.loser / scores.loser_length
@@ -203,7 +192,7 @@ class RePS(PO):
     phi: float = 1.0
     suppression: Suppression = "null"
     name: ClassVar[str] = "reps"
-    defaults: ClassVar[Mapping[str, Any]] = {**_Method.defaults, "lr": 0.04, "batch_size": 6}
+    defaults: ClassVar[Mapping[str, Any]] = {**Objective.defaults, "lr": 0.04, "batch_size": 6}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,7 +204,7 @@ class RePS(PO):
         if self.suppression == "null" and start == 0:
             raise ValueError("start is 0.0: a zero vector has no direction to take out; start elsewhere, or 'subtract'")
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """Two terms: the positive completion under the vector, the negative one with the vector suppressed."""
         return [
             Term(example.positive, example.negative, coefficient),
@@ -224,7 +213,7 @@ class RePS(PO):
 
 
 @dataclass(frozen=True)
-class BiPO(_Method):
+class BiPO(Objective):
     """Bi-directional preference optimisation: -log sigma(d beta (log p_v(positive)/p_0(positive) -
     log p_v(negative)/p_0(negative))), d = +1 or -1 drawn once per step, while d x coefficient x factor x v is added;
     log p the sum over tokens. Every pair takes part whatever its sign.
@@ -256,13 +245,13 @@ class BiPO(_Method):
     def __post_init__(self) -> None:
         _check_not_negative("beta", self.beta)
 
-    def terms(self, example: Example, coefficient: float, sign: int) -> list[Term]:
+    def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the positive completion wins where `sign` is +1, the negative one where it is -1."""
         # d (f(positive) - f(negative)) is f(winner) - f(loser), the two changing places with d.
         sides = (example.positive, example.negative) if sign > 0 else (example.negative, example.positive)
         return [Term(*sides, sign * coefficient)]
 
-    def losses(self, scores: Scores) -> Tensor:
+    def losses(self, scores: TermScores) -> Tensor:
         """-log s(beta (log p_v/p_0 (w) - log p_v/p_0 (l))); one number per example."""
         gain = (scores.winner - scores.winner_reference) - (scores.loser - scores.loser_reference)
         return -F.logsigmoid(self.beta * gain)
@@ -277,7 +266,7 @@ def _check_not_negative(name: str, value: float) -> None:
 METHODS: dict[str, type[NTP] | type[PO] | type[BiPO]] = {m.name: m for m in (NTP, PO, RePS, BiPO)}
 
 
-def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> Scores:
+def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> TermScores:
     """`winner` and `loser`: log p_v `[terms]`, `loser` empty where the terms have none."""
 
     def lengths(sides: list[Side]) -> Tensor:
@@ -288,4 +277,4 @@ def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> Scores:
 
     winners = [term.winner for term in terms]
     losers = [term.loser for term in terms if term.loser is not None]
-    return Scores(winner, lengths(winners), references(winners), loser, lengths(losers), references(losers))
+    return TermScores(winner, lengths(winners), references(winners), loser, lengths(losers), references(losers))

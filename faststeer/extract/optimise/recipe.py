@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from faststeer.extract.optimise.objectives import Objective
+from faststeer.hf.hook_points import layer_numbers
 from faststeer.intervention import Add, Positions
 from faststeer.vector import HookPoint, check_hook_point
 
@@ -178,10 +179,7 @@ def listed(value: Any) -> list[Any]:
 def _layer_numbers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     if layers == "all":
         return tuple(range(n_layers))
-    given = listed(layers)
-    found = tuple(layer + n_layers if type(layer) is int and layer < 0 else layer for layer in given)
-    if not found or not all(type(layer) is int and 0 <= layer < n_layers for layer in found):
-        raise ValueError(f"layers is {layers!r}: the model has layers 0..{n_layers - 1} (or -1 from the end, or 'all')")
+    found = tuple(layer_numbers(listed(layers), n_layers))
     if len(set(found)) < len(found):
         raise ValueError(f"layers is {layers!r}: a layer is named twice")
     return found

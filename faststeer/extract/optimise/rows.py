@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faststeer.extract.optimise.objectives import Objective, Term, scores_of
-from faststeer.extract.pairs import Text
-from faststeer.hf.batching import Prompt, batches, encode, forward_arguments, model_device, pad, padding_id
+from faststeer.hf.batching import (
+    Prompt,
+    TokenRow,
+    batches,
+    encode,
+    forward_arguments,
+    model_device,
+    pad,
+    pad_rows,
+    padding_id,
+)
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering
 from faststeer.intervention import Add, Clamp, Positions
@@ -49,22 +58,18 @@ class Plans:
 
 
 def log_probabilities(
-    model: Any, texts: Sequence[Text], pad_id: int, steering: Steering | None = None, plans: Sequence[Plan] = ()
+    model: Any, texts: Sequence[TokenRow], pad_id: int, steering: Steering, plans: Sequence[Plan]
 ) -> Tensor:
-    """Return log p(completion | prompt) `[rows]`: the sum over its tokens, in fp32 (fp64 for an fp64 model).
-
-    Every row is steered by its plan where a steering is given; only the completions' logits are computed.
-    """
+    """Return log p(completion | prompt) `[rows]`, each row steered by its plan: the sum over the completion's tokens,
+    whose logits alone are computed, in fp32 (fp64 for an fp64 model)."""
     # The last token predicts nothing that is asked for.
-    rows = [[*text.prompt, *text.completion[:-1]] for text in texts]
-    batch = pad(rows, pad_id, model_device(model))
-    width, longest = batch["input_ids"].shape[1], max(len(text.completion) for text in texts)
+    batch, ends = pad_rows([TokenRow(text.prompt, text.completion[:-1]) for text in texts], pad_id, model_device(model))
+    longest = max(len(text.completion) for text in texts)
     arguments = forward_arguments(model, batch)
     if "logits_to_keep" in arguments:
         arguments["logits_to_keep"] = longest
-    if steering is not None:
-        steering.assign(list(plans))
-        steering.set_prompt([width - len(text.completion) + 1 for text in texts])
+    steering.assign(list(plans))
+    steering.set_prompt(ends)
     logits = model(**arguments).logits[:, -longest:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nothing = -100
@@ -73,17 +78,6 @@ def log_probabilities(
         logits.transpose(1, 2), labels.to(logits.device), ignore_index=nothing, reduction="none"
     )  # [rows, longest]
     return -losses.sum(1)
-
-
-def reference_log_probabilities(model: Any, texts: Sequence[Text], pad_id: int, rows: int) -> list[float]:
-    """Return log p(completion | prompt) under the unsteered model, at most `rows` in a forward pass."""
-    found = [0.0] * len(texts)
-    with torch.no_grad():
-        for group in batches([length(text) for text in texts], rows):
-            values = log_probabilities(model, [texts[index] for index in group], pad_id).tolist()
-            for index, value in zip(group, values, strict=True):
-                found[index] = value
-    return found
 
 
 def losses(
@@ -144,9 +138,5 @@ def residual_sizes(
     return {layer: float(torch.cat(found).median()) for layer, found in norms.items()}
 
 
-def length(text: Text) -> int:
-    return len(text.prompt) + len(text.completion)
-
-
 def _longest(term: Term) -> int:
-    return max(length(side.text) for side in (term.winner, term.loser) if side is not None)
+    return max(len(side.text) for side in (term.winner, term.loser) if side is not None)

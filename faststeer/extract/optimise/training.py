@@ -18,19 +18,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from faststeer import hf
 from faststeer.artefacts import digest, fingerprint
-from faststeer.extract.optimise import checkpoint as checkpoints
-from faststeer.extract.optimise.checkpoint import State
-from faststeer.extract.optimise.objectives import Example, Objective, Side
+from faststeer.evaluate.likelihood import Row, score_rows
+from faststeer.extract.optimise.checkpoint import TENSORS, Checkpoint, VectorState
+from faststeer.extract.optimise.objectives import Objective, Side, TokenizedPair
 from faststeer.extract.optimise.recipe import Recipe, listed
-from faststeer.extract.optimise.rows import Plans, Work, losses, reference_log_probabilities, residual_sizes
-from faststeer.extract.pairs import Pair, Text, check_pairs, encode_completions
-from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id
+from faststeer.extract.optimise.rows import Plans, Work, losses, residual_sizes
+from faststeer.extract.pairs import Pair, check_pairs, encode_completions
+from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id, progress_bar
 from faststeer.hf.steering import Steering, steer
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector
@@ -252,7 +250,7 @@ class _Loop:
     held_out: list[Pair]
     checkpoint: str | os.PathLike[str] | None
     progress: bool
-    states: list[State] = field(init=False)
+    states: list[VectorState] = field(init=False)
     plans: Plans = field(init=False)
 
     def run(self) -> Training:
@@ -276,19 +274,19 @@ class _Loop:
             self._train()
         return Training(course.method.name, tuple(self._result(i) for i in range(len(grid))))
 
-    def _begin(self) -> tuple[list[State], int]:
+    def _begin(self) -> tuple[list[VectorState], int]:
         device = model_device(self.model)
         if self.path is not None and self.path.exists():
-            states, step = checkpoints.load(self.path, self.description, len(self.course.grid))
+            states, step = Checkpoint.of(self.path, self.description, len(self.course.grid))
             for state in states:
-                for name in checkpoints.TENSORS:
+                for name in TENSORS:
                     setattr(state, name, getattr(state, name).to(device))
             return states, step
         hidden = hf.find_hook_points(self.model).hidden_size
         starts = [
             self.units[layer] * self.course.start(layer, seed, hidden).to(device) for layer, seed, _ in self.course.grid
         ]
-        return [State(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
+        return [VectorState(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         groups = [
@@ -311,15 +309,8 @@ class _Loop:
         if settings.unit == "absolute":
             return dict.fromkeys(layers, 1.0)
         prompts = [pair.prompt for pair in self.pairs[:UNIT_PROMPTS]]
-        sizes = residual_sizes(
-            self.model,
-            self.tokenizer,
-            prompts,
-            layers,
-            settings.rows,
-            system=settings.system,
-            rendered=settings.rendered,
-        )
+        how: dict[str, Any] = {"system": settings.system, "rendered": settings.rendered}
+        sizes = residual_sizes(self.model, self.tokenizer, prompts, layers, settings.rows, **how)
         for layer, size in sizes.items():
             if not (math.isfinite(size) and size > 0):
                 raise ValueError(
@@ -328,33 +319,28 @@ class _Loop:
                 )
         return sizes
 
-    def _encode(self, pairs: list[Pair]) -> list[Example]:
+    def _encode(self, pairs: list[Pair]) -> list[TokenizedPair]:
         settings = self.course.recipe
 
-        def texts(prompts: list[Any], completions: list[str]) -> list[Text]:
-            return encode_completions(
-                self.tokenizer,
-                prompts,
-                completions,
-                system=settings.system,
-                rendered=settings.rendered,
-                max_tokens=settings.max_tokens,
-            )
-
-        with_rejected = pairs if self.course.method.needs_rejected else []
-        both = texts([p.prompt for p in pairs], [p.chosen for p in pairs])
-        if with_rejected:
-            both += texts([p.prompt for p in pairs], [p.rejected for p in pairs if p.rejected is not None])
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("system", "rendered", "max_tokens")}
+        chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected or "" for pair in pairs]
+        prompts = [pair.prompt for pair in pairs]
+        both = encode_completions(self.tokenizer, prompts, chosen, **how)
+        if self.course.method.needs_rejected:
+            both += encode_completions(self.tokenizer, prompts, rejected, **how)
         references = [math.nan] * len(both)
         if self.course.method.needs_reference:
-            references = reference_log_probabilities(self.model, both, padding_id(self.tokenizer), settings.rows)
+            rows = [Row(text.prompt, text.completion) for text in both]
+            scored = score_rows(self.model, rows, pad_id=padding_id(self.tokenizer), batch_size=settings.rows)
+            references = [each.total for each in scored]
         sides = [Side(text, value) for text, value in zip(both, references, strict=True)]
         others: list[Any] = sides[len(pairs) :] or [None] * len(pairs)
-        return [Example(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
+        return [TokenizedPair(sides[i], others[i], pair.sign) for i, pair in enumerate(pairs)]
 
     def _train(self) -> None:
         course = self.course
         first = self.plans.of(0, course.middle)
+        name = f"Training {len(self.states)} vector(s) by {course.method.name}"
         rows = max(2, course.recipe.rows)  # no pass has more plans than rows; a preference has two rows
         with (
             # By hooks: one site in a layer is steered, and fused norms compute again in the backward pass what the
@@ -362,7 +348,7 @@ class _Loop:
             steer(
                 self.model, [first], capacity=Capacity(slots=rows, vectors=rows, entries=1), path="hooks"
             ) as steering,
-            self._bar() as report,
+            progress_bar(name, course.steps - self.step, self.progress) as advance,
         ):
             while self.step < course.steps and not all(state.done for state in self.states):
                 self._step(steering)
@@ -370,7 +356,8 @@ class _Loop:
                 if self.step % course.every == 0 or self.step == course.steps:
                     self._evaluate(steering)
                     self._save()
-                report()
+                last = [state.losses[-1] for state in self.states]
+                advance(f"{name}, loss {sum(last) / len(last):.4f}")
 
     def _step(self, steering: Steering) -> None:
         course, step = self.course, self.step
@@ -440,7 +427,7 @@ class _Loop:
 
     def _save(self) -> None:
         if self.path is not None:
-            checkpoints.save(self.path, self.states, self.step, self.description)
+            Checkpoint(self.states, self.step, self.description).save(self.path)
             self.saved = self.step
 
     def _diverged(self, number: int, loss: float, what: str) -> None:
@@ -454,22 +441,6 @@ class _Loop:
             f"{step} (loss {loss}); {kept}. Use a lower lr= or smaller factors=, or a model in bfloat16 or float32",
             step,
         )
-
-    @contextmanager
-    def _bar(self) -> Iterator[Any]:
-        """Yield what is called after each step; a progress bar on stderr with the mean loss, where asked for."""
-        if not self.progress:
-            yield lambda: None
-            return
-        name = f"Training {len(self.states)} vector(s) by {self.course.method.name}"
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=self.course.steps, completed=self.step)
-
-            def report() -> None:
-                last = [state.losses[-1] for state in self.states]
-                bar.update(task, completed=self.step, description=f"{name}, loss {sum(last) / len(last):.4f}")
-
-            yield report
 
     def _description(self) -> dict[str, Any]:
         course = self.course

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import Entry, compile_plan
-from faststeer.evaluate.generate import completions
+from faststeer.compile import Entry
+from faststeer.evaluate.generate import completions as all_completions
 from faststeer.generator import SamplingParams
-from faststeer.hf.batching import Prompt, check_evaluating, encode
+from faststeer.hf.batching import Prompt, TokenRow, check_evaluating, encode
 from faststeer.hf.hook_points import HookPoints
+from faststeer.observe.additions import additions
 from faststeer.observe.difference import difference, kept_positions
-from faststeer.observe.tokens import Row
-from faststeer.ops.tables import EntryKind, GateMode
 from faststeer.plan import Plan, site_name
 
 Side = Literal["steered", "base"]
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(TokenRow):
     """One completion, read by the steered and by the unsteered model alike.
 
     Attributes:
@@ -33,20 +32,10 @@ class Example:
         steered_tokens, base_tokens: their favourites there.
     """
 
-    prompt: list[int]
-    completion: list[int]
     plan: Plan
     kept: list[int]
     steered_tokens: list[int]
     base_tokens: list[int]
-
-    @property
-    def row(self) -> Row:
-        """Prompt and completion, as the model reads them."""
-        return Row(self.prompt, self.completion)
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
 
 
 def examples(
@@ -89,7 +78,13 @@ def examples(
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     check_evaluating(model)
     encoded = encode(tokenizer, prompts, system)
-    answers = _answers(model, tokenizer, encoded, plan, max_new_tokens, batch_size, progress)
+    n = len(encoded)
+    both = [None] * n + [plan] * n
+    how: dict[str, Any] = {"batch_size": 2 * batch_size, "progress": progress}
+    found = all_completions(model, tokenizer, [*encoded, *encoded], both, SamplingParams(max_new_tokens), **how)
+    # With the token that ended an answer.
+    ids = [each.token_ids + ([] if each.stop_token is None else [each.stop_token]) for each in found]
+    answers = list(zip(ids[:n], ids[n:], strict=True))
     chosen = [i for i in range(len(encoded)) if changed is None or changed(*_texts(tokenizer, answers[i]))]
     if not chosen:
         raise ValueError(
@@ -98,16 +93,8 @@ def examples(
         )
     pairs = [(index, side) for side in sides for index in chosen]
     texts = [answers[index][side == "steered"] for index, side in pairs]
-    return with_positions(
-        model,
-        tokenizer,
-        [prompts[index] for index, _ in pairs],
-        texts,
-        plan,
-        system=system,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    how = {"system": system, "batch_size": batch_size, "progress": progress}
+    return with_positions(model, tokenizer, [prompts[index] for index, _ in pairs], texts, plan, **how)
 
 
 def with_positions(
@@ -116,28 +103,15 @@ def with_positions(
     prompts: Sequence[Prompt],
     completions: Sequence[str | Sequence[int]],
     plan: Plan,
-    *,
-    system: str | None = None,
-    batch_size: int = 16,
-    progress: bool = False,
+    **options: Any,
 ) -> list[Example]:
-    """As `examples`, of completions that are given: texts or token ids.
+    """As `examples`, of completions that are given: texts or token ids; options are `system`, `batch_size`, `progress`.
 
     Raises:
         ValueError: as `examples`; another number of completions than prompts, a completion without tokens.
     """
-    last = [-1]  # only the next tokens are of interest
-    found = difference(
-        model,
-        tokenizer,
-        prompts,
-        plan,
-        completions=completions,
-        layers=last,
-        system=system,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    # Only the next tokens are of interest: one layer will do.
+    found = difference(model, tokenizer, prompts, plan, completions=completions, layers=[-1], **options)
     for index, row in enumerate(found):
         if len(row.token_ids) == row.n_prompt:
             raise ValueError(f"completions[{index}] has no tokens: expected at least one")
@@ -148,25 +122,6 @@ def with_positions(
             tokens = row.steered_token[kept].tolist(), row.base_token[kept].tolist()
             made.append(Example(row.token_ids[:n], row.token_ids[n:], plan, kept, *tokens))
     return made
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    encoded: Sequence[Sequence[int]],
-    plan: Plan,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: bool,
-) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt the unsteered and the steered greedy completion, as token ids, with the one that ended it."""
-    n, sampling = len(encoded), SamplingParams(max_new_tokens)
-    answers = completions(
-        model, tokenizer, [*encoded, *encoded], [None] * n + [plan] * n, sampling,
-        batch_size=2 * batch_size, progress=progress,
-    )  # fmt: skip
-    ids = [each.token_ids + ([] if each.stop_token is None else [each.stop_token]) for each in answers]
-    return list(zip(ids[:n], ids[n:], strict=True))
 
 
 def _texts(tokenizer: Any, answers: tuple[list[int], list[int]]) -> tuple[str, str]:
@@ -190,7 +145,7 @@ def steered_layer(given: Sequence[Example], points: HookPoints) -> int:
         if not example.kept:
             raise ValueError(f"examples[{number}] has no position where steered and base differ: leave it out")
     plans = {id(example.plan): example.plan for example in given}.values()
-    sites = {entry.site for plan in plans for entry in _additions(plan, points)}
+    sites = {entry.site for plan in plans for entry, _ in _additions(plan, points)}
     names = [site_name(number, points.n_layers) for number in sorted(sites)]
     if len(names) != 1 or names[0][0] != "resid_pre":
         where = ", ".join(f"{at} of layer {layer}" for at, layer in names) or "no place"
@@ -208,21 +163,12 @@ def added(group: Sequence[Example], batch: dict[str, Tensor], points: HookPoints
     made = torch.zeros(*mask.shape, points.hidden_size, dtype=dtype, device=mask.device)
     for b, example in enumerate(group):
         position = torch.arange(width, device=mask.device) - (width - len(example.completion))
-        for entry in _additions(example.plan, points):
+        for entry, vector in _additions(example.plan, points):
             low, high = entry.position_range
             here = mask[b] & (position >= low) & (position < high)
-            vector = float(entry.scalars[0]) * entry.basis[0].detach().double()
             made[b] += here.unsqueeze(-1) * vector.to(made)
     return made
 
 
-def _additions(plan: Plan, points: HookPoints) -> list[Entry]:
-    entries = [each for each in compile_plan(plan, points.n_layers, points.hidden_size) if each.kind != EntryKind.PROBE]
-    for entry in entries:
-        if entry.kind != EntryKind.ADD or entry.gate_mode != GateMode.NONE or entry.keep_norm:
-            what = "a gate" if entry.gate_mode != GateMode.NONE else "keep_norm" if entry.keep_norm else entry.kind.name
-            raise ValueError(
-                f"patching explains added vectors: the plan must hold Add alone, without gates and keep_norm; it has "
-                f"{what.capitalize() if what.isupper() else what}"
-            )
-    return entries
+def _additions(plan: Plan, points: HookPoints) -> Iterator[tuple[Entry, Tensor]]:
+    return additions(plan, points.n_layers, points.hidden_size, "patching explains added vectors")

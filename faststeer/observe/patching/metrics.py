@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from faststeer.hf.norms import wide
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.patching.examples import Example
 
@@ -78,18 +79,14 @@ class Metric:
         return stream[self._row[piece], self._column[piece]]
 
     def _values(self, states: Tensor, piece: Tensor) -> Tensor:
-        logits = _wide(self._lens.logits(states))
+        logits = wide(self._lens.logits(states))
         if self.name == "logit_difference":
             both = torch.stack([self._y[piece], self._y_base[piece]], dim=1)
             return logits.gather(1, both) @ logits.new_tensor([1.0, -1.0])
         assert self._steered is not None
         log_p, log_p_base = (
-            torch.log_softmax(_wide(self._lens(self._at(side, piece))), -1) for side in (self._steered, self._base)
+            torch.log_softmax(wide(self._lens(self._at(side, piece))), -1) for side in (self._steered, self._base)
         )
         p, p_base = log_p.exp(), log_p_base.exp()
         constant = (p_base * log_p_base).sum(-1) - (p * log_p).sum(-1)
         return constant - ((p_base - p) * torch.log_softmax(logits, -1)).sum(-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -24,14 +24,14 @@ from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, qui
 from faststeer.hf.known import known_of
 from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
-from faststeer.observe.parts import Norm, Parts, find_parts, matrix
+from faststeer.observe.parts import LayerParts, Norm, find_parts, matrix
 from faststeer.observe.patching.graph import Graph
 
 SAMPLES = 4  # random directions in which it is felt what a row of a projection moves
 
 
 @dataclass(frozen=True)
-class Rows:
+class HeadRows:
     """Where a layer makes its queries (keys, values): outputs `rows` `[heads, size]` of the projection `path`."""
 
     path: str
@@ -292,17 +292,11 @@ class Network(Context["Network"]):
 
             changes.hook(layer.get_submodule(path).register_forward_hook, projection)
 
-        def before_output(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._taps[i].mixed = first_tensor(args, kwargs)
+        def noting(name: str, of: Callable[..., Tensor]) -> Callable[..., None]:
+            return lambda module, args, last: setattr(self._taps[i], name, of(args, last))
 
-        def after_output(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].attended = first_output(output)
-
-        def attention_out(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].attn_out = first_output(output)
-
-        def mlp_out(module: nn.Module, args: Any, output: Any) -> None:
-            self._taps[i].mlp_out = first_output(output)
+        def output_of(args: Any, output: Any) -> Tensor:
+            return first_output(output)
 
         def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
             # The first reading counts: a norm that is called on streams of our own comes later.
@@ -326,10 +320,11 @@ class Network(Context["Network"]):
             )
 
         output = layer.get_submodule(part.output)
-        changes.hook(output.register_forward_pre_hook, before_output, with_kwargs=True)
-        changes.hook(output.register_forward_hook, after_output)
-        changes.hook(layer.get_submodule(self.points.branch("attn_out", i) or "").register_forward_hook, attention_out)
-        changes.hook(layer.get_submodule(self.points.branch("mlp_out", i) or "").register_forward_hook, mlp_out)
+        changes.hook(output.register_forward_pre_hook, noting("mixed", first_tensor), with_kwargs=True)
+        changes.hook(output.register_forward_hook, noting("attended", output_of))
+        for name in ("attn_out", "mlp_out"):
+            branch = layer.get_submodule(self.points.branch(name, i) or "")
+            changes.hook(branch.register_forward_hook, noting(name, output_of))
         if part.mlp_norm is not None:
             changes.hook(layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook, middle, with_kwargs=True)
         changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, mlp_in, with_kwargs=True)
@@ -366,7 +361,7 @@ def norm_gradient(norm: Norm | None, layer: nn.Module, x: Tensor, gradient: Tens
 # Where queries, keys and values are made ------------------------------------------------------------------------------
 
 
-def find_rows(model: nn.Module) -> list[list[Rows]]:
+def find_rows(model: nn.Module) -> list[list[HeadRows]]:
     """Of each layer, the rows of projections that make its queries, keys and values, head by head (one of the three
     after the other). Felt, not named: a row belongs to the head whose query (key) moves most with it. Two
     passes over four tokens, once per model.
@@ -378,7 +373,7 @@ def find_rows(model: nn.Module) -> list[list[Rows]]:
     return known_of(model).get("rows of projections", lambda: _find_rows(model, find_hook_points(model), parts))
 
 
-def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[Parts]) -> list[list[Rows]]:
+def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[LayerParts]) -> list[list[HeadRows]]:
     calls: dict[int, tuple[Tensor, Tensor]] = {}
     outputs: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in parts]
 
@@ -414,23 +409,23 @@ def _leaf_keeper(outputs: dict[str, tuple[Tensor, Tensor]], name: str) -> Callab
 def _rows_of(
     model: nn.Module,
     number: int,
-    part: Parts,
+    part: LayerParts,
     query: Tensor,
     key: Tensor,
     outputs: Mapping[str, tuple[Tensor, Tensor]],
-) -> list[Rows]:
+) -> list[HeadRows]:
     made = []
     read = outputs[part.value][0]
     projections = {path: out for path, (received, out) in outputs.items() if torch.equal(received, read)}
     for what, tensor in (("queries", query), ("keys", key)):
-        found = [Rows(path, rows) for path, x in projections.items() if (rows := _felt(tensor, x)) is not None]
+        found = [HeadRows(path, rows) for path, x in projections.items() if (rows := _felt(tensor, x)) is not None]
         if len(found) != 1:
             raise ValueError(
                 f"{type(model).__name__}: layer {number} makes its {what} in {len(found)} linear projections whose "
                 "rows can be told apart by heads, expected one: single edges cannot be patched in this architecture"
             )
         made.append(found[0])
-    return [*made, Rows(part.value, part.value_rows.view(part.kv_heads, -1))]
+    return [*made, HeadRows(part.value, part.value_rows.view(part.kv_heads, -1))]
 
 
 def _felt(tensor: Tensor, projection: Tensor) -> Tensor | None:

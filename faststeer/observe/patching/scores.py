@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.hf.anatomy import find_hook_points
+from faststeer.hf.batching import pad_rows
+from faststeer.hf.norms import wide
 from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
 from faststeer.observe.patching.graph import Graph
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
 from faststeer.observe.patching.network import Network, Taken
-from faststeer.observe.tokens import batch_of
 from faststeer.tensor_files import TensorFile, TensorRecord
 
 TENSORS = ("edges", "nodes", "dimensions")
@@ -151,9 +152,9 @@ def patch(
     points = find_hook_points(model)
     network = Network(model, steered_layer(examples, points))
     graph = network.graph
-    total = _Sums.empty(graph, points.hidden_size)
+    total = _PatchSums.empty(graph, points.hidden_size)
 
-    def run(group: list[int]) -> _Sums:
+    def run(group: list[int]) -> _PatchSums:
         return _patch_batch(network, [examples[index] for index in group], metric, steps)
 
     with network:
@@ -166,7 +167,7 @@ def patch(
 
 
 @dataclass
-class _Sums:
+class _PatchSums:
     """Sums over positions, fp64 on the CPU."""
 
     edges: Tensor
@@ -176,27 +177,35 @@ class _Sums:
     base: Tensor
 
     @classmethod
-    def empty(cls, graph: Graph, hidden_size: int) -> _Sums:
+    def empty(cls, graph: Graph, hidden_size: int) -> _PatchSums:
         shapes = (graph.n_senders, graph.n_receivers), (graph.n_senders,), (hidden_size,), (), ()
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, other: _Sums) -> None:
+    def add(self, other: _PatchSums) -> None:
         for name, value in vars(other).items():
             getattr(self, name).add_(value)
 
 
-def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _Sums:
-    graph = network.graph
-    batch, _ = batch_of([example.row for example in group], 0, network.device)
+def begin(network: Network, group: Sequence[Example]) -> tuple[list[Taken], Tensor, Tensor]:
+    """What the layers do unsteered, the steered stream that enters the first, and the unsteered one that leaves the
+    last."""
+    batch, _ = pad_rows(group, 0, network.device)
     base, base_end = network.base(batch)
     start = base[0].stream
-    difference, steered_end = _differences(network, base, start + added(group, batch, network.points, start.dtype))
+    return base, start + added(group, batch, network.points, start.dtype), base_end
+
+
+def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _PatchSums:
+    graph = network.graph
+    base, stream, base_end = begin(network, group)
+    start = base[0].stream
+    difference, steered_end = _differences(network, base, stream)
     steering = difference[:, 0]
     metric = Metric(name, network.lens, group, base_end, steered_end)
-    sums = _Sums.empty(graph, start.shape[-1])
+    sums = _PatchSums.empty(graph, start.shape[-1])
     sums.steered, sums.base = metric.of(steered_end).sum(), metric.of(base_end).sum()
     check_finite(sums.steered, sums.base)
-    del base, base_end, steered_end
+    del base, base_end, stream, steered_end
     per_layer = graph.receivers_per_layer
     for step in range(steps):
         streams = [start + (step + 0.5) / steps * steering]
@@ -212,7 +221,7 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
             sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += dots(difference[:, :upto], found.readers) / steps
             gradient = found.stream
             del found  # before the next layer's are made
-        effect = (steering.to(_wide(steering)) * gradient).sum((0, 1)).double().cpu()
+        effect = (wide(steering) * gradient).sum((0, 1)).double().cpu()
         sums.dimensions += effect / steps
     sums.nodes[0] = sums.dimensions.sum()
     return sums
@@ -241,11 +250,6 @@ def _differences(network: Network, base: Sequence[Taken], stream: Tensor) -> tup
 def dots(differences: Tensor, gradients: Tensor, chunk: int = 16) -> Tensor:
     """`[senders, receivers]` fp64 on the CPU: inner products over rows, tokens and hidden size of
     `[batch, senders, tokens, hidden]` with `[batch, receivers, tokens, hidden]`; so many senders in fp32 at once."""
-    wide = _wide(differences)
-    g = gradients.to(wide).flatten(2).transpose(1, 2)
-    made = [(piece.flatten(2).to(wide) @ g).sum(0).double().cpu() for piece in differences.split(chunk, dim=1)]
+    g = wide(gradients).flatten(2).transpose(1, 2)
+    made = [(wide(piece.flatten(2)) @ g).sum(0).double().cpu() for piece in differences.split(chunk, dim=1)]
     return torch.cat(made)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

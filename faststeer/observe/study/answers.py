@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from faststeer.evaluate.generate import complete
 from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.statistics import paired_bootstrap
+from faststeer.extract.sweep import answer
 from faststeer.hf import steer
 from faststeer.hf.freeze import freeze
 from faststeer.observe.study.job import SIDES, Job
@@ -25,7 +25,7 @@ CONTEXTS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
 }
 
 
-class Answers:
+class StudyAnswers:
     """Answers of every vector in every context, one part each."""
 
     def __init__(self, job: Job) -> None:
@@ -74,15 +74,12 @@ class Answers:
 
     def _answer(self, context: str, vector: SteeringVector | None) -> dict[str, list[str]]:
         plans = {side: None if vector is None else self.job.plan(vector, side) for side in SIDES}
-        texts = iter(
-            complete(
-                self.job.model,
-                self.job.tokenizer,
-                [prompt for side in SIDES for prompt in self.prompts[side]],
-                [plans[side] for side in SIDES for _ in self.prompts[side]],
-                max_new_tokens=self.settings.max_new_tokens,
-                within=CONTEXTS.get(context, steer),
-                **self.job.passing,
-            )
+        texts = answer(
+            self.job.model,
+            self.job.tokenizer,
+            [(self.prompts[side], plans[side]) for side in SIDES],
+            max_new_tokens=self.settings.max_new_tokens,
+            within=CONTEXTS.get(context, steer),
+            **self.job.passing,
         )
-        return {side: [next(texts) for _ in self.prompts[side]] for side in SIDES}
+        return dict(zip(SIDES, texts, strict=True))

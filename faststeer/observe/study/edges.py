@@ -26,7 +26,7 @@ N_TOP = 20  # strongest edges that are named
 
 
 @dataclass(frozen=True)
-class Scored:
+class FoldScores:
     """Scores of one vector's edges by side and fold."""
 
     pieces: Mapping[tuple[str, int], Scores]
@@ -92,7 +92,7 @@ class Edges:
                 why[side] = str(error)
         return found, why
 
-    def scored(self, name: str, vector: SteeringVector, given: Mapping[str, list[Example]]) -> Scored:
+    def scored(self, name: str, vector: SteeringVector, given: Mapping[str, list[Example]]) -> FoldScores:
         """Patch the examples of every side, fold by fold: the prompts are dealt to the folds in turn."""
         s, pieces = self.settings, {}
         for side, rows in given.items():
@@ -102,7 +102,7 @@ class Edges:
                 here = [row for row in rows if fold[tuple(row.prompt)] == number]
                 if here:
                     pieces[side, number] = self._patched(f"scores-{name}-{side}-{number + 1}", vector, here)
-        return Scored(pieces)
+        return FoldScores(pieces)
 
     def _patched(self, part: str, vector: SteeringVector, rows: list[Example]) -> Scores:
         s = self.settings
@@ -114,7 +114,7 @@ class Edges:
         depends = [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]]
         return self.job.parts.record(Scores, part, depends, make)
 
-    def again(self, scored: Sequence[Scored], measure: Callable[[list[Scores]], Any]) -> list[Any]:
+    def again(self, scored: Sequence[FoldScores], measure: Callable[[list[Scores]], Any]) -> list[Any]:
         """A measure of pooled scores, folds drawn with replacement, the same ones for all."""
         drawn = ([one.pooled(times) for one in scored] for times in self.draws.tolist())
         counted = [measure(cast(list[Scores], each)) for each in drawn if all(one is not None for one in each)]
@@ -122,7 +122,7 @@ class Edges:
 
     # What the scores say ----------------------------------------------------------------------------------------------
 
-    def kinds(self, scored: Scored, circuit: Circuit) -> list[dict[str, Any]]:
+    def kinds(self, scored: FoldScores, circuit: Circuit) -> list[dict[str, Any]]:
         """By what edges enter: how many there are, how many are in a circuit, their share of the sum of abs(score)."""
         whole = _whole(scored)
         of_kind = _columns(whole.graph)
@@ -140,14 +140,14 @@ class Edges:
             rows.append(place | interval_of(float(share(whole)[i]), again[:, i].tolist()))
         return rows
 
-    def nodes(self, scored: Scored) -> dict[str, dict[str, Any]]:
+    def nodes(self, scored: FoldScores) -> dict[str, dict[str, Any]]:
         """Every sender's score, with its interval."""
         whole = _whole(scored)
         again = torch.stack(self.again([scored], lambda pooled: pooled[0].nodes))
         names = whole.graph.senders
         return {n: interval_of(float(whole.nodes[i]), again[:, i].tolist()) for i, n in enumerate(names)}
 
-    def overlaps(self, scored: Mapping[str, Scored], vectors: Mapping[str, SteeringVector]) -> list[dict[str, Any]]:
+    def overlaps(self, scored: Mapping[str, FoldScores], vectors: Mapping[str, SteeringVector]) -> list[dict[str, Any]]:
         """Every two vectors' circuits at every size, and each with random ones; at the compared size with intervals."""
         s, rows = self.settings, []
         whole = {name: _whole(one) for name, one in scored.items()}
@@ -168,7 +168,9 @@ class Edges:
                 )
         return rows
 
-    def _compared(self, a: Scored, b: Scored, of_a: Scores, of_b: Scores, v: SteeringVector, w: SteeringVector) -> Any:
+    def _compared(
+        self, a: FoldScores, b: FoldScores, of_a: Scores, of_b: Scores, v: SteeringVector, w: SteeringVector
+    ) -> Any:
         share, edges = float(self.settings.compared), of_a.graph.edges
 
         def alike(pooled: list[Scores]) -> tuple[float, float, float]:
@@ -197,7 +199,7 @@ class Edges:
     # Faithfulness -----------------------------------------------------------------------------------------------------
 
     def curves(
-        self, name: str, rows: list[Example], scored: Mapping[str, Scored], vector: SteeringVector
+        self, name: str, rows: list[Example], scored: Mapping[str, FoldScores], vector: SteeringVector
     ) -> list[dict[str, Any]]:
         """How faithful circuits are to one vector, on its test examples: its own, what is outside them, random ones,
         all at every size, and at the compared size those of the other vectors."""
@@ -233,7 +235,7 @@ class Edges:
         ]
 
 
-def summary(scored: Scored) -> dict[str, Any]:
+def summary(scored: FoldScores) -> dict[str, Any]:
     """What was scored, and the strongest edges."""
     whole = _whole(scored)
     strongest = [{"sender": s, "receiver": r, "score": score} for s, r, score in whole.top(N_TOP)]
@@ -241,7 +243,7 @@ def summary(scored: Scored) -> dict[str, Any]:
     return numbers | {"graph": asdict(whole.graph), "n_edges": whole.graph.n_edges, "top": strongest}
 
 
-def _whole(scored: Scored) -> Scores:
+def _whole(scored: FoldScores) -> Scores:
     pooled = scored.pooled()
     assert pooled is not None  # a vector without examples is left out before
     return pooled

@@ -23,8 +23,8 @@ from faststeer.hf.batching import check_evaluating, model_name
 from faststeer.observe.circuits import select
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.sparsity import sparsity_curves
-from faststeer.observe.study.answers import Answers
-from faststeer.observe.study.edges import Edges, Scored, summary
+from faststeer.observe.study.answers import StudyAnswers
+from faststeer.observe.study.edges import Edges, FoldScores, summary
 from faststeer.observe.study.job import SIDES, Job
 from faststeer.observe.study.settings import Settings
 from faststeer.observe.study.utility import Utility
@@ -98,7 +98,7 @@ def run(
         "methods": list(vectors),
         "skipped": {"methods": skipped},
     }
-    answers = Answers(job).table(vectors, random_like(dim, settings.seed))
+    answers = StudyAnswers(job).table(vectors, random_like(dim, settings.seed))
     result |= {"answers": answers["rows"]}
     result["utility"] = Utility(job).table(vectors, random_like(dim, settings.seed), answers["skipped"])
     result["skipped"]["contexts"] = answers["skipped"]
@@ -110,10 +110,10 @@ def run(
     return result
 
 
-def _circuits(job: Job, vectors: Mapping[str, SteeringVector]) -> tuple[dict[str, Scored], dict[str, Any]]:
+def _circuits(job: Job, vectors: Mapping[str, SteeringVector]) -> tuple[dict[str, FoldScores], dict[str, Any]]:
     """Scores by vector, and everything about edges that is reported."""
     edges, share = Edges(job), float(job.settings.compared)
-    scored: dict[str, Scored] = {}
+    scored: dict[str, FoldScores] = {}
     unscored: dict[str, dict[str, str]] = {}
     for name, vector in vectors.items():
         given, why = edges.both_sides(name, vector, "train")
@@ -138,7 +138,7 @@ def _circuits(job: Job, vectors: Mapping[str, SteeringVector]) -> tuple[dict[str
     return scored, made | {"without_examples": {"train": unscored, "test": untried}}
 
 
-def _tokens(job: Job, vector: SteeringVector, scored: Scored | None) -> dict[str, Any]:
+def _tokens(job: Job, vector: SteeringVector, scored: FoldScores | None) -> dict[str, Any]:
     """What the vector itself and, of the heads whose node scores (else value vectors) are largest, the steering value
     vectors raise and lower by the logit lens."""
     (layer,) = vector.layers
@@ -170,7 +170,7 @@ def _tokens(job: Job, vector: SteeringVector, scored: Scored | None) -> dict[str
     return {"vector": own, "heads": rows}
 
 
-def _sparsity(job: Job, name: str, vector: SteeringVector, scored: Scored) -> list[dict[str, Any]]:
+def _sparsity(job: Job, name: str, vector: SteeringVector, scored: FoldScores) -> list[dict[str, Any]]:
     """Curves of both sides, each by the effects of coordinates on that side."""
     s, rows = job.settings, []
     for side, sign in SIDES.items():

@@ -37,7 +37,7 @@ class Utility:
         """Rows of (vector, context, side): `loss`, the mean over texts of -log P(next token) in nats, and `right`, the
         share of questions whose likeliest answer is the right one, with intervals; `loss_change`, `right_change`: mean
         differences to the steered model on the same texts and questions. `skipped`: the contexts that the architecture
-        does not allow (`Answers` says why)."""
+        does not allow (`StudyAnswers` says why)."""
         base = self._of_sides("none", "unsteered", None)
         rows = self._rows("none", "unsteered", base, {})
         rows += self._rows("random", "steered", self._of_sides("random", "steered", control), {})
