@@ -167,7 +167,7 @@ def cases(backend: ops.Backend, device: str) -> list[Callable[[], Case]]:
 
 
 @dataclass
-class Verdict:
+class BackendVerdict:
     """What became of a back end's check.
 
     Attributes:
@@ -239,7 +239,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.cpu().contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
-def check_ops(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def check_ops(case: Case, backend: ops.Backend, verdict: BackendVerdict) -> None:
     """Every op of a back end against the reference in fp64 and, where two of them must agree, against each other."""
     cpu, here = case.cpu, case.device
     _check_steer(case, backend, verdict)
@@ -267,7 +267,7 @@ def _expected(case: Case, s: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     return exact, decided
 
 
-def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verdict: Verdict) -> Tensor:
+def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verdict: BackendVerdict) -> Tensor:
     """What an op made of the rows s `[rows, hidden]`, and what it probed. Returns which rows rounding cannot turn."""
     cpu = case.cpu
     exact_probe = torch.zeros(len(s), case.columns, dtype=torch.float64)
@@ -285,7 +285,7 @@ def _check_rows(case: Case, op: str, s: Tensor, ours: Tensor, seen: Tensor, verd
     return decided
 
 
-def _check_steer(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def _check_steer(case: Case, backend: ops.Backend, verdict: BackendVerdict) -> None:
     here = case.device
     seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
     ours = ops.steer(here.x, *here.steering, seen, backend=backend)
@@ -296,14 +296,14 @@ def _check_steer(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
     verdict.same("steer_", case, in_place, ours, everywhere, "it writes what steer gives")
 
 
-def _check_add_steer(case: Case, backend: ops.Backend, verdict: Verdict) -> tuple[Tensor, Tensor]:
+def _check_add_steer(case: Case, backend: ops.Backend, verdict: BackendVerdict) -> tuple[Tensor, Tensor]:
     cpu, here = case.cpu, case.device
     seen = torch.full((len(here.x), case.columns), float("nan"), device=here.x.device)
     added = ops.add_steer(here.x, here.residual, *here.steering, seen, backend=backend)
     return added, _check_rows(case, "add_steer", cpu.x + cpu.residual, added, seen, verdict)
 
 
-def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor, verdict: Verdict) -> None:
+def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor, verdict: BackendVerdict) -> None:
     """(0, what add_steer gives) where something acts, else the pair as it was."""
     cpu, here = case.cpu, case.device
     x, residual = cpu.x.clone(), cpu.residual.clone()
@@ -316,7 +316,7 @@ def _check_pair(case: Case, backend: ops.Backend, added: Tensor, decided: Tensor
         verdict.same("steer_pair_", case, part, before, ~acted & decided, "a row that nothing acts on keeps its bits")
 
 
-def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
+def _check_latch(case: Case, backend: ops.Backend, verdict: BackendVerdict) -> None:
     cpu, here = case.cpu, case.device
     low, high = (cpu.gate_state.clone() for _ in range(2))
     for by, state in ((-1.0, low), (1.0, high)):
@@ -329,7 +329,7 @@ def _check_latch(case: Case, backend: ops.Backend, verdict: Verdict) -> None:
         verdict.disagree(f"latch_, {case.title}: {int(wrong.sum())} gates are decided otherwise")
 
 
-def check_replays(backend: ops.Backend, device: str, verdict: Verdict) -> None:
+def check_replays(backend: ops.Backend, device: str, verdict: BackendVerdict) -> None:
     """A steered op of a decode step, captured once: what is loaded into a slot between two replays is what runs."""
     hidden, rows = 1024, 8
     generator = torch.Generator().manual_seed(0)
@@ -367,11 +367,11 @@ def capture(run: Callable[[], Tensor], device: str) -> tuple[Callable[[], None],
     return graph.replay, result
 
 
-def check_backend(backend: ops.Backend, device: str, end: float) -> Verdict:
+def check_backend(backend: ops.Backend, device: str, end: float) -> BackendVerdict:
     """All cases, or as many as begin before `end` on `time.monotonic`, at the least the first, which has every kind of
     intervention. What a back end raises is a disagreement."""
     state = ops.states()[backend]
-    verdict = Verdict(state.works, state.reason)
+    verdict = BackendVerdict(state.works, state.reason)
     if not state.works:
         return verdict
     verdict.device = device
@@ -548,8 +548,8 @@ def verify(
         progress: called with what is done next.
 
     Returns:
-        What JSON can hold: `versions`, `machine`, `backends` (`Verdict` by name), `kernels` and `steps` (records of
-        `time_kernels` and `time_steps`), `passed`, `seconds`.
+        What JSON can hold: `versions`, `machine`, `backends` (`BackendVerdict` by name), `kernels` and `steps` (records
+        of `time_kernels` and `time_steps`), `passed`, `seconds`.
 
     Raises:
         ValueError: an unknown back end, or one that does not work here.

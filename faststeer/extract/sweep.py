@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from faststeer import hf
 from faststeer.artefacts import ArtefactStore
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging import Judge, check_line, make, signs
+from faststeer.evaluate.statistics import Rate
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
 from faststeer.hf.batching import Prompt, as_rendered, check_prompts, progress_bar

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from faststeer.algebra import RULES, Rule, sparsify
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Rate
 from faststeer.extras import needed_for
 from faststeer.files import write_atomically
 from faststeer.hf.batching import Prompt, check_prompts

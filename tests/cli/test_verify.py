@@ -150,7 +150,7 @@ def test_the_plan_changes_between_two_replays(reads_tables, monkeypatch):
         return lambda: result.copy_(step() if reads_tables else result), result
 
     monkeypatch.setattr(verify, "capture", capture)
-    verdict = verify.Verdict(True, "")
+    verdict = verify.BackendVerdict(True, "")
     verify.check_replays("reference", "cpu", verdict)
     assert (verdict.replays, verdict.n_disagreements) == ((True, 0) if reads_tables else (False, 1))
 
@@ -173,7 +173,7 @@ def test_json_is_complete_and_the_table_shows_it(tmp_path, monkeypatch):
     for name, verdict in written["backends"].items():
         state = ops.states()[name]
         assert (verdict["works"], verdict["reason"]) == (state.works, state.reason)
-        assert set(verdict) == {f.name for f in dataclasses.fields(verify.Verdict)} | {"passed"}
+        assert set(verdict) == {f.name for f in dataclasses.fields(verify.BackendVerdict)} | {"passed"}
         assert verdict["passed"] is (True if state.works else None)
         assert (0 < verdict["largest_error"] <= 1 and verdict["where"] and verdict["cases"]) if state.works else True
         assert name in result.stdout and ("agrees" in result.stdout or not state.works)

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.statistics import paired_bootstrap
+from faststeer.evaluate.statistics import Rate, paired_bootstrap
 from faststeer.hf import steer
 from faststeer.hf.freeze import freeze
 from faststeer.observe.study.job import SIDES, Job
