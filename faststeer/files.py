@@ -104,6 +104,24 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def json_lines(path: Path) -> list[tuple[str, Any]]:
+    """What each line of a JSONL says, with the line's name for errors, such as "a.jsonl, line 3". Blank lines are left
+    out; only line feeds end a line, since texts may hold other separators.
+
+    Raises:
+        FormatError, OSError: as `read_text`; a line that is no JSON.
+    """
+    lines = []
+    for number, line in enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                lines.append((where, read_json(line)))
+            except ValueError as error:
+                raise FormatError(f"{where}: no valid JSON: {error}") from error
+    return lines
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):

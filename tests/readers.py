@@ -25,10 +25,10 @@ from faststeer.artefacts import ArtefactStore
 from faststeer.behaviours.behaviour import prompts_of_file
 from faststeer.cli.evaluate import _read_answers
 from faststeer.compile import compile_plan
-from faststeer.evaluate.judging import Verdict, read_format
+from faststeer.evaluate.judging import read_format
 from faststeer.evaluate.multiple_choice import load_questions
 from faststeer.evaluate.sweep import Store, Sweep, load_sweep
-from faststeer.evaluate.sweep.store import Unit
+from faststeer.evaluate.sweep.projections import packed
 from faststeer.extract import Activations, Candidates, load_contrast, load_prompts, sae_feature
 from faststeer.extract.optimise import checkpoint
 from faststeer.files import FormatError
@@ -214,16 +214,18 @@ def _store_file() -> bytes:
         path = Path(folder) / "s.sqlite"
         with Store(path) as store:
             store.begin("r", 2, sweep, {"torch": "2"})
-            store.add_units("r", [Unit("answers:0"), Unit("judge:j:0", "answers:0")])
+            store.add_units("r", {"answers:0": None, "judge:j:0": "answers:0"})
             store.claim("r", ["answers:0"])
-            for setting in range(3):
-                store.add_answer("r", setting, 0, 0, "text", [1, 2, 3], "eos", None)
-            store.add_judge("r", "j", "refusal", 1.0, "{}")
-            store.add_verdicts("r", "j", [(0, 0, Verdict("yes", 1.0, {"a": 1.0}, "raw"))])
-            store.add_effects("r", "e", [(0, 0, 0.1, 1.0, 5, None)])
-            store.add_directions("r", [("v", None, 1)])
-            values = {0: torch.ones(3, 4).numpy()}
-            store.add_projections("r", [(0, 0, 2, ["a", "b", "c", "d"], values)])
+            store.add(
+                "r",
+                answers=[(setting, 0, 0, "text", 3, bytes(12), "eos", None) for setting in range(3)],
+                judges=[("j", "refusal", 1.0, "{}")],
+                verdicts=[("j", 0, 0, "yes", 1.0, {"a": 1.0}, "raw")],
+                effects=[("e", 0, 0, 0.1, 1.0, 5, None)],
+                directions=[(0, "v", None, 1)],
+                tokens=[(0, 0, 2, ["a", "b", "c", "d"])],
+                projections=[(0, 0, 0, *packed(torch.ones(3, 4).numpy()))],
+            )
         return path.read_bytes()
 
 
@@ -233,7 +235,7 @@ def _store(folder: Path) -> object:
         for run in ("r", store.run()):
             for setting in store.settings(run):
                 everything.append(store.plan(run, setting["setting"]))
-            everything += [store.prompts(run), store.answers(run), store.answers(run, 1), store.judges(run)]
+            everything += [store.prompts(run), store.answers(run), store.judges(run)]
             everything += [store.verdicts(run, "j"), store.effects(run), store.directions(run)]
             everything += [list(store.projections(run)), store.unjudged(run, "k", 0), store.unprojected(run, 0, 9)]
             everything += [store.answered(run, 0), store.claim(run, ["answers:0", "judge:j:0"])]

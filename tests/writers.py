@@ -72,7 +72,7 @@ def _store(folder: Path) -> None:
     with Store(folder / "s.sqlite") as store:
         store.begin(run, 2, Sweep(["a"], vectors={"v": V}, layers=[1], projections=0), {})
         for setting in range(50):
-            store.add_answer(run, setting, 0, 0, "text " * 500, [1], "eos", None)
+            store.add(run, answers=[(setting, 0, 0, "text " * 500, 1, bytes(4), "eos", None)])
 
 
 def _new_store(folder: Path) -> None:

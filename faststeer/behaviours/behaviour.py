@@ -31,7 +31,7 @@ SETS = ("positive", "negative", "induce", "suppress")
 
 
 @dataclass(frozen=True)
-class Split:
+class BehaviourSplit:
     """Prompts of one split.
 
     Args:
@@ -77,9 +77,9 @@ class Behaviour:
     name: str
     description: str
     judge: str
-    train: Split
-    validation: Split
-    test: Split
+    train: BehaviourSplit
+    validation: BehaviourSplit
+    test: BehaviourSplit
     paired: bool = False
     coherence: str = "no-loop"
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Behaviour:
             **({"about": dict(self.about)} if self.about else {}),
         }
         for split in SPLITS:
-            part: Split = getattr(self, split)
+            part: BehaviourSplit = getattr(self, split)
             data[split] = {"positive": part.positive, "negative": part.negative}
             data[split] |= {name: getattr(part, name) for name in SETS[2:] if not self._is_default(part, name)}
             if part.pairs:
@@ -139,7 +139,7 @@ class Behaviour:
         return json.dumps(data, ensure_ascii=False, indent=1)
 
     @staticmethod
-    def _is_default(part: Split, name: str) -> bool:
+    def _is_default(part: BehaviourSplit, name: str) -> bool:
         return getattr(part, name) == (part.negative if name == "induce" else part.positive)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -158,9 +158,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
 
     The file is an object: "format" ("faststeer.behaviour/2"), "name", "description", "judge", optionally "coherence",
     "paired" and "about", and "train", "validation" and "test", each an object with the lists of prompts "positive" and
-    "negative" and optionally "induce", "suppress" and "pairs" (`Split`). A list may be given as the name of a file
-    beside it: prompts in any format of `load_prompts` or any of the layouts in `faststeer.behaviours`, pairs in one of
-    the layouts that have them.
+    "negative" and optionally "induce", "suppress" and "pairs" (`BehaviourSplit`). A list may be given as the name of a
+    file beside it: prompts in any format of `load_prompts` or any of the layouts of `read_records`, pairs in one of the
+    layouts that have them.
 
     Raises:
         FileNotFoundError: no behaviour of that name and no such file.
@@ -231,28 +231,20 @@ def of_prompts(
     negative: Sequence[Prompt],
     *,
     judge: str = "refusal",
-    pairs: Sequence[Pair] = (),
-    paired: bool = False,
     coherence: str = "no-loop",
 ) -> Behaviour:
     """Return a behaviour of two sets of prompts, split 60 : 20 : 20 into train, validation and test.
 
-    Prompts are put in the order of a checksum of their own text (for `paired`, of the positive one's) and cut there, so
-    that the order in which they are given does not matter, and few change their split when some are added.
-
-    Args:
-        pairs: completions, put into the splits in the same way.
+    Prompts are put in the order of a checksum of their own text and cut there, so that the order in which they are
+    given does not matter, and few change their split when some are added.
 
     Raises:
         ValueError: too few prompts to have two for training and one in each other split a side; as `Behaviour`.
     """
     positive, negative = check_prompts(positive, "positive"), check_prompts(negative, "negative")
-    if paired and len(positive) != len(negative):
-        raise ValueError(f"pairs have two sides, but there are {len(positive)} positive and {len(negative)} negative")
-    keys = {"positive": positive, "negative": positive if paired else negative}
     parts: dict[str, dict[str, list[Prompt]]] = {split: {} for split in SPLITS}
     for side, prompts in (("positive", positive), ("negative", negative)):
-        order = sorted(range(len(prompts)), key=lambda n: zlib.crc32(repr(keys[side][n]).encode()))
+        order = sorted(range(len(prompts)), key=lambda n: zlib.crc32(repr(prompts[n]).encode()))
         held_out = max(len(prompts) // 5, 1)
         cuts = (order[2 * held_out :], order[:held_out], order[held_out : 2 * held_out])
         for split, chosen in zip(SPLITS, cuts, strict=True):
@@ -262,14 +254,8 @@ def of_prompts(
                     f"{len(prompts)} {side} prompts are too few to hold a fifth out twice and train on two: give at "
                     "least 4 a side"
                 )
-    where = {repr(p): split for split, sides in parts.items() for listed in sides.values() for p in listed}
-    divided: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    for pair in pairs:
-        divided[where.get(repr(pair.prompt), "train")].append(pair)
-    train, validation, test = (
-        Split(parts[split]["positive"], parts[split]["negative"], pairs=divided[split]) for split in SPLITS
-    )
-    return Behaviour(name, "", judge, train, validation, test, paired=paired, coherence=coherence)
+    train, validation, test = (BehaviourSplit(parts[split]["positive"], parts[split]["negative"]) for split in SPLITS)
+    return Behaviour(name, "", judge, train, validation, test, coherence=coherence)
 
 
 def _pair_dict(pair: Pair) -> dict[str, Any]:
@@ -279,7 +265,7 @@ def _pair_dict(pair: Pair) -> dict[str, Any]:
     return data | ({"sign": pair.sign} if pair.sign != 1 else {})
 
 
-def _split(data: Any, where: str, folder: Path) -> Split:
+def _split(data: Any, where: str, folder: Path) -> BehaviourSplit:
     if not isinstance(data, dict):
         raise ValueError(f"{where} is a {type(data).__name__}: expected an object with positive and negative prompts")
     if unknown := set(data) - {*SETS, "pairs"}:
@@ -289,7 +275,7 @@ def _split(data: Any, where: str, folder: Path) -> Split:
             raise ValueError(f"{where} has no {name!r}")
     try:
         sets = {name: _prompts(data[name], folder) for name in SETS if name in data}
-        return Split(**sets, pairs=_pairs(data.get("pairs", []), folder))
+        return BehaviourSplit(**sets, pairs=_pairs(data.get("pairs", []), folder))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from faststeer.algebra import random_like
-from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.behaviours.behaviour import Behaviour
+from faststeer.behaviours.job import BehaviourJob, parts_in
 from faststeer.evaluate.divergence import kl_on
-from faststeer.evaluate.generate import seconds_per_answer
-from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.refusal import refusal_tokens
+from faststeer.evaluate.statistics import PlainFields, Rate
 from faststeer.extract import Recipe, optimise
 from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.extract.caa import answer_rows, caa_table
@@ -33,7 +31,6 @@ from faststeer.extract.sweep import (
     Cell,
     Found,
     JudgeSelection,
-    Reader,
     answer,
     cells,
     check_coefficients,
@@ -42,11 +39,10 @@ from faststeer.extract.sweep import (
 )
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import forecast, model_name
+from faststeer.hf.batching import Prompt, model_name
 from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector
-from faststeer.version import versions
 
 FORMAT = "faststeer.comparison/1"
 CONTRAST = ("dim", "pca", "lat", "probe", "ace")
@@ -58,7 +54,7 @@ ATTRIBUTED_PROMPTS = 32  # whose gradients are averaged; each costs ten forward 
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(PlainFields):
     """What one method's vector does to the test prompts at the layer, token and coefficient chosen for it.
 
     Args:
@@ -92,14 +88,11 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the vector's values, ready for JSON."""
-        names = ("method", "layer", "position", "coefficient")
-        rates = {name: getattr(self, name).to_dict() for name in ("induce", "bypass", "coherent")}
-        rest = {name: getattr(self, name) for name in ("kl", "cosine", "norm", "seconds")}
-        return {name: getattr(self, name) for name in names} | rates | rest
+        return {name: value for name, value in super().to_dict().items() if name != "vector"}
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(PlainFields):
     """The methods' results in the order asked for, then the controls; `skipped` says which method could not run, and
     why; `settings` and the counts say what was measured."""
 
@@ -116,45 +109,30 @@ class Comparison:
                 return result
         raise KeyError(f"no result of {method!r}: {self.skipped.get(method, 'it was not asked for')}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the vectors' values, ready for JSON."""
-        names = ("behaviour", "model", "settings", "n_prompts", "skipped")
-        return {name: getattr(self, name) for name in names} | {"results": [r.to_dict() for r in self.results]}
-
 
 @dataclass
-class _Job:
+class _Job(BehaviourJob):
     """What every step of a comparison needs."""
 
-    model: Any
-    tokenizer: Any
-    behaviour: Behaviour
     at: HookPoint
     positions: Sequence[int] | None
     layers: Sequence[int] | None
     steps: int | None
     train_layers: int
     seed: int
-    batch_size: int
-    progress: bool
     max_new_tokens: int
     coefficients: tuple[float, ...]
     n_select: int
+    n_test: int | None
     training: Mapping[str, Any]
-    parts: ArtefactStore | None
-    console: Console = field(default_factory=lambda: Console(stderr=True))
-
-    def say(self, text: str) -> None:
-        if self.progress:
-            self.console.print(text, highlight=False)
-
-    @property
-    def passing(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "progress": self.progress}
 
     @property
     def answering(self) -> dict[str, Any]:
         return self.passing | {"max_new_tokens": self.max_new_tokens, "parts": self.parts}
+
+    def sides(self, split: str, n: int | None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        """The first n prompts to induce the behaviour on, and those to suppress it on."""
+        return self.prompts(split, "induce", n), self.prompts(split, "suppress", n)
 
 
 def compare(
@@ -225,11 +203,12 @@ def compare(
     if layers is not None:
         layers = sorted(set(layer_numbers(layers, n_layers)))
     job = _Job(
-        model, tokenizer, behaviour, at, positions, layers, steps, train_layers, seed, batch_size, progress,
-        max_new_tokens, check_coefficients(coefficients), n_select, training, _store(folder, model, tokenizer),
+        model, tokenizer, behaviour, None if folder is None else parts_in(folder, FORMAT, model, tokenizer), batch_size,
+        progress, at, positions, layers, steps, train_layers, seed, max_new_tokens, check_coefficients(coefficients),
+        n_select, n_test, training,
     )  # fmt: skip
     if progress:
-        _forecast(job, wanted, n_layers, n_test)
+        _forecast(job, wanted, n_layers)
     found, seconds = _timed(lambda: _contrast(job))
     chosen: dict[str, JudgeSelection] = {"dim": _select(job, "dim", found.dim())}
     times, skipped = {"dim": seconds}, {}
@@ -246,17 +225,12 @@ def compare(
             times.pop(method, None)
     order = [method for method in wanted if method in chosen]
     job.say("[bold]measuring on the test prompts[/]")
-    results = _measure(job, {m: chosen[m] for m in order}, chosen["dim"], found, times, n_test)
-    test = behaviour.test
-    settings = {
-        "at": at,
+    results = _measure(job, {m: chosen[m] for m in order}, chosen["dim"], found, times)
+    names = ("at", "steps", "train_layers", "max_new_tokens", "seed")
+    settings = {name: getattr(job, name) for name in names} | {
         "coefficients": list(job.coefficients),
         "layers": None if layers is None else list(layers),
         "positions": list(found.candidates.positions),
-        "steps": steps,
-        "train_layers": train_layers,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
         "training": dict(training),
         "judge": behaviour.judge,
         "coherence": behaviour.coherence,
@@ -264,38 +238,27 @@ def compare(
     counts = {
         "train": len(behaviour.train.positive) + len(behaviour.train.negative),
         "train_pairs": len(behaviour.train.pairs),
-        "select_induce": len(behaviour.validation.induce[:n_select]),
-        "select_suppress": len(behaviour.validation.suppress[:n_select]),
-        "test_induce": len(test.induce[:n_test]),
-        "test_suppress": len(test.suppress[:n_test]),
+        **{f"select_{side}": len(job.prompts("validation", side, n_select)) for side in ("induce", "suppress")},
+        **{f"test_{side}": len(job.prompts("test", side, n_test)) for side in ("induce", "suppress")},
     }
     return Comparison(behaviour.name, results, skipped, settings, counts, model_name(model))
 
 
-def _store(folder: str | os.PathLike[str] | None, model: Any, tokenizer: Any) -> ArtefactStore | None:
-    if folder is None:
-        return None
-    return ArtefactStore(folder, FORMAT, fingerprint(model), versions(), getattr(tokenizer, "chat_template", None))
-
-
-def _forecast(job: _Job, methods: Sequence[str], n_layers: int, n_test: int | None) -> None:
-    """Say before any work how long answering will take, which is most of it but for training."""
+def _forecast(job: _Job, methods: Sequence[str], n_layers: int) -> None:
     n_positions = len(post_instruction_positions(job.tokenizer) if job.positions is None else job.positions)
     n_tried = n_layers if job.layers is None else len(job.layers)
     candidates = dict.fromkeys((*CONTRAST, "attribution"), n_tried * n_positions)
     candidates |= dict.fromkeys(("caa", "unembedding"), n_tried)
     candidates |= dict.fromkeys(TRAINED, job.train_layers if job.layers is None else n_tried)
-    validation, test = job.behaviour.validation, job.behaviour.test
-    n_validation = sum(len(side[: job.n_select]) for side in (validation.induce, validation.suppress))
+    n_validation, n_test = (
+        sum(map(len, job.sides(*of))) for of in (("validation", job.n_select), ("test", job.n_test))
+    )
     n_chosen_by = sum(candidates[method] * len(job.coefficients) + 1 for method in {*methods, "dim"})
-    n_test_prompts = sum(len(side[:n_test]) for side in (test.induce, test.suppress))
     # The random and the unsteered control are measured, too.
-    n_answers = n_chosen_by * n_validation + (len(methods) + 2) * n_test_prompts
-    options: dict[str, Any] = {"max_new_tokens": job.max_new_tokens, "batch_size": job.batch_size}
-    seconds = n_answers * seconds_per_answer(job.model, job.tokenizer, test.induce, n_answers, **options)
+    n_answers = n_chosen_by * n_validation + (len(methods) + 2) * n_test
     training = "" if set(methods).isdisjoint(TRAINED) else ", training not counted"
     less = "Fewer layers, positions, prompts (--held-out, --prompts) or tokens (--max-new-tokens) take less"
-    forecast(f"{n_answers} answers of {job.max_new_tokens} tokens at most{training}", seconds, less)
+    job.forecast(n_answers, job.max_new_tokens, less, training)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -419,14 +382,12 @@ def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: Judg
 
 def _select(job: _Job, method: str, table: Found) -> JudgeSelection:
     job.say(f"{method}: choosing among its candidates")
-    split = job.behaviour.validation
     return select_by_judge(
         job.model,
         job.tokenizer,
         table,
         job.behaviour.judge,
-        split.induce[: job.n_select],
-        split.suppress[: job.n_select],
+        *job.sides("validation", job.n_select),
         coherent=job.behaviour.coherence,
         coefficients=job.coefficients,
         layers=job.layers,
@@ -446,16 +407,14 @@ def _measure(
     dim: JudgeSelection,
     found: Contrast,
     times: dict[str, float],
-    n_test: int | None,
 ) -> tuple[Result, ...]:
-    test = job.behaviour.test
-    sides = test.induce[:n_test], test.suppress[:n_test]
+    sides = job.sides("test", job.n_test)
     tried = {name: choice.cell for name, choice in chosen.items()} | {"random": _control(job, dim)}
     plans = {name: (cell.add, cell.subtract) for name, cell in tried.items()} | {"none": (None, None)}
     work = [(prompts, plan) for both in plans.values() for prompts, plan in zip(sides, both, strict=True)]
-    reader = Reader.made(job.behaviour.judge, job.behaviour.coherence, job.model, job.tokenizer)
-    said = reader.read(work, answer(job.model, job.tokenizer, work, **job.answering))
-    kls = kl_on(job.model, job.tokenizer, [c.ablate for c in tried.values()], test.negative[:n_test], **job.passing)
+    said = job.reader.read(work, answer(job.model, job.tokenizer, work, **job.answering))
+    read_on = job.behaviour.test.negative[: job.n_test]
+    kls = kl_on(job.model, job.tokenizer, [c.ablate for c in tried.values()], read_on, **job.passing)
     kl = dict(zip(tried, kls.mean(1).tolist(), strict=True))
     results = []
     for number, name in enumerate(plans):

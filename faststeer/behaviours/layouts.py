@@ -7,8 +7,6 @@ Nothing is downloaded here except by `datasets`, when it is asked for by name.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from typing import Any
 
 from faststeer.extract.pairs import Pair
 from faststeer.file_kinds import kind_of
-from faststeer.files import FormatError, read_json, read_text
+from faststeer.files import FormatError, json_lines, read_json, read_text
+from faststeer.hf.prompts import table_rows
 
 Row = Mapping[str, Any]
 HARMBENCH_CONTEXT = "\n\n---\n\n"
@@ -25,7 +24,7 @@ DATASETS_PREFIX = "datasets:"
 
 
 @dataclass(frozen=True)
-class Record:
+class DatasetRow:
     """One row of a data set: a prompt and what its layout has besides.
 
     Args:
@@ -41,7 +40,7 @@ class Record:
     label: str | None = None
 
 
-def read_records(path: str | os.PathLike[str], *, concept: str | int | None = None) -> list[Record]:
+def read_records(path: str | os.PathLike[str], *, concept: str | int | None = None) -> list[DatasetRow]:
     """Read a file of any of the layouts below, told apart by its columns.
 
     | layout | columns (any case) | prompt | completion |
@@ -64,47 +63,14 @@ def read_records(path: str | os.PathLike[str], *, concept: str | int | None = No
     """
     rows, where = _rows(path)
     columns = {str(name).strip().lower() for name in rows[0]}
-    for layout in LAYOUTS:
-        if layout.needs <= columns:
-            return layout.read(rows, where, concept)
-    known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.needs))}" for layout in LAYOUTS)
+    for _, needs, read in LAYOUTS:
+        if needs <= columns:
+            return read(rows, where, concept)
+    known = "; ".join(f"{name}: {', '.join(sorted(needs))}" for name, needs, _ in LAYOUTS)
     raise FormatError(f"{where} has the columns {', '.join(sorted(columns))}, which are no known layout's ({known})")
 
 
-def advbench(path: str | os.PathLike[str]) -> list[Record]:
-    """Read AdvBench (arXiv 2307.15043): columns goal and target. Errors as `read_records`."""
-    return _as("AdvBench", path)
-
-
-def jailbreakbench(path: str | os.PathLike[str]) -> list[Record]:
-    """Read JailbreakBench (arXiv 2404.01318), harmful or benign. Errors as `read_records`."""
-    return _as("JailbreakBench", path)
-
-
-def harmbench(path: str | os.PathLike[str]) -> list[Record]:
-    """Read HarmBench (arXiv 2402.04249); a contextual behaviour's context comes first. Errors as `read_records`."""
-    return _as("HarmBench", path)
-
-
-def alpaca(path: str | os.PathLike[str]) -> list[Record]:
-    """Read instructions in Alpaca's layout. Errors as `read_records`."""
-    return _as("Alpaca", path)
-
-
-def caa_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Read A/B questions in CAA's layout (arXiv 2312.06681) as pairs, chosen being the answer that matches the
-    behaviour. Errors as `read_records`."""
-    return pairs_of(_as("CAA", path))
-
-
-def axbench(path: str | os.PathLike[str], concept: str | int | None = None) -> list[Record]:
-    """Read one concept of AxBench (arXiv 2501.17148): its positive rows, each with the output of the negative row that
-    has the same input as `rejected`, where there is one; then the negative rows that are left. Errors as
-    `read_records`."""
-    return _as("AxBench", path, concept)
-
-
-def pairs_of(records: Sequence[Record]) -> list[Pair]:
+def pairs_of(records: Sequence[DatasetRow]) -> list[Pair]:
     """Return the records that have both completions as pairs.
 
     Raises:
@@ -116,60 +82,37 @@ def pairs_of(records: Sequence[Record]) -> list[Pair]:
     return pairs
 
 
-def _as(name: str, path: str | os.PathLike[str], concept: str | int | None = None) -> list[Record]:
-    layout = next(layout for layout in LAYOUTS if layout.name == name)
-    rows, where = _rows(path)
-    columns = {str(column).strip().lower() for column in rows[0]}
-    if missing := layout.needs - columns:
-        raise FormatError(
-            f"{where} is not in {name}'s layout: it has the columns {', '.join(sorted(columns))}, and lacks "
-            f"{', '.join(sorted(missing))}"
-        )
-    return layout.read(rows, where, concept)
-
-
 # Layouts --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layout:
-    name: str
-    needs: frozenset[str]
-    read: Callable[[list[dict[str, Any]], str, str | int | None], list[Record]]
+def _goal(row: Row, where: str) -> DatasetRow:
+    return DatasetRow(_text(row, "goal", where), _text(row, "target", where, optional=True))
 
 
-def _goals(rows: list[dict[str, Any]], where: str, concept: object) -> list[Record]:
-    return [
-        Record(_text(row, "goal", f"{where}, row {n}"), _text(row, "target", f"{where}, row {n}", optional=True))
-        for n, row in enumerate(rows, 1)
-    ]
+def _harmbench(row: Row, where: str) -> DatasetRow:
+    behavior = _text(row, "behavior", where)
+    context = _text(row, "contextstring", where, optional=True)
+    return DatasetRow(behavior if not context else context + HARMBENCH_CONTEXT + behavior)
 
 
-def _harmbench(rows: list[dict[str, Any]], where: str, concept: object) -> list[Record]:
-    records = []
-    for n, row in enumerate(rows, 1):
-        behavior = _text(row, "behavior", f"{where}, row {n}")
-        context = _text(row, "contextstring", f"{where}, row {n}", optional=True)
-        records.append(Record(behavior if not context else context + HARMBENCH_CONTEXT + behavior))
-    return records
+def _alpaca(row: Row, where: str) -> DatasetRow:
+    instruction = _text(row, "instruction", where)
+    more = _text(row, "input", where, optional=True)
+    prompt = instruction if not more else f"{instruction}\n\n{more}"
+    return DatasetRow(prompt, _text(row, "output", where, optional=True))
 
 
-def _alpaca(rows: list[dict[str, Any]], where: str, concept: object) -> list[Record]:
-    records = []
-    for n, row in enumerate(rows, 1):
-        instruction = _text(row, "instruction", f"{where}, row {n}")
-        more = _text(row, "input", f"{where}, row {n}", optional=True)
-        prompt = instruction if not more else f"{instruction}\n\n{more}"
-        records.append(Record(prompt, _text(row, "output", f"{where}, row {n}", optional=True)))
-    return records
-
-
-def _caa(rows: list[dict[str, Any]], where: str, concept: object) -> list[Record]:
+def _caa(row: Row, where: str) -> DatasetRow:
     names = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
-    return [Record(*(_text(row, name, f"{where}, row {n}") or "" for name in names)) for n, row in enumerate(rows, 1)]
+    return DatasetRow(*(_text(row, name, where) or "" for name in names))
 
 
-def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) -> list[Record]:
+def _each(read: Callable[[Row, str], DatasetRow]) -> Callable[..., list[DatasetRow]]:
+    """A layout in which every row stands for itself."""
+    return lambda rows, where, concept: [read(row, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
+
+
+def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) -> list[DatasetRow]:
     sides: dict[str, list[dict[str, Any]]] = {"positive": [], "negative": []}
     for n, row in enumerate(rows, 1):
         at, label = f"{where}, row {n}", str(row.get("category", "")).strip().lower()
@@ -194,23 +137,19 @@ def _axbench(rows: list[dict[str, Any]], where: str, concept: str | int | None) 
     records = []
     for row in sides["positive"]:
         others = without.get(row["input"])
-        records.append(Record(row["input"], row["output"], others.pop(0) if others else None, "positive"))
+        records.append(DatasetRow(row["input"], row["output"], others.pop(0) if others else None, "positive"))
     left = [(prompt, output) for prompt, outputs in without.items() for output in outputs]
-    return records + [Record(prompt, output, label="negative") for prompt, output in left]
+    return records + [DatasetRow(prompt, output, label="negative") for prompt, output in left]
 
 
-def _set(*names: str) -> frozenset[str]:
-    return frozenset(names)
-
-
-# The first whose columns are all there; the narrower ones come first.
-LAYOUTS = (
-    _Layout("CAA", _set("question", "answer_matching_behavior", "answer_not_matching_behavior"), _caa),
-    _Layout("AxBench", _set("input", "output", "output_concept", "category"), _axbench),
-    _Layout("JailbreakBench", _set("goal", "target", "behavior", "category"), _goals),
-    _Layout("AdvBench", _set("goal", "target"), _goals),
-    _Layout("HarmBench", _set("behavior", "behaviorid"), _harmbench),
-    _Layout("Alpaca", _set("instruction", "output"), _alpaca),
+# Name, columns, and who reads the rows. The first whose columns are all there; the narrower ones come first.
+LAYOUTS: tuple[tuple[str, set[str], Callable[..., list[DatasetRow]]], ...] = (
+    ("CAA", {"question", "answer_matching_behavior", "answer_not_matching_behavior"}, _each(_caa)),
+    ("AxBench", {"input", "output", "output_concept", "category"}, _axbench),
+    ("JailbreakBench", {"goal", "target", "behavior", "category"}, _each(_goal)),
+    ("AdvBench", {"goal", "target"}, _each(_goal)),
+    ("HarmBench", {"behavior", "behaviorid"}, _each(_harmbench)),
+    ("Alpaca", {"instruction", "output"}, _each(_alpaca)),
 )
 
 
@@ -252,36 +191,19 @@ def _of_file(path: Path) -> list[Any]:
             f"{path} ends in {path.suffix!r}{what}: expected .csv, .tsv, .json or .jsonl"
             f"{f'; {kind.remedy}' if kind else ''}"
         )
+    if path.suffix == ".jsonl":
+        return [row for _, row in json_lines(path)]
     text = read_text(path)
-    if path.suffix in (".csv", ".tsv"):
-        return _of_table(text, path)
+    if path.suffix != ".json":
+        (_, header), *rows = table_rows(text, path)
+        return [dict(zip(header, row, strict=True)) for _, row in rows]
     try:
-        if path.suffix == ".jsonl":
-            return [read_json(line) for line in text.split("\n") if line.strip()]
         data = read_json(text)
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(data, list):
         raise FormatError(f"{path} holds a {type(data).__name__}: expected a list of objects")
     return data
-
-
-def _of_table(text: str, path: Path) -> list[Any]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    try:
-        lines = [row for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
-    if not lines:
-        raise FormatError(f"{path} is empty: expected a header line and rows")
-    header = lines[0]
-    for n, row in enumerate(lines[1:], 1):
-        if len(row) != len(header):
-            raise FormatError(
-                f"{path}, row {n} has {len(row)} cell(s), the header {len(header)}: is a comma or a quotation mark not "
-                "quoted?"
-            )
-    return [dict(zip(header, row, strict=True)) for row in lines[1:]]
 
 
 def _of_datasets(name: str) -> list[Any]:

@@ -30,7 +30,7 @@ from faststeer.cli.common import (
     vector_layers,
 )
 from faststeer.cli.sweep import results_table
-from faststeer.files import FormatError, read_json, read_text
+from faststeer.files import FormatError, json_lines, read_json
 
 if TYPE_CHECKING:
     from faststeer.behaviours import Behaviour
@@ -231,16 +231,9 @@ def _judge_answers(path: Path, judges: list[Any], as_json: bool) -> bool:
 
 def _read_answers(path: Path) -> tuple[list[Any], list[str]]:
     prompts, completions = [], []
-    lines = read_text(path).splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            data = read_json(line)
-        except ValueError as error:
-            raise FormatError(f"{path}, line {number}: no valid JSON: {error}") from error
+    for where, data in json_lines(path):
         if not isinstance(data, dict) or "prompt" not in data or not isinstance(data.get("completion"), str):
-            raise FormatError(f'{path}, line {number}: expected an object with "prompt" and "completion" (a text)')
+            raise FormatError(f'{where}: expected an object with "prompt" and "completion" (a text)')
         prompts.append(data["prompt"])
         completions.append(data["completion"])
     if not prompts:

@@ -248,11 +248,11 @@ def _prompts(
 
 def _shortened(behaviour: Behaviour, n: int | None) -> Behaviour:
     """The behaviour with so many training prompts a side, and pairs, at most."""
-    from faststeer.behaviours import Split
+    from faststeer.behaviours import BehaviourSplit
 
     whole = behaviour.train
     return behaviour if n is None else replace(
-        behaviour, train=Split(whole.positive[:n], whole.negative[:n], pairs=whole.pairs[:n])
+        behaviour, train=BehaviourSplit(whole.positive[:n], whole.negative[:n], pairs=whole.pairs[:n])
     )  # fmt: skip
 
 

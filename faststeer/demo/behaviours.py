@@ -6,7 +6,7 @@ import random
 import zlib
 from functools import cache
 
-from faststeer.behaviours.behaviour import SPLITS, Behaviour, Split
+from faststeer.behaviours.behaviour import SPLITS, Behaviour, BehaviourSplit
 from faststeer.demo import corpus
 from faststeer.extract.pairs import Pair
 
@@ -37,7 +37,7 @@ def behaviour(name: str) -> Behaviour:
     raise ValueError(f"the demo model has no behaviour {name!r}: expected refusal or tone")
 
 
-def _refusal(split: str) -> Split:
+def _refusal(split: str) -> BehaviourSplit:
     rng = random.Random(zlib.crc32(f"{split}/refusal pairs".encode()))
     sides = {harmful: corpus.request_prompts(split, harmful) for harmful in (True, False)}
     pairs = []
@@ -48,10 +48,10 @@ def _refusal(split: str) -> Split:
             chosen, rejected = (refusal, compliance) if sign > 0 else (compliance, refusal)
             pairs.append(Pair(prompt, chosen, rejected, sign))
     positive, negative = ([prompt for prompt, _ in sides[harmful]] for harmful in (True, False))
-    return Split(positive, negative, pairs=pairs)
+    return BehaviourSplit(positive, negative, pairs=pairs)
 
 
-def _tone(split: str) -> Split:
+def _tone(split: str) -> BehaviourSplit:
     rng = random.Random(zlib.crc32(f"{split}/tone pairs".encode()))
     positive, negative = corpus.prompts("tone", split)
     questions = corpus.neutral_questions(split)
@@ -62,7 +62,7 @@ def _tone(split: str) -> Split:
         sign = 1 if number % 2 == 0 else -1
         chosen, rejected = (cheerful, gloomy) if sign > 0 else (gloomy, cheerful)
         pairs.append(Pair(question, chosen, rejected, sign))
-    return Split(positive, negative, induce=questions, suppress=questions, pairs=pairs)
+    return BehaviourSplit(positive, negative, induce=questions, suppress=questions, pairs=pairs)
 
 
 def _answers(rng: random.Random, kinds: list[tuple[str, str]], slots: dict[str, str]) -> list[str]:

@@ -31,7 +31,7 @@ from faststeer.engine.requests import (
     per_request,
     read_plans,
     read_prompts,
-    read_seeds,
+    read_requests,
 )
 from faststeer.engine.run import GenerateJob
 from faststeer.generator import GREEDY, Completion, SamplingParams
@@ -189,20 +189,12 @@ class Engine:
         encoded = read_prompts(self.tokenizer, prompts, self.max_length, vocabulary(self.model), rendered=rendered)
         n = len(encoded)
         probes = _probe(probe, self._points.n_layers)
-        columns = (
-            encoded,
-            _watched(read_plans(plans, n), probes),
-            per_request(max_new_tokens, n, "max_new_tokens", 1),
-            per_request(temperature, n, "temperature", 0.0, 1e6),
-            per_request(top_k, n, "top_k", 0),
-            per_request(top_p, n, "top_p", 1e-9, 1.0),
-            read_seeds(seed, n),
-        )
-        requests = [Request(index, *values) for index, values in enumerate(zip(*columns, strict=True))]
+        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
+        requests = read_requests(encoded, _watched(read_plans(plans, n), probes), sampling)
         for request in requests:
             request.limit = min(request.limit, self.max_length - len(request.prompt))
         self._make_room([request.plan for request in requests])
-        stops = Stops(self.tokenizer, _end_tokens(self.model, self.tokenizer), stop)
+        stops = Stops(self.tokenizer, end_tokens(self.model, self.tokenizer), stop)
         shown = sys.stderr.isatty() if progress is None else progress
         return close_at_exit(self._run(requests, stops, probes, in_order, shown))
 
@@ -396,7 +388,7 @@ def _watched(plans: Sequence[Plan | None], probes: Sequence[Probe]) -> list[Plan
     return [by_id[id(plan)] for plan in plans]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """End-of-sequence tokens: those of the model's generation config, else the tokenizer's."""
     for source in (getattr(model, "generation_config", None), tokenizer):
         ends = getattr(source, "eos_token_id", None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from faststeer.engine.sampling import Mode
+from faststeer.generator import SamplingParams
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 from faststeer.plan import Plan, Plans, plans_for
 
@@ -153,6 +154,23 @@ def per_request(value: T | Sequence[T], n: int, name: str, low: T, high: float =
             expected = least if high == math.inf else f"{low} to {high}"
             raise ValueError(f"{name}{'' if number is value else f'[{i}]'} is {number!r}: expected {expected}")
     return values
+
+
+def read_requests(
+    encoded: Sequence[list[int]], plans: Sequence[Plan | None], sampling: SamplingParams
+) -> list[Request]:
+    """A request for each prompt, its numbers checked. Raises ValueError for numbers that cannot be drawn with."""
+    n = len(encoded)
+    columns = (
+        encoded,
+        plans,
+        per_request(sampling.max_new_tokens, n, "max_new_tokens", 1),
+        per_request(sampling.temperature, n, "temperature", 0.0, 1e6),
+        per_request(sampling.top_k, n, "top_k", 0),
+        per_request(sampling.top_p, n, "top_p", 1e-9, 1.0),
+        read_seeds(sampling.seed, n),
+    )
+    return [Request(index, *values) for index, values in enumerate(zip(*columns, strict=True))]
 
 
 def read_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:

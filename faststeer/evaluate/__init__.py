@@ -2,7 +2,6 @@
 
 from faststeer.evaluate.divergence import kl_divergence, kl_on
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.refusal import (
     REFUSAL_PHRASES,
     is_refusal,
@@ -11,6 +10,7 @@ from faststeer.evaluate.refusal import (
     refusal_tokens,
     score_on,
 )
+from faststeer.evaluate.statistics import Rate
 
 __all__ = [
     "REFUSAL_PHRASES",

@@ -9,18 +9,19 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from faststeer.engine import Engine
+from faststeer.engine import Engine, end_tokens
 from faststeer.engine.check import vocabulary
-from faststeer.engine.requests import Stops, per_request, read_prompts, read_seeds
+from faststeer.engine.requests import Request, Stops, read_prompts, read_requests
 from faststeer.engine.sampling import Mode, Sampling, choose
+from faststeer.evaluate.likelihood import Within
 from faststeer.generator import GREEDY, Completion, Generator, SamplingParams
 from faststeer.hf import steer
 from faststeer.hf.batching import (
@@ -35,7 +36,7 @@ from faststeer.hf.batching import (
     timed_batch,
 )
 from faststeer.hf.steering import is_steered
-from faststeer.plan import Plan, Plans, plans_for
+from faststeer.plan import Plans, plans_for
 
 TIMED_TOKENS = 5  # of an answer, for a forecast
 TIMED_ANSWERS = 4  # times as many as there would be rows that are timed to the end
@@ -47,7 +48,6 @@ UNHEEDED = {
     "output_logits", "return_dict_in_generate", "early_stopping", "length_penalty", "num_return_sequences",
     "transformers_version", "_from_model_config", "disable_compile", "prefill_chunk_size",
 }  # fmt: skip
-Within = Callable[[Any, list[Plan | None]], AbstractContextManager[Any]]
 
 
 class HuggingFace:
@@ -90,52 +90,35 @@ class HuggingFace:
             )
         # A prompt that is too long for the model's positions is `generate`'s to refuse.
         encoded = read_prompts(self.tokenizer, prompts, sys.maxsize, vocabulary(self.model))
-        n = len(encoded)
-        per_prompt = plans_for(n, plans)
-        limits = per_request(sampling.max_new_tokens, n, "max_new_tokens", 1)
-        numbers = torch.tensor(
-            [
-                per_request(sampling.temperature, n, "temperature", 0.0, 1e6),
-                per_request(sampling.top_k, n, "top_k", 0),
-                per_request(sampling.top_p, n, "top_p", 1e-9, 1.0),
-            ],
-            dtype=torch.float64,
-        )
-        seeds = torch.tensor(read_seeds(sampling.seed, n))
+        requests = read_requests(encoded, plans_for(len(encoded), plans), sampling)
         stops = Stops(self.tokenizer, end_tokens(self.model, self.tokenizer), sampling.stop)
-        return self._run(encoded, per_prompt, limits, numbers, seeds, stops)
+        return self._run(requests, stops)
 
     @torch.no_grad()
-    def _run(
-        self,
-        encoded: list[list[int]],
-        plans: list[Plan | None],
-        limits: list[int],
-        numbers: Tensor,
-        seeds: Tensor,
-        stops: Stops,
-    ) -> Iterator[Completion]:
+    def _run(self, requests: list[Request], stops: Stops) -> Iterator[Completion]:
         device, pad_id = model_device(self.model), padding_id(self.tokenizer)
-        for group in batches([len(ids) for ids in encoded], self.max_batch):
-            batch = pad([encoded[index] for index in group], pad_id, device)
+        for group in batches([len(request.prompt) for request in requests], self.max_batch):
+            rows = [requests[index] for index in group]
+            batch = pad([row.prompt for row in rows], pad_id, device)
             del batch["position_ids"]  # generate counts positions itself, from the mask
-            temperature, top_k, top_p = numbers[:, group].to(device)
-            draw = _Draw(Sampling(temperature.float(), top_k.long(), top_p.float(), seeds[group].to(device)))
+            numbers = ([getattr(row, name) for row in rows] for name in ("temperature", "top_k", "top_p", "seed"))
+            temperature, top_k, top_p, seed = (torch.tensor(column, device=device) for column in numbers)
+            draw = _Draw(Sampling(temperature.float(), top_k, top_p.float(), seed))
             settings: dict[str, Any] = {
-                "max_new_tokens": max(limits[index] for index in group),
+                "max_new_tokens": max(row.limit for row in rows),
                 "do_sample": False,
                 "num_beams": 1,
             }
             if stops.tokens:
                 settings["eos_token_id"] = sorted(stops.tokens)
-            chosen = [plans[index] for index in group]
-            with self.within(self.model, chosen) if any(plan is not None for plan in chosen) else nullcontext():
+            plans = [row.plan for row in rows]
+            with self.within(self.model, plans) if any(plan is not None for plan in plans) else nullcontext():
                 output = self.model.generate(
                     **batch, **settings, pad_token_id=pad_id, logits_processor=LogitsProcessorList([draw])
                 )
             new = output[:, batch["input_ids"].shape[1] :].tolist()
-            for row, index in enumerate(group):
-                yield _completion(index, encoded[index], new[row][: limits[index]], draw.failed[row], stops)
+            for row, tokens, failed in zip(rows, new, draw.failed, strict=True):
+                yield _completion(row.index, row.prompt, tokens[: row.limit], failed, stops)
 
 
 class _Draw(LogitsProcessor):
@@ -315,11 +298,3 @@ def seconds_per_answer(
     # Behind the first token, which comes with the reading of the prompt.
     per_token = max(seconds[-1] - seconds[1], 0.0) / max(drawn[-1] - len(rows), 1)
     return seconds[1] / len(rows) + per_token * (max_new_tokens - 1)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The end-of-sequence tokens: those of the model's generation config, else the tokenizer's."""
-    for ends in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if ends is not None:
-            return list(ends) if isinstance(ends, list) else [ends]
-    return []

@@ -28,7 +28,7 @@ from faststeer.plan import Plan
 Within = Callable[[Any, Sequence[Plan | None]], AbstractContextManager[Any]]
 
 
-class Scored(NamedTuple):
+class ContinuationScore(NamedTuple):
     """Log-probabilities of a continuation's tokens `[tokens]`, fp64, and whether each token is the likeliest."""
 
     log_probabilities: Tensor
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
         return float(self.log_probabilities.sum())
 
 
-class Row(NamedTuple):
+class ContinuationRow(NamedTuple):
     """A context, what follows it (both token ids, not empty), and the plan under which it is read."""
 
     context: Sequence[int]
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 @torch.no_grad()
 def continuation_logits(
     model: Any,
-    rows: Sequence[Row],
+    rows: Sequence[ContinuationRow],
     *,
     pad_id: int = 0,
     batch_size: int = 32,
@@ -102,13 +102,13 @@ def continuation_logits(
                     advance()
 
 
-def score_rows(model: Any, rows: Sequence[Row], **options: Any) -> list[Scored]:
+def score_rows(model: Any, rows: Sequence[ContinuationRow], **options: Any) -> list[ContinuationScore]:
     """Return the log-probabilities of every row's continuation, in the rows' order (options: `continuation_logits`)."""
-    scored: dict[int, Scored] = {}
+    scored: dict[int, ContinuationScore] = {}
     for number, logits in continuation_logits(model, rows, **options):
         tokens = torch.tensor(list(rows[number].continuation), device=logits.device)
         chosen = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        scored[number] = Scored(chosen.cpu(), bool((logits.argmax(-1) == tokens).all()))
+        scored[number] = ContinuationScore(chosen.cpu(), bool((logits.argmax(-1) == tokens).all()))
     return [scored[number] for number in range(len(rows))]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from faststeer.evaluate.generate import generator
-from faststeer.evaluate.likelihood import Row, score_rows
+from faststeer.evaluate.likelihood import ContinuationRow, ContinuationScore, score_rows
 from faststeer.generator import SamplingParams
 from faststeer.hf.batching import check_evaluating, padding_id, progress_bar
 from faststeer.hf.encoding import End, apply_template, encode_texts
@@ -92,15 +92,8 @@ class SteeredLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens, the model has room for {self.max_length} with a "
                     "context: use shorter ones"
                 )
-            rows.append(Row(context[-room:] or [self.prefix_token_id], continuation, self.plan))
-        scored = score_rows(
-            self.model,
-            rows,
-            pad_id=padding_id(self.tokenizer),
-            batch_size=self.batch_size,
-            progress=not disable_tqdm,
-        )
-        answers = [(found.total, found.greedy) for found in scored]
+            rows.append(ContinuationRow(context[-room:] or [self.prefix_token_id], continuation, self.plan))
+        answers = [(found.total, found.greedy) for found in self._scored(rows, not disable_tqdm)]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
@@ -117,15 +110,16 @@ class SteeredLM(TemplateLM):
                 context_len=1,
             )
             for context, continuation in map(make_disjoint_window, windows):
-                rows.append(Row(context, continuation, self.plan))
+                rows.append(ContinuationRow(context, continuation, self.plan))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        scored = score_rows(
-            self.model, rows, pad_id=padding_id(self.tokenizer), batch_size=self.batch_size, progress=not disable_tqdm
-        )
-        for owner, found in zip(owners, scored, strict=True):
+        for owner, found in zip(owners, self._scored(rows, not disable_tqdm), strict=True):
             totals[owner] += found.total
         return totals
+
+    def _scored(self, rows: Sequence[ContinuationRow], progress: bool) -> list[ContinuationScore]:
+        pad_id = padding_id(self.tokenizer)
+        return score_rows(self.model, rows, pad_id=pad_id, batch_size=self.batch_size, progress=progress)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)

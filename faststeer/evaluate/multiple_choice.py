@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.likelihood import Row, Within, answer_ids, score_rows
-from faststeer.files import UNREADABLE, FormatError, read_json, read_text
+from faststeer.evaluate.likelihood import ContinuationRow, Within, answer_ids, score_rows
+from faststeer.evaluate.statistics import Rate
+from faststeer.files import UNREADABLE, FormatError, json_lines
 from faststeer.hf.batching import encode, padding_id
 from faststeer.hf.encoding import encode_texts
 from faststeer.hf.steering import steer
@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LikeliestChoice:
     """What the model finds likeliest.
 
     Args:
@@ -60,7 +60,7 @@ class Accuracy:
 
     accuracy: Rate
     accuracy_per_character: Rate
-    choices: tuple[Choice, ...]
+    choices: tuple[LikeliestChoice, ...]
 
 
 def load_questions(path: str | os.PathLike[str]) -> list[Question]:
@@ -73,18 +73,13 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no questions at {path}: no such file")
-    lines = read_text(path).splitlines()
-    questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    questions = [_question(data, where) for where, data in json_lines(path)]
     if not questions:
         raise FormatError(f"{path} holds no questions: expected one JSON object per line")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        data = read_json(line)
-    except ValueError as error:
-        raise FormatError(f"{where}: no valid JSON: {error}") from error
+def _question(data: Any, where: str) -> Question:
     whole = isinstance(data, dict) and {"question", "choices", "answer"} <= set(data)
     if not whole or not isinstance(data["choices"], list):
         raise FormatError(f'{where}: expected an object with "question", "choices" (a list) and "answer"')
@@ -134,14 +129,14 @@ def multiple_choice(
         contexts = encode(tokenizer, texts, system, what="questions")
         choices = [[answer_ids(tokenizer, separator + c) for c in question.choices] for question in questions]
         rows = [
-            Row(context, choice, plan)
+            ContinuationRow(context, choice, plan)
             for plan in listed
             for context, ids in zip(contexts, choices, strict=True)
             for choice in ids
         ]
     else:
         pairs = [plain_pair(tokenizer, q.question, separator + c) for q in questions for c in q.choices]
-        rows = [Row(context, choice, plan) for plan in listed for context, choice in pairs]
+        rows = [ContinuationRow(context, choice, plan) for plan in listed for context, choice in pairs]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "within": within}
     scored = iter(score_rows(model, rows, pad_id=padding_id(tokenizer), **options))
     found = [_accuracy(questions, [[next(scored).total for _ in q.choices] for q in questions]) for _ in listed]
@@ -162,7 +157,7 @@ def _accuracy(questions: Sequence[Question], totals: Sequence[Sequence[float]]) 
     for question, sums in zip(questions, totals, strict=True):
         per_character = [total / len(text) for total, text in zip(sums, question.choices, strict=True)]
         best, best_per_character = (max(range(len(v)), key=v.__getitem__) for v in (sums, per_character))
-        choices.append(Choice(best, best_per_character, tuple(sums)))
+        choices.append(LikeliestChoice(best, best_per_character, tuple(sums)))
     n = len(questions)
     right = [sum(getattr(c, name) == q.answer for c, q in zip(choices, questions, strict=True)) for name in
              ("chosen", "chosen_per_character")]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Rate
 from faststeer.hf.batching import Prompt, encode, padding_id, render
 from faststeer.hf.encoding import encode_texts
 from faststeer.hf.last_tokens import last_tokens
@@ -111,35 +111,19 @@ def refusal_rate(texts: Iterable[str], variant: Variant = "substrings") -> Rate:
     return Rate(sum(verdicts), len(verdicts))
 
 
-def refusal_tokens(
-    tokenizer: Any,
-    *,
-    model: Any = None,
-    harmful: Sequence[Prompt] | None = None,
-    harmless: Sequence[Prompt] | None = None,
-    phrases: Sequence[str] = REFUSAL_PHRASES,
-    system: str | None = None,
-    batch_size: int = 32,
-) -> tuple[int, ...]:
+def refusal_tokens(tokenizer: Any, *, phrases: Sequence[str] = REFUSAL_PHRASES) -> tuple[int, ...]:
     """Return the ids of the tokens a refusal begins with, in ascending order.
 
     Each phrase is written after a prompt rendered with the tokenizer's own chat template, with and without a space
     before it, and the first token that belongs to it is taken; a token of white space alone says nothing and is left
-    out. With a model and prompts, a token stays only if the model's mean probability of it is higher after the harmful
-    prompts than after the harmless ones.
+    out.
 
     Args:
-        model, harmful, harmless: all three or none.
         phrases: how refusals begin.
-        system: the system prompt under which the prompts are given.
 
     Raises:
-        ValueError: only some of `model`, `harmful`, `harmless`; no phrase that begins with a token of its own; no token
-            that stays.
+        ValueError: no phrase that begins with a token of its own.
     """
-    given = [value is not None for value in (model, harmful, harmless)]
-    if any(given) and not all(given):
-        raise ValueError("refining the refusal tokens takes model, harmful and harmless: give all three or none")
     tokens = {
         token
         for phrase in phrases
@@ -151,8 +135,6 @@ def refusal_tokens(
             f"none of the phrases {list(phrases)} begins with a token that is more than white space: "
             "give other phrases="
         )
-    if model is not None:
-        tokens = _refined(model, tokenizer, sorted(tokens), harmful, harmless, system, batch_size)
     return tuple(sorted(tokens))
 
 
@@ -164,27 +146,6 @@ def _first_token(tokenizer: Any, text: str) -> int | None:
     apart = after[: len(before)] == before
     answer = after[len(before) :] if apart else encode_texts(tokenizer, [text], begin=False)[0]
     return answer[0] if answer and tokenizer.decode(answer[:1]).strip() else None
-
-
-def _refined(
-    model: Any, tokenizer: Any, tokens: list[int], harmful: Any, harmless: Any, system: str | None, batch_size: int
-) -> set[int]:
-    means = []
-    for prompts in (harmful, harmless):
-        encoded = encode(tokenizer, prompts, system)
-        rows = [(index, None) for index in range(len(encoded))]
-        total = torch.zeros(len(tokens), dtype=torch.float64)
-        for _, logits, _ in last_tokens(model, encoded, rows, pad_id=padding_id(tokenizer), batch_size=batch_size):
-            total += logits.cpu().double().softmax(-1)[:, tokens].sum(0)
-        means.append(total / len(encoded))
-    kept = {token for token, on_harmful, on_harmless in zip(tokens, *means, strict=True) if on_harmful > on_harmless}
-    if not kept:
-        words = ", ".join(repr(tokenizer.decode([token])) for token in tokens)
-        raise ValueError(
-            f"the model begins its answers to harmful prompts no more often with {words} than those to harmless ones: "
-            "give phrases= it refuses with"
-        )
-    return kept
 
 
 def refusal_score(logits: Tensor, token_ids: Sequence[int]) -> Tensor:

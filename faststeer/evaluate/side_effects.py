@@ -1,5 +1,5 @@
-"""What steering costs: how far it moves the model on text that has nothing to do with the behaviour, and whether it
-makes the model refuse what it should answer.
+"""What steering costs: how far it moves the model on text that has nothing to do with the behaviour, and questions
+that show whether it makes the model refuse what it should answer.
 
 Per-answer costs (perplexity, repetition, length) are measures with the judges' interface, in
 `faststeer.evaluate.judging`.
@@ -14,11 +14,8 @@ from typing import Any
 import torch
 
 from faststeer.evaluate.divergence import kl_divergence
-from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.likelihood import Row, continuation_logits
-from faststeer.evaluate.refusal import is_refusal
-from faststeer.hf.batching import Prompt, padding_id
+from faststeer.evaluate.likelihood import ContinuationRow, continuation_logits
+from faststeer.hf.batching import padding_id
 from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
 
@@ -62,13 +59,11 @@ class TextEffect:
     Args:
         kl: mean KL(P_unsteered || P_steered) of the next token, per text.
         cross_entropy: mean -log P_steered(token), per text.
-        base_cross_entropy: the same unsteered.
         tokens: how many tokens each mean is over.
     """
 
     kl: tuple[float, ...]
     cross_entropy: tuple[float, ...]
-    base_cross_entropy: tuple[float, ...]
     tokens: tuple[int, ...]
 
     def _mean(self, values: tuple[float, ...]) -> float:
@@ -79,7 +74,6 @@ class TextEffect:
         return {
             "kl": self._mean(self.kl),
             "cross_entropy": self._mean(self.cross_entropy),
-            "base_cross_entropy": self._mean(self.base_cross_entropy),
             "tokens": sum(self.tokens),
         }
 
@@ -91,7 +85,6 @@ def text_effects(
     texts: Sequence[str] = NEUTRAL_TEXT,
     *,
     batch_size: int = 32,
-    progress: bool = False,
 ) -> list[TextEffect]:
     """Read texts under every plan and compare with the unsteered model, token by token, in fp64.
 
@@ -104,22 +97,22 @@ def text_effects(
     if isinstance(texts, str) or not len(texts):
         raise ValueError("texts is empty or one text: expected a list of texts")
     encoded = text_ids(tokenizer, texts)
-    found: list[list[tuple[float, float, float, int]]] = [[] for _ in plans]
+    found: list[list[tuple[float, float, int]]] = [[] for _ in plans]
     pad_id = padding_id(tokenizer)
     for ids in encoded:  # a text's base logits [tokens, vocabulary] are held while its plans are compared with it
         distinct = {id(plan): plan for plan in plans}
-        rows = [Row(ids[:1], ids[1:], plan) for plan in (None, *distinct.values())]
+        rows = [ContinuationRow(ids[:1], ids[1:], plan) for plan in (None, *distinct.values())]
         tokens = torch.tensor(ids[1:])
         base, seen = None, {}
         for number, logits in continuation_logits(model, rows, pad_id=pad_id, batch_size=batch_size, progress=False):
             logits = logits.cpu()
             if number == 0:
-                base, base_entropy = logits, _cross_entropy(logits, tokens)
+                base = logits
                 continue
             assert base is not None  # rows without a plan pass first, the first of them first
             seen[id(rows[number].plan)] = (float(kl_divergence(base, logits).mean()), _cross_entropy(logits, tokens))
         for place, plan in enumerate(plans):
-            found[place].append((*seen[id(plan)], base_entropy, len(tokens)))
+            found[place].append((*seen[id(plan)], len(tokens)))
     return [TextEffect(*(tuple(column) for column in zip(*rows, strict=True))) for rows in found]
 
 
@@ -141,43 +134,3 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
     return float(-logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).mean())
-
-
-@dataclass(frozen=True)
-class OverRefusal:
-    """Share of harmless look-alikes refused, unsteered and steered, and the answers."""
-
-    unsteered: Rate
-    steered: Rate
-    answers: tuple[str, ...]
-
-
-def over_refusal(
-    model: Any,
-    tokenizer: Any,
-    plan: Plan,
-    prompts: Sequence[Prompt] = LOOK_ALIKES,
-    *,
-    max_new_tokens: int = 64,
-    system: str | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> OverRefusal:
-    """Answer harmless questions that sound harmful, unsteered and steered, and count refusals (by "phrases").
-
-    Raises:
-        ValueError: as `faststeer.evaluate.complete`.
-    """
-    n = len(prompts)
-    answers = complete(
-        model,
-        tokenizer,
-        [*prompts, *prompts],
-        [None] * n + [plan] * n,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    refused = [is_refusal(text, "phrases") for text in answers]
-    return OverRefusal(Rate(sum(refused[:n]), n), Rate(sum(refused[n:]), n), tuple(answers[n:]))

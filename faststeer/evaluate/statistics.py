@@ -1,4 +1,4 @@
-"""Whether a difference is one: paired bootstrap, dose and response with its monotonicity.
+"""Shares and means with their 95 % intervals, and whether a difference is one: paired bootstrap.
 
 The statistics are scipy's; what is decided here is what is compared with what.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,78 @@ from faststeer.extras import needed_for
 RESAMPLES = 9_999
 
 
+class PlainFields:
+    """A dataclass that JSON can hold: its fields, and what in them says `to_dict` by that."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
 @dataclass(frozen=True)
-class Estimate:
+class Rate:
+    """`successes` of `n` trials: `rate` and its 95 % interval from `low` to `high` (Wilson's score interval, all in
+    0..1).
+
+    Raises:
+        ValueError: n below 1, or successes outside 0..n.
+    """
+
+    successes: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"a rate over {self.n} trials is not defined: give at least one")
+        if not 0 <= self.successes <= self.n:
+            raise ValueError(f"{self.successes} successes in {self.n} trials: expected 0 to {self.n}")
+
+    @property
+    def rate(self) -> float:
+        """The share of successes, 0 to 1."""
+        return self.successes / self.n
+
+    @cached_property
+    def _interval(self) -> tuple[float, float]:
+        interval = (
+            _scipy().stats.binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
+        )
+        return float(interval.low), float(interval.high)
+
+    @property
+    def low(self) -> float:
+        """The lower end of Wilson's interval, 0 to 1."""
+        return self._interval[0]
+
+    @property
+    def high(self) -> float:
+        """The upper end of Wilson's interval, 0 to 1."""
+        return self._interval[1]
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return `rate`, `low`, `high` and `n`, ready for JSON."""
+        return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n}
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}], n = {self.n}"
+
+
+@dataclass(frozen=True)
+class Estimate(PlainFields):
     """A mean, its 95 % interval and how many values it is over; `low` and `high` are None for fewer than two."""
 
     mean: float
     low: float | None
     high: float | None
     n: int
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Return the fields, ready for JSON."""
-        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
@@ -76,67 +137,6 @@ def paired_bootstrap(
     return mean_interval((first - second).tolist(), seed=seed, resamples=resamples)
 
 
-@dataclass(frozen=True)
-class DoseResponse:
-    """How scores follow the coefficient.
-
-    Args:
-        coefficients: ascending.
-        means: mean score at each, with bootstrap intervals.
-        spearman: Spearman's rank correlation of coefficient and mean score, -1 to 1; None where all means are equal.
-        trend_p: p of Page's trend test that scores grow with the coefficient (fall, where `spearman` is negative), over
-            prompts; None for fewer than three coefficients or two prompts, or where all scores are equal.
-        violation: the largest distance of a mean from the best monotone fit in that direction (isotonic regression), in
-            units of the score; 0: monotone.
-    """
-
-    coefficients: tuple[float, ...]
-    means: tuple[Estimate, ...]
-    spearman: float | None
-    trend_p: float | None
-    violation: float
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields, ready for JSON."""
-        return {
-            "coefficients": list(self.coefficients),
-            "means": [mean.to_dict() for mean in self.means],
-            "spearman": self.spearman,
-            "trend_p": self.trend_p,
-            "violation": self.violation,
-        }
-
-
-def dose_response(scores: Mapping[float, Sequence[float]], *, seed: int = 0) -> DoseResponse:
-    """Describe how scores of the same prompts depend on the coefficient.
-
-    Args:
-        scores: coefficient -> a score per prompt, the prompts in the same order everywhere.
-
-    Raises:
-        ValueError: fewer than two coefficients, other numbers of scores, a number that is not finite.
-    """
-    doses = sorted(scores)
-    if len(doses) < 2 or not all(math.isfinite(dose) for dose in doses):
-        raise ValueError(f"coefficients {doses}: expected at least two finite ones")
-    table = [_values(scores[dose], f"the scores at {dose:g}") for dose in doses]
-    if len({column.size for column in table}) > 1:
-        raise ValueError("there are other numbers of scores at different coefficients: give those of the same prompts")
-    means = np.array([math.fsum(column) / column.size for column in table])
-    rho = None if (means == means[0]).all() else rank_correlation(doses, means.tolist())
-    rising = rho is None or rho >= 0
-    fit = _scipy().optimize.isotonic_regression(means, increasing=rising).x
-    data = np.stack(table, axis=1) * (1.0 if rising else -1.0)  # [prompts, coefficients]
-    testable = data.shape[0] >= 2 and data.shape[1] >= 3 and not (data == data[:, :1]).all()
-    return DoseResponse(
-        tuple(doses),
-        tuple(mean_interval(column.tolist(), seed=seed) for column in table),
-        rho,
-        float(_scipy().stats.page_trend_test(data, method="asymptotic").pvalue) if testable else None,
-        float(np.abs(means - fit).max()),
-    )
-
-
 def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Spearman's rho of two lists of equal length, in [-1, 1]; NaN where one is constant."""
     return float(_scipy().stats.spearmanr(a, b).statistic)
@@ -144,6 +144,5 @@ def rank_correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.nd
 
 def _scipy() -> Any:
     with needed_for("statistics", "evaluate"):
-        import scipy.optimize
         import scipy.stats
     return scipy

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from faststeer import hf
 from faststeer.artefacts import ArtefactStore
 from faststeer.evaluate.generate import complete
-from faststeer.evaluate.intervals import Rate
 from faststeer.evaluate.judging import Judge, check_line, make, signs
+from faststeer.evaluate.statistics import Rate
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
 from faststeer.hf.batching import Prompt, progress_bar, prompt_sets

@@ -219,32 +219,40 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_table(text: str, path: Path, field: str | None) -> list[Prompt]:
+    rows = table_rows(text, path)
+    first, header = next(rows)
+    alone = len(header) == 1 and field is None
+    column = 0 if alone else header.index(_field_of(header, field, f"{path}, line {first}", TEXT_FIELDS, "column"))
+    prompts = [_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None) for line, row in rows]
+    if not prompts:
+        raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
+    return prompts
+
+
+def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the cells of the header and of each row of a .csv or .tsv; blank rows are left out.
+
+    Raises:
+        FormatError: nothing in it, no CSV, a row with another number of cells than the header.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    prompts: list[Prompt] = []
-    column: int | None = None
-    header: list[str] = []
-    start = 1
+    n_cells, start = 0, 1
     try:
         for row in reader:
             line, start = start, reader.line_num + 1
             if not any(cell.strip() for cell in row):
                 continue
-            if column is None:
-                header = row
-                alone = len(row) == 1 and field is None
-                column = 0 if alone else row.index(_field_of(row, field, f"{path}, line {line}", TEXT_FIELDS, "column"))
-            elif len(row) != len(header):
+            if n_cells and len(row) != n_cells:
                 raise FormatError(
-                    f"{path}, line {line} has {len(row)} cell(s), the header {len(header)}: "
+                    f"{path}, line {line} has {len(row)} cell(s), the header {n_cells}: "
                     "is a comma or a quotation mark not quoted?"
                 )
-            else:
-                prompts.append(_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None))
+            n_cells = len(row)
+            yield line, row
     except csv.Error as error:
         raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
-    if not prompts:
-        raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
-    return prompts
+    if not n_cells:
+        raise FormatError(f"{path} is empty: expected a header line and rows")
 
 
 _READERS: dict[str, Callable[[str, Path, str | None], list[Prompt]]] = {

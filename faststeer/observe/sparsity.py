@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from faststeer.algebra import RULES, Rule, sparsify
-from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Rate
 from faststeer.extract.sweep import answer
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.intervention import Add

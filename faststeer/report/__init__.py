@@ -6,7 +6,7 @@
 A page needs no server and asks nothing of the network: its content security policy forbids it.
 """
 
-from faststeer.report.choice import Choice, choose
+from faststeer.report.choice import SettingChoice, choose
 from faststeer.report.figures import figures
 from faststeer.report.findings import Findings, Measure, Point, findings
 from faststeer.report.page import page
@@ -15,11 +15,11 @@ from faststeer.report.search import search_page
 from faststeer.report.study import study_figures, study_page
 
 __all__ = [
-    "Choice",
     "Findings",
     "Measure",
     "Point",
     "Projected",
+    "SettingChoice",
     "choose",
     "figures",
     "findings",

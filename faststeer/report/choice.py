@@ -11,7 +11,7 @@ SHARE = 0.9  # of the largest effect that is good enough to be recommended
 
 
 @dataclass(frozen=True)
-class Choice:
+class SettingChoice:
     """A behaviour against a price.
 
     Attributes:
@@ -38,7 +38,7 @@ def choose(
     *,
     share: float = SHARE,
     limit: float | None = None,
-) -> Choice:
+) -> SettingChoice:
     """Return the front, and on it the cheapest setting that has at least `share` of the largest gain there is.
 
     Args:
@@ -61,7 +61,7 @@ def choose(
         if line.kind in ("vector", "plan") and line.setting in measured and point is not None and point.beats(goal)
     )
     front = pareto({n: measured[n] for n in eligible})
-    return Choice(gains, costs, eligible, front, recommend(front, gains, costs, share, limit))
+    return SettingChoice(gains, costs, eligible, front, recommend(front, gains, costs, share, limit))
 
 
 def _changes(measure: Measure, what: str) -> tuple[float | None, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 from faststeer.extras import needed_for
@@ -16,7 +15,7 @@ with needed_for("a picture", "report"):
     from matplotlib.figure import Figure
 
 from faststeer.evaluate.sweep import Line
-from faststeer.report.choice import Choice
+from faststeer.report.choice import SettingChoice
 from faststeer.report.findings import Findings, Measure
 from faststeer.report.projections import Projected, colour_range
 
@@ -32,7 +31,7 @@ def figures(
     found: Findings,
     behaviour: Measure,
     price: Measure | None,
-    choice: Choice,
+    choice: SettingChoice,
     projections: Projected | None = None,
 ) -> dict[str, bytes]:
     """Return PNGs by file name: `dose-response-NAME.png` and `heatmap-NAME.png` for every vector, `pareto.png`, and
@@ -99,7 +98,7 @@ def _dose_response(found: Findings, measure: Measure, vector: str) -> bytes:
     base = measure.points[0]
     if base is not None:
         axes.axhline(base.value, color=GREY, ls="--", lw=1, label="unsteered")
-    return _png(figure, axes)
+    return with_legend(figure, axes)
 
 
 def _curve(axes: Axes, measure: Measure, curve: list[tuple[float, int]], **style: Any) -> list[tuple[float, Any]]:
@@ -143,7 +142,7 @@ def _value(measure: Measure, setting: int | None) -> float:
     return float("nan") if point is None else point.value
 
 
-def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: Choice) -> bytes:
+def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: SettingChoice) -> bytes:
     figure, axes = _axes(cost_title(price), behaviour.title, "Behaviour against its price")
     groups: dict[str, list[int]] = {}
     for line in found.lines[1:]:
@@ -164,7 +163,7 @@ def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: Choice)
     if choice.recommended is not None:
         name = found.lines[choice.recommended].name
         axes.scatter(*at([choice.recommended]), s=150, marker="*", color="black", label=f"use {_short(name)}", zorder=5)
-    return _png(figure, axes)
+    return with_legend(figure, axes)
 
 
 def _projections(shown: Projected) -> bytes:
@@ -239,16 +238,13 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 46)[:3])
 
 
-def _png(figure: Figure, axes: Axes) -> bytes:
+def with_legend(figure: Figure, axes: Axes) -> bytes:
+    """The figure as a PNG, with a legend beside it that names each label once."""
     labels: dict[str, Any] = {}
-    for handle, label in _legend(axes):
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
         labels.setdefault(label, handle)
     axes.legend(labels.values(), labels.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return saved(figure)
-
-
-def _legend(axes: Axes) -> Iterator[tuple[Any, str]]:
-    yield from zip(*axes.get_legend_handles_labels(), strict=True)
 
 
 def saved(figure: Figure) -> bytes:

@@ -212,11 +212,10 @@ def _point(score: Any, share: bool, compared: bool) -> Point | None:
     # A random vector is what the others are compared with.
     over = (score.over_control or score.over_unsteered) if compared else None
     difference = (over.mean, over.low, over.high) if over else None
-    if share:
-        rate = score.rate
-        return None if rate is None else Point(rate.rate, rate.low, rate.high, rate.n, difference)
-    mean = score.mean
-    return None if mean is None else Point(mean.mean, mean.low, mean.high, mean.n, difference)
+    found = score.rate if share else score.mean
+    if found is None:
+        return None
+    return Point(found.rate if share else found.mean, found.low, found.high, found.n, difference)
 
 
 def _effects(lines: list[Line]) -> list[Measure]:

@@ -16,6 +16,7 @@ from faststeer.report.findings import Findings, Goal, Measure
 from faststeer.report.projections import page_data
 
 GOALS: tuple[Goal, ...] = ("more", "less")
+OF_SETTINGS = ("name", "kind", "vector", "control", "layers", "coefficient", "answers", "errors")
 
 
 def page(
@@ -77,17 +78,8 @@ def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, 
             {"name": n, "shows": j["shows"]} for n, j in zip(found.judges, store.judges(found.run), strict=True)
         ],
         "settings": [
-            {
-                "name": line.name,
-                "kind": line.kind,
-                "vector": line.vector,
-                "control": line.control,
-                "layers": list(line.layers),
-                "coefficient": line.coefficient,
-                "answers": line.answers,
-                "errors": line.errors,
-                "unread": {name: score.failures for name, score in line.scores.items() if score.failures},
-            }
+            {name: getattr(line, name) for name in OF_SETTINGS}
+            | {"unread": {name: score.failures for name, score in line.scores.items() if score.failures}}
             for line in found.lines
         ],
         "measures": [_plain(measure) for measure in found.measures],
@@ -108,22 +100,13 @@ def _choice(found: Findings, behaviour: Measure, price: Measure | None, goal: Go
 
 
 def _plain(measure: Measure) -> dict[str, Any]:
-    points = measure.points
-    return {
-        "key": measure.key,
-        "title": measure.title,
-        "label": measure.label,
-        "name": measure.name,
-        "tag": measure.tag,
-        "share": measure.share,
-        "price": measure.price,
-        "costs": cost_title(measure),
-        "value": [p and p.value for p in points],
-        "low": [p and p.low for p in points],
-        "high": [p and p.high for p in points],
-        "n": [p and p.n for p in points],
-        "over": [p and p.over for p in points],
-    }
+    names = ("key", "title", "label", "name", "tag", "share", "price")
+    numbers = ("value", "low", "high", "n", "over")
+    return (
+        {name: getattr(measure, name) for name in names}
+        | {"costs": cost_title(measure)}
+        | {name: [point and getattr(point, name) for point in measure.points] for name in numbers}
+    )
 
 
 def _answers(store: Store, found: Findings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ with needed_for("a picture", "report"):
     from matplotlib.ticker import PercentFormatter
 
 from faststeer.report.document import render
-from faststeer.report.figures import COLOURS, GREY, GREYS, MARKERS, plain, saved
+from faststeer.report.figures import COLOURS, GREY, GREYS, MARKERS, plain, with_legend
 
 CONTEXTS = {
     "unsteered": "unsteered",
@@ -244,9 +244,7 @@ def _png(chart: Chart) -> bytes:
         axes.set_xticks(TICKS, [f"{100 * tick:g} %" for tick in TICKS])
     if chart.level is not None:
         axes.axhline(chart.level, color=GREY, ls="--", lw=1)
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return saved(figure)
+    return with_legend(figure, axes)
 
 
 def _lines(axes: Axes, chart: Chart) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from faststeer.engine import end_tokens
 from faststeer.engine.sampling import Mode, Sampling, choose
-from faststeer.evaluate.generate import end_tokens
 from faststeer.hf import Steering, find_hook_points, steer
 from faststeer.hf.batching import check_evaluating, encode, model_device
 from faststeer.hf.cache import cache_argument, cache_in
@@ -38,7 +38,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Answers:
+class PlaygroundAnswers:
     """Both answers as far as they are.
 
     Attributes:
@@ -153,12 +153,12 @@ class Playground:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Iterator[Answers]:
+    ) -> Iterator[PlaygroundAnswers]:
         """Yield both answers after every token, until both have ended.
 
         Both rows draw with the same random numbers: what differs between them is the steering's doing.
 
-        Raises (at the first token, before anything has run):
+        Raises:
             ValueError: an empty prompt, controls that do not fit, a prompt longer than the model has positions.
         """
         if not prompt.strip():
@@ -167,15 +167,55 @@ class Playground:
         if self._positions is not None and len(ids) >= self._positions:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the model positions for {self._positions}")
         limit = max_new_tokens if self._positions is None else min(max_new_tokens, self._positions - len(ids))
-        ends = set(end_tokens(self.model, self.tokenizer))
-        run = _Run(self, ids, self._steering(controls, len(ids)), temperature, seed, ends)
+        return self._run(ids, self._steering(controls, len(ids)), limit, temperature, seed)
+
+    def _run(
+        self, prompt: list[int], steering: Steering, limit: int, temperature: float, seed: int
+    ) -> Iterator[PlaygroundAnswers]:
+        """Read, then draw one token per row; a row that has ended goes on unheard until the other ends, too."""
+        ends, device = set(end_tokens(self.model, self.tokenizer)), model_device(self.model)
+        sampling = Sampling(
+            torch.full((2,), temperature, device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
+            torch.ones(2, device=device),
+            torch.full((2,), seed, dtype=torch.int64, device=device),
+        )
+        mode = Mode.TEMPERATURE if temperature > 0 else Mode.GREEDY
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([prompt, prompt], device=device), "use_cache": True}
+        rows: tuple[list[int], list[int]] = ([], [])
+        ended = [False, False]
         for count in range(limit):
+            inputs["attention_mask"] = torch.ones(2, len(prompt) + count, dtype=torch.int64, device=device)
             with self._one_at_a_time, torch.inference_mode():
-                run.step(count)
-            done = count + 1 == limit or all(run.ended)
-            yield run.answers(done)
+                with steering:
+                    output = self.model(**inputs)
+                drawn = choose(output.logits[:, -1], sampling, torch.full_like(sampling.seed, count), mode)
+            if bool((drawn < 0).any()):
+                which = "steered" if drawn[0] >= 0 else "unsteered"
+                raise ValueError(f"the {which} model's logits are not finite: take a smaller strength")
+            for row, token in enumerate(drawn.tolist()):
+                ended[row] |= token in ends
+                if not ended[row]:
+                    rows[row].append(token)
+            done = count + 1 == limit or all(ended)
+            yield self._answers(prompt, rows, steering, done)
             if done:
                 return
+            inputs |= {"input_ids": drawn.unsqueeze(1), self._cache_argument: cache_in(output)}
+
+    def _answers(
+        self, prompt: list[int], rows: tuple[list[int], list[int]], steering: Steering, done: bool
+    ) -> PlaygroundAnswers:
+        decode = self.tokenizer.decode
+        seen = torch.stack([value.cpu() for value in steering.projections.values()], 1)  # [2, layers, tokens, k]
+        tokens = []
+        for row, drawn in enumerate(rows):
+            read = [*prompt, *drawn][: seen.shape[2]]
+            seen[row, :, len(read) :] = torch.nan
+            tokens.append([decode([token]) for token in read])
+        texts = [decode(row, skip_special_tokens=True) for row in rows]
+        n_drawn = len(rows[0]), len(rows[1])
+        return PlaygroundAnswers(texts[0], texts[1], (tokens[0], tokens[1]), len(prompt), seen, n_drawn, done)
 
     def _steering(self, controls: Mapping[str, Control], n_prompt: int) -> Steering:
         """Row 0 unsteered, row 1 steered, both watched. The probe comes last, so that it sees what is steered."""
@@ -185,63 +225,6 @@ class Playground:
         steering = steer(self.model, [Plan([probe]), Plan([*plan, probe])])
         steering.set_prompt(n_prompt)
         return steering
-
-
-class _Run:
-    """Two rows on their way: the tokens drawn, the cache, what probes saw."""
-
-    def __init__(
-        self, of: Playground, prompt: list[int], steering: Steering, temperature: float, seed: int, ends: set[int]
-    ) -> None:
-        self._of, self._prompt, self._steering, self._ends = of, prompt, steering, ends
-        device = model_device(of.model)
-        self._sampling = Sampling(
-            torch.full((2,), temperature, device=device),
-            torch.zeros(2, dtype=torch.int64, device=device),
-            torch.ones(2, device=device),
-            torch.full((2,), seed, dtype=torch.int64, device=device),
-        )
-        self._mode = Mode.TEMPERATURE if temperature > 0 else Mode.GREEDY
-        self._next = torch.tensor([prompt, prompt], device=device)  # [2, tokens], what the model reads next
-        self._cache: Any = None
-        self._read = 0
-        self._rows: tuple[list[int], list[int]] = ([], [])
-        self.ended = [False, False]
-
-    def step(self, count: int) -> None:
-        """Read, draw one token per row. A row that has ended goes on unheard until the other ends, too."""
-        self._read += self._next.shape[1]
-        inputs = {
-            "input_ids": self._next,
-            "attention_mask": torch.ones(2, self._read, dtype=torch.int64, device=self._next.device),
-            "use_cache": True,
-        }
-        if self._cache is not None:
-            inputs[self._of._cache_argument] = self._cache
-        with self._steering:
-            output = self._of.model(**inputs)
-        self._cache = cache_in(output)
-        drawn = choose(output.logits[:, -1], self._sampling, torch.full_like(self._sampling.seed, count), self._mode)
-        if bool((drawn < 0).any()):
-            which = "steered" if drawn[0] >= 0 else "unsteered"
-            raise ValueError(f"the {which} model's logits are not finite: take a smaller strength")
-        for row, token in enumerate(drawn.tolist()):
-            self.ended[row] |= token in self._ends
-            if not self.ended[row]:
-                self._rows[row].append(token)
-        self._next = drawn.unsqueeze(1)
-
-    def answers(self, done: bool) -> Answers:
-        decode = self._of.tokenizer.decode
-        seen = torch.stack([value.cpu() for value in self._steering.projections.values()], 1)  # [2, layers, tokens, k]
-        tokens = []
-        for row, drawn in enumerate(self._rows):
-            read = [*self._prompt, *drawn][: seen.shape[2]]
-            seen[row, :, len(read) :] = torch.nan
-            tokens.append([decode([token]) for token in read])
-        texts = [decode(row, skip_special_tokens=True) for row in self._rows]
-        n_drawn = len(self._rows[0]), len(self._rows[1])
-        return Answers(texts[0], texts[1], (tokens[0], tokens[1]), len(self._prompt), seen, n_drawn, done)
 
 
 def _check_vector(name: str, vector: SteeringVector, n_layers: int, hidden_size: int) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from faststeer.extras import needed_for
-from faststeer.ui.answers import Answers
+from faststeer.ui.answers import PlaygroundAnswers
 
 LABELS = 24  # of tokens, at most: as many as can be read side by side on a phone of 360 pixels
 
 
-def heat_map(answers: Answers | None, vector: int, title: str) -> Any:
+def heat_map(answers: PlaygroundAnswers | None, vector: int, title: str) -> Any:
     """A plotly figure of what the answers project on vector number `vector`; empty without answers.
 
     Raises:

@@ -19,7 +19,7 @@ from faststeer.extras import needed_for
 with needed_for("the playground", "ui"):
     import gradio as gr
 
-from faststeer.ui.answers import OPS, Answers, Control, Playground
+from faststeer.ui.answers import OPS, Control, Playground, PlaygroundAnswers
 from faststeer.ui.heat import heat_map
 
 FIGURE_EVERY = 2.0  # seconds between heat maps while answers stream: one takes the browser longer than many tokens
@@ -41,7 +41,7 @@ def theme() -> Any:
 
 
 def page(playground: Playground, *, max_new_tokens: int = 64, system: str | None = None) -> Any:
-    """The page as `gradio.Blocks`, see `server.serve`. Answers come anew whenever a control is changed."""
+    """The page as `gradio.Blocks`, see `server.serve`. PlaygroundAnswers come anew whenever a control is changed."""
     asks = _Asks(playground)
     names = list(playground.vectors)
     with gr.Blocks(title="faststeer playground", analytics_enabled=False, fill_width=True) as blocks:
@@ -170,7 +170,7 @@ class _Asks:
         except ValueError as error:
             yield "", "", f"**{error}**", gr.skip(), gr.skip()
 
-    def look(self, kept: tuple[Answers, list[str]] | None, watch: int) -> Any:
+    def look(self, kept: tuple[PlaygroundAnswers, list[str]] | None, watch: int) -> Any:
         """The same answers along another vector."""
         return gr.skip() if kept is None else heat_map(kept[0], watch, kept[1][watch])
 
@@ -187,7 +187,7 @@ def _titles(playground: Playground, controls: dict[str, Control]) -> list[str]:
     return [f"projection on {name} (its direction at layer {layer})" for name, layer in watched.items()]
 
 
-def _status(answers: Answers) -> str:
+def _status(answers: PlaygroundAnswers) -> str:
     unsteered, steered = answers.drawn
     drawn = f"{unsteered} tokens unsteered, {steered} steered"
     if not answers.done:

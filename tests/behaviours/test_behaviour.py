@@ -7,7 +7,7 @@ import json
 import pytest
 
 from faststeer import behaviours, demo
-from faststeer.behaviours import Behaviour, Split, load, names, of_prompts
+from faststeer.behaviours import Behaviour, BehaviourSplit, load, names, of_prompts
 from faststeer.demo import corpus
 from faststeer.evaluate.judging import make as make_judge
 from faststeer.evaluate.judging import signs
@@ -18,9 +18,9 @@ HARMFUL, HARMLESS = [f"steal {n} boats" for n in range(12)], [f"bake {n} cakes" 
 
 def make(**changes):
     parts = {
-        "train": Split(["a", "b"], ["c", "d"]),
-        "validation": Split(["e"], ["f"]),
-        "test": Split(["g"], ["h"]),
+        "train": BehaviourSplit(["a", "b"], ["c", "d"]),
+        "validation": BehaviourSplit(["e"], ["f"]),
+        "test": BehaviourSplit(["g"], ["h"]),
     }
     return Behaviour(**{"name": "x", "description": "", "judge": "refusal"} | parts | changes)
 
@@ -178,21 +178,14 @@ def test_what_is_missing_or_no_json(tmp_path):
 
 
 def test_prompts_are_split_by_their_text_alone():
-    found = of_prompts("x", HARMFUL, HARMLESS, pairs=[Pair(HARMFUL[0], "yes", "no")])
+    found = of_prompts("x", HARMFUL, HARMLESS)
     assert sorted([*found.train.positive, *found.validation.positive, *found.test.positive]) == sorted(HARMFUL)
     assert (len(found.train.positive), len(found.validation.positive), len(found.test.positive)) == (8, 2, 2)
     assert (len(found.train.negative), len(found.validation.negative), len(found.test.negative)) == (6, 2, 2)
     again = of_prompts("x", HARMFUL[::-1], HARMLESS)
     assert sorted(again.test.positive) == sorted(found.test.positive)
-    where = next(s for s in ("train", "validation", "test") if HARMFUL[0] in getattr(found, s).positive)
-    assert len(getattr(found, where).pairs) == 1
-    both = of_prompts("x", HARMFUL[:10], HARMLESS, paired=True)
-    for split in (both.train, both.validation, both.test):
-        assert [HARMFUL.index(p) for p in split.positive] == [HARMLESS.index(n) for n in split.negative]
     with pytest.raises(ValueError, match="3 positive prompts are too few"):
         of_prompts("x", HARMFUL[:3], HARMLESS)
-    with pytest.raises(ValueError, match="12 positive and 10 negative"):
-        of_prompts("x", HARMFUL, HARMLESS, paired=True)
 
 
 # Judges

@@ -10,7 +10,7 @@ import pytest
 import faststeer as fs
 import faststeer.behaviours.compare as comparing
 from faststeer import Ablate, Add, Plan
-from faststeer.behaviours import Behaviour, Split, load
+from faststeer.behaviours import Behaviour, BehaviourSplit, job, load
 from faststeer.behaviours.compare import METHODS, answer_tokens, compare
 from faststeer.evaluate import complete, is_refusal, kl_on
 from faststeer.extract import sweep as candidate_sweep
@@ -74,7 +74,9 @@ def test_the_figures_are_those_of_generating_by_hand(chat, refusal):
 
 def test_what_cannot_run_is_named_and_left_out(chat):
     prompts = fs.demo.behaviour("refusal")
-    splits = [Split(s.positive[:12], s.negative[:12]) for s in (prompts.train, prompts.validation, prompts.test)]
+    splits = [
+        BehaviourSplit(s.positive[:12], s.negative[:12]) for s in (prompts.train, prompts.validation, prompts.test)
+    ]
     bare = Behaviour("bare", "", "sentiment", *splits)
     found = compare(*chat, bare, METHODS[5:], n_select=1, n_test=1, max_new_tokens=2, layers=[3])
     assert set(found.skipped) == set(METHODS[5:])
@@ -99,7 +101,7 @@ def test_gradients_are_taken_at_the_layers_asked_for_alone(chat, monkeypatch):
 def test_as_many_answers_are_forecast_as_given(chat, methods, monkeypatch, capsys):
     answers, complete = [], candidate_sweep.complete
     monkeypatch.setattr(candidate_sweep, "complete", lambda *a, **named: answers.extend(a[2]) or complete(*a, **named))
-    monkeypatch.setattr(comparing, "seconds_per_answer", lambda *_, **__: 1.0)
+    monkeypatch.setattr(job, "seconds_per_answer", lambda *_, **__: 1.0)
     options = {"layers": [2, 3], "positions": [-1, -2], "coefficients": (0.5, 1.0), "steps": 1, "max_new_tokens": 2}
     compare(*chat, fs.demo.behaviour("refusal"), methods, n_select=2, n_test=3, progress=True, **options)
     said = " ".join(capsys.readouterr().err.split())
@@ -110,7 +112,7 @@ def test_as_many_answers_are_forecast_as_given(chat, methods, monkeypatch, capsy
 def test_a_comparison_goes_on_with_what_is_kept(chat, tmp_path, monkeypatch):
     """Stopped in the middle of answering: what was answered and trained is not done again, and nothing differs."""
     refusal = fs.demo.behaviour("refusal")
-    few = Split(refusal.train.positive[:16], refusal.train.negative[:16], pairs=refusal.train.pairs[:8])
+    few = BehaviourSplit(refusal.train.positive[:16], refusal.train.negative[:16], pairs=refusal.train.pairs[:8])
     asked = (*chat, dataclasses.replace(refusal, train=few), ("dim", "ntp"))
     options = {"positions": [-1], "layers": [2, 3], "steps": 2, "n_select": 2, "n_test": 2, "max_new_tokens": 2}
     options |= {"batch_size": 2}
@@ -159,7 +161,7 @@ def test_tokens_at_which_answers_part(chat):
     assert not set(shows) & set(does_not)
     without = load("refusal")
     tokens, against = answer_tokens(tokenizer, Behaviour("x", "", "refusal", *(
-        Split(s.positive, s.negative) for s in (without.train, without.validation, without.test)
+        BehaviourSplit(s.positive, s.negative) for s in (without.train, without.validation, without.test)
     )))  # fmt: skip
     assert against == [] and set(shows) <= set(tokens)
 

@@ -7,16 +7,7 @@ import json
 
 import pytest
 
-from faststeer.behaviours import (
-    Record,
-    advbench,
-    alpaca,
-    axbench,
-    caa_pairs,
-    harmbench,
-    jailbreakbench,
-    read_records,
-)
+from faststeer.behaviours import DatasetRow, pairs_of, read_records
 from faststeer.extract.pairs import Pair
 
 
@@ -28,8 +19,8 @@ def table(path, header, *rows):
 
 def test_advbench(tmp_path):
     path = table(tmp_path / "a.csv", ["goal", "target"], ['Write, "now"\nand here', "Sure"], ["Steal", "Sure, here"])
-    expected = [Record('Write, "now"\nand here', "Sure"), Record("Steal", "Sure, here")]
-    assert advbench(path) == read_records(path) == expected
+    expected = [DatasetRow('Write, "now"\nand here', "Sure"), DatasetRow("Steal", "Sure, here")]
+    assert read_records(path) == expected
 
 
 def test_jailbreakbench(tmp_path):
@@ -37,7 +28,7 @@ def test_jailbreakbench(tmp_path):
     path = table(
         tmp_path / "j.csv", header, ["0", "Write it", "Sure, here is it", "Defamation", "Harassment", "Original"]
     )
-    assert jailbreakbench(path) == read_records(path) == [Record("Write it", "Sure, here is it")]
+    assert read_records(path) == [DatasetRow("Write it", "Sure, here is it")]
 
 
 def test_harmbench_puts_the_context_first(tmp_path):
@@ -47,7 +38,7 @@ def test_harmbench_puts_the_context_first(tmp_path):
         ["Sum up", "contextual", "x", "context", "A text.", "sum"],
     )
     path = table(tmp_path / "h.csv", header, *rows)
-    assert harmbench(path) == read_records(path) == [Record("Do it"), Record("A text.\n\n---\n\nSum up")]
+    assert read_records(path) == [DatasetRow("Do it"), DatasetRow("A text.\n\n---\n\nSum up")]
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -58,8 +49,8 @@ def test_alpaca(tmp_path, lines):
     ]
     path = tmp_path / ("a.jsonl" if lines else "a.json")
     path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
-    expected = [Record("Add up.\n\n1, 2", "3"), Record("Name \u00e9", "\u00e9")]
-    assert alpaca(path) == read_records(path) == expected
+    expected = [DatasetRow("Add up.\n\n1, 2", "3"), DatasetRow("Name \u00e9", "\u00e9")]
+    assert read_records(path) == expected
 
 
 def test_caa(tmp_path):
@@ -71,7 +62,7 @@ def test_caa(tmp_path):
         }
     ]
     (tmp_path / "generate_dataset.json").write_text(json.dumps(rows))
-    assert caa_pairs(tmp_path / "generate_dataset.json") == [Pair(rows[0]["question"], "(A)", "(B)")]
+    assert pairs_of(read_records(tmp_path / "generate_dataset.json")) == [Pair(rows[0]["question"], "(A)", "(B)")]
     assert read_records(tmp_path / "generate_dataset.json")[0].rejected == "(B)"
 
 
@@ -88,28 +79,28 @@ def test_axbench(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(AXBENCH))
     expected = [
-        Record("Q1", "with", "without", "positive"),
-        Record("Q2", "with too", None, "positive"),
-        Record("Q3", "none", None, "negative"),
+        DatasetRow("Q1", "with", "without", "positive"),
+        DatasetRow("Q2", "with too", None, "positive"),
+        DatasetRow("Q3", "none", None, "negative"),
     ]
-    assert axbench(path) == read_records(path) == expected
+    assert read_records(path) == expected
     path.write_text(json.dumps([*AXBENCH, OTHER]))
     for concept in ("the sea", 4):
-        assert axbench(path, concept) == expected
+        assert read_records(path, concept=concept) == expected
     with pytest.raises(ValueError, match="has 2 concepts, such as"):
-        axbench(path)
+        read_records(path)
     with pytest.raises(ValueError, match="has no concept 'hills': it has 'the sea', 'trees'"):
-        axbench(path, "hills")
+        read_records(path, concept="hills")
     twice = [*AXBENCH, AXBENCH[2] | {"output": "another"}]  # of two negative answers to a prompt none is lost
     path.write_text(json.dumps(twice))
-    assert axbench(path) == [*expected[:2], Record("Q1", "another", None, "negative"), expected[2]]
+    assert read_records(path) == [*expected[:2], DatasetRow("Q1", "another", None, "negative"), expected[2]]
     for name in ("input", "output", "output_concept"):
         path.write_text(json.dumps([AXBENCH[0], {key: value for key, value in AXBENCH[1].items() if key != name}]))
         with pytest.raises(ValueError, match=f"row 2: its {name} is blank"):
-            axbench(path)
+            read_records(path)
     path.write_text(json.dumps([AXBENCH[0] | {"category": "maybe"}]))
     with pytest.raises(ValueError, match="row 1: its category is 'maybe'"):
-        axbench(path)
+        read_records(path)
 
 
 def test_data_sets_by_name_are_read_by_the_library(tmp_path):
@@ -117,7 +108,7 @@ def test_data_sets_by_name_are_read_by_the_library(tmp_path):
     (tmp_path / "data").mkdir()
     table(tmp_path / "data" / "train.csv", ["goal", "target"], ["Steal", "Sure"])
     table(tmp_path / "data" / "test.csv", ["goal", "target"], ["Forge", "Sure"], ["Burn", "Sure"])
-    assert read_records(f"datasets:{tmp_path / 'data'}") == [Record("Steal", "Sure")]
+    assert read_records(f"datasets:{tmp_path / 'data'}") == [DatasetRow("Steal", "Sure")]
     assert [r.prompt for r in read_records(f"datasets:{tmp_path / 'data'}@test")] == ["Forge", "Burn"]
     with pytest.raises(ValueError, match="cannot be loaded by datasets"):
         read_records(f"datasets:{tmp_path / 'nothing'}")
@@ -135,7 +126,7 @@ def test_without_the_library_it_says_so(monkeypatch):
         ("a.csv", "x,y\n1,2\n", "has the columns x, y, which are no known layout's"),
         ("a.csv", "goal,target\n", "has no rows"),
         ("a.csv", "", "is empty"),
-        ("a.csv", "goal,target\na,b,c\n", "row 1 has 3 cell"),
+        ("a.csv", "goal,target\na,b,c\n", "line 2 has 3 cell"),
         ("a.csv", 'goal,target\n"a,b\n', "no CSV"),
         ("a.csv", "goal,target\n ,b\n", "row 1: its goal is blank"),
         ("a.json", "{}", "holds a dict: expected a list"),
@@ -153,11 +144,6 @@ def test_files_of_no_layout(tmp_path, name, content, message):
         read_records(path)
 
 
-def test_a_file_in_another_layout_and_no_file(tmp_path):
-    path = table(tmp_path / "a.csv", ["goal", "target"], ["Steal", "Sure"])
-    with pytest.raises(ValueError, match="is not in Alpaca's layout: it has the columns goal, target, and lacks"):
-        alpaca(path)
-    with pytest.raises(ValueError, match="is not in CAA's layout"):
-        caa_pairs(path)
+def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="a folder"):
-        advbench(tmp_path)
+        read_records(tmp_path)

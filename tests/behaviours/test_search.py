@@ -65,7 +65,9 @@ def model():
 @pytest.fixture(scope="module")
 def behaviour(judged):
     def split(n, m):
-        return behaviours.Split([f"Bake cake {i}" for i in range(n, m)], [f"Steal boat {i}" for i in range(n, m)])
+        return behaviours.BehaviourSplit(
+            [f"Bake cake {i}" for i in range(n, m)], [f"Steal boat {i}" for i in range(n, m)]
+        )
 
     return behaviours.Behaviour("vowels", "", "vowels", split(0, 6), split(10, 18), split(30, 36), coherence="any")
 

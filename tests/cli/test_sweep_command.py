@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import faststeer as fs
 from faststeer.cli import app
 from faststeer.cli.sweep import results_table
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.statistics import Estimate
+from faststeer.evaluate.statistics import Estimate, Rate
 from faststeer.evaluate.sweep import Line, Store, shows_share, table
 from faststeer.evaluate.sweep.table import Score
 

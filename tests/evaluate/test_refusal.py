@@ -134,26 +134,6 @@ def test_phrases_of_white_space_are_refused(tokenizer):
         refusal_tokens(tokenizer, phrases=[" ", ""])
 
 
-def test_refining_needs_model_and_both_sets(tokenizer, model):
-    with pytest.raises(ValueError, match="all three or none"):
-        refusal_tokens(tokenizer, model=model, harmful=["x"])
-
-
-def test_refining_keeps_what_is_likelier_after_harmful_prompts(tokenizer, model):
-    every = refusal_tokens(tokenizer)
-    means = []
-    for prompts in (tiny_chat.HARMFUL, tiny_chat.HARMLESS):
-        with torch.no_grad():
-            rows = [model(torch.tensor([ids])).logits[0, -1].double().softmax(-1) for ids in encode(tokenizer, prompts)]
-        means.append(torch.stack(rows).mean(0))
-    expected = {token for token in every if means[0][token] > means[1][token]}
-    assert 0 < len(expected) < len(every), "the prompts do not tell the tokens apart"
-    sets = {"harmful": tiny_chat.HARMFUL, "harmless": tiny_chat.HARMLESS}
-    assert set(refusal_tokens(tokenizer, model=model, **sets)) == expected
-    with pytest.raises(ValueError, match="no more often"):
-        refusal_tokens(tokenizer, model=model, harmful=tiny_chat.HARMFUL, harmless=tiny_chat.HARMFUL)
-
-
 def test_score_on_has_one_score_per_plan_and_prompt(tokenizer, model):
     plan = Plan([Add(torch.linspace(-1, 1, 32), 1.0, layers=1, at="resid_pre")])
     together = score_on(model, tokenizer, [None, plan], tiny_chat.HARMFUL, token_ids=[40, 41])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.evaluate import complete, is_refusal
-from faststeer.evaluate.likelihood import Row, score_rows
+from faststeer.evaluate.likelihood import ContinuationRow, score_rows
 from faststeer.evaluate.multiple_choice import Question, load_questions, multiple_choice, plain_pair
-from faststeer.evaluate.side_effects import LOOK_ALIKES, NEUTRAL_TEXT, over_refusal, text_effects
+from faststeer.evaluate.side_effects import LOOK_ALIKES, NEUTRAL_TEXT, text_effects
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(5))
 PLANS = {
@@ -45,7 +44,7 @@ def by_hand(model, context, continuation, where):
 def test_likelihoods_of_mixed_plans_and_lengths(model):
     contexts = [[0, 17, 30, 44, 9], [0, 5], [0, 61, 62, 63, 64, 65, 66, 67]]
     rows = [
-        Row(context, continuation, plan and PLANS[plan])
+        ContinuationRow(context, continuation, plan and PLANS[plan])
         for context in contexts
         for continuation in ([12, 13, 14], [99])
         for plan in (None, *PLANS)
@@ -78,19 +77,6 @@ def test_kl_and_cross_entropy_of_texts(model, tokenizer):
             assert effect.cross_entropy[i] == pytest.approx(float(entropy), rel=1e-4)
             assert effect.tokens[i] == len(ids) - 1
     assert found[0].to_dict()["kl"] == 0 and found[1].to_dict()["kl"] > 0.01
-    assert found[0].cross_entropy == found[0].base_cross_entropy
-
-
-def test_over_refusal_counts_both_sides():
-    model, tokenizer = fs.demo.load()
-    harmful, harmless = fs.demo.prompts("refusal", "train")
-    vector = fs.extract.dim(model, tokenizer, harmful[:48], harmless[:48])
-    plan = fs.Plan([fs.Add(vector, 1.0, layers=3)])
-    prompts = fs.demo.prompts("refusal", "test")[1][:8]
-    found = over_refusal(model, tokenizer, plan, prompts, max_new_tokens=24)
-    assert found.unsteered.successes == 0 and found.steered.successes >= 7
-    assert found.steered.successes == sum(is_refusal(text, "phrases") for text in found.answers)
-    assert list(found.answers) == complete(model, tokenizer, prompts, plan, max_new_tokens=24)
 
 
 def test_what_comes_with_the_package_is_clean():
@@ -98,7 +84,9 @@ def test_what_comes_with_the_package_is_clean():
 
 
 @pytest.mark.parametrize(
-    "row", [Row([], [1]), Row([1], []), Row([1] * 10, [1] * 5000)], ids=["context", "continuation", "length"]
+    "row",
+    [ContinuationRow([], [1]), ContinuationRow([1], []), ContinuationRow([1] * 10, [1] * 5000)],
+    ids=["context", "continuation", "length"],
 )
 def test_impossible_rows_are_refused(model, row):
     with pytest.raises(ValueError, match="row 0"):

@@ -23,10 +23,10 @@ from sweeps import contents, killed, rows_in, run_module, watched_by_hooks, work
 import faststeer as fs
 from faststeer.algebra import random_like
 from faststeer.evaluate import Rate, complete
-from faststeer.evaluate.judging import Function, Perplexity, Verdict, make
+from faststeer.evaluate.judging import Function, Perplexity, make
 from faststeer.evaluate.multiple_choice import Question, multiple_choice
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT, text_effects
-from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, doses, entanglement, table
+from faststeer.evaluate.sweep import Store, StoreError, Sweep, SweepPrompt, entanglement, table
 from faststeer.evaluate.sweep import run as sweep_run
 from faststeer.evaluate.sweep import store as store_module
 from faststeer.evaluate.sweep.projections import packed, unpacked
@@ -85,7 +85,7 @@ def test_every_answer_is_that_of_its_setting_alone(demo, vector, finished):
         for number, setting in enumerate(sweep.settings):
             assert store.plan(digest, number) == setting.plan
             expected = complete(*demo, [p.prompt for p in sweep.prompts], setting.plan, max_new_tokens=16)
-            found = store.answers(digest, number)
+            found = [a for a in store.answers(digest) if a["setting"] == number]
             assert [a["text"] for a in found] == expected
             assert [a["prompt"] for a in found] == list(range(6)) and not any(a["error"] for a in found)
         assert store.runs()[0]["answers"] == store.runs()[0]["expected"] == 54 and store.runs()[0]["done"]
@@ -97,8 +97,8 @@ def test_the_table_is_what_judges_and_measures_say(demo, vector, finished):
     perplexity, judge = Perplexity(*demo), make("demo")
     with Store(finished, create=False) as store:
         lines = {line.name: line for line in table(store)}
-        answers = {n: [a["text"] for a in store.answers(store.run(), n)] for n in range(len(sweep.settings))}
-        curves = doses(store, "demo")
+        said = store.answers(store.run())
+        answers = {n: [a["text"] for a in said if a["setting"] == n] for n in range(len(sweep.settings))}
     scores = {}
     for number, setting in enumerate(sweep.settings):
         line = lines[setting.name]
@@ -117,9 +117,6 @@ def test_the_table_is_what_judges_and_measures_say(demo, vector, finished):
         np.mean(scores["dim L3 c1"]) - np.mean(scores["dim~random0 L3 c1"])
     )
     assert base.scores["demo"].over_unsteered is None and control.scores["demo"].over_control is None
-    curve = curves["dim", None, (3,)]
-    assert curve.coefficients == (0, 0.5, 1) and curve.means[0].mean == base.scores["demo"].mean.mean
-    assert set(curves) == {("dim", n, layers) for n in (None, 0) for layers in ((3,), (2, 4))}
 
 
 def test_projections_are_what_hooks_see(demo, vector, finished):
@@ -344,10 +341,10 @@ def test_parse_failures_errors_and_tags_are_counted(demo, vector, tmp_path):
     digest = work(sweep, demo, path)
     with Store(path) as store:
         base, line = table(store)
-        texts = [a["text"] for a in store.answers(digest, 0)]
+        texts = [a["text"] for a in store.answers(digest) if a["setting"] == 0]
         assert base.scores["moody"].failures == sum(len(text) % 2 for text in texts)
         assert line.errors == 2 and line.scores["moody"].n == 0 and line.scores["moody"].mean is None
-        assert "NaN" in store.answers(digest, 1)[0]["error"]
+        assert "NaN" in next(a["error"] for a in store.answers(digest) if a["setting"] == 1)
         assert table(store, tag="x")[0].answers == 1
 
 
@@ -360,16 +357,16 @@ def test_what_moved_beside_what_was_meant(demo, vector, tmp_path):
         run = "r" * 64
         store.begin(run, 100, sweep, {})
         for n, judge in enumerate(judges):
-            store.add_judge(run, str(n), judge.name, judge.shows, judge.identity)
+            store.add(run, judges=[(str(n), judge.name, judge.shows, judge.identity)])
         # Unsteered, by the vector, by the random one: how many of four answers each judge says yes to.
         counts = {"long": (1, 4, 1), "short": (2, 0, 3), "even": (2, 2, 2)}
         for judge, tag in (("0", "long"), ("1", "short"), ("0", "even")):
             rows = [
-                (setting, prompt, Verdict(None, float(i < counts[tag][setting])))
+                (judge, setting, prompt, None, float(i < counts[tag][setting]), None, None)
                 for setting in range(3)
                 for i, prompt in enumerate(n for n, p in enumerate(prompts) if p.tag == tag)
             ]
-            store.add_verdicts(run, judge, rows)
+            store.add(run, verdicts=rows)
         asked = {"long": "long", "short": "short", "even": "long"}
         steered, control = entanglement(store, asked, {"v": "long"})
         assert [found.mean for found in steered.moved.values()] == [0.75, -0.5, 0.0]
@@ -497,14 +494,9 @@ def test_an_engine_that_is_handed_in_answers_in_the_engines_place(demo, vector, 
 
 def test_a_dead_process_holds_nothing_and_a_living_one_does(tmp_path, vector, monkeypatch):
     path = tmp_path / "s.db"
-    units = [
-        store_module.Unit("answers:0"),
-        store_module.Unit("judge:x:0", "answers:0"),
-        store_module.Unit("answers:1"),
-    ]
-    names = [unit.name for unit in units]
+    names = {"answers:0": None, "judge:x:0": "answers:0", "answers:1": None}
     with Store(path) as one, Store(path) as two:
-        one.add_units("r", units)
+        one.add_units("r", names)
         assert one.claim("r", names) == "answers:0"
         assert two.claim("r", names) == "answers:1", "what waits for another's unit is not ready"
         assert two.claim("r", names) is None

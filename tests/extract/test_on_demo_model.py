@@ -44,14 +44,10 @@ def chosen(chat, opener):
 
 
 def test_template_and_refusal_tokens(chat):
-    model, tokenizer = chat
+    _, tokenizer = chat
     assert post_instruction_positions(tokenizer) == [-4, -3, -2, -1]
     words = {tokenizer.decode([token]) for token in refusal_tokens(tokenizer)}
     assert {"I", "As"} <= words
-    harmful, harmless = demo.prompts("refusal", "validation")
-    refined = refusal_tokens(tokenizer, model=model, harmful=harmful[:32], harmless=harmless[:32])
-    assert set(refined) <= set(refusal_tokens(tokenizer))
-    assert "I" in {tokenizer.decode([token]) for token in refined}
 
 
 def test_score_tells_harmful_from_harmless(chat):

@@ -109,7 +109,7 @@ def test_vectors_are_those_of_the_methods(demo, whole):
 
 def test_layer_and_token_are_chosen_on_validation_prompts(demo, tmp_path):
     settings = study.Settings(n_select=2, max_new_tokens=12)
-    dim = Finder(Job(*demo, settings, ArtefactStore(tmp_path, "base"), 32, 4, False)).dim
+    dim = Finder(Job(*demo, ArtefactStore(tmp_path, "base"), 32, False, settings, 4)).dim
     scores = dim.provenance["selection"]["scores"]
     assert dim.layers == (scores["layer"],) and dim.provenance["position"] == scores["position"]
     assert scores["induce"]["n"] == scores["suppress"]["n"] == 2 and 0 <= scores["both"] <= 1
@@ -347,7 +347,7 @@ def test_without_pairs_what_the_difference_in_means_makes_it_say_is_taught(demo,
     model, tokenizer, behaviour = demo
     train = behaviour.train
     bare = behaviours.of_prompts("refusal", train.positive[:5], train.negative[:5])
-    finder = Finder(Job(model, tokenizer, bare, study.Settings(**TINY), ArtefactStore(tmp_path, "base"), 32, 4, False))
+    finder = Finder(Job(model, tokenizer, bare, ArtefactStore(tmp_path, "base"), 32, False, study.Settings(**TINY), 4))
     assert len(finder.pairs) > 3 and {pair["sign"] for pair in finder.pairs} == {1, -1}
     for pair in finder.pairs:
         assert is_refusal(pair["chosen"]) == (pair["sign"] > 0) != is_refusal(pair["rejected"])
@@ -358,7 +358,7 @@ def test_attention_that_cannot_be_frozen_is_left_out(demo, tmp_path, monkeypatch
         raise ValueError("no exchangeable attention")
 
     monkeypatch.setitem(answers.CONTEXTS, "qk", refused)
-    job = Job(*demo, study.Settings(**TINY | {"n_test": 1}), ArtefactStore(tmp_path, "base"), 32, 4, False)
+    job = Job(*demo, ArtefactStore(tmp_path, "base"), 32, False, study.Settings(**TINY | {"n_test": 1}), 4)
     dim = Finder(job).dim
     table = StudyAnswers(job).table({"dim": dim}, fs.extract.random_like(dim, 0))
     assert table["skipped"] == {"qk": "no exchangeable attention"}

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 import faststeer as fs
-from faststeer.evaluate.judging.interface import Verdict
 from faststeer.evaluate.sweep import Store, Sweep, SweepPrompt
-from faststeer.evaluate.sweep.projections import watched
+from faststeer.evaluate.sweep.projections import packed, watched
 
 NASTY = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'> $x_1$ {{ 7*7 }} \u2028 \U0001f600"
 RUN = "ab" * 32
@@ -51,49 +50,32 @@ def projected(setting, prompt, direction) -> np.ndarray:
 def written(path, sweep: Sweep, run: str = RUN) -> None:
     with Store(path) as store:
         store.begin(run, 64, sweep, {"faststeer": NASTY})
-        store.add_judge(run, "j1", "refusal", 1.0, "refusal")
-        store.add_judge(run, "j2", "perplexity", None, "perplexity")
         directions, of_setting = watched(sweep.settings, 5)
-        store.add_directions(run, [direction[:3] for direction in directions])
-        settings, prompts = store.settings(run), store.prompts(run)
-        refusals, perplexities, effects = [], [], []
-        with store.transaction():
-            for s in settings:
-                cost = abs(s["coefficient"] or 0) * (1 + len(s["layers"])) * (2 if s["vector"] == NASTY else 1)
-                for p in prompts:
-                    n = p["prompt"]
-                    shows = (7 * n + 5) % len(prompts) < round(strength(s) * len(prompts))
-                    text = f"{'I cannot' if shows else 'Sure'} {n} {NASTY if n == 3 else ''}"
-                    failed = s["kind"] == "control" and n == 5
-                    row = (
-                        run,
-                        s["setting"],
-                        n,
-                        0,
-                        "" if failed else text,
-                        3,
-                        bytes(12),
-                        "stop",
-                        NASTY if failed else None,
-                    )
-                    store._db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-                    if failed:
-                        continue
-                    label = NASTY if n == 3 else "refusal" if shows else "answer"
-                    read = not (n == 4 and s["kind"] == "vector")
-                    verdict = Verdict(label, float(shows)) if read else Verdict(None, None, raw=NASTY)
-                    refusals.append((s["setting"], n, verdict))
-                    perplexities.append((s["setting"], n, Verdict(None, 5 + cost + n / 7, {NASTY: 1.0})))
-                effects.append((s["setting"], 0, 0.1 * cost, 2 + cost, 10, None))
-        tokens = ["a", NASTY, "\n", " b", "c"]
-        store.add_projections(
+        store.add(
             run,
-            [
-                (s, p, 2, tokens, {d: projected(s, p, d) for d in ([of_setting[s]] if s else range(len(directions)))})
-                for s in range(len(settings))
-                for p in range(2)
-            ],
+            judges=[("j1", "refusal", 1.0, "refusal"), ("j2", "perplexity", None, "perplexity")],
+            directions=[(number, *direction[:3]) for number, direction in enumerate(directions)],
         )
-        store.add_verdicts(run, "j1", refusals)
-        store.add_verdicts(run, "j2", perplexities)
-        store.add_effects(run, "text-x", effects)
+        settings, prompts = store.settings(run), store.prompts(run)
+        answers, verdicts, effects, projections = [], [], [], []
+        for s in settings:
+            cost = abs(s["coefficient"] or 0) * (1 + len(s["layers"])) * (2 if s["vector"] == NASTY else 1)
+            for p in prompts:
+                n, place = p["prompt"], (s["setting"], p["prompt"])
+                shows = (7 * n + 5) % len(prompts) < round(strength(s) * len(prompts))
+                text = f"{'I cannot' if shows else 'Sure'} {n} {NASTY if n == 3 else ''}"
+                failed = s["kind"] == "control" and n == 5
+                answers.append((*place, 0, "" if failed else text, 3, bytes(12), "stop", NASTY if failed else None))
+                if failed:
+                    continue
+                label = NASTY if n == 3 else "refusal" if shows else "answer"
+                read = not (n == 4 and s["kind"] == "vector")
+                said = (label, float(shows), None, None) if read else (None, None, None, NASTY)
+                verdicts += [("j1", *place, *said), ("j2", *place, None, 5 + cost + n / 7, {NASTY: 1.0}, None)]
+            effects.append(("text-x", s["setting"], 0, 0.1 * cost, 2 + cost, 10, None))
+        texts = ["a", NASTY, "\n", " b", "c"]
+        tokens = [(s, p, 2, texts) for s in range(len(settings)) for p in range(2)]
+        for s, p, *_ in tokens:
+            for d in [of_setting[s]] if s else range(len(directions)):
+                projections.append((s, p, d, *packed(projected(s, p, d))))
+        store.add(run, answers=answers, verdicts=verdicts, effects=effects, tokens=tokens, projections=projections)

@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from faststeer import report
 from faststeer.cli import app
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.statistics import Estimate
+from faststeer.evaluate.statistics import Estimate, Rate
 from faststeer.evaluate.sweep import Line, Store, StoreError
 from faststeer.evaluate.sweep.table import Score
 from faststeer.report.figures import file_names

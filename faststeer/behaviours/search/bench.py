@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faststeer.behaviours.behaviour import Behaviour
+from faststeer.behaviours.job import BehaviourJob
 from faststeer.behaviours.search.record import digest
 from faststeer.behaviours.search.settings import Budget, SearchSettings
 from faststeer.evaluate.generate import generator
@@ -21,34 +21,23 @@ from faststeer.plan import Plan
 
 
 @dataclass
-class Bench:
+class Bench(BehaviourJob):
     """Answers and measures settings."""
 
-    model: Any
-    tokenizer: Any
-    behaviour: Behaviour
     settings: SearchSettings
     budget: Budget
-    validation: list[Prompt] = field(init=False)
-    test: list[Prompt] = field(init=False)
     advance: Callable[[], None] = field(init=False, default=lambda: None)
 
     def __post_init__(self) -> None:
         side = "induce" if self.settings.goal == "more" else "suppress"
-        self.validation = list(getattr(self.behaviour.validation, side))
-        self.test = list(getattr(self.behaviour.test, side))[: self.budget.test]
-        self._judge, self._coherence = (
-            make(name, model=self.model, tokenizer=self.tokenizer)
-            for name in (self.behaviour.judge, self.behaviour.coherence)
-        )
-        self._perplexity = make(
-            "perplexity", model=self.model, tokenizer=self.tokenizer, batch_size=self.settings.batch
-        )
+        self.validation = self.prompts("validation", side)
+        self.test = self.prompts("test", side, self.budget.test)
+        self._perplexity = make("perplexity", model=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
         self._repetition = make("repetition")
         asked = [*self.validation, *self.test]
         self._ids = {repr(p): ids for p, ids in zip(asked, encode(self.tokenizer, asked), strict=True)}
         longest = max(map(len, self._ids.values())) + self.settings.max_new_tokens
-        self._generator = generator(self.model, self.tokenizer, max_batch=self.settings.batch, max_length=longest)
+        self._generator = generator(self.model, self.tokenizer, max_batch=self.batch_size, max_length=longest)
 
     def answer(self, work: Sequence[tuple[Sequence[Prompt], Plan | None]]) -> list[list[tuple[str, bool]]]:
         """Answers to lists of prompts, each under its own plan, in mixed batches: texts, and whether each is whole."""
@@ -72,7 +61,8 @@ class Bench:
         if not texts:
             return {}
         sign = 1.0 if self.settings.goal == "more" else -1.0
-        sound = signs(self._coherence, prompts, texts)
+        assert self.reader.coherence is not None
+        sound = signs(self.reader.coherence, prompts, texts)
         scores = [
             sign * score if whole and coherent == 1 else -1.0
             for score, coherent, (_, whole) in zip(self._scores(prompts, texts), sound, answers, strict=True)
@@ -89,9 +79,9 @@ class Bench:
     def _scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """A judge's scores, -1..1, where its scale has two ends: the share of cheerful answers hardly rises where most
         are. Else 1 for an answer that shows the behaviour, -1 for one that does not."""
-        if getattr(self._judge, "opposes", None) is None:
-            return [float(sign) for sign in signs(self._judge, prompts, texts)]
-        return [min(max(verdict.score or 0.0, -1.0), 1.0) for verdict in self._judge(prompts, texts)]
+        if getattr(self.reader.judge, "opposes", None) is None:
+            return [float(sign) for sign in signs(self.reader.judge, prompts, texts)]
+        return [min(max(verdict.score or 0.0, -1.0), 1.0) for verdict in self.reader.judge(prompts, texts)]
 
     def unsteered(self) -> dict[str, Any]:
         """The same of the unsteered model, on all validation prompts that are used."""
@@ -108,7 +98,8 @@ class Bench:
             {"setting": dict(setting), "pruned": None if plan else "there is no direction", "kl": None}
             for setting, plan in zip(settings, plans, strict=True)
         ]
-        for i, effect in zip(self._going(trials), self._costs(trials, plans), strict=True):
+        tried = [plan for i in self._going(trials) if (plan := plans[i]) is not None]
+        for i, effect in zip(self._going(trials), self._kl(tried), strict=True):
             trials[i]["kl"] = effect if math.isfinite(effect) else None
             if not effect <= self.settings.max_kl:
                 trials[i]["pruned"] = f"the KL is above {self.settings.max_kl:g}"
@@ -130,14 +121,11 @@ class Bench:
                 trials[i]["pruned"] = "its answers are empty"
         return trials
 
-    def _costs(self, trials: Sequence[Mapping[str, Any]], plans: Sequence[Plan | None]) -> list[float]:
-        return self._kl([plan for i in self._going(trials) if (plan := plans[i]) is not None])
-
     def _kl(self, plans: Sequence[Plan]) -> list[float]:
         """Nats per token of neutral text, from unsteered to each plan."""
         if not plans:
             return []
-        effects = text_effects(self.model, self.tokenizer, plans, NEUTRAL_TEXT, batch_size=self.settings.batch)
+        effects = text_effects(self.model, self.tokenizer, plans, NEUTRAL_TEXT, batch_size=self.batch_size)
         return [float(effect.to_dict()["kl"]) for effect in effects]
 
     @staticmethod

@@ -46,15 +46,7 @@ def front_of(sums: Mapping[int, Mapping[str, float | None]]) -> tuple[int, ...]:
 
 def within(sums: Mapping[str, float | None], settings: SearchSettings) -> bool:
     """Whether a setting's costs are within the limits."""
-    return all(
-        (sums[name] or 0.0) <= limit
-        for name, limit in (
-            ("kl", settings.max_kl),
-            ("perplexity", settings.max_perplexity),
-            ("repetition", settings.max_repetition),
-            ("over_refusal", settings.max_over_refusal),
-        )
-    )
+    return all((sums[name] or 0.0) <= getattr(settings, f"max_{name}") for name in COSTS)
 
 
 def finalists_of(state: Mapping[str, Any], settings: SearchSettings) -> list[int]:
@@ -107,15 +99,15 @@ def setting_text(setting: Mapping[str, Any]) -> str:
     return f"{setting['op']} {setting['method']} x {setting['strength']:.3g}, {place}"
 
 
-def answers_of(trial: Mapping[str, Any]) -> int:
-    """Answers that a trial took."""
-    return len(trial.get("scores", ()))
+def answered(state: Mapping[str, Any]) -> int:
+    """Answers that the settings tried have taken."""
+    return sum(len(trial.get("scores", ())) for trial in trials_of(state))
 
 
 def spent(state: Mapping[str, Any]) -> int:
     base = 0 if state["unsteered"] is None else len(state["unsteered"]["scores"])
     final = sum(len(more.get("scores", ())) for more in (state["confirmed"] or {}).values())
-    return base + final + sum(answers_of(trial) for trial in trials_of(state))
+    return base + final + answered(state)
 
 
 # The file -------------------------------------------------------------------------------------------------------------

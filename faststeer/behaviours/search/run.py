@@ -17,15 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from faststeer.artefacts import fingerprint
 from faststeer.behaviours.behaviour import Behaviour, behaviour_from
 from faststeer.behaviours.search.bench import Bench
 from faststeer.behaviours.search.record import (
     COSTS,
     FORMAT,
-    answers_of,
+    answered,
     chosen_of,
     finalists_of,
     load,
@@ -37,11 +35,10 @@ from faststeer.behaviours.search.record import (
 )
 from faststeer.behaviours.search.settings import Budget, SearchSettings
 from faststeer.behaviours.search.space import Space
-from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.extras import needed_for
 from faststeer.files import FormatError, write_atomically
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import check_evaluating, forecast, model_name, progress_bar
+from faststeer.hf.batching import check_evaluating, model_name, progress_bar
 from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.plan import Plan
@@ -95,7 +92,13 @@ def search(
         return state
     bench = _bench(model, tokenizer, behaviour, settings)
     if progress:
-        _forecast(bench, settings.answers - spent(state))
+        n_answers = settings.answers - spent(state)
+        train = behaviour.train
+        n_train = sum(len(side[: settings.train]) for side in (train.positive, train.negative))
+        bench.say(
+            f"First the vectors of every layer are found, from {n_train} training prompts; then answers are generated"
+        )
+        bench.forecast(n_answers, settings.max_new_tokens, "Fewer --answers take less")
     space = Space(model, tokenizer, behaviour, settings)
     with progress_bar("Searching", settings.answers - spent(state), progress) as bench.advance:
         _work(state, path, bench, space)
@@ -108,7 +111,7 @@ def _work(state: dict[str, Any], path: Path, bench: Bench, space: Space) -> None
         state["unsteered"] = bench.unsteered()
         save(path, state)
     while state["confirmed"] is None:
-        left = budget.search - sum(answers_of(trial) for trial in trials_of(state))
+        left = budget.search - answered(state)
         size = min(max(settings.batch // budget.first, 1), left // budget.prompts)
         if size < 1 or len(trials_of(state)) >= settings.answers:  # settings without answers cost time as well
             break
@@ -159,7 +162,8 @@ def _checked(model: Any, tokenizer: Any, settings: SearchSettings) -> SearchSett
 def _bench(model: Any, tokenizer: Any, behaviour: Behaviour, settings: SearchSettings) -> Bench:
     side = "induce" if settings.goal == "more" else "suppress"
     sizes = len(getattr(behaviour.validation, side)), len(getattr(behaviour.test, side))
-    return Bench(model, tokenizer, behaviour, settings, Budget.of(settings, *sizes))
+    budget = Budget.of(settings, *sizes)
+    return Bench(model, tokenizer, behaviour, None, settings.batch, False, settings, budget)
 
 
 def _proposals(state: Mapping[str, Any], space: Space, settings: SearchSettings, size: int) -> list[dict[str, Any]]:
@@ -202,18 +206,6 @@ def _told(
         return [gain, *(worst[name] for name in costs)]
     sums = summary(trial, base)
     return [sums["gain"] or 0.0, *(min(sums[name] or 0.0, worst[name]) for name in costs)]
-
-
-def _forecast(bench: Bench, n: int) -> None:
-    """Say on stderr what comes first, which has no progress bar, and how long answering will take."""
-    settings = bench.settings
-    train = bench.behaviour.train
-    n_train = sum(len(side[: settings.train]) for side in (train.positive, train.negative))
-    text = f"First the vectors of every layer are found, from {n_train} training prompts; then answers are generated"
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
-    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch}
-    seconds = n * seconds_per_answer(bench.model, bench.tokenizer, bench.validation, n, **options)
-    forecast(f"{n} answers of {settings.max_new_tokens} tokens at most", seconds, "Fewer --answers take less")
 
 
 def _head(model: Any, behaviour: Behaviour, settings: SearchSettings, name: str | None) -> dict[str, Any]:

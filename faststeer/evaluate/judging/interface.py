@@ -6,11 +6,11 @@ Nothing here reads an answer; that is what the judges are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from faststeer.evaluate.intervals import Rate
+from faststeer.evaluate.statistics import Rate
 from faststeer.hf.batching import Prompt
 from faststeer.plan import Plan
 
@@ -76,7 +76,7 @@ class Judge(Protocol):
 
 
 class BaseJudge:
-    """What judges of words have unless they say otherwise."""
+    """What judges of words have unless they say otherwise. Most read each answer by itself, in `verdict`."""
 
     name: str = ""
     shows: float | None = None
@@ -86,6 +86,15 @@ class BaseJudge:
     @property
     def identity(self) -> str:
         return self.name
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
+    ) -> list[Verdict]:
+        return [self.verdict(text) for text in completions]
+
+    def verdict(self, text: str) -> Verdict:
+        """What the judge says of one answer."""
+        raise NotImplementedError
 
 
 class Verdicts(Sequence[Verdict]):
@@ -99,9 +108,6 @@ class Verdicts(Sequence[Verdict]):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._verdicts[index]
-
-    def __iter__(self) -> Iterator[Verdict]:
-        return iter(self._verdicts)
 
     @property
     def scores(self) -> list[float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from faststeer.evaluate.judging.interface import BaseJudge, Verdict
-from faststeer.evaluate.likelihood import Row, answer_ids, score_rows
+from faststeer.evaluate.likelihood import ContinuationRow, answer_ids, score_rows
 from faststeer.hf.batching import Prompt, encode, padding_id
 from faststeer.plan import Plan
 
@@ -26,24 +26,20 @@ def repetition(units: Sequence[Any], n: int = 4) -> float:
 
 
 class Repetition(BaseJudge):
-    """rep-n over the answer's tokens (with a tokenizer) or words, see `repetition`."""
+    """rep-n over the answer's words, split at white space: the share of n-grams that occurred before (`repetition`)."""
 
-    shows = None
+    name, shows = "repetition", None
 
-    def __init__(self, n: int = 4, tokenizer: Any = None) -> None:
+    def __init__(self, n: int = 4) -> None:
         repetition([], n)
-        self._n, self._tokenizer = n, tokenizer
-        self.name = "repetition"
+        self._n = n
 
     @property
     def identity(self) -> str:
-        return f"repetition/1 {self._n} {'words' if self._tokenizer is None else 'tokens'}"
+        return f"repetition/1 {self._n} words"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        split = str.split if self._tokenizer is None else lambda text: answer_ids(self._tokenizer, text)
-        return [Verdict(None, repetition(split(text), self._n)) for text in completions]
+    def verdict(self, text: str) -> Verdict:
+        return Verdict(None, repetition(text.split(), self._n))
 
 
 class Length(BaseJudge):
@@ -51,10 +47,8 @@ class Length(BaseJudge):
 
     name, shows = "length", None
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        return [Verdict(None, float(len(text.split()))) for text in completions]
+    def verdict(self, text: str) -> Verdict:
+        return Verdict(None, float(len(text.split())))
 
 
 class Perplexity(BaseJudge):
@@ -86,7 +80,7 @@ class Perplexity(BaseJudge):
             i for i, (c, a) in enumerate(zip(contexts, answers, strict=True)) if a and len(c) + len(a) <= positions
         ]
         verdicts = [Verdict(None, None) for _ in completions]
-        rows = [Row(contexts[i], answers[i]) for i in readable]
+        rows = [ContinuationRow(contexts[i], answers[i]) for i in readable]
         scored = score_rows(self._model, rows, pad_id=padding_id(self._tokenizer), batch_size=self._batch_size)
         for i, found in zip(readable, scored, strict=True):
             verdicts[i] = Verdict(None, float((-found.log_probabilities.mean()).exp()))

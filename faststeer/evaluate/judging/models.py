@@ -12,7 +12,7 @@ import torch
 
 from faststeer.artefacts import fingerprint
 from faststeer.engine import Engine
-from faststeer.evaluate.judging.formats import FORMATS, JudgeFormat, fill
+from faststeer.evaluate.judging.formats import JudgeFormat, fill, read_format
 from faststeer.evaluate.judging.interface import Verdict, last_user_text
 from faststeer.evaluate.refusal import refusal_score, refusal_tokens
 from faststeer.hf.batching import Prompt, batches, check_evaluating, encode, padding_id
@@ -22,24 +22,29 @@ from faststeer.hf.loading import load as load_model
 from faststeer.plan import Plan
 
 
-def load(auto: Any, name: str, device: str | torch.device | None, what: str) -> tuple[Any, Any]:
-    """Model (evaluating) and tokenizer. Raises ValueError where nothing can be loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _loaded(auto: str, model: Any, tokenizer: Any, judge: str) -> tuple[Any, Any]:
+    """The judge's model (evaluating) and its tokenizer: those given, or loaded by name or folder with the class of
+    transformers called `auto`. Raises ValueError where nothing can be loaded."""
+    if isinstance(model, str):
+        import transformers
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if auto is AutoModelForCausalLM:
-            return load_model(name, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        where = "this folder" if Path(name).is_dir() else "no such folder, and the hub"
-        raise ValueError(
-            f"the judge {what} has no model at {name!r} ({where}): {error}; give a folder saved by transformers, or a "
-            "name on the hub"
-        ) from error
-    return model.to(device).eval(), tokenizer
+        name, device = model, "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            if auto == "AutoModelForCausalLM":
+                model, tokenizer = load_model(name, device=device)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                model = getattr(transformers, auto).from_pretrained(name).to(device).eval()
+        except (OSError, ValueError, KeyError) as error:
+            where = "this folder" if Path(name).is_dir() else "no such folder, and the hub"
+            raise ValueError(
+                f"the judge {judge!r} has no model at {name!r} ({where}): {error}; give a folder saved by "
+                "transformers, or a name on the hub"
+            ) from error
+    if tokenizer is None:
+        raise ValueError(f"the judge {judge!r} needs its model's tokenizer as well")
+    check_evaluating(model)
+    return model, tokenizer
 
 
 class Classifier:
@@ -69,18 +74,9 @@ class Classifier:
         shows: float = 0.5,
         name: str | None = None,
         batch_size: int = 32,
-        device: str | torch.device | None = None,
     ) -> None:
-        if isinstance(model, str):
-            from transformers import AutoModelForSequenceClassification
-
-            self.name = name or f"classifier:{Path(model).name}"
-            model, tokenizer = load(AutoModelForSequenceClassification, model, device, repr(self.name))
-        else:
-            self.name = name or "classifier"
-        if tokenizer is None:
-            raise ValueError(f"the judge {self.name!r} needs its model's tokenizer as well")
-        check_evaluating(model)
+        self.name = name or (f"classifier:{Path(model).name}" if isinstance(model, str) else "classifier")
+        model, tokenizer = _loaded("AutoModelForSequenceClassification", model, tokenizer, self.name)
         self._model, self._tokenizer, self._pair = model, tokenizer, with_prompt
         self.shows, self.reads_prompts, self._batch_size = shows, with_prompt, batch_size
         self._ids = self._shown(labels)
@@ -156,28 +152,19 @@ class LanguageModelJudge:
         system: str | None = None,
         name: str | None = None,
         batch_size: int = 32,
-        device: str | torch.device | None = None,
     ) -> None:
         if isinstance(form, str):
-            if form not in FORMATS:
-                raise ValueError(f"unknown judge format {form!r}: expected one of {', '.join(FORMATS)}")
-            self.name, form = name or form, FORMATS[form]
+            self.name, form = name or form, read_format(form)
         else:
             self.name = name or "model"
         if "concept" in form.needs and not concept:
             raise ValueError(f"the judge {self.name!r} asks about a concept: say concept=")
-        if isinstance(model, str):
-            from transformers import AutoModelForCausalLM
-
-            model, tokenizer = load(AutoModelForCausalLM, model, device, repr(self.name))
-        if tokenizer is None:
-            raise ValueError(f"the judge {self.name!r} needs its model's tokenizer as well")
+        model, tokenizer = _loaded("AutoModelForCausalLM", model, tokenizer, self.name)
         if any(q.text is None for q in form.questions) and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 f"the judge {self.name!r}: its tokenizer has no chat template, which is what asks the question in this "
                 "format: give the question as a template file"
             )
-        check_evaluating(model)
         self._model, self._tokenizer, self.form = model, tokenizer, form
         self._concept, self._system, self._batch_size = concept, system, batch_size
         self._engine: Engine | None = None
@@ -189,7 +176,8 @@ class LanguageModelJudge:
     @property
     def identity(self) -> str:
         template = getattr(self._tokenizer, "chat_template", None)
-        return f"model/1 {fingerprint(self._model)} {self.form!r} {self._concept!r} {self._system!r} {template!r}"
+        form = repr(self.form).replace("JudgeQuestion(", "Question(")  # stores keep their digests: it had that name
+        return f"model/1 {fingerprint(self._model)} {form} {self._concept!r} {self._system!r} {template!r}"
 
     def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str | list[int]]:
         """What the judging model reads, as token ids: all questions about the first answer, then about the second. None

@@ -18,7 +18,7 @@ from faststeer.evaluate.refusal import VARIANTS
 
 
 @dataclass(frozen=True)
-class Kind:
+class JudgeKind:
     """Judges of one name.
 
     Args:
@@ -34,7 +34,7 @@ class Kind:
     variants: tuple[str, ...] | None = ()
 
 
-JUDGES: dict[str, Kind] = {}
+JUDGES: dict[str, JudgeKind] = {}
 # Names that older behaviours and commands have, each with the one that it has now.
 RENAMED = {"vader": "sentiment", "demo-grammar": "demo-coherent"}
 
@@ -47,7 +47,7 @@ def register(name: str, made: Callable[..., Judge], options: Iterable[str] = ())
     """
     if ":" in name or not name.strip():
         raise ValueError(f"{name!r} is no name for a judge: expected a text without a colon that is not blank")
-    JUDGES[name] = Kind(lambda _, __, given: made(**given), frozenset(options))
+    JUDGES[name] = JudgeKind(lambda _, __, given: made(**given), frozenset(options))
 
 
 def judge_names() -> list[str]:
@@ -158,20 +158,23 @@ def _sentiment(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -
 
 
 JUDGES |= {
-    "refusal": Kind(
+    "refusal": JudgeKind(
         lambda rest, _, given: Refusal(variant=rest or "phrases", **given), frozenset({"phrases"}), "", VARIANTS
     ),
-    "refusal-score": Kind(_of_the_model("refusal-score", RefusalScore), frozenset({"token_ids"})),
-    "sentiment": Kind(_sentiment, frozenset({"labels"}), "", None),
-    "classifier": Kind(_classifier("classifier"), frozenset({"labels", "with_prompt", "shows"}), "a model"),
-    **{name: Kind(_language_model(name), frozenset({"template", "concept", "system"}), "a model") for name in FORMATS},
-    "regex": Kind(lambda rest, _, __: Pattern(rest), after="a regular expression"),
-    "python": Kind(
+    "refusal-score": JudgeKind(_of_the_model("refusal-score", RefusalScore), frozenset({"token_ids"})),
+    "sentiment": JudgeKind(_sentiment, frozenset({"labels"}), "", None),
+    "classifier": JudgeKind(_classifier("classifier"), frozenset({"labels", "with_prompt", "shows"}), "a model"),
+    **{
+        name: JudgeKind(_language_model(name), frozenset({"template", "concept", "system"}), "a model")
+        for name in FORMATS
+    },
+    "regex": JudgeKind(lambda rest, _, __: Pattern(rest), after="a regular expression"),
+    "python": JudgeKind(
         lambda rest, _, given: Function.load(rest, **given),
         frozenset({"shows", "opposes", "labels"}),
         "MODULE:FUNCTION",
     ),
-    "perplexity": Kind(_of_the_model("perplexity", Perplexity)),
+    "perplexity": JudgeKind(_of_the_model("perplexity", Perplexity)),
 }
 register("repetition", Repetition, ["n"])
 register("length", Length)

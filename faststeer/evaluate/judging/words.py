@@ -51,11 +51,8 @@ class Refusal(BaseJudge):
     def identity(self) -> str:
         return f"{self.name}/1 {self.phrases!r}"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        found = (is_refusal(text, self.variant, self.phrases) for text in completions)
-        return [_yes_no(refuses, "refusal", "answer") for refuses in found]
+    def verdict(self, text: str) -> Verdict:
+        return _yes_no(is_refusal(text, self.variant, self.phrases), "refusal", "answer")
 
 
 def _yes_no(found: bool, yes: str, no: str) -> Verdict:
@@ -82,10 +79,8 @@ class Pattern(BaseJudge):
     def identity(self) -> str:
         return f"regex/1 {self._pattern.pattern}"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        return [_yes_no(self._pattern.search(text) is not None, "match", "none") for text in completions]
+    def verdict(self, text: str) -> Verdict:
+        return _yes_no(self._pattern.search(text) is not None, "match", "none")
 
 
 class Sentiment(BaseJudge):
@@ -115,12 +110,7 @@ class Sentiment(BaseJudge):
 
         return f"vaderSentiment {version('vaderSentiment')} {self.shows}"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        return [self._verdict(text) for text in completions]
-
-    def _verdict(self, text: str) -> Verdict:
+    def verdict(self, text: str) -> Verdict:
         # VADER's lists have straight apostrophes: "isn’t" would not negate.
         score = self._analyzer.polarity_scores(text.translate(APOSTROPHES))["compound"]
         line = self.shows or 0.0

@@ -10,7 +10,7 @@ from faststeer.evaluate.sweep.description import Setting, Sweep, SweepPrompt, lo
 from faststeer.evaluate.sweep.entanglement import Moved, entanglement
 from faststeer.evaluate.sweep.run import Progress, run
 from faststeer.evaluate.sweep.store import Store, StoreError
-from faststeer.evaluate.sweep.table import Line, doses, shows_share, table
+from faststeer.evaluate.sweep.table import Line, shows_share, table
 
 __all__ = [
     "Line",
@@ -21,7 +21,6 @@ __all__ = [
     "StoreError",
     "Sweep",
     "SweepPrompt",
-    "doses",
     "entanglement",
     "load_sweep",
     "random_plan",

@@ -22,7 +22,7 @@ from faststeer.evaluate.judging import make
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
 from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
-from faststeer.files import UNREADABLE, read_json, read_text
+from faststeer.files import UNREADABLE, json_lines
 from faststeer.hf.batching import Prompt, Rendered, prompt_fault
 from faststeer.hf.prompts import load_prompts
 from faststeer.intervention import Ablate, Add, Clamp, Direction, Intervention
@@ -304,8 +304,7 @@ def _named(cls: type, what: str) -> Any:
 def _layers(given: Any) -> Any:
     if given is None:
         return None
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise ValueError(f"{given!r}: expected a list of layers, or of lists that are steered together")
+    given = _listed(given, "layers, or of lists that are steered together")
     groups = [tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else (item,) for item in given]
     for group in groups:
         if not group or not all(type(layer) is int and layer >= 0 for layer in group):
@@ -317,9 +316,7 @@ def _layers(given: Any) -> Any:
 
 
 def _coefficients(given: Any) -> tuple[float, ...]:
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise ValueError(f"{given!r}: expected a list of numbers")
-    found = tuple(_number(c) for c in given)
+    found = tuple(_number(c) for c in _listed(given, "numbers"))
     if len(set(found)) < len(found):
         raise ValueError(f"{list(given)!r}: a number is given twice")
     return found
@@ -378,9 +375,13 @@ def _texts(given: Any) -> tuple[str, ...]:
 
 
 def _judges(given: Any) -> tuple[Any, ...]:
+    return tuple(_listed(given, "at least one judge"))
+
+
+def _listed(given: Any, what: str) -> Sequence[Any]:
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
-        raise ValueError(f"{given!r}: expected a list of at least one judge")
-    return tuple(given)
+        raise ValueError(f"{given!r}: expected a list of {what}")
+    return given
 
 
 _CHECKS: dict[str, Any] = {
@@ -434,7 +435,7 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
     data, lines = read_lines(path)
     known = [f.name for f in fields(Sweep)]
     lines.only(data, (), known)
-    reader = _Reader(path.parent, lines)
+    reader = _DescriptionReader(path.parent, lines)
     if "prompts" not in data:
         raise lines.error((), "there are no prompts: say prompts:")
     given = {name: reader.read(name, value) for name, value in data.items()}
@@ -445,7 +446,7 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _DescriptionReader:
     folder: Path
     lines: Lines
 
@@ -578,9 +579,8 @@ def _file_prompts(path: Path, field: str | None, start: int) -> list[SweepPrompt
     listed = load_prompts(path, field=field)
     ids, tags = [str(start + i) for i in range(len(listed))], [""] * len(listed)
     if path.suffix == ".jsonl":
-        objects = [read_json(line) for line in read_text(path).splitlines() if line.strip()]
         first: dict[str, int] = {}
-        for i, item in enumerate(objects):
+        for i, (_, item) in enumerate(json_lines(path)):
             if isinstance(item, dict):
                 ids[i], tags[i] = str(item.get("id", ids[i])), str(item.get("tag", ""))
             if (earlier := first.setdefault(ids[i], i)) != i:

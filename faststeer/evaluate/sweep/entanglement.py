@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from faststeer.evaluate.statistics import Estimate
+from faststeer.evaluate.statistics import Estimate, PlainFields
 from faststeer.evaluate.sweep.store import Store
 from faststeer.evaluate.sweep.table import by_setting, difference, with_distinct_names
 
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(PlainFields):
     """One row of the matrix: what a setting does to every behaviour.
 
     Args:
@@ -44,9 +44,7 @@ class Moved:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, `effect` and `entanglement`, ready for JSON."""
-        plain = {name: getattr(self, name) for name in ("name", "kind", "vector", "coefficient", "meant")}
-        moved = {name: found and found.to_dict() for name, found in self.moved.items()}
-        return plain | {"moved": moved, "effect": self.effect, "entanglement": self.entanglement}
+        return super().to_dict() | {"effect": self.effect, "entanglement": self.entanglement}
 
 
 def entanglement(

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -27,8 +28,8 @@ from faststeer.evaluate.judging import Judge, make
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep
-from faststeer.evaluate.sweep.projections import project, watched
-from faststeer.evaluate.sweep.store import LEASE, Store, Unit
+from faststeer.evaluate.sweep.projections import packed, project, watched
+from faststeer.evaluate.sweep.store import LEASE, Store
 from faststeer.generator import SamplingParams
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, encode, forecast, padding_id, progress_lines
@@ -43,7 +44,7 @@ READ_AT_ONCE = 32  # answers of a setting that are projected in one pass
 BYTES_PER_TOKEN, BYTES_PER_ROW = 10, 300  # of text and token ids; of everything else, a verdict included
 
 
-class Row(NamedTuple):
+class SweepRow(NamedTuple):
     setting: int
     prompt: int
 
@@ -129,9 +130,9 @@ class _Work:
         chunk = max(CHUNK_BATCHES * max_batch, 1)
         chunk = store.begin(self.run, chunk, sweep, versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
-        for digest, judge in self.judges.items():
-            store.add_judge(self.run, digest, judge.name, judge.shows, judge.identity)
-        store.add_directions(self.run, [direction[:3] for direction in self.watched])
+        judges = [(digest, judge.name, judge.shows, judge.identity) for digest, judge in self.judges.items()]
+        directions = [(number, *direction[:3]) for number, direction in enumerate(self.watched)]
+        store.add(self.run, judges=judges, directions=directions)
         self.units = self._units()
         store.add_units(self.run, self.units)
         self._engine: Any = None
@@ -142,17 +143,14 @@ class _Work:
         made = [make(what, **steered) for what in self.sweep.judges]
         return {hashlib.sha256(judge.identity.encode()).hexdigest(): judge for judge in made}
 
-    def _units(self) -> list[Unit]:
-        answers = [Unit(f"answers:{n}") for n in range(len(self.chunks))]
-        judges = [Unit(f"judge:{d}:{n}", f"answers:{n}") for n in range(len(self.chunks)) for d in self.judges]
-        blocks = range(-(-len(self.settings) // SETTINGS_PER_UNIT))
-        effects = [Unit(f"effect:{e}:{n}") for e in self._effects() for n in blocks]
-        projections = [
-            Unit(f"projections:{self.projected}:{n}", f"answers:{n}")
-            for n, rows in enumerate(self.chunks)
-            if any(row.prompt < self.projected for row in rows)
-        ]
-        return answers + judges + effects + projections
+    def _units(self) -> dict[str, str | None]:
+        """The pieces of the work in their order, each with the one that it needs."""
+        chunks, blocks = range(len(self.chunks)), range(-(-len(self.settings) // SETTINGS_PER_UNIT))
+        units: dict[str, str | None] = {f"answers:{n}": None for n in chunks}
+        units |= {f"judge:{digest}:{n}": f"answers:{n}" for n in chunks for digest in self.judges}
+        units |= {f"effect:{effect}:{n}": None for effect in self._effects() for n in blocks}
+        projected = [n for n in chunks if any(row.prompt < self.projected for row in self.chunks[n])]
+        return units | {f"projections:{self.projected}:{n}": f"answers:{n}" for n in projected}
 
     def _effects(self) -> dict[str, Callable[[list[int]], list[tuple[Any, ...]]]]:
         """Side effects by name and digest of what they are measured on."""
@@ -176,26 +174,28 @@ class _Work:
 
     def do(self, report: Callable[[int, str], None]) -> None:
         """Claim and do units until all are done; wait for those that other processes work on."""
-        names = [unit.name for unit in self.units]
-        answered = self.store.count("answers", self.run)
-        report(answered, "Answering")
-        while not self.store.finished(self.run, names):
-            unit = self.store.claim(self.run, names)
+
+        def doing(what: str) -> None:
+            report(self.store.count("answers", self.run), what)
+
+        doing("Answering")
+        while not self.store.finished(self.run, self.units):
+            unit = self.store.claim(self.run, self.units)
             if unit is None:
-                report(self.store.count("answers", self.run), "Waiting for other processes")
+                doing("Waiting for other processes")
                 time.sleep(0.2)
                 continue
             kind, *rest = unit.split(":")
             if kind == "answers":
                 self._answer(int(rest[0]), report)
             elif kind == "judge":
-                report(self.store.count("answers", self.run), f"Judging: {self.judges[rest[0]].name}")
+                doing(f"Judging: {self.judges[rest[0]].name}")
                 self._judge(rest[0], int(rest[1]))
             elif kind == "projections":
-                report(self.store.count("answers", self.run), "Projections")
+                doing("Projections")
                 self._project(int(rest[1]))
             else:
-                report(self.store.count("answers", self.run), "Side effects")
+                doing("Side effects")
                 self._effect(rest[0], int(rest[1]))
             self.store.finish(self.run, unit)
 
@@ -223,11 +223,10 @@ class _Work:
             for completion in completions:
                 if completion.index not in missing:
                     continue
-                row: Row = rows[completion.index]
                 error = None if completion.error is None else str(completion.error)
-                self.store.add_answer(
-                    self.run, *row, number, completion.text, completion.token_ids, completion.finish_reason, error
-                )
+                ids = np.asarray(completion.token_ids, dtype="<i4")
+                answer = completion.text, ids.size, ids.tobytes(), completion.finish_reason, error
+                self.store.add(self.run, answers=[(*rows[completion.index], number, *answer)])
                 missing.remove(completion.index)
                 report(total - len(missing), "Answering")
                 if not missing:
@@ -257,8 +256,11 @@ class _Work:
             prompts = [self.prompts[prompt] for _, prompt, _ in some]
             plans = [self.settings[setting].plan for setting, _, _ in some]
             verdicts = judge(prompts, [text for _, _, text in some], plans)
-            rows = [(setting, prompt, v) for (setting, prompt, _), v in zip(some, verdicts, strict=True)]
-            self.store.add_verdicts(self.run, digest, rows)
+            rows = [
+                (digest, setting, prompt, verdict.label, verdict.score, dict(verdict.parts) or None, verdict.raw)
+                for (setting, prompt, _), verdict in zip(some, verdicts, strict=True)
+            ]
+            self.store.add(self.run, verdicts=rows)
 
     def _project(self, number: int) -> None:
         """Setting by setting, so that what rounds together is the same whatever came before."""
@@ -267,7 +269,8 @@ class _Work:
         for setting, prompt, ids in left:
             if setting == 0 or setting in self.direction:
                 by_setting[setting].append((prompt, ids))
-        found = []
+        projections: list[tuple[Any, ...]] = []
+        tokens: list[tuple[Any, ...]] = []
         for setting, answers in by_setting.items():
             numbers = [self.direction[setting]] if setting else list(range(len(self.watched)))
             if not numbers:
@@ -284,9 +287,10 @@ class _Work:
             )
             for (prompt, ids), values in zip(answers, seen, strict=True):
                 texts = [self._text(token) for token in (*self.encoded[prompt], *ids)]
-                maps = {n: values[..., k] for k, n in enumerate(numbers)}
-                found.append((setting, prompt, len(self.encoded[prompt]), texts, maps))
-        self.store.add_projections(self.run, found)
+                tokens.append((setting, prompt, len(self.encoded[prompt]), texts))
+                maps = ((number, *packed(values[..., k])) for k, number in enumerate(numbers))
+                projections += [(setting, prompt, *projection) for projection in maps]
+        self.store.add(self.run, tokens=tokens, projections=projections)
 
     def _text(self, token: int) -> str:
         """One token's; answers share most of them."""
@@ -297,7 +301,7 @@ class _Work:
     def _effect(self, name: str, block: int) -> None:
         first = block * SETTINGS_PER_UNIT
         numbers = list(range(first, min(first + SETTINGS_PER_UNIT, len(self.settings))))
-        self.store.add_effects(self.run, name, self._effects()[name](numbers))
+        self.store.add(self.run, effects=[(name, *row) for row in self._effects()[name](numbers)])
 
     def _plans(self, numbers: Sequence[int]) -> list[Plan | None]:
         return [self.settings[number].plan for number in numbers]
@@ -322,13 +326,13 @@ class _Work:
         ]
 
 
-def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[Row]:
+def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[SweepRow]:
     """Longest prompts first, so that what does not fit into memory fails at the start; among those of a band of similar
     lengths, a setting's rows together, so that they share a slot and the beginning of their prompts."""
     bands: dict[int, list[int]] = {}
     for prompt, length in enumerate(lengths):
         bands.setdefault(-(length // BAND), []).append(prompt)
-    return [Row(s, prompt) for _, band in sorted(bands.items()) for s in range(n_settings) for prompt in band]
+    return [SweepRow(s, prompt) for _, band in sorted(bands.items()) for s in range(n_settings) for prompt in band]
 
 
 def _short(text: str) -> str:

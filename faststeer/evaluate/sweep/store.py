@@ -16,13 +16,14 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from faststeer.evaluate.sweep.projections import packed, unpacked
+from faststeer.algebra import random_like
+from faststeer.evaluate.sweep.description import Setting, Sweep
+from faststeer.evaluate.sweep.projections import unpacked
 from faststeer.file_kinds import expect
 from faststeer.files import FormatError, read_json, reading, writing
 from faststeer.plan import Plan
@@ -77,22 +78,17 @@ _TYPES = {
     name: {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}[kind]
     for name, kind in re.findall(r"(\w+) (TEXT|INTEGER|REAL|BLOB)\b", SCHEMA)
 }
+# Columns that hold JSON, and what is in it.
+_JSON: dict[str, type | tuple[type, ...]] = {
+    "description": dict, "versions": dict, "layers": list, "content": (str, list), "parts": dict, "texts": list,
+}  # fmt: skip
 
 
 class StoreError(FormatError):
     """The store cannot be used as it is; the message says why and what to do. What was in it is unchanged."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A piece of work that one process does: "answers:3", "judge:<digest>:3", "effect:<digest>:0", "projections:4:3"
-    (of the first 4 prompts, in chunk 3)."""
-
-    name: str
-    needs: str | None = None
-
-
-class Store:
+class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a `with` block, or close it.
 
     Args:
@@ -121,10 +117,6 @@ class Store:
             self._open()
         except sqlite3.DatabaseError as error:
             self._db.close()
-            if "not a database" in str(error) or "malformed" in str(error):
-                raise StoreError(
-                    f"{self.path} is no store of sweeps ({error}): name another file, or restore it from a copy"
-                ) from error
             raise _readable(error, self.path) from error
         except BaseException:
             self._db.close()
@@ -185,9 +177,6 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
-    def __enter__(self) -> Store:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -224,10 +213,18 @@ class Store:
         """Inside, data that makes no sense is a StoreError that names `what`."""
         return reading(f"{self.path}: {what} is damaged", "restore it from a copy, or name another file", StoreError)
 
-    def _json(self, text: Any, kind: type | tuple[type, ...], what: str) -> Any:
-        """What a column's JSON says, which is of that kind."""
-        with self._damaged(f"a row's {what}"):
-            if not isinstance(data := read_json(text), kind):
+    def _dicts(self, query: str, *values: Any) -> list[dict[str, Any]]:
+        """What a query finds, by column, JSON read."""
+        return [
+            {name: self._json(row[name], name) if name in _JSON else row[name] for name in row.keys()}  # noqa: SIM118
+            for row in self._all(query, *values)
+        ]
+
+    def _json(self, text: str | None, column: str) -> Any:
+        if text is None:
+            return {}
+        with self._damaged(f"a row's {column}"):
+            if not isinstance(data := read_json(text), _JSON[column]):
                 raise ValueError(f"it holds a {type(data).__name__}")
             return data
 
@@ -236,18 +233,14 @@ class Store:
     def runs(self) -> list[dict[str, Any]]:
         """Every run in the file, newest first: its digest, when it began, its description, answers there are and will
         be."""
-        found = self._all("SELECT * FROM runs ORDER BY created DESC")
         return [
-            {
-                "run": row["run"],
-                "created": row["created"],
-                "description": self._json(row["description"], dict, "description"),
-                "versions": self._json(row["versions"], dict, "versions"),
+            {name: row[name] for name in ("run", "created", "description", "versions")}
+            | {
                 "answers": self.count("answers", row["run"]),
                 "expected": self.count("settings", row["run"]) * self.count("prompts", row["run"]),
                 "done": self.finished(row["run"]),
             }
-            for row in found
+            for row in self._dicts("SELECT * FROM runs ORDER BY created DESC")
         ]
 
     def run(self, prefix: str | None = None) -> str:
@@ -270,45 +263,44 @@ class Store:
         """How many rows of a run a table has."""
         return self._all(f"SELECT count(*) FROM {table} WHERE run = ?", run)[0][0]
 
-    def begin(self, run: str, chunk: int, sweep: Any, versions: Mapping[str, str]) -> int:
+    def begin(self, run: str, chunk: int, sweep: Sweep, versions: Mapping[str, str]) -> int:
         """Write a run's settings, prompts and vectors, where they are not there yet; return its rows per chunk."""
         with self.transaction():
             if not self._all("SELECT 1 FROM runs WHERE run = ?", run):
-                from faststeer.algebra import random_like
-
-                self._db.execute(
-                    "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",
-                    (run, time.time(), chunk, json.dumps(sweep.to_dict()), json.dumps(versions)),
-                )
+                vectors: list[tuple[str, int | None, bytes]] = []
                 for name, vector in sweep.vectors.items():
-                    self._db.execute("INSERT INTO vectors VALUES (?, ?, NULL, ?)", (run, name, vector.to_bytes()))
-                    for n in range(sweep.controls):
-                        data = random_like(vector, sweep.seed + n).to_bytes()
-                        self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", (run, name, n, data))
-                self._db.executemany(
-                    "INSERT INTO settings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [(run, i, *_setting_row(setting)) for i, setting in enumerate(sweep.settings)],
-                )
-                self._db.executemany(
-                    "INSERT INTO prompts VALUES (?, ?, ?, ?, ?)",
-                    [(run, i, p.id, p.tag, json.dumps(p.prompt)) for i, p in enumerate(sweep.prompts)],
+                    controls = (random_like(vector, sweep.seed + n).to_bytes() for n in range(sweep.controls))
+                    vectors += [(name, None, vector.to_bytes()), *((name, n, data) for n, data in enumerate(controls))]
+                self._insert(
+                    run,
+                    runs=[(time.time(), chunk, json.dumps(sweep.to_dict()), json.dumps(versions))],
+                    vectors=vectors,
+                    settings=[(i, *_setting_row(setting)) for i, setting in enumerate(sweep.settings)],
+                    prompts=[(i, p.id, p.tag, json.dumps(p.prompt)) for i, p in enumerate(sweep.prompts)],
                 )
         return self._all("SELECT chunk FROM runs WHERE run = ?", run)[0]["chunk"]
 
+    def add(self, run: str, **rows: Iterable[Sequence[Any]]) -> None:
+        """Write rows of a run by the names of their tables, all of them or none. A row is what its table's columns hold
+        behind `run`; lists and objects are written as JSON. One that is there already stays as it is."""
+        with self.transaction():
+            self._insert(run, **rows)
+
+    def _insert(self, run: str, **rows: Iterable[Sequence[Any]]) -> None:
+        for table, listed in rows.items():
+            for row in listed:
+                values = [run, *(json.dumps(v) if isinstance(v, list | dict) else v for v in row)]
+                marks = ", ".join("?" * len(values))
+                self._db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", values)
+
     # Units: who does what
 
-    def add_units(self, run: str, units: Sequence[Unit]) -> None:
-        """Add work that is not there yet; it is done in this order."""
-        with self.transaction():
-            known = {row["unit"] for row in self._all("SELECT unit FROM units WHERE run = ?", run)}
-            number = len(known)
-            for unit in units:
-                if unit.name not in known:
-                    self._db.execute(
-                        "INSERT INTO units (run, unit, number, needs) VALUES (?, ?, ?, ?)",
-                        (run, unit.name, number, unit.needs),
-                    )
-                    number += 1
+    def add_units(self, run: str, units: Mapping[str, str | None]) -> None:
+        """Add work that is not there yet, by name: a piece that one process does, such as "answers:3",
+        "judge:<digest>:3", "effect:<digest>:0" or "projections:4:3" (of the first 4 prompts, in chunk 3), with the
+        piece that must be done before it. It is done in this order."""
+        nobody = (0, None, None, None, None)
+        self.add(run, units=[(name, number, needs, *nobody) for number, (name, needs) in enumerate(units.items())])
 
     def claim(self, run: str, units: Iterable[str]) -> str | None:
         """Take one of these units that nobody works on: the first whose needs are done; None if there is none now.
@@ -356,24 +348,6 @@ class Store:
         found = self._all("SELECT setting, prompt FROM answers WHERE run = ? AND chunk = ?", run, chunk)
         return {(row["setting"], row["prompt"]) for row in found}
 
-    def add_answer(
-        self,
-        run: str,
-        setting: int,
-        prompt: int,
-        chunk: int,
-        text: str,
-        ids: Sequence[int],
-        finish: str,
-        error: str | None,
-    ) -> None:
-        data = np.asarray(ids, dtype="<i4").tobytes()
-        with self.transaction():
-            self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (run, setting, prompt, chunk, text, len(ids), data, finish, error),
-            )
-
     def unjudged(self, run: str, judge: str, chunk: int) -> list[tuple[int, int, str]]:
         """(setting, prompt, text) of the chunk's answers without this judge's verdict, but for those that failed."""
         found = self._all(
@@ -385,46 +359,6 @@ class Store:
             judge,
         )
         return [tuple(row) for row in found]
-
-    def add_judge(self, run: str, judge: str, name: str, shows: float | None, identity: str) -> None:
-        with self.transaction():
-            self._db.execute("INSERT OR IGNORE INTO judges VALUES (?, ?, ?, ?, ?)", (run, judge, name, shows, identity))
-
-    def add_verdicts(self, run: str, judge: str, rows: Iterable[tuple[int, int, Any]]) -> None:
-        """Write (setting, prompt, Verdict)."""
-        with self.transaction():
-            self._db.executemany(
-                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        run,
-                        judge,
-                        setting,
-                        prompt,
-                        v.label,
-                        v.score,
-                        json.dumps(dict(v.parts)) if v.parts else None,
-                        v.raw,
-                    )
-                    for setting, prompt, v in rows
-                ],
-            )
-
-    def add_effects(self, run: str, effect: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Write (setting, item, kl, cross-entropy, tokens, correct)."""
-        with self.transaction():
-            self._db.executemany(
-                "INSERT OR IGNORE INTO effects VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [(run, effect, *row) for row in rows]
-            )
-
-    def add_directions(self, run: str, directions: Iterable[tuple[str, int | None, int | None]]) -> None:
-        """Write (vector, control, layer) of each direction that answers are projected on, in the order of their
-        numbers."""
-        with self.transaction():
-            self._db.executemany(
-                "INSERT OR IGNORE INTO directions VALUES (?, ?, ?, ?, ?)",
-                [(run, number, *direction) for number, direction in enumerate(directions)],
-            )
 
     def unprojected(self, run: str, chunk: int, prompts: int) -> list[tuple[int, int, list[int]]]:
         """(setting, prompt, the answer's token ids) of the chunk's answers to the first so many prompts that are not
@@ -440,27 +374,13 @@ class Store:
         with self._damaged("an answer's token ids"):
             return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in found]
 
-    def add_projections(self, run: str, rows: Iterable[tuple[int, int, int, Sequence[str], Mapping[int, Any]]]) -> None:
-        """Write (setting, prompt, how many tokens are the prompt's, the tokens as text, `{direction: [layers + 1,
-        tokens]}`), all of them or none."""
-        with self.transaction():
-            for setting, prompt, of_prompt, texts, found in rows:
-                self._db.execute(
-                    "INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?)",
-                    (run, setting, prompt, of_prompt, json.dumps(list(texts))),
-                )
-                self._db.executemany(
-                    "INSERT OR IGNORE INTO projections VALUES (?, ?, ?, ?, ?, ?)",
-                    [(run, setting, prompt, number, *packed(values)) for number, values in found.items()],
-                )
-
     # Reading
 
     def settings(self, run: str) -> list[dict[str, Any]]:
         """Every setting: `setting` (its number), `name`, `kind`, `vector`, `layers`, `coefficient`, `control`."""
         columns = "setting, name, kind, vector, layers, coefficient, control"
-        found = self._all(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
-        return [dict(row) | {"layers": tuple(self._json(row["layers"], list, "layers"))} for row in found]
+        found = self._dicts(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
+        return [row | {"layers": tuple(row["layers"])} for row in found]
 
     def plan(self, run: str, setting: int) -> Plan | None:
         """The plan of a setting, with the vectors that the store holds; None for the unsteered one."""
@@ -476,44 +396,33 @@ class Store:
 
     def prompts(self, run: str) -> list[dict[str, Any]]:
         """Every prompt: `prompt` (its number), `id`, `tag`, `content` (a text or a chat)."""
-        found = self._all("SELECT prompt, id, tag, content FROM prompts WHERE run = ? ORDER BY prompt", run)
-        return [dict(row) | {"content": self._json(row["content"], (str, list), "content")} for row in found]
+        return self._dicts("SELECT prompt, id, tag, content FROM prompts WHERE run = ? ORDER BY prompt", run)
 
-    def answers(self, run: str, setting: int | None = None) -> list[dict[str, Any]]:
-        """Every answer, or a setting's: `setting`, `prompt`, `text`, `tokens`, `finish`, `error`."""
-        columns, which = "setting, prompt, text, tokens, finish, error", "" if setting is None else " AND setting = ?"
-        values = () if setting is None else (setting,)
-        found = self._all(f"SELECT {columns} FROM answers WHERE run = ?{which} ORDER BY setting, prompt", run, *values)
-        return [dict(row) for row in found]
+    def answers(self, run: str) -> list[dict[str, Any]]:
+        """Every answer: `setting`, `prompt`, `text`, `tokens`, `finish`, `error`."""
+        columns = "setting, prompt, text, tokens, finish, error"
+        return self._dicts(f"SELECT {columns} FROM answers WHERE run = ? ORDER BY setting, prompt", run)
 
     def judges(self, run: str) -> list[dict[str, Any]]:
         """The judges: `judge` (digest), `name`, `shows`."""
-        return [
-            dict(row) for row in self._all("SELECT judge, name, shows FROM judges WHERE run = ? ORDER BY name", run)
-        ]
+        return self._dicts("SELECT judge, name, shows FROM judges WHERE run = ? ORDER BY name", run)
 
     def verdicts(self, run: str, judge: str) -> list[dict[str, Any]]:
         """A judge's verdicts: `setting`, `prompt`, `label`, `score` (None: a parse failure), `parts`, `raw`."""
         columns = "setting, prompt, label, score, parts, raw"
         query = f"SELECT {columns} FROM verdicts WHERE run = ? AND judge = ? ORDER BY setting, prompt"
-        return [
-            dict(row) | {"parts": self._json(row["parts"] or "{}", dict, "parts")}
-            for row in self._all(query, run, judge)
-        ]
+        return self._dicts(query, run, judge)
 
     def effects(self, run: str) -> list[dict[str, Any]]:
         """Side effects per setting and text or question: `effect`, `setting`, `item`, `kl`, `cross_entropy`, `tokens`,
         `correct`."""
         columns = "effect, setting, item, kl, cross_entropy, tokens, correct"
-        found = self._all(f"SELECT {columns} FROM effects WHERE run = ? ORDER BY effect, setting, item", run)
-        return [dict(row) for row in found]
+        return self._dicts(f"SELECT {columns} FROM effects WHERE run = ? ORDER BY effect, setting, item", run)
 
     def directions(self, run: str) -> list[dict[str, Any]]:
         """What answers are projected on: `direction` (its number), `vector`, `control`, `layer`."""
         columns = "direction, vector, control, layer"
-        return [
-            dict(row) for row in self._all(f"SELECT {columns} FROM directions WHERE run = ? ORDER BY direction", run)
-        ]
+        return self._dicts(f"SELECT {columns} FROM directions WHERE run = ? ORDER BY direction", run)
 
     def projections(self, run: str, setting: int | None = None, prompt: int | None = None) -> Iterator[dict[str, Any]]:
         """Projected answers, all or of one setting, one prompt: `setting`, `prompt`, `direction`, `of_prompt` (tokens
@@ -524,28 +433,28 @@ class Store:
         columns = "p.setting, p.prompt, p.direction, t.of_prompt, t.texts, p.scale, p.data"
         asked = {"p.setting = ?": setting, "p.prompt = ?": prompt}
         given = {text: value for text, value in asked.items() if value is not None}
-        found = self._all(
+        found = self._dicts(
             f"SELECT {columns} FROM projections p JOIN tokens t USING (run, setting, prompt) WHERE "
             f"{' AND '.join(['p.run = ?', *given])} ORDER BY p.setting, p.prompt, p.direction",
             run,
             *given.values(),
         )
         for row in found:
-            texts = self._json(row["texts"], list, "texts")
             with self._damaged("the projections of an answer"):
-                values = unpacked(row["scale"], row["data"], len(texts))
-            plain = {name: row[name] for name in ("setting", "prompt", "direction", "of_prompt")}
-            yield plain | {"texts": texts, "values": values}
+                values = unpacked(row.pop("scale"), row.pop("data"), len(row["texts"]))
+            yield row | {"values": values}
 
 
-def _setting_row(setting: Any) -> tuple[Any, ...]:
-    layers, plan = json.dumps(list(setting.layers)), setting.plan
+def _setting_row(setting: Setting) -> tuple[Any, ...]:
+    layers, plan = list(setting.layers), setting.plan
     text = None
     if plan is not None:
         if setting.coefficient is None:  # a whole plan, which carries its own vectors
             text = plan.to_json(inline=True)
         else:
-            text = plan.to_json({setting.vector: plan.interventions[0].directions()[0]})
+            (vector,) = plan.interventions[0].directions()[:1]
+            assert isinstance(vector, SteeringVector)
+            text = plan.to_json({setting.vector: vector})
     return setting.name, setting.kind, setting.vector, layers, setting.coefficient, setting.control, text
 
 
@@ -567,6 +476,8 @@ def _alive(row: sqlite3.Row, now: float, host: str) -> bool:
 
 def _readable(error: sqlite3.Error, path: Path) -> Exception:
     text = str(error)
+    if "not a database" in text or "malformed" in text:
+        return StoreError(f"{path} is no store of sweeps ({text}): name another file, or restore it from a copy")
     if "full" in text or "disk I/O" in text:
         return OSError(
             f"the disk of {path} is full, or the size of files limited ({text}): what was finished is kept; make room "

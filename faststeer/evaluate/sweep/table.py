@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.statistics import DoseResponse, Estimate, dose_response, mean_interval, paired_bootstrap
+from faststeer.evaluate.statistics import Estimate, PlainFields, Rate, mean_interval, paired_bootstrap
 from faststeer.evaluate.sweep.store import Store
 
 RESAMPLES = 1_999  # of the bootstraps of one line; a whole table has thousands
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(PlainFields):
     """One judge on one setting.
 
     Args:
@@ -37,14 +36,9 @@ class Score:
     over_unsteered: Estimate | None
     over_control: Estimate | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        named = {name: getattr(self, name) for name in ("mean", "rate", "over_unsteered", "over_control")}
-        return {"n": self.n, "failures": self.failures} | {k: v and v.to_dict() for k, v in named.items()}
-
 
 @dataclass(frozen=True)
-class Line:
+class Line(PlainFields):
     """One setting: what it is, the judges' scores by name, side effects by name (means over texts or questions)."""
 
     setting: int
@@ -58,12 +52,6 @@ class Line:
     errors: int
     scores: Mapping[str, Score]
     effects: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("scores", "layers")}
-        scores = {name: score.to_dict() for name, score in self.scores.items()}
-        return plain | {"layers": list(self.layers), "effects": dict(self.effects), "scores": scores}
 
 
 def table(store: Store, run: str | None = None, *, tag: str | None = None, seed: int = 0) -> list[Line]:
@@ -111,37 +99,6 @@ def shows_share(found: Sequence[Line], judge: str) -> bool:
     binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
     unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
     return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
-
-
-def doses(
-    store: Store, judge: str, run: str | None = None, *, seed: int = 0
-) -> dict[tuple[str, int | None, tuple[int, ...]], DoseResponse]:
-    """Return dose and response of a judge's score for every vector (and its controls) and layers: `{(vector, number of
-    the random vector or None, layers): DoseResponse}`, the unsteered model being coefficient 0.
-
-    Prompts that a judge could not judge at every coefficient are left out; fewer than two coefficients: no entry.
-
-    Raises:
-        StoreError: no such sweep. ValueError: no judge of that name.
-    """
-    run = store.run(run)
-    found = [j for j in with_distinct_names(store.judges(run)) if j["name"] == judge]
-    if not found:
-        raise ValueError(f"there is no judge {judge!r}: there are {', '.join(j['name'] for j in store.judges(run))}")
-    scores = by_setting(store, run, found[0]["judge"])
-    curves: dict[tuple[str, int | None, tuple[int, ...]], dict[float, dict[int, float]]] = defaultdict(dict)
-    for setting in store.settings(run):
-        if setting["kind"] in ("vector", "control"):
-            key = setting["vector"], setting["control"], setting["layers"]
-            curves[key][setting["coefficient"]] = scores.get(setting["setting"], {})
-    results = {}
-    for key, by_coefficient in curves.items():
-        by_coefficient.setdefault(0.0, scores.get(0, {}))
-        shared = sorted(set.intersection(*(set(values) for values in by_coefficient.values())))
-        if len(by_coefficient) > 1 and shared:
-            values = {c: [found[prompt] for prompt in shared] for c, found in by_coefficient.items()}
-            results[key] = dose_response(values, seed=seed)
-    return results
 
 
 def with_distinct_names(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from faststeer import hf
 from faststeer.artefacts import digest, fingerprint
-from faststeer.evaluate.likelihood import Row, score_rows
+from faststeer.evaluate.likelihood import ContinuationRow, score_rows
 from faststeer.extract.optimise.checkpoint import TENSORS, Checkpoint, VectorState
 from faststeer.extract.optimise.objectives import Objective, Side, TokenizedPair
 from faststeer.extract.optimise.recipe import Recipe, listed
@@ -330,7 +330,7 @@ class _Loop:
             both += encode_completions(self.tokenizer, prompts, rejected, **how)
         references = [math.nan] * len(both)
         if self.course.method.needs_reference:
-            rows = [Row(text.prompt, text.completion) for text in both]
+            rows = [ContinuationRow(text.prompt, text.completion) for text in both]
             scored = score_rows(self.model, rows, pad_id=padding_id(self.tokenizer), batch_size=settings.rows)
             references = [each.total for each in scored]
         sides = [Side(text, value) for text, value in zip(both, references, strict=True)]

@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.statistics import paired_bootstrap
+from faststeer.evaluate.statistics import Rate, paired_bootstrap
 from faststeer.extract.sweep import answer
 from faststeer.hf import steer
 from faststeer.hf.freeze import freeze

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rich.console import Console
-
 from faststeer.artefacts import ArtefactStore
-from faststeer.behaviours import Behaviour
+from faststeer.behaviours.job import BehaviourJob
 from faststeer.evaluate.judging import signs
 from faststeer.extract.sweep import Reader
-from faststeer.hf.batching import Prompt
 from faststeer.intervention import Add
 from faststeer.observe.study.settings import Settings
 from faststeer.plan import Plan
@@ -23,31 +20,18 @@ from faststeer.vector import SteeringVector
 SIDES: Mapping[str, int] = {"induce": 1, "suppress": -1}
 
 
-@dataclass(frozen=True)
-class Job:
-    """A model, a behaviour, what is asked, where finished parts are, and how it runs (which no result depends on)."""
+@dataclass
+class Job(BehaviourJob):
+    """A comparison of what drives vectors: what is asked, and how many examples are patched together, which no result
+    depends on beyond rounding."""
 
-    model: Any
-    tokenizer: Any
-    behaviour: Behaviour
-    settings: Settings
     parts: ArtefactStore
-    batch_size: int
+    settings: Settings
     patch_batch: int
-    progress: bool
-
-    @property
-    def passing(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "progress": self.progress}
 
     @property
     def patching(self) -> dict[str, Any]:
         return {"batch_size": self.patch_batch, "progress": self.progress}
-
-    def say(self, text: str) -> None:
-        """On stderr, with the progress bars."""
-        if self.progress:
-            Console(stderr=True).print(text, highlight=False)
 
     def plan(self, vector: SteeringVector, side: str) -> Plan:
         """The vector added where the behaviour is to be induced, subtracted where it is to be suppressed."""
@@ -64,15 +48,10 @@ class Job:
     @cached_property
     def _reader(self) -> Reader:
         """The behaviour's judges, which are shown answers alone here."""
-        reader = Reader.made(self.behaviour.judge, self.behaviour.coherence, self.model, self.tokenizer)
-        for judge in (reader.judge, reader.coherence):
+        for judge in (self.reader.judge, self.reader.coherence):
             if getattr(judge, "reads_prompts", True):
                 raise ValueError(
                     f"a study shows its judges answers without their prompts, which {judge and judge.name!r} reads: "
                     "take a behaviour with a judge of words, or a classifier of the answer alone"
                 )
-        return reader
-
-    def prompts(self, split: str, side: str, n: int) -> Sequence[Prompt]:
-        """At most n prompts to induce or to suppress the behaviour on, of "train", "validation" or "test"."""
-        return getattr(getattr(self.behaviour, split), side)[:n]
+        return self.reader

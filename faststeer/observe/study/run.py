@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from faststeer.algebra import random_like
-from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.behaviours import Behaviour
+from faststeer.behaviours.job import parts_in
 from faststeer.files import write_atomically
 from faststeer.hf.batching import check_evaluating, model_name
 from faststeer.observe.circuits import select
@@ -76,11 +76,8 @@ def run(
     """
     settings = settings or Settings()
     check_evaluating(model)
-    ran = versions()
-    parts = ArtefactStore(
-        Path(folder) / "parts", FORMAT, fingerprint(model), ran, getattr(tokenizer, "chat_template", None)
-    )
-    job = Job(model, tokenizer, behaviour, settings, parts, batch_size, patch_batch, progress)
+    parts = parts_in(Path(folder) / "parts", FORMAT, model, tokenizer)
+    job = Job(model, tokenizer, behaviour, parts, batch_size, progress, settings, patch_batch)
     vectors, skipped = Finder(job).find()
     dim = Finder(job).dim
     job.say(f"vectors before layer {dim.layers[0]}: {', '.join(vectors)}")
@@ -89,7 +86,7 @@ def run(
         "model": name or model_name(model),
         "behaviour": behaviour.name,
         "judge": behaviour.judge,
-        "versions": ran,
+        "versions": versions(),
         "settings": settings.to_dict(),
         "layer": dim.layers[0],
         "position": dim.provenance["position"],

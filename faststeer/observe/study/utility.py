@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
-from faststeer.evaluate.intervals import Rate
-from faststeer.evaluate.likelihood import Row, score_rows
+from faststeer.evaluate.likelihood import ContinuationRow, score_rows
 from faststeer.evaluate.multiple_choice import Accuracy, load_questions, multiple_choice
 from faststeer.evaluate.side_effects import text_ids
-from faststeer.evaluate.statistics import mean_interval, paired_bootstrap
+from faststeer.evaluate.statistics import Rate, mean_interval, paired_bootstrap
 from faststeer.hf.batching import padding_id
 from faststeer.observe.study.answers import CONTEXTS
 from faststeer.observe.study.job import SIDES, Job
@@ -80,7 +79,7 @@ class Utility:
                 continue
             plan = None if vector is None else self.job.plan(vector, side)
             options: dict[str, Any] = {**self.job.passing, "within": CONTEXTS.get(context, CONTEXTS["steered"])}
-            rows = [Row(ids[:1], ids[1:], plan) for ids in text_ids(self.job.tokenizer, self.texts)]
+            rows = [ContinuationRow(ids[:1], ids[1:], plan) for ids in text_ids(self.job.tokenizer, self.texts)]
             scored = score_rows(self.job.model, rows, pad_id=padding_id(self.job.tokenizer), **options)
             answers = multiple_choice(self.job.model, self.job.tokenizer, self.questions, plan, **options)
             assert isinstance(answers, Accuracy)  # of one plan
