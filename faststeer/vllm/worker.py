@@ -63,7 +63,7 @@ class LoadedPlan:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PassLayout:
     """Which rows of a pass are whose: the same from one step of decoding to the next, but for their positions.
 
     Attributes:
@@ -113,7 +113,7 @@ class WorkerSteering:
         self._computed: dict[str, int] = {}  # tokens of each before this step's
         self._rows: tuple[list[str], list[int]] = [], []  # of this step's pass: requests, how many each has
         self._sums: StepSums | None = None  # of the pass that is not sampled from yet
-        self._layout: Layout | None = None  # what the device's table holds, while it still holds
+        self._layout: PassLayout | None = None  # what the device's table holds, while it still holds
 
     # Building in
 
@@ -282,7 +282,7 @@ class WorkerSteering:
             of_rows = np.repeat(of_rows, counts)
         self._send(1, layout.offsets + of_rows)
 
-    def _lay_out(self, request_ids: list[str], counts: list[int]) -> Layout:
+    def _lay_out(self, request_ids: list[str], counts: list[int]) -> PassLayout:
         """Write whose the rows are; their positions are still to come."""
         records = [self.requests[i] if i in self._stepping else None for i in request_ids]
         of_requests = [
@@ -303,7 +303,7 @@ class WorkerSteering:
             for number, request in enumerate(records)
             if request is not None and request.plan.probed
         ]
-        return Layout(list(request_ids), list(counts), offsets, probed)
+        return PassLayout(list(request_ids), list(counts), offsets, probed)
 
     def _send(self, column: int, values: np.ndarray) -> None:
         """Write the first rows of a column of the device's table, from a tensor of their own: the pass before may still

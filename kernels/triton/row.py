@@ -26,7 +26,7 @@ INTERPRETED: bool = bool(knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-class Layout:
+class TableLayout:
     """What kernels know of the tables: names that stand for numbers."""
 
     field, kind, mode, n_fields, n_kinds = Field, EntryKind, GateMode, N_FIELDS, len(EntryKind)
@@ -34,7 +34,7 @@ class Layout:
     counts = sum(vectors << 2 * kind for kind, vectors in VECTORS.items())
 
 
-LAYOUT: Any = Layout if INTERPRETED else tl.constexpr(Layout)
+LAYOUT: Any = TableLayout if INTERPRETED else tl.constexpr(TableLayout)
 
 
 @triton.jit
