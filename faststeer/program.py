@@ -17,6 +17,7 @@ from torch import Tensor
 
 from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
+from faststeer.ops import prepare
 from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, Field, Kind, Tables
 from faststeer.plan import Plan, n_sites
 
@@ -59,6 +60,7 @@ class Program:
             such plan.
         positioned: whether a loaded plan asks where tokens stand.
         by_site: what `tables` gives.
+        plain: per site, whether no plan loaded so far has a probe or decides a gate there.
         unfinished: slots whose change was interrupted: what they hold is not known, until they are changed again. The
             next change of any slot empties them.
     """
@@ -74,7 +76,7 @@ class Program:
             self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
         self.latches, self.latching, self.positioned = [False] * sites, 0, False
-        self.by_site = self._made_tables()
+        self.by_site, self.plain = self._made_tables(), [True] * sites
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
         self._trained: set[int] = set()  # slots whose plans are being trained
@@ -82,6 +84,7 @@ class Program:
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
         self.unfinished: set[int] = set()
+        self._prepared: tuple[Tensor | None, Tensor] | None = None
 
     def load(self, slot: int, plan: Plan | None) -> None:
         """As `change`, for one slot."""
@@ -129,12 +132,20 @@ class Program:
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
         self.by_site = self._made_tables()
+        self.plain = [not each for each in map(max, self.columns, self.latches)]
         self.plans[:] = plans
         self.unfinished.clear()
 
     def tables(self, site: int) -> Tables:
         """What an op reads at `site`."""
         return self.by_site[site]
+
+    def prepared(self, gates: Tensor | None) -> Tensor:
+        """The tables of all sites, see `ops.prepare`; those of the last gates are kept."""
+        last = self._prepared
+        if last is None or last[0] is not gates:
+            last = self._prepared = gates, prepare(self.bank, self.entries, self.ranges, gates)
+        return last[1]
 
     def _made_tables(self) -> list[Tables]:
         sizes = zip(self._ranges, self.depth, self.width, strict=True)
