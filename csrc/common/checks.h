@@ -135,8 +135,8 @@ inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t d
 inline Tensor new_like(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(x),
-                                                  device_type(x), x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(x), device_type(x),
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -51,6 +51,7 @@ struct PreparedTables {
     require(device_type(x) == shape.device_type && x.get_device_index() == shape.device_index, "x");
     RowShape own = shape;
     own.rows = x.numel() / shape.hidden;
+    require(own.rows <= std::numeric_limits<int32_t>::max() - MAX_HIDDEN, "x");  // kernels count with 32 bits
     own.dtype = check_float(x, "x");
     return own;
   }
@@ -60,7 +61,8 @@ struct PreparedTables {
     require(site >= 0 && site < sites, "site");
     Tables own = tables;
     own.ranges += 2 * own.n_slots * site;
-    check_table(rows, "rows", aoti_torch_dtype_int32(), {N_PLACES, of_x.rows}, of_x);
+    check_rows_table(rows, of_x);
+    require(rows.size(1) == of_x.rows, "rows");
     set_rows(own, rows);
     return own;
   }
@@ -69,8 +71,8 @@ struct PreparedTables {
 template <class Backend>
 class Operators {
  public:
-  static Tensor prepare(const Tensor& bank, const Tensor& entries, const Tensor& ranges,
-                        const Optional& gate_state, int64_t sites) {
+  static Tensor prepare(const Tensor& bank, const Tensor& entries, const Tensor& ranges, const Optional& gate_state,
+                        int64_t sites) {
     require(bank.dim() == 2 && bank.size(1) >= 1 && bank.size(1) <= MAX_HIDDEN, "bank");
     require(ranges.dim() == 2 && sites >= 1 && ranges.size(0) % sites == 0, "ranges");
     PreparedTables prepared{};
