@@ -284,7 +284,7 @@ class Passes:
                 if last is None:
                     raise self._wrong(site, flat.shape[0], now)
                 here = last
-            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            tables = here.tables(site)
             program, gates = here.program, here.gates
             if gates is not None and program.latches[site]:
                 latch_(flat, tables, here.rows, gates)
@@ -322,7 +322,7 @@ class Passes:
                 if last is None:
                     raise self._wrong(site, flat.shape[0], now)
                 here = last
-            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            tables = here.tables(site)
             program, gates, probe = here.program, here.gates, None
             other = residual.reshape_as(flat)
             if gates is not None and program.latches[site]:
