@@ -17,6 +17,7 @@ from torch import Tensor
 
 from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
+from faststeer.ops import prepare
 from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, EntryKind, Field, Tables
 from faststeer.plan import Plan, n_sites
 
@@ -58,6 +59,7 @@ class Program:
             gates of such a plan.
         positioned: whether a loaded plan depends on positions.
         by_site: the tables of every site, as `tables` returns them.
+        plain: per site, whether no plan loaded so far has a probe or decides a gate there.
         unfinished: slots whose change was interrupted, so that their content is not known. The next change of any slot
             empties them.
     """
@@ -73,7 +75,7 @@ class Program:
             self._ranges = list(self.ranges)
         self.depth, self.width, self.columns = [0] * sites, [1] * sites, [0] * sites
         self.latches, self.latching, self.positioned = [False] * sites, 0, False
-        self.by_site = self._made_tables()
+        self.by_site, self.plain = self._made_tables(), [True] * sites
         self.plans: list[Plan | None] = [None] * capacity.slots
         self.requires_grad = False
         self._trained: set[int] = set()  # slots whose plans are being trained
@@ -81,6 +83,7 @@ class Program:
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
         self.unfinished: set[int] = set()
+        self._prepared: tuple[Tensor | None, tuple[int, ...], Tensor] | None = None
 
     def load(self, slot: int, plan: Plan | None) -> None:
         """As `change`, for one slot."""
@@ -128,12 +131,22 @@ class Program:
             self._note_shape(entries)
         self.requires_grad, self.positioned = bool(self._trained), bool(self._positioned)
         self.by_site = self._made_tables()
+        self.plain = [not each for each in map(max, self.columns, self.latches)]
         self.plans[:] = plans
         self.unfinished.clear()
 
     def tables(self, site: int) -> Tables:
         """The tables that an op reads at `site`."""
         return self.by_site[site]
+
+    def prepared(self, gates: Tensor | None) -> Tensor:
+        """The tables of all sites, see `ops.prepare`; those of the last gates are kept."""
+        # Where the tables lie is a part of it: those of a copy lie elsewhere.
+        places = self.bank.data_ptr(), self.entries.data_ptr(), self.ranges.data_ptr()
+        last = self._prepared
+        if last is None or last[0] is not gates or last[1] != places:
+            last = self._prepared = gates, places, prepare(self.bank, self.entries, self.ranges, gates)
+        return last[2]
 
     def _made_tables(self) -> list[Tables]:
         sizes = zip(self._ranges, self.depth, self.width, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,9 @@ from strategies import randn
 from torch import Tensor
 
 import faststeer as fs
+from faststeer import ops
 from faststeer.ops import steer
+from faststeer.plan import site
 from faststeer.program import SlotPool
 
 HIDDEN, N_LAYERS = 16, 2
@@ -398,3 +401,17 @@ def test_interrupted_at_any_line_the_next_change_makes_it_right():
             assert torch.equal(outputs(program), outputs(fresh(done)))
             at += 1
         assert at > 50 and wrong > 15
+
+
+@torch.no_grad()
+@pytest.mark.skipif(ops.backend_for("cpu") != "cpu", reason="prepared tables are for the C++ back ends")
+def test_a_copy_prepares_its_own_tables():
+    """What is prepared holds where the tables lie, and those of a copy lie elsewhere."""
+    program, x, rows = fresh({0: add(1, layers="all")}), randn(99, 3, HIDDEN), placed([0] * 3)
+    where = site("resid_post", 0)
+    before = ops.steer_at(x, rows, program.prepared(None), where)
+    copied = copy.deepcopy(program)
+    copied.load(0, add(2, layers="all"))
+    assert torch.equal(ops.steer_at(x, rows, program.prepared(None), where), before)
+    assert torch.equal(ops.steer_at(x, rows, copied.prepared(None), where), steer(x, copied.tables(where), rows))
+    assert not torch.equal(ops.steer_at(x, rows, copied.prepared(None), where), before)

@@ -83,29 +83,35 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   require(fits, name);
 }
 
-// The tables of one call, once all of them fit x and each other.
+inline void check_rows_table(const Tensor& rows, const RowShape& shape) {
+  check_table(rows, "rows", aoti_torch_dtype_int32(), {N_PLACES, -1}, shape, false);
+  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
+}
+
+inline void set_rows(Tables& tables, const Tensor& rows) {
+  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
+  tables.positions = tables.slots + rows.stride(0);
+  tables.sequences = tables.positions + rows.stride(0);
+}
+
+// The tables of one call but for its rows, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& entries, const Tensor& ranges,
-                          const Tensor& rows, const std::optional<Tensor>& gate_state) {
+                          const std::optional<Tensor>& gate_state) {
   const int32_t int32 = aoti_torch_dtype_int32();
   check_table(bank, "bank", aoti_torch_dtype_float32(), {-1, shape.hidden}, shape);
   check_table(entries, "entries", int32, {-1, N_FIELDS}, shape);
   require(reinterpret_cast<uintptr_t>(entries.data_ptr()) % alignof(Entry) == 0, "entries");
   check_table(ranges, "ranges", int32, {-1, 2}, shape);
-  check_table(rows, "rows", int32, {N_PLACES, -1}, shape, false);
-  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   const auto count = [](const char* name, int64_t number) {
     require(number <= std::numeric_limits<int32_t>::max(), name);
     return static_cast<int32_t>(number);
   };
-  Tables tables;
+  Tables tables{};
   tables.bank = static_cast<const float*>(bank.data_ptr());
   tables.entries = static_cast<const Entry*>(entries.data_ptr());
   tables.ranges = static_cast<const int32_t*>(ranges.data_ptr());
-  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
-  tables.positions = tables.slots + rows.stride(0);
-  tables.sequences = tables.positions + rows.stride(0);
   tables.gate_state = gate_state.has_value() ? static_cast<uint8_t*>(gate_state->data_ptr()) : nullptr;
   tables.n_vectors = count("bank", bank.size(0));
   tables.n_entries = count("entries", entries.size(0));
@@ -121,6 +127,15 @@ inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t d
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// An uninitialised tensor like x, which is contiguous.
+inline Tensor new_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(x), device_type(x),
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -25,9 +26,91 @@ using Optional = std::optional<Tensor>;
 #define FASTSTEER_TABLES \
   const Tensor &bank, const Tensor &entries, const Tensor &ranges, const Tensor &rows, const Optional &gate_state
 
+// A program's tables, checked once, for the operators that are called at each of its sites: what an operator call costs
+// the host grows with its arguments. They are the bytes of a CPU tensor. Whoever calls keeps the tables.
+struct PreparedTables {
+  static constexpr uint64_t MARK = 0x66617374'73746572;
+  uint64_t mark;
+  RowShape shape;  // of a row: its hidden size and device
+  int64_t sites;
+  Tables tables;  // of site 0, without rows; n_slots is that of one site
+
+  static const PreparedTables& of(const Tensor& bytes) {
+    require(device_type(bytes) == aoti_torch_device_type_cpu() && torch_dtype(bytes) == aoti_torch_dtype_uint8() &&
+                bytes.numel() == sizeof(PreparedTables) && bytes.is_contiguous(),
+            "prepared");
+    const auto& prepared = *static_cast<const PreparedTables*>(bytes.data_ptr());
+    require(prepared.mark == MARK, "prepared");
+    return prepared;
+  }
+
+  // The shape of x: contiguous, `[..., hidden]`.
+  RowShape shape_of(const Tensor& x) const {
+    const int64_t dimensions = x.dim();
+    require(dimensions >= 1 && x.size(dimensions - 1) == shape.hidden && x.is_contiguous(), "x");
+    require(device_type(x) == shape.device_type && x.get_device_index() == shape.device_index, "x");
+    RowShape own = shape;
+    own.rows = x.numel() / shape.hidden;
+    require(own.rows <= std::numeric_limits<int32_t>::max() - MAX_HIDDEN, "x");  // kernels count with 32 bits
+    own.dtype = check_float(x, "x");
+    return own;
+  }
+
+  // The tables at a site, for exactly as many rows as x has.
+  Tables at(int64_t site, const Tensor& rows, const RowShape& of_x) const {
+    require(site >= 0 && site < sites, "site");
+    Tables own = tables;
+    own.ranges += 2 * own.n_slots * site;
+    check_rows_table(rows, of_x);
+    require(rows.size(1) == of_x.rows, "rows");
+    set_rows(own, rows);
+    return own;
+  }
+};
+
 template <class Backend>
 class Operators {
  public:
+  static Tensor prepare(const Tensor& bank, const Tensor& entries, const Tensor& ranges, const Optional& gate_state,
+                        int64_t sites) {
+    require(bank.dim() == 2 && bank.size(1) >= 1 && bank.size(1) <= MAX_HIDDEN, "bank");
+    require(ranges.dim() == 2 && sites >= 1 && ranges.size(0) % sites == 0, "ranges");
+    PreparedTables prepared{};
+    prepared.mark = PreparedTables::MARK;
+    prepared.shape = {0, bank.size(1), bank.size(1), Dtype{}, device_type(bank), bank.get_device_index()};
+    prepared.sites = sites;
+    prepared.tables = make_tables(prepared.shape, bank, entries, ranges, gate_state);
+    prepared.tables.n_slots /= static_cast<int32_t>(sites);
+    const int64_t size = sizeof(prepared), stride = 1;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    const Tensor bytes(handle);
+    std::memcpy(bytes.data_ptr(), &prepared, sizeof(prepared));
+    return bytes;
+  }
+
+  static Tensor steer_at(const Tensor& x, const Tensor& rows, const Tensor& prepared, int64_t site) {
+    Call call(x, rows, PreparedTables::of(prepared), site);
+    return call.compute_at("steer_at", RowOp::STEER, nullptr);
+  }
+
+  static std::tuple<Tensor, Tensor> add_steer_rmsnorm_at(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                         double eps, double weight_offset, bool fp32_weight,
+                                                         const Tensor& rows, const Tensor& prepared, int64_t site) {
+    Call call(x, rows, PreparedTables::of(prepared), site);
+    require(residual.numel() == x.numel() && residual.is_contiguous() && torch_dtype(residual) == torch_dtype(x) &&
+                device_type(residual) == call.shape.device_type &&
+                residual.get_device_index() == call.shape.device_index,
+            "residual");
+    call.arguments.residual = residual.data_ptr();
+    call.arguments.residual_stride = call.shape.hidden;
+    call.norm(weight, eps, weight_offset, fp32_weight);
+    Optional normed;
+    Tensor hidden = call.compute_at("add_steer_rmsnorm_at", RowOp::ADD_STEER_RMSNORM, &normed);
+    return {*normed, hidden};
+  }
+
   static std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES, const Optional& scalars, int64_t columns) {
     return Call(x, bank, entries, ranges, rows, gate_state).compute("steer", RowOp::STEER, scalars, columns);
   }
@@ -56,13 +139,7 @@ class Operators {
                                                               const Optional& scalars, int64_t columns) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
-    RowArguments& arguments = call.arguments;
-    arguments.weight_dtype = check_float(weight, "weight");
-    check_table(weight, "weight", torch_dtype(weight), {call.shape.hidden}, call.shape);
-    arguments.weight = weight.data_ptr();
-    arguments.eps = static_cast<float>(eps);
-    arguments.weight_offset = static_cast<float>(weight_offset);
-    arguments.fp32_weight = fp32_weight;
+    call.norm(weight, eps, weight_offset, fp32_weight);
     Optional normed;
     auto [hidden, probe] = call.compute("add_steer_rmsnorm", RowOp::ADD_STEER_RMSNORM, scalars, columns, &normed);
     return {*normed, hidden, probe};
@@ -83,11 +160,32 @@ class Operators {
     RowArguments arguments{};
 
     Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)) {
-      arguments.tables = make_tables(shape, bank, entries, ranges, rows, gate_state);
+      arguments.tables = make_tables(shape, bank, entries, ranges, gate_state);
+      check_rows_table(rows, shape);
+      set_rows(arguments.tables, rows);
+      set_x();
+    }
+
+    Call(const Tensor& x, const Tensor& rows, const PreparedTables& prepared, int64_t site)
+        : x(x), shape(prepared.shape_of(x)) {
+      arguments.tables = prepared.at(site, rows, shape);
+      set_x();
+    }
+
+    void set_x() {
       arguments.x = x.data_ptr();
       arguments.rows = shape.rows;
       arguments.x_stride = shape.stride;
       arguments.hidden_size = static_cast<int32_t>(shape.hidden);
+    }
+
+    void norm(const Tensor& weight, double eps, double weight_offset, bool fp32_weight) {
+      arguments.weight_dtype = check_float(weight, "weight");
+      check_table(weight, "weight", torch_dtype(weight), {shape.hidden}, shape);
+      arguments.weight = weight.data_ptr();
+      arguments.eps = static_cast<float>(eps);
+      arguments.weight_offset = static_cast<float>(weight_offset);
+      arguments.fp32_weight = fp32_weight;
     }
 
     void add(const Tensor& residual) {
@@ -114,6 +212,20 @@ class Operators {
       }
       backend.run(name, op, shape, arguments);
       return {hidden, probe};
+    }
+
+    // Into new tensors of x's shape; nothing is probed.
+    Tensor compute_at(const char* name, RowOp op, Optional* normed) {
+      const Backend backend(x);
+      Tensor hidden = new_like(x);
+      arguments.hidden = hidden.data_ptr();
+      arguments.hidden_stride = shape.hidden;
+      if (normed != nullptr) {
+        *normed = new_like(x);
+        arguments.normed = (*normed)->data_ptr();
+      }
+      backend.run(name, op, shape, arguments);
+      return hidden;
     }
 
     // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
@@ -143,6 +255,9 @@ class Operators {
   library.impl("add_steer.cpp", TORCH_BOX(&Operators<Backend>::add_steer));                 \
   library.impl("steer_pair_.cpp", TORCH_BOX(&Operators<Backend>::steer_pair_));             \
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm)); \
-  library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));
+  library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));                       \
+  library.impl("prepare", TORCH_BOX(&Operators<Backend>::prepare));                         \
+  library.impl("steer_at", TORCH_BOX(&Operators<Backend>::steer_at));                       \
+  library.impl("add_steer_rmsnorm_at", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm_at));
 
 }  // namespace faststeer

@@ -116,7 +116,7 @@ def watch_passes(
                 raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
             if passes.derived:
                 entry.check()
-        passes.begin({**dict(zip(names, args, strict=False)), **kwargs})
+        passes.begin({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passes.end(output)
@@ -135,7 +135,7 @@ def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            passes.streams.note(depth, {**dict(zip(names, args, strict=False)), **kwargs})
+            passes.streams.note(depth, {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
 
     return note
 

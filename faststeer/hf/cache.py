@@ -11,7 +11,10 @@ NAMES = ("cache", "past_key_values", "state")
 
 def cache_in(inputs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward pass, under any of its names; None without one."""
-    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+    for name in NAMES:
+        if (cache := inputs.get(name)) is not None:
+            return cache
+    return None
 
 
 def length_of(cache: Any) -> Any:

@@ -17,10 +17,12 @@ from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
-from faststeer.ops import Tables, add_steer, add_steer_rmsnorm, latch_, operator
+from faststeer.ops import Tables, add_steer, add_steer_rmsnorm, add_steer_rmsnorm_at, latch_, steer_at, takes_prepared
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name
 from faststeer.program import Program
+
+grad_enabled = torch.is_grad_enabled
 
 OUTSIDE = (
     "a decoder layer was called outside the model's forward pass, which says where each row stands: use "
@@ -35,12 +37,19 @@ INTERRUPTED = (
 
 
 class Here:
-    """What ops are given on one device in one pass, and the operators themselves where they are compiled."""
+    """What ops are given on one device in one pass.
+
+    Attributes:
+        prepared: the tables of all sites, for the operators of inference; None where they cannot be called.
+        plain: per site, whether they do all that is to be done there: they have no probe and no latch.
+    """
 
     def __init__(self, program: Program, rows: Tensor, gates: Tensor | None, x: Tensor) -> None:
         self.program, self.rows, self.gates = program, rows, gates
         self.by_site = None if program.requires_grad else program.by_site
-        self.steer, self.add_norm = operator("steer", x), operator("add_steer_rmsnorm", x)
+        quick = self.by_site is not None and takes_prepared(x)
+        self.prepared = program.prepared(gates) if quick else None
+        self.plain = program.plain
         # By whether gradients are on: in a reentrant checkpoint's forward pass they are off.
         self._live: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -200,7 +209,7 @@ class Passes:
         stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
         rows = self.plans.rows(inputs, self.streams.run)
         if needed:
-            rows = torch.stack((rows[0], stream.positions(inputs, 0 if past is None else past), rows[2]))
+            rows = stream.placed(rows, inputs, 0 if past is None else past)
         kept = given.get("logits_to_keep", 0)
         self._start(rows, inputs.batch, stream, inputs.batch, kept)
         if isinstance(past, int):
@@ -263,21 +272,22 @@ class Passes:
             if now is None:
                 raise RuntimeError(OUTSIDE)
             here = now.here.get(x.device) or now.on(x)
+            prepared = here.prepared
+            if prepared is not None and here.plain[site] and type(x) is Tensor and not grad_enabled():
+                try:
+                    return steer_at(x, here.rows, prepared, site)
+                except RuntimeError:  # the full op takes it, or says what is wrong
+                    here.prepared = None
             flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
             if flat.shape[0] != now.tokens:
                 last = now.on_last(x)
                 if last is None:
                     raise self._wrong(site, flat.shape[0], now)
                 here = last
-            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            tables = here.tables(site)
             program, gates = here.program, here.gates
             if gates is not None and program.latches[site]:
                 latch_(flat, tables, here.rows, gates)
-            if here.steer is not None and not program.columns[site]:
-                try:
-                    return here.steer(flat, *tables[:3], here.rows, gates, tables.scalars, 0)[0].view_as(x)
-                except RuntimeError:  # said again, in words
-                    return steer_rows(flat, tables, here.rows, gates).view_as(x)
             if not program.columns[site]:
                 return steer_rows(flat, tables, here.rows, gates).view_as(x)
             probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
@@ -298,13 +308,21 @@ class Passes:
             if now is None:
                 raise RuntimeError(OUTSIDE)
             here = now.here.get(branch.device) or now.on(branch)
+            prepared, plain = here.prepared, here.plain[site] and type(branch) is type(residual) is Tensor
+            if norm is not None and prepared is not None and plain and not grad_enabled():
+                weight, form = norm
+                how = weight, form.eps, form.weight_offset, form.fp32_weight
+                try:
+                    return add_steer_rmsnorm_at(branch, residual, *how, here.rows, prepared, site)[::-1]
+                except RuntimeError:  # the full op takes it, or says what is wrong
+                    here.prepared = None
             flat = branch.reshape(-1, branch.shape[-1])
             if flat.shape[0] != now.tokens:
                 last = now.on_last(branch)
                 if last is None:
                     raise self._wrong(site, flat.shape[0], now)
                 here = last
-            tables = here.tables(site) if here.by_site is None else here.by_site[site]
+            tables = here.tables(site)
             program, gates, probe = here.program, here.gates, None
             other = residual.reshape_as(flat)
             if gates is not None and program.latches[site]:
@@ -316,14 +334,7 @@ class Passes:
             else:
                 weight, form = norm
                 how = weight, form.eps, form.weight_offset, form.fp32_weight
-                try:
-                    if here.add_norm is None or probe is not None:
-                        normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
-                    else:
-                        leading = flat, other, *how, *tables[:3]
-                        normed, hidden, _ = here.add_norm(*leading, here.rows, gates, tables.scalars, 0)
-                except RuntimeError:  # said again, in words
-                    normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+                normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
                 normed = normed.view_as(branch)
             if probe is not None and now.logged:
                 log.add(site, now.steered(probe))

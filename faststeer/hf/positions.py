@@ -3,6 +3,7 @@ device from the pass's own inputs and what its stream knows."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,13 +71,18 @@ class Prompts:
         self._mask = mask
         self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
 
-    def positions(self, of: Inputs, past: int | Tensor) -> Tensor:
-        """`[batch * length]` int32: 0, 1, ... for tokens behind the prompt; -1 for a row's own last prompt token."""
+    def placed(self, rows: Tensor, of: Inputs, past: int | Tensor) -> Tensor:
+        """Rows `[3, batch * length]` whose positions are 0, with their positions: 0, 1, ... for tokens behind the
+        prompt; -1 for a row's own last prompt token."""
         begin = self.begin
         if begin is None:
             raise ValueError(self.why)
-        if of.length == 1 and isinstance(past, int) and isinstance(begin, int) and past >= begin:
-            return torch.full((of.batch,), past - begin, dtype=torch.int32, device=of.device)
+        behind = past - begin if isinstance(past, int) and isinstance(begin, int) else -1
+        if behind >= 0 and of.length == 1 and not is_recorded(of.device):
+            return rows.add(_position_only(of.device), alpha=behind)  # one call, in every step of decoding
+        return torch.stack((rows[0], self._positions(begin, of, past), rows[2]))
+
+    def _positions(self, begin: int | Tensor, of: Inputs, past: int | Tensor) -> Tensor:
         column = torch.arange(of.length, dtype=torch.int32, device=of.device) + past
         if isinstance(begin, Tensor):
             begin = begin.to(of.device).reshape(-1, 1)
@@ -96,6 +102,18 @@ class Prompts:
         if self._mask is not None:
             self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
         return self._ends
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether a graph is being made of what runs: what it reads must be made in it, or be there as long as it is."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@functools.lru_cache(maxsize=64)
+def _position_only(device: torch.device) -> Tensor:
+    """`[3, 1]`: what is added to rows to move them by one position."""
+    with torch.inference_mode(False):
+        return torch.tensor([[0], [1], [0]], dtype=torch.int32, device=device)
 
 
 def for_rows(table: Tensor, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from faststeer.hf.positions import Inputs
+from faststeer.hf.positions import Inputs, is_recorded
 from faststeer.hf.streams import PACKED, GenerateCall
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, Plans, plans_for
@@ -99,7 +99,7 @@ class RowPlans:
                 self.check_batch(of.batch)
         key = of.device, of.batch, of.length
         # A graph reads the plans' own table.
-        if torch.compiler.is_compiling() or (of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if is_recorded(of.device):
             return self._expand(*key)
         if key not in self._expanded:
             if len(self._expanded) > 32:

@@ -129,19 +129,25 @@ class GenerateCall:
             self.total = max(self.total, self.mask.shape[1])  # the new tokens alone may be given
 
 
-@dataclass(eq=False)
-class _Around:
-    """What the modules around the layers were called with in the pass that is about to reach these."""
+# What the modules around the layers were called with in the pass that is about to reach these, by their depth.
+_Around = list[tuple[int, Mapping[str, Any]]]
 
-    depth: int = 0
-    widths: dict[str, int] = field(default_factory=dict)  # of input_ids, inputs_embeds: the innermost
-    mask: Tensor | None = None  # the outermost
+
+def _outermost_mask(around: _Around) -> Tensor | None:
+    masks = (given.get("attention_mask") for _, given in around)
+    return next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2), None)
+
+
+def _width_of(around: _Around, kind: str) -> int | None:
+    """Columns of `input_ids` or `inputs_embeds`: the innermost."""
+    tokens = (given.get(kind) for _, given in reversed(around))
+    return next((each.shape[1] for each in tokens if isinstance(each, Tensor) and each.ndim >= 2), None)
 
 
 class _ThreadCalls(threading.local):
     def __init__(self) -> None:
         self.runs: list[GenerateCall] = []
-        self.around: _Around | None = None
+        self.around: _Around = []
 
 
 class Streams:
@@ -185,7 +191,7 @@ class Streams:
         run.modules.append(module)
         run.read(module, given)
         if run not in self._thread.runs:
-            self._thread.runs, self._thread.around = [*self._thread.runs, run], None
+            self._thread.runs, self._thread.around = [*self._thread.runs, run], []
 
     def end(self, run: GenerateCall, module: nn.Module) -> None:
         """A module's `generate` has ended."""
@@ -195,14 +201,10 @@ class Streams:
     def note(self, depth: int, given: Mapping[str, Any]) -> None:
         """A module `depth` steps into the model is called, around the layers."""
         around = self._thread.around
-        if around is None or depth <= around.depth:
-            around = self._thread.around = _Around(depth)
-        for name in ("input_ids", "inputs_embeds"):
-            if isinstance(tokens := given.get(name), Tensor) and tokens.ndim >= 2:
-                around.widths[name] = tokens.shape[1]
-        mask = given.get("attention_mask")
-        if around.mask is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            around.mask = mask
+        if not around or depth <= around[0][0]:
+            self._thread.around = [(depth, given)]
+        else:
+            around.append((depth, given))
 
     # Passes
 
@@ -229,17 +231,17 @@ class Streams:
             if inputs.cache is None or not needed:
                 return _fresh(inputs, past, None)
             return self._untraced(inputs)
-        around, self._thread.around = self._thread.around or _Around(), None
+        around, self._thread.around = self._thread.around, []
         known = None if inputs.cache is None else self._known(inputs.cache)
         if run is None and self._set is not None:
             return self._of_set(self._set, inputs, past, known)
         if run is not None and (stream := self._of_run(run, inputs, past, around)) is not None:
             return stream
         if isinstance(past, Tensor) and known is not None:
-            known.restart(past, _fresh(inputs, past, around.mask))
+            known.restart(past, _fresh(inputs, past, _outermost_mask(around)))
             return known
         if isinstance(past, Tensor) or past == 0:
-            return self._keep(inputs.cache, _fresh(inputs, past, around.mask))
+            return self._keep(inputs.cache, _fresh(inputs, past, _outermost_mask(around)))
         if known is None:
             return Stream(None, UNSEEN)
         begin = known.begin
@@ -325,13 +327,15 @@ def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
 
 def _first(run: GenerateCall, inputs: Inputs, past: int, around: _Around) -> Stream:
     """The first pass of a `generate`: it reads its prompt, or a piece of it, or that and guesses behind it."""
-    read = around.widths.get(run.kind, inputs.length if inputs.ids and run.kind == "input_ids" else None)
+    read = _width_of(around, run.kind)
+    if read is None and inputs.ids and run.kind == "input_ids":
+        read = inputs.length
     rest = 0  # columns of the prompt behind this pass
     if run.total is not None and read is not None:
         rest = run.total - (past if run.continues else 0) - read
     elif run.piecewise:
         return Stream(None, AHEAD)
-    begin, mask = past + inputs.length + rest, mask_of(inputs, past, around.mask)
+    begin, mask = past + inputs.length + rest, mask_of(inputs, past, _outermost_mask(around))
     if run.mask is not None:
         mask = Mask(run.mask, None)
     elif rest > 0 and mask is not None:

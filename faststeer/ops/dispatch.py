@@ -288,15 +288,31 @@ def overload(name: str, device: torch.device | str) -> Callable[..., Any]:
     return getattr(torch.ops.faststeer, name).reference
 
 
-def operator(name: str, x: Tensor) -> Callable[..., Any] | None:
-    """The compiled operator that takes rows like `x`, for who calls it often with the arguments of its schema; None
-    where the function of its name is to be called: on the reference, while a compiler traces, and on rows that no
-    operator takes, which the function refuses in words."""
-    if torch.compiler.is_compiling() or (backend := backend_of(x, None)) == "reference":
-        return None
-    if x.dtype not in schema.DTYPES or x.shape[-1] > schema.MAX_HIDDEN:
-        return None
-    return _CALLS[backend][name]
+# The operators of schema.PREPARED, as `_CALLS`.
+_PREPARE: Callable[..., Tensor] = torch.ops.faststeer.prepare.default._op
+steer_at: Callable[..., Tensor] = torch.ops.faststeer.steer_at.default._op
+add_steer_rmsnorm_at: Callable[..., tuple[Tensor, Tensor]] = torch.ops.faststeer.add_steer_rmsnorm_at.default._op
+
+
+def takes_prepared(x: Tensor) -> bool:
+    """Whether `steer_at` and `add_steer_rmsnorm_at` may be called on rows like x: by a C++ back end, without gradients,
+    while nothing traces."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return x.dtype in schema.DTYPES and backend_of(x, None) in ("cpu", "cuda")
+
+
+def prepare(bank: Tensor, entries: Tensor, ranges: Tensor, gate_state: Tensor | None) -> Tensor:
+    """What `steer_at(x, rows, prepared, site)` and `add_steer_rmsnorm_at` take instead of tables, where
+    `takes_prepared`; the tables must outlive their calls. Those raise RuntimeError for what they do not take, such as x
+    that is not contiguous or has not just as many rows: the full op takes it, or says what is wrong.
+
+    Args:
+        ranges: `[sites, slots, 2]`.
+    """
+    return _PREPARE(bank, entries, ranges.view(-1, 2), gate_state, ranges.shape[0])
 
 
 REFERENCE = object()

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from backend_cases import KINDS, bits, check_ops, steered
 from placing import moved, numbers_of, placed
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
 
 from faststeer import ops
 
@@ -486,8 +487,63 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
 
 
-def test_rows_that_no_operator_takes_are_left_to_the_function_that_says_why(backend):
-    with ops.backend(backend):
-        assert ops.operator("steer", torch.zeros(2, 64)) is not None
-        for x in (torch.zeros(2, ops.schema.MAX_HIDDEN + 1), torch.zeros(2, 64, dtype=torch.int32)):
-            assert ops.operator("steer", x) is None
+def prepared_case(seed: int, dtype: torch.dtype, rows: int = 6):
+    """A mixed case as the ops take it, and its tables prepared as the second of three sites."""
+    case = steered(MIXES, rows, 96, dtype, "cpu", seed=seed)
+    bank, entries, ranges = case.tables[:3]
+    sites = torch.stack((torch.zeros_like(ranges), ranges, torch.zeros_like(ranges)))
+    return case, sites, ops.prepare(bank, entries, sites, case.gate_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prepared_tables_give_the_bits_of_tables(backend, dtype):
+    case, _, prepared = prepared_case(5, DTYPES[dtype])
+    rows, shape = torch.cat((case.rows, case.rows), 1)[:, :6], (2, 3, 96)  # a slice of a longer buffer
+    residual, weight = torch.randn_like(case.x), torch.randn(96).to(case.x)
+    with torch.no_grad():
+        assert ops.takes_prepared(case.x)
+        expected = ops.steer(case.x, case.tables, rows, case.gate_state, backend=backend)
+        found = ops.steer_at(case.x.view(shape), rows, prepared, 1)
+        assert found.shape == shape and torch.equal(bits(found.view(6, 96)), bits(expected))
+        assert not torch.equal(bits(expected), bits(case.x))
+        assert torch.equal(bits(ops.steer_at(case.x, rows, prepared, 2)), bits(case.x))
+        norm = weight, 1e-6, 1.0, True
+        pair = ops.add_steer_rmsnorm(case.x, residual, *norm, case.tables, rows, case.gate_state, backend=backend)
+        quick = ops.add_steer_rmsnorm_at(case.x.view(shape), residual.view(shape), *norm, rows, prepared, 1)
+        for one, other in zip(quick, pair, strict=True):
+            assert torch.equal(bits(one.view(6, 96)), bits(other))
+
+
+def test_prepared_tables_refuse_what_does_not_fit_them(backend):
+    case, sites, prepared = prepared_case(6, torch.float32)
+    rows, x = case.rows.contiguous(), case.x
+    wide = torch.cat((x, x), 1)
+    for wrong in (
+        (wide[:, :96], rows, prepared, 1),  # not contiguous
+        (wide, rows, prepared, 1),
+        (x[:5], rows, prepared, 1),
+        (x.double(), rows, prepared, 1),
+        (x, rows[:, :5], prepared, 1),
+        (x, rows.long(), prepared, 1),
+        (x, rows, prepared, 3),
+        (x, rows, prepared, -1),
+        (x, rows, torch.zeros_like(prepared), 1),
+        (x, rows, prepared[:-1], 1),
+    ):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="does not fit"):
+            ops.steer_at(*wrong)
+    with pytest.raises(RuntimeError, match="bank does not fit"):
+        ops.prepare(case.tables[0].half(), case.tables[1], sites, None)
+
+
+def test_prepared_tables_are_not_taken_by_what_they_cannot_serve(backend):
+    x = torch.zeros(2, 64)
+    assert not ops.takes_prepared(x), "gradients are on"
+    with torch.no_grad():
+        assert ops.takes_prepared(x)
+        assert not ops.takes_prepared(torch.nn.Parameter(x)), "a subclass"
+        assert not ops.takes_prepared(x.double())
+        with ops.backend("reference"):
+            assert not ops.takes_prepared(x)
+        with FakeTensorMode() as mode:
+            assert not ops.takes_prepared(mode.from_tensor(x)) and not ops.takes_prepared(x)

@@ -1,0 +1,105 @@
+"""In inference a site calls an operator on prepared tables, the quick way: it gives the bits of the full way, which
+whatever it does not take goes."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import faststeer as fs
+from faststeer.hf import passes
+from faststeer.hf.cache import cache_argument, caches_in
+from faststeer.plan import site
+
+V, W = models.direction(), models.direction(1)
+PLANS = [
+    fs.Plan([fs.Add(V, 0.7, layers="all"), fs.Ablate(W, layers=1, at="mlp_out", positions="generated")]),
+    None,
+    fs.Plan([fs.Rotate(V, W, 30.0, layers=0, at="resid_post", positions="prompt")]),
+]
+PROBED = fs.Plan([fs.Add(V, 0.7, layers="all"), fs.Probe(W, layers="all")])
+LATCHED = fs.Plan([fs.Add(V, 0.7, layers="all", when=fs.Gate(W, 0.0, latched=True))])
+
+
+@pytest.fixture
+def quick(monkeypatch) -> list[int]:
+    """The sites at which the quick operators gave a result."""
+    sites: list[int] = []
+
+    def counted(own):
+        def call(*arguments):
+            result = own(*arguments)
+            sites.append(arguments[-1])
+            return result
+
+        return call
+
+    for name in ("steer_at", "add_steer_rmsnorm_at"):
+        monkeypatch.setattr(passes, name, counted(getattr(passes, name)))
+    return sites
+
+
+def steps(model: nn.Module, plans: object, path: str) -> Tensor:
+    """Logits of a prompt and of two steps behind it."""
+    ids, cache, found = models.tokens(3, 5), None, []
+    with fs.steer(model, plans, path=path):
+        for tokens in (ids, ids[:, :1], ids[:, 1:2]):
+            output = model(tokens, **{cache_argument(model): cache}, use_cache=True)
+            (cache,) = caches_in(output)
+            found.append(output.logits.detach())
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("no_gradient", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_the_quick_way_gives_the_bits_of_the_full_way(path, dtype, no_gradient, quick, monkeypatch):
+    model = models.build("llama").to(dtype)
+    with no_gradient():
+        found = steps(model, PLANS, path)
+        assert len(quick) >= 3 * 2, "three passes over two layers or more"
+        quick.clear()
+        monkeypatch.setattr(passes, "takes_prepared", lambda x: False)
+        assert torch.equal(found, steps(model, PLANS, path)) and not quick
+        assert not torch.equal(found, steps(model, [None] * 3, path))
+
+
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+@pytest.mark.parametrize("plans", [PROBED, LATCHED], ids=["probed", "latched"])
+def test_probes_and_latches_go_the_full_way(plans, path, quick, monkeypatch):
+    model = models.model("llama")
+    with torch.no_grad():
+        found, sites = steps(model, plans, path), set(quick)
+        monkeypatch.setattr(passes, "takes_prepared", lambda x: False)
+        assert torch.equal(found, steps(model, plans, path))
+    assert plans is LATCHED or sites.isdisjoint(site("resid_post", layer) for layer in range(2))
+
+
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_gradients_go_the_full_way(path, quick):
+    model, vector = models.model("llama"), V.clone().requires_grad_()
+    with fs.steer(model, fs.Plan([fs.Add(vector, 0.7, layers="all")]), path=path):
+        logits = model(models.tokens(2, 5)).logits
+    assert not quick
+    logits.sum().backward()
+    assert vector.grad is not None and vector.grad.abs().max() > 0
+
+
+def test_a_layer_whose_output_is_not_contiguous_goes_the_full_way(quick, monkeypatch):
+    model, ids, plan = models.model("llama"), models.tokens(2, 5), fs.Plan([fs.Add(V, 0.7, layers="all")])
+    with torch.no_grad(), fs.steer(model, plan, path="hooks"):
+        expected = model(ids).logits
+    assert len(quick) == 2
+    quick.clear()
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer, "forward", turned(layer.forward))
+    with torch.no_grad(), fs.steer(model, plan, path="hooks"):
+        assert torch.equal(model(ids).logits, expected)
+    assert not quick
+
+
+def turned(forward):
+    """The same values, in memory with tokens in front of rows."""
+    return lambda *args, **kwargs: forward(*args, **kwargs).transpose(0, 1).contiguous().transpose(0, 1)
