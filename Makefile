@@ -62,6 +62,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/typos --quiet
 	$(BIN)/python docs/check_text.py
+	$(BIN)/python -m pytest -q tests/test_names.py
 
 # The site, in out/site. A broken link fails.
 docs: $(VENV)/.ready-docs
