@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from faststeer.ops import reference, schema
 from faststeer.ops.tables import Tables
@@ -295,11 +296,11 @@ add_steer_rmsnorm_at: Callable[..., tuple[Tensor, Tensor]] = torch.ops.faststeer
 
 
 def takes_prepared(x: Tensor) -> bool:
-    """Whether `steer_at` and `add_steer_rmsnorm_at` may be called on rows like x: by a C++ back end, without gradients,
-    while nothing traces."""
+    """Whether `steer_at` and `add_steer_rmsnorm_at` may be called on rows like x: by a C++ back end, while nothing is
+    derived or traced."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None or in_forward_mode():
         return False
     return x.dtype in schema.DTYPES and backend_of(x, None) in ("cpu", "cuda")
 
@@ -315,6 +316,16 @@ def prepare(bank: Tensor, entries: Tensor, ranges: Tensor, gate_state: Tensor | 
     return _PREPARE(bank, entries, ranges.view(-1, 2), gate_state, ranges.shape[0])
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`), also under `no_grad`."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _has_tangent(argument: Any) -> bool:
+    is_real = isinstance(argument, Tensor) and argument.is_floating_point()
+    return is_real and forward_ad.unpack_dual(argument).tangent is not None
+
+
 REFERENCE = object()
 
 
@@ -322,6 +333,13 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
     """What the operator gives; REFERENCE where the reference is to be called, and the arguments fit it. fp64 rows are
     for oracles, with tables of any dtype."""
     name = backend_of(arguments[0], backend)
+    if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
+        if _is_chosen(backend or _chosen):
+            raise NotImplementedError(
+                f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent: use "
+                "faststeer.ops.backend('reference')"
+            )
+        name = "reference"
     if name == "reference":
         if arguments[0].dtype != torch.float64:
             schema.CHECKS[op](*arguments)

@@ -7,8 +7,10 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import faststeer as fs
+from faststeer import ops
 from faststeer.hf import passes
 from faststeer.hf.cache import cache_argument, caches_in
 from faststeer.plan import site
@@ -103,3 +105,34 @@ def test_a_layer_whose_output_is_not_contiguous_goes_the_full_way(quick, monkeyp
 def turned(forward):
     """The same values, in memory with tokens in front of rows."""
     return lambda *args, **kwargs: forward(*args, **kwargs).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("gradients", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_forward_mode_derivatives_are_those_of_a_hook(path, gradients, quick):
+    model = models.build("llama", attn_implementation="eager")
+    x = model.get_input_embeddings()(models.tokens(2, 5)).detach()
+    tangent, w = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), W / W.norm()
+
+    def derivative() -> Tensor:
+        with gradients(), forward_ad.dual_level():
+            logits = model(inputs_embeds=forward_ad.make_dual(x, tangent), use_cache=False).logits
+            return forward_ad.unpack_dual(logits).tangent
+
+    layer = model.model.layers[0]
+    with layer.register_forward_hook(lambda module, args, output: output - (output @ w).unsqueeze(-1) * w):
+        expected = derivative()
+    plan = fs.Plan([fs.Ablate(W, layers=0, at="resid_post")])
+    with fs.steer(model, plan, path=path):
+        torch.testing.assert_close(derivative(), expected, rtol=1e-4, atol=1e-4)
+    assert not quick
+
+
+@pytest.mark.skipif(ops.backend_for("cpu") != "cpu", reason="of a compiled back end")
+def test_a_back_end_without_forward_mode_refuses_a_tangent():
+    model = models.build("llama", attn_implementation="eager")
+    x = model.get_input_embeddings()(models.tokens(2, 5)).detach()
+    plan = fs.Plan([fs.Add(V, 0.7, layers="all")])
+    refused = pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*backend\('reference'\)")
+    with ops.backend("cpu"), torch.no_grad(), forward_ad.dual_level(), fs.steer(model, plan, path="hooks"), refused:
+        model(inputs_embeds=forward_ad.make_dual(x, x), use_cache=False)
