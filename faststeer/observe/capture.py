@@ -166,34 +166,35 @@ def capture(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 (none) or more")
     points: tuple[HookPoint, ...] = (check_hook_point(at),) if isinstance(at, str) else tuple(map(check_hook_point, at))
-    wanted = layer_numbers(layers, find_hook_points(model).n_layers)
-    given = rows(tokenizer, prompts, completions, system)
-    chosen = plans_for(len(given), plans)
-    low, high = position_range(positions)
-    _check_keeps(given, low, high, max_new_tokens)
-    kept = dtype or next(model.parameters()).dtype
-    if kept not in DTYPES.values():
+    numbers = layer_numbers(layers, find_hook_points(model).n_layers)
+    token_rows = rows(tokenizer, prompts, completions, system)
+    row_plans = plans_for(len(token_rows), plans)
+    window = position_range(positions)
+    _check_keeps(token_rows, *window, max_new_tokens)
+    kind = dtype or next(model.parameters()).dtype
+    if kind not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
-    run = _BatchReader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
+    run = _BatchReader(model, tokenizer, token_rows, row_plans, points, numbers, window, max_new_tokens, kind, within)
     if folder is None:
-        return Capture(rows_in_batches(list(map(len, given)), batch_size, run, "Reading", progress))
+        return Capture(rows_in_batches(list(map(len, token_rows)), batch_size, run, "Reading", progress))
     way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
-    store = run.store(Path(folder), way)
+    settings = points, numbers, window, max_new_tokens, kind, way
+    store = _store(Path(folder), model, token_rows, row_plans, *settings)
     done = _done(store)
-    left = [index for index in range(len(given)) if index not in done]
+    left = [index for index in range(len(token_rows)) if index not in done]
 
     def read_and_write(group: list[int]) -> None:
-        numbers = [left[index] for index in group]
-        run.write(store, dict(zip(numbers, run(numbers), strict=True)))
+        prompts = [left[index] for index in group]
+        _write(store, len(token_rows), dict(zip(prompts, run(prompts), strict=True)), points, numbers)
 
-    for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
+    for _ in in_batches([len(token_rows[index]) for index in left], batch_size, read_and_write, "Reading", progress):
         pass
     return Capture.load(folder)
 
 
-def _check_keeps(given: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
+def _check_keeps(token_rows: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
     """The last generated token is not read by the model, so it cannot be kept."""
-    for index, row in enumerate(given):
+    for index, row in enumerate(token_rows):
         last = max(max_new_tokens - 2, -1) if max_new_tokens else len(row.completion) - 1
         if max(low, -len(row.prompt)) > min(high - 1, last):
             follows = "" if last >= 0 else "; nothing follows it: give completions or max_new_tokens (2 or more)"
@@ -212,7 +213,7 @@ class _BatchReader:
 
     model: Any
     tokenizer: Any
-    given: list[TokenRow]
+    token_rows: list[TokenRow]
     plans: list[Plan | None]
     points: tuple[HookPoint, ...]
     layers: list[int]
@@ -222,7 +223,7 @@ class _BatchReader:
     within: Callable[[Any, list[Plan | None]], Steering]
 
     def __call__(self, group: list[int]) -> list[Captured]:
-        chosen = [self.given[index] for index in group]
+        chosen = [self.token_rows[index] for index in group]
         batch, ends = pad_rows(chosen, padding_id(self.tokenizer), model_device(self.model))
         width = batch["input_ids"].shape[1]
         first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
@@ -276,42 +277,16 @@ class _BatchReader:
             row.ids, len(row.prompt), torch.arange(low, max(high, low)), lambda at, layer: tensors[at, layer]
         )
 
-    def store(self, folder: Path, way: Any) -> ArtefactStore:
-        """The folder, for the capture that is all of this, `way` being what puts plans on the model."""
-        shared = {id(plan): plan.to_json(inline=True) for plan in self.plans if plan is not None}
-        tokens = [(row.prompt, row.completion) for row in self.given]
-        settings = self.points, self.layers, self.range, self.max_new_tokens, self.dtype, way
-        plans = [shared.get(id(plan)) for plan in self.plans]
-        return ArtefactStore(folder, fingerprint(self.model), tokens, plans, list(map(str, settings)))
-
-    def write(self, store: ArtefactStore, batch: Mapping[int, Captured]) -> None:
-        """Write a batch's prompts as a file of the folder."""
-        tensors: dict[str, Tensor] = {}
-        for index, captured in batch.items():
-            tensors |= {
-                f"{index}.token_ids": torch.tensor(captured.token_ids),
-                f"{index}.positions": captured.positions,
-            }
-            places = ((at, layer) for at in self.points for layer in self.layers)
-            tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at, layer in places}
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": store.key,
-            "total": str(len(self.given)),
-            "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
-        }
-        write_atomically(store.folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
-
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _store(
-    folder: Path, model: nn.Module, given: list[TokenRow], plans: list[Plan | None], *settings: Any
+    folder: Path, model: nn.Module, token_rows: list[TokenRow], plans: list[Plan | None], *settings: Any
 ) -> ArtefactStore:
     """The folder, for the capture that is all of this."""
     shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
-    tokens = [(row.prompt, row.completion) for row in given]
+    tokens = [(row.prompt, row.completion) for row in token_rows]
     return ArtefactStore(
         folder, fingerprint(model), tokens, [shared.get(id(plan)) for plan in plans], list(map(str, settings))
     )
@@ -324,6 +299,7 @@ def _write(
     points: Sequence[HookPoint],
     layers: Sequence[int],
 ) -> None:
+    """Write a batch's prompts as a file of the folder; `total`: prompts of the whole capture."""
     tensors: dict[str, Tensor] = {}
     for index, captured in batch.items():
         tensors[f"{index}.token_ids"] = torch.tensor(captured.token_ids)
