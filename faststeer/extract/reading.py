@@ -113,9 +113,9 @@ def _check_formats(sets: Mapping[str, list[Prompt]]) -> None:
     formats = {side: {prompt_format(prompt) for prompt in prompts} for side, prompts in sets.items()}
     for side, other in (SIDES, SIDES[::-1]):
         if only := formats[side] - formats[other]:
-            found = next(n for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
+            n, chat = next((n, prompt) for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
             raise ValueError(
-                f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} is one: "
+                f"{side}[{n}] is a chat of {', '.join(prompt_format(chat))}, and no {other} is one: "
                 "the direction would be that of the chat format; give both sides the same roles"
             )
 
@@ -156,13 +156,13 @@ def read_batches(
     work = _pair_groups(rows, batch_size) if paired else _side_groups(rows, batch_size)
     pad_id = padding_id(tokenizer)
     with (
-        hf.read(model, at=at, tokens=list(positions)) as taken,
+        hf.read(model, at=at, tokens=list(positions)) as by_layer,
         progress_bar("Reading prompts", len(work), progress) as advance,
     ):
 
         def read(arguments: dict[str, Any]) -> list[Tensor]:
             model(**arguments)
-            return [taken[layer] for layer in range(len(taken))]
+            return [by_layer[layer] for layer in range(len(by_layer))]
 
         prefixes: dict[tuple[str, ...], Prefix] = {}
         for sides in dict.fromkeys(tuple(side for side, _ in group) for group in work):
@@ -175,10 +175,10 @@ def read_batches(
             ids = [rows[side][number] for side, numbers in group for number in numbers]
             sides = tuple(side for side, _ in group)
             # [rows, positions, layers, hidden]
-            found = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
+            activations = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
             start = 0
             for side, numbers in group:
-                part = found[start : start + len(numbers)]
+                part = activations[start : start + len(numbers)]
                 start += len(numbers)
                 _check_finite(part, numbers, side, at)
                 yield Batch(side, numbers, part)

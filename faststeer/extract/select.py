@@ -26,6 +26,7 @@ from faststeer.extract.sweep import (
     choose,
     chosen_vector,
     fewest_first,
+    violations,
 )
 from faststeer.hf.batching import Prompt, prompt_sets
 from faststeer.vector import SteeringVector
@@ -248,8 +249,6 @@ def _row(
     induce, bypass, ablate, kl = values or [math.nan] * 4
     if values is None:
         violated: tuple[str, ...] = ("no direction",)
-    elif not all(map(math.isfinite, values)):
-        violated = ("not finite",)
     else:
         satisfied = {
             "induce": induce > limits["induce_above"],
@@ -257,7 +256,7 @@ def _row(
             "layer": layer < limits["layer_below"],
             LAST: induce > limits["half_way_above"],
         }
-        violated = tuple(name for name, holds in satisfied.items() if not holds)
+        violated = violations(values, satisfied)
     return RefusalRow(layer, position, induce, bypass, ablate, kl, violated, coefficient)
 
 

@@ -634,8 +634,8 @@ class Shorter(NTP):
 
     name = "half"
 
-    def losses(self, scores):
-        return super().losses(scores) / 2
+    def losses(self, winner, loser):
+        return super().losses(winner, loser) / 2
 
 
 def test_an_objective_of_ones_own(model, tokenizer):

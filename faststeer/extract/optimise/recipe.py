@@ -101,7 +101,11 @@ class Recipe:
         for name in ("coefficient", "factors"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name), distinct=name == "coefficient")
-        if not (seeds := listed(self.seed)) or len(set(seeds)) < len(seeds) or not all(map(_is_seed, seeds)):
+        if (
+            not (seeds := listed(self.seed))
+            or len(set(seeds)) < len(seeds)
+            or not all(type(s) is int and s >= 0 for s in seeds)
+        ):
             raise ValueError(
                 f"seed is {self.seed!r}: expected an integer that is not negative, or several different ones"
             )
@@ -135,7 +139,7 @@ class Recipe:
             "start": own["start"] if self.start is None else self.start,
         }
         method.check(values["start"])
-        return Course(method=method, n_pairs=n_pairs, **(vars(self) | values))
+        return Course(**(vars(self) | values | {"method": method, "n_pairs": n_pairs}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +258,3 @@ def _layer_numbers(layers: Layers, n_layers: int) -> tuple[int, ...]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"layers is {layers!r}: a layer is named twice")
     return numbers
-
-
-def _is_seed(value: Any) -> bool:
-    return type(value) is int and value >= 0

@@ -99,8 +99,9 @@ def losses(
     """
     total = torch.zeros(len(plans.vectors), dtype=torch.float64)
     per_term = 1 if work[0].term.loser is None else 2
+    longest = [max(len(side.text) for side in item.term[:2] if side is not None) for item in work]
     with torch.set_grad_enabled(backward):
-        for group in batches([_longest(item.term) for item in work], max(1, rows // per_term)):
+        for group in batches(longest, max(1, rows // per_term)):
             chunk = [work[index] for index in group]
             values = objective.losses(*_scores(model, steering, plans, chunk, pad_id))
             weighted = values * torch.tensor([w.weight for w in chunk]).to(values)
@@ -138,7 +139,3 @@ def residual_sizes(
                 real = batch["attention_mask"].to(h.device).bool()
                 norms[layer].append(h[real].double().pow(2).mean(-1).sqrt().cpu())
     return {layer: float(torch.cat(batches_of_layer).median()) for layer, batches_of_layer in norms.items()}
-
-
-def _longest(term: Term) -> int:
-    return max(len(side.text) for side in (term.winner, term.loser) if side is not None)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from faststeer.extract.optimise.recipe import Course, Recipe
 from faststeer.extract.optimise.rows import Plans, Work, losses, residual_sizes
 from faststeer.extract.pairs import Pair, check_pairs, encode_completions
 from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id, progress_bar
+from faststeer.hf.changes import changing
 from faststeer.hf.steering import steer
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector
@@ -86,12 +86,12 @@ class Training:
         self, *, layer: int | None = None, seed: int | None = None, coefficient: float | None = None
     ) -> Training:
         """Return the runs with this layer, seed and coefficient. Raises ValueError if there is none."""
-        wanted = {"layer": layer, "seed": seed, "coefficient": coefficient}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        runs = tuple(run for run in self.runs if all(getattr(run, name) == value for name, value in wanted.items()))
+        asked = {"layer": layer, "seed": seed, "coefficient": coefficient}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        runs = tuple(run for run in self.runs if all(getattr(run, name) == value for name, value in asked.items()))
         if not runs:
             there = [(run.layer, run.seed, run.coefficient) for run in self.runs]
-            raise ValueError(f"no vector was trained with {wanted}: there are (layer, seed, coefficient) {there}")
+            raise ValueError(f"no vector was trained with {asked}: there are (layer, seed, coefficient) {there}")
         return Training(self.method, runs)
 
     @property
@@ -158,7 +158,11 @@ def train(
     held_out = [] if held_out is None else check_pairs(held_out, "held_out", rejected=method.needs_rejected)
     _check_apart(pairs, held_out, recipe.patience)
     course = recipe.filled(method, hf.find_hook_points(model).n_layers, len(pairs))
-    with _frozen(model):
+    with changing() as changes:  # weights need no gradient inside, so that none is computed or kept for them
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                changes.on_undo(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
         return _Loop(model, tokenizer, course, pairs, held_out, checkpoint, progress).run()
 
 
@@ -385,19 +389,6 @@ class _Loop:
             provenance=provenance,
         )
         return Run(layer, seed, coefficient, vector, tuple(state.losses), dict(state.held_out), state.best_step)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Weights need no gradient inside, so that none is computed or kept for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _check_apart(pairs: list[Pair], held_out: list[Pair], patience: int | None) -> None:
