@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,22 +72,9 @@ class Captured:
         return [self.token_ids[self.n_prompt + position] for position in self.positions.tolist()]
 
 
-class Capture(Sequence[Captured]):
+class Capture(tuple[Captured, ...]):
     """Activations of every prompt, in the prompts' order: `capture[3]["resid_pre", 14]` is `[kept, hidden]`. From a
     folder, a tensor is read when it is asked for."""
-
-    def __init__(self, prompts: Sequence[Captured]) -> None:
-        self._prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    @overload
-    def __getitem__(self, index: int) -> Captured: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Captured]: ...
-    def __getitem__(self, index: int | slice) -> Captured | Sequence[Captured]:
-        return self._prompts[index]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Capture:
@@ -115,7 +102,7 @@ class Capture(Sequence[Captured]):
                 f"{folder} lacks {total - len(batch_of_prompt)} of {total} prompts (the first is {first}): the capture "
                 "was interrupted; run it again with the same arguments, it goes on where it stopped"
             )
-        return cls([batch_of_prompt[index].prompt(index) for index in range(total)])
+        return cls(batch_of_prompt[index].prompt(index) for index in range(total))
 
 
 @torch.no_grad()
@@ -225,7 +212,6 @@ class _BatchReader:
     def __call__(self, group: list[int]) -> list[Captured]:
         chosen = [self.token_rows[index] for index in group]
         batch, ends = pad_rows(chosen, padding_id(self.tokenizer), model_device(self.model))
-        width = batch["input_ids"].shape[1]
         first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
         seen: dict[tuple[HookPoint, int], list[Tensor]] = {
             (at, layer): [] for at in self.points for layer in self.layers
@@ -251,22 +237,21 @@ class _BatchReader:
                     steering.set_prompt(ends)
             for at in self.points:
                 stack.enter_context(read(self.model, at, self.layers, reduce=keeper(at)))
-            rows = self._generate(batch, chosen) if self.max_new_tokens else self._forward(batch, chosen)
+            if self.max_new_tokens:
+                chosen = self._generate(chosen)
+            else:
+                self.model(**forward_arguments(self.model, batch))
         columns = {key: torch.cat(pieces, dim=1) for key, pieces in seen.items()}
-        return [self._row(row, i, ends[i], width, max(first, 0), columns) for i, row in enumerate(rows)]
+        return [self._row(row, i, ends[i], max(first, 0), columns) for i, row in enumerate(chosen)]
 
-    def _forward(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
-        self.model(**forward_arguments(self.model, batch))
-        return chosen
-
-    def _generate(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
+    def _generate(self, chosen: list[TokenRow]) -> list[TokenRow]:
         """The rows with what they go on with, generated in the contexts that read them, as one batch in this order."""
         answering = HuggingFace(self.model, self.tokenizer, max_batch=len(chosen))
         answers = answering.complete([row.prompt for row in chosen], None, SamplingParams(self.max_new_tokens))
         return [TokenRow(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
 
     def _row(
-        self, row: TokenRow, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
+        self, row: TokenRow, i: int, end: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
     ) -> Captured:
         """Cut a row's own kept tokens from the columns, which begin with the batch's column `first`."""
         n = next(iter(columns.values())).shape[1]

@@ -266,9 +266,9 @@ class Faithfulness:
         """`[circuits, 2]`: bootstrap interval of `values`, examples drawn with replacement."""
         n = len(self.base)
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
-        found = torch.stack([self._of(torch.from_numpy(times).double()) for times in drawn])
+        values = torch.stack([self._of(torch.from_numpy(times).double()) for times in drawn])
         tail = (1 - level) / 2
-        return torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=found.dtype), dim=0).T
+        return torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype), dim=0).T
 
     def _of(self, weight: Tensor) -> Tensor:
         return ((self.circuits - self.base) @ weight) / ((self.steered - self.base) @ weight)
@@ -322,9 +322,9 @@ def faithfulness(
         sums = rows_in_batches([lengths[e] for e, _ in pairs], batch_size, partial, "Circuits", progress)
     if ends[0].sum() == ends[1].sum():
         raise ValueError("the metric is the same steered and unsteered: there is nothing to be faithful to")
-    kept = torch.tensor([len(example.kept) for example in examples], dtype=torch.float64)
-    found = torch.tensor([float(each) for each in sums], dtype=torch.float64).view(len(examples), len(chosen))
-    return Faithfulness(found.T.contiguous(), ends[0], ends[1], kept)
+    n_positions = torch.tensor([len(example.kept) for example in examples], dtype=torch.float64)
+    metrics = torch.tensor([float(each) for each in sums], dtype=torch.float64).view(len(examples), len(chosen))
+    return Faithfulness(metrics.T.contiguous(), ends[0], ends[1], n_positions)
 
 
 @torch.no_grad()
@@ -388,12 +388,11 @@ def _attributes(graph: Graph, name: str) -> dict[str, Any]:
     return {"kind": "mlp" if part == "MLP" else "head", "layer": int(layer)}
 
 
-def _place(graph: Graph, name: str) -> tuple[float, float]:
-    if name in ("steering", "logits"):
-        return graph.heads / 2, (graph.start - 1.0 if name == "steering" else float(graph.n_layers))
-    layer, part = name[1:].split(".")
+def _place(graph: Graph, name: str, kind: str, layer: int) -> tuple[float, float]:
+    if kind == "head":
+        return int(name.partition(".H")[2]), layer
     # An MLP reads its own layer's heads, so it stands a little above them.
-    return (graph.heads, int(layer) + 0.35) if part == "MLP" else (int(part[1:]), int(layer))
+    return (graph.heads, layer + 0.35) if kind == "mlp" else (graph.heads / 2, layer - (kind == "steering"))
 
 
 def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
@@ -403,7 +402,7 @@ def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
     graph, network = circuit.graph, circuit.to_networkx(scores)
     for name in ("steering", "logits"):
         network.add_node(name, **_attributes(graph, name))
-    place = {name: _place(graph, name) for name in network}
+    place = {name: _place(graph, name, **attributes) for name, attributes in network.nodes(data=True)}
     figure = Figure(figsize=(min(4 + 0.45 * graph.heads, 16), min(2.5 + 0.6 * graph.depth, 16)))
     axes = figure.add_subplot()
     edges = list(network.edges(keys=True, data=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,15 +159,14 @@ def patch(
 
     with network:
         for _, sums in in_batches([len(each) for each in examples], batch_size, run, "Patching", progress):
-            total.add(sums)
+            total = _PatchSums(*map(torch.add, total, sums))
     n = sum(len(example.kept) for example in examples)
     numbers = float(total.steered) / n, float(total.base) / n
     edges = (total.edges / n).masked_fill(~graph.edges, 0)
     return Scores(graph, edges, total.nodes / n, total.dimensions / n, *numbers, n, metric, steps)
 
 
-@dataclass
-class _PatchSums:
+class _PatchSums(NamedTuple):
     """Sums over positions, fp64 on the CPU."""
 
     edges: Tensor
@@ -180,10 +179,6 @@ class _PatchSums:
     def empty(cls, graph: Graph, hidden_size: int) -> _PatchSums:
         shapes = (graph.n_senders, graph.n_receivers), (graph.n_senders,), (hidden_size,), (), ()
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def add(self, other: _PatchSums) -> None:
-        for name, value in vars(other).items():
-            getattr(self, name).add_(value)
 
 
 def begin(network: Network, group: Sequence[Example]) -> tuple[list[Taken], Tensor, Tensor]:
@@ -203,7 +198,8 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
     steering = difference[:, 0]
     metric = Metric(name, network.lens, group, base_end, steered_end)
     sums = _PatchSums.empty(graph, start.shape[-1])
-    sums.steered, sums.base = metric.of(steered_end).sum(), metric.of(base_end).sum()
+    sums.steered.copy_(metric.of(steered_end).sum())
+    sums.base.copy_(metric.of(base_end).sum())
     check_finite(sums.steered, sums.base)
     del base, base_end, stream, steered_end
     per_layer = graph.receivers_per_layer
@@ -213,16 +209,17 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
         gradient = metric.gradient(streams.pop())
         sums.edges[:, -1:] += dots(difference, gradient.unsqueeze(1)) / steps
         for i in reversed(range(graph.depth)):
-            found = network.gradients(i, streams.pop(), gradient)
+            gradients = network.gradients(i, streams.pop(), gradient)
             mlp, heads = graph.mlp_of(i), graph.heads_of(i)
             sums.nodes[mlp] += dots(difference[:, mlp : mlp + 1], gradient.unsqueeze(1))[0, 0] / steps
-            sums.nodes[heads] += dots(difference[:, heads], found.attn_out.unsqueeze(1))[:, 0] / steps
+            sums.nodes[heads] += dots(difference[:, heads], gradients.attn_out.unsqueeze(1))[:, 0] / steps
             upto = graph.before_mlp(i)
-            sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += dots(difference[:, :upto], found.readers) / steps
-            gradient = found.stream
-            del found  # before the next layer's are made
-        effect = (wide(steering) * gradient).sum((0, 1)).double().cpu()
-        sums.dimensions += effect / steps
+            sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += (
+                dots(difference[:, :upto], gradients.readers) / steps
+            )
+            gradient = gradients.stream
+            del gradients  # before the next layer's are made
+        sums.dimensions.add_((wide(steering) * gradient).sum((0, 1)).double().cpu() / steps)
     sums.nodes[0] = sums.dimensions.sum()
     return sums
 
