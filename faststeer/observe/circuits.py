@@ -330,18 +330,18 @@ def faithfulness(
 @torch.no_grad()
 def _whole(network: Network, group: Sequence[Example], name: MetricName) -> Tensor:
     """`[examples, 2]`: the metric steered and unsteered."""
-    stream, base_end = begin(network, group)[1:]
-    left = _last(left for _, left in network.run(stream))
-    metric = Metric(name, network.lens, group, base_end, left)
-    return torch.stack([metric.of(left), metric.of(base_end)], dim=1)
+    base, stream = begin(network, group)
+    steered_end, base_end = _end(network, stream), base[-1].left
+    metric = Metric(name, network.lens, group, base_end, steered_end)
+    return torch.stack([metric.of(steered_end), metric.of(base_end)], dim=1)
 
 
 @torch.no_grad()
 def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circuit], name: MetricName) -> Tensor:
     """`[rows]`: the metric of each example under its circuit."""
     graph = network.graph
-    base, stream, base_end = begin(network, group)
-    steered_end = _last(left for _, left in network.run(stream)) if name == "directed_kl" else None
+    base, stream = begin(network, group)
+    base_end, steered_end = base[-1].left, _end(network, stream) if name == "directed_kl" else None
     metric = Metric(name, network.lens, group, base_end, steered_end)
     rows, *shape = stream.shape
     edges = torch.stack([circuit.edges for circuit in circuits]).to(stream.device)
@@ -354,7 +354,7 @@ def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circ
         return torch.bmm(mask, moved[:, :upto].flatten(2)).unflatten(2, shape)
 
     for i in range(graph.depth):
-        unsteered = network.writes(i, base[i].mixed, base[i].scale)
+        unsteered = network.writes(i, base[i])
 
         def stream_of_mlp(written: Tensor | None, i: int = i, unsteered: Tensor = unsteered) -> Tensor:
             if written is not None:
@@ -363,17 +363,19 @@ def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circ
             return base[i].middle + reads(graph.before_mlp(i), slice(reader, reader + 1))[:, 0]
 
         attention = base[i].stream.unsqueeze(1) + reads(graph.before(i), graph.readers(i))
-        taken = network.run_reading(i, base[i], attention, stream_of_mlp)
+        partial = network.run_reading(i, base[i], attention, stream_of_mlp)
         if graph.parallel:
-            moved[:, graph.heads_of(i)] = network.writes(i, taken.mixed, taken.scale) - unsteered
-        moved[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
+            moved[:, graph.heads_of(i)] = network.writes(i, partial) - unsteered
+        moved[:, graph.mlp_of(i)] = partial.mlp_out - base[i].mlp_out
     last = slice(graph.n_receivers - 1, graph.n_receivers)
     return metric.of(base_end + reads(graph.n_senders, last)[:, 0])
 
 
-def _last(streams: Iterable[Tensor]) -> Tensor:
-    *_, last = streams
-    return last
+def _end(network: Network, stream: Tensor) -> Tensor:
+    """The stream that the last layer leaves."""
+    for layer_pass in network.run(stream):
+        stream = layer_pass.left
+    return stream
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------

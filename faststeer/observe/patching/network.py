@@ -10,7 +10,7 @@ its rows of the projection), and the derivative of a norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ class HeadRows:
 
 
 @dataclass
-class Taken:
+class LayerPass:
     """What a layer read and wrote in one pass, `[batch, tokens, ...]`.
 
     Attributes:
@@ -50,6 +50,7 @@ class Taken:
         mixed: what enters the output projection, head after head.
         scale: of the output norm, `[..., 1]`; None where there is none.
         mlp_out: what its MLP wrote.
+        left: the residual stream that it leaves.
     """
 
     stream: Tensor
@@ -57,6 +58,7 @@ class Taken:
     mixed: Tensor
     scale: Tensor | None
     mlp_out: Tensor
+    left: Tensor
 
 
 @dataclass
@@ -134,12 +136,10 @@ class Network(Context["Network"]):
     # Passes -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def base(self, batch: Mapping[str, Tensor]) -> tuple[list[Taken], Tensor]:
-        """Run the model unsteered over a batch; later runs are over the same tokens. Returns what each layer read and
-        wrote, and the stream that the last one leaves, `[batch, tokens, hidden]`."""
+    def base(self, batch: Mapping[str, Tensor]) -> list[LayerPass]:
+        """Run the model unsteered over a batch; later runs are over the same tokens."""
         self._callers = []
-        streams: list[Tensor] = []
-        ends: list[Tensor] = []
+        streams: list[Tensor] = []  # that enter the layers, and the one that the last layer leaves
 
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams.append(first_tensor(args, kwargs))
@@ -149,25 +149,25 @@ class Network(Context["Network"]):
             for layer in self.layers:
                 changes.hook(layer.register_forward_pre_hook, note, with_kwargs=True)
             last = self.layers[-1].register_forward_hook
-            changes.hook(last, lambda module, args, output: ends.append(first_output(output)))
+            changes.hook(last, lambda module, args, output: streams.append(first_output(output)))
             self._reset()
             self.model(**forward_arguments(self.model, batch))
-        return [self._taken(i, stream) for i, stream in enumerate(streams)], ends[0]
+        return [self._noted(i, *streams[i : i + 2]) for i in range(self.graph.depth)]
 
     @torch.no_grad()
-    def run(self, stream: Tensor) -> Iterator[tuple[Taken, Tensor]]:
-        """Run the layers over another stream `[batch, tokens, hidden]`; after each, yield what it read and wrote, and
-        the stream it leaves."""
+    def run(self, stream: Tensor) -> Iterator[LayerPass]:
+        """Run the layers over another stream `[batch, tokens, hidden]`."""
         for i in range(self.graph.depth):
             self._reset()
             left = self._call(i, stream)
-            yield self._taken(i, stream), left
+            yield self._noted(i, stream, left)
             stream = left
 
     @torch.no_grad()
-    def run_reading(self, i: int, base: Taken, attention: Tensor, mlp: Callable[[Tensor | None], Tensor]) -> Taken:
-        """Run layer i with an input of its own for each reader. Of what is returned, `stream` and `middle` are the
-        base's.
+    def run_reading(
+        self, i: int, base: LayerPass, attention: Tensor, mlp: Callable[[Tensor | None], Tensor]
+    ) -> LayerPass:
+        """Run layer i with an input of its own for each reader. Of what is returned, the streams are the base's.
 
         Args:
             base: what the layer read and wrote unsteered; says how many rows there are.
@@ -180,14 +180,14 @@ class Network(Context["Network"]):
         tap.projected, tap.putting = self._project(i, attention), True
 
         def stream_of_mlp() -> Tensor:
-            stream = mlp(None if self.graph.parallel else self.writes(i, *self._mixed(i)))
+            stream = mlp(None if self.graph.parallel else self._written(i, *self._mixed(i)))
             return stream if part.mlp_norm is None else layer.get_submodule(part.mlp_norm.path)(stream)
 
         tap.replace_mlp_in = stream_of_mlp
         self._call(i, base.stream)
-        mixed = self._mixed(i)
+        mixed, scale = self._mixed(i)
         assert tap.mlp_out is not None
-        return Taken(base.stream, base.middle, *mixed, tap.mlp_out.view(base.stream.shape))
+        return replace(base, mixed=mixed, scale=scale, mlp_out=tap.mlp_out.view(base.stream.shape))
 
     def gradients(self, i: int, stream: Tensor, gradient: Tensor) -> Gradients:
         """The derivatives in layer i, which reads `stream`, of a metric whose derivative with respect to what the layer
@@ -209,9 +209,15 @@ class Network(Context["Network"]):
         readers[:, -1] = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), of_mlp_in).view(shape)
         return Gradients(of_stream, of_attn_out.view(shape), readers)
 
-    def writes(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
+    def writes(self, i: int, layer_pass: LayerPass) -> Tensor:
         """What each head of layer i writes to the residual stream, `[batch, heads, tokens, hidden]` in the model's
-        dtype, from what enters the output projection (and the scale of the output norm)."""
+        dtype."""
+        return self._written(i, layer_pass.mixed, layer_pass.scale)
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _written(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
+        """The same from what enters the output projection (and the scale of the output norm)."""
         part, layer = self.parts[i], self.layers[i]
         weight = matrix(layer.get_submodule(part.output)).unflatten(1, (part.heads, -1))
         written = torch.einsum("bthd,ohd->bhto", mixed.unflatten(-1, (part.heads, -1)), weight)
@@ -223,20 +229,18 @@ class Network(Context["Network"]):
         assert scale is not None
         return (part.output_norm.linear(layer, written) * scale.unsqueeze(1)).to(mixed.dtype)
 
-    # Inside -----------------------------------------------------------------------------------------------------------
-
     def _reset(self) -> None:
         self._taps = [_Tap() for _ in self.layers]
 
     def _call(self, i: int, stream: Tensor) -> Tensor:
         return first_output(self._callers[i](stream)).view(stream.shape)
 
-    def _taken(self, i: int, stream: Tensor) -> Taken:
+    def _noted(self, i: int, stream: Tensor, left: Tensor) -> LayerPass:
         tap = self._taps[i]
         mixed, scale = self._mixed(i)
         assert tap.middle is not None and tap.mlp_out is not None
         shape = stream.shape
-        return Taken(stream, tap.middle.reshape(shape), mixed, scale, tap.mlp_out.reshape(shape))
+        return LayerPass(stream, tap.middle.reshape(shape), mixed, scale, tap.mlp_out.reshape(shape), left)
 
     def _mixed(self, i: int) -> tuple[Tensor, Tensor | None]:
         tap, norm = self._taps[i], self.parts[i].output_norm

@@ -17,7 +17,7 @@ from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
 from faststeer.observe.patching.graph import Graph
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
-from faststeer.observe.patching.network import Network, Taken
+from faststeer.observe.patching.network import LayerPass, Network
 from faststeer.tensor_files import TensorFile, TensorRecord
 
 TENSORS = ("edges", "nodes", "dimensions")
@@ -181,19 +181,18 @@ class _PatchSums(NamedTuple):
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
 
-def begin(network: Network, group: Sequence[Example]) -> tuple[list[Taken], Tensor, Tensor]:
-    """What the layers do unsteered, the steered stream that enters the first, and the unsteered one that leaves the
-    last."""
+def begin(network: Network, group: Sequence[Example]) -> tuple[list[LayerPass], Tensor]:
+    """What the layers do unsteered, and the steered stream that enters the first."""
     batch, _ = pad_rows(group, 0, network.device)
-    base, base_end = network.base(batch)
+    base = network.base(batch)
     start = base[0].stream
-    return base, start + added(group, batch, network.points, start.dtype), base_end
+    return base, start + added(group, batch, network.points, start.dtype)
 
 
 def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _PatchSums:
     graph = network.graph
-    base, stream, base_end = begin(network, group)
-    start = base[0].stream
+    base, stream = begin(network, group)
+    start, base_end = base[0].stream, base[-1].left
     difference, steered_end = _differences(network, base, stream)
     steering = difference[:, 0]
     metric = Metric(name, network.lens, group, base_end, steered_end)
@@ -205,7 +204,7 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
     per_layer = graph.receivers_per_layer
     for step in range(steps):
         streams = [start + (step + 0.5) / steps * steering]
-        streams += [left for _, left in network.run(streams[0])]
+        streams += [each.left for each in network.run(streams[0])]
         gradient = metric.gradient(streams.pop())
         sums.edges[:, -1:] += dots(difference, gradient.unsqueeze(1)) / steps
         for i in reversed(range(graph.depth)):
@@ -225,22 +224,17 @@ def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, s
 
 
 @torch.no_grad()
-def _differences(network: Network, base: Sequence[Taken], stream: Tensor) -> tuple[Tensor, Tensor]:
+def _differences(network: Network, base: Sequence[LayerPass], stream: Tensor) -> tuple[Tensor, Tensor]:
     """u - u* of every sender `[batch, senders, tokens, hidden]`, in the model's dtype, and the stream that the last
     layer leaves in the steered run."""
     graph = network.graph
     rows, *rest = stream.shape
-    made = stream.new_empty(rows, graph.n_senders, *rest)
-    made[:, 0] = stream - base[0].stream
-    left = stream
-    for i, (taken, left) in enumerate(network.run(stream)):  # noqa: B007
-        torch.sub(
-            network.writes(i, taken.mixed, taken.scale),
-            network.writes(i, base[i].mixed, base[i].scale),
-            out=made[:, graph.heads_of(i)],
-        )
-        made[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
-    return made, left
+    difference = stream.new_empty(rows, graph.n_senders, *rest)
+    difference[:, 0] = stream - base[0].stream
+    for i, steered in enumerate(network.run(stream)):
+        torch.sub(network.writes(i, steered), network.writes(i, base[i]), out=difference[:, graph.heads_of(i)])
+        difference[:, graph.mlp_of(i)] = steered.mlp_out - base[i].mlp_out
+    return difference, steered.left
 
 
 @torch.no_grad()
