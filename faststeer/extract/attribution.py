@@ -112,7 +112,7 @@ def attribution(
         )
     encoded = encode(tokenizer, prompts, system, rendered=rendered)
     check_lengths({"prompts": encoded}, baseline.positions)
-    numbers_of_layers = sorted(set(layer_numbers(layers, points.n_layers)))
+    layers = sorted(set(layer_numbers(layers, points.n_layers)))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     # The ends of the path carry no weight: they give the change of the metric.
     times = torch.tensor([0.0, 1.0, *((nodes + 1) / 2)])
@@ -122,8 +122,8 @@ def attribution(
     groups = batches([len(encoded[prompt]) for prompt, _ in rows], batch_size)
     gradients, contributions = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     change = torch.zeros(points.n_layers, dtype=torch.float64)
-    with progress_bar("Attributing", len(groups) * len(numbers_of_layers), progress) as advance:
-        for layer in numbers_of_layers:
+    with progress_bar("Attributing", len(groups) * len(layers), progress) as advance:
+        for layer in layers:
             path = _Path(baseline, layer)
             with changing() as changes:
                 install(changes, model, points, {site(baseline.at, layer): path}, next_order())

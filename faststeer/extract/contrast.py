@@ -181,7 +181,7 @@ class Contrast:
         Raises:
             ValueError: the activations were not kept, or c is not positive.
         """
-        activations = self._activations("a probe is fitted to the prompts themselves")
+        activations = self._activations_for("a probe is fitted to the prompts themselves")
         if not c > 0:
             raise ValueError(f"c is {c}: expected a positive strength of the fit against the penalty")
 
@@ -233,7 +233,7 @@ class Contrast:
     def _delta(self) -> Tensor:
         return self.candidates.directions
 
-    def _activations(self, why: str) -> Activations:
+    def _activations_for(self, why: str) -> Activations:
         if self.activations is None:
             raise ValueError(f"{why}, and they were not kept: call contrast(..., keep=True)")
         return self.activations
@@ -250,7 +250,7 @@ class Contrast:
         return (both - both.mean(0)) / len(both) ** 0.5
 
     def _components(self, method: str, factor: Callable[[Activations, int, int], Tensor]) -> Directions:
-        activations = self._activations(f"{method} is made of the prompts' activations")
+        activations = self._activations_for(f"{method} is made of the prompts' activations")
 
         def top(position: int, layer: int) -> tuple[Tensor, float]:
             direction, share = linear.top_of_factor(factor(activations, position, layer))

@@ -204,21 +204,22 @@ def read_means(
 ) -> tuple[Candidates, Activations | None]:
     """Return the means over both sides' rows of token ids, and with `keep` every row's activations."""
     totals: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     for side, numbers, values in read_batches(
         model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
     ):
         if side not in totals:
             totals[side] = torch.zeros(values.shape[1:], dtype=torch.float64)
-            kept[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
+            activations[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
         totals[side] += values.double().sum(0)
         if keep:
-            kept[side][numbers] = values
+            activations[side][numbers] = values
     positive, negative = (totals[side] / len(rows[side]) for side in SIDES)
-    counts = len(rows["positive"]), len(rows["negative"])
     name = model_name(model)
-    means = Candidates(positive, negative, positions, at, *counts, name)
-    return means, Activations(kept["positive"], kept["negative"], positions, at, paired, name) if keep else None
+    means = Candidates(positive, negative, positions, at, len(rows["positive"]), len(rows["negative"]), name)
+    if not keep:
+        return means, None
+    return means, Activations(activations["positive"], activations["negative"], positions, at, paired, name)
 
 
 def dim(

@@ -153,7 +153,7 @@ def read_batches(
     Raises:
         ValueError: an activation that is NaN or infinite, with its layer and prompt.
     """
-    work = _pair_groups(rows, batch_size) if paired else _side_groups(rows, batch_size)
+    work = _groups(rows, batch_size, paired)
     pad_id = padding_id(tokenizer)
     with (
         hf.read(model, at=at, tokens=list(positions)) as by_layer,
@@ -185,16 +185,11 @@ def read_batches(
             advance()
 
 
-def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
-    """One side after the other, so that neither's batches depend on the other's prompts."""
-    return [
-        [(side, group)]
-        for side, encoded in rows.items()
-        for group in batches([len(ids) for ids in encoded], batch_size)
-    ]
-
-
-def _pair_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
+def _groups(rows: Rows, batch_size: int, paired: bool) -> list[list[tuple[str, list[int]]]]:
+    """Batches, as sides with the numbers of their prompts. Without pairs one side comes after the other, so that
+    neither's batches depend on the other's prompts."""
+    if not paired:
+        return [[(side, group)] for side, ids in rows.items() for group in batches(list(map(len, ids)), batch_size)]
     lengths = [max(map(len, pair)) for pair in zip(*rows.values(), strict=True)]
     # Half a batch of pairs is a batch of prompts; a batch size of 1 still needs both sides.
     groups = batches(lengths, max(batch_size // 2, 1) if batch_size > 0 else batch_size)

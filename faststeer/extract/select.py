@@ -324,18 +324,19 @@ def filter_prompts(
     """
     sets = prompt_sets(rendered, harmful=harmful, harmless=harmless)
     scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress, "token_ids": token_ids}
-    kept: dict[str, list[Prompt]] = {}
+    filtered: dict[str, list[Prompt]] = {}
     unfiltered: list[str] = []
     for name, prompts in sets.items():
         scores = score_on(model, tokenizer, None, prompts, **scoring)
-        wanted = scores > 0 if name == "harmful" else scores < 0
-        kept[name] = [prompt for prompt, keep in zip(prompts, wanted.tolist(), strict=True) if keep]
-        if len(kept[name]) < minimum:
+        as_expected = (scores > 0 if name == "harmful" else scores < 0).tolist()
+        filtered[name] = [prompt for prompt, expected in zip(prompts, as_expected, strict=True) if expected]
+        if len(filtered[name]) < minimum:
             warnings.warn(
-                f"the model does as expected on only {len(kept[name])} of {len(prompts)} {name} prompts, "
+                f"the model does as expected on only {len(filtered[name])} of {len(prompts)} {name} prompts, "
                 f"fewer than {minimum}: all are kept",
                 stacklevel=2,
             )
             unfiltered.append(name)
-            kept[name] = prompts
-    return Filtered(kept["harmful"], kept["harmless"], len(sets["harmful"]), len(sets["harmless"]), tuple(unfiltered))
+            filtered[name] = prompts
+    counts = len(sets["harmful"]), len(sets["harmless"])
+    return Filtered(filtered["harmful"], filtered["harmless"], *counts, tuple(unfiltered))
