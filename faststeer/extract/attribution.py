@@ -112,33 +112,32 @@ def attribution(
         )
     encoded = encode(tokenizer, prompts, system, rendered=rendered)
     check_lengths({"prompts": encoded}, baseline.positions)
-    wanted = sorted(set(layer_numbers(layers, points.n_layers)))
+    layers = sorted(set(layer_numbers(layers, points.n_layers)))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     # The ends of the path carry no weight: they give the change of the metric.
-    times = [0.0, 1.0, *((nodes + 1) / 2)]
-    shares = [0.0, 0.0, *(weights / 2)]
+    times = torch.tensor([0.0, 1.0, *((nodes + 1) / 2)])
+    shares = torch.tensor([0.0, 0.0, *(weights / 2)], dtype=torch.float64)
+    ends = torch.tensor([-1.0, 1.0] + [0.0] * steps, dtype=torch.float64)
     rows = [(prompt, number) for prompt in range(len(encoded)) for number in range(len(times))]
     groups = batches([len(encoded[prompt]) for prompt, _ in rows], batch_size)
     gradients, contributions = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     change = torch.zeros(points.n_layers, dtype=torch.float64)
-    with progress_bar("Attributing", len(groups) * len(wanted), progress) as advance:
-        for layer in wanted:
+    with progress_bar("Attributing", len(groups) * len(layers), progress) as advance:
+        for layer in layers:
             path = _Path(baseline, layer)
             with changing() as changes:
                 install(changes, model, points, {site(baseline.at, layer): path}, next_order())
                 for group in groups:
                     numbers = [rows[index][1] for index in group]
-                    path.times = torch.tensor([times[number] for number in numbers])
+                    path.times = times[numbers]
                     ids = [encoded[rows[index][0]] for index in group]
                     values, gradient = _gradient(
                         model, pad(ids, padding_id(tokenizer), model_device(model)), metric, path
                     )
-                    share = torch.tensor([shares[number] for number in numbers], dtype=torch.float64)
-                    weighted = gradient * share[:, None, None]
+                    weighted = gradient * shares[numbers, None, None]
                     gradients[:, layer] += weighted.sum(0)
                     contributions[:, layer] += (weighted * path.step).sum(0)
-                    ends = torch.tensor([{0: -1.0, 1: 1.0}.get(number, 0.0) for number in numbers]).double()
-                    change[layer] += (ends * values).sum()
+                    change[layer] += (ends[numbers] * values).sum()
                     advance()
     n = len(encoded)
     table = Directions(

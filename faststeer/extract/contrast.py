@@ -77,15 +77,16 @@ class Directions:
         Raises:
             ValueError: a position or layer there is not, no direction at that layer, or at none.
         """
-        index, wanted = check_cell(self.positions, self.n_layers, position, layer)
-        found = {number: self.directions[index, number].float() for number in wanted if self.exists()[index, number]}
-        if not found:
+        index, layers = check_cell(self.positions, self.n_layers, position, layer)
+        exists = self.exists()[index]
+        directions = {number: self.directions[index, number].float() for number in layers if exists[number]}
+        if not directions:
             where = "any layer" if layer is None else f"layer {layer}"
             raise ValueError(f"{self.method} found no direction at {where}, position {position}")
-        details = {name: {str(n): float(values[index, n]) for n in found} for name, values in self.details.items()}
+        details = {name: {str(n): float(values[index, n]) for n in directions} for name, values in self.details.items()}
         provenance = {"position": position, **self.provenance, **details}
         return SteeringVector(
-            found, at=self.at, model=self.model, method=self.method, scale=self.scale, provenance=provenance
+            directions, at=self.at, model=self.model, method=self.method, scale=self.scale, provenance=provenance
         )
 
     @classmethod
@@ -97,9 +98,9 @@ class Directions:
         for layer in vector.layers:
             directions[0, layer] = vector[layer].detach().double().cpu()
         position = vector.provenance.get("position")
-        kept = {name: value for name, value in vector.provenance.items() if name != "position"}
+        rest = {name: value for name, value in vector.provenance.items() if name != "position"}
         return cls(
-            directions, (position,), vector.at, vector.method or "unknown", vector.scale, vector.model, provenance=kept
+            directions, (position,), vector.at, vector.method or "unknown", vector.scale, vector.model, provenance=rest
         )
 
     def scaled_like(self, norms: Tensor) -> Directions:
@@ -180,12 +181,12 @@ class Contrast:
         Raises:
             ValueError: the activations were not kept, or c is not positive.
         """
-        kept = self._kept("a probe is fitted to the prompts themselves")
+        activations = self._activations_for("a probe is fitted to the prompts themselves")
         if not c > 0:
             raise ValueError(f"c is {c}: expected a positive strength of the fit against the penalty")
 
         def fit(position: int, layer: int) -> tuple[Tensor, float]:
-            sides = [kept.cell(side, position, layer) for side in SIDES]
+            sides = [activations.cell(side, position, layer) for side in SIDES]
             weight, accuracy = linear.logistic(sides[0], sides[1], c)
             return weight / weight.norm(), accuracy
 
@@ -232,27 +233,27 @@ class Contrast:
     def _delta(self) -> Tensor:
         return self.candidates.directions
 
-    def _kept(self, why: str) -> Activations:
+    def _activations_for(self, why: str) -> Activations:
         if self.activations is None:
             raise ValueError(f"{why}, and they were not kept: call contrast(..., keep=True)")
         return self.activations
 
-    def _pair_factor(self, kept: Activations, position: int, layer: int) -> Tensor:
-        positive, negative = (kept.cell(side, position, layer) for side in SIDES)
+    def _pair_factor(self, activations: Activations, position: int, layer: int) -> Tensor:
+        positive, negative = (activations.cell(side, position, layer) for side in SIDES)
         if self.paired:
             return (positive - negative) / len(positive) ** 0.5
         parts = [(x - x.mean(0)) / len(x) ** 0.5 for x in (positive, negative)]
         return torch.cat([*parts, self._delta[position, layer].unsqueeze(0)])
 
-    def _total_factor(self, kept: Activations, position: int, layer: int) -> Tensor:
-        both = torch.cat([kept.cell(side, position, layer) for side in SIDES])
+    def _total_factor(self, activations: Activations, position: int, layer: int) -> Tensor:
+        both = torch.cat([activations.cell(side, position, layer) for side in SIDES])
         return (both - both.mean(0)) / len(both) ** 0.5
 
     def _components(self, method: str, factor: Callable[[Activations, int, int], Tensor]) -> Directions:
-        kept = self._kept(f"{method} is made of the prompts' activations")
+        activations = self._activations_for(f"{method} is made of the prompts' activations")
 
         def top(position: int, layer: int) -> tuple[Tensor, float]:
-            direction, share = linear.top_of_factor(factor(kept, position, layer))
+            direction, share = linear.top_of_factor(factor(activations, position, layer))
             # Where the component is orthogonal to the difference in means, its sign means nothing.
             return (-direction if direction @ self._delta[position, layer] < 0 else direction), share
 
@@ -309,8 +310,8 @@ def of_activations(activations: Activations) -> Contrast:
         raise ValueError("the activations are of fewer than two prompts a side: a contrast needs at least two")
     means = [getattr(activations, side).double().mean(0) for side in SIDES]
     counts = len(activations.positive), len(activations.negative)
-    found = Candidates(means[0], means[1], activations.positions, activations.at, *counts, activations.model)
-    return Contrast(found, activations.paired, activations)
+    candidates = Candidates(means[0], means[1], activations.positions, activations.at, *counts, activations.model)
+    return Contrast(candidates, activations.paired, activations)
 
 
 def ace_plan(vector: SteeringVector, coefficient: float, layer: int | None = None) -> Plan:
@@ -393,8 +394,8 @@ def ace(
     **options: Any,
 ) -> SteeringVector:
     """Return `Contrast.ace` at one token position, for `ace_plan`. Options and errors as `contrast`."""
-    found = contrast(model, tokenizer, positive, negative, positions=[position], **options)
-    return found.ace(reference).vector(position)
+    table = contrast(model, tokenizer, positive, negative, positions=[position], **options).ace(reference)
+    return table.vector(position)
 
 
 def _contrast_at(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,16 @@ import torch
 from torch import Tensor
 
 from faststeer.evaluate.divergence import kl_on
-from faststeer.extract.sweep import Found, JsonFields, cells, check_layers, choose, chosen_vector, fewest_first
+from faststeer.extract.sweep import (
+    Found,
+    JsonFields,
+    cells,
+    check_layers,
+    choose,
+    chosen_vector,
+    fewest_first,
+    violations,
+)
 from faststeer.hf.batching import Prompt, check_evaluating, encode, padding_id, prompt_sets
 from faststeer.hf.last_tokens import last_tokens
 from faststeer.plan import Plan
@@ -110,24 +118,21 @@ def select_cosmic(
     cosines = torch.cosine_similarity(plain[0], plain[1], dim=-1)
     chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
     base = [means[chosen_layers].flatten() for means in plain]
-    ablations = list({id(cell.ablate): cell.ablate for cell in tried}.values())
-    ablated = _means(model, sides[0], ablations, chosen_layers, **settings)
+    ablations = {(cell.layer, cell.position): cell.ablate for cell in tried}
+    plans = list(ablations.values())
+    ablated = _means(model, sides[0], plans, chosen_layers, **settings)
     added = _means(model, sides[1], [cell.add for cell in tried], chosen_layers, **settings)
     options: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress}
-    kl = kl_on(model, tokenizer, ablations, sets["negative"], **options).mean(1)
-    of_ablation = {id(plan): number for number, plan in enumerate(ablations)}
+    divergences = kl_on(model, tokenizer, plans, sets["negative"], **options).mean(1).tolist()
+    of_ablation = dict(zip(ablations, zip(ablated, divergences, strict=True), strict=True))
     table = []
-    for number, cell in enumerate(tried):
-        ablation = of_ablation[id(cell.ablate)]
-        suppress = torch.cosine_similarity(ablated[ablation].flatten(), base[1], dim=0).item()
-        induce = torch.cosine_similarity(added[number].flatten(), base[0], dim=0).item()
-        limits = {"kl": kl[ablation].item() < kl_below, "layer": cell.layer < depth_below * n_layers}
-        violated = tuple(name for name, holds in limits.items() if not holds)
-        if not all(map(math.isfinite, (suppress, induce, kl[ablation].item()))):
-            violated = ("not finite",)
-        table.append(
-            CosmicRow(cell.layer, cell.position, cell.coefficient, suppress, induce, kl[ablation].item(), violated)
-        )
+    for cell, means in zip(tried, added, strict=True):
+        ablated_means, kl = of_ablation[cell.layer, cell.position]
+        suppress = torch.cosine_similarity(ablated_means.flatten(), base[1], dim=0).item()
+        induce = torch.cosine_similarity(means.flatten(), base[0], dim=0).item()
+        limits = {"kl": kl < kl_below, "layer": cell.layer < depth_below * n_layers}
+        violated = violations((suppress, induce, kl), limits)
+        table.append(CosmicRow(cell.layer, cell.position, cell.coefficient, suppress, induce, kl, violated))
     best, relaxed = choose(table, fewest_first(("kl", "layer")), lambda row: (-row.score, row.layer, row.position or 0))
     if relaxed:
         warnings.warn(f"no candidate satisfies every constraint; given up: {', '.join(relaxed)}", stacklevel=2)
@@ -141,9 +146,9 @@ def _means(
     """`[plans, layers, hidden]` fp64: the mean over prompts of the activation after each layer at the last token."""
     rows = [(prompt, plan) for plan in plans for prompt in range(len(encoded))]
     total: Tensor | float = 0.0
-    for numbers, _, taken in last_tokens(model, encoded, rows, layers=layers, **settings):
+    for numbers, _, activations in last_tokens(model, encoded, rows, layers=layers, **settings):
         # [rows, layers, hidden]
-        values = torch.stack([taken[layer].cpu().double() for layer in layers], dim=1)
+        values = torch.stack([activations[layer].cpu().double() for layer in layers], dim=1)
         of_plan = torch.tensor(numbers) // len(encoded)
         total = torch.zeros(len(plans), *values.shape[1:], dtype=torch.float64).index_add_(0, of_plan, values) + total
     return cast(Tensor, total) / len(encoded)

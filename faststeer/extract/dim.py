@@ -103,21 +103,18 @@ class Candidates(TensorRecord):
         Raises:
             ValueError: a position or layer there is not, no direction at that layer, or at none.
         """
-        index, wanted = check_cell(self.positions, self.n_layers, position, layer)
+        index, layers = check_cell(self.positions, self.n_layers, position, layer)
         exists = self.exists()[index]
-        directions = {number: self.directions[index, number].float() for number in wanted if exists[number]}
+        directions = {number: self.directions[index, number].float() for number in layers if exists[number]}
         if not directions:
             where = "any layer" if layer is None else f"layer {layer}"
             raise ValueError(
                 f"both sets have the same mean at {where}, position {position}: "
                 "are the prompts the same, or is that token the same in all and its layer the embedding?"
             )
-        provenance: dict[str, Any] = {
-            "position": position,
-            "n_positive": self.n_positive,
-            "n_negative": self.n_negative,
-        }
-        if missing := [number for number in wanted if not exists[number]]:
+        counts = {"n_positive": self.n_positive, "n_negative": self.n_negative}
+        provenance: dict[str, Any] = {"position": position, **counts}
+        if missing := [number for number in layers if not exists[number]]:
             provenance["layers_without_direction"] = missing
         return SteeringVector(
             directions, at=self.at, model=self.model, method=METHOD, scale="raw", provenance=provenance
@@ -207,21 +204,22 @@ def read_means(
 ) -> tuple[Candidates, Activations | None]:
     """Return the means over both sides' rows of token ids, and with `keep` every row's activations."""
     totals: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     for side, numbers, values in read_batches(
         model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
     ):
         if side not in totals:
             totals[side] = torch.zeros(values.shape[1:], dtype=torch.float64)
-            kept[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
+            activations[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
         totals[side] += values.double().sum(0)
         if keep:
-            kept[side][numbers] = values
+            activations[side][numbers] = values
     positive, negative = (totals[side] / len(rows[side]) for side in SIDES)
-    counts = len(rows["positive"]), len(rows["negative"])
     name = model_name(model)
-    found = Candidates(positive, negative, positions, at, *counts, name)
-    return found, Activations(kept["positive"], kept["negative"], positions, at, paired, name) if keep else None
+    means = Candidates(positive, negative, positions, at, len(rows["positive"]), len(rows["negative"]), name)
+    if not keep:
+        return means, None
+    return means, Activations(activations["positive"], activations["negative"], positions, at, paired, name)
 
 
 def dim(

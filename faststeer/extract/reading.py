@@ -113,9 +113,9 @@ def _check_formats(sets: Mapping[str, list[Prompt]]) -> None:
     formats = {side: {prompt_format(prompt) for prompt in prompts} for side, prompts in sets.items()}
     for side, other in (SIDES, SIDES[::-1]):
         if only := formats[side] - formats[other]:
-            found = next(n for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
+            n, chat = next((n, prompt) for n, prompt in enumerate(sets[side]) if prompt_format(prompt) in only)
             raise ValueError(
-                f"{side}[{found}] is a chat of {', '.join(prompt_format(sets[side][found]))}, and no {other} is one: "
+                f"{side}[{n}] is a chat of {', '.join(prompt_format(chat))}, and no {other} is one: "
                 "the direction would be that of the chat format; give both sides the same roles"
             )
 
@@ -153,16 +153,16 @@ def read_batches(
     Raises:
         ValueError: an activation that is NaN or infinite, with its layer and prompt.
     """
-    work = _pair_groups(rows, batch_size) if paired else _side_groups(rows, batch_size)
+    work = _groups(rows, batch_size, paired)
     pad_id = padding_id(tokenizer)
     with (
-        hf.read(model, at=at, tokens=list(positions)) as taken,
+        hf.read(model, at=at, tokens=list(positions)) as by_layer,
         progress_bar("Reading prompts", len(work), progress) as advance,
     ):
 
         def read(arguments: dict[str, Any]) -> list[Tensor]:
             model(**arguments)
-            return [taken[layer] for layer in range(len(taken))]
+            return [by_layer[layer] for layer in range(len(by_layer))]
 
         prefixes: dict[tuple[str, ...], Prefix] = {}
         for sides in dict.fromkeys(tuple(side for side, _ in group) for group in work):
@@ -175,26 +175,21 @@ def read_batches(
             ids = [rows[side][number] for side, numbers in group for number in numbers]
             sides = tuple(side for side, _ in group)
             # [rows, positions, layers, hidden]
-            found = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
+            activations = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
             start = 0
             for side, numbers in group:
-                part = found[start : start + len(numbers)]
+                part = activations[start : start + len(numbers)]
                 start += len(numbers)
                 _check_finite(part, numbers, side, at)
                 yield Batch(side, numbers, part)
             advance()
 
 
-def _side_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
-    """One side after the other, so that neither's batches depend on the other's prompts."""
-    return [
-        [(side, group)]
-        for side, encoded in rows.items()
-        for group in batches([len(ids) for ids in encoded], batch_size)
-    ]
-
-
-def _pair_groups(rows: Rows, batch_size: int) -> list[list[tuple[str, list[int]]]]:
+def _groups(rows: Rows, batch_size: int, paired: bool) -> list[list[tuple[str, list[int]]]]:
+    """Batches, as sides with the numbers of their prompts. Without pairs one side comes after the other, so that
+    neither's batches depend on the other's prompts."""
+    if not paired:
+        return [[(side, group)] for side, ids in rows.items() for group in batches(list(map(len, ids)), batch_size)]
     lengths = [max(map(len, pair)) for pair in zip(*rows.values(), strict=True)]
     # Half a batch of pairs is a batch of prompts; a batch size of 1 still needs both sides.
     groups = batches(lengths, max(batch_size // 2, 1) if batch_size > 0 else batch_size)

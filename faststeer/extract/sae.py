@@ -117,20 +117,20 @@ def _place(config: dict[str, Any], folder: Path) -> tuple[HookPoint, int]:
     layer = next(iter(layers.values()), None)
     if isinstance(name, str) and "{layer}" in name and type(layer) is int:
         name = name.replace("{layer}", str(layer))
-    found = HOOK_NAME.fullmatch(name) if isinstance(name, str) else None
-    if found is None or heads:
+    hook = HOOK_NAME.fullmatch(name) if isinstance(name, str) else None
+    if hook is None or heads:
         head = f", head {next(iter(heads.values()))}" if heads else ""
         raise FormatError(
             f"{path} names the hook {name!r}{head}, which is no hook point of the residual stream: expected "
             "blocks.<layer>.hook_ and resid_pre, resid_mid, resid_post, attn_out or mlp_out"
         )
     names = {str(value).replace("{layer}", str(layer)) for value in said.values()}
-    numbers = {int(found[1]), *layers.values()} if not config.get("hook_name_out") else {int(found[1])}
+    numbers = {int(hook[1]), *([] if config.get("hook_name_out") else layers.values())}
     if len(names) > 1 or len(numbers) > 1:
         raise FormatError(
             f"{path} contradicts itself ({said | layers}): write the hook that the autoencoder was trained on into it"
         )
-    return found[2], int(found[1])  # type: ignore[return-value]
+    return hook[2], int(hook[1])  # type: ignore[return-value]
 
 
 def _weights(folder: Path) -> Path:

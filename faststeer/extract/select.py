@@ -26,6 +26,7 @@ from faststeer.extract.sweep import (
     choose,
     chosen_vector,
     fewest_first,
+    violations,
 )
 from faststeer.hf.batching import Prompt, prompt_sets
 from faststeer.vector import SteeringVector
@@ -248,8 +249,6 @@ def _row(
     induce, bypass, ablate, kl = values or [math.nan] * 4
     if values is None:
         violated: tuple[str, ...] = ("no direction",)
-    elif not all(map(math.isfinite, values)):
-        violated = ("not finite",)
     else:
         satisfied = {
             "induce": induce > limits["induce_above"],
@@ -257,7 +256,7 @@ def _row(
             "layer": layer < limits["layer_below"],
             LAST: induce > limits["half_way_above"],
         }
-        violated = tuple(name for name, holds in satisfied.items() if not holds)
+        violated = violations(values, satisfied)
     return RefusalRow(layer, position, induce, bypass, ablate, kl, violated, coefficient)
 
 
@@ -325,18 +324,19 @@ def filter_prompts(
     """
     sets = prompt_sets(rendered, harmful=harmful, harmless=harmless)
     scoring: dict[str, Any] = {"system": system, "batch_size": batch_size, "progress": progress, "token_ids": token_ids}
-    kept: dict[str, list[Prompt]] = {}
+    filtered: dict[str, list[Prompt]] = {}
     unfiltered: list[str] = []
     for name, prompts in sets.items():
         scores = score_on(model, tokenizer, None, prompts, **scoring)
-        wanted = scores > 0 if name == "harmful" else scores < 0
-        kept[name] = [prompt for prompt, keep in zip(prompts, wanted.tolist(), strict=True) if keep]
-        if len(kept[name]) < minimum:
+        as_expected = (scores > 0 if name == "harmful" else scores < 0).tolist()
+        filtered[name] = [prompt for prompt, expected in zip(prompts, as_expected, strict=True) if expected]
+        if len(filtered[name]) < minimum:
             warnings.warn(
-                f"the model does as expected on only {len(kept[name])} of {len(prompts)} {name} prompts, "
+                f"the model does as expected on only {len(filtered[name])} of {len(prompts)} {name} prompts, "
                 f"fewer than {minimum}: all are kept",
                 stacklevel=2,
             )
             unfiltered.append(name)
-            kept[name] = prompts
-    return Filtered(kept["harmful"], kept["harmless"], len(sets["harmful"]), len(sets["harmless"]), tuple(unfiltered))
+            filtered[name] = prompts
+    counts = len(sets["harmful"]), len(sets["harmless"])
+    return Filtered(filtered["harmful"], filtered["harmless"], *counts, tuple(unfiltered))

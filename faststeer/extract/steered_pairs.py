@@ -56,28 +56,27 @@ def steered_pairs(
         ValueError: no prompts, a vector that does not fit the model, or no pair that stays.
     """
     sets = prompt_sets(rendered, induce=induce, suppress=suppress)
-    sides = ((1, sets["induce"]), (-1, sets["suppress"]))
-    prompts = [(sign, prompt) for sign, given in sides for prompt in given]
-    plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign, _ in sides}
+    prompts = [*sets["induce"], *sets["suppress"]]
+    signs = [1] * len(sets["induce"]) + [-1] * len(sets["suppress"])
+    plans = {sign: Plan([Add(vector, sign * coefficient, layers=layers)]) for sign in (1, -1)}
     reader = Reader.made(judge, coherence, model, tokenizer)
     answers = complete(
         model,
         tokenizer,
-        [prompt for _, prompt in prompts] * 2,
-        [plans[sign] for sign, _ in prompts] + [None] * len(prompts),
+        prompts * 2,
+        [plans[sign] for sign in signs] + [None] * len(prompts),
         system=system,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )
     chosen, rejected = answers[: len(prompts)], answers[len(prompts) :]
-    asked = [prompt for _, prompt in prompts]
-    changed, plain_read = reader.read([(asked, None)] * 2, [chosen, rejected])
+    changed, plain_read = reader.read([(prompts, None)] * 2, [chosen, rejected])
     assert changed.coherent is not None
     pairs = [
         Pair(prompt, steered, plain, sign)
-        for (sign, prompt), steered, plain, after, before, sound in zip(
-            prompts, chosen, rejected, changed.verdicts, plain_read.verdicts, changed.coherent, strict=True
+        for prompt, sign, steered, plain, after, before, sound in zip(
+            prompts, signs, chosen, rejected, changed.verdicts, plain_read.verdicts, changed.coherent, strict=True
         )
         if steered.strip() and plain.strip() and after == sign != before and sound
     ]

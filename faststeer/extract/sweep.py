@@ -28,6 +28,7 @@ from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
 
 Found = Candidates | Directions
+Work = Sequence[tuple[Sequence[Prompt], Plan | None]]  # lists of prompts, each to be answered under its own plan
 KEPT_BATCHES = 2  # of answers that are kept together: they fill batches, and few are lost when work is stopped
 EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
 
@@ -46,10 +47,12 @@ class Cell(NamedTuple):
 
 def check_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
     """Return the coefficients as a tuple if they are distinct, positive and finite, else raise ValueError."""
-    given = tuple(float(c) for c in coefficients)
-    if not given or len(set(given)) < len(given) or not all(math.isfinite(c) and c > 0 for c in given):
-        raise ValueError(f"coefficients are {list(given)}: expected distinct positive numbers; both signs are measured")
-    return given
+    numbers = tuple(float(c) for c in coefficients)
+    if not numbers or len(set(numbers)) < len(numbers) or not all(math.isfinite(c) and c > 0 for c in numbers):
+        raise ValueError(
+            f"coefficients are {list(numbers)}: expected distinct positive numbers; both signs are measured"
+        )
+    return numbers
 
 
 def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence[int] | None = None) -> list[Cell]:
@@ -62,11 +65,11 @@ def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence
         ValueError: coefficients that are not positive, or no direction anywhere.
     """
     coefficients = check_coefficients(coefficients)
-    wanted = set(range(found.n_layers) if layers is None else layers)
-    made: list[Cell] = []
+    tried = set(range(found.n_layers) if layers is None else layers)
+    candidates: list[Cell] = []
     exists, directions = found.exists(), found.directions.float()
     for index, layer in exists.nonzero().tolist():
-        if layer not in wanted:
+        if layer not in tried:
             continue
         position, direction = found.positions[index], directions[index, layer]
         ablate = Plan([Ablate(direction, layers="all", at=EVERYWHERE)])
@@ -76,12 +79,12 @@ def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence
                 add, subtract = ace_plan(vector, c), ace_plan(vector, 1.0 - c)
             else:
                 add, subtract = (Plan([Add(direction, sign * c, layers=layer, at=found.at)]) for sign in (1.0, -1.0))
-            made.append(Cell(layer, position, c, add, subtract, ablate))
-    if not made:
+            candidates.append(Cell(layer, position, c, add, subtract, ablate))
+    if not candidates:
         raise ValueError(
             "no candidate has a direction: both sets have the same mean everywhere; were the same prompts given twice?"
         )
-    return made
+    return candidates
 
 
 def check_layers(model: Any, found: Found, layers: Iterable[int] | None) -> list[int]:
@@ -134,6 +137,13 @@ M = TypeVar("M", bound=Measured)
 def fewest_first(constraints: Sequence[str]) -> list[tuple[str, ...]]:
     """Return every choice of constraints to give up: as few as possible, of equally many the earlier ones."""
     return [some for count in range(len(constraints) + 1) for some in combinations(constraints, count)]
+
+
+def violations(scores: Iterable[float], limits: Mapping[str, bool]) -> tuple[str, ...]:
+    """The constraints that a candidate does not satisfy; "not finite" alone where one of its scores is not."""
+    if not all(map(math.isfinite, scores)):
+        return ("not finite",)
+    return tuple(name for name, holds in limits.items() if not holds)
 
 
 def choose(
@@ -246,7 +256,7 @@ def select_by_judge(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
     settings["parts"] = parts
     reader = Reader.made(judge, coherent, model, tokenizer)
-    unsteered: list[tuple[Sequence[Prompt], Plan | None]] = [(prompts, None) for prompts in sets]
+    unsteered: Work = [(prompts, None) for prompts in sets]
     plain = reader.read(unsteered, answer(model, tokenizer, unsteered, **settings))
     work = [(prompts, plan) for cell in tried for prompts, plan in zip(sets, (cell.add, cell.subtract), strict=True)]
     read = reader.read(work, answer(model, tokenizer, work, progress=progress, **settings))
@@ -254,20 +264,25 @@ def select_by_judge(
         judged(cell, induced, suppressed)
         for cell, induced, suppressed in zip(tried, read[::2], read[1::2], strict=True)
     )
-    best = max(range(len(table)), key=lambda n: (table[n].both, _sum(table[n]), *_earlier(tried[n])))
-    cell = tried[best]
+
+    def order(number: int) -> tuple[float, ...]:
+        row = table[number]
+        both_ways = row.induce.rate + row.suppress.rate
+        return row.both, both_ways, -row.layer, -(row.position or 0), -row.coefficient
+
+    best = max(range(len(table)), key=order)
     vector = chosen_vector(found, table[best], rule="judge")
     before = {
         name: Rate(said.verdicts.count(sign), len(said.verdicts))
         for name, sign, said in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
     }
-    return JudgeSelection(vector, table[best], cell, table, before)
+    return JudgeSelection(vector, table[best], tried[best], table, before)
 
 
 def answer(
     model: Any,
     tokenizer: Any,
-    work: Sequence[tuple[Sequence[Prompt], Plan | None]],
+    work: Work,
     *,
     parts: ArtefactStore | None = None,
     progress: bool = False,
@@ -294,9 +309,7 @@ def answer(
     return answers
 
 
-def _answer(
-    model: Any, tokenizer: Any, work: Sequence[tuple[Sequence[Prompt], Plan | None]], **settings: Any
-) -> list[list[str]]:
+def _answer(model: Any, tokenizer: Any, work: Work, **settings: Any) -> list[list[str]]:
     prompts = [prompt for listed, _ in work for prompt in listed]
     plans = [plan for listed, plan in work for _ in listed]
     texts = iter(complete(model, tokenizer, prompts, plans, **settings))
@@ -325,9 +338,7 @@ class Reader:
         )
         return cls(*made)  # type: ignore[arg-type]
 
-    def read(
-        self, work: Sequence[tuple[Sequence[Prompt], Plan | None]], answers: Sequence[Sequence[str]]
-    ) -> list[Read]:
+    def read(self, work: Work, answers: Sequence[Sequence[str]]) -> list[Read]:
         """Read the answers to several lists of prompts, each given under its own plan, all at once."""
         prompts = [prompt for listed, _ in work for prompt in listed]
         plans = [plan for listed, plan in work for _ in listed]
@@ -350,11 +361,3 @@ def judged(cell: Cell, induced: Read, suppressed: Read) -> Judged:
     rates = [Rate(sum(said), len(said)) for said in shown]
     whole = None if induced.coherent is None else Rate(sum(map(sum, sound)), sum(map(len, sound)))
     return Judged(cell.layer, cell.position, cell.coefficient, rates[0], rates[1], whole, min(strict))
-
-
-def _sum(row: Judged) -> float:
-    return row.induce.rate + row.suppress.rate
-
-
-def _earlier(cell: Cell) -> tuple[float, ...]:
-    return -cell.layer, -(cell.position or 0), -cell.coefficient

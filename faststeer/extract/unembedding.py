@@ -51,13 +51,13 @@ def unembedding(
     check_hook_point(at)
     rows: Any = unembedding_of(model).weight
     rows = rows.detach()
-    wanted = _ids(tokenizer, tokens, rows.shape[0], "tokens")
+    raised = _ids(tokenizer, tokens, rows.shape[0], "tokens")
     other = [] if against is None else _ids(tokenizer, against, rows.shape[0], "against")
-    if shared := set(wanted) & set(other):
+    if shared := set(raised) & set(other):
         raise ValueError(f"token(s) {sorted(shared)} are both in tokens and in against: leave them out of one")
     # A vocabulary's mean row in fp64 without a second copy of the whole matrix.
     mean = rows[other].double().mean(0) if other else rows.sum(0, dtype=torch.float64) / rows.shape[0]
-    u = (rows[wanted].double().mean(0) - mean).cpu()
+    u = (rows[raised].double().mean(0) - mean).cpu()
     # The transpose of C diag(w), which takes a direction of the stream through the norm, is diag(w) u without its mean.
     norm = final_norm(model)
     direction = u if norm is None else norm.transposed(model, u)
@@ -65,10 +65,10 @@ def unembedding(
         raise ValueError("tokens and against have the same unembedding: there is no direction between them")
     n_layers = find_hook_points(model).n_layers
     unit = (direction / direction.norm()).float()
-    provenance = {"tokens": wanted, "against": other or "the mean of the vocabulary", "position": None}
-    found = {layer: unit.clone() for layer in layer_numbers(layers, n_layers)}
+    provenance = {"tokens": raised, "against": other or "the mean of the vocabulary", "position": None}
+    directions = {layer: unit.clone() for layer in layer_numbers(layers, n_layers)}
     return SteeringVector(
-        found, at=at, model=model_name(model), method="unembedding", scale="unit", provenance=provenance
+        directions, at=at, model=model_name(model), method="unembedding", scale="unit", provenance=provenance
     )
 
 
@@ -78,14 +78,14 @@ def _ids(tokenizer: Any, tokens: Tokens, vocabulary: int, what: str) -> list[int
     ids: list[int] = []
     for token in tokens:
         if isinstance(token, str):
-            found = encode_texts(tokenizer, [token], begin=False)[0]
-            if len(found) != 1:
-                pieces = ", ".join(repr(tokenizer.decode([i])) for i in found)
+            own = encode_texts(tokenizer, [token], begin=False)[0]
+            if len(own) != 1:
+                pieces = ", ".join(repr(tokenizer.decode([i])) for i in own)
                 raise ValueError(
-                    f"{what}: {token!r} is {len(found)} tokens ({pieces}): give one token, or its id; many tokenizers "
+                    f"{what}: {token!r} is {len(own)} tokens ({pieces}): give one token, or its id; many tokenizers "
                     f"have one for {' ' + token!r}"
                 )
-            ids.append(found[0])
+            ids += own
         elif isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
             raise ValueError(f"{what}: {token!r} is no token of a vocabulary of {vocabulary}")
         else:

@@ -255,6 +255,14 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
+def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with `x` in place of the hidden states."""
+    if args:
+        return (x, *args[1:]), kwargs
+    own = first_tensor(args, kwargs)
+    return args, {name: x if value is own else value for name, value in kwargs.items()}
+
+
 def first_output(output: Any) -> Tensor:
     """What a module returns, or the first of what it returns."""
     return output if isinstance(output, Tensor) else output[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,22 +72,9 @@ class Captured:
         return [self.token_ids[self.n_prompt + position] for position in self.positions.tolist()]
 
 
-class Capture(Sequence[Captured]):
+class Capture(tuple[Captured, ...]):
     """Activations of every prompt, in the prompts' order: `capture[3]["resid_pre", 14]` is `[kept, hidden]`. From a
     folder, a tensor is read when it is asked for."""
-
-    def __init__(self, prompts: Sequence[Captured]) -> None:
-        self._prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    @overload
-    def __getitem__(self, index: int) -> Captured: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Captured]: ...
-    def __getitem__(self, index: int | slice) -> Captured | Sequence[Captured]:
-        return self._prompts[index]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Capture:
@@ -115,7 +102,7 @@ class Capture(Sequence[Captured]):
                 f"{folder} lacks {total - len(batch_of_prompt)} of {total} prompts (the first is {first}): the capture "
                 "was interrupted; run it again with the same arguments, it goes on where it stopped"
             )
-        return cls([batch_of_prompt[index].prompt(index) for index in range(total)])
+        return cls(batch_of_prompt[index].prompt(index) for index in range(total))
 
 
 @torch.no_grad()
@@ -166,34 +153,35 @@ def capture(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 (none) or more")
     points: tuple[HookPoint, ...] = (check_hook_point(at),) if isinstance(at, str) else tuple(map(check_hook_point, at))
-    wanted = layer_numbers(layers, find_hook_points(model).n_layers)
-    given = rows(tokenizer, prompts, completions, system)
-    chosen = plans_for(len(given), plans)
-    low, high = position_range(positions)
-    _check_keeps(given, low, high, max_new_tokens)
-    kept = dtype or next(model.parameters()).dtype
-    if kept not in DTYPES.values():
+    numbers = layer_numbers(layers, find_hook_points(model).n_layers)
+    token_rows = rows(tokenizer, prompts, completions, system)
+    row_plans = plans_for(len(token_rows), plans)
+    window = position_range(positions)
+    _check_keeps(token_rows, *window, max_new_tokens)
+    kind = dtype or next(model.parameters()).dtype
+    if kind not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}: expected one of {', '.join(DTYPES)}")
-    run = _BatchReader(model, tokenizer, given, chosen, points, wanted, (low, high), max_new_tokens, kept, within)
+    run = _BatchReader(model, tokenizer, token_rows, row_plans, points, numbers, window, max_new_tokens, kind, within)
     if folder is None:
-        return Capture(rows_in_batches(list(map(len, given)), batch_size, run, "Reading", progress))
+        return Capture(rows_in_batches(list(map(len, token_rows)), batch_size, run, "Reading", progress))
     way = getattr(getattr(within, "func", within), "__qualname__", type(within)), getattr(within, "keywords", None)
-    store = run.store(Path(folder), way)
+    settings = points, numbers, window, max_new_tokens, kind, way
+    store = _store(Path(folder), model, token_rows, row_plans, *settings)
     done = _done(store)
-    left = [index for index in range(len(given)) if index not in done]
+    left = [index for index in range(len(token_rows)) if index not in done]
 
     def read_and_write(group: list[int]) -> None:
-        numbers = [left[index] for index in group]
-        run.write(store, dict(zip(numbers, run(numbers), strict=True)))
+        prompts = [left[index] for index in group]
+        _write(store, len(token_rows), dict(zip(prompts, run(prompts), strict=True)), points, numbers)
 
-    for _ in in_batches([len(given[index]) for index in left], batch_size, read_and_write, "Reading", progress):
+    for _ in in_batches([len(token_rows[index]) for index in left], batch_size, read_and_write, "Reading", progress):
         pass
     return Capture.load(folder)
 
 
-def _check_keeps(given: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
+def _check_keeps(token_rows: Sequence[TokenRow], low: int, high: int, max_new_tokens: int) -> None:
     """The last generated token is not read by the model, so it cannot be kept."""
-    for index, row in enumerate(given):
+    for index, row in enumerate(token_rows):
         last = max(max_new_tokens - 2, -1) if max_new_tokens else len(row.completion) - 1
         if max(low, -len(row.prompt)) > min(high - 1, last):
             follows = "" if last >= 0 else "; nothing follows it: give completions or max_new_tokens (2 or more)"
@@ -212,7 +200,7 @@ class _BatchReader:
 
     model: Any
     tokenizer: Any
-    given: list[TokenRow]
+    token_rows: list[TokenRow]
     plans: list[Plan | None]
     points: tuple[HookPoint, ...]
     layers: list[int]
@@ -222,9 +210,8 @@ class _BatchReader:
     within: Callable[[Any, list[Plan | None]], Steering]
 
     def __call__(self, group: list[int]) -> list[Captured]:
-        chosen = [self.given[index] for index in group]
+        chosen = [self.token_rows[index] for index in group]
         batch, ends = pad_rows(chosen, padding_id(self.tokenizer), model_device(self.model))
-        width = batch["input_ids"].shape[1]
         first, behind = min(ends) + self.range[0], max(ends) + self.range[1]  # columns that some row keeps
         seen: dict[tuple[HookPoint, int], list[Tensor]] = {
             (at, layer): [] for at in self.points for layer in self.layers
@@ -250,22 +237,21 @@ class _BatchReader:
                     steering.set_prompt(ends)
             for at in self.points:
                 stack.enter_context(read(self.model, at, self.layers, reduce=keeper(at)))
-            rows = self._generate(batch, chosen) if self.max_new_tokens else self._forward(batch, chosen)
+            if self.max_new_tokens:
+                chosen = self._generate(chosen)
+            else:
+                self.model(**forward_arguments(self.model, batch))
         columns = {key: torch.cat(pieces, dim=1) for key, pieces in seen.items()}
-        return [self._row(row, i, ends[i], width, max(first, 0), columns) for i, row in enumerate(rows)]
+        return [self._row(row, i, ends[i], max(first, 0), columns) for i, row in enumerate(chosen)]
 
-    def _forward(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
-        self.model(**forward_arguments(self.model, batch))
-        return chosen
-
-    def _generate(self, batch: dict[str, Tensor], chosen: list[TokenRow]) -> list[TokenRow]:
+    def _generate(self, chosen: list[TokenRow]) -> list[TokenRow]:
         """The rows with what they go on with, generated in the contexts that read them, as one batch in this order."""
         answering = HuggingFace(self.model, self.tokenizer, max_batch=len(chosen))
         answers = answering.complete([row.prompt for row in chosen], None, SamplingParams(self.max_new_tokens))
         return [TokenRow(chosen[answer.index].prompt, answer.token_ids) for answer in answers]
 
     def _row(
-        self, row: TokenRow, i: int, end: int, width: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
+        self, row: TokenRow, i: int, end: int, first: int, columns: Mapping[tuple[HookPoint, int], Tensor]
     ) -> Captured:
         """Cut a row's own kept tokens from the columns, which begin with the batch's column `first`."""
         n = next(iter(columns.values())).shape[1]
@@ -276,42 +262,16 @@ class _BatchReader:
             row.ids, len(row.prompt), torch.arange(low, max(high, low)), lambda at, layer: tensors[at, layer]
         )
 
-    def store(self, folder: Path, way: Any) -> ArtefactStore:
-        """The folder, for the capture that is all of this, `way` being what puts plans on the model."""
-        shared = {id(plan): plan.to_json(inline=True) for plan in self.plans if plan is not None}
-        tokens = [(row.prompt, row.completion) for row in self.given]
-        settings = self.points, self.layers, self.range, self.max_new_tokens, self.dtype, way
-        plans = [shared.get(id(plan)) for plan in self.plans]
-        return ArtefactStore(folder, fingerprint(self.model), tokens, plans, list(map(str, settings)))
-
-    def write(self, store: ArtefactStore, batch: Mapping[int, Captured]) -> None:
-        """Write a batch's prompts as a file of the folder."""
-        tensors: dict[str, Tensor] = {}
-        for index, captured in batch.items():
-            tensors |= {
-                f"{index}.token_ids": torch.tensor(captured.token_ids),
-                f"{index}.positions": captured.positions,
-            }
-            places = ((at, layer) for at in self.points for layer in self.layers)
-            tensors |= {f"{index}.{at}.{layer}": captured[at, layer] for at, layer in places}
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": store.key,
-            "total": str(len(self.given)),
-            "n_prompt": json.dumps({index: captured.n_prompt for index, captured in batch.items()}),
-        }
-        write_atomically(store.folder / f"batch-{min(batch):07d}.safetensors", tensor_files.to_bytes(tensors, metadata))
-
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _store(
-    folder: Path, model: nn.Module, given: list[TokenRow], plans: list[Plan | None], *settings: Any
+    folder: Path, model: nn.Module, token_rows: list[TokenRow], plans: list[Plan | None], *settings: Any
 ) -> ArtefactStore:
     """The folder, for the capture that is all of this."""
     shared = {id(plan): plan.to_json(inline=True) for plan in plans if plan is not None}
-    tokens = [(row.prompt, row.completion) for row in given]
+    tokens = [(row.prompt, row.completion) for row in token_rows]
     return ArtefactStore(
         folder, fingerprint(model), tokens, [shared.get(id(plan)) for plan in plans], list(map(str, settings))
     )
@@ -324,6 +284,7 @@ def _write(
     points: Sequence[HookPoint],
     layers: Sequence[int],
 ) -> None:
+    """Write a batch's prompts as a file of the folder; `total`: prompts of the whole capture."""
     tensors: dict[str, Tensor] = {}
     for index, captured in batch.items():
         tensors[f"{index}.token_ids"] = torch.tensor(captured.token_ids)

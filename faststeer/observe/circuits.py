@@ -266,9 +266,9 @@ class Faithfulness:
         """`[circuits, 2]`: bootstrap interval of `values`, examples drawn with replacement."""
         n = len(self.base)
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
-        found = torch.stack([self._of(torch.from_numpy(times).double()) for times in drawn])
+        values = torch.stack([self._of(torch.from_numpy(times).double()) for times in drawn])
         tail = (1 - level) / 2
-        return torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=found.dtype), dim=0).T
+        return torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype), dim=0).T
 
     def _of(self, weight: Tensor) -> Tensor:
         return ((self.circuits - self.base) @ weight) / ((self.steered - self.base) @ weight)
@@ -322,26 +322,26 @@ def faithfulness(
         sums = rows_in_batches([lengths[e] for e, _ in pairs], batch_size, partial, "Circuits", progress)
     if ends[0].sum() == ends[1].sum():
         raise ValueError("the metric is the same steered and unsteered: there is nothing to be faithful to")
-    kept = torch.tensor([len(example.kept) for example in examples], dtype=torch.float64)
-    found = torch.tensor([float(each) for each in sums], dtype=torch.float64).view(len(examples), len(chosen))
-    return Faithfulness(found.T.contiguous(), ends[0], ends[1], kept)
+    n_positions = torch.tensor([len(example.kept) for example in examples], dtype=torch.float64)
+    metrics = torch.tensor([float(each) for each in sums], dtype=torch.float64).view(len(examples), len(chosen))
+    return Faithfulness(metrics.T.contiguous(), ends[0], ends[1], n_positions)
 
 
 @torch.no_grad()
 def _whole(network: Network, group: Sequence[Example], name: MetricName) -> Tensor:
     """`[examples, 2]`: the metric steered and unsteered."""
-    stream, base_end = begin(network, group)[1:]
-    left = _last(left for _, left in network.run(stream))
-    metric = Metric(name, network.lens, group, base_end, left)
-    return torch.stack([metric.of(left), metric.of(base_end)], dim=1)
+    base, stream = begin(network, group)
+    steered_end, base_end = _end(network, stream), base[-1].left
+    metric = Metric(name, network.lens, group, base_end, steered_end)
+    return torch.stack([metric.of(steered_end), metric.of(base_end)], dim=1)
 
 
 @torch.no_grad()
 def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circuit], name: MetricName) -> Tensor:
     """`[rows]`: the metric of each example under its circuit."""
     graph = network.graph
-    base, stream, base_end = begin(network, group)
-    steered_end = _last(left for _, left in network.run(stream)) if name == "directed_kl" else None
+    base, stream = begin(network, group)
+    base_end, steered_end = base[-1].left, _end(network, stream) if name == "directed_kl" else None
     metric = Metric(name, network.lens, group, base_end, steered_end)
     rows, *shape = stream.shape
     edges = torch.stack([circuit.edges for circuit in circuits]).to(stream.device)
@@ -354,7 +354,7 @@ def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circ
         return torch.bmm(mask, moved[:, :upto].flatten(2)).unflatten(2, shape)
 
     for i in range(graph.depth):
-        unsteered = network.writes(i, base[i].mixed, base[i].scale)
+        unsteered = network.writes(i, base[i])
 
         def stream_of_mlp(written: Tensor | None, i: int = i, unsteered: Tensor = unsteered) -> Tensor:
             if written is not None:
@@ -363,17 +363,19 @@ def _partial(network: Network, group: Sequence[Example], circuits: Sequence[Circ
             return base[i].middle + reads(graph.before_mlp(i), slice(reader, reader + 1))[:, 0]
 
         attention = base[i].stream.unsqueeze(1) + reads(graph.before(i), graph.readers(i))
-        taken = network.run_reading(i, base[i], attention, stream_of_mlp)
+        partial = network.run_reading(i, base[i], attention, stream_of_mlp)
         if graph.parallel:
-            moved[:, graph.heads_of(i)] = network.writes(i, taken.mixed, taken.scale) - unsteered
-        moved[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
+            moved[:, graph.heads_of(i)] = network.writes(i, partial) - unsteered
+        moved[:, graph.mlp_of(i)] = partial.mlp_out - base[i].mlp_out
     last = slice(graph.n_receivers - 1, graph.n_receivers)
     return metric.of(base_end + reads(graph.n_senders, last)[:, 0])
 
 
-def _last(streams: Iterable[Tensor]) -> Tensor:
-    *_, last = streams
-    return last
+def _end(network: Network, stream: Tensor) -> Tensor:
+    """The stream that the last layer leaves."""
+    for layer_pass in network.run(stream):
+        stream = layer_pass.left
+    return stream
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
@@ -388,12 +390,11 @@ def _attributes(graph: Graph, name: str) -> dict[str, Any]:
     return {"kind": "mlp" if part == "MLP" else "head", "layer": int(layer)}
 
 
-def _place(graph: Graph, name: str) -> tuple[float, float]:
-    if name in ("steering", "logits"):
-        return graph.heads / 2, (graph.start - 1.0 if name == "steering" else float(graph.n_layers))
-    layer, part = name[1:].split(".")
+def _place(graph: Graph, name: str, kind: str, layer: int) -> tuple[float, float]:
+    if kind == "head":
+        return int(name.partition(".H")[2]), layer
     # An MLP reads its own layer's heads, so it stands a little above them.
-    return (graph.heads, int(layer) + 0.35) if part == "MLP" else (int(part[1:]), int(layer))
+    return (graph.heads, layer + 0.35) if kind == "mlp" else (graph.heads / 2, layer - (kind == "steering"))
 
 
 def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
@@ -403,7 +404,7 @@ def _draw(circuit: Circuit, scores: Scores | None) -> Figure:
     graph, network = circuit.graph, circuit.to_networkx(scores)
     for name in ("steering", "logits"):
         network.add_node(name, **_attributes(graph, name))
-    place = {name: _place(graph, name) for name in network}
+    place = {name: _place(graph, name, **attributes) for name, attributes in network.nodes(data=True)}
     figure = Figure(figsize=(min(4 + 0.45 * graph.heads, 16), min(2.5 + 0.6 * graph.depth, 16)))
     axes = figure.add_subplot()
     edges = list(network.edges(keys=True, data=True))

@@ -27,6 +27,7 @@ from faststeer.hf.batching import (
 )
 from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
+from faststeer.hf.norms import wide
 from faststeer.hf.steering import steer
 from faststeer.observe.memory import rows_in_batches
 from faststeer.observe.tokens import rows
@@ -114,18 +115,18 @@ def difference(
     check_hook_point(at)
     points = find_hook_points(model)
     numbers = tuple(layer_numbers(layers, points.n_layers))
-    given = rows(tokenizer, prompts, completions, system)
-    chosen = plans_for(len(given), plans)
+    token_rows = rows(tokenizer, prompts, completions, system)
+    row_plans = plans_for(len(token_rows), plans)
     units = _units(directions, numbers, points.hidden_size)
 
     def run(group: list[int]) -> list[Difference]:
-        here = [given[index] for index in group]
-        return _compare(model, padding_id(tokenizer), here, [chosen[index] for index in group], at, numbers, units)
+        here = [token_rows[index] for index in group]
+        return _compare(model, padding_id(tokenizer), here, [row_plans[index] for index in group], at, numbers, units)
 
-    return rows_in_batches(list(map(len, given)), batch_size, run, "Comparing", progress)
+    return rows_in_batches(list(map(len, token_rows)), batch_size, run, "Comparing", progress)
 
 
-def kept_positions(found: Sequence[Difference]) -> list[list[int]]:
+def kept_positions(rows: Sequence[Difference]) -> list[list[int]]:
     """Of each row, the tokens (columns of `token_ids`) after which steered and unsteered run go on differently, among
     those that a token of the completion follows; the last prompt token alone where there is no completion.
 
@@ -133,13 +134,13 @@ def kept_positions(found: Sequence[Difference]) -> list[list[int]]:
         ValueError: there is none in any row.
     """
     kept, tokens = [], 0
-    for row in found:
+    for row in rows:
         own = range(row.n_prompt - 1, max(len(row.token_ids) - 1, row.n_prompt))
         kept.append([t for t in own if row.flips[t]])
         tokens += len(own)
     if not any(kept):
         raise ValueError(
-            f"steered and unsteered run have the same favourite next token at all {tokens} positions of {len(found)} "
+            f"steered and unsteered run have the same favourite next token at all {tokens} positions of {len(rows)} "
             "completion(s), so there is nothing to explain: use a larger coefficient, a layer where the vector acts, "
             "prompts whose answer it changes, or longer completions"
         )
@@ -178,11 +179,11 @@ def _compare(
     batch, ends = pad_rows([*here, *here], pad_id, model_device(model))
     with steer(model, [*([None] * len(here)), *plans]) as steering:
         steering.set_prompt(ends)
-        with read(model, at, layers, reduce=_reducer(units)) as taken:
+        with read(model, at, layers, reduce=_reducer(units)) as statistics:
             arguments = {**forward_arguments(model, batch)}
             arguments.pop("logits_to_keep", None)
             logits = model(**arguments).logits
-    numbers = torch.stack([taken[layer].cpu() for layer in layers])  # [layers, rows, tokens, 3 + 2 k]
+    numbers = torch.stack([statistics[layer].cpu() for layer in layers])  # [layers, rows, tokens, 3 + 2 k]
     width, made = logits.shape[1], []
     for i, row in enumerate(here):
         own = slice(width - len(row), width)
@@ -199,24 +200,22 @@ def _reducer(units: Mapping[int, Tensor]) -> Callable[[int, Tensor], Tensor]:
     the base, their cosine, projections of the base and of the steered."""
 
     def reduce(layer: int, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        base, steered = x.to(wide).chunk(2)
-        unit = units[layer].to(x.device, wide)
+        base, steered = wide(x).chunk(2)
+        unit = units[layer].to(base)
         numbers = [(steered - base).norm(dim=-1), base.norm(dim=-1), torch.cosine_similarity(base, steered, dim=-1)]
         return torch.cat([torch.stack(numbers, dim=-1), base @ unit.T, steered @ unit.T], dim=-1).float()
 
     return reduce
 
 
-def _next_token(base: Tensor, steered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _next_token(base: Tensor, steered: Tensor) -> list[Tensor]:
     """KL, favourites and ranks from logits `[tokens, vocabulary]`."""
     pieces = []
     for b, s in zip(base.split(CHUNK), steered.split(CHUNK), strict=True):
         best, new = b.argmax(-1), s.argmax(-1)
         numbers = kl_divergence(b, s), best, new, _rank(s, best), _rank(b, new)
         pieces.append([number.cpu() for number in numbers])
-    kl, best, new, rank, lifted = (torch.cat(column) for column in zip(*pieces, strict=True))
-    return kl, best, new, rank, lifted
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
 def _rank(logits: Tensor, token: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from faststeer.hf.anatomy import find_hook_points, run_four_tokens, watch
 from faststeer.hf.hook_points import quiet
-from faststeer.hf.norms import final_norm, unembedding_of
+from faststeer.hf.norms import final_norm, unembedding_of, wide
 from faststeer.observe.parts import matrix
 
 WIDENED = 16384  # rows of the unembedding that are in fp32 at once
@@ -72,7 +72,7 @@ class LogitLens:
         centring, no bias, no soft cap), fp32 or better. The scale is that of the stream `at` (broadcast); without one,
         that of a stream which is the direction alone, so that only the order of the tokens has a meaning."""
         weight = matrix(self.head)
-        x = direction.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        x = direction.to(wide(weight[:0]))
         if self.norm is not None:
             stream = x if at is None else at.to(x)
             x = self.norm.linear(self.model, x) * self.norm.scale(stream)
@@ -82,8 +82,7 @@ class LogitLens:
     def difference(self, base: Tensor, steered: Tensor) -> Tensor:
         """The difference lens: lens(steered) - lens(base) `[..., vocabulary]`, fp32 or better: what the model would say
         more (less) at this layer because of the steering. Each side has its own norm."""
-        wide = torch.promote_types(matrix(self.head).dtype, torch.float32)
-        return self(steered).to(wide) - self(base).to(wide)
+        return wide(self(steered)) - wide(self(base))
 
     def top_tokens(
         self, states: Tensor, tokenizer: Any, k: int = 10, *, direction: bool = False, largest: bool = True

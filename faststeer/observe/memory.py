@@ -30,7 +30,9 @@ def in_batches(
             try:
                 result = run(group)
             except RuntimeError as error:
-                if len(group) == 1 or not is_out_of_memory(error):
+                # An allocation that failed, on a GPU or the CPU.
+                failed = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+                if len(group) == 1 or not failed:
                     raise
             else:
                 yield group, result
@@ -42,7 +44,7 @@ def in_batches(
                 torch.cuda.empty_cache()
             size = (len(group) + 1) // 2
             warnings.warn(f"{what}: {len(group)} rows do not fit into memory, going on with {size}", stacklevel=3)
-            pending = [half for each in [group, *pending] for half in _split(each, size)]
+            pending = [each[i : i + size] for each in [group, *pending] for i in range(0, len(each), size)]
 
 
 def rows_in_batches(
@@ -53,12 +55,3 @@ def rows_in_batches(
     for group, values in in_batches(lengths, batch_size, run, what, progress):
         by_row |= zip(group, values, strict=True)
     return [by_row[index] for index in range(len(lengths))]
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _split(group: list[int], size: int) -> Iterator[list[int]]:
-    return (group[start : start + size] for start in range(0, len(group), size))

@@ -49,8 +49,8 @@ class LayerParts:
 
     def value_matrix(self, layer: nn.Module) -> Tensor:
         """W_V `[kv_heads, head_dim, hidden]` in fp32 or better: values = W_V x (+ bias)."""
-        rows = matrix(layer.get_submodule(self.value))[self.value_rows.to(_device(layer.get_submodule(self.value)))]
-        return wide(rows).view(self.kv_heads, self.head_dim, -1)
+        weight = matrix(layer.get_submodule(self.value))
+        return wide(weight[self.value_rows.to(weight.device)]).view(self.kv_heads, self.head_dim, -1)
 
     def output_matrix(self, layer: nn.Module) -> Tensor:
         """W_O `[heads, hidden, head_dim]` in fp32 or better."""
@@ -95,11 +95,13 @@ def _find(model: nn.Module, points: HookPoints) -> Iterator[LayerParts]:
     modules = attention_modules(model, points)
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     paths = [f"{points.layers}.{i}" for i in range(points.n_layers)]
-    inner = [f"{path}.{name}" for path, layer in zip(paths, layers, strict=True) for name, _ in _named(layer)]
+    inner = [[name for name, _ in layer.named_modules() if name] for layer in layers]
     with quiet(model), exchange_attention(model, note, points):
-        calls = watch(model, [*paths, *inner])
+        calls = watch(
+            model, paths + [f"{path}.{name}" for path, names in zip(paths, inner, strict=True) for name in names]
+        )
     for i, layer in enumerate(layers):
-        inside = {name: calls[f"{paths[i]}.{name}"] for name, _ in _named(layer) if f"{paths[i]}.{name}" in calls}
+        inside = {name: calls[f"{paths[i]}.{name}"] for name in inner[i] if f"{paths[i]}.{name}" in calls}
         attention = next(name for name, module in layer.named_modules() if module is modules[i])
         try:
             yield _Layer(layer, attention, calls[paths[i]], inside, points).parts(*values[i])
@@ -121,7 +123,7 @@ class _Layer:
         """`mixed` `[1, tokens, heads, head_dim]`: what attention made of the values."""
         kv_heads, head_dim = call.value.shape[1], call.value.shape[3]
         read = self.calls[self.attention].received
-        attention_norm = self._norm_between(self.whole.received, read, "attention")
+        attention_norm = self._attention_norm(self.whole.received, read)
         values = call.value.detach().cpu().transpose(1, 2).reshape(-1, kv_heads * head_dim)
         value, rows = self._value(read, values, mixed.shape[2], kv_heads)
         output = self._reader_of(mixed.flatten(2), inside=True, what="the projection behind the heads")
@@ -147,14 +149,14 @@ class _Layer:
     def _is_inside(self, name: str) -> bool:
         return name == self.attention or name.startswith(f"{self.attention}.")
 
-    def _norm_between(self, stream: Tensor, read: Tensor, who: str) -> Norm | None:
-        """The norm that makes `read` of the residual stream."""
+    def _attention_norm(self, stream: Tensor, read: Tensor) -> Norm | None:
+        """The norm that makes what attention reads of the residual stream."""
         if torch.equal(stream, read):
             return None
         for name, call in self.calls.items():
             if not self._is_inside(name) and _same(call.received, stream) and _same(call.sent, read):
                 return norm_form(self.layer, name, self.points.hidden_size)
-        raise NotSeen(f"no module that makes what {who} reads of the residual stream")
+        raise NotSeen("no module that makes what attention reads of the residual stream")
 
     def _value(self, read: Tensor, values: Tensor, heads: int, kv_heads: int) -> tuple[str, Tensor]:
         """The projection that the values come from, and where in its output they are."""
@@ -172,14 +174,14 @@ class _Layer:
 
     def _reader_of(self, sent: Tensor, inside: bool, what: str) -> str:
         """The shallowest, then first, module that receives a tensor."""
-        found = [
+        readers = [
             name
             for name, call in self.calls.items()
             if self._is_inside(name) == inside and name != self.attention and _same(call.received, sent)
         ]
-        if not found:
+        if not readers:
             raise NotSeen(f"no module that is {what}")
-        return min(found, key=lambda name: (name.count("."), self.calls[name].order))
+        return min(readers, key=lambda name: (name.count("."), self.calls[name].order))
 
     def _output_norm(self, sent: Tensor) -> Norm | None:
         """The norm between attention's output and the residual stream."""
@@ -192,20 +194,15 @@ class _Layer:
 
     def _mlp(self, middle: Tensor) -> tuple[str, Norm | None]:
         """The MLP's first module and its norm."""
-        norms = [
-            name
-            for name, call in self.calls.items()
-            if not self._is_inside(name) and _same(call.received, middle) and is_norm(self.layer.get_submodule(name))
-        ]
-        for name in norms:
+        for name, call in self.calls.items():
+            if self._is_inside(name) or not _same(call.received, middle) or not is_norm(self.layer.get_submodule(name)):
+                continue
             try:
-                return self._mlp_behind(self.calls[name].sent), norm_form(self.layer, name, self.points.hidden_size)
+                mlp = self._reader_of(call.sent, inside=False, what="the MLP")
+                return mlp, norm_form(self.layer, name, self.points.hidden_size)
             except NotSeen:  # the norm of attention alone
                 continue
-        return self._mlp_behind(middle), None
-
-    def _mlp_behind(self, read: Tensor) -> str:
-        return self._reader_of(read, inside=False, what="the MLP")
+        return self._reader_of(middle, inside=False, what="the MLP"), None
 
 
 def _layouts(width: int, n_values: int, heads: int, kv_heads: int) -> Iterator[Tensor]:
@@ -225,10 +222,6 @@ def _layouts(width: int, n_values: int, heads: int, kv_heads: int) -> Iterator[T
         yield every.view(kv_heads, heads // kv_heads + 2, head_dim)[:, -1].reshape(-1)
 
 
-def _named(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in layer.named_modules() if name)
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
 
@@ -239,7 +232,3 @@ def _check_linear(layer: nn.Module, name: str) -> None:
     known = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta
     if not known or not isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer"):
         raise NotSeen(f"{name} is a {type(module).__name__}, whose weight is no plain matrix (quantised? an adapter?)")
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

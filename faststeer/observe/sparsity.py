@@ -102,11 +102,10 @@ def sparsity_curves(
     answers = answer(model, tokenizer, [(prompts, plan) for plan in every], progress=progress, **how)
     rates = [Rate(sum(map(bool, map(judge, texts))), len(prompts)) for texts in answers]
     of_plan = dict(zip(plans, rates[1:], strict=True))
-    found = [SparsityPoint(None, 1.0, 0, 0, rates[0])]
-    for cell, (key, _) in zip(cells, sparse, strict=True):
-        rule, share, seed = cell
-        found.append(SparsityPoint(rule, share, len(key) - 1, seed, of_plan[key]))
-    return found
+    points = [SparsityPoint(None, 1.0, 0, 0, rates[0])]
+    for (rule, share, seed), (key, _) in zip(cells, sparse, strict=True):
+        points.append(SparsityPoint(rule, share, len(key) - 1, seed, of_plan[key]))
+    return points
 
 
 def _sparse(

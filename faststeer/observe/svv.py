@@ -22,17 +22,20 @@ from torch import Tensor, nn
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers
+from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers, with_first
 from faststeer.hf.hooks import read
+from faststeer.hf.norms import wide
 from faststeer.hf.steering import Path, Plans, Steering
-from faststeer.observe.additions import additions
+from faststeer.observe.additions import Addition, acting, additions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import LayerParts, Norm, find_parts
 from faststeer.plan import Plan, site
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector, check_direction
 
+ANALYSIS = "steering value vectors are those of added vectors"
 Ablated = Literal["svv", "mlp"]
+Share = Callable[[Tensor], Tensor | None]  # what of a reader's tensor is the steering's; None: nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +105,13 @@ def svv(
         raise ValueError(f"the vector has hidden size {direction.shape[0]}, the model {points.hidden_size}")
     if layers is None and first >= points.n_layers:
         raise ValueError("the vector is added behind the last layer: no layer reads it")
-    chosen = tuple(layer_numbers(range(first, points.n_layers) if layers is None else layers, points.n_layers))
+    numbers = tuple(layer_numbers(range(first, points.n_layers) if layers is None else layers, points.n_layers))
     parts = find_parts(model)
-    made = []
-    for number in chosen:
+    vectors = []
+    for number in numbers:
         layer, part = points.layer(model, number), parts[number]
-        made.append(_heads(layer, part, coefficient * _linear(part.attention_norm, layer, _like(layer, direction))))
-    return SteeringValueVectors(torch.stack([each.to(made[0].device) for each in made]), chosen)
+        vectors.append(_heads(layer, part, coefficient * _linear(part.attention_norm, layer, _like(layer, direction))))
+    return SteeringValueVectors(torch.stack([heads.to(vectors[0].device) for heads in vectors]), numbers)
 
 
 def _heads(layer: nn.Module, part: LayerParts, x: Tensor) -> Tensor:
@@ -126,47 +129,6 @@ def _like(layer: nn.Module, x: Tensor) -> Tensor:
     """A direction on a layer's device, fp32 or the model's dtype if that is better."""
     weight = next(layer.parameters())
     return x.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-
-
-# What plans add to the stream -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What one plan adds to the same tokens: at each site a vector `[hidden]`, fp64 on the CPU."""
-
-    slot: int
-    low: int
-    high: int
-    added: dict[int, Tensor]
-
-    def before(self, number: int) -> Tensor:
-        """What has been added when the stream passes a site, that site included."""
-        return sum((v for n, v in self.added.items() if n <= number), torch.zeros_like(next(iter(self.added.values()))))
-
-
-def _groups(by_slot: Mapping[int, Plan | None], n_layers: int, hidden_size: int) -> list[_Group]:
-    """The additions of plans by the slots they are in.
-
-    Raises:
-        ValueError: a plan that does something else than add vectors.
-    """
-    found: dict[tuple[int, int, int], _Group] = {}
-    for slot, plan in by_slot.items():
-        if plan is None:
-            continue
-        for entry, step in additions(plan, n_layers, hidden_size, "steering value vectors are those of added vectors"):
-            key = slot, *entry.position_range
-            group = found.setdefault(key, _Group(*key, {}))
-            group.added[entry.site] = group.added[entry.site] + step if entry.site in group.added else step
-    return list(found.values())
-
-
-def _active(groups: Sequence[_Group], rows: Tensor, like: Tensor) -> Tensor:
-    """`[rows, groups]`: 1 where a row has had a group's vectors added, else 0."""
-    slot, position, _ = rows
-    masks = [(slot == g.slot) & (position >= g.low) & (position < g.high) for g in groups]
-    return torch.stack(masks, dim=-1).to(like)
 
 
 # Ablation -------------------------------------------------------------------------------------------------------------
@@ -207,114 +169,89 @@ class Ablating:
 
     def __init__(self, model: nn.Module, kinds: tuple[Ablated, ...]) -> None:
         self._kinds, self._parts, self._points = kinds, find_parts(model), find_hook_points(model)
-        self._plans: list[Plan | None] | None = None  # that the groups are of
-        self._groups: list[_Group] = []
+        self._plans: list[Plan | None] | None = None  # that the additions are of
+        self._additions: list[Addition] = []
         self._withheld: dict[tuple[str, int], Tensor] = {}
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError for a plan that does not only add."""
-        _groups({0: plan}, self._points.n_layers, self._points.hidden_size)
+        additions({0: plan}, self._points, ANALYSIS)
 
     def check_generate(self, model: Any, given: Mapping[str, Any]) -> None:
         """Any generation will do."""
 
-    def groups(self, steering: Steering) -> list[_Group]:
+    def additions(self, steering: Steering) -> list[Addition]:
         """What the plans that are loaded now add."""
         loaded = list(steering.loaded)
         if self._plans is None or any(old is not new for old, new in zip(self._plans, loaded, strict=True)):
-            self._groups = _groups(dict(enumerate(loaded)), self._points.n_layers, self._points.hidden_size)
+            self._additions = additions(dict(enumerate(loaded)), self._points, ANALYSIS)
             self._plans = loaded
             self._withheld.clear()
-        return self._groups
+        return self._additions
 
     def enter(self, changes: Changes, steering: Steering) -> None:
         """Withhold from every layer's readers."""
         for number, part in enumerate(self._parts):
             layer = self._points.layer(steering.model, number)
-            scales: dict[str, Tensor] = {}
             if "svv" in self._kinds:
-                self._watch_scale(changes, layer, part.attention_norm, part.attention, scales)
-                withhold = self._values_withheld(steering, number, part, layer, scales)
-                changes.hook(layer.get_submodule(part.value).register_forward_hook, withhold)
+                share = self._watch(changes, steering, number, "svv")
+                changes.hook(layer.get_submodule(part.value).register_forward_hook, _values_withheld(part, share))
             if "mlp" in self._kinds:
-                self._watch_scale(changes, layer, part.mlp_norm, part.mlp, scales)
-                take = self._input_withheld(steering, number, part, layer, scales)
-                changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, take, with_kwargs=True)
+                share = self._watch(changes, steering, number, "mlp")
+                withhold = _input_withheld(share)
+                changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, withhold, with_kwargs=True)
 
-    def _watch_scale(
-        self, changes: Changes, layer: nn.Module, norm: Norm | None, reader: str, scales: dict[str, Tensor]
-    ) -> None:
-        """Note the scale that the stream gives its reader."""
-        if norm is None:
-            return
+    def _watch(self, changes: Changes, steering: Steering, number: int, kind: Ablated) -> Share:
+        """What of a tensor `[..., out]` of a layer's reader is the steering's: r(h) times the product of which
+        additions act on each row and what they add there (`[additions, out]`, made once). Watches the norm for r(h)."""
+        part, layer = self._parts[number], self._points.layer(steering.model, number)
+        norm = part.attention_norm if kind == "svv" else part.mlp_norm
+        where = site("resid_pre" if kind == "svv" or self._points.resid_mid is None else "resid_mid", number)
+        scale: Tensor | None = None
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            scales[reader] = norm.scale(first_tensor(args, kwargs))
+            nonlocal scale
+            scale = None if norm is None else norm.scale(first_tensor(args, kwargs))
 
-        changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
+        if norm is not None:
+            changes.hook(layer.get_submodule(norm.path).register_forward_pre_hook, note, with_kwargs=True)
 
-    def _values_withheld(
-        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
-    ) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            def make(added: Tensor) -> Tensor:
-                x = _linear(part.attention_norm, layer, _like(layer, added))
-                return x @ part.value_matrix(layer).flatten(0, 1).T
-
-            where = site("resid_pre", number)
-            share = self._share(steering, "svv", number, where, make, output, scales.get(part.attention))
-            if share is None:
-                return output
-            if part.value_rows.numel() == output.shape[-1]:
-                return (output - share).to(output.dtype)
-            rows = part.value_rows.to(output.device)
-            values = (output[..., rows] - share).to(output.dtype)
-            return output.index_copy(output.ndim - 1, rows, values)
-
-        return hook
-
-    def _input_withheld(
-        self, steering: Steering, number: int, part: LayerParts, layer: nn.Module, scales: Mapping[str, Tensor]
-    ) -> Callable[..., Any]:
-        where = site("resid_pre" if self._points.resid_mid is None else "resid_mid", number)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            def make(added: Tensor) -> Tensor:
-                return _linear(part.mlp_norm, layer, _like(layer, added))
-
-            x = first_tensor(args, kwargs)
-            share = self._share(steering, "mlp", number, where, make, x, scales.get(part.mlp))
-            if share is None:
+        def share(like: Tensor) -> Tensor | None:
+            loaded = self.additions(steering)
+            if not any(n <= where for addition in loaded for n in addition.by_site):
                 return None
-            less = (x - share).to(x.dtype)
-            return (
-                ((less, *args[1:]), kwargs) if args else (args, {k: less if v is x else v for k, v in kwargs.items()})
-            )
+            if (kind, number) not in self._withheld:
+                added = torch.stack([addition.before(where) for addition in loaded])
+                table = _linear(norm, layer, _like(layer, added))
+                table = table @ part.value_matrix(layer).flatten(0, 1).T if kind == "svv" else table
+                self._withheld[kind, number] = table.detach()
+            table = self._withheld[kind, number]
+            slot, position, _ = steering.passes.rows_on(table.device)
+            withheld = (acting(loaded, slot, position, table) @ table).view(*like.shape[:-1], -1)
+            return withheld if scale is None else withheld * scale.view(*like.shape[:-1], 1)
 
-        return hook
+        return share
 
-    def _share(
-        self,
-        steering: Steering,
-        kind: str,
-        number: int,
-        where: int,
-        make: Callable[[Tensor], Tensor],
-        like: Tensor,
-        scale: Tensor | None,
-    ) -> Tensor | None:
-        """What of a tensor `[..., out]` is the steering's: r(h) times the product of which groups act on each row and
-        what they add there (`make`, of vectors `[groups, hidden]`; made once)."""
-        groups = self.groups(steering)
-        if not any(n <= where for group in groups for n in group.added):
-            return None
-        key = kind, number
-        if key not in self._withheld:
-            self._withheld[key] = make(torch.stack([group.before(where) for group in groups])).detach()
-        table = self._withheld[key]
-        share = _active(groups, steering.passes.rows_on(table.device), table) @ table
-        share = share.view(*like.shape[:-1], -1)
-        return share if scale is None else share * scale.view(*like.shape[:-1], 1)
+
+def _values_withheld(part: LayerParts, share: Share) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if (less := share(output)) is None:
+            return output
+        if part.value_rows.numel() == output.shape[-1]:
+            return (output - less).to(output.dtype)
+        rows = part.value_rows.to(output.device)
+        return output.index_copy(output.ndim - 1, rows, (output[..., rows] - less).to(output.dtype))
+
+    return hook
+
+
+def _input_withheld(share: Share) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_tensor(args, kwargs)
+        less = share(x)
+        return None if less is None else with_first(args, kwargs, (x - less).to(x.dtype))
+
+    return hook
 
 
 # The identity ---------------------------------------------------------------------------------------------------------
@@ -355,51 +292,48 @@ def split(
         ValueError: as `ablate`.
     """
     points, parts = find_hook_points(model), find_parts(model)
-    wanted = sorted(set(layer_numbers(layers, points.n_layers)))
-    taken: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    numbers = sorted(set(layer_numbers(layers, points.n_layers)))
+    halves: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     ablating = Ablating(model, ())
     steering = Steering(model, plans, part=ablating)
 
     def attend(call: AttentionCall) -> Tensor:
         out = call.attend()
-        if call.layer in wanted:
+        if call.layer in numbers:
             part, layer = parts[call.layer], points.layer(model, call.layer)
-            added = _added(ablating.groups(steering), steering, call.layer, streams[call.layer])
+            added = _added(ablating.additions(steering), steering, call.layer, streams[call.layer])
             x = _linear(part.attention_norm, layer, added)
             if part.attention_norm is not None:
                 x = x * part.attention_norm.scale(streams[call.layer])
             values = torch.einsum("khd,btd->bkth", part.value_matrix(layer), x).to(call.value.dtype)
-            taken[call.layer] = call.attend(value=call.value - values), call.attend(value=values), out
+            halves[call.layer] = call.attend(value=call.value - values), call.attend(value=values), out
         return out
 
     with (
         exchange_attention(model, attend),
         steering,
-        read(model, "resid_pre", wanted) as streams,
+        read(model, "resid_pre", numbers) as streams,
     ):
         steering.set_prompt(set_prompt)
         model(**batch, use_cache=False)
-    for number in wanted:
-        yield number, _split(points.layer(model, number), parts[number], *taken.pop(number))
+    for number in numbers:
+        yield number, _split(points.layer(model, number), parts[number], *halves.pop(number))
 
 
-def _added(groups: Sequence[_Group], steering: Steering, number: int, stream: Tensor) -> Tensor:
+def _added(loaded: Sequence[Addition], steering: Steering, number: int, stream: Tensor) -> Tensor:
     """S `[batch, tokens, hidden]` at a layer's input."""
-    wide = torch.promote_types(stream.dtype, torch.float32)
-    if not groups:
-        return torch.zeros_like(stream, dtype=wide)
-    table = torch.stack([group.before(site("resid_pre", number)) for group in groups])
-    table = table.to(stream.device, wide)
-    return (_active(groups, steering.passes.rows_on(stream.device), table) @ table).view(stream.shape)
+    if not loaded:
+        return torch.zeros_like(wide(stream))
+    table = torch.stack([addition.before(site("resid_pre", number)) for addition in loaded]).to(wide(stream))
+    slot, position, _ = steering.passes.rows_on(stream.device)
+    return (acting(loaded, slot, position, table) @ table).view(stream.shape)
 
 
 def _split(layer: nn.Module, part: LayerParts, base: Tensor, steering: Tensor, whole: Tensor) -> AttentionSplit:
     matrix = part.output_matrix(layer)
     of_base, of_steering = (torch.einsum("bthd,hod->btho", x.to(matrix.dtype), matrix) for x in (base, steering))
-    bias = part.output_bias(layer)
-    rest = torch.zeros_like(of_base[:, :, 0])
-    if bias is not None:
-        rest = rest + bias
+    rest, bias = torch.zeros_like(of_base[:, :, 0]), part.output_bias(layer)
+    rest = rest if bias is None else rest + bias
     norm = part.output_norm
     if norm is None:
         return AttentionSplit(of_base, of_steering, rest)

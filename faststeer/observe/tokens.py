@@ -24,8 +24,8 @@ def rows(
     if completions is None:
         return [TokenRow(ids, []) for ids in encoded]
     if isinstance(completions, str) or len(completions) != len(encoded):
-        given = "one text" if isinstance(completions, str) else f"{len(completions)} completions"
-        raise ValueError(f"{given} for {len(encoded)} prompts: expected a list with one completion for each")
+        there = "one text" if isinstance(completions, str) else f"{len(completions)} completions"
+        raise ValueError(f"{there} for {len(encoded)} prompts: expected a list with one completion for each")
     return [TokenRow(ids, _ids(tokenizer, text)) for ids, text in zip(encoded, completions, strict=True)]
 
 

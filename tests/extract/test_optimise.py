@@ -18,7 +18,7 @@ from training import bipo, ntp, po, reps
 import faststeer as fs
 from faststeer.extract import Pair, Recipe, TrainingDiverged
 from faststeer.extract.optimise import NTP, PO, BiPO, RePS, read_options, train
-from faststeer.extract.optimise.training import Course
+from faststeer.extract.optimise.recipe import Course
 from faststeer.extract.pairs import encode_completions, turn_end
 
 YES, NO = "Sure, here is how to do it.", "I'm sorry, I cannot."
@@ -163,7 +163,7 @@ class TestAgainstHand:
         recipe = recipe_of(seeds=(3,), start=0.3, draws=method is bipo)
         signs = [recipe.drawn_sign(3, step) for step in range(3)]
         expected, losses = train_by_hand(
-            method, model, tokenizer, 1, recipe.start(1, 3, 32), c=2.0, steps=3, lr=0.05, signs=signs, decay=0.1,
+            method, model, tokenizer, 1, recipe.drawn_start(1, 3, 32), c=2.0, steps=3, lr=0.05, signs=signs, decay=0.1,
             clip=0.5, **options,
         )  # fmt: skip
         assert found.runs[0].losses == pytest.approx(losses, rel=1e-6)
@@ -183,7 +183,7 @@ class TestAgainstHand:
         """GPT-2: a row whose positions its padding shifted would have other losses."""
         settings = dict(unit="absolute", start=0.5)
         found = ntp(absolute, tokenizer, PAIRS, layers=1, at=at, steps=1, settings=settings, **WHOLE)
-        v = recipe_of(start=0.5).start(1, 0, 32).double()
+        v = recipe_of(start=0.5).drawn_start(1, 0, 32).double()
         losses = []
         for pair in PAIRS:
             module = layers_of(absolute)[1].attn if at == "attn_out" else layers_of(absolute)[0]
@@ -200,7 +200,7 @@ class TestAgainstHand:
     def test_positions_and_max_tokens(self, model, tokenizer):
         settings = dict(unit="absolute", start=0.5, positions="generated", max_tokens=3)
         found = ntp(model, tokenizer, PAIRS, layers=0, steps=1, settings=settings, **WHOLE)
-        v = recipe_of(start=0.5).start(0, 0, 32).double()
+        v = recipe_of(start=0.5).drawn_start(0, 0, 32).double()
         losses = []
         for pair in PAIRS:
             value, n = log_p(
@@ -248,7 +248,7 @@ def recipe_of(
     settings = {"schedule": "linear", "warmup": 0} | settings
     recipe = Recipe(1, factors=factors, steps=steps, lr=lr, batch_size=batch_size, seed=seeds, start=start, **settings)
     method = BiPO() if draws else NTP()
-    return Course(method, recipe.filled(method, 3, n_pairs), n_pairs)
+    return recipe.filled(method, 3, n_pairs)
 
 
 # What a step draws ----------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class TestDraws:
 
     def test_by_seed(self):
         recipe = recipe_of(n_pairs=50, batch_size=20, draws=True)
-        for draw in (recipe.batch, recipe.drawn_factors, lambda seed, _: recipe.start(1, seed, 8).tolist()):
+        for draw in (recipe.batch, recipe.drawn_factors, lambda seed, _: recipe.drawn_start(1, seed, 8).tolist()):
             assert draw(1, 0) == draw(1, 0) != draw(2, 0)
         assert recipe.batch(1, 0) != recipe.batch(1, 1) and recipe.drawn_factors(1, 0) != recipe.drawn_factors(1, 1)
         assert {recipe.drawn_sign(1, step) for step in range(20)} == {1, -1}
@@ -296,7 +296,7 @@ class TestDraws:
             expected = sorted(sizes)[(len(sizes) - 1) // 2]
             assert run.vector.provenance["unit_size"] == pytest.approx(expected, rel=1e-12)
             # One Adam step moves every coordinate by lr, in that unit, from the start.
-            start = recipe_of().start(run.layer, 0, 32)
+            start = recipe_of().drawn_start(run.layer, 0, 32)
             close(
                 run.vector[run.layer],
                 expected * (start - 0.01 * torch.sign(-(run.vector[run.layer] - expected * start))),
@@ -409,7 +409,7 @@ class TestModel:
         how = {"layers": 1, "steps": 3, "lr": 1e-4, "settings": settings, **WHOLE}
         half = ntp(llama(len(tokenizer)).bfloat16(), tokenizer, PAIRS, **how).runs[0]
         full = ntp(model, tokenizer, PAIRS, **how).runs[0]
-        start = recipe_of(start=1.0).start(1, 0, 32)
+        start = recipe_of(start=1.0).drawn_start(1, 0, 32)
         assert half.vector[1].dtype == torch.float32
         moved, expected = (run.vector[1] - start for run in (half, full))
         assert F.cosine_similarity(moved, expected, dim=0) > 0.9 and 0 < moved.abs().max() < 4e-4
@@ -634,8 +634,8 @@ class Shorter(NTP):
 
     name = "half"
 
-    def losses(self, scores):
-        return super().losses(scores) / 2
+    def losses(self, winner, loser):
+        return super().losses(winner, loser) / 2
 
 
 def test_an_objective_of_ones_own(model, tokenizer):

@@ -63,17 +63,17 @@ class Checkpoint(tensor_files.TensorRecord):
             FormatError: the file is damaged or something else, or belongs to another training than `description`'s,
                 with what differs.
         """
-        kept = cls.load(path)
-        wanted, found = json.loads(json.dumps(dict(description))), kept.description
-        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        if differing or len(kept.states) != n_vectors:
-            said = ", ".join(f"{name} (there {found.get(name)!r}, here {wanted.get(name)!r})" for name in differing)
-            said = said or f"the number of its vectors (there {len(kept.states)}, here {n_vectors})"
+        checkpoint = cls.load(path)
+        here, there = json.loads(json.dumps(dict(description))), checkpoint.description
+        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        if differing or len(checkpoint.states) != n_vectors:
+            said = ", ".join(f"{name} (there {there.get(name)!r}, here {here.get(name)!r})" for name in differing)
+            said = said or f"the number of its vectors (there {len(checkpoint.states)}, here {n_vectors})"
             raise FormatError(
                 f"{path} is a checkpoint of another training: it differs in {said}. Train with the same, or give "
                 "another checkpoint="
             )
-        return kept.states, kept.step
+        return checkpoint.states, checkpoint.step
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {

@@ -8,7 +8,7 @@ Formulas only. log p(y) is the sum of the log probabilities of a completion's to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -58,15 +58,19 @@ class Term(NamedTuple):
     coefficient: float | None
 
 
-class TermScores(NamedTuple):
-    """Of terms `[terms]`: log p_v, |y| and log p_0 of winners and losers (empty without losers)."""
+class SideScores(NamedTuple):
+    """Of all winners or all losers of some terms, `[terms]` (empty for terms without losers): log p_v, |y|, log p_0."""
 
-    winner: Tensor
-    winner_length: Tensor
-    winner_reference: Tensor
-    loser: Tensor
-    loser_length: Tensor
-    loser_reference: Tensor
+    log_p: Tensor
+    length: Tensor
+    reference: Tensor
+
+    @classmethod
+    def of(cls, sides: Sequence[Side], log_p: Tensor) -> SideScores:
+        """`log_p`: log p_v of each side's completion."""
+        lengths = torch.tensor([len(side.text.completion) for side in sides])
+        references = torch.tensor([side.reference for side in sides], dtype=torch.float64)
+        return cls(log_p, lengths.to(log_p), references.to(log_p))
 
 
 class Objective:
@@ -99,7 +103,7 @@ class Objective:
         """The terms of a pair, their losses to be summed; `coefficient` > 0, `sign` drawn (1 if none is)."""
         raise NotImplementedError
 
-    def losses(self, scores: TermScores) -> Tensor:
+    def losses(self, winner: SideScores, loser: SideScores) -> Tensor:
         """`[terms]`."""
         raise NotImplementedError
 
@@ -128,9 +132,9 @@ class NTP(Objective):
         """One term: the chosen completion, under the vector times the sign of the pair and the coefficient."""
         return [Term(example.chosen, None, example.sign * coefficient)]
 
-    def losses(self, scores: TermScores) -> Tensor:
+    def losses(self, winner: SideScores, loser: SideScores) -> Tensor:
         """-log p_v(w), divided by the length of w unless `length_normalised` is False; one number per example."""
-        return -scores.winner / (scores.winner_length if self.length_normalised else 1)
+        return -winner.log_p / (winner.length if self.length_normalised else 1)
 
 
 @dataclass(frozen=True)
@@ -156,17 +160,16 @@ class PO(Objective):
     name: ClassVar[str] = "po"
 
     def __post_init__(self) -> None:
-        _check_not_negative("phi", self.phi)
+        check_not_negative("phi", self.phi)
 
     def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the chosen completion against the other, under the vector times the sign and the coefficient."""
         return [Term(example.chosen, example.other, example.sign * coefficient)]
 
-    def losses(self, scores: TermScores) -> Tensor:
+    def losses(self, winner: SideScores, loser: SideScores) -> Tensor:
         """-log s(b log p_v(w) / |w| - log p_v(l) / |l|) with b from the unsteered model; one number per example."""
-        b = ((scores.loser_reference - scores.winner_reference) * self.phi).clamp(min=1)
-        margin = b * scores.winner / scores.winner_length - scores.loser / scores.loser_length
-        return -F.logsigmoid(margin)
+        b = ((loser.reference - winner.reference) * self.phi).clamp(min=1)
+        return -F.logsigmoid(b * winner.log_p / winner.length - loser.log_p / loser.length)
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ class BiPO(Objective):
     }
 
     def __post_init__(self) -> None:
-        _check_not_negative("beta", self.beta)
+        check_not_negative("beta", self.beta)
 
     def terms(self, example: TokenizedPair, coefficient: float, sign: int) -> list[Term]:
         """One term: the positive completion wins where `sign` is +1, the negative one where it is -1."""
@@ -251,30 +254,21 @@ class BiPO(Objective):
         sides = (example.positive, example.negative) if sign > 0 else (example.negative, example.positive)
         return [Term(*sides, sign * coefficient)]
 
-    def losses(self, scores: TermScores) -> Tensor:
+    def losses(self, winner: SideScores, loser: SideScores) -> Tensor:
         """-log s(beta (log p_v/p_0 (w) - log p_v/p_0 (l))); one number per example."""
-        gain = (scores.winner - scores.winner_reference) - (scores.loser - scores.loser_reference)
-        return -F.logsigmoid(self.beta * gain)
+        return -F.logsigmoid(self.beta * ((winner.log_p - winner.reference) - (loser.log_p - loser.reference)))
 
 
-def _check_not_negative(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise ValueError unless a setting is a finite number of at least 0."""
+    if not is_number(value) or value < 0:
         raise ValueError(f"{name} is {value!r}: expected a finite number that is not negative")
 
 
 # Each method under the name by which the command line, behaviours and studies know it.
 METHODS: dict[str, type[NTP] | type[PO] | type[BiPO]] = {m.name: m for m in (NTP, PO, RePS, BiPO)}
-
-
-def scores_of(terms: list[Term], winner: Tensor, loser: Tensor) -> TermScores:
-    """`winner` and `loser`: log p_v `[terms]`, `loser` empty where the terms have none."""
-
-    def lengths(sides: list[Side]) -> Tensor:
-        return torch.tensor([len(side.text.completion) for side in sides]).to(winner)
-
-    def references(sides: list[Side]) -> Tensor:
-        return torch.tensor([side.reference for side in sides], dtype=torch.float64).to(winner)
-
-    winners = [term.winner for term in terms]
-    losers = [term.loser for term in terms if term.loser is not None]
-    return TermScores(winner, lengths(winners), references(winners), loser, lengths(losers), references(losers))

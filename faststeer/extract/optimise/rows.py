@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faststeer.extract.optimise.objectives import Objective, Term, scores_of
+from faststeer.extract.optimise.objectives import Objective, SideScores, Term
 from faststeer.hf.batching import (
     Prompt,
     TokenRow,
@@ -99,10 +99,11 @@ def losses(
     """
     total = torch.zeros(len(plans.vectors), dtype=torch.float64)
     per_term = 1 if work[0].term.loser is None else 2
+    longest = [max(len(side.text) for side in item.term[:2] if side is not None) for item in work]
     with torch.set_grad_enabled(backward):
-        for group in batches([_longest(item.term) for item in work], max(1, rows // per_term)):
+        for group in batches(longest, max(1, rows // per_term)):
             chunk = [work[index] for index in group]
-            values = objective.losses(_scores(model, steering, plans, [(w.vector, w.term) for w in chunk], pad_id))
+            values = objective.losses(*_scores(model, steering, plans, chunk, pad_id))
             weighted = values * torch.tensor([w.weight for w in chunk]).to(values)
             if backward:
                 weighted.sum().backward()
@@ -110,13 +111,15 @@ def losses(
     return total
 
 
-def _scores(model: Any, steering: Steering, plans: Plans, terms: list[tuple[int, Term]], pad_id: int) -> Any:
-    sides = [("winner", vector, term) for vector, term in terms]
-    sides += [("loser", vector, term) for vector, term in terms if term.loser is not None]
-    texts = [getattr(term, side).text for side, _, term in sides]
-    row_plans = [plans.of(vector, term.coefficient) for _, vector, term in sides]
-    found = log_probabilities(model, texts, pad_id, steering, row_plans)
-    return scores_of([term for _, term in terms], found[: len(terms)], found[len(terms) :])
+def _scores(
+    model: Any, steering: Steering, plans: Plans, work: Sequence[Work], pad_id: int
+) -> tuple[SideScores, SideScores]:
+    """Of the winners and of the losers, in one forward pass."""
+    winners, losers = [w.term.winner for w in work], [w.term.loser for w in work if w.term.loser is not None]
+    row_plans = [plans.of(w.vector, w.term.coefficient) for w in work]
+    row_plans += row_plans[: len(losers)]  # all terms of an objective have a loser, or none has
+    log_p = log_probabilities(model, [side.text for side in (*winners, *losers)], pad_id, steering, row_plans)
+    return SideScores.of(winners, log_p[: len(work)]), SideScores.of(losers, log_p[len(work) :])
 
 
 @torch.no_grad()
@@ -127,16 +130,12 @@ def residual_sizes(
     prompts, which the few tokens of enormous norm that many models have do not move. `how`: of `encode`."""
     encoded = encode(tokenizer, prompts, **how)
     norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    with read(model, at="resid_post", layers=layers) as taken:
+    with read(model, at="resid_post", layers=layers) as activations:
         for group in batches([len(ids) for ids in encoded], rows):
             batch = pad([encoded[index] for index in group], padding_id(tokenizer), model_device(model))
             model(**forward_arguments(model, batch))
             for layer in layers:
-                h = taken[layer]
+                h = activations[layer]
                 real = batch["attention_mask"].to(h.device).bool()
                 norms[layer].append(h[real].double().pow(2).mean(-1).sqrt().cpu())
-    return {layer: float(torch.cat(found).median()) for layer, found in norms.items()}
-
-
-def _longest(term: Term) -> int:
-    return max(len(side.text) for side in (term.winner, term.loser) if side is not None)
+    return {layer: float(torch.cat(batches_of_layer).median()) for layer, batches_of_layer in norms.items()}

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,17 +24,16 @@ from faststeer.artefacts import digest, fingerprint
 from faststeer.evaluate.likelihood import ContinuationRow, score_rows
 from faststeer.extract.optimise.checkpoint import TENSORS, Checkpoint, VectorState
 from faststeer.extract.optimise.objectives import Objective, Side, TokenizedPair
-from faststeer.extract.optimise.recipe import Recipe, listed
+from faststeer.extract.optimise.recipe import Course, Recipe
 from faststeer.extract.optimise.rows import Plans, Work, losses, residual_sizes
 from faststeer.extract.pairs import Pair, check_pairs, encode_completions
 from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id, progress_bar
-from faststeer.hf.steering import Steering, steer
+from faststeer.hf.changes import changing
+from faststeer.hf.steering import steer
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector
 
 UNIT_PROMPTS = 64  # at most so many prompts tell the residual stream's size
-# What a random draw is for; the generator's seed is [seed, purpose, number].
-ORDER, FACTOR, SIGN, START = range(4)
 
 
 class TrainingDiverged(ArithmeticError):
@@ -88,12 +86,12 @@ class Training:
         self, *, layer: int | None = None, seed: int | None = None, coefficient: float | None = None
     ) -> Training:
         """Return the runs with this layer, seed and coefficient. Raises ValueError if there is none."""
-        wanted = {"layer": layer, "seed": seed, "coefficient": coefficient}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        runs = tuple(run for run in self.runs if all(getattr(run, name) == value for name, value in wanted.items()))
+        asked = {"layer": layer, "seed": seed, "coefficient": coefficient}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        runs = tuple(run for run in self.runs if all(getattr(run, name) == value for name, value in asked.items()))
         if not runs:
             there = [(run.layer, run.seed, run.coefficient) for run in self.runs]
-            raise ValueError(f"no vector was trained with {wanted}: there are (layer, seed, coefficient) {there}")
+            raise ValueError(f"no vector was trained with {asked}: there are (layer, seed, coefficient) {there}")
         return Training(self.method, runs)
 
     @property
@@ -120,83 +118,6 @@ class Training:
         return SteeringVector(
             directions, at=first.at, model=first.model, method=self.method, scale="raw", provenance=provenance
         )
-
-
-@dataclass(frozen=True)
-class Course:
-    """Everything that decides what comes out: the method, its recipe with nothing left open, the number of pairs."""
-
-    method: Objective
-    recipe: Recipe
-    n_pairs: int
-
-    @property
-    def grid(self) -> list[tuple[int, int, float]]:
-        """(layer, seed, coefficient) of each vector."""
-        r = self.recipe
-        return [
-            (layer, seed, c) for layer in listed(r.layers) for seed in listed(r.seed) for c in listed(r.coefficient)
-        ]
-
-    @property
-    def steps(self) -> int:
-        return cast(int, self.recipe.steps)
-
-    @property
-    def batch_size(self) -> int:
-        return cast(int, self.recipe.batch_size)
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        return tuple(self.recipe.factors or ())
-
-    @property
-    def every(self) -> int:
-        return self.recipe.every or math.ceil(self.n_pairs / self.batch_size)
-
-    @property
-    def middle(self) -> float:
-        return sum(self.factors) / len(self.factors)
-
-    def learning_rate(self, step: int) -> float:
-        """Of a step counted from 0, in `Recipe.unit`s; never 0."""
-        lr, warmup = cast(float, self.recipe.lr), self.recipe.warmup or 0
-        if step < warmup:
-            return lr * (step + 1) / (warmup + 1)
-        done = (step - warmup) / (self.steps - warmup)
-        heights = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-        return lr * heights[cast(str, self.recipe.schedule)]
-
-    def batch(self, seed: int, step: int) -> list[int]:
-        """The pairs of a step: the next ones in a new random order of all pairs for each epoch."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {
-            epoch: np.random.default_rng([seed, ORDER, epoch]).permutation(self.n_pairs)
-            for epoch in {place // self.n_pairs for place in places}
-        }
-        return [int(orders[place // self.n_pairs][place % self.n_pairs]) for place in places]
-
-    def used(self) -> list[int]:
-        """The pairs that any step of any vector draws."""
-        if self.steps * self.batch_size >= self.n_pairs:
-            return list(range(self.n_pairs))
-        seeds = listed(self.recipe.seed)
-        return sorted({pair for seed in seeds for step in range(self.steps) for pair in self.batch(seed, step)})
-
-    def drawn_factors(self, seed: int, step: int) -> list[float]:
-        return np.random.default_rng([seed, FACTOR, step]).choice(self.factors, size=self.batch_size).tolist()
-
-    def drawn_sign(self, seed: int, step: int) -> int:
-        return int(np.random.default_rng([seed, SIGN, step]).choice((1, -1))) if self.method.draws_sign else 1
-
-    def start(self, layer: int, seed: int, hidden: int) -> Tensor:
-        normal = np.random.default_rng([seed, START, layer]).standard_normal(hidden)
-        return torch.from_numpy(cast(float, self.recipe.start) * normal).float()
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-serialisable, without what differs between the vectors of a grid."""
-        objective = asdict(self.method)  # type: ignore[call-overload]
-        return {"method": self.method.name, "objective": objective, "n_pairs": self.n_pairs} | self.recipe.describe()
 
 
 def train(
@@ -236,8 +157,12 @@ def train(
     pairs = check_pairs(pairs, rejected=method.needs_rejected)
     held_out = [] if held_out is None else check_pairs(held_out, "held_out", rejected=method.needs_rejected)
     _check_apart(pairs, held_out, recipe.patience)
-    course = Course(method, recipe.filled(method, hf.find_hook_points(model).n_layers, len(pairs)), len(pairs))
-    with _frozen(model):
+    course = recipe.filled(method, hf.find_hook_points(model).n_layers, len(pairs))
+    with changing() as changes:  # weights need no gradient inside, so that none is computed or kept for them
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                changes.on_undo(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
         return _Loop(model, tokenizer, course, pairs, held_out, checkpoint, progress).run()
 
 
@@ -262,9 +187,7 @@ class _Loop:
         self.saved = self.step
         for state in self.states:
             state.values.requires_grad_()
-        self.plans = Plans(
-            [s.values for s in self.states], [g[0] for g in grid], course.recipe.at, course.recipe.positions
-        )
+        self.plans = Plans([s.values for s in self.states], [g[0] for g in grid], course.at, course.positions)
         self.optimizer = self._make_optimizer()
         if self.step < course.steps and not all(state.done for state in self.states):
             used = course.used()
@@ -284,7 +207,8 @@ class _Loop:
             return states, step
         hidden = hf.find_hook_points(self.model).hidden_size
         starts = [
-            self.units[layer] * self.course.start(layer, seed, hidden).to(device) for layer, seed, _ in self.course.grid
+            self.units[layer] * self.course.drawn_start(layer, seed, hidden).to(device)
+            for layer, seed, _ in self.course.grid
         ]
         return [VectorState(v, v.clone(), torch.zeros_like(v), torch.zeros_like(v)) for v in starts], 0
 
@@ -293,7 +217,7 @@ class _Loop:
             {"params": [state.values], "unit": self.units[layer]}
             for state, (layer, _, _) in zip(self.states, self.course.grid, strict=True)
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.course.recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.course.weight_decay)
         for state in self.states:
             # The optimizer works on the state's own tensors, so that a checkpoint finds them there.
             optimizer.state[state.values] = {
@@ -305,12 +229,12 @@ class _Loop:
 
     def _units(self) -> dict[int, float]:
         """By layer, what a learning rate of 1 is."""
-        layers, settings = listed(self.course.recipe.layers), self.course.recipe
-        if settings.unit == "absolute":
-            return dict.fromkeys(layers, 1.0)
+        course = self.course
+        if course.unit == "absolute":
+            return dict.fromkeys(course.layers, 1.0)
         prompts = [pair.prompt for pair in self.pairs[:UNIT_PROMPTS]]
-        how: dict[str, Any] = {"system": settings.system, "rendered": settings.rendered}
-        sizes = residual_sizes(self.model, self.tokenizer, prompts, layers, settings.rows, **how)
+        how: dict[str, Any] = {"system": course.system, "rendered": course.rendered}
+        sizes = residual_sizes(self.model, self.tokenizer, prompts, course.layers, course.rows, **how)
         for layer, size in sizes.items():
             if not (math.isfinite(size) and size > 0):
                 raise ValueError(
@@ -320,18 +244,17 @@ class _Loop:
         return sizes
 
     def _encode(self, pairs: list[Pair]) -> list[TokenizedPair]:
-        settings = self.course.recipe
-
-        how: dict[str, Any] = {name: getattr(settings, name) for name in ("system", "rendered", "max_tokens")}
+        course = self.course
+        how: dict[str, Any] = {name: getattr(course, name) for name in ("system", "rendered", "max_tokens")}
         chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected or "" for pair in pairs]
         prompts = [pair.prompt for pair in pairs]
         both = encode_completions(self.tokenizer, prompts, chosen, **how)
-        if self.course.method.needs_rejected:
+        if course.method.needs_rejected:
             both += encode_completions(self.tokenizer, prompts, rejected, **how)
         references = [math.nan] * len(both)
-        if self.course.method.needs_reference:
+        if course.method.needs_reference:
             rows = [ContinuationRow(text.prompt, text.completion) for text in both]
-            scored = score_rows(self.model, rows, pad_id=padding_id(self.tokenizer), batch_size=settings.rows)
+            scored = score_rows(self.model, rows, pad_id=padding_id(self.tokenizer), batch_size=course.rows)
             references = [each.total for each in scored]
         sides = [Side(text, value) for text, value in zip(both, references, strict=True)]
         others: list[Any] = sides[len(pairs) :] or [None] * len(pairs)
@@ -341,7 +264,7 @@ class _Loop:
         course = self.course
         first = self.plans.of(0, course.middle)
         name = f"Training {len(self.states)} vector(s) by {course.method.name}"
-        rows = max(2, course.recipe.rows)  # no pass has more plans than rows; a preference has two rows
+        rows = max(2, course.rows)  # no pass has more plans than rows; a preference has two rows
         with (
             # By hooks: one site in a layer is steered, and fused norms compute again in the backward pass what the
             # model's own keep (1.5 times the CPU time of a step on the demo model).
@@ -350,16 +273,18 @@ class _Loop:
             ) as steering,
             progress_bar(name, course.steps - self.step, self.progress) as advance,
         ):
+            passes: dict[str, Any] = {"pad_id": padding_id(self.tokenizer), "rows": course.rows}
+            losses_of = partial(losses, self.model, steering, course.method, self.plans, **passes)
             while self.step < course.steps and not all(state.done for state in self.states):
-                self._step(steering)
+                self._step(losses_of)
                 self.step += 1
-                if self.step % course.every == 0 or self.step == course.steps:
-                    self._evaluate(steering)
+                if self.step % course.interval == 0 or self.step == course.steps:
+                    self._evaluate(losses_of)
                     self._save()
                 last = [state.losses[-1] for state in self.states]
                 advance(f"{name}, loss {sum(last) / len(last):.4f}")
 
-    def _step(self, steering: Steering) -> None:
+    def _step(self, losses_of: Callable[..., Tensor]) -> None:
         course, step = self.course, self.step
         work = [
             Work(number, term, 1 / course.batch_size)
@@ -368,18 +293,18 @@ class _Loop:
             for pair, factor in zip(course.batch(seed, step), course.drawn_factors(seed, step), strict=True)
             for term in course.method.terms(self.examples[pair], coefficient * factor, course.drawn_sign(seed, step))
         ]
-        found = self._losses(steering, work, backward=True)
+        loss = losses_of(work, backward=True).tolist()
         active = [(i, state) for i, state in enumerate(self.states) if not state.done]
         for number, state in active:
             gradient = state.values.grad
-            if not math.isfinite(found[number]):
-                self._diverged(number, found[number], "the loss")
+            if not math.isfinite(loss[number]):
+                self._diverged(number, loss[number], "the loss")
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                self._diverged(number, found[number], "a gradient")
+                self._diverged(number, loss[number], "a gradient")
         for number, state in active:
-            if course.recipe.clip is not None:
-                nn.utils.clip_grad_norm_([state.values], course.recipe.clip)
-            state.losses.append(found[number])
+            if course.clip is not None:
+                nn.utils.clip_grad_norm_([state.values], course.clip)
+            state.losses.append(loss[number])
         for group in self.optimizer.param_groups:
             group["lr"] = group["unit"] * course.learning_rate(step)
         self.optimizer.step()
@@ -388,7 +313,7 @@ class _Loop:
             if not self.held_out:
                 state.best_step, state.best = step + 1, state.values
 
-    def _evaluate(self, steering: Steering) -> None:
+    def _evaluate(self, losses_of: Callable[..., Tensor]) -> None:
         if not self.held_out:
             return
         course = self.course
@@ -401,29 +326,17 @@ class _Loop:
             for sign in signs
             for term in course.method.terms(example, coefficient * course.middle, sign)
         ]
-        found = self._losses(steering, work)
+        loss = losses_of(work).tolist()
         for number, state in enumerate(self.states):
             if state.done:
                 continue
-            if not math.isfinite(found[number]):
-                self._diverged(number, found[number], "the held-out loss")
-            if not state.held_out or found[number] < min(state.held_out.values()):
+            if not math.isfinite(loss[number]):
+                self._diverged(number, loss[number], "the held-out loss")
+            if not state.held_out or loss[number] < min(state.held_out.values()):
                 state.best_step, state.best = self.step, state.values.detach().clone()
-            state.held_out[self.step] = found[number]
+            state.held_out[self.step] = loss[number]
             since = sum(at > state.best_step for at in state.held_out)
-            state.done = course.recipe.patience is not None and since >= course.recipe.patience
-
-    def _losses(self, steering: Steering, work: list[Work], backward: bool = False) -> list[float]:
-        return losses(
-            self.model,
-            steering,
-            self.course.method,
-            self.plans,
-            work,
-            pad_id=padding_id(self.tokenizer),
-            rows=self.course.recipe.rows,
-            backward=backward,
-        ).tolist()
+            state.done = course.patience is not None and since >= course.patience
 
     def _save(self) -> None:
         if self.path is not None:
@@ -445,9 +358,9 @@ class _Loop:
     def _description(self) -> dict[str, Any]:
         course = self.course
         return course.describe() | {
-            "layers": listed(course.recipe.layers),
-            "seeds": listed(course.recipe.seed),
-            "coefficients": listed(course.recipe.coefficient),
+            "layers": list(course.layers),
+            "seeds": list(course.seed),
+            "coefficients": list(course.coefficient),
             "model": model_name(self.model),
             "weights": fingerprint(self.model),
             "pairs": digest(list(map(asdict, self.pairs))),
@@ -469,26 +382,13 @@ class _Loop:
         }
         vector = SteeringVector(
             {layer: (state.best.detach() * scale).cpu()},
-            at=self.course.recipe.at,
+            at=self.course.at,
             model=model_name(self.model),
             method=self.course.method.name,
             scale="raw",
             provenance=provenance,
         )
         return Run(layer, seed, coefficient, vector, tuple(state.losses), dict(state.held_out), state.best_step)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Weights need no gradient inside, so that none is computed or kept for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _check_apart(pairs: list[Pair], held_out: list[Pair], patience: int | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import Entry
 from faststeer.evaluate.generate import completions as all_completions
 from faststeer.generator import SamplingParams
 from faststeer.hf.batching import Prompt, TokenRow, check_evaluating, encode
@@ -18,6 +17,7 @@ from faststeer.observe.additions import additions
 from faststeer.observe.difference import difference, kept_positions
 from faststeer.plan import Plan, site_name
 
+ANALYSIS = "patching explains added vectors"
 Side = Literal["steered", "base"]
 
 
@@ -81,20 +81,21 @@ def examples(
     n = len(encoded)
     both = [None] * n + [plan] * n
     how: dict[str, Any] = {"batch_size": 2 * batch_size, "progress": progress}
-    found = all_completions(model, tokenizer, [*encoded, *encoded], both, SamplingParams(max_new_tokens), **how)
+    answered = all_completions(model, tokenizer, [*encoded, *encoded], both, SamplingParams(max_new_tokens), **how)
     # With the token that ended an answer.
-    ids = [each.token_ids + ([] if each.stop_token is None else [each.stop_token]) for each in found]
+    ids = [each.token_ids + ([] if each.stop_token is None else [each.stop_token]) for each in answered]
     answers = list(zip(ids[:n], ids[n:], strict=True))
-    chosen = [i for i in range(len(encoded)) if changed is None or changed(*_texts(tokenizer, answers[i]))]
+    texts = [[tokenizer.decode(one, skip_special_tokens=True) for one in answer] for answer in answers]
+    chosen = [index for index in range(n) if changed is None or changed(*texts[index])]
     if not chosen:
         raise ValueError(
             f"steering changed none of {len(encoded)} answers as changed= asks, so there is nothing to explain: use a "
             "larger coefficient or another layer, prompts whose answer it changes, or another judge"
         )
     pairs = [(index, side) for side in sides for index in chosen]
-    texts = [answers[index][side == "steered"] for index, side in pairs]
+    completed = [answers[index][side == "steered"] for index, side in pairs]
     how = {"system": system, "batch_size": batch_size, "progress": progress}
-    return with_positions(model, tokenizer, [prompts[index] for index, _ in pairs], texts, plan, **how)
+    return with_positions(model, tokenizer, [prompts[index] for index, _ in pairs], completed, plan, **how)
 
 
 def with_positions(
@@ -111,41 +112,36 @@ def with_positions(
         ValueError: as `examples`; another number of completions than prompts, a completion without tokens.
     """
     # Only the next tokens are of interest: one layer will do.
-    found = difference(model, tokenizer, prompts, plan, completions=completions, layers=[-1], **options)
-    for index, row in enumerate(found):
+    differences = difference(model, tokenizer, prompts, plan, completions=completions, layers=[-1], **options)
+    for index, row in enumerate(differences):
         if len(row.token_ids) == row.n_prompt:
             raise ValueError(f"completions[{index}] has no tokens: expected at least one")
-    made = []
-    for row, kept in zip(found, kept_positions(found), strict=True):
+    rows = []
+    for row, kept in zip(differences, kept_positions(differences), strict=True):
         if kept:
             n = row.n_prompt
             tokens = row.steered_token[kept].tolist(), row.base_token[kept].tolist()
-            made.append(Example(row.token_ids[:n], row.token_ids[n:], plan, kept, *tokens))
-    return made
-
-
-def _texts(tokenizer: Any, answers: tuple[list[int], list[int]]) -> tuple[str, str]:
-    base, steered = (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
-    return base, steered
+            rows.append(Example(row.token_ids[:n], row.token_ids[n:], plan, kept, *tokens))
+    return rows
 
 
 # What plans add -------------------------------------------------------------------------------------------------------
 
 
-def steered_layer(given: Sequence[Example], points: HookPoints) -> int:
+def steered_layer(group: Sequence[Example], points: HookPoints) -> int:
     """The layer that reads the steered stream first, the same for all examples.
 
     Raises:
         ValueError: no examples; a plan that does not add vectors at one place in the residual stream before a layer;
             examples steered at different places.
     """
-    if not given:
+    if not group:
         raise ValueError("no examples: make them with examples(model, tokenizer, prompts, plan)")
-    for number, example in enumerate(given):
+    for number, example in enumerate(group):
         if not example.kept:
             raise ValueError(f"examples[{number}] has no position where steered and base differ: leave it out")
-    plans = {id(example.plan): example.plan for example in given}.values()
-    sites = {entry.site for plan in plans for entry, _ in _additions(plan, points)}
+    plans = {id(example.plan): example.plan for example in group}.values()
+    sites = {site for each in additions(dict(enumerate(plans)), points, ANALYSIS) for site in each.by_site}
     names = [site_name(number, points.n_layers) for number in sorted(sites)]
     if len(names) != 1 or names[0][0] != "resid_pre":
         where = ", ".join(f"{at} of layer {layer}" for at, layer in names) or "no place"
@@ -159,16 +155,10 @@ def steered_layer(given: Sequence[Example], points: HookPoints) -> int:
 def added(group: Sequence[Example], batch: dict[str, Tensor], points: HookPoints, dtype: torch.dtype) -> Tensor:
     """S `[batch, tokens, hidden]`: what steering adds to each token, nothing to padding."""
     mask = batch["attention_mask"].bool()
-    width = mask.shape[1]
-    made = torch.zeros(*mask.shape, points.hidden_size, dtype=dtype, device=mask.device)
-    for b, example in enumerate(group):
-        position = torch.arange(width, device=mask.device) - (width - len(example.completion))
-        for entry, vector in _additions(example.plan, points):
-            low, high = entry.position_range
-            here = mask[b] & (position >= low) & (position < high)
-            made[b] += here.unsqueeze(-1) * vector.to(made)
-    return made
-
-
-def _additions(plan: Plan, points: HookPoints) -> Iterator[tuple[Entry, Tensor]]:
-    return additions(plan, points.n_layers, points.hidden_size, "patching explains added vectors")
+    total = torch.zeros(*mask.shape, points.hidden_size, dtype=dtype, device=mask.device)
+    for each in additions({row: example.plan for row, example in enumerate(group)}, points, ANALYSIS):
+        end = mask.shape[1] - len(group[each.slot].completion)
+        here = mask[each.slot].clone()
+        here[: max(end + each.low, 0)] = here[max(end + each.high, 0) :] = False
+        total[each.slot] += here.unsqueeze(-1) * each.before(max(each.by_site)).to(total)
+    return total

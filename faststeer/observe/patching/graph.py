@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -150,15 +150,8 @@ class Graph:
 
     def kind(self, receiver: int) -> Kind:
         """What a receiver is: "q", "k", "v", "mlp" or "logits"."""
-        if receiver == self.n_receivers - 1:
-            return "logits"
-        place = receiver % self.receivers_per_layer
-        bounds: tuple[tuple[Kind, int], ...] = (
-            ("q", self.heads),
-            ("k", self.heads + self.kv_heads),
-            ("v", self.heads + 2 * self.kv_heads),
-        )
-        return next((kind for kind, end in bounds if place < end), "mlp")
+        part = self.receivers[receiver].rpartition(".")[2].lower()  # "q3", "mlp", "logits"
+        return cast(Kind, part if part in ("mlp", "logits") else part[0])
 
     @cached_property
     def passes_on(self) -> Tensor:

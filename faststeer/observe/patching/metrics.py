@@ -48,8 +48,8 @@ class Metric:
     ) -> None:
         self.name, self._lens, self._base, self._steered = name, lens, base, steered
         width, device = base.shape[1], base.device
-        kept = [(b, width - len(each) + place) for b, each in enumerate(group) for place in each.kept]
-        self._row, self._column = torch.tensor(kept, device=device).T
+        places = [(b, width - len(each) + place) for b, each in enumerate(group) for place in each.kept]
+        self._row, self._column = torch.tensor(places, device=device).T
         self._y = torch.tensor([token for each in group for token in each.steered_tokens], device=device)
         self._y_base = torch.tensor([token for each in group for token in each.base_tokens], device=device)
 
@@ -65,12 +65,12 @@ class Metric:
     @torch.enable_grad()
     def gradient(self, stream: Tensor) -> Tensor:
         """d metric / d stream `[batch, tokens, hidden]`, in its dtype."""
-        made = torch.zeros_like(stream)
+        gradient = torch.zeros_like(stream)
         for piece in self._pieces():
             states = self._at(stream, piece).detach().requires_grad_()
-            (found,) = torch.autograd.grad(self._values(states, piece).sum(), states)
-            made[self._row[piece], self._column[piece]] = found
-        return made
+            of_states = torch.autograd.grad(self._values(states, piece).sum(), states)
+            gradient[self._row[piece], self._column[piece]] = of_states[0]
+        return gradient
 
     def _pieces(self) -> Sequence[Tensor]:
         return torch.arange(len(self._row), device=self._row.device).split(CHUNK)

@@ -10,7 +10,8 @@ its rows of the projection), and the derivative of a norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from faststeer.hf.anatomy import find_hook_points, run_four_tokens
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.batching import check_evaluating, forward_arguments
 from faststeer.hf.changes import Changes, Context, changing
-from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, quiet
+from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, quiet, with_first
 from faststeer.hf.known import known_of
+from faststeer.hf.norms import wide
 from faststeer.hf.steering import is_steered
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import LayerParts, Norm, find_parts, matrix
@@ -39,7 +41,7 @@ class HeadRows:
 
 
 @dataclass
-class Taken:
+class LayerPass:
     """What a layer read and wrote in one pass, `[batch, tokens, ...]`.
 
     Attributes:
@@ -48,6 +50,7 @@ class Taken:
         mixed: what enters the output projection, head after head.
         scale: of the output norm, `[..., 1]`; None where there is none.
         mlp_out: what its MLP wrote.
+        left: the residual stream that it leaves.
     """
 
     stream: Tensor
@@ -55,6 +58,7 @@ class Taken:
     mixed: Tensor
     scale: Tensor | None
     mlp_out: Tensor
+    left: Tensor
 
 
 @dataclass
@@ -116,7 +120,6 @@ class Network(Context["Network"]):
         self.layers = [self.points.layer(model, start + i) for i in range(self.graph.depth)]
         self.lens = LogitLens(model)
         self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
         self._taps = [_Tap() for _ in self.layers]
         self._callers: list[Callable[[Tensor], Any]] = []
 
@@ -128,17 +131,15 @@ class Network(Context["Network"]):
 
     def _forget(self) -> None:
         self._callers = []
-        self._taps = [_Tap() for _ in self.layers]
+        self._reset()
 
     # Passes -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def base(self, batch: Mapping[str, Tensor]) -> tuple[list[Taken], Tensor]:
-        """Run the model unsteered over a batch; later runs are over the same tokens. Returns what each layer read and
-        wrote, and the stream that the last one leaves, `[batch, tokens, hidden]`."""
+    def base(self, batch: Mapping[str, Tensor]) -> list[LayerPass]:
+        """Run the model unsteered over a batch; later runs are over the same tokens."""
         self._callers = []
-        streams: list[Tensor] = []
-        ends: list[Tensor] = []
+        streams: list[Tensor] = []  # that enter the layers, and the one that the last layer leaves
 
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams.append(first_tensor(args, kwargs))
@@ -148,25 +149,25 @@ class Network(Context["Network"]):
             for layer in self.layers:
                 changes.hook(layer.register_forward_pre_hook, note, with_kwargs=True)
             last = self.layers[-1].register_forward_hook
-            changes.hook(last, lambda module, args, output: ends.append(first_output(output)))
+            changes.hook(last, lambda module, args, output: streams.append(first_output(output)))
             self._reset()
             self.model(**forward_arguments(self.model, batch))
-        return [self._taken(i, stream) for i, stream in enumerate(streams)], ends[0]
+        return [self._noted(i, *streams[i : i + 2]) for i in range(self.graph.depth)]
 
     @torch.no_grad()
-    def run(self, stream: Tensor) -> Iterator[tuple[Taken, Tensor]]:
-        """Run the layers over another stream `[batch, tokens, hidden]`; after each, yield what it read and wrote, and
-        the stream it leaves."""
+    def run(self, stream: Tensor) -> Iterator[LayerPass]:
+        """Run the layers over another stream `[batch, tokens, hidden]`."""
         for i in range(self.graph.depth):
             self._reset()
             left = self._call(i, stream)
-            yield self._taken(i, stream), left
+            yield self._noted(i, stream, left)
             stream = left
 
     @torch.no_grad()
-    def run_reading(self, i: int, base: Taken, attention: Tensor, mlp: Callable[[Tensor | None], Tensor]) -> Taken:
-        """Run layer i with an input of its own for each reader. Of what is returned, `stream` and `middle` are the
-        base's.
+    def run_reading(
+        self, i: int, base: LayerPass, attention: Tensor, mlp: Callable[[Tensor | None], Tensor]
+    ) -> LayerPass:
+        """Run layer i with an input of its own for each reader. Of what is returned, the streams are the base's.
 
         Args:
             base: what the layer read and wrote unsteered; says how many rows there are.
@@ -179,14 +180,14 @@ class Network(Context["Network"]):
         tap.projected, tap.putting = self._project(i, attention), True
 
         def stream_of_mlp() -> Tensor:
-            stream = mlp(None if self.graph.parallel else self.writes(i, *self._mixed(i)))
+            stream = mlp(None if self.graph.parallel else self._written(i, *self._mixed(i)))
             return stream if part.mlp_norm is None else layer.get_submodule(part.mlp_norm.path)(stream)
 
         tap.replace_mlp_in = stream_of_mlp
         self._call(i, base.stream)
-        mixed = self._mixed(i)
+        mixed, scale = self._mixed(i)
         assert tap.mlp_out is not None
-        return Taken(base.stream, base.middle, *mixed, tap.mlp_out.view(base.stream.shape))
+        return replace(base, mixed=mixed, scale=scale, mlp_out=tap.mlp_out.view(base.stream.shape))
 
     def gradients(self, i: int, stream: Tensor, gradient: Tensor) -> Gradients:
         """The derivatives in layer i, which reads `stream`, of a metric whose derivative with respect to what the layer
@@ -199,19 +200,24 @@ class Network(Context["Network"]):
             left = self._call(i, leaf)
             assert tap.attn_out is not None and tap.mlp_in is not None and tap.middle is not None
             paths, middle = list(tap.projected), tap.middle
-            wanted = [leaf, tap.attn_out, tap.mlp_in, *(tap.projected[path] for path in paths)]
-            found = torch.autograd.grad(left, wanted, gradient.to(left.dtype))
+            inputs = [leaf, tap.attn_out, tap.mlp_in, *(tap.projected[path] for path in paths)]
+            of_stream, of_attn_out, of_mlp_in, *rest = torch.autograd.grad(left, inputs, gradient.to(left.dtype))
         self._reset()
-        projected = dict(zip(paths, found[3:], strict=True))
-        shape, wide = stream.shape, torch.promote_types(stream.dtype, torch.float32)
-        readers = stream.new_empty(shape[0], self.graph.receivers_per_layer, *shape[1:], dtype=wide)
-        self._back_to_stream(i, stream, projected, readers[:, :-1])
-        readers[:, -1] = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), found[2]).view(shape)
-        return Gradients(found[0], found[1].view(shape), readers)
+        shape = stream.shape
+        readers = wide(stream).new_empty(shape[0], self.graph.receivers_per_layer, *shape[1:])
+        self._back_to_stream(i, stream, dict(zip(paths, rest, strict=True)), readers[:, :-1])
+        readers[:, -1] = norm_gradient(self.parts[i].mlp_norm, self.layers[i], middle.detach(), of_mlp_in).view(shape)
+        return Gradients(of_stream, of_attn_out.view(shape), readers)
 
-    def writes(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
+    def writes(self, i: int, layer_pass: LayerPass) -> Tensor:
         """What each head of layer i writes to the residual stream, `[batch, heads, tokens, hidden]` in the model's
-        dtype, from what enters the output projection (and the scale of the output norm)."""
+        dtype."""
+        return self._written(i, layer_pass.mixed, layer_pass.scale)
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _written(self, i: int, mixed: Tensor, scale: Tensor | None) -> Tensor:
+        """The same from what enters the output projection (and the scale of the output norm)."""
         part, layer = self.parts[i], self.layers[i]
         weight = matrix(layer.get_submodule(part.output)).unflatten(1, (part.heads, -1))
         written = torch.einsum("bthd,ohd->bhto", mixed.unflatten(-1, (part.heads, -1)), weight)
@@ -223,21 +229,18 @@ class Network(Context["Network"]):
         assert scale is not None
         return (part.output_norm.linear(layer, written) * scale.unsqueeze(1)).to(mixed.dtype)
 
-    # Inside -----------------------------------------------------------------------------------------------------------
-
     def _reset(self) -> None:
-        for i in range(len(self._taps)):
-            self._taps[i] = _Tap()
+        self._taps = [_Tap() for _ in self.layers]
 
     def _call(self, i: int, stream: Tensor) -> Tensor:
         return first_output(self._callers[i](stream)).view(stream.shape)
 
-    def _taken(self, i: int, stream: Tensor) -> Taken:
+    def _noted(self, i: int, stream: Tensor, left: Tensor) -> LayerPass:
         tap = self._taps[i]
         mixed, scale = self._mixed(i)
         assert tap.middle is not None and tap.mlp_out is not None
         shape = stream.shape
-        return Taken(stream, tap.middle.reshape(shape), mixed, scale, tap.mlp_out.reshape(shape))
+        return LayerPass(stream, tap.middle.reshape(shape), mixed, scale, tap.mlp_out.reshape(shape), left)
 
     def _mixed(self, i: int) -> tuple[Tensor, Tensor | None]:
         tap, norm = self._taps[i], self.parts[i].output_norm
@@ -250,7 +253,7 @@ class Network(Context["Network"]):
         part, layer = self.parts[i], self.layers[i]
         if part.attention_norm is not None:
             streams = layer.get_submodule(part.attention_norm.path)(streams)
-        made: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         first = 0
         for each in self.rows[i]:
             projection, heads = layer.get_submodule(each.path), each.rows.shape[0]
@@ -258,11 +261,11 @@ class Network(Context["Network"]):
             weight, bias = matrix(projection), getattr(projection, "bias", None)
             out = torch.einsum("bhti,hdi->bthd", streams[:, first : first + heads], weight[rows])
             out = out if bias is None else out + bias[rows]
-            if each.path not in made:
-                made[each.path] = out.new_zeros(*out.shape[:2], weight.shape[0])
-            made[each.path][..., rows.flatten()] = out.flatten(2)
+            if each.path not in outputs:
+                outputs[each.path] = out.new_zeros(*out.shape[:2], weight.shape[0])
+            outputs[each.path][..., rows.flatten()] = out.flatten(2)
             first += heads
-        return made
+        return outputs
 
     def _back_to_stream(self, i: int, stream: Tensor, projected: Mapping[str, Tensor], out: Tensor) -> None:
         """From derivatives with respect to projections' outputs to those with respect to each reader's own stream,
@@ -292,11 +295,11 @@ class Network(Context["Network"]):
 
             changes.hook(layer.get_submodule(path).register_forward_hook, projection)
 
-        def noting(name: str, of: Callable[..., Tensor]) -> Callable[..., None]:
-            return lambda module, args, last: setattr(self._taps[i], name, of(args, last))
+        def noting_output(name: str) -> Callable[..., None]:
+            return lambda module, args, output: setattr(self._taps[i], name, first_output(output))
 
-        def output_of(args: Any, output: Any) -> Tensor:
-            return first_output(output)
+        def mixed(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._taps[i].mixed = first_tensor(args, kwargs)
 
         def middle(module: nn.Module, args: Any, kwargs: Any) -> None:
             # The first reading counts: a norm that is called on streams of our own comes later.
@@ -313,18 +316,14 @@ class Network(Context["Network"]):
                 other = tap.mlp_in = x.view_as(x)  # apart from the residual branch, and from attention's reading
             else:
                 return None
-            return (
-                ((other, *args[1:]), kwargs)
-                if args
-                else (args, {name: other if value is x else value for name, value in kwargs.items()})
-            )
+            return with_first(args, kwargs, other)
 
         output = layer.get_submodule(part.output)
-        changes.hook(output.register_forward_pre_hook, noting("mixed", first_tensor), with_kwargs=True)
-        changes.hook(output.register_forward_hook, noting("attended", output_of))
+        changes.hook(output.register_forward_pre_hook, mixed, with_kwargs=True)
+        changes.hook(output.register_forward_hook, noting_output("attended"))
         for name in ("attn_out", "mlp_out"):
             branch = layer.get_submodule(self.points.branch(name, i) or "")
-            changes.hook(branch.register_forward_hook, noting(name, output_of))
+            changes.hook(branch.register_forward_hook, noting_output(name))
         if part.mlp_norm is not None:
             changes.hook(layer.get_submodule(part.mlp_norm.path).register_forward_pre_hook, middle, with_kwargs=True)
         changes.hook(layer.get_submodule(part.mlp).register_forward_pre_hook, mlp_in, with_kwargs=True)
@@ -344,18 +343,12 @@ def _caller(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def norm_gradient(norm: Norm | None, layer: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     """The derivative with respect to a norm's input x, from that with respect to its output; broadcast.
 
-    With c = C x, r = (mean(c^2) + eps)^-1/2 and g' = g * w: C (r g' - r^3 c mean(c g'))."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    With c = C x, r = (mean(c^2) + eps)^-1/2 and g' = C (g * w): r g' - r^3 c mean(c g')."""
     if norm is None:
-        return gradient.to(wide)
-    weight = getattr(layer.get_submodule(norm.path), "weight", None)
-    g = gradient.to(wide)
-    g = g if weight is None else g * (norm.weight_offset + weight.to(wide))
-    c = x.to(wide)
+        return wide(gradient)
+    g, c, r = norm.transposed(layer, gradient), wide(x), norm.scale(x)
     c = c - c.mean(-1, keepdim=True) if norm.centred else c
-    r = norm.scale(x)
-    back = r * g - r**3 * c * (c * g).mean(-1, keepdim=True)
-    return back - back.mean(-1, keepdim=True) if norm.centred else back
+    return r * g - r**3 * c * (c * g).mean(-1, keepdim=True)
 
 
 # Where queries, keys and values are made ------------------------------------------------------------------------------
@@ -381,29 +374,22 @@ def _find_rows(model: nn.Module, points: HookPoints, parts: Sequence[LayerParts]
         calls[call.layer] = call.query, call.key
         return call.attend()
 
+    def begin_graph(number: int, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Note a projection's input and output, and begin a new graph behind it."""
+        leaf = output.detach().requires_grad_()
+        outputs[number][name] = args[0].detach(), leaf
+        return leaf
+
     with quiet(model), changing() as changes:
         for number, part in enumerate(parts):
             attention = points.layer(model, number).get_submodule(part.attention)
-            prefix = f"{part.attention}." if part.attention else ""
-            for name, module in attention.named_modules():
+            for name, module in attention.named_modules(prefix=part.attention):
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.ndim == 2:
-                    keep = _leaf_keeper(outputs[number], prefix + name)
-                    changes.hook(module.register_forward_hook, keep)
+                    changes.hook(module.register_forward_hook, partial(begin_graph, number, name))
         with exchange_attention(model, note, points), torch.enable_grad():
             run_four_tokens(model)
             return [_rows_of(model, number, part, *calls[number], outputs[number]) for number, part in enumerate(parts)]
-
-
-def _leaf_keeper(outputs: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., Tensor]:
-    """Notes a projection's input and output, and begins a new graph behind it."""
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        outputs[name] = args[0].detach(), leaf
-        return leaf
-
-    return keep
 
 
 def _rows_of(
@@ -414,18 +400,18 @@ def _rows_of(
     key: Tensor,
     outputs: Mapping[str, tuple[Tensor, Tensor]],
 ) -> list[HeadRows]:
-    made = []
+    head_rows = []
     read = outputs[part.value][0]
     projections = {path: out for path, (received, out) in outputs.items() if torch.equal(received, read)}
     for what, tensor in (("queries", query), ("keys", key)):
-        found = [HeadRows(path, rows) for path, x in projections.items() if (rows := _felt(tensor, x)) is not None]
-        if len(found) != 1:
+        makers = [HeadRows(path, rows) for path, x in projections.items() if (rows := _felt(tensor, x)) is not None]
+        if len(makers) != 1:
             raise ValueError(
-                f"{type(model).__name__}: layer {number} makes its {what} in {len(found)} linear projections whose "
+                f"{type(model).__name__}: layer {number} makes its {what} in {len(makers)} linear projections whose "
                 "rows can be told apart by heads, expected one: single edges cannot be patched in this architecture"
             )
-        made.append(found[0])
-    return [*made, HeadRows(part.value, part.value_rows.view(part.kv_heads, -1))]
+        head_rows += makers
+    return [*head_rows, HeadRows(part.value, part.value_rows.view(part.kv_heads, -1))]
 
 
 def _felt(tensor: Tensor, projection: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from faststeer.observe.memory import in_batches
 from faststeer.observe.patching.examples import Example, added, steered_layer
 from faststeer.observe.patching.graph import Graph
 from faststeer.observe.patching.metrics import Metric, MetricName, check_finite, check_metric
-from faststeer.observe.patching.network import Network, Taken
+from faststeer.observe.patching.network import LayerPass, Network
 from faststeer.tensor_files import TensorFile, TensorRecord
 
 TENSORS = ("edges", "nodes", "dimensions")
@@ -159,15 +159,14 @@ def patch(
 
     with network:
         for _, sums in in_batches([len(each) for each in examples], batch_size, run, "Patching", progress):
-            total.add(sums)
+            total = _PatchSums(*map(torch.add, total, sums))
     n = sum(len(example.kept) for example in examples)
     numbers = float(total.steered) / n, float(total.base) / n
     edges = (total.edges / n).masked_fill(~graph.edges, 0)
     return Scores(graph, edges, total.nodes / n, total.dimensions / n, *numbers, n, metric, steps)
 
 
-@dataclass
-class _PatchSums:
+class _PatchSums(NamedTuple):
     """Sums over positions, fp64 on the CPU."""
 
     edges: Tensor
@@ -181,69 +180,61 @@ class _PatchSums:
         shapes = (graph.n_senders, graph.n_receivers), (graph.n_senders,), (hidden_size,), (), ()
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, other: _PatchSums) -> None:
-        for name, value in vars(other).items():
-            getattr(self, name).add_(value)
 
-
-def begin(network: Network, group: Sequence[Example]) -> tuple[list[Taken], Tensor, Tensor]:
-    """What the layers do unsteered, the steered stream that enters the first, and the unsteered one that leaves the
-    last."""
+def begin(network: Network, group: Sequence[Example]) -> tuple[list[LayerPass], Tensor]:
+    """What the layers do unsteered, and the steered stream that enters the first."""
     batch, _ = pad_rows(group, 0, network.device)
-    base, base_end = network.base(batch)
+    base = network.base(batch)
     start = base[0].stream
-    return base, start + added(group, batch, network.points, start.dtype), base_end
+    return base, start + added(group, batch, network.points, start.dtype)
 
 
 def _patch_batch(network: Network, group: Sequence[Example], name: MetricName, steps: int) -> _PatchSums:
     graph = network.graph
-    base, stream, base_end = begin(network, group)
-    start = base[0].stream
+    base, stream = begin(network, group)
+    start, base_end = base[0].stream, base[-1].left
     difference, steered_end = _differences(network, base, stream)
     steering = difference[:, 0]
     metric = Metric(name, network.lens, group, base_end, steered_end)
     sums = _PatchSums.empty(graph, start.shape[-1])
-    sums.steered, sums.base = metric.of(steered_end).sum(), metric.of(base_end).sum()
+    sums.steered.copy_(metric.of(steered_end).sum())
+    sums.base.copy_(metric.of(base_end).sum())
     check_finite(sums.steered, sums.base)
     del base, base_end, stream, steered_end
     per_layer = graph.receivers_per_layer
     for step in range(steps):
         streams = [start + (step + 0.5) / steps * steering]
-        streams += [left for _, left in network.run(streams[0])]
+        streams += [each.left for each in network.run(streams[0])]
         gradient = metric.gradient(streams.pop())
         sums.edges[:, -1:] += dots(difference, gradient.unsqueeze(1)) / steps
         for i in reversed(range(graph.depth)):
-            found = network.gradients(i, streams.pop(), gradient)
+            gradients = network.gradients(i, streams.pop(), gradient)
             mlp, heads = graph.mlp_of(i), graph.heads_of(i)
             sums.nodes[mlp] += dots(difference[:, mlp : mlp + 1], gradient.unsqueeze(1))[0, 0] / steps
-            sums.nodes[heads] += dots(difference[:, heads], found.attn_out.unsqueeze(1))[:, 0] / steps
+            sums.nodes[heads] += dots(difference[:, heads], gradients.attn_out.unsqueeze(1))[:, 0] / steps
             upto = graph.before_mlp(i)
-            sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += dots(difference[:, :upto], found.readers) / steps
-            gradient = found.stream
-            del found  # before the next layer's are made
-        effect = (wide(steering) * gradient).sum((0, 1)).double().cpu()
-        sums.dimensions += effect / steps
+            sums.edges[:upto, i * per_layer : (i + 1) * per_layer] += (
+                dots(difference[:, :upto], gradients.readers) / steps
+            )
+            gradient = gradients.stream
+            del gradients  # before the next layer's are made
+        sums.dimensions.add_((wide(steering) * gradient).sum((0, 1)).double().cpu() / steps)
     sums.nodes[0] = sums.dimensions.sum()
     return sums
 
 
 @torch.no_grad()
-def _differences(network: Network, base: Sequence[Taken], stream: Tensor) -> tuple[Tensor, Tensor]:
+def _differences(network: Network, base: Sequence[LayerPass], stream: Tensor) -> tuple[Tensor, Tensor]:
     """u - u* of every sender `[batch, senders, tokens, hidden]`, in the model's dtype, and the stream that the last
     layer leaves in the steered run."""
     graph = network.graph
     rows, *rest = stream.shape
-    made = stream.new_empty(rows, graph.n_senders, *rest)
-    made[:, 0] = stream - base[0].stream
-    left = stream
-    for i, (taken, left) in enumerate(network.run(stream)):  # noqa: B007
-        torch.sub(
-            network.writes(i, taken.mixed, taken.scale),
-            network.writes(i, base[i].mixed, base[i].scale),
-            out=made[:, graph.heads_of(i)],
-        )
-        made[:, graph.mlp_of(i)] = taken.mlp_out - base[i].mlp_out
-    return made, left
+    difference = stream.new_empty(rows, graph.n_senders, *rest)
+    difference[:, 0] = stream - base[0].stream
+    for i, steered in enumerate(network.run(stream)):
+        torch.sub(network.writes(i, steered), network.writes(i, base[i]), out=difference[:, graph.heads_of(i)])
+        difference[:, graph.mlp_of(i)] = steered.mlp_out - base[i].mlp_out
+    return difference, steered.left
 
 
 @torch.no_grad()

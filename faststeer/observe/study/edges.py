@@ -5,8 +5,9 @@ Scores are kept for folds of the prompts, so that every number made of them has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, cast
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from faststeer.evaluate.statistics import rank_correlation
-from faststeer.hf.batching import encode
+from faststeer.hf.batching import Prompt, encode
 from faststeer.observe.circuits import Circuit, faithfulness, overlap, random_circuit, select
 from faststeer.observe.patching import Example, Graph, Scores, examples, patch
 from faststeer.observe.patching.graph import Kind
 from faststeer.observe.study.job import SIDES, Job
+from faststeer.plan import Plan
 from faststeer.vector import SteeringVector
 
 N_TOP = 20  # strongest edges that are named
+FIELDS = ("prompt", "completion", "kept", "steered_tokens", "base_tokens")  # of an Example, but the plan
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class FoldScores:
         counts = None if times is None else [times[fold] for _, fold in chosen]
         return Scores.pooled(list(chosen.values()), counts) if chosen else None
 
+    @cached_property
+    def whole(self) -> Scores:
+        """Of all folds and sides."""
+        return Scores.pooled(list(self.pieces.values()))
+
 
 class Edges:
     """Examples, scores, circuits; what is already among the parts is read."""
@@ -48,89 +56,77 @@ class Edges:
 
     # Examples and scores ----------------------------------------------------------------------------------------------
 
-    def examples(self, name: str, vector: SteeringVector, split: str, side: str) -> list[Example]:
-        """Where the vector changes what the judge says, of the prompts of one side.
-
-        Raises:
-            ValueError: it changes nothing.
-        """
-        s = self.settings
-        prompts = self.job.prompts(split, side, s.n_patch if split == "train" else s.n_faithful)
-        plan = self.job.plan(vector, side)
-        depends = [vector, s.coefficient, side, prompts, s.max_new_tokens, self.job.behaviour.judge]
-
-        def make() -> Any:
-            try:
-                found = examples(
-                    self.job.model,
-                    self.job.tokenizer,
-                    prompts,
-                    plan,
-                    changed=lambda base, steered: self.job.shown(side, steered) and not self.job.shown(side, base),
-                    max_new_tokens=s.max_new_tokens,
-                    **self.job.passing,
-                )
-            except ValueError as error:
-                return {"why": str(error)}
-            fields = ("prompt", "completion", "kept", "steered_tokens", "base_tokens")
-            return {"examples": [{field: getattr(each, field) for field in fields} for each in found]}
-
-        made = self.job.parts.json(f"examples-{name}-{split}-{side}", depends, make)
-        if "why" in made:
-            raise ValueError(made["why"])
-        return [Example(plan=plan, **each) for each in made["examples"]]
-
-    def both_sides(
+    def examples(
         self, name: str, vector: SteeringVector, split: str
     ) -> tuple[dict[str, list[Example]], dict[str, str]]:
-        """Examples by side, and why a side has none."""
-        found, why = {}, {}
+        """Where the vector changes what the judge says, by side, and why a side has no example."""
+        s, by_side, why = self.settings, {}, {}
         for side in SIDES:
-            try:
-                found[side] = self.examples(name, vector, split, side)
-            except ValueError as error:
-                why[side] = str(error)
-        return found, why
+            prompts = self.job.prompts(split, side, s.n_patch if split == "train" else s.n_faithful)
+            plan = self.job.plan(vector, side)
+            depends = [vector, s.coefficient, side, prompts, s.max_new_tokens, self.job.behaviour.judge]
+            make = partial(self._examples, prompts, plan, side)
+            part = self.job.parts.json(f"examples-{name}-{split}-{side}", depends, make)
+            if "why" in part:
+                why[side] = part["why"]
+            else:
+                by_side[side] = [Example(plan=plan, **row) for row in part["examples"]]
+        return by_side, why
 
-    def scored(self, name: str, vector: SteeringVector, given: Mapping[str, list[Example]]) -> FoldScores:
+    def _examples(self, prompts: Sequence[Prompt], plan: Plan, side: str) -> dict[str, Any]:
+        job = self.job
+        try:
+            rows = examples(
+                job.model,
+                job.tokenizer,
+                prompts,
+                plan,
+                changed=lambda base, steered: job.shown(side, steered) and not job.shown(side, base),
+                max_new_tokens=self.settings.max_new_tokens,
+                **job.passing,
+            )
+        except ValueError as error:
+            return {"why": str(error)}
+        return {"examples": [dict(zip(FIELDS, _plain(row), strict=True)) for row in rows]}
+
+    def scored(self, name: str, vector: SteeringVector, by_side: Mapping[str, list[Example]]) -> FoldScores:
         """Patch the examples of every side, fold by fold: the prompts are dealt to the folds in turn."""
         s, pieces = self.settings, {}
-        for side, rows in given.items():
+        for side, rows in by_side.items():
             prompts = self.job.prompts("train", side, s.n_patch)
             fold = {tuple(ids): i % s.folds for i, ids in enumerate(encode(self.job.tokenizer, prompts))}
             for number in range(s.folds):
-                here = [row for row in rows if fold[tuple(row.prompt)] == number]
-                if here:
-                    pieces[side, number] = self._patched(f"scores-{name}-{side}-{number + 1}", vector, here)
+                if here := [row for row in rows if fold[tuple(row.prompt)] == number]:
+                    part = f"scores-{name}-{side}-{number + 1}"
+                    depends = [vector, s.coefficient, s.metric, s.quadrature, list(map(_plain, here))]
+                    pieces[side, number] = self.job.parts.record(
+                        Scores, part, depends, partial(self._patch, part, here)
+                    )
         return FoldScores(pieces)
 
-    def _patched(self, part: str, vector: SteeringVector, rows: list[Example]) -> Scores:
+    def _patch(self, part: str, rows: list[Example]) -> Scores:
         s = self.settings
-
-        def make() -> Scores:
-            self.job.say(f"{part} of {s.folds}: {len(rows)} examples")
-            return patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **self.job.patching)
-
-        depends = [vector, s.coefficient, s.metric, s.quadrature, [_plain(row) for row in rows]]
-        return self.job.parts.record(Scores, part, depends, make)
+        self.job.say(f"{part} of {s.folds}: {len(rows)} examples")
+        return patch(self.job.model, rows, metric=s.metric, steps=s.quadrature, **self.job.patching)
 
     def again(self, scored: Sequence[FoldScores], measure: Callable[[list[Scores]], Any]) -> list[Any]:
         """A measure of pooled scores, folds drawn with replacement, the same ones for all."""
         drawn = ([one.pooled(times) for one in scored] for times in self.draws.tolist())
         counted = [measure(cast(list[Scores], each)) for each in drawn if all(one is not None for one in each)]
-        return counted or [measure([_whole(one) for one in scored])]  # nothing was drawn: no width is known
+        return counted or [measure([one.whole for one in scored])]  # nothing was drawn: no width is known
 
     # What the scores say ----------------------------------------------------------------------------------------------
 
     def kinds(self, scored: FoldScores, circuit: Circuit) -> list[dict[str, Any]]:
         """By what edges enter: how many there are, how many are in a circuit, their share of the sum of abs(score)."""
-        whole = _whole(scored)
-        of_kind = _columns(whole.graph)
+        whole = scored.whole
+        of_kind: dict[Kind, list[int]] = {}
+        for receiver in range(whole.graph.n_receivers):
+            of_kind.setdefault(whole.graph.kind(receiver), []).append(receiver)
 
         def share(scores: Scores) -> Tensor:
-            return torch.stack([scores.edges[:, columns].abs().sum() for columns in of_kind.values()]) / (
-                scores.edges.abs().sum()
-            )
+            strength = scores.edges.abs()
+            return torch.stack([strength[:, columns].sum() for columns in of_kind.values()]) / strength.sum()
 
         again = torch.stack(self.again([scored], lambda pooled: share(pooled[0])))
         rows = []
@@ -142,7 +138,7 @@ class Edges:
 
     def nodes(self, scored: FoldScores) -> dict[str, dict[str, Any]]:
         """Every sender's score, with its interval."""
-        whole = _whole(scored)
+        whole = scored.whole
         again = torch.stack(self.again([scored], lambda pooled: pooled[0].nodes))
         names = whole.graph.senders
         return {n: interval_of(float(whole.nodes[i]), again[:, i].tolist()) for i, n in enumerate(names)}
@@ -150,28 +146,23 @@ class Edges:
     def overlaps(self, scored: Mapping[str, FoldScores], vectors: Mapping[str, SteeringVector]) -> list[dict[str, Any]]:
         """Every two vectors' circuits at every size, and each with random ones; at the compared size with intervals."""
         s, rows = self.settings, []
-        whole = {name: _whole(one) for name, one in scored.items()}
         for share in self.shares:
-            chosen = {name: select(scores, float(share)) for name, scores in whole.items()}
+            circuits = {name: select(one.whole, float(share)) for name, one in scored.items()}
             for a, b in combinations(scored, 2):
-                shared = overlap(chosen[a], chosen[b])
-                row = {"a": a, "b": b, "share": share, "edges": list(shared.sizes), "shared": shared.shared}
-                row |= {"fraction": _number(shared.fraction), "iou": _number(shared.iou)}
+                both = overlap(circuits[a], circuits[b])
+                row = {"a": a, "b": b, "share": share, "edges": list(both.sizes), "shared": both.shared}
+                row |= {"fraction": _mean([both.fraction]), "iou": _mean([both.iou])}
                 if share == s.compared:
-                    row |= self._compared(scored[a], scored[b], whole[a], whole[b], vectors[a], vectors[b])
+                    row |= self._compared(scored[a], scored[b], vectors[a], vectors[b])
                 rows.append(row)
-            for a in scored:
-                found = [overlap(chosen[a], self.random(whole[a].graph, share, seed)) for seed in range(s.controls)]
-                pair = {"a": a, "b": "random", "share": share, "edges": [len(chosen[a])] * 2}
-                rows.append(
-                    pair | {key: _mean(getattr(o, key) for o in found) for key in ("shared", "fraction", "iou")}
-                )
+            for a, own in circuits.items():
+                overlaps = [overlap(own, self.random(own.graph, share, seed)) for seed in range(s.controls)]
+                means = {key: _mean(getattr(o, key) for o in overlaps) for key in ("shared", "fraction", "iou")}
+                rows.append({"a": a, "b": "random", "share": share, "edges": [len(own)] * 2} | means)
         return rows
 
-    def _compared(
-        self, a: FoldScores, b: FoldScores, of_a: Scores, of_b: Scores, v: SteeringVector, w: SteeringVector
-    ) -> Any:
-        share, edges = float(self.settings.compared), of_a.graph.edges
+    def _compared(self, a: FoldScores, b: FoldScores, v: SteeringVector, w: SteeringVector) -> Any:
+        share, edges = float(self.settings.compared), a.whole.graph.edges
 
         def alike(pooled: list[Scores]) -> tuple[float, float, float]:
             both = overlap(*(select(scores, share) for scores in pooled))
@@ -180,8 +171,8 @@ class Edges:
 
         def make() -> Any:
             again = zip(*self.again([a, b], alike), strict=True)
-            found = zip(("fraction", "iou", "spearman"), alike([of_a, of_b]), again, strict=True)
-            return {key: interval_of(value, list(values)) for key, value, values in found}
+            measures = zip(("fraction", "iou", "spearman"), alike([a.whole, b.whole]), again, strict=True)
+            return {key: interval_of(value, list(values)) for key, value, values in measures}
 
         pieces = [[list(at), scores] for one in (a, b) for at, scores in sorted(one.pieces.items())]
         intervals = self.job.parts.json("overlap", [share, self.draws.tolist(), pieces], make)
@@ -203,7 +194,7 @@ class Edges:
     ) -> list[dict[str, Any]]:
         """How faithful circuits are to one vector, on its test examples: its own, what is outside them, random ones,
         all at every size, and at the compared size those of the other vectors."""
-        s, own = self.settings, _whole(scored[name])
+        s, own = self.settings, scored[name].whole
         circuits = {share: select(own, float(share)) for share in self.shares}
         sets: dict[str, list[tuple[float, Circuit]]] = {"own": list(circuits.items())}
         sets["complement"] = [(share, each.complement()) for share, each in circuits.items()]
@@ -211,42 +202,35 @@ class Edges:
             sets[f"random {seed}"] = [(share, self.random(own.graph, share, seed)) for share in self.shares]
         for other, theirs in scored.items():
             if other != name:
-                sets[other] = [(s.compared, select(_whole(theirs), float(s.compared)))]
-        return [row for which, chosen in sets.items() for row in self._tried(name, which, chosen, rows, vector)]
+                sets[other] = [(s.compared, select(theirs.whole, float(s.compared)))]
+        return [row for which, sized in sets.items() for row in self._tried(name, which, sized, rows, vector)]
 
     def _tried(
-        self, name: str, which: str, chosen: list[tuple[float, Circuit]], rows: list[Example], vector: SteeringVector
+        self, name: str, which: str, sized: list[tuple[float, Circuit]], rows: list[Example], vector: SteeringVector
     ) -> list[dict[str, Any]]:
-        s = self.settings
+        s, circuits = self.settings, [circuit for _, circuit in sized]
 
         def make() -> Any:
-            self.job.say(f"{name}: faithfulness of {len(chosen)} circuits ({which}) on {len(rows)} examples")
-            circuits = [each for _, each in chosen]
-            found = faithfulness(self.job.model, rows, circuits, metric=s.metric, **self.job.patching)
-            low, high = found.interval(seed=s.seed, samples=1000).T.tolist()
-            return [found.values.tolist(), low, high]
+            self.job.say(f"{name}: faithfulness of {len(circuits)} circuits ({which}) on {len(rows)} examples")
+            reached = faithfulness(self.job.model, rows, circuits, metric=s.metric, **self.job.patching)
+            low, high = reached.interval(seed=s.seed, samples=1000).T.tolist()
+            return [reached.values.tolist(), low, high]
 
         examples = [_plain(row) for row in rows]
-        depends = [vector, s.coefficient, s.metric, s.seed, examples, [each.edges for _, each in chosen]]
-        found = self.job.parts.json(f"faithfulness-{name}-{which.replace(' ', '-')}", depends, make)
+        depends = [vector, s.coefficient, s.metric, s.seed, examples, [circuit.edges for circuit in circuits]]
+        numbers = self.job.parts.json(f"faithfulness-{name}-{which.replace(' ', '-')}", depends, make)
         return [
             {"vector": name, "circuit": which, "share": share, "edges": len(each), "value": v, "low": a, "high": b}
-            for (share, each), v, a, b in zip(chosen, *found, strict=True)
+            for (share, each), v, a, b in zip(sized, *numbers, strict=True)
         ]
 
 
 def summary(scored: FoldScores) -> dict[str, Any]:
     """What was scored, and the strongest edges."""
-    whole = _whole(scored)
+    whole = scored.whole
     strongest = [{"sender": s, "receiver": r, "score": score} for s, r, score in whole.top(N_TOP)]
     numbers = {key: getattr(whole, key) for key in ("steered", "base", "n_positions", "completeness_error")}
     return numbers | {"graph": asdict(whole.graph), "n_edges": whole.graph.n_edges, "top": strongest}
-
-
-def _whole(scored: FoldScores) -> Scores:
-    pooled = scored.pooled()
-    assert pooled is not None  # a vector without examples is left out before
-    return pooled
 
 
 def interval_of(value: float, drawn: Sequence[float]) -> dict[str, float]:
@@ -255,22 +239,11 @@ def interval_of(value: float, drawn: Sequence[float]) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
 
 
-def _columns(graph: Graph) -> dict[Kind, list[int]]:
-    made: dict[Kind, list[int]] = {}
-    for receiver in range(graph.n_receivers):
-        made.setdefault(graph.kind(receiver), []).append(receiver)
-    return made
-
-
 def _plain(row: Example) -> list[Any]:
-    return [row.prompt, row.completion, row.kept, row.steered_tokens, row.base_tokens]
+    return [getattr(row, field) for field in FIELDS]
 
 
-def _mean(values: Any) -> float | None:
-    known = [value for value in values if value == value]  # the overlap with an empty circuit is not defined
-    return float(np.mean(known)) if known else None
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if value != value else value
+def _mean(values: Iterable[float]) -> float | None:
+    """The mean of those that are defined; None, which JSON has, where none is: an overlap with an empty circuit."""
+    defined = [value for value in values if value == value]
+    return float(np.mean(defined)) if defined else None

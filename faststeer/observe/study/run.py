@@ -113,26 +113,23 @@ def _circuits(job: Job, vectors: Mapping[str, SteeringVector]) -> tuple[dict[str
     scored: dict[str, FoldScores] = {}
     unscored: dict[str, dict[str, str]] = {}
     for name, vector in vectors.items():
-        given, why = edges.both_sides(name, vector, "train")
+        by_side, why = edges.examples(name, vector, "train")
         if why:
             unscored[name] = why
-        if given:
-            scored[name] = edges.scored(name, vector, given)
+        if by_side:
+            scored[name] = edges.scored(name, vector, by_side)
     curves, untried = [], {}
     for name in scored:
-        given, why = edges.both_sides(name, vectors[name], "test")
+        by_side, why = edges.examples(name, vectors[name], "test")
         if why:
             untried[name] = why
-        rows = [row for side in given.values() for row in side]
-        if rows:
+        if rows := [row for side in by_side.values() for row in side]:
             curves += edges.curves(name, rows, scored, vectors[name])
-    patching = {}
-    for name, one in scored.items():
-        pooled = one.pooled()
-        assert pooled is not None
-        patching[name] = summary(one) | {"kinds": edges.kinds(one, select(pooled, share))}
-    made = {"patching": patching, "faithfulness": curves, "overlap": edges.overlaps(scored, vectors)}
-    return scored, made | {"without_examples": {"train": unscored, "test": untried}}
+    patching = {
+        name: summary(one) | {"kinds": edges.kinds(one, select(one.whole, share))} for name, one in scored.items()
+    }
+    tables = {"patching": patching, "faithfulness": curves, "overlap": edges.overlaps(scored, vectors)}
+    return scored, tables | {"without_examples": {"train": unscored, "test": untried}}
 
 
 def _tokens(job: Job, vector: SteeringVector, scored: FoldScores | None) -> dict[str, Any]:
@@ -149,21 +146,20 @@ def _tokens(job: Job, vector: SteeringVector, scored: FoldScores | None) -> dict
 
     own = read(vector[layer])
     try:
-        found = svv(job.model, vector)
+        of_heads = svv(job.model, vector)
     except ValueError as error:  # an architecture whose values cannot be read
         return {"vector": own, "heads": [], "why": str(error)}
     nodes = {} if scored is None else Edges(job).nodes(scored)
-    heads = [(n, head) for n in found.layers for head in range(found.vectors.shape[1])]
-
-    def strength(place: tuple[int, int]) -> float:
-        node = nodes.get(f"L{place[0]}.H{place[1]}")
-        return abs(node["value"]) if node else float(found[place[0]][place[1]].norm())
-
-    rows: list[dict[str, Any]] = []
-    for n, head in sorted(heads, key=strength, reverse=True)[:N_HEADS]:
-        effect = nodes.get(f"L{n}.H{head}")
-        rows.append({"layer": n, "head": head, "norm": float(found[n][head].norm()), "effect": effect})
-        rows[-1] |= read(found[n][head])
+    heads = [
+        (n, head, direction, nodes.get(f"L{n}.H{head}"))
+        for n in of_heads.layers
+        for head, direction in enumerate(of_heads[n])
+    ]
+    strongest = sorted(heads, key=lambda h: abs(h[3]["value"]) if h[3] else float(h[2].norm()), reverse=True)
+    rows = [
+        {"layer": n, "head": head, "norm": float(direction.norm()), "effect": effect, **read(direction)}
+        for n, head, direction, effect in strongest[:N_HEADS]
+    ]
     return {"vector": own, "heads": rows}
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from faststeer.extract.optimise import METHODS as TRAINED
 from faststeer.observe.patching.metrics import MetricName, check_metric
 from faststeer.observe.sparsity import SPARSITIES
 
 CONTRAST = ("dim", "pca", "lat", "probe")
-TRAINED = ("ntp", "po", "reps", "bipo")
 METHODS = (*CONTRAST, *TRAINED)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -73,14 +73,9 @@ class Settings:
         check_metric(self.metric)
         if not (math.isfinite(self.coefficient) and self.coefficient > 0):
             raise ValueError(f"coefficient is {self.coefficient}: expected a positive number; both signs are studied")
-        counts = [f.name for f in fields(self) if f.type == "int" and f.name != "seed"]
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: expected at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: expected at least 0")
+        for name, least in ({f.name: 1 for f in fields(self) if f.type == "int"} | {"steps": 1, "seed": 0}).items():
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ValueError(f"{name} is {number}: expected at least {least}")
         if self.position is not None and self.position >= 0:
             raise ValueError(
                 f"position is {self.position}: expected a token counted from the prompt's end, -1 the last"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -27,15 +27,15 @@ class Finder:
         Raises:
             ValueError: what extraction refuses; a layer or position without a direction.
         """
-        found, skipped = {}, {}
+        vectors, skipped = {}, {}
         for method in self.settings.methods:
             try:
-                found[method] = self.dim if method == "dim" else self._other(method)
+                vectors[method] = self.dim if method == "dim" else self._other(method)
             except (ValueError, TrainingDiverged) as error:
                 if method == "dim":
                     raise
                 skipped[method] = str(error)
-        return found, skipped
+        return vectors, skipped
 
     @cached_property
     def dim(self) -> SteeringVector:
@@ -84,9 +84,12 @@ class Finder:
         depends: list[Any] = [self.dim, self.behaviour.train.positive, self.behaviour.train.negative]
         if method in METHODS:
             depends += [self.pairs, self.settings.steps, self.settings.seed]
-        return self.parts.record(SteeringVector, method, depends, lambda: self._like_dim(self._found(method, depends)))
+        norm = float(self.dim[self.dim.layers[0]].double().norm())  # of one length, as the source compares methods
+        return self.parts.record(
+            SteeringVector, method, depends, lambda: normalise(self._vector(method, depends), norm)
+        )
 
-    def _found(self, method: str, depends: Any) -> SteeringVector:
+    def _vector(self, method: str, depends: Any) -> SteeringVector:
         (layer,) = self.dim.layers
         if method in CONTRAST:
             return getattr(self._contrast, method)().vector(self.dim.provenance["position"], layer)
@@ -100,20 +103,14 @@ class Finder:
             progress=self.job.progress,
         ).vector
 
-    def _like_dim(self, vector: SteeringVector) -> SteeringVector:
-        """With the length of the difference in means, as the source compares methods."""
-        (layer,) = self.dim.layers
-        return normalise(vector, float(self.dim[layer].double().norm()))
-
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:
         """Completions to train on: the behaviour's, else what the difference in means makes the model say."""
-        given = self.behaviour.train.pairs
-        if given:
-            return _plain(given)
         train, s = self.behaviour.train, self.settings
+        if train.pairs:
+            return list(map(asdict, train.pairs))
         depends = [self.dim, train.induce, train.suppress, s.coefficient, self.behaviour.judge]
-        return self.parts.json("pairs", depends, lambda: _plain(self._steered_pairs()))
+        return self.parts.json("pairs", depends, lambda: list(map(asdict, self._steered_pairs())))
 
     def _steered_pairs(self) -> list[Pair]:
         train = self.behaviour.train
@@ -128,8 +125,3 @@ class Finder:
             coherence=self.behaviour.coherence,
             **self.job.passing,
         )
-
-
-def _plain(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    names = ("prompt", "chosen", "rejected", "sign")
-    return [{name: getattr(pair, name) for name in names} for pair in pairs]
