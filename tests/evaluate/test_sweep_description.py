@@ -108,7 +108,7 @@ WRONG = [
     ("prompts: [x]", 1, "no vector and no plan"),
     ("vectors: {v: v.safetensors}", 1, "no prompts"),
     ("vectors: {v: v.safetensors}\nprompts:\n- x\n- {prompt: y, id: 0}", 4, "prompts 0 and 1 have the same id '0'"),
-    ("vectors: {v: v.safetensors}\nprompts:\n- {file: p.jsonl}\n- {file: p.jsonl}", 4, "prompts 0 and 2 have the same id 'a'"),
+    ("vectors: {v: v.safetensors}\nprompts:\n- {file: p.jsonl}\n- {file: p.jsonl}", 4, "same id 'a'"),
     ("vectors: {v: v.safetensors}\nprompts:\n- x\n- ' '", 4, "blank"),
     ("vectors: {v: v.safetensors}\nprompts:\n- x\n- {file: p.jsonl,\n   limt: 3}", 5, "did you mean 'limit'"),
     ("vectors: {v: v.safetensors}\nprompts:\n- {demo: nice}", 3, "harmful, harmless"),

@@ -6,6 +6,7 @@ Nothing here reads an answer; that is what the judges are for.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,13 +80,10 @@ class BaseJudge:
     """What judges of words have unless they say otherwise. Most read each answer by itself, in `verdict`."""
 
     name: str = ""
+    identity: str = ""
     shows: float | None = None
     opposes: float | None = None
     reads_prompts: bool = False
-
-    @property
-    def identity(self) -> str:
-        return self.name
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
@@ -135,8 +133,8 @@ class Verdicts(Sequence[Verdict]):
     @property
     def labels(self) -> dict[str, int]:
         """How often each label was given, most frequent first."""
-        given = [verdict.label for verdict in self._verdicts if verdict.label is not None]
-        return dict(sorted(((label, given.count(label)) for label in set(given)), key=lambda item: (-item[1], item[0])))
+        counts = Counter(verdict.label for verdict in self._verdicts if verdict.label is not None)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def to_dict(self) -> dict[str, object]:
         """Return what they come to, ready for JSON."""

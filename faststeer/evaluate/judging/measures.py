@@ -28,15 +28,11 @@ def repetition(units: Sequence[Any], n: int = 4) -> float:
 class Repetition(BaseJudge):
     """rep-n over the answer's words, split at white space: the share of n-grams that occurred before (`repetition`)."""
 
-    name, shows = "repetition", None
+    name = "repetition"
 
     def __init__(self, n: int = 4) -> None:
         repetition([], n)
-        self._n = n
-
-    @property
-    def identity(self) -> str:
-        return f"repetition/1 {self._n} words"
+        self._n, self.identity = n, f"repetition/1 {n} words"
 
     def verdict(self, text: str) -> Verdict:
         return Verdict(None, repetition(text.split(), self._n))
@@ -45,7 +41,7 @@ class Repetition(BaseJudge):
 class Length(BaseJudge):
     """Words of an answer, split at white space."""
 
-    name, shows = "length", None
+    name, identity = "length", "length"
 
     def verdict(self, text: str) -> Verdict:
         return Verdict(None, float(len(text.split())))
@@ -61,14 +57,11 @@ class Perplexity(BaseJudge):
         model, tokenizer: the steered ones (or another pair that is to read the answers).
     """
 
-    name, shows, reads_prompts = "perplexity", None, True
+    name, reads_prompts = "perplexity", True
 
     def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, batch_size: int = 32) -> None:
         self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size
-
-    @property
-    def identity(self) -> str:
-        return f"perplexity/1 {self._system!r}"
+        self.identity = f"perplexity/1 {system!r}"
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
@@ -82,6 +75,6 @@ class Perplexity(BaseJudge):
         verdicts = [Verdict(None, None) for _ in completions]
         rows = [ContinuationRow(contexts[i], answers[i]) for i in readable]
         scored = score_rows(self._model, rows, pad_id=padding_id(self._tokenizer), batch_size=self._batch_size)
-        for i, found in zip(readable, scored, strict=True):
-            verdicts[i] = Verdict(None, float((-found.log_probabilities.mean()).exp()))
+        for i, score in zip(readable, scored, strict=True):
+            verdicts[i] = Verdict(None, float((-score.log_probabilities.mean()).exp()))
         return verdicts

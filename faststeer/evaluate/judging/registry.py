@@ -14,7 +14,7 @@ from faststeer.evaluate.judging.interface import Judge
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
 from faststeer.evaluate.judging.models import Classifier, LanguageModelJudge, RefusalScore
 from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment, no_loop, word_sentiment
-from faststeer.evaluate.refusal import VARIANTS
+from faststeer.evaluate.refusal import PHRASES
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class JudgeKind:
     """Judges of one name.
 
     Args:
-        make: called with what stands after the colon (""), the steered model's arguments and the options.
+        make: called with the name, what stands after the colon (""), the steered model's arguments and the options.
         options: that it takes.
         after: what must stand after the colon, in words; "" for nothing.
         variants: what may stand there, where it may be left out: texts, or None for anything.
     """
 
-    make: Callable[[str, Mapping[str, Any], dict[str, Any]], Judge]
+    make: Callable[[str, str, Mapping[str, Any], dict[str, Any]], Judge]
     options: frozenset[str] = frozenset()
     after: str = ""
     variants: tuple[str, ...] | None = ()
@@ -39,15 +39,15 @@ JUDGES: dict[str, JudgeKind] = {}
 RENAMED = {"vader": "sentiment", "demo-grammar": "demo-coherent"}
 
 
-def register(name: str, made: Callable[..., Judge], options: Iterable[str] = ()) -> None:
-    """Add a judge under a name: `made(**options)` returns it, asked for with options of these names.
+def register(name: str, judge: Callable[..., Judge], options: Iterable[str] = ()) -> None:
+    """Add a judge under a name: `judge(**options)` returns it, asked for with options of these names.
 
     Raises:
         ValueError: the name holds a colon or is blank.
     """
     if ":" in name or not name.strip():
         raise ValueError(f"{name!r} is no name for a judge: expected a text without a colon that is not blank")
-    JUDGES[name] = JudgeKind(lambda _, __, given: made(**given), frozenset(options))
+    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: judge(**values), frozenset(options))
 
 
 def judge_names() -> list[str]:
@@ -109,14 +109,14 @@ def make(
         if not callable(what):
             raise ValueError(f"a judge is {what!r}: expected its name, an object with it, a judge or a function")
         return Function(_three_valued(what), name=getattr(what, "__name__", "function"), opposes=-1.0)
-    given: dict[str, Any] = {"judge": what} if isinstance(what, str) else dict(what)
-    text = given.pop("judge", None)
+    options: dict[str, Any] = {"judge": what} if isinstance(what, str) else dict(what)
+    text = options.pop("judge", None)
     if not isinstance(text, str):
         raise ValueError(f'a judge is {what!r}: expected a text such as "refusal", or an object with "judge"')
-    check_name(text, given)
+    check_name(text, options)
     name, _, rest = text.partition(":")
     steered = {"model": model, "tokenizer": tokenizer, "system": system, "batch_size": batch_size}
-    return JUDGES[name].make(rest, steered, given)
+    return JUDGES[name].make(name, rest, steered, options)
 
 
 def _three_valued(function: Callable[..., Any]) -> Callable[..., int]:
@@ -130,51 +130,51 @@ def _three_valued(function: Callable[..., Any]) -> Callable[..., int]:
     return checked
 
 
-def _of_the_model(name: str, cls: Callable[..., Judge]) -> Callable[..., Judge]:
-    def made(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+def _of_the_model(cls: Callable[..., Judge]) -> Callable[..., Judge]:
+    def make_judge(name: str, _rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
         if steered["model"] is None or steered["tokenizer"] is None:
             raise ValueError(f"the judge {name!r} looks at the steered model: give model= and tokenizer=")
         return cls(**steered, **options)
 
-    return made
+    return make_judge
 
 
-def _classifier(name: str) -> Callable[..., Judge]:
-    return lambda rest, steered, options: Classifier(rest, name=name, batch_size=steered["batch_size"], **options)
+def _classifier(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+    return Classifier(rest, name=name, batch_size=steered["batch_size"], **options)
 
 
-def _language_model(name: str) -> Callable[..., Judge]:
-    def made(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
-        form = read_format(name, options.pop("template", None))
-        return LanguageModelJudge(rest, form=form, name=name, batch_size=steered["batch_size"], **options)
-
-    return made
+def _language_model(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+    form = read_format(name, options.pop("template", None))
+    return LanguageModelJudge(rest, form=form, name=name, batch_size=steered["batch_size"], **options)
 
 
-def _sentiment(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+def _sentiment(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
     if rest == "words":
         return Function(word_sentiment, name="sentiment:words", opposes=-1.0)
-    return _classifier("sentiment")(rest, steered, options) if rest else Sentiment(**options)
+    return _classifier(name, rest, steered, options) if rest else Sentiment(**options)
+
+
+def _kind(make: Callable[..., Judge], options: str = "", **rules: Any) -> JudgeKind:
+    return JudgeKind(make, frozenset(options.split()), **rules)
 
 
 JUDGES |= {
-    "refusal": JudgeKind(
-        lambda rest, _, given: Refusal(variant=rest or "phrases", **given), frozenset({"phrases"}), "", VARIANTS
+    "refusal": _kind(
+        lambda _name, rest, _steered, options: Refusal(variant=rest or "phrases", **options),
+        "phrases",
+        variants=tuple(PHRASES),
     ),
-    "refusal-score": JudgeKind(_of_the_model("refusal-score", RefusalScore), frozenset({"token_ids"})),
-    "sentiment": JudgeKind(_sentiment, frozenset({"labels"}), "", None),
-    "classifier": JudgeKind(_classifier("classifier"), frozenset({"labels", "with_prompt", "shows"}), "a model"),
-    **{
-        name: JudgeKind(_language_model(name), frozenset({"template", "concept", "system"}), "a model")
-        for name in FORMATS
-    },
-    "regex": JudgeKind(lambda rest, _, __: Pattern(rest), after="a regular expression"),
-    "python": JudgeKind(
-        lambda rest, _, given: Function.load(rest, **given),
-        frozenset({"shows", "opposes", "labels"}),
-        "MODULE:FUNCTION",
+    "refusal-score": _kind(_of_the_model(RefusalScore), "token_ids"),
+    "sentiment": _kind(_sentiment, "labels", variants=None),
+    "classifier": _kind(_classifier, "labels with_prompt shows", after="a model"),
+    **{name: _kind(_language_model, "template concept system", after="a model") for name in FORMATS},
+    "regex": _kind(lambda _name, rest, _steered, _options: Pattern(rest), after="a regular expression"),
+    "python": _kind(
+        lambda _name, rest, _steered, options: Function.load(rest, **options),
+        "shows opposes labels",
+        after="MODULE:FUNCTION",
     ),
-    "perplexity": JudgeKind(_of_the_model("perplexity", Perplexity)),
+    "perplexity": _kind(_of_the_model(Perplexity)),
 }
 register("repetition", Repetition, ["n"])
 register("length", Length)

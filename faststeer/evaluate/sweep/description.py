@@ -188,12 +188,12 @@ class Sweep:
     def _layers_of(self, name: str, vector: SteeringVector) -> list[tuple[int, ...]]:
         if self.layers is None:
             return [(layer,) for layer in vector.layers]
-        groups = [(layer,) if isinstance(layer, int) else tuple(layer) for layer in self.layers]
+        groups: Any = self.layers  # tuples, since they were checked
         if missing := [layer for group in groups for layer in group if layer not in vector]:
             raise FieldError(
                 "layers", f"the vector {name!r} has no direction for layer {missing[0]}; it has {list(vector.layers)}"
             )
-        return groups
+        return list(groups)
 
     def _intervention(self, name: str, vector: SteeringVector, layers: tuple[int, ...], c: float) -> Intervention:
         where: dict[str, Any] = {"layers": list(layers), "positions": self.positions, "at": self.at}
