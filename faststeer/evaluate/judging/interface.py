@@ -15,6 +15,9 @@ from faststeer.evaluate.statistics import Rate
 from faststeer.hf.batching import Prompt
 from faststeer.plan import Plan
 
+Prompts = Sequence[Prompt]
+AnswerPlans = Sequence[Plan | None] | None  # under which plan each answer was given; None: not told
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -68,12 +71,7 @@ class Judge(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        plans: Sequence[Plan | None] | None = None,
-    ) -> list[Verdict]: ...
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]: ...
 
 
 class BaseJudge:
@@ -85,9 +83,7 @@ class BaseJudge:
     opposes: float | None = None
     reads_prompts: bool = False
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         return [self.verdict(text) for text in completions]
 
     def verdict(self, text: str) -> Verdict:
@@ -148,12 +144,7 @@ class Verdicts(Sequence[Verdict]):
         }
 
 
-def judged(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    plans: Sequence[Plan | None] | None = None,
-) -> Verdicts:
+def judged(judge: Judge, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> Verdicts:
     """Ask a judge about answers.
 
     Args:
@@ -194,12 +185,7 @@ def check_line(judge: Judge) -> Judge:
     return judge
 
 
-def signs(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    plans: Sequence[Plan | None] | None = None,
-) -> list[int]:
+def signs(judge: Judge, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[int]:
     """1 for each answer that shows the behaviour (score >= `judge.shows`), -1 for each that shows its opposite
     (`judge.opposes`), 0 for neither, which is also what could not be read.
 

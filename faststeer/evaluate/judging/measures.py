@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from faststeer.evaluate.judging.interface import BaseJudge, Verdict
+from faststeer.evaluate.judging.interface import AnswerPlans, BaseJudge, Prompts, Verdict
 from faststeer.evaluate.likelihood import ContinuationRow, answer_ids, score_rows
-from faststeer.hf.batching import Prompt, encode, padding_id
-from faststeer.plan import Plan
+from faststeer.hf.batching import encode, padding_id
 
 
 def repetition(units: Sequence[Any], n: int = 4) -> float:
@@ -63,9 +62,7 @@ class Perplexity(BaseJudge):
         self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size
         self.identity = f"perplexity/1 {system!r}"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         contexts = encode(self._tokenizer, prompts, self._system)
         answers = [answer_ids(self._tokenizer, text) for text in completions]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")

@@ -13,13 +13,12 @@ import torch
 from faststeer.artefacts import fingerprint
 from faststeer.engine import Engine
 from faststeer.evaluate.judging.formats import JudgeFormat, fill, read_format
-from faststeer.evaluate.judging.interface import Verdict, last_user_text
+from faststeer.evaluate.judging.interface import AnswerPlans, Prompts, Verdict, last_user_text
 from faststeer.evaluate.refusal import refusal_score, refusal_tokens
 from faststeer.hf.batching import Prompt, Rendered, batches, check_evaluating, encode, padding_id
 from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
 from faststeer.hf.last_tokens import last_tokens
 from faststeer.hf.loading import load as load_model
-from faststeer.plan import Plan
 
 
 def _loaded(auto: str, model: Any, tokenizer: Any, judge: str) -> tuple[Any, Any]:
@@ -97,9 +96,7 @@ class Classifier:
         return f"classifier/1 {fingerprint(self._model)} {self._ids} {self._pair} {self.shows}"
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         asked = [last_user_text(prompt) for prompt in prompts]
         verdicts = [Verdict(None, None) for _ in completions]
         # A text without tokens says nothing that could be classified.
@@ -173,7 +170,7 @@ class LanguageModelJudge:
         form = repr(self.form).replace("JudgeQuestion(", "Question(")  # stores keep their digests: it had that name
         return f"model/1 {fingerprint(self._model)} {form} {self._concept!r} {self._system!r} {template!r}"
 
-    def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[int]]:
+    def questions(self, prompts: Prompts, completions: Sequence[str]) -> list[list[int]]:
         """What the judging model reads, as token ids: all questions about the first answer, then about the second. None
         ([]) for one that holds marks of the judging model's chat format."""
         # A question that was written with the model's own marks is taken as it stands.
@@ -208,9 +205,7 @@ class LanguageModelJudge:
         text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
         return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         asked = self.questions(prompts, completions)
         written = self._answers(asked)
         n = len(self.form.questions)
@@ -225,16 +220,13 @@ class LanguageModelJudge:
         fits = [i for i, ids in enumerate(asked) if ids and len(ids) + room <= positions]
         written = [""] * len(asked)
         if fits:
-            engine = self._engine_of(min(longest, positions))
-            answers = engine.generate([asked[i] for i in fits], max_new_tokens=room, progress=False)
+            length = min(longest, positions)
+            if self._engine is None or self._engine.max_length < length:
+                self._engine = Engine(self._model, self._tokenizer, max_batch=self._batch_size, max_length=length)
+            answers = self._engine.generate([asked[i] for i in fits], max_new_tokens=room, progress=False)
             for i, answer in zip(fits, answers, strict=True):
                 written[i] = answer.text
         return written
-
-    def _engine_of(self, length: int) -> Engine:
-        if self._engine is None or self._engine.max_length < length:
-            self._engine = Engine(self._model, self._tokenizer, max_batch=self._batch_size, max_length=length)
-        return self._engine
 
 
 class RefusalScore:
@@ -256,9 +248,7 @@ class RefusalScore:
         self._ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
         self.identity = f"refusal-score/1 {self._ids} {system!r}"
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         encoded = encode(self._tokenizer, prompts, self._system)
         rows = [(i, None if plans is None else plans[i]) for i in range(len(encoded))]
         scores: dict[int, float] = {}

@@ -29,7 +29,7 @@ class JudgeKind:
     """
 
     make: Callable[[str, str, Mapping[str, Any], dict[str, Any]], Judge]
-    options: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
     after: str = ""
     variants: tuple[str, ...] | None = ()
 
@@ -47,7 +47,7 @@ def register(name: str, judge: Callable[..., Judge], options: Iterable[str] = ()
     """
     if ":" in name or not name.strip():
         raise ValueError(f"{name!r} is no name for a judge: expected a text without a colon that is not blank")
-    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: judge(**values), frozenset(options))
+    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: judge(**values), tuple(options))
 
 
 def judge_names() -> list[str]:
@@ -70,7 +70,7 @@ def check_name(text: str, options: Iterable[str] = ()) -> None:
     if rest and not kind.after and kind.variants is not None and rest not in kind.variants:
         takes = f"{' or '.join(kind.variants)} after a colon" if kind.variants else "nothing after a colon"
         raise ValueError(f"the judge {name!r} takes {takes}, got {rest!r}")
-    if unknown := set(options) - kind.options:
+    if unknown := set(options).difference(kind.options):
         raise ValueError(
             f"the judge {name!r} has no option {', '.join(map(repr, sorted(unknown)))}: it has "
             f"{', '.join(sorted(kind.options)) or 'none'}"
@@ -154,27 +154,23 @@ def _sentiment(name: str, rest: str, steered: Mapping[str, Any], options: dict[s
     return _classifier(name, rest, steered, options) if rest else Sentiment(**options)
 
 
-def _kind(make: Callable[..., Judge], options: str = "", **rules: Any) -> JudgeKind:
-    return JudgeKind(make, frozenset(options.split()), **rules)
-
-
 JUDGES |= {
-    "refusal": _kind(
+    "refusal": JudgeKind(
         lambda _name, rest, _steered, options: Refusal(variant=rest or "phrases", **options),
-        "phrases",
+        ("phrases",),
         variants=tuple(PHRASES),
     ),
-    "refusal-score": _kind(_of_the_model(RefusalScore), "token_ids"),
-    "sentiment": _kind(_sentiment, "labels", variants=None),
-    "classifier": _kind(_classifier, "labels with_prompt shows", after="a model"),
-    **{name: _kind(_language_model, "template concept system", after="a model") for name in FORMATS},
-    "regex": _kind(lambda _name, rest, _steered, _options: Pattern(rest), after="a regular expression"),
-    "python": _kind(
+    "refusal-score": JudgeKind(_of_the_model(RefusalScore), ("token_ids",)),
+    "sentiment": JudgeKind(_sentiment, ("labels",), variants=None),
+    "classifier": JudgeKind(_classifier, ("labels", "with_prompt", "shows"), "a model"),
+    **{name: JudgeKind(_language_model, ("template", "concept", "system"), "a model") for name in FORMATS},
+    "regex": JudgeKind(lambda _name, rest, _steered, _options: Pattern(rest), after="a regular expression"),
+    "python": JudgeKind(
         lambda _name, rest, _steered, options: Function.load(rest, **options),
-        "shows opposes labels",
-        after="MODULE:FUNCTION",
+        ("shows", "opposes", "labels"),
+        "MODULE:FUNCTION",
     ),
-    "perplexity": _kind(_of_the_model(Perplexity)),
+    "perplexity": JudgeKind(_of_the_model(Perplexity)),
 }
 register("repetition", Repetition, ["n"])
 register("length", Length)

@@ -17,10 +17,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from faststeer.evaluate.judging.interface import BaseJudge, Verdict
+from faststeer.evaluate.judging.interface import AnswerPlans, BaseJudge, Prompts, Verdict
 from faststeer.evaluate.refusal import APOSTROPHES, PHRASES, is_refusal
-from faststeer.hf.batching import Prompt
-from faststeer.plan import Plan
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
@@ -152,9 +150,7 @@ class Function(BaseJudge):
             raise ValueError(f"no judge at python:{where}: {error}; expected python:MODULE:FUNCTION") from error
         return cls(judge, name=where, **options)
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         pairs = zip(prompts, completions, strict=True)
         return [self._verdict(self._function(*(pair if self.reads_prompts else pair[1:]))) for pair in pairs]
 

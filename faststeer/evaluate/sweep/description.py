@@ -198,11 +198,9 @@ class Sweep:
     def _intervention(self, name: str, vector: SteeringVector, layers: tuple[int, ...], c: float) -> Intervention:
         where: dict[str, Any] = {"layers": list(layers), "positions": self.positions, "at": self.at}
         try:
-            if self.intervention == "add":
-                return Add(vector, c, **where)
-            if self.intervention == "ablate":
-                return Ablate(vector, c, **where)
-            return Clamp(vector, c, c, **where)
+            if self.intervention == "clamp":
+                return Clamp(vector, c, c, **where)
+            return (Add if self.intervention == "add" else Ablate)(vector, c, **where)
         except (ValueError, TypeError) as error:
             raise FieldError("vectors", f"{name!r}: {error}") from error
 

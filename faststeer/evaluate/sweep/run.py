@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from rich.progress import Progress as Bar
 from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
 from faststeer.evaluate.generate import generator, seconds_per_answer
-from faststeer.evaluate.judging import Judge, make
+from faststeer.evaluate.judging import make
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
 from faststeer.evaluate.sweep.description import Setting, Sweep, text_digest
@@ -127,7 +127,9 @@ class _Work:
         _check_plans(model, self.settings)
         self.encoded = encode(tokenizer, self.prompts, sweep.system)
         self.length = _check_lengths(model, self.encoded, [p.id for p in sweep.prompts], sweep.max_new_tokens)
-        self.judges = self._judges()
+        steered = {"model": model, "tokenizer": tokenizer, "system": sweep.system}
+        judges = [make(what, **steered) for what in sweep.judges]
+        self.judges = {text_digest(judge.identity): judge for judge in judges}
         self.rows = _largest_first(len(self.settings), [len(ids) for ids in self.encoded])
         self.projected = min(sweep.projections, len(self.prompts))
         n_layers = find_hook_points(model).n_layers
@@ -139,19 +141,14 @@ class _Work:
         chunk = max(CHUNK_BATCHES * max_batch, 1)
         chunk = store.begin(self.run, chunk, sweep, versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
-        judges = [(digest, judge.name, judge.shows, judge.identity) for digest, judge in self.judges.items()]
+        facts = [(digest, judge.name, judge.shows, judge.identity) for digest, judge in self.judges.items()]
         directions = [(number, *direction[:3]) for number, direction in enumerate(self.watched)]
-        store.add(self.run, judges=judges, directions=directions)
+        store.add(self.run, judges=facts, directions=directions)
         self.units = self._units()
         store.add_units(self.run, {name: unit.needs for name, unit in self.units.items()})
         self._engine: Any = None
-        self._texts: dict[int, str] = {}
+        self._text = cache(lambda token: tokenizer.decode([token]))  # answers share most of their tokens
         self._report: Callable[[int, str], None] = lambda answered, doing: None
-
-    def _judges(self) -> dict[str, Judge]:
-        steered = {"model": self.model, "tokenizer": self.tokenizer, "system": self.sweep.system}
-        judges = [make(what, **steered) for what in self.sweep.judges]
-        return {text_digest(judge.identity): judge for judge in judges}
 
     def _units(self) -> dict[str, Unit]:
         """The pieces of the work by name, in their order."""
@@ -291,12 +288,6 @@ class _Work:
                 projections += [(setting, prompt, n, *packed(maps[..., k])) for k, n in enumerate(numbers)]
         self.store.add(self.run, tokens=tokens, projections=projections)
 
-    def _text(self, token: int) -> str:
-        """One token's; answers share most of them."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token])
-        return self._texts[token]
-
     def _block(self, number: int) -> tuple[range, list[Plan | None]]:
         """The settings of a block of side effects, by number, and their plans."""
         first = number * SETTINGS_PER_UNIT
@@ -327,10 +318,8 @@ class _Work:
 def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[SweepRow]:
     """Longest prompts first, so that what does not fit into memory fails at the start; among those of a band of similar
     lengths, a setting's rows together, so that they share a slot and the beginning of their prompts."""
-    bands: dict[int, list[int]] = {}
-    for prompt, length in enumerate(lengths):
-        bands.setdefault(-(length // BAND), []).append(prompt)
-    return [SweepRow(s, prompt) for _, band in sorted(bands.items()) for s in range(n_settings) for prompt in band]
+    rows = (SweepRow(setting, prompt) for setting in range(n_settings) for prompt in range(len(lengths)))
+    return sorted(rows, key=lambda row: (-(lengths[row.prompt] // BAND), row))
 
 
 # Checks before anything runs ------------------------------------------------------------------------------------------
