@@ -39,15 +39,15 @@ JUDGES: dict[str, JudgeKind] = {}
 RENAMED = {"vader": "sentiment", "demo-grammar": "demo-coherent"}
 
 
-def register(name: str, judge: Callable[..., Judge], options: Iterable[str] = ()) -> None:
-    """Add a judge under a name: `judge(**options)` returns it, asked for with options of these names.
+def register(name: str, factory: Callable[..., Judge], options: Iterable[str] = ()) -> None:
+    """Add a judge under a name: `factory(**options)` returns it, asked for with options of these names.
 
     Raises:
         ValueError: the name holds a colon or is blank.
     """
     if ":" in name or not name.strip():
         raise ValueError(f"{name!r} is no name for a judge: expected a text without a colon that is not blank")
-    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: judge(**values), tuple(options))
+    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: factory(**values), tuple(options))
 
 
 def judge_names() -> list[str]:
