@@ -187,16 +187,16 @@ def compare(
         ValueError: an unknown method, an empty list, numbers out of range; what the methods refuse in the behaviour's
             prompts.
     """
-    wanted = list(dict.fromkeys(methods))
-    if not wanted or (unknown := [name for name in wanted if name not in METHODS]):
+    method_names = list(dict.fromkeys(methods))
+    if not method_names or (unknown := [name for name in method_names if name not in METHODS]):
         raise ValueError(
-            f"unknown method(s) {', '.join(unknown) if wanted else '(none)'}: expected {', '.join(METHODS)}"
+            f"unknown method(s) {', '.join(unknown) if method_names else '(none)'}: expected {', '.join(METHODS)}"
         )
     if n_select < 1 or train_layers < 1 or (n_test is not None and n_test < 1):
         raise ValueError("n_select, n_test and train_layers are counts: expected at least 1")
-    if taken := [name for name in OWN if name in training]:
+    if decided := [name for name in OWN if name in training]:
         raise ValueError(
-            f"training has {', '.join(taken)}, which a comparison decides: it takes layers=, at= and coefficients="
+            f"training has {', '.join(decided)}, which a comparison decides: it takes layers=, at= and coefficients="
         )
     Recipe(0, **training)  # what is wrong is said before any work
     n_layers = find_hook_points(model).n_layers
@@ -208,29 +208,29 @@ def compare(
         n_select, n_test, training,
     )  # fmt: skip
     if progress:
-        _forecast(job, wanted, n_layers)
-    found, seconds = _timed(lambda: _contrast(job))
-    chosen: dict[str, JudgeSelection] = {"dim": _select(job, "dim", found.dim())}
+        _forecast(job, method_names, n_layers)
+    contrasts, seconds = _timed(lambda: _contrast(job))
+    chosen: dict[str, JudgeSelection] = {"dim": _select(job, "dim", contrasts.dim())}
     times, skipped = {"dim": seconds}, {}
-    norms = found.dim().directions.norm(dim=-1) * found.dim().exists()
-    for method in wanted:
+    norms = contrasts.dim().directions.norm(dim=-1) * contrasts.dim().exists()
+    for method in method_names:
         if method == "dim":
             continue
         job.say(f"[bold]{method}[/]")
         try:
-            table, times[method] = _find(job, method, found, chosen["dim"])
-            chosen[method] = _select(job, method, _scaled(method, table, norms, found, chosen["dim"]))
+            table, times[method] = _find(job, method, contrasts, chosen["dim"])
+            chosen[method] = _select(job, method, _scaled(method, table, norms, contrasts, chosen["dim"]))
         except (ValueError, optimise.TrainingDiverged) as error:
             skipped[method] = str(error)
             times.pop(method, None)
-    order = [method for method in wanted if method in chosen]
+    order = [method for method in method_names if method in chosen]
     job.say("[bold]measuring on the test prompts[/]")
-    results = _measure(job, {m: chosen[m] for m in order}, chosen["dim"], found, times)
+    results = _measure(job, {m: chosen[m] for m in order}, chosen["dim"], contrasts, times)
     names = ("at", "steps", "train_layers", "max_new_tokens", "seed")
     settings = {name: getattr(job, name) for name in names} | {
         "coefficients": list(job.coefficients),
         "layers": None if layers is None else list(layers),
-        "positions": list(found.candidates.positions),
+        "positions": list(contrasts.candidates.positions),
         "training": dict(training),
         "judge": behaviour.judge,
         "coherence": behaviour.coherence,
@@ -282,18 +282,18 @@ def _contrast(job: _Job) -> Contrast:
     )
 
 
-def _find(job: _Job, method: str, found: Contrast, dim: JudgeSelection) -> tuple[Found, float]:
+def _find(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> tuple[Found, float]:
     """The table of a method's directions, and the seconds that it took to find it."""
     if method not in TRAINED:
-        return _timed(lambda: _table(job, method, found, dim))
+        return _timed(lambda: _table(job, method, contrasts, dim))
     vector, seconds = _trained(job, method, dim)
-    return Directions.of_vector(vector, found.candidates.n_layers), seconds
+    return Directions.of_vector(vector, contrasts.candidates.n_layers), seconds
 
 
-def _table(job: _Job, method: str, found: Contrast, dim: JudgeSelection) -> Found:
+def _table(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> Found:
     """Directions of a method that trains nothing."""
     if method in CONTRAST:
-        return getattr(found, method)()
+        return getattr(contrasts, method)()
     pairs = job.behaviour.train.pairs
     if method == "caa":
         _need_pairs(job)
@@ -301,11 +301,11 @@ def _table(job: _Job, method: str, found: Contrast, dim: JudgeSelection) -> Foun
     tokens, against = answer_tokens(job.tokenizer, job.behaviour)
     if method == "unembedding":
         vector = unembedding(job.model, job.tokenizer, tokens, against or None, at=job.at)
-        return Directions.of_vector(vector, found.candidates.n_layers)
+        return Directions.of_vector(vector, contrasts.candidates.n_layers)
     rest = against or [i for i in range(job.model.get_output_embeddings().weight.shape[0]) if i not in set(tokens)]
     prompts = job.behaviour.train.positive[:ATTRIBUTED_PROMPTS]
     metric = logit_difference(tokens, rest)
-    means = found.candidates
+    means = contrasts.candidates
     return attribution(job.model, job.tokenizer, prompts, metric, means, layers=job.layers, **job.passing).gradients
 
 
@@ -364,19 +364,19 @@ def answer_tokens(tokenizer: Any, behaviour: Behaviour) -> tuple[list[int], list
     rows = answer_rows(tokenizer, pairs)
     tokens = {side: {ids[-1] for ids in listed} for side, listed in rows.items()}
     shared = tokens["positive"] & tokens["negative"]
-    found = sorted(tokens["positive"] - shared), sorted(tokens["negative"] - shared)
-    if not all(found):
+    own = sorted(tokens["positive"] - shared), sorted(tokens["negative"] - shared)
+    if not all(own):
         raise ValueError(f"the completions of behaviour {behaviour.name!r} part with the same tokens on both sides")
-    return found
+    return own
 
 
-def _scaled(method: str, table: Found, norms: Tensor, found: Contrast, dim: JudgeSelection) -> Found:
+def _scaled(method: str, table: Found, norms: Tensor, contrasts: Contrast, dim: JudgeSelection) -> Found:
     """The directions with the lengths of the difference in means; ACE's are its."""
     if method == "ace" or not isinstance(table, Directions):
         return table
-    if table.positions == found.candidates.positions:
+    if table.positions == contrasts.candidates.positions:
         return table.scaled_like(norms)
-    place = found.candidates.positions.index(dim.cell.position)
+    place = contrasts.candidates.positions.index(dim.cell.position)
     return table.scaled_like(norms[place : place + 1])
 
 
@@ -405,7 +405,7 @@ def _measure(
     job: _Job,
     chosen: dict[str, JudgeSelection],
     dim: JudgeSelection,
-    found: Contrast,
+    contrasts: Contrast,
     times: dict[str, float],
 ) -> tuple[Result, ...]:
     sides = job.sides("test", job.n_test)
@@ -437,7 +437,7 @@ def _measure(
                 read.suppress,
                 read.coherent,
                 kl.get(name),
-                None if vector is None or cell is None else _cosine(vector, cell, found, dim),
+                None if vector is None or cell is None else _cosine(vector, cell, contrasts, dim),
                 None if vector is None or cell is None else float(vector[cell.layer].norm()) * cell.coefficient,
                 times.get(name),
             )
@@ -445,10 +445,10 @@ def _measure(
     return tuple(results)
 
 
-def _cosine(vector: SteeringVector, cell: Cell, found: Contrast, dim: JudgeSelection) -> float | None:
+def _cosine(vector: SteeringVector, cell: Cell, contrasts: Contrast, dim: JudgeSelection) -> float | None:
     position = dim.cell.position if cell.position is None else cell.position
-    place = found.candidates.positions.index(position)
-    if not found.candidates.exists()[place, cell.layer]:
+    place = contrasts.candidates.positions.index(position)
+    if not contrasts.candidates.exists()[place, cell.layer]:
         return None
     own = vector[cell.layer].detach().double().cpu()
-    return float(torch.cosine_similarity(own, found.candidates.directions[place, cell.layer], dim=0))
+    return float(torch.cosine_similarity(own, contrasts.candidates.directions[place, cell.layer], dim=0))

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from faststeer.hf.batching import (
+    TokenRow,
     batches,
     check_evaluating,
     forward_arguments,
     model_device,
-    pad,
+    pad_rows,
     progress_bar,
     rounds,
 )
@@ -40,11 +42,10 @@ class ContinuationScore(NamedTuple):
         return float(self.log_probabilities.sum())
 
 
-class ContinuationRow(NamedTuple):
-    """A context, what follows it (both token ids, not empty), and the plan under which it is read."""
+@dataclass(frozen=True)
+class ContinuationRow(TokenRow):
+    """A prompt and what follows it (token ids, neither empty), and the plan under which it is read."""
 
-    context: Sequence[int]
-    continuation: Sequence[int]
     plan: Plan | None = None
 
 
@@ -60,45 +61,43 @@ def continuation_logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (row number, logits `[tokens, vocabulary]` that predict the row's continuation) until every row was seen.
 
-    The rows of a batch may have different plans; rows without a plan pass first, the model untouched. A row's context
-    is its prompt: positions are counted from its end, exactly as they are while a model generates. `within` is the
-    context that puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
+    The rows of a batch may have different plans; rows without a plan pass first, the model untouched. Positions are
+    counted from the end of a row's prompt, exactly as they are while a model generates. `within` is the context that
+    puts a batch's plans on the model; others than `steer` are in `faststeer.observe`.
 
     Raises:
-        ValueError: an empty context or continuation, more tokens than the model has positions for, a model in training
+        ValueError: an empty prompt or continuation, more tokens than the model has positions for, a model in training
             mode, a plan that does not fit the model.
     """
     check_evaluating(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(rows):
-        if not len(row.context) or not len(row.continuation):
+        if not len(row.prompt) or not len(row.completion):
             raise ValueError(f"row {number} has an empty context or continuation: expected at least one token of each")
-        if positions is not None and len(row.context) + len(row.continuation) > positions:
+        if positions is not None and len(row) > positions:
             raise ValueError(
-                f"row {number} has {len(row.context)} + {len(row.continuation)} tokens, the model has positions for "
+                f"row {number} has {len(row.prompt)} + {len(row.completion)} tokens, the model has positions for "
                 f"{positions}: shorten it"
             )
-    lengths = [len(row.context) + len(row.continuation) for row in rows]
     work = []
     for plans, numbers in rounds([(number, row.plan) for number, row in enumerate(rows)], batch_size):
-        groups = batches([lengths[number] for number in numbers], batch_size)
+        groups = batches([len(rows[number]) for number in numbers], batch_size)
         work.append((plans, [[numbers[index] for index in group] for group in groups]))
     with progress_bar("Reading", sum(len(groups) for _, groups in work), progress) as advance:
         for plans, groups in work:
             with within(model, plans) if plans else nullcontext() as steering:
                 for group in groups:
-                    chosen = [rows[number] for number in group]
-                    width = max(lengths[number] for number in group)
-                    batch = pad([[*row.context, *row.continuation] for row in chosen], pad_id, model_device(model))
+                    here = [rows[number] for number in group]
+                    batch, ends = pad_rows(here, pad_id, model_device(model))
                     if steering is not None:
-                        steering.assign([row.plan for row in chosen])
-                        steering.set_prompt([width - len(row.continuation) for row in chosen])
+                        steering.assign([row.plan for row in here])
+                        steering.set_prompt(ends)
                     arguments = forward_arguments(model, batch)
                     if "logits_to_keep" in arguments:
-                        arguments["logits_to_keep"] = 1 + max(len(row.continuation) for row in chosen)
+                        arguments["logits_to_keep"] = 1 + max(len(row.completion) for row in here)
                     logits = model(**arguments).logits
-                    for number, row, found in zip(group, chosen, logits, strict=True):
-                        yield number, found[-len(row.continuation) - 1 : -1]
+                    for number, row, own in zip(group, here, logits, strict=True):
+                        yield number, own[-len(row.completion) - 1 : -1]
                     advance()
 
 
@@ -106,10 +105,16 @@ def score_rows(model: Any, rows: Sequence[ContinuationRow], **options: Any) -> l
     """Return the log-probabilities of every row's continuation, in the rows' order (options: `continuation_logits`)."""
     scored: dict[int, ContinuationScore] = {}
     for number, logits in continuation_logits(model, rows, **options):
-        tokens = torch.tensor(list(rows[number].continuation), device=logits.device)
-        chosen = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        scored[number] = ContinuationScore(chosen.cpu(), bool((logits.argmax(-1) == tokens).all()))
+        tokens = torch.tensor(rows[number].completion, device=logits.device)
+        scored[number] = ContinuationScore(
+            token_log_probabilities(logits, tokens).cpu(), bool((logits.argmax(-1) == tokens).all())
+        )
     return [scored[number] for number in range(len(rows))]
+
+
+def token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log P(token) `[tokens]`, fp64, under logits `[tokens, vocabulary]`."""
+    return logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:

@@ -93,7 +93,7 @@ class SteeredLM(TemplateLM):
                     "context: use shorter ones"
                 )
             rows.append(ContinuationRow(context[-room:] or [self.prefix_token_id], continuation, self.plan))
-        answers = [(found.total, found.greedy) for found in self._scored(rows, not disable_tqdm)]
+        answers = [(score.total, score.greedy) for score in self._scored(rows, not disable_tqdm)]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
@@ -113,8 +113,8 @@ class SteeredLM(TemplateLM):
                 rows.append(ContinuationRow(context, continuation, self.plan))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self._scored(rows, not disable_tqdm), strict=True):
-            totals[owner] += found.total
+        for owner, score in zip(owners, self._scored(rows, not disable_tqdm), strict=True):
+            totals[owner] += score.total
         return totals
 
     def _scored(self, rows: Sequence[ContinuationRow], progress: bool) -> list[ContinuationScore]:
@@ -140,11 +140,11 @@ class SteeredLM(TemplateLM):
         return answers
 
 
-def _settings(given: dict[str, Any], longest: int) -> tuple[Any, ...]:
+def _settings(asked: dict[str, Any], longest: int) -> tuple[Any, ...]:
     """Stop strings, new tokens, temperature, top-p of a request; lm-eval's tasks name them as transformers does."""
-    until = given.get("until") or []
+    until = asked.get("until") or []
     until = (until,) if isinstance(until, str) else tuple(until)
-    new = given.get("max_gen_toks") or given.get("max_new_tokens") or longest
-    sampling = bool(given.get("do_sample", float(given.get("temperature", 0.0) or 0.0) > 0))
-    temperature = float(given.get("temperature", 1.0) or 0.0) if sampling else 0.0
-    return until, int(new), temperature, float(given.get("top_p", 1.0))
+    new = asked.get("max_gen_toks") or asked.get("max_new_tokens") or longest
+    sampling = bool(asked.get("do_sample", float(asked.get("temperature", 0.0) or 0.0) > 0))
+    temperature = float(asked.get("temperature", 1.0) or 0.0) if sampling else 0.0
+    return until, int(new), temperature, float(asked.get("top_p", 1.0))

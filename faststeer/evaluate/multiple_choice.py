@@ -127,20 +127,18 @@ def multiple_choice(
     texts = [question.question for question in questions]
     if chat:
         contexts = encode(tokenizer, texts, system, what="questions")
-        choices = [[answer_ids(tokenizer, separator + c) for c in question.choices] for question in questions]
-        rows = [
-            ContinuationRow(context, choice, plan)
-            for plan in listed
-            for context, ids in zip(contexts, choices, strict=True)
-            for choice in ids
+        pairs = [
+            (context, answer_ids(tokenizer, separator + choice))
+            for context, question in zip(contexts, questions, strict=True)
+            for choice in question.choices
         ]
     else:
         pairs = [plain_pair(tokenizer, q.question, separator + c) for q in questions for c in q.choices]
-        rows = [ContinuationRow(context, choice, plan) for plan in listed for context, choice in pairs]
+    rows = [ContinuationRow(context, choice, plan) for plan in listed for context, choice in pairs]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "within": within}
     scored = iter(score_rows(model, rows, pad_id=padding_id(tokenizer), **options))
-    found = [_accuracy(questions, [[next(scored).total for _ in q.choices] for q in questions]) for _ in listed]
-    return found[0] if plans is None or isinstance(plans, Plan) else found
+    results = [_accuracy(questions, [[next(scored).total for _ in q.choices] for q in questions]) for _ in listed]
+    return results[0] if plans is None or isinstance(plans, Plan) else results
 
 
 def plain_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:

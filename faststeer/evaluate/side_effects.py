@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from faststeer.evaluate.divergence import kl_divergence
-from faststeer.evaluate.likelihood import ContinuationRow, continuation_logits
+from faststeer.evaluate.likelihood import ContinuationRow, continuation_logits, token_log_probabilities
 from faststeer.hf.batching import padding_id
 from faststeer.hf.encoding import encode_texts
 from faststeer.plan import Plan
@@ -97,23 +97,24 @@ def text_effects(
     if isinstance(texts, str) or not len(texts):
         raise ValueError("texts is empty or one text: expected a list of texts")
     encoded = text_ids(tokenizer, texts)
-    found: list[list[tuple[float, float, int]]] = [[] for _ in plans]
     pad_id = padding_id(tokenizer)
+    distinct = {id(plan): plan for plan in plans}
+    measured: list[list[tuple[float, float, int]]] = [[] for _ in plans]  # by plan and text
     for ids in encoded:  # a text's base logits [tokens, vocabulary] are held while its plans are compared with it
-        distinct = {id(plan): plan for plan in plans}
         rows = [ContinuationRow(ids[:1], ids[1:], plan) for plan in (None, *distinct.values())]
         tokens = torch.tensor(ids[1:])
-        base, seen = None, {}
+        base, by_plan = None, {}
         for number, logits in continuation_logits(model, rows, pad_id=pad_id, batch_size=batch_size, progress=False):
             logits = logits.cpu()
             if number == 0:
                 base = logits
                 continue
             assert base is not None  # rows without a plan pass first, the first of them first
-            seen[id(rows[number].plan)] = (float(kl_divergence(base, logits).mean()), _cross_entropy(logits, tokens))
+            cross_entropy = float(-token_log_probabilities(logits, tokens).mean())
+            by_plan[id(rows[number].plan)] = (float(kl_divergence(base, logits).mean()), cross_entropy, len(tokens))
         for place, plan in enumerate(plans):
-            found[place].append((*seen[id(plan)], len(tokens)))
-    return [TextEffect(*(tuple(column) for column in zip(*rows, strict=True))) for rows in found]
+            measured[place].append(by_plan[id(plan)])
+    return [TextEffect(*(tuple(column) for column in zip(*rows, strict=True))) for rows in measured]
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -130,7 +131,3 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if len(ids) < 2:
             raise ValueError(f"texts[{i}] {texts[i]!r} has {len(ids)} tokens: expected at least two")
     return encoded
-
-
-def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    return float(-logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).mean())

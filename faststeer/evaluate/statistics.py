@@ -59,9 +59,8 @@ class Rate:
 
     @cached_property
     def _interval(self) -> tuple[float, float]:
-        interval = (
-            _scipy().stats.binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
-        )
+        test = _scipy().stats.binomtest(self.successes, self.n)
+        interval = test.proportion_ci(confidence_level=0.95, method="wilson")
         return float(interval.low), float(interval.high)
 
     @property
@@ -115,12 +114,10 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = RE
         return Estimate(mean, None, None, array.size)
     if (array == array[0]).all():
         return Estimate(mean, mean, mean, array.size)
-    found = (
-        _scipy()
-        .stats.bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
-        .confidence_interval
-    )
-    return Estimate(mean, float(found.low), float(found.high), array.size)
+    stats, rng = _scipy().stats, np.random.default_rng(seed)
+    result = stats.bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", rng=rng)
+    interval = result.confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), array.size)
 
 
 def paired_bootstrap(

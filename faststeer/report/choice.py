@@ -31,7 +31,7 @@ class SettingChoice:
 
 
 def choose(
-    found: Findings,
+    findings: Findings,
     behaviour: Measure,
     price: Measure | None,
     goal: Goal = "more",
@@ -57,7 +57,7 @@ def choose(
     measured = {n: (c, g) for n, (c, g) in enumerate(zip(costs, gains, strict=True)) if c is not None and g is not None}
     eligible = tuple(
         line.setting
-        for line, point in zip(found.lines, behaviour.points, strict=True)
+        for line, point in zip(findings.lines, behaviour.points, strict=True)
         if line.kind in ("vector", "plan") and line.setting in measured and point is not None and point.beats(goal)
     )
     front = pareto({n: measured[n] for n in eligible})

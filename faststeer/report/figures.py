@@ -28,7 +28,7 @@ TOKENS_NAMED = 60  # at most, along an axis
 
 
 def figures(
-    found: Findings,
+    findings: Findings,
     behaviour: Measure,
     price: Measure | None,
     choice: SettingChoice,
@@ -40,12 +40,12 @@ def figures(
     Without a price there is no front, and the heat map shows the behaviour alone.
     """
     made = {}
-    names = file_names([*dict.fromkeys(line.vector for line in found.lines if line.kind == "vector")])
+    names = file_names([*dict.fromkeys(line.vector for line in findings.lines if line.kind == "vector")])
     for vector, name in names.items():
-        made[f"dose-response-{name}.png"] = _dose_response(found, behaviour, vector)
-        made[f"heatmap-{name}.png"] = _heat_maps(found, behaviour, price, vector)
+        made[f"dose-response-{name}.png"] = _dose_response(findings, behaviour, vector)
+        made[f"heatmap-{name}.png"] = _heat_maps(findings, behaviour, price, vector)
     if price is not None:
-        made["pareto.png"] = _pareto(found, behaviour, price, choice)
+        made["pareto.png"] = _pareto(findings, behaviour, price, choice)
     if projections is not None:
         made["projections.png"] = _projections(projections)
     return made
@@ -56,22 +56,24 @@ def file_names(names: list[str]) -> dict[str, str]:
     made: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60] or "vector"
-        taken = {other.lower() for other in made.values()}
+        lower = {other.lower() for other in made.values()}
         tries = (plain if n == 1 else f"{plain}-{n}" for n in range(1, len(names) + 2))
-        made[name] = next(t for t in tries if t.lower() not in taken)
+        made[name] = next(t for t in tries if t.lower() not in lower)
     return made
 
 
-def doses(found: Findings, vector: str, control: int | None = None) -> dict[tuple[int, ...], list[tuple[float, int]]]:
+def doses(
+    findings: Findings, vector: str, control: int | None = None
+) -> dict[tuple[int, ...], list[tuple[float, int]]]:
     """`{layers: [(coefficient, setting), ...]}` of a vector, by rising coefficient.
 
     The unsteered model is coefficient 0, but for `clamp`, which has no coefficient that leaves the model alone.
     """
     curves: dict[tuple[int, ...], list[tuple[float, int]]] = {}
-    for line in found.lines:
+    for line in findings.lines:
         if line.kind in ("vector", "control") and (line.vector, line.control) == (vector, control):
             curves.setdefault(line.layers, []).append((_coefficient(line), line.setting))
-    if found.facts["description"].get("intervention") != "clamp":
+    if findings.facts["description"].get("intervention") != "clamp":
         for curve in curves.values():
             curve.append((0.0, 0))
     return {layers: sorted(curve) for layers, curve in sorted(curves.items())}
@@ -82,13 +84,13 @@ def _coefficient(line: Line) -> float:
     return line.coefficient
 
 
-def _dose_response(found: Findings, measure: Measure, vector: str) -> bytes:
+def _dose_response(findings: Findings, measure: Measure, vector: str) -> bytes:
     figure, axes = _axes("coefficient", measure.title, f"Dose and response: {_short(vector)}")
-    for control in sorted({line.control for line in found.lines if line.control is not None}):
-        for curve in doses(found, vector, control).values():
+    for control in sorted({line.control for line in findings.lines if line.control is not None}):
+        for curve in doses(findings, vector, control).values():
             _curve(axes, measure, curve, color=GREY, lw=0.8, ls=":", label="random vectors")
-    for i, (layers, curve) in enumerate(doses(found, vector).items()):
-        colour = _colour(i, len(doses(found, vector)))
+    for i, (layers, curve) in enumerate(doses(findings, vector).items()):
+        colour = _colour(i, len(doses(findings, vector)))
         label = f"layer {','.join(map(str, layers))}"
         points = _curve(axes, measure, curve, color=colour, marker=MARKERS[i % len(MARKERS)], ms=4, label=label)
         band = [(x, p.low, p.high) for x, p in points if p.low is not None]
@@ -107,9 +109,9 @@ def _curve(axes: Axes, measure: Measure, curve: list[tuple[float, int]], **style
     return points
 
 
-def _heat_maps(found: Findings, behaviour: Measure, price: Measure | None, vector: str) -> bytes:
+def _heat_maps(findings: Findings, behaviour: Measure, price: Measure | None, vector: str) -> bytes:
     shown = [behaviour] if price is None else [behaviour, price]
-    curves = doses(found, vector)
+    curves = doses(findings, vector)
     xs = sorted({x for curve in curves.values() for x, _ in curve})
     figure = Figure(
         figsize=(max(3.6, 0.62 * len(xs) + 1.4) * len(shown), 0.42 * len(curves) + 1.7), layout="constrained"
@@ -142,10 +144,10 @@ def _value(measure: Measure, setting: int | None) -> float:
     return float("nan") if point is None else point.value
 
 
-def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: SettingChoice) -> bytes:
+def _pareto(findings: Findings, behaviour: Measure, price: Measure, choice: SettingChoice) -> bytes:
     figure, axes = _axes(cost_title(price), behaviour.title, "Behaviour against its price")
     groups: dict[str, list[int]] = {}
-    for line in found.lines[1:]:
+    for line in findings.lines[1:]:
         if choice.costs[line.setting] is not None and behaviour.points[line.setting] is not None:
             groups.setdefault("" if line.kind == "control" else line.vector, []).append(line.setting)
 
@@ -161,7 +163,7 @@ def _pareto(found: Findings, behaviour: Measure, price: Measure, choice: Setting
     if choice.front:
         axes.step(*at((0, *choice.front)), where="post", color="black", lw=1, label="front")
     if choice.recommended is not None:
-        name = found.lines[choice.recommended].name
+        name = findings.lines[choice.recommended].name
         axes.scatter(*at([choice.recommended]), s=150, marker="*", color="black", label=f"use {_short(name)}", zorder=5)
     return with_legend(figure, axes)
 

@@ -161,12 +161,12 @@ class Findings:
         Raises:
             ValueError: no such measure.
         """
-        found = self.prices(behaviour)
+        prices = self.prices(behaviour)
         if name is None:
-            return found[0] if found else None
-        fitting = sorted((m for m in found if m.name == name), key=lambda m: m.tag != behaviour.tag)
+            return prices[0] if prices else None
+        fitting = sorted((m for m in prices if m.name == name), key=lambda m: m.tag != behaviour.tag)
         if not fitting:
-            raise ValueError(f"nothing called {name!r} was measured: there is {', '.join({m.name: 0 for m in found})}")
+            raise ValueError(f"nothing called {name!r} was measured: there is {', '.join({m.name: 0 for m in prices})}")
         return fitting[0]
 
 
@@ -182,16 +182,16 @@ def findings(store: Store, run: str | None = None, *, seed: int = 0) -> Findings
     chosen: list[str | None] = [None, *(tag for tag in tags if tag and tag != common_tag)]
     tables = {tag: table(store, run, tag=tag, seed=seed) for tag in chosen}
     lines = tables[None]
-    measures = [m for tag, found in tables.items() for m in _judged(found, tag)]
+    measures = [m for tag, tagged in tables.items() for m in _judged(tagged, tag)]
     if not measures:
         raise StoreError(f"{store.path}: the sweep {run[:12]} has no verdict yet: run it first, or go on with it")
-    facts = next(found for found in store.runs() if found["run"] == run)
+    facts = next(facts for facts in store.runs() if facts["run"] == run)
     versus = "random vectors" if any(line.kind == "control" for line in lines) else "unsteered model"
     return Findings(run, facts, lines, (*measures, *_effects(lines)), tuple(lines[0].scores), versus, common_tag)
 
 
 def _judged(lines: list[Line], tag: str | None) -> list[Measure]:
-    found = []
+    measures = []
     for judge in lines[0].scores:
         scores = [line.scores[judge] for line in lines]
         binary = all(s.rate is not None and s.mean is not None and s.rate.rate == s.mean.mean for s in scores if s.mean)
@@ -204,18 +204,18 @@ def _judged(lines: list[Line], tag: str | None) -> list[Measure]:
             if any(points):
                 what, kind = ("share", "share") if share else ("mean score", "mean")
                 key, price = f"{judge}/{kind}/{'' if tag is None else tag}", PRICES.get(judge, "change")
-                found.append(Measure(key, f"{judge}: {what}", judge, tag, share, True, price, points))
-    return found
+                measures.append(Measure(key, f"{judge}: {what}", judge, tag, share, True, price, points))
+    return measures
 
 
 def _point(score: Any, share: bool, compared: bool) -> Point | None:
     # A random vector is what the others are compared with.
     over = (score.over_control or score.over_unsteered) if compared else None
     difference = (over.mean, over.low, over.high) if over else None
-    found = score.rate if share else score.mean
-    if found is None:
+    estimate = score.rate if share else score.mean
+    if estimate is None:
         return None
-    return Point(found.rate if share else found.mean, found.low, found.high, found.n, difference)
+    return Point(estimate.rate if share else estimate.mean, estimate.low, estimate.high, estimate.n, difference)
 
 
 def _effects(lines: list[Line]) -> list[Measure]:

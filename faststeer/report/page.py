@@ -21,7 +21,7 @@ OF_SETTINGS = ("name", "kind", "vector", "control", "layers", "coefficient", "an
 
 def page(
     store: Store,
-    found: Findings,
+    findings: Findings,
     behaviour: Measure,
     price: Measure | None,
     goal: Goal = "more",
@@ -35,7 +35,7 @@ def page(
     Raises:
         ImportError: Jinja or Plotly is not installed.
     """
-    facts = found.facts
+    facts = findings.facts
     start = {
         "behaviour": behaviour.key,
         "price": price and price.key,
@@ -43,50 +43,50 @@ def page(
         "share": share,
         "limit": limit,
     }
-    projections = page_data(store, found.run)
+    projections = page_data(store, findings.run)
     context = {
         "title": title or f"Sweep of {facts['description'].get('model', 'a model')}",
-        "found": found,
+        "findings": findings,
         "facts": facts,
         "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created"])),
         "unfinished": not facts["done"],
-        "failed": sum(line.errors for line in found.lines),
-        "unread": {name: sum(line.scores[name].failures for line in found.lines) for name in found.judges},
+        "failed": sum(line.errors for line in findings.lines),
+        "unread": {name: sum(line.scores[name].failures for line in findings.lines) for name in findings.judges},
         "store": store.path.name,
-        "reason": found.reason(behaviour),
-        "has_vectors": any(line.kind == "vector" for line in found.lines),
+        "reason": findings.reason(behaviour),
+        "has_vectors": any(line.kind == "vector" for line in findings.lines),
         "has_prices": price is not None,
         "has_projections": bool(projections["setting"]),
     }
-    summary, answers = _summary(store, found, start), _answers(store, found)
+    summary, answers = _summary(store, findings, start), _answers(store, findings)
     summary["projected"] = context["has_projections"]
     parts = {"summary": summary, "answers": answers, "projections": projections}
     return render("report", context, {name: json.dumps(part, allow_nan=False) for name, part in parts.items()})
 
 
-def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, Any]:
+def _summary(store: Store, findings: Findings, start: dict[str, Any]) -> dict[str, Any]:
     """Settings, measures and, for every behaviour, goal and price, who is eligible and on the front."""
-    index = {m.key: i for i, m in enumerate(found.measures)}
-    behaviours = found.behaviours
-    prices = {b.key: found.prices(b) for b in behaviours}
+    index = {m.key: i for i, m in enumerate(findings.measures)}
+    behaviours = findings.behaviours
+    prices = {b.key: findings.prices(b) for b in behaviours}
     return {
         "start": start,
-        "versus": found.versus,
-        "intervention": found.facts["description"].get("intervention"),
-        "prompts": store.prompts(found.run),
+        "versus": findings.versus,
+        "intervention": findings.facts["description"].get("intervention"),
+        "prompts": store.prompts(findings.run),
         "judges": [
-            {"name": n, "shows": j["shows"]} for n, j in zip(found.judges, store.judges(found.run), strict=True)
+            {"name": n, "shows": j["shows"]} for n, j in zip(findings.judges, store.judges(findings.run), strict=True)
         ],
         "settings": [
             {name: getattr(line, name) for name in OF_SETTINGS}
             | {"unread": {name: score.failures for name, score in line.scores.items() if score.failures}}
-            for line in found.lines
+            for line in findings.lines
         ],
-        "measures": [_plain(measure) for measure in found.measures],
+        "measures": [_plain(measure) for measure in findings.measures],
         "behaviours": [index[b.key] for b in behaviours],
         "prices": {b.key: [index[p.key] for p in prices[b.key]] for b in behaviours},
         "choices": {
-            f"{b.key} {goal} {p.key if p else ''}": _choice(found, b, p, goal)
+            f"{b.key} {goal} {p.key if p else ''}": _choice(findings, b, p, goal)
             for b in behaviours
             for goal in GOALS
             for p in (prices[b.key] or [None])
@@ -94,8 +94,8 @@ def _summary(store: Store, found: Findings, start: dict[str, Any]) -> dict[str, 
     }
 
 
-def _choice(found: Findings, behaviour: Measure, price: Measure | None, goal: Goal) -> dict[str, Any]:
-    choice = choose(found, behaviour, price, goal)
+def _choice(findings: Findings, behaviour: Measure, price: Measure | None, goal: Goal) -> dict[str, Any]:
+    choice = choose(findings, behaviour, price, goal)
     return {"front": choice.front, "eligible": choice.eligible}
 
 
@@ -109,15 +109,15 @@ def _plain(measure: Measure) -> dict[str, Any]:
     )
 
 
-def _answers(store: Store, found: Findings) -> dict[str, Any]:
+def _answers(store: Store, findings: Findings) -> dict[str, Any]:
     """Answers as columns, equal texts once."""
-    rows = store.answers(found.run)
+    rows = store.answers(findings.run)
     at = {(row["setting"], row["prompt"]): i for i, row in enumerate(rows)}
     texts, text = _numbered(row["text"] for row in rows)
     finishes, finish = _numbered(row["finish"] for row in rows)
     judged = []
-    for judge in store.judges(found.run):
-        verdicts = store.verdicts(found.run, judge["judge"])
+    for judge in store.judges(findings.run):
+        verdicts = store.verdicts(findings.run, judge["judge"])
         labels, label = _numbered(v["label"] for v in verdicts)
         judged.append(
             {

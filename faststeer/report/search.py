@@ -43,6 +43,6 @@ def search_page(state: Mapping[str, Any], title: str | None = None) -> str:
         "costs": costs,
         "titles": TITLES,
     }
-    kept = ("text", "op", "gain", *costs, "front", "finalist", "chosen", "answers")
-    data = {"lines": [{k: line[k] for k in kept} for line in measured], "costs": [[c, TITLES[c]] for c in costs]}
+    columns = ("text", "op", "gain", *costs, "front", "finalist", "chosen", "answers")
+    data = {"lines": [{k: line[k] for k in columns} for line in measured], "costs": [[c, TITLES[c]] for c in costs]}
     return render("search", context, {"search": json.dumps(data, allow_nan=False)})

@@ -159,9 +159,9 @@ def _overlap(study: Mapping[str, Any]) -> Chart:
 
 def _kinds(study: Mapping[str, Any]) -> Chart:
     series = []
-    for vector, found in study["patching"].items():
-        x = [KINDS[row["kind"]] for row in found["kinds"]]
-        series.append(_with_interval(vector, x, found["kinds"], "value"))
+    for vector, patched in study["patching"].items():
+        x = [KINDS[row["kind"]] for row in patched["kinds"]]
+        series.append(_with_interval(vector, x, patched["kinds"], "value"))
     title = "What edges enter: share of the sum of abs(score)"
     return Chart("kinds", title, "edges into", "share of abs(score)", series, "bars", part="kinds")
 

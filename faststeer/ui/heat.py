@@ -22,10 +22,10 @@ def heat_map(answers: PlaygroundAnswers | None, vector: int, title: str) -> Any:
         from plotly.subplots import make_subplots
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.27, subplot_titles=("unsteered", "steered"))
     figure.update_layout(
-        title={"text": title, "font": {"size": 14}, "x": 0.01},
-        height=480,
+        title={"text": title, "font": {"size": 14}, "x": 0.01, "y": 0.97, "yanchor": "top"},
+        height=495,
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#808894"},
-        margin={"l": 55, "r": 10, "t": 70, "b": 60},
+        margin={"l": 55, "r": 10, "t": 85, "b": 60},
         coloraxis={"colorscale": "RdBu_r", "cmid": 0, "colorbar": {"thickness": 12, "outlinewidth": 0}},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -37,31 +37,32 @@ def heat_map(answers: PlaygroundAnswers | None, vector: int, title: str) -> Any:
     # Without the first token, where there are others: in many models it is a hundred times as long as all of them.
     reach = float(np.nanmax(np.abs(values[..., 1:] if values.shape[2] > 1 else values))) or 1.0
     figure.update_layout(coloraxis={"cmin": -reach, "cmax": reach})
-    figure.update_xaxes(range=[-0.5, values.shape[2] - 0.5])  # a column is the same token of the prompt in both
+    width = values.shape[2]  # a column is the same token of the prompt in both, and labels are as far apart in both
+    figure.update_xaxes(range=[-0.5, width - 0.5])
     for row, (name, tokens) in enumerate(zip(("unsteered", "steered"), answers.tokens, strict=True)):
-        _add(figure, row + 1, name, values[row, :, : len(tokens)], tokens, answers.n_prompt)
+        _add(figure, row + 1, name, values[row, :, : len(tokens)], tokens, answers.n_prompt, width)
     return figure
 
 
-def _add(figure: Any, row: int, name: str, values: np.ndarray, tokens: list[str], n_prompt: int) -> None:
-    """One answer: `values` is `[layers, tokens]`."""
+def _add(figure: Any, row: int, name: str, values: np.ndarray, tokens: list[str], n_prompt: int, width: int) -> None:
+    """One answer: `values` is `[layers, tokens]`; the axis has room for `width` tokens."""
     n_layers, n_tokens = values.shape
-    shown = [_shown(token) for token in tokens]
+    labels = [_shown(token) for token in tokens]
     figure.add_heatmap(
         z=values.tolist(),
         x=list(range(n_tokens)),
         y=list(range(n_layers)),
-        customdata=[shown] * n_layers,
+        customdata=[labels] * n_layers,
         hovertemplate="%{customdata}<br>layer %{y}<br>projection %{z:.3g}<extra></extra>",
         coloraxis="coloraxis",
         name=name,
         row=row,
         col=1,
     )
-    every = max(1, -(-n_tokens // LABELS))
+    every = max(1, -(-width // LABELS))
     places = list(range(0, n_tokens, every))
     figure.update_xaxes(
-        tickvals=places, ticktext=[shown[i] for i in places], tickangle=-60, tickfont={"size": 10}, row=row, col=1
+        tickvals=places, ticktext=[labels[i] for i in places], tickangle=-60, tickfont={"size": 10}, row=row, col=1
     )
     figure.update_yaxes(title="layer", showgrid=False, zeroline=False, row=row, col=1)
     figure.update_xaxes(showgrid=False, zeroline=False, row=row, col=1)
@@ -69,7 +70,11 @@ def _add(figure: Any, row: int, name: str, values: np.ndarray, tokens: list[str]
 
 
 def _shown(token: str) -> str:
-    """A token as a label: spaces and line ends to be seen, and nothing that Plotly takes for HTML."""
+    """A token as a label: spaces and line ends to be seen."""
     text = token.replace("\n", "⏎").strip(" ") or "␣"
-    text = text if len(text) <= 14 else text[:13] + "…"
+    return escaped(text if len(text) <= 14 else text[:13] + "…")
+
+
+def escaped(text: str) -> str:
+    """A text in which Plotly finds no HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

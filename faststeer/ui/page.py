@@ -20,13 +20,17 @@ with needed_for("the playground", "ui"):
     import gradio as gr
 
 from faststeer.ui.answers import OPS, Control, Playground, PlaygroundAnswers
-from faststeer.ui.heat import heat_map
+from faststeer.ui.heat import escaped, heat_map
 
 FIGURE_EVERY = 2.0  # seconds between heat maps while answers stream: one takes the browser longer than many tokens
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #unsteered textarea, #steered textarea { font-size: 1.02rem; line-height: 1.5; }
 #steered textarea { border-left: 3px solid var(--primary-500); }
+#prompt .submit-button {
+  background: var(--button-primary-background-fill); color: var(--button-primary-text-color);
+  border-radius: var(--button-small-radius); padding: 4px 14px;
+}
 #status { color: var(--body-text-color-subdued); min-height: 1.5em; }
 """
 
@@ -72,7 +76,14 @@ def page(playground: Playground, *, max_new_tokens: int = 64, system: str | None
                     gr.Examples(playground.examples, prompt, label="Examples")
                 with gr.Row():
                     unsteered, steered = (
-                        gr.Textbox(label=label, lines=6, max_lines=20, interactive=False, elem_id=label.lower())
+                        gr.Textbox(
+                            label=label,
+                            lines=6,
+                            max_lines=20,
+                            interactive=False,
+                            elem_id=label.lower(),
+                            min_width=240,  # on a phone, the answers stand one below the other
+                        )
                         for label in ("Unsteered", "Steered")
                     )
                 status = gr.Markdown("", elem_id="status")
@@ -184,7 +195,7 @@ def _read(playground: Playground, values: tuple[Any, ...]) -> dict[str, Control]
 
 def _titles(playground: Playground, controls: dict[str, Control]) -> list[str]:
     watched = playground.watched(controls)
-    return [f"projection on {name} (its direction at layer {layer})" for name, layer in watched.items()]
+    return [f"projection on {escaped(name)}<br>(its direction at layer {layer})" for name, layer in watched.items()]
 
 
 def _status(answers: PlaygroundAnswers) -> str:

@@ -19,7 +19,7 @@ from faststeer.evaluate.judging import (
     signs,
 )
 from faststeer.evaluate.judging.registry import JUDGES
-from faststeer.evaluate.refusal import VARIANTS
+from faststeer.evaluate.refusal import PHRASES
 
 
 def read(judge, *texts):
@@ -37,11 +37,11 @@ def test_signs_are_what_the_judges_say():
 
 
 def test_the_variants_of_refusal_are_named():
-    for variant in VARIANTS:
+    for variant in PHRASES:
         judge = Refusal(variant=variant)
         for text in ("I won't.", "I cannot wait.", 'She said "I cannot".', "Fine."):
             assert (judge([""], [text])[0].label == "refusal") is is_refusal(text, variant)
-    assert len({Refusal(variant=variant).identity for variant in VARIANTS}) == 2
+    assert len({Refusal(variant=variant).identity for variant in PHRASES}) == 2
     with pytest.raises(ValueError, match="unknown variant 'words' of refusal: expected phrases or substrings"):
         is_refusal("", "words")
     with pytest.raises(ValueError, match="'refusal' takes phrases or substrings after a colon, got 'x'"):

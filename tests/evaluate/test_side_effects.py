@@ -51,8 +51,8 @@ def test_likelihoods_of_mixed_plans_and_lengths(model):
     ]
     names = [plan for _ in contexts for _ in range(2) for plan in (None, *PLANS)]
     for row, name, found in zip(rows, names, score_rows(model, rows, batch_size=4), strict=True):
-        tokens = torch.tensor(row.continuation)
-        expected = by_hand(model, row.context, row.continuation, name)
+        tokens = torch.tensor(row.completion)
+        expected = by_hand(model, row.prompt, row.completion, name)
         # fp32 against fp64 through three layers of width 32: a few hundred roundings of numbers around 10.
         torch.testing.assert_close(
             found.log_probabilities, expected.gather(-1, tokens[:, None])[:, 0], atol=1e-3, rtol=1e-4

@@ -107,8 +107,8 @@ WRONG = [
     ("prompts: [x]\nvectors:\n  a: p.jsonl", 3, "p.jsonl"),
     ("prompts: [x]", 1, "no vector and no plan"),
     ("vectors: {v: v.safetensors}", 1, "no prompts"),
-    ("vectors: {v: v.safetensors}\nprompts:\n- x\n- {prompt: y, id: 0}", 4, "given twice (also line 3)"),
-    ("vectors: {v: v.safetensors}\nprompts:\n- {file: p.jsonl}\n- {file: p.jsonl}", 4, "'a' is given twice"),
+    ("vectors: {v: v.safetensors}\nprompts:\n- x\n- {prompt: y, id: 0}", 4, "prompts 0 and 1 have the same id '0'"),
+    ("vectors: {v: v.safetensors}\nprompts:\n- {file: p.jsonl}\n- {file: p.jsonl}", 4, "same id 'a'"),
     ("vectors: {v: v.safetensors}\nprompts:\n- x\n- ' '", 4, "blank"),
     ("vectors: {v: v.safetensors}\nprompts:\n- x\n- {file: p.jsonl,\n   limt: 3}", 5, "did you mean 'limit'"),
     ("vectors: {v: v.safetensors}\nprompts:\n- {demo: nice}", 3, "harmful, harmless"),
@@ -134,7 +134,7 @@ def test_other_files_are_refused(folder):
     with pytest.raises(FileNotFoundError):
         load_sweep(folder / "none.yaml")
     (folder / "p.jsonl").write_text('{"id": "a", "prompt": "One?"}\n{"id": "a", "prompt": "Two?"}\n')
-    with pytest.raises(ValueError, match="prompts 1 and 2 have the same id 'a'"):
+    with pytest.raises(ValueError, match="line 2: prompts: prompts 0 and 1 have the same id 'a'"):
         load_sweep(write(folder, "vectors: {v: v.safetensors}\nprompts: p.jsonl"))
 
 

@@ -152,6 +152,10 @@ def test_heat_map(playground):
         heat_map(dataclasses.replace(answers, projections=beginning), 1, "").layout.coloraxis == figure.layout.coloraxis
     )
     assert max(len(axis.ticktext) for axis in (figure.layout.xaxis, figure.layout.xaxis2)) <= 24
+    short = dataclasses.replace(answers, tokens=(answers.tokens[0] * 4, answers.tokens[1]))
+    short = dataclasses.replace(short, projections=answers.projections.repeat(1, 1, 4, 1))
+    shorter, longer = sorted((heat_map(short, 1, "").layout[axis].tickvals for axis in ("xaxis", "xaxis2")), key=len)
+    assert longer[: len(shorter)] == shorter, "the labels of a short answer are as far apart as those of a long one"
     for drawn, tokens in zip(answers.drawn, answers.tokens, strict=True):  # the last one may not have been read
         assert drawn - (len(tokens) - answers.n_prompt) in (0, 1)
     markup = dataclasses.replace(answers, tokens=(["<b>&"] * len(answers.tokens[0]), answers.tokens[1]))

@@ -24,16 +24,16 @@ class Space:
         train, paired = behaviour.train, behaviour.paired
         sides = train.positive[: settings.train], train.negative[: settings.train]
         paired = paired and len(sides[0]) == len(sides[1])
-        found = contrast(
+        contrasts = contrast(
             model, tokenizer, *sides, positions=settings.positions, paired=paired, keep=settings.methods != ("dim",),
             batch_size=settings.batch,
         )  # fmt: skip
-        self.means, self.goal = found.candidates, settings.goal
+        self.means, self.goal = contrasts.candidates, settings.goal
         n_layers = self.means.n_layers
         self.layers = list(range(n_layers)) if settings.layers is None else list(settings.layers)
         self.positions, self.methods, self.ops = self.means.positions, settings.methods, settings.ops
         lengths = self.means.directions.norm(dim=-1) * self.means.exists()
-        tables = {name: getattr(found, name)() for name in settings.methods}
+        tables = {name: getattr(contrasts, name)() for name in settings.methods}
         self.tables: dict[str, Candidates | Directions] = {
             name: table.scaled_like(lengths) if isinstance(table, Directions) else table
             for name, table in tables.items()

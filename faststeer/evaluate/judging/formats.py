@@ -76,18 +76,13 @@ class JudgeFormat:
     max_new_tokens: int = 16
     source: str = ""
 
-    @property
-    def needs(self) -> set[str]:
-        """Which of prompt, completion and concept its questions mention."""
-        return {name for question in self.questions for name in PLACE.findall(question.text or "")}
-
     def verdict(self, written: list[str]) -> Verdict:
         """Read one answer per question."""
         raw = "\n---\n".join(written)
         read = [question.read(text) for question, text in zip(self.questions, written, strict=True)]
         if any(parts is None for parts in read):
             return Verdict(None, None, raw=raw)
-        parts = {name: value for found in read if found for name, value in found.items()}
+        parts = {name: value for each in read if each for name, value in each.items()}
         score = _COMBINE[self.combine](parts)
         return Verdict(self.labels.get(score), score, parts if len(parts) > 1 else {}, raw)
 

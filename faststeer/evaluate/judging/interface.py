@@ -6,6 +6,7 @@ Nothing here reads an answer; that is what the judges are for.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,9 @@ from typing import Protocol
 from faststeer.evaluate.statistics import Rate
 from faststeer.hf.batching import Prompt
 from faststeer.plan import Plan
+
+Prompts = Sequence[Prompt]
+AnswerPlans = Sequence[Plan | None] | None  # under which plan each answer was given; None: not told
 
 
 @dataclass(frozen=True)
@@ -67,29 +71,19 @@ class Judge(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        plans: Sequence[Plan | None] | None = None,
-    ) -> list[Verdict]: ...
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]: ...
 
 
 class BaseJudge:
     """What judges of words have unless they say otherwise. Most read each answer by itself, in `verdict`."""
 
     name: str = ""
+    identity: str = ""
     shows: float | None = None
     opposes: float | None = None
     reads_prompts: bool = False
 
-    @property
-    def identity(self) -> str:
-        return self.name
-
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         return [self.verdict(text) for text in completions]
 
     def verdict(self, text: str) -> Verdict:
@@ -135,8 +129,8 @@ class Verdicts(Sequence[Verdict]):
     @property
     def labels(self) -> dict[str, int]:
         """How often each label was given, most frequent first."""
-        given = [verdict.label for verdict in self._verdicts if verdict.label is not None]
-        return dict(sorted(((label, given.count(label)) for label in set(given)), key=lambda item: (-item[1], item[0])))
+        counts = Counter(verdict.label for verdict in self._verdicts if verdict.label is not None)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def to_dict(self) -> dict[str, object]:
         """Return what they come to, ready for JSON."""
@@ -150,12 +144,7 @@ class Verdicts(Sequence[Verdict]):
         }
 
 
-def judged(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    plans: Sequence[Plan | None] | None = None,
-) -> Verdicts:
+def judged(judge: Judge, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> Verdicts:
     """Ask a judge about answers.
 
     Args:
@@ -196,12 +185,7 @@ def check_line(judge: Judge) -> Judge:
     return judge
 
 
-def signs(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    plans: Sequence[Plan | None] | None = None,
-) -> list[int]:
+def signs(judge: Judge, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[int]:
     """1 for each answer that shows the behaviour (score >= `judge.shows`), -1 for each that shows its opposite
     (`judge.opposes`), 0 for neither, which is also what could not be read.
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from faststeer.evaluate.judging.interface import BaseJudge, Verdict
+from faststeer.evaluate.judging.interface import AnswerPlans, BaseJudge, Prompts, Verdict
 from faststeer.evaluate.likelihood import ContinuationRow, answer_ids, score_rows
-from faststeer.hf.batching import Prompt, encode, padding_id
-from faststeer.plan import Plan
+from faststeer.hf.batching import encode, padding_id
 
 
 def repetition(units: Sequence[Any], n: int = 4) -> float:
@@ -28,15 +27,11 @@ def repetition(units: Sequence[Any], n: int = 4) -> float:
 class Repetition(BaseJudge):
     """rep-n over the answer's words, split at white space: the share of n-grams that occurred before (`repetition`)."""
 
-    name, shows = "repetition", None
+    name = "repetition"
 
     def __init__(self, n: int = 4) -> None:
         repetition([], n)
-        self._n = n
-
-    @property
-    def identity(self) -> str:
-        return f"repetition/1 {self._n} words"
+        self._n, self.identity = n, f"repetition/1 {n} words"
 
     def verdict(self, text: str) -> Verdict:
         return Verdict(None, repetition(text.split(), self._n))
@@ -45,7 +40,7 @@ class Repetition(BaseJudge):
 class Length(BaseJudge):
     """Words of an answer, split at white space."""
 
-    name, shows = "length", None
+    name, identity = "length", "length"
 
     def verdict(self, text: str) -> Verdict:
         return Verdict(None, float(len(text.split())))
@@ -61,18 +56,13 @@ class Perplexity(BaseJudge):
         model, tokenizer: the steered ones (or another pair that is to read the answers).
     """
 
-    name, shows, reads_prompts = "perplexity", None, True
+    name, reads_prompts = "perplexity", True
 
     def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, batch_size: int = 32) -> None:
         self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size
+        self.identity = f"perplexity/1 {system!r}"
 
-    @property
-    def identity(self) -> str:
-        return f"perplexity/1 {self._system!r}"
-
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         contexts = encode(self._tokenizer, prompts, self._system)
         answers = [answer_ids(self._tokenizer, text) for text in completions]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
@@ -82,6 +72,6 @@ class Perplexity(BaseJudge):
         verdicts = [Verdict(None, None) for _ in completions]
         rows = [ContinuationRow(contexts[i], answers[i]) for i in readable]
         scored = score_rows(self._model, rows, pad_id=padding_id(self._tokenizer), batch_size=self._batch_size)
-        for i, found in zip(readable, scored, strict=True):
-            verdicts[i] = Verdict(None, float((-found.log_probabilities.mean()).exp()))
+        for i, score in zip(readable, scored, strict=True):
+            verdicts[i] = Verdict(None, float((-score.log_probabilities.mean()).exp()))
         return verdicts

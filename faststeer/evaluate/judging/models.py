@@ -13,13 +13,12 @@ import torch
 from faststeer.artefacts import fingerprint
 from faststeer.engine import Engine
 from faststeer.evaluate.judging.formats import JudgeFormat, fill, read_format
-from faststeer.evaluate.judging.interface import Verdict, last_user_text
+from faststeer.evaluate.judging.interface import AnswerPlans, Prompts, Verdict, last_user_text
 from faststeer.evaluate.refusal import refusal_score, refusal_tokens
-from faststeer.hf.batching import Prompt, batches, check_evaluating, encode, padding_id
+from faststeer.hf.batching import Prompt, Rendered, batches, check_evaluating, encode, padding_id
 from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
 from faststeer.hf.last_tokens import last_tokens
 from faststeer.hf.loading import load as load_model
-from faststeer.plan import Plan
 
 
 def _loaded(auto: str, model: Any, tokenizer: Any, judge: str) -> tuple[Any, Any]:
@@ -83,43 +82,39 @@ class Classifier:
 
     def _shown(self, labels: Sequence[str]) -> list[int]:
         known = {str(label).lower(): int(i) for i, label in self._model.config.id2label.items()}
-        wanted = [label.lower() for label in labels] or [label for label in self.KNOWN if label in known][:1]
-        missing = [label for label in wanted if label not in known]
-        if missing or not wanted:
+        asked = [label.lower() for label in labels] or [label for label in self.KNOWN if label in known][:1]
+        missing = [label for label in asked if label not in known]
+        if missing or not asked:
             raise ValueError(
                 f"the judge {self.name!r}: its model has the labels {', '.join(known)}"
                 f"{f', not {missing[0]!r}' if missing else ''}: say labels= of what is looked for"
             )
-        return [known[label] for label in wanted]
+        return [known[label] for label in asked]
 
     @property
     def identity(self) -> str:
         return f"classifier/1 {fingerprint(self._model)} {self._ids} {self._pair} {self.shows}"
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
-        verdicts: dict[int, Verdict] = {}
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         asked = [last_user_text(prompt) for prompt in prompts]
+        verdicts = [Verdict(None, None) for _ in completions]
         # A text without tokens says nothing that could be classified.
-        empty = [not self._tokenizer(text)["input_ids"] for text in completions]
-        verdicts |= {i: Verdict(None, None) for i, none in enumerate(empty) if none}
-        readable = [i for i, none in enumerate(empty) if not none]
+        readable = [i for i, text in enumerate(completions) if self._tokenizer(text)["input_ids"]]
+        multi = getattr(self._model.config, "problem_type", None) == "multi_label_classification"
         for group in batches([len(asked[i]) + len(completions[i]) for i in readable], self._batch_size):
-            chosen = [readable[i] for i in group]
-            texts = [completions[i] for i in chosen]
-            given = ([asked[i] for i in chosen], texts) if self._pair else (texts,)
+            numbers = [readable[i] for i in group]
+            texts = [completions[i] for i in numbers]
+            columns = ([asked[i] for i in numbers], texts) if self._pair else (texts,)
             limit = {"truncation": True, "max_length": self._longest()}
-            inputs = self._tokenizer(*given, padding=True, return_tensors="pt", **limit)
+            inputs = self._tokenizer(*columns, padding=True, return_tensors="pt", **limit)
             logits = self._model(**inputs.to(self._model.device)).logits.double()
-            multi = getattr(self._model.config, "problem_type", None) == "multi_label_classification"
             chances = (logits.sigmoid() if multi else logits.softmax(-1)).cpu()
-            for i, row in zip(chosen, chances, strict=True):
+            for i, row in zip(numbers, chances, strict=True):
                 label = self._model.config.id2label[int(row.argmax())]
                 score = float(row[self._ids].max() if multi else row[self._ids].sum().clamp(max=1))
                 verdicts[i] = Verdict(label, score)
-        return [verdicts[i] for i in range(len(completions))]
+        return verdicts
 
     def _longest(self) -> int:
         positions = getattr(self._model.config, "max_position_embeddings", None) or 512
@@ -157,7 +152,7 @@ class LanguageModelJudge:
             self.name, form = name or form, read_format(form)
         else:
             self.name = name or "model"
-        if "concept" in form.needs and not concept:
+        if any("{concept}" in (question.text or "") for question in form.questions) and not concept:
             raise ValueError(f"the judge {self.name!r} asks about a concept: say concept=")
         model, tokenizer = _loaded("AutoModelForCausalLM", model, tokenizer, self.name)
         if any(q.text is None for q in form.questions) and not getattr(tokenizer, "chat_template", None):
@@ -165,13 +160,9 @@ class LanguageModelJudge:
                 f"the judge {self.name!r}: its tokenizer has no chat template, which is what asks the question in this "
                 "format: give the question as a template file"
             )
-        self._model, self._tokenizer, self.form = model, tokenizer, form
+        self._model, self._tokenizer, self.form, self.shows = model, tokenizer, form, form.shows
         self._concept, self._system, self._batch_size = concept, system, batch_size
         self._engine: Engine | None = None
-
-    @property
-    def shows(self) -> float | None:
-        return self.form.shows
 
     @property
     def identity(self) -> str:
@@ -179,30 +170,26 @@ class LanguageModelJudge:
         form = repr(self.form).replace("JudgeQuestion(", "Question(")  # stores keep their digests: it had that name
         return f"model/1 {fingerprint(self._model)} {form} {self._concept!r} {self._system!r} {template!r}"
 
-    def questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str | list[int]]:
+    def questions(self, prompts: Prompts, completions: Sequence[str]) -> list[list[int]]:
         """What the judging model reads, as token ids: all questions about the first answer, then about the second. None
         ([]) for one that holds marks of the judging model's chat format."""
         # A question that was written with the model's own marks is taken as it stands.
         by_hand = self._markup([[{"role": "user", "content": q.text or ""}] for q in self.form.questions])
         told = [(last_user_text(prompt), completion) for prompt, completion in zip(prompts, completions, strict=True)]
         marked = self._markup([[{"role": "user", "content": text} for text in texts] for texts in told])
-        asked: list[str | list[int]] = []
-        groups: dict[bool, list[int]] = {}  # of questions that are texts: by whether they hold the marks already
+        asked: list[list[int]] = []
+        texts_by_place: dict[int, Prompt] = {}  # questions that are still to be encoded
         for prompt, texts, mark in zip(prompts, told, marked, strict=True):
             values = {"prompt": texts[0], "completion": texts[1], "concept": self._concept or ""}
             for question, rendered in zip(self.form.questions, by_hand, strict=True):
-                if mark:
-                    asked.append([])
-                elif question.text is None:
-                    asked.append(self._dialogue(prompt, texts[1]))
-                else:
-                    groups.setdefault(rendered is not None, []).append(len(asked))
-                    asked.append(fill(question.text, values))
-        for is_rendered, places in groups.items():
-            questions: list[Prompt] = [str(asked[i]) for i in places]
-            encoded = encode(self._tokenizer, questions, self._system, rendered=is_rendered)
-            for i, ids in zip(places, encoded, strict=True):
-                asked[i] = ids
+                if question.text is not None and not mark:
+                    text = fill(question.text, values)
+                    texts_by_place[len(asked)] = text if rendered is None else Rendered(text)
+                asked.append([] if mark or question.text is not None else self._dialogue(prompt, texts[1]))
+        if texts_by_place:
+            encoded = encode(self._tokenizer, list(texts_by_place.values()), self._system)
+            for place, ids in zip(texts_by_place, encoded, strict=True):
+                asked[place] = ids
         return asked
 
     def _markup(self, chats: list[list[dict[str, str]]]) -> list[str | None]:
@@ -218,15 +205,13 @@ class LanguageModelJudge:
         text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
         return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         asked = self.questions(prompts, completions)
         written = self._answers(asked)
         n = len(self.form.questions)
         return [self.form.verdict(written[start : start + n]) for start in range(0, len(written), n)]
 
-    def _answers(self, asked: Sequence[Any]) -> list[str]:
+    def _answers(self, asked: Sequence[list[int]]) -> list[str]:
         room = self.form.max_new_tokens
         longest = max(map(len, asked)) + room
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or longest
@@ -235,16 +220,13 @@ class LanguageModelJudge:
         fits = [i for i, ids in enumerate(asked) if ids and len(ids) + room <= positions]
         written = [""] * len(asked)
         if fits:
-            engine = self._engine_of(min(longest, positions))
-            given = [asked[i] for i in fits]
-            for i, answer in zip(fits, engine.generate(given, max_new_tokens=room, progress=False), strict=True):
+            length = min(longest, positions)
+            if self._engine is None or self._engine.max_length < length:
+                self._engine = Engine(self._model, self._tokenizer, max_batch=self._batch_size, max_length=length)
+            answers = self._engine.generate([asked[i] for i in fits], max_new_tokens=room, progress=False)
+            for i, answer in zip(fits, answers, strict=True):
                 written[i] = answer.text
         return written
-
-    def _engine_of(self, length: int) -> Engine:
-        if self._engine is None or self._engine.max_length < length:
-            self._engine = Engine(self._model, self._tokenizer, max_batch=self._batch_size, max_length=length)
-        return self._engine
 
 
 class RefusalScore:
@@ -264,14 +246,9 @@ class RefusalScore:
     ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._system, self._batch_size = model, tokenizer, system, batch_size
         self._ids = tuple(refusal_tokens(tokenizer) if token_ids is None else token_ids)
+        self.identity = f"refusal-score/1 {self._ids} {system!r}"
 
-    @property
-    def identity(self) -> str:
-        return f"refusal-score/1 {self._ids} {self._system!r}"
-
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         encoded = encode(self._tokenizer, prompts, self._system)
         rows = [(i, None if plans is None else plans[i]) for i in range(len(encoded))]
         scores: dict[int, float] = {}

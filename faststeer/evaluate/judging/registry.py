@@ -14,7 +14,7 @@ from faststeer.evaluate.judging.interface import Judge
 from faststeer.evaluate.judging.measures import Length, Perplexity, Repetition
 from faststeer.evaluate.judging.models import Classifier, LanguageModelJudge, RefusalScore
 from faststeer.evaluate.judging.words import Function, Pattern, Refusal, Sentiment, no_loop, word_sentiment
-from faststeer.evaluate.refusal import VARIANTS
+from faststeer.evaluate.refusal import PHRASES
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class JudgeKind:
     """Judges of one name.
 
     Args:
-        make: called with what stands after the colon (""), the steered model's arguments and the options.
+        make: called with the name, what stands after the colon (""), the steered model's arguments and the options.
         options: that it takes.
         after: what must stand after the colon, in words; "" for nothing.
         variants: what may stand there, where it may be left out: texts, or None for anything.
     """
 
-    make: Callable[[str, Mapping[str, Any], dict[str, Any]], Judge]
-    options: frozenset[str] = frozenset()
+    make: Callable[[str, str, Mapping[str, Any], dict[str, Any]], Judge]
+    options: tuple[str, ...] = ()
     after: str = ""
     variants: tuple[str, ...] | None = ()
 
@@ -39,15 +39,15 @@ JUDGES: dict[str, JudgeKind] = {}
 RENAMED = {"vader": "sentiment", "demo-grammar": "demo-coherent"}
 
 
-def register(name: str, made: Callable[..., Judge], options: Iterable[str] = ()) -> None:
-    """Add a judge under a name: `made(**options)` returns it, asked for with options of these names.
+def register(name: str, factory: Callable[..., Judge], options: Iterable[str] = ()) -> None:
+    """Add a judge under a name: `factory(**options)` returns it, asked for with options of these names.
 
     Raises:
         ValueError: the name holds a colon or is blank.
     """
     if ":" in name or not name.strip():
         raise ValueError(f"{name!r} is no name for a judge: expected a text without a colon that is not blank")
-    JUDGES[name] = JudgeKind(lambda _, __, given: made(**given), frozenset(options))
+    JUDGES[name] = JudgeKind(lambda _name, _rest, _steered, values: factory(**values), tuple(options))
 
 
 def judge_names() -> list[str]:
@@ -70,7 +70,7 @@ def check_name(text: str, options: Iterable[str] = ()) -> None:
     if rest and not kind.after and kind.variants is not None and rest not in kind.variants:
         takes = f"{' or '.join(kind.variants)} after a colon" if kind.variants else "nothing after a colon"
         raise ValueError(f"the judge {name!r} takes {takes}, got {rest!r}")
-    if unknown := set(options) - kind.options:
+    if unknown := set(options).difference(kind.options):
         raise ValueError(
             f"the judge {name!r} has no option {', '.join(map(repr, sorted(unknown)))}: it has "
             f"{', '.join(sorted(kind.options)) or 'none'}"
@@ -109,14 +109,14 @@ def make(
         if not callable(what):
             raise ValueError(f"a judge is {what!r}: expected its name, an object with it, a judge or a function")
         return Function(_three_valued(what), name=getattr(what, "__name__", "function"), opposes=-1.0)
-    given: dict[str, Any] = {"judge": what} if isinstance(what, str) else dict(what)
-    text = given.pop("judge", None)
+    options: dict[str, Any] = {"judge": what} if isinstance(what, str) else dict(what)
+    text = options.pop("judge", None)
     if not isinstance(text, str):
         raise ValueError(f'a judge is {what!r}: expected a text such as "refusal", or an object with "judge"')
-    check_name(text, given)
+    check_name(text, options)
     name, _, rest = text.partition(":")
     steered = {"model": model, "tokenizer": tokenizer, "system": system, "batch_size": batch_size}
-    return JUDGES[name].make(rest, steered, given)
+    return JUDGES[name].make(name, rest, steered, options)
 
 
 def _three_valued(function: Callable[..., Any]) -> Callable[..., int]:
@@ -130,51 +130,47 @@ def _three_valued(function: Callable[..., Any]) -> Callable[..., int]:
     return checked
 
 
-def _of_the_model(name: str, cls: Callable[..., Judge]) -> Callable[..., Judge]:
-    def made(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+def _of_the_model(cls: Callable[..., Judge]) -> Callable[..., Judge]:
+    def make_judge(name: str, _rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
         if steered["model"] is None or steered["tokenizer"] is None:
             raise ValueError(f"the judge {name!r} looks at the steered model: give model= and tokenizer=")
         return cls(**steered, **options)
 
-    return made
+    return make_judge
 
 
-def _classifier(name: str) -> Callable[..., Judge]:
-    return lambda rest, steered, options: Classifier(rest, name=name, batch_size=steered["batch_size"], **options)
+def _classifier(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+    return Classifier(rest, name=name, batch_size=steered["batch_size"], **options)
 
 
-def _language_model(name: str) -> Callable[..., Judge]:
-    def made(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
-        form = read_format(name, options.pop("template", None))
-        return LanguageModelJudge(rest, form=form, name=name, batch_size=steered["batch_size"], **options)
-
-    return made
+def _language_model(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+    form = read_format(name, options.pop("template", None))
+    return LanguageModelJudge(rest, form=form, name=name, batch_size=steered["batch_size"], **options)
 
 
-def _sentiment(rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
+def _sentiment(name: str, rest: str, steered: Mapping[str, Any], options: dict[str, Any]) -> Judge:
     if rest == "words":
         return Function(word_sentiment, name="sentiment:words", opposes=-1.0)
-    return _classifier("sentiment")(rest, steered, options) if rest else Sentiment(**options)
+    return _classifier(name, rest, steered, options) if rest else Sentiment(**options)
 
 
 JUDGES |= {
     "refusal": JudgeKind(
-        lambda rest, _, given: Refusal(variant=rest or "phrases", **given), frozenset({"phrases"}), "", VARIANTS
+        lambda _name, rest, _steered, options: Refusal(variant=rest or "phrases", **options),
+        ("phrases",),
+        variants=tuple(PHRASES),
     ),
-    "refusal-score": JudgeKind(_of_the_model("refusal-score", RefusalScore), frozenset({"token_ids"})),
-    "sentiment": JudgeKind(_sentiment, frozenset({"labels"}), "", None),
-    "classifier": JudgeKind(_classifier("classifier"), frozenset({"labels", "with_prompt", "shows"}), "a model"),
-    **{
-        name: JudgeKind(_language_model(name), frozenset({"template", "concept", "system"}), "a model")
-        for name in FORMATS
-    },
-    "regex": JudgeKind(lambda rest, _, __: Pattern(rest), after="a regular expression"),
+    "refusal-score": JudgeKind(_of_the_model(RefusalScore), ("token_ids",)),
+    "sentiment": JudgeKind(_sentiment, ("labels",), variants=None),
+    "classifier": JudgeKind(_classifier, ("labels", "with_prompt", "shows"), "a model"),
+    **{name: JudgeKind(_language_model, ("template", "concept", "system"), "a model") for name in FORMATS},
+    "regex": JudgeKind(lambda _name, rest, _steered, _options: Pattern(rest), after="a regular expression"),
     "python": JudgeKind(
-        lambda rest, _, given: Function.load(rest, **given),
-        frozenset({"shows", "opposes", "labels"}),
+        lambda _name, rest, _steered, options: Function.load(rest, **options),
+        ("shows", "opposes", "labels"),
         "MODULE:FUNCTION",
     ),
-    "perplexity": JudgeKind(_of_the_model("perplexity", Perplexity)),
+    "perplexity": JudgeKind(_of_the_model(Perplexity)),
 }
 register("repetition", Repetition, ["n"])
 register("length", Length)

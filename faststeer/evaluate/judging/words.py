@@ -13,13 +13,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from faststeer.evaluate.judging.interface import BaseJudge, Verdict
-from faststeer.evaluate.refusal import APOSTROPHES, MORE_PHRASES, REFUSAL_PHRASES, is_refusal
-from faststeer.hf.batching import Prompt
-from faststeer.plan import Plan
+from faststeer.evaluate.judging.interface import AnswerPlans, BaseJudge, Prompts, Verdict
+from faststeer.evaluate.refusal import APOSTROPHES, PHRASES, is_refusal
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
@@ -43,20 +42,16 @@ class Refusal(BaseJudge):
             isinstance(phrases, str) or not phrases or not all(isinstance(p, str) and p.strip() for p in phrases)
         ):
             raise ValueError(f"phrases is {phrases!r}: expected a list of phrases that are not blank")
-        more = MORE_PHRASES if variant == "phrases" else ()
-        self.variant, self.phrases = variant, tuple(phrases or (*REFUSAL_PHRASES, *more))
+        self.variant, self.phrases = variant, tuple(phrases or PHRASES[variant])
         self.name = "refusal" if variant == "phrases" else f"refusal:{variant}"
-
-    @property
-    def identity(self) -> str:
-        return f"{self.name}/1 {self.phrases!r}"
+        self.identity = f"{self.name}/1 {self.phrases!r}"
 
     def verdict(self, text: str) -> Verdict:
         return _yes_no(is_refusal(text, self.variant, self.phrases), "refusal", "answer")
 
 
-def _yes_no(found: bool, yes: str, no: str) -> Verdict:
-    return Verdict(yes if found else no, float(found))
+def _yes_no(shown: bool, yes: str, no: str) -> Verdict:
+    return Verdict(yes if shown else no, float(shown))
 
 
 class Pattern(BaseJudge):
@@ -73,11 +68,7 @@ class Pattern(BaseJudge):
             self._pattern = re.compile(pattern)
         except (re.error, TypeError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        self.name = name or f"regex:{pattern}"
-
-    @property
-    def identity(self) -> str:
-        return f"regex/1 {self._pattern.pattern}"
+        self.name, self.identity = name or f"regex:{pattern}", f"regex/1 {pattern}"
 
     def verdict(self, text: str) -> Verdict:
         return _yes_no(self._pattern.search(text) is not None, "match", "none")
@@ -103,12 +94,7 @@ class Sentiment(BaseJudge):
                 "classification model (sentiment:FOLDER)"
             ) from error
         self._analyzer, self.shows, self.opposes = SentimentIntensityAnalyzer(), line, -line
-
-    @property
-    def identity(self) -> str:
-        from importlib.metadata import version
-
-        return f"vaderSentiment {version('vaderSentiment')} {self.shows}"
+        self.identity = f"vaderSentiment {version('vaderSentiment')} {line}"
 
     def verdict(self, text: str) -> Verdict:
         # VADER's lists have straight apostrophes: "isn’t" would not negate.
@@ -145,32 +131,26 @@ class Function(BaseJudge):
         self._function, self.shows, self.opposes, self._labels = function, shows, opposes, tuple(labels)
         self.name = name or str(getattr(function, "__name__", "function"))
         self.reads_prompts = _takes_two(function)
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):
+            source = repr(function)
+        digest, line = hashlib.sha256(source.encode()).hexdigest(), "" if opposes is None else f" {opposes}"
+        self.identity = f"function {self.name} {digest} {shows}{line} {self._labels!r}"
 
     @classmethod
     def load(cls, where: str, **options: Any) -> Function:
         """Import `module:function`. Raises ValueError where there is none; `options` as of the class."""
         module, _, function = where.partition(":")
         try:
-            found: Any = importlib.import_module(module)
+            judge: Any = importlib.import_module(module)
             for part in function.split("."):
-                found = getattr(found, part)
+                judge = getattr(judge, part)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"no judge at python:{where}: {error}; expected python:MODULE:FUNCTION") from error
-        return cls(found, name=where, **options)
+        return cls(judge, name=where, **options)
 
-    @property
-    def identity(self) -> str:
-        try:
-            source = inspect.getsource(self._function)
-        except (OSError, TypeError):
-            source = repr(self._function)
-        digest = hashlib.sha256(source.encode()).hexdigest()
-        opposes = "" if self.opposes is None else f" {self.opposes}"
-        return f"function {self.name} {digest} {self.shows}{opposes} {self._labels!r}"
-
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
-    ) -> list[Verdict]:
+    def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         pairs = zip(prompts, completions, strict=True)
         return [self._verdict(self._function(*(pair if self.reads_prompts else pair[1:]))) for pair in pairs]
 

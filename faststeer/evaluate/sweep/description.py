@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,7 @@ from faststeer.algebra import random_like
 from faststeer.evaluate.judging import make
 from faststeer.evaluate.multiple_choice import Question, load_questions
 from faststeer.evaluate.side_effects import NEUTRAL_TEXT
-from faststeer.evaluate.sweep.yaml_lines import Lines, read_lines
+from faststeer.evaluate.sweep.yaml_lines import Lines, Where, read_lines
 from faststeer.files import UNREADABLE, json_lines
 from faststeer.hf.batching import Prompt, Rendered, prompt_fault
 from faststeer.hf.prompts import load_prompts
@@ -143,6 +143,8 @@ class Sweep:
         for name, check in _CHECKS.items():
             try:
                 object.__setattr__(self, name, check(getattr(self, name)))
+            except FieldError:
+                raise
             except (ValueError, TypeError) as error:
                 raise FieldError(name, str(error)) from error
         if not self.vectors and not self.plans:
@@ -155,23 +157,22 @@ class Sweep:
     def settings(self) -> tuple[Setting, ...]:
         """Every setting, the unsteered model first."""
         self._check_number()
-        found = [Setting("unsteered", UNSTEERED, (), None, None, None)]
+        settings = [Setting("unsteered", UNSTEERED, (), None, None, None)]
+        # 0 leaves the model alone, but for `clamp`.
+        coefficients = [c for c in self.coefficients if c != 0 or self.intervention == "clamp"]
         for name, vector in self.vectors.items():
-            pairs: list[tuple[int | None, SteeringVector]] = [(None, vector)]
-            pairs += [(n, random_like(vector, self.seed + n)) for n in range(self.controls)]
-            for control, used in pairs:
+            controls = [(n, random_like(vector, self.seed + n)) for n in range(self.controls)]
+            for control, own in [(None, vector), *controls]:
+                kind: Literal["vector", "control"] = "vector" if control is None else "control"
                 for layers in self._layers_of(name, vector):
-                    for c in self.coefficients:
-                        if c == 0 and self.intervention != "clamp":
-                            continue
-                        plan = Plan([self._intervention(name, used, layers, c)])
-                        kind: Any = "vector" if control is None else "control"
-                        found.append(Setting(kind, name, layers, c, control, plan))
+                    for c in coefficients:
+                        plan = Plan([self._intervention(name, own, layers, c)])
+                        settings.append(Setting(kind, name, layers, c, control, plan))
         for name, plan in self.plans.items():
-            found.append(Setting("plan", name, (), None, None, plan))
+            settings.append(Setting("plan", name, (), None, None, plan))
             for n in range(self.controls):
-                found.append(Setting("control", name, (), None, n, random_plan(plan, self.seed + n)))
-        return tuple(found)
+                settings.append(Setting("control", name, (), None, n, random_plan(plan, self.seed + n)))
+        return tuple(settings)
 
     def _check_number(self) -> None:
         """Refuse more settings than can be built, before one is."""
@@ -187,21 +188,19 @@ class Sweep:
     def _layers_of(self, name: str, vector: SteeringVector) -> list[tuple[int, ...]]:
         if self.layers is None:
             return [(layer,) for layer in vector.layers]
-        chosen = [(layer,) if isinstance(layer, int) else tuple(layer) for layer in self.layers]
-        if missing := [layer for group in chosen for layer in group if layer not in vector]:
+        groups: Any = self.layers  # tuples, since they were checked
+        if missing := [layer for group in groups for layer in group if layer not in vector]:
             raise FieldError(
                 "layers", f"the vector {name!r} has no direction for layer {missing[0]}; it has {list(vector.layers)}"
             )
-        return chosen
+        return list(groups)
 
     def _intervention(self, name: str, vector: SteeringVector, layers: tuple[int, ...], c: float) -> Intervention:
         where: dict[str, Any] = {"layers": list(layers), "positions": self.positions, "at": self.at}
         try:
-            if self.intervention == "add":
-                return Add(vector, c, **where)
-            if self.intervention == "ablate":
-                return Ablate(vector, c, **where)
-            return Clamp(vector, c, c, **where)
+            if self.intervention == "clamp":
+                return Clamp(vector, c, c, **where)
+            return (Add if self.intervention == "add" else Ablate)(vector, c, **where)
         except (ValueError, TypeError) as error:
             raise FieldError("vectors", f"{name!r}: {error}") from error
 
@@ -213,7 +212,7 @@ class Sweep:
             "model": model,
             "prompts": [[p.id, p.tag, p.prompt] for p in self.prompts],
             "settings": [
-                [s.name, s.kind, None if s.plan is None else _digest(s.plan.to_json(inline=True))]
+                [s.name, s.kind, None if s.plan is None else text_digest(s.plan.to_json(inline=True))]
                 for s in self.settings
             ],
             "system": self.system,
@@ -223,7 +222,7 @@ class Sweep:
             content["engine"] = self.engine
         if rendered := [i for i, p in enumerate(self.prompts) if isinstance(p.prompt, Rendered)]:
             content["rendered"] = rendered
-        return _digest(json.dumps(content, sort_keys=True))
+        return text_digest(json.dumps(content, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The description in words, ready for JSON: vectors and plans by digest."""
@@ -232,7 +231,7 @@ class Sweep:
         plain["judges"] = [judge if isinstance(judge, str | Mapping) else make(judge).name for judge in self.judges]
         plain["n_prompts"] = len(self.prompts)
         plain["vectors"] = {name: hashlib.sha256(v.to_bytes()).hexdigest() for name, v in self.vectors.items()}
-        plain["plans"] = {name: _digest(plan.to_json(inline=True)) for name, plan in self.plans.items()}
+        plain["plans"] = {name: text_digest(plan.to_json(inline=True)) for name, plan in self.plans.items()}
         return json.loads(json.dumps(plain, default=str))
 
 
@@ -241,147 +240,143 @@ def random_plan(plan: Plan, seed: int) -> Plan:
 
     Equal directions of a plan get equal random ones.
     """
-    made: dict[int, Direction] = {}
+    directions: dict[int, Direction] = {}  # by the identity of the plan's own
 
     def random(direction: Direction) -> Direction:
-        if id(direction) not in made:
-            number = seed + RANDOM_STRIDE * len(made)
+        if id(direction) not in directions:
+            number = seed + RANDOM_STRIDE * len(directions)
             if isinstance(direction, SteeringVector):
-                made[id(direction)] = random_like(direction, number)
+                directions[id(direction)] = random_like(direction, number)
             else:
                 generator = torch.Generator().manual_seed(number)
                 draw = torch.randn(direction.shape, generator=generator, dtype=torch.float64)
                 lengths = direction.detach().double().cpu().norm(dim=-1, keepdim=True)
-                made[id(direction)] = (draw / draw.norm(dim=-1, keepdim=True) * lengths).to(direction)
-        return made[id(direction)]
+                directions[id(direction)] = (draw / draw.norm(dim=-1, keepdim=True) * lengths).to(direction)
+        return directions[id(direction)]
 
     changes: list[dict[str, Any]] = [{name: random(getattr(i, name)) for name in i.direction_names} for i in plan]
     return Plan([replace(i, **change) for i, change in zip(plan, changes, strict=True)])
 
 
 class FieldError(ValueError):
-    """What is wrong with one field of a description, so that a reader of files can add the line."""
+    """What is wrong with one field of a description, or with one item of it, so that a reader of files can add the
+    line."""
 
-    def __init__(self, name: str, message: str) -> None:
+    def __init__(self, name: str, message: str, item: int | None = None) -> None:
         super().__init__(f"{name}: {message}")
-        self.name, self.message = name, message
+        self.name, self.message, self.item = name, message, item
 
 
-def _digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
+# Checks: each takes a field's value as it was given, and returns it as the sweep has it -------------------------------
 
 
-def _prompts(given: Any) -> tuple[SweepPrompt, ...]:
-    if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
-        raise ValueError("expected a list of at least one prompt")
-    found = tuple(p if isinstance(p, SweepPrompt) else SweepPrompt(str(i), p) for i, p in enumerate(given))
+def _prompts(values: Any) -> tuple[SweepPrompt, ...]:
+    listed = _listed(values, "at least one prompt")
+    prompts = tuple(p if isinstance(p, SweepPrompt) else SweepPrompt(str(i), p) for i, p in enumerate(listed))
     first: dict[str, int] = {}
-    for i, prompt in enumerate(found):
+    for i, prompt in enumerate(prompts):
         if fault := prompt_fault(prompt.prompt):
-            raise ValueError(f"prompt {i} {fault}: expected a text or a list of messages")
+            raise FieldError("prompts", f"prompt {i} {fault}: expected a text or a list of messages", i)
         if (earlier := first.setdefault(prompt.id, i)) != i:
-            raise ValueError(f"prompts {earlier} and {i} have the same id {prompt.id!r}: give each its own")
-    return found
+            message = f"prompts {earlier} and {i} have the same id {prompt.id!r}: give each its own"
+            raise FieldError("prompts", message, i)
+    return prompts
 
 
 def _named(cls: type, what: str) -> Any:
-    def check(given: Any) -> dict[str, Any]:
-        if not isinstance(given, Mapping):
-            raise TypeError(f"expected {what} by name, got {type(given).__name__}")
-        for name, value in given.items():
+    def check(values: Any) -> dict[str, Any]:
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected {what} by name, got {type(values).__name__}")
+        for name, value in values.items():
             if not isinstance(name, str) or not name.strip() or "~" in name:
                 raise ValueError(f"{name!r} is no name: expected a text that is not blank, without ~")
             if not isinstance(value, cls):
                 raise TypeError(f"{name!r} is a {type(value).__name__}: expected a {cls.__name__}")
-        return dict(given)
+        return dict(values)
 
     return check
 
 
-def _layers(given: Any) -> Any:
-    if given is None:
+def _layers(values: Any) -> Any:
+    if values is None:
         return None
-    given = _listed(given, "layers, or of lists that are steered together")
-    groups = [tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else (item,) for item in given]
+    listed = _listed(values, "layers, or of lists that are steered together")
+    groups = [tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else (item,) for item in listed]
     for group in groups:
         if not group or not all(type(layer) is int and layer >= 0 for layer in group):
             raise ValueError(f"{list(group)!r}: expected layers, whole numbers from 0")
-    ordered = [tuple(sorted(set(group))) for group in groups]
-    if len(set(ordered)) < len(ordered):
-        raise ValueError(f"{list(given)!r}: a layer is given twice")
-    return tuple(ordered)
+    return _distinct([tuple(sorted(set(group))) for group in groups], values, "layer")
 
 
-def _coefficients(given: Any) -> tuple[float, ...]:
-    found = tuple(_number(c) for c in _listed(given, "numbers"))
-    if len(set(found)) < len(found):
-        raise ValueError(f"{list(given)!r}: a number is given twice")
-    return found
+def _coefficients(values: Any) -> tuple[float, ...]:
+    return _distinct([_number(c) for c in _listed(values, "numbers")], values, "number")
 
 
-def _number(given: Any) -> float:
+def _distinct(items: list[Any], values: Any, what: str) -> tuple[Any, ...]:
+    if len(set(items)) < len(items):
+        raise ValueError(f"{list(values)!r}: a {what} is given twice")
+    return tuple(items)
+
+
+def _number(value: Any) -> float:
     try:
-        value = math.nan if isinstance(given, bool) else float(given)  # YAML 1.1 reads 1e-3 as a text
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML 1.1 reads 1e-3 as a text
     except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{str(given)[:40]!r} is no finite number")
-    return value
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return number
 
 
 def _at_least(low: float, whole: bool, high: float = math.inf) -> Any:
-    def check(given: Any) -> float:
-        value = _number(given)
-        if (whole and type(given) is not int) or not low <= value <= high:
+    def check(value: Any) -> float:
+        number = _number(value)
+        if (whole and type(value) is not int) or not low <= number <= high:
             raise ValueError(
-                f"{given!r}: expected a {'whole ' if whole else ''}number from {low:g}"
+                f"{value!r}: expected a {'whole ' if whole else ''}number from {low:g}"
                 f"{'' if high == math.inf else f' to {high:g}'}"
             )
-        return given if whole else value
+        return value if whole else number
 
     return check
 
 
 def _one_of(*names: str) -> Any:
-    def check(given: Any) -> Any:
-        if not isinstance(given, str) or given not in names:
-            raise ValueError(f"{given!r}: expected one of {', '.join(names)}")
-        return given
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"{value!r}: expected one of {', '.join(names)}")
+        return value
 
     return check
 
 
-def _text(given: Any) -> str:
-    if not isinstance(given, str) or not given.strip():
-        raise ValueError(f"{str(given)[:60]!r}: expected a text that is not blank")
-    return given
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{str(value)[:60]!r}: expected a text that is not blank")
+    return value
 
 
-def _text_or_none(given: Any) -> str | None:
-    if given is not None and not isinstance(given, str):
-        raise ValueError(f"{str(given)[:60]!r}: expected a text")
-    return given
+def _text_or_none(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{str(value)[:60]!r}: expected a text")
+    return value
 
 
-def _texts(given: Any) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ValueError(f"{given!r}: expected a list of texts, [] for none")
-    if not all(isinstance(text, str) and text.strip() for text in given):
-        raise ValueError("expected texts that are not blank")
-    return tuple(given)
+def _texts(values: Any) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{values!r}: expected a list of texts, [] for none")
+    return tuple(_text(text) for text in values)
 
 
-def _judges(given: Any) -> tuple[Any, ...]:
-    return tuple(_listed(given, "at least one judge"))
-
-
-def _listed(given: Any, what: str) -> Sequence[Any]:
-    if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
-        raise ValueError(f"{given!r}: expected a list of {what}")
-    return given
+def _listed(values: Any, what: str) -> Sequence[Any]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"{repr(values)[:200]}: expected a list of {what}")
+    return values
 
 
 _CHECKS: dict[str, Any] = {
@@ -392,7 +387,7 @@ _CHECKS: dict[str, Any] = {
     "coefficients": _coefficients,
     "intervention": _one_of(*get_args(Kind)),
     "controls": _at_least(0, True, 100),
-    "judges": _judges,
+    "judges": lambda values: tuple(_listed(values, "at least one judge")),
     "text": _texts,
     "questions": tuple,
     "projections": _at_least(0, True, MAX_PROMPTS),
@@ -433,158 +428,131 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
     """
     path = Path(path)
     data, lines = read_lines(path)
-    known = [f.name for f in fields(Sweep)]
-    lines.only(data, (), known)
-    reader = _DescriptionReader(path.parent, lines)
+    lines.only(data, (), [f.name for f in fields(Sweep)])
     if "prompts" not in data:
         raise lines.error((), "there are no prompts: say prompts:")
-    given = {name: reader.read(name, value) for name, value in data.items()}
+    reader = _DescriptionReader(path.parent, lines)
+    values = reader.read(data)
     try:
-        return Sweep(**given)
+        return Sweep(**values)
     except FieldError as error:
-        raise lines.error((error.name,), f"{error.name}: {error.message}") from error
+        where = (error.name,) if error.item is None else reader.prompt_places[error.item]
+        raise lines.error(where, str(error)) from error
 
 
-@dataclass(frozen=True)
 class _DescriptionReader:
-    folder: Path
-    lines: Lines
+    """What a description in a file says, as `Sweep` takes it: files are read, ranges and lists written out.
 
-    def read(self, name: str, value: Any) -> Any:
-        read = getattr(self, f"_{name}", None)
-        return value if read is None else read(value)
+    Attributes:
+        prompt_places: where in the file each prompt stands.
+    """
 
-    def _path(self, value: Any, where: tuple[Any, ...]) -> Path:
-        if not isinstance(value, str):
-            raise self.lines.error(where, f"{value!r}: expected the name of a file")
-        path = self.folder / value
+    def __init__(self, folder: Path, lines: Lines) -> None:
+        self._folder, self._lines = folder, lines
+        self.prompt_places: list[Where] = []
+
+    def read(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        readers: dict[str, Callable[[Any], Any]] = {
+            "prompts": self._prompts,
+            "vectors": lambda files: self._named(SteeringVector.load, "vectors", files),
+            "plans": lambda files: self._named(Plan.load, "plans", files),
+            "questions": lambda file: self._load(load_questions, file, ("questions",)) if file else (),
+            "text": self._text,
+            "coefficients": self._coefficients,
+            "layers": lambda value: None if value == "each" else value,
+            "model": self._model,
+        }
+        return {name: readers[name](value) if name in readers else value for name, value in data.items()}
+
+    def _load(self, load: Callable[[Path], Any], name: Any, where: Where) -> Any:
+        """What a file beside the description holds."""
+        if not isinstance(name, str):
+            raise self._lines.error(where, f"{name!r}: expected the name of a file")
+        path = self._folder / name
         try:
-            there = path.is_file()
+            if not path.is_file():
+                raise self._lines.error(where, f"there is no file {path}")
         except OSError as error:
-            raise self.lines.error(where, f"{value[:200]!r} is no file's name: {error.strerror}") from error
-        if not there:
-            raise self.lines.error(where, f"there is no file {path}")
-        return path
-
-    def _load(self, load: Any, value: Any, where: tuple[Any, ...]) -> Any:
-        path = self._path(value, where)
+            raise self._lines.error(where, f"{name[:200]!r} is no file's name: {error.strerror}") from error
         try:
             return load(path)
         except (OSError, *UNREADABLE) as error:
-            raise self.lines.error(where, str(error)) from error
+            raise self._lines.error(where, str(error)) from error
 
-    def _named(self, load: Any, name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self.lines.error((name,), f"{name}: expected names with a file each")
-        return {key: self._load(load, file, (name, key)) for key, file in value.items()}
+    def _named(self, load: Callable[[Path], Any], field: str, files: Any) -> dict[str, Any]:
+        if not isinstance(files, dict):
+            raise self._lines.error((field,), f"{field}: expected names with a file each")
+        return {name: self._load(load, file, (field, name)) for name, file in files.items()}
 
-    def _model(self, value: Any) -> Any:
+    def _model(self, name: Any) -> Any:
         """A file or folder beside the description, else the name as it stands."""
-        if not isinstance(value, str) or value in ("demo", "smollm2"):
-            return value
-        path = self.folder / value
-        return str(path) if path.is_file() or (path / "config.json").is_file() else value
-
-    def _vectors(self, value: Any) -> Any:
-        return self._named(SteeringVector.load, "vectors", value)
-
-    def _plans(self, value: Any) -> Any:
-        return self._named(Plan.load, "plans", value)
-
-    def _questions(self, value: Any) -> Any:
-        return self._load(load_questions, value, ("questions",)) if value else ()
+        if not isinstance(name, str) or name in ("demo", "smollm2"):
+            return name
+        path = self._folder / name
+        return str(path) if path.is_file() or (path / "config.json").is_file() else name
 
     def _text(self, value: Any) -> Any:
         if value is False:
             return ()
-        if isinstance(value, str):
-            return self._load(load_prompts, value, ("text",))
-        return value
+        return self._load(load_prompts, value, ("text",)) if isinstance(value, str) else value
 
     def _coefficients(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         where = ("coefficients",)
-        self.lines.only(value, where, ("from", "to", "steps"))
+        self._lines.only(value, where, ("from", "to", "steps"))
         try:
             low, high = _number(value["from"]), _number(value["to"])
             steps = _at_least(2, True, MAX_STEPS)(value["steps"])
         except KeyError as error:
-            raise self.lines.error(where, "coefficients: expected from, to and steps") from error
+            raise self._lines.error(where, "coefficients: expected from, to and steps") from error
         except ValueError as error:
-            raise self.lines.error(where, f"coefficients: {error}") from error
+            raise self._lines.error(where, f"coefficients: {error}") from error
         # Rounded, so that 0.1 x 3 is the 0.3 that a person would write.
         return [round(low + (high - low) * i / (steps - 1), 12) for i in range(steps)]
 
-    def _layers(self, value: Any) -> Any:
-        return None if value in ("each", None) else value
-
-    # Prompts
-
     def _prompts(self, value: Any) -> list[SweepPrompt]:
-        found: list[SweepPrompt] = []
-        places: dict[str, tuple[Any, ...]] = {}
-        items = [value] if isinstance(value, str | dict) else value
+        items = [{"file": value}] if isinstance(value, str) else [value] if isinstance(value, dict) else value
         if not isinstance(items, list) or not items:
-            raise self.lines.error(("prompts",), "prompts: expected a list, a file, or an object with file: or demo:")
+            raise self._lines.error(("prompts",), "prompts: expected a list, a file, or an object with file: or demo:")
+        prompts: list[SweepPrompt] = []
         for i, item in enumerate(items):
-            where = ("prompts",) if items is not value else ("prompts", i)
-            for prompt in self._some(item, where, len(found), isinstance(value, str)):
-                if prompt.id in places:
-                    raise self.lines.error(
-                        where,
-                        f"prompts: the id {prompt.id!r} is given twice (also line "
-                        f"{self.lines.line(places[prompt.id])}): give each prompt its own",
-                    )
-                places[prompt.id] = where
-                found.append(prompt)
-        return found
+            where: Where = ("prompts", i) if items is value else ("prompts",)
+            some = self._prompts_of(item, where, len(prompts))
+            prompts += some
+            self.prompt_places += [where] * len(some)
+        return prompts
 
-    def _some(self, item: Any, where: tuple[Any, ...], start: int, is_file: bool) -> list[SweepPrompt]:
-        if is_file:
-            item = {"file": item}
+    def _prompts_of(self, item: Any, where: Where, start: int) -> list[SweepPrompt]:
+        """The prompts of one item of the list, of which so many come before it."""
         if not isinstance(item, dict):
-            if fault := prompt_fault(item):
-                raise self.lines.error(where, f"the prompt {fault}: expected a text, a chat, or an object")
             return [SweepPrompt(str(start), item)]
         if "prompt" in item:
-            self.lines.only(item, where, ("prompt", "id", "tag"))
-            if fault := prompt_fault(item["prompt"]):
-                raise self.lines.error(where, f"the prompt {fault}")
+            self._lines.only(item, where, ("prompt", "id", "tag"))
             return [SweepPrompt(str(item.get("id", start)), item["prompt"], str(item.get("tag", "")))]
         if len({"file", "demo"} & set(item)) != 1:
-            raise self.lines.error(where, "expected an object with prompt:, file: or demo:")
-        self.lines.only(item, where, ("file", "demo", "field", "limit", "tag"))
+            raise self._lines.error(where, "expected an object with prompt:, file: or demo:")
+        self._lines.only(item, where, ("file", "demo", "field", "limit", "tag"))
         limit, tag = item.get("limit"), str(item.get("tag", ""))
         if limit is not None and (type(limit) is not int or limit < 1):
-            raise self.lines.error((*where, "limit"), f"limit is {limit!r}: expected a whole number from 1")
-        if "demo" in item:
-            listed = self._of_demo(item["demo"], where)[:limit]
-            return [SweepPrompt(f"{item['demo']}-{i}", prompt, tag) for i, prompt in enumerate(listed)]
-        path = self._path(item["file"], (*where, "file") if not is_file else where)
-        try:
-            return [replace(p, tag=p.tag or tag) for p in _file_prompts(path, item.get("field"), start)[:limit]]
-        except ValueError as error:
-            raise self.lines.error(where, str(error)) from error
-
-    def _of_demo(self, name: Any, where: tuple[Any, ...]) -> list[Prompt]:
+            raise self._lines.error((*where, "limit"), f"limit is {limit!r}: expected a whole number from 1")
+        if "file" in item:
+            load = partial(_file_prompts, field=item.get("field"), start=start)
+            prompts = self._load(load, item["file"], (*where, "file"))[:limit]
+            return [replace(prompt, tag=prompt.tag or tag) for prompt in prompts]
+        name = item["demo"]
         if not isinstance(name, str) or name not in NAMED_PROMPTS:
             known = ", ".join(NAMED_PROMPTS) or "no name before `import faststeer.demo`"
-            raise self.lines.error(where, f"demo: {name!r}: expected {known}")
-        return list(NAMED_PROMPTS[name]())
+            raise self._lines.error(where, f"demo: {name!r}: expected {known}")
+        return [SweepPrompt(f"{name}-{i}", prompt, tag) for i, prompt in enumerate(NAMED_PROMPTS[name]()[:limit])]
 
 
-def _file_prompts(path: Path, field: str | None, start: int) -> list[SweepPrompt]:
+def _file_prompts(path: Path, *, field: str | None, start: int) -> list[SweepPrompt]:
     """Prompts of a file, with the ids and tags that objects of a JSONL have."""
-    listed = load_prompts(path, field=field)
-    ids, tags = [str(start + i) for i in range(len(listed))], [""] * len(listed)
-    if path.suffix == ".jsonl":
-        first: dict[str, int] = {}
-        for i, (_, item) in enumerate(json_lines(path)):
-            if isinstance(item, dict):
-                ids[i], tags[i] = str(item.get("id", ids[i])), str(item.get("tag", ""))
-            if (earlier := first.setdefault(ids[i], i)) != i:
-                raise ValueError(
-                    f"{path}: prompts {earlier + 1} and {i + 1} have the same id {ids[i]!r}: give each its own"
-                )
-    return [SweepPrompt(*values) for values in zip(ids, listed, tags, strict=True)]
+    prompts = load_prompts(path, field=field)
+    items = [item for _, item in json_lines(path)] if path.suffix == ".jsonl" else [None] * len(prompts)
+    facts = [item if isinstance(item, dict) else {} for item in items]
+    return [
+        SweepPrompt(str(fact.get("id", start + i)), prompt, str(fact.get("tag", "")))
+        for i, (fact, prompt) in enumerate(zip(facts, prompts, strict=True))
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from faststeer.evaluate.statistics import Estimate, PlainFields
 from faststeer.evaluate.sweep.store import Store
-from faststeer.evaluate.sweep.table import by_setting, difference, with_distinct_names
+from faststeer.evaluate.sweep.table import by_setting, difference, with_distinct_names, without_failures
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Moved(PlainFields):
     @property
     def effect(self) -> float | None:
         """How far the behaviour that was meant moved."""
-        found = None if self.meant is None else self.moved[self.meant]
-        return None if found is None else found.mean
+        moved = None if self.meant is None else self.moved[self.meant]
+        return None if moved is None else moved.mean
 
     @property
     def entanglement(self) -> float | None:
         """sqrt(mean of moved^2) over the behaviours that were not meant, 0 to 1; None where there is none."""
-        others = [found.mean for name, found in self.moved.items() if name != self.meant and found is not None]
+        others = [moved.mean for name, moved in self.moved.items() if name != self.meant and moved is not None]
         return math.sqrt(math.fsum(m * m for m in others) / len(others)) if others else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,10 +84,10 @@ def entanglement(
         tagged = {prompt["prompt"] for prompt in prompts if prompt["tag"] == behaviour}
         if not tagged:
             raise ValueError(f"no prompt of the sweep has the tag {behaviour!r}")
-        scores, line = by_setting(store, run, known[name]["judge"]), known[name]["shows"]
+        line = known[name]["shows"]
         shown[behaviour] = {
-            number: {prompt: float(score >= line) for prompt, score in found.items() if prompt in tagged}
-            for number, found in scores.items()
+            number: {prompt: float(score >= line) for prompt, score in without_failures(scores).items()}
+            for number, scores in by_setting(store, run, known[name]["judge"], tagged).items()
         }
     return [
         Moved(
@@ -97,8 +97,8 @@ def entanglement(
             setting["coefficient"],
             meant.get(setting["vector"]) if setting["kind"] != "control" else None,
             {
-                behaviour: difference(found.get(setting["setting"], {}), [found.get(0, {})], seed)
-                for behaviour, found in shown.items()
+                behaviour: difference(by_number.get(setting["setting"], {}), [by_number.get(0, {})], seed)
+                for behaviour, by_number in shown.items()
             },
         )
         for setting in settings

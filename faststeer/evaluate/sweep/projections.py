@@ -18,7 +18,7 @@ from torch import Tensor
 from faststeer.compile import direction_at, resolve_layers
 from faststeer.evaluate.sweep.description import Setting
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import batches, forward_arguments, model_device, pad
+from faststeer.hf.batching import TokenRow, batches, forward_arguments, model_device, pad_rows
 from faststeer.hf.steering import steer
 from faststeer.intervention import Probe
 from faststeer.plan import Plan
@@ -51,34 +51,33 @@ def watched(settings: Sequence[Setting], n_layers: int) -> tuple[list[Watched], 
     unsteered model and a plan without interventions have none.
     """
     numbers: dict[tuple[str, int | None, int | None], int] = {}
-    found: list[Watched] = []
+    directions: list[Watched] = []
     of_setting: dict[int, int] = {}
     for number, setting in enumerate(settings):
         if not setting.plan:
             continue
         first = setting.plan.interventions[0]
-        given, layer = first.directions()[0], resolve_layers(first, n_layers)[0]
-        own = layer if isinstance(given, SteeringVector) else None
-        key = setting.vector, setting.control, own
+        direction, layer = first.directions()[0], resolve_layers(first, n_layers)[0]
+        key = setting.vector, setting.control, layer if isinstance(direction, SteeringVector) else None
         if key not in numbers:
-            numbers[key] = len(found)
-            direction = torch.atleast_2d(direction_at(given, layer))[0]
-            found.append(Watched(*key, direction.detach().float().cpu()))
+            numbers[key] = len(directions)
+            values = torch.atleast_2d(direction_at(direction, layer))[0]
+            directions.append(Watched(*key, values.detach().float().cpu()))
         of_setting[number] = numbers[key]
-    return found, of_setting
+    return directions, of_setting
 
 
 @torch.no_grad()
 def project(
     model: Any,
     plan: Plan | None,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[TokenRow],
     directions: Tensor,
     *,
     pad_id: int = 0,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """Read (prompt, answer), both token ids, under a plan; return h . v / |v| of every row, `[layers + 1, tokens, k]`
+    """Read prompts with their answers under a plan; return h . v / |v| of every row, `[layers + 1, tokens, k]`
     in fp32 on the CPU, for `directions` `[k, hidden]`.
 
     h is the residual stream that enters each layer, last the one that leaves the last layer; after steering.
@@ -88,18 +87,16 @@ def project(
         Probe(directions, layers="all", at="resid_pre"),
         Probe(directions, layers=n_layers - 1, at="resid_post"),
     ]
-    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    found: dict[int, Tensor] = {}
+    projections: dict[int, Tensor] = {}  # by row
     with steer(model, Plan([*(plan or ()), *probes])) as steering:
-        for group in batches(lengths, batch_size):
-            width = max(lengths[i] for i in group)
-            steering.set_prompt([width - len(rows[i][1]) for i in group])
-            batch = pad([[*rows[i][0], *rows[i][1]] for i in group], pad_id, model_device(model))
+        for group in batches([len(row) for row in rows], batch_size):
+            batch, ends = pad_rows([rows[i] for i in group], pad_id, model_device(model))
+            steering.set_prompt(ends)
             model(**forward_arguments(model, batch))
-            seen = torch.stack([values.cpu() for values in steering.projections.values()], 1)  # in the sites' order
+            values = torch.stack([values.cpu() for values in steering.projections.values()], 1)  # in the sites' order
             steering.clear_projections()
-            found |= {i: values[:, width - lengths[i] :] for i, values in zip(group, seen, strict=True)}
-    return [found[i] for i in range(len(rows))]
+            projections |= {i: each[:, -len(rows[i]) :] for i, each in zip(group, values, strict=True)}
+    return [projections[i] for i in range(len(rows))]
 
 
 def packed(values: Any) -> tuple[float, bytes]:

@@ -5,7 +5,6 @@ Any number of processes may run the same sweep over the same store; each takes w
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 import time
@@ -13,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +24,15 @@ from rich.progress import Progress as Bar
 from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
 from faststeer.evaluate.generate import generator, seconds_per_answer
-from faststeer.evaluate.judging import Judge, make
+from faststeer.evaluate.judging import make
 from faststeer.evaluate.multiple_choice import multiple_choice
 from faststeer.evaluate.side_effects import text_effects
-from faststeer.evaluate.sweep.description import Setting, Sweep
+from faststeer.evaluate.sweep.description import Setting, Sweep, text_digest
 from faststeer.evaluate.sweep.projections import packed, project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store
 from faststeer.generator import SamplingParams
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import check_evaluating, encode, forecast, padding_id, progress_lines
+from faststeer.hf.batching import TokenRow, check_evaluating, encode, forecast, padding_id, progress_lines
 from faststeer.plan import Plan
 from faststeer.version import versions
 
@@ -47,6 +47,15 @@ BYTES_PER_TOKEN, BYTES_PER_ROW = 10, 300  # of text and token ids; of everything
 class SweepRow(NamedTuple):
     setting: int
     prompt: int
+
+
+class Unit(NamedTuple):
+    """A piece of the work that one process does: what it needs done before, what to say meanwhile, and how it is
+    done."""
+
+    needs: str | None
+    doing: str
+    do: Callable[[], None]
 
 
 @dataclass
@@ -89,10 +98,10 @@ def run(
         OSError: the disk is full; what was finished is kept.
     """
     if (sweep.engine == "vllm") != (engine is not None):
-        given = "no engine=" if engine is None else f"engine={engine!r}"
+        argument = "no engine=" if engine is None else f"engine={engine!r}"
         raise ValueError(
-            f"the sweep has engine: {sweep.engine}, and run is given {given}: with engine: vllm, and only then, give "
-            "engine=faststeer.vllm.runner.VllmEngine"
+            f"the sweep has engine: {sweep.engine}, and run is given {argument}: with engine: vllm, and only then, "
+            "give engine=faststeer.vllm.runner.VllmEngine"
         )
     check_evaluating(model)
     work = _Work(sweep, model, tokenizer, store, max_batch, engine)
@@ -100,7 +109,7 @@ def run(
         work.forecast()
     with _shown(progress, len(work.rows)) as report, _heartbeat(store):
         try:
-            work.do(report)
+            work.do_all(report)
         finally:
             store.release()
             work.close()
@@ -118,7 +127,9 @@ class _Work:
         _check_plans(model, self.settings)
         self.encoded = encode(tokenizer, self.prompts, sweep.system)
         self.length = _check_lengths(model, self.encoded, [p.id for p in sweep.prompts], sweep.max_new_tokens)
-        self.judges = self._judges()
+        steered = {"model": model, "tokenizer": tokenizer, "system": sweep.system}
+        judges = [make(what, **steered) for what in sweep.judges]
+        self.judges = {text_digest(judge.identity): judge for judge in judges}
         self.rows = _largest_first(len(self.settings), [len(ids) for ids in self.encoded])
         self.projected = min(sweep.projections, len(self.prompts))
         n_layers = find_hook_points(model).n_layers
@@ -130,36 +141,35 @@ class _Work:
         chunk = max(CHUNK_BATCHES * max_batch, 1)
         chunk = store.begin(self.run, chunk, sweep, versions())
         self.chunks = [self.rows[start : start + chunk] for start in range(0, len(self.rows), chunk)]
-        judges = [(digest, judge.name, judge.shows, judge.identity) for digest, judge in self.judges.items()]
+        facts = [(digest, judge.name, judge.shows, judge.identity) for digest, judge in self.judges.items()]
         directions = [(number, *direction[:3]) for number, direction in enumerate(self.watched)]
-        store.add(self.run, judges=judges, directions=directions)
+        store.add(self.run, judges=facts, directions=directions)
         self.units = self._units()
-        store.add_units(self.run, self.units)
+        store.add_units(self.run, {name: unit.needs for name, unit in self.units.items()})
         self._engine: Any = None
-        self._texts: dict[int, str] = {}
+        self._text = cache(lambda token: tokenizer.decode([token]))  # answers share most of their tokens
+        self._report: Callable[[int, str], None] = lambda answered, doing: None
 
-    def _judges(self) -> dict[str, Judge]:
-        steered = {"model": self.model, "tokenizer": self.tokenizer, "system": self.sweep.system}
-        made = [make(what, **steered) for what in self.sweep.judges]
-        return {hashlib.sha256(judge.identity.encode()).hexdigest(): judge for judge in made}
-
-    def _units(self) -> dict[str, str | None]:
-        """The pieces of the work in their order, each with the one that it needs."""
-        chunks, blocks = range(len(self.chunks)), range(-(-len(self.settings) // SETTINGS_PER_UNIT))
-        units: dict[str, str | None] = {f"answers:{n}": None for n in chunks}
-        units |= {f"judge:{digest}:{n}": f"answers:{n}" for n in chunks for digest in self.judges}
-        units |= {f"effect:{effect}:{n}": None for effect in self._effects() for n in blocks}
-        projected = [n for n in chunks if any(row.prompt < self.projected for row in self.chunks[n])]
-        return units | {f"projections:{self.projected}:{n}": f"answers:{n}" for n in projected}
-
-    def _effects(self) -> dict[str, Callable[[list[int]], list[tuple[Any, ...]]]]:
-        """Side effects by name and digest of what they are measured on."""
-        found: dict[str, Callable[[list[int]], list[tuple[Any, ...]]]] = {}
-        if self.sweep.text:
-            found[f"text-{_short(repr(self.sweep.text))}"] = self._text_effects
-        if self.sweep.questions:
-            found[f"questions-{_short(repr(self.sweep.questions))}"] = self._questions
-        return found
+    def _units(self) -> dict[str, Unit]:
+        """The pieces of the work by name, in their order."""
+        chunks = range(len(self.chunks))
+        units = {f"answers:{n}": Unit(None, "Answering", partial(self._answer, n)) for n in chunks}
+        for n in chunks:
+            for digest, judge in self.judges.items():
+                doing = f"Judging: {judge.name}"
+                units[f"judge:{digest}:{n}"] = Unit(f"answers:{n}", doing, partial(self._judge, digest, n))
+        for name, on, measure in (
+            ("text", self.sweep.text, self._text_effects),
+            ("questions", self.sweep.questions, self._questions),
+        ):
+            effect = f"{name}-{text_digest(repr(on))[:16]}"
+            blocks = range(-(-len(self.settings) // SETTINGS_PER_UNIT) if on else 0)
+            units |= {f"effect:{effect}:{n}": Unit(None, "Side effects", partial(measure, effect, n)) for n in blocks}
+        for n in chunks:
+            if any(row.prompt < self.projected for row in self.chunks[n]):
+                name = f"projections:{self.projected}:{n}"
+                units[name] = Unit(f"answers:{n}", "Projections", partial(self._project, n))
+        return units
 
     def forecast(self) -> None:
         """Say how long answering will take at most, if no answer ends early."""
@@ -172,34 +182,24 @@ class _Work:
         less = "Fewer settings or prompts (limit:), or a smaller max_new_tokens, take less"
         forecast(f"{left} answers of {self.sweep.max_new_tokens} tokens at most", seconds, less)
 
-    def do(self, report: Callable[[int, str], None]) -> None:
+    def do_all(self, report: Callable[[int, str], None]) -> None:
         """Claim and do units until all are done; wait for those that other processes work on."""
-
-        def doing(what: str) -> None:
-            report(self.store.count("answers", self.run), what)
-
-        doing("Answering")
+        self._report = report
+        self._say("Answering")
         while not self.store.finished(self.run, self.units):
-            unit = self.store.claim(self.run, self.units)
-            if unit is None:
-                doing("Waiting for other processes")
+            name = self.store.claim(self.run, self.units)
+            if name is None:
+                self._say("Waiting for other processes")
                 time.sleep(0.2)
                 continue
-            kind, *rest = unit.split(":")
-            if kind == "answers":
-                self._answer(int(rest[0]), report)
-            elif kind == "judge":
-                doing(f"Judging: {self.judges[rest[0]].name}")
-                self._judge(rest[0], int(rest[1]))
-            elif kind == "projections":
-                doing("Projections")
-                self._project(int(rest[1]))
-            else:
-                doing("Side effects")
-                self._effect(rest[0], int(rest[1]))
-            self.store.finish(self.run, unit)
+            self._say(self.units[name].doing)
+            self.units[name].do()
+            self.store.finish(self.run, name)
 
-    def _answer(self, number: int, report: Callable[[int, str], None]) -> None:
+    def _say(self, doing: str) -> None:
+        self._report(self.store.count("answers", self.run), doing)
+
+    def _answer(self, number: int) -> None:
         """Answer a chunk. One that was begun is answered again from its start until nothing of it is missing: rows
         round as the rows beside them make them, and so the same rows stand beside each other whatever was killed."""
         rows, there = self.chunks[number], self.store.answered(self.run, number)
@@ -228,7 +228,7 @@ class _Work:
                 answer = completion.text, ids.size, ids.tobytes(), completion.finish_reason, error
                 self.store.add(self.run, answers=[(*rows[completion.index], number, *answer)])
                 missing.remove(completion.index)
-                report(total - len(missing), "Answering")
+                self._report(total - len(missing), "Answering")
                 if not missing:
                     break
 
@@ -264,79 +264,62 @@ class _Work:
 
     def _project(self, number: int) -> None:
         """Setting by setting, so that what rounds together is the same whatever came before."""
-        left = self.store.unprojected(self.run, number, self.projected)
         by_setting: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for setting, prompt, ids in left:
-            if setting == 0 or setting in self.direction:
-                by_setting[setting].append((prompt, ids))
+        for setting, prompt, ids in self.store.unprojected(self.run, number, self.projected):
+            by_setting[setting].append((prompt, ids))
         projections: list[tuple[Any, ...]] = []
         tokens: list[tuple[Any, ...]] = []
         for setting, answers in by_setting.items():
-            numbers = [self.direction[setting]] if setting else list(range(len(self.watched)))
+            own = [self.direction[setting]] if setting in self.direction else []
+            numbers = own if setting else range(len(self.watched))  # the unsteered answers on every direction
             if not numbers:
                 continue
-            rows = [(self.encoded[prompt], ids) for prompt, ids in answers]
-            directions = torch.stack([self.watched[n].direction for n in numbers])
-            seen = project(
+            values = project(
                 self.model,
                 self.settings[setting].plan,
-                rows,
-                directions,
+                [TokenRow(self.encoded[prompt], ids) for prompt, ids in answers],
+                torch.stack([self.watched[n].direction for n in numbers]),
                 pad_id=padding_id(self.tokenizer),
                 batch_size=READ_AT_ONCE,
             )
-            for (prompt, ids), values in zip(answers, seen, strict=True):
+            for (prompt, ids), maps in zip(answers, values, strict=True):
                 texts = [self._text(token) for token in (*self.encoded[prompt], *ids)]
                 tokens.append((setting, prompt, len(self.encoded[prompt]), texts))
-                maps = ((number, *packed(values[..., k])) for k, number in enumerate(numbers))
-                projections += [(setting, prompt, *projection) for projection in maps]
+                projections += [(setting, prompt, n, *packed(maps[..., k])) for k, n in enumerate(numbers)]
         self.store.add(self.run, tokens=tokens, projections=projections)
 
-    def _text(self, token: int) -> str:
-        """One token's; answers share most of them."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token])
-        return self._texts[token]
+    def _block(self, number: int) -> tuple[range, list[Plan | None]]:
+        """The settings of a block of side effects, by number, and their plans."""
+        first = number * SETTINGS_PER_UNIT
+        numbers = range(first, min(first + SETTINGS_PER_UNIT, len(self.settings)))
+        return numbers, [self.settings[n].plan for n in numbers]
 
-    def _effect(self, name: str, block: int) -> None:
-        first = block * SETTINGS_PER_UNIT
-        numbers = list(range(first, min(first + SETTINGS_PER_UNIT, len(self.settings))))
-        self.store.add(self.run, effects=[(name, *row) for row in self._effects()[name](numbers)])
-
-    def _plans(self, numbers: Sequence[int]) -> list[Plan | None]:
-        return [self.settings[number].plan for number in numbers]
-
-    def _text_effects(self, numbers: list[int]) -> list[tuple[Any, ...]]:
-        found = text_effects(self.model, self.tokenizer, self._plans(numbers), self.sweep.text)
-        return [
-            (number, item, effect.kl[item], effect.cross_entropy[item], effect.tokens[item], None)
-            for number, effect in zip(numbers, found, strict=True)
+    def _text_effects(self, name: str, block: int) -> None:
+        numbers, plans = self._block(block)
+        effects = text_effects(self.model, self.tokenizer, plans, self.sweep.text)
+        rows = [
+            (name, number, item, effect.kl[item], effect.cross_entropy[item], effect.tokens[item], None)
+            for number, effect in zip(numbers, effects, strict=True)
             for item in range(len(self.sweep.text))
         ]
+        self.store.add(self.run, effects=rows)
 
-    def _questions(self, numbers: list[int]) -> list[tuple[Any, ...]]:
-        questions = self.sweep.questions
-        found: Any = multiple_choice(
-            self.model, self.tokenizer, questions, self._plans(numbers), system=self.sweep.system
-        )
-        return [
-            (number, item, None, None, None, int(choice.chosen == question.answer))
-            for number, accuracy in zip(numbers, found, strict=True)
+    def _questions(self, name: str, block: int) -> None:
+        (numbers, plans), questions = self._block(block), self.sweep.questions
+        accuracies: Any = multiple_choice(self.model, self.tokenizer, questions, plans, system=self.sweep.system)
+        rows = [
+            (name, number, item, None, None, None, int(choice.chosen == question.answer))
+            for number, accuracy in zip(numbers, accuracies, strict=True)
             for item, (question, choice) in enumerate(zip(questions, accuracy.choices, strict=True))
         ]
+        self.store.add(self.run, effects=rows)
 
 
 def _largest_first(n_settings: int, lengths: Sequence[int]) -> list[SweepRow]:
     """Longest prompts first, so that what does not fit into memory fails at the start; among those of a band of similar
     lengths, a setting's rows together, so that they share a slot and the beginning of their prompts."""
-    bands: dict[int, list[int]] = {}
-    for prompt, length in enumerate(lengths):
-        bands.setdefault(-(length // BAND), []).append(prompt)
-    return [SweepRow(s, prompt) for _, band in sorted(bands.items()) for s in range(n_settings) for prompt in band]
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    rows = (SweepRow(setting, prompt) for setting in range(n_settings) for prompt in range(len(lengths)))
+    return sorted(rows, key=lambda row: (-(lengths[row.prompt] // BAND), row))
 
 
 # Checks before anything runs ------------------------------------------------------------------------------------------

@@ -125,12 +125,12 @@ class Store(AbstractContextManager["Store"]):
     def _open(self) -> None:
         self._db.execute("PRAGMA foreign_keys = OFF")
         self._db.execute("BEGIN")  # all read at one moment: another process may be making the tables
-        found, version, tables = (
+        application, version, tables = (
             self._db.execute(query).fetchone()[0]
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
         self._db.execute("COMMIT")
-        if tables and found != APPLICATION:
+        if tables and application != APPLICATION:
             raise StoreError(f"{self.path} is a database of something else: name another file")
         if tables and version != FORMAT:
             raise StoreError(
@@ -249,14 +249,12 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             StoreError: no run, none or several that begin so.
         """
-        found = [row["run"] for row in self._all("SELECT run FROM runs ORDER BY created DESC")]
-        if not found:
+        runs = [row["run"] for row in self._all("SELECT run FROM runs ORDER BY created DESC")]
+        if not runs:
             raise StoreError(f"{self.path} holds no sweep yet")
-        if prefix is None:
-            return found[0]
-        fitting = [run for run in found if run.startswith(prefix)]
+        fitting = runs[:1] if prefix is None else [run for run in runs if run.startswith(prefix)]
         if len(fitting) != 1:
-            raise StoreError(f"{self.path}: {len(fitting)} sweeps begin with {prefix!r}; there are {', '.join(found)}")
+            raise StoreError(f"{self.path}: {len(fitting)} sweeps begin with {prefix!r}; there are {', '.join(runs)}")
         return fitting[0]
 
     def count(self, table: str, run: str) -> int:
@@ -307,18 +305,16 @@ class Store(AbstractContextManager["Store"]):
 
         A unit whose process has died (on this machine), or has given no sign of life for LEASE seconds, is free.
         """
-        wanted, now, host = set(units), time.time(), socket.gethostname()
+        names, now, host = set(units), time.time(), socket.gethostname()
         with self.transaction():
             done = {row["unit"] for row in self._all("SELECT unit FROM units WHERE run = ? AND done = 1", run)}
             for row in self._all("SELECT * FROM units WHERE run = ? AND done = 0 ORDER BY number", run):
-                if row["unit"] not in wanted or (row["needs"] is not None and row["needs"] not in done):
+                if row["unit"] not in names or (row["needs"] is not None and row["needs"] not in done):
                     continue
                 if row["worker"] is not None and _alive(row, now, host):
                     continue
-                self._db.execute(
-                    "UPDATE units SET worker = ?, host = ?, pid = ?, seen = ? WHERE run = ? AND unit = ?",
-                    (self.worker, host, os.getpid(), now, run, row["unit"]),
-                )
+                query = "UPDATE units SET worker = ?, host = ?, pid = ?, seen = ? WHERE run = ? AND unit = ?"
+                self._db.execute(query, (self.worker, host, os.getpid(), now, run, row["unit"]))
                 return row["unit"]
         return None
 
@@ -345,42 +341,37 @@ class Store(AbstractContextManager["Store"]):
 
     def answered(self, run: str, chunk: int) -> set[tuple[int, int]]:
         """(setting, prompt) of the chunk's answers."""
-        found = self._all("SELECT setting, prompt FROM answers WHERE run = ? AND chunk = ?", run, chunk)
-        return {(row["setting"], row["prompt"]) for row in found}
+        rows = self._all("SELECT setting, prompt FROM answers WHERE run = ? AND chunk = ?", run, chunk)
+        return {(row["setting"], row["prompt"]) for row in rows}
 
     def unjudged(self, run: str, judge: str, chunk: int) -> list[tuple[int, int, str]]:
         """(setting, prompt, text) of the chunk's answers without this judge's verdict, but for those that failed."""
-        found = self._all(
+        query = (
             "SELECT setting, prompt, text FROM answers a WHERE run = ? AND chunk = ? AND error IS NULL AND NOT EXISTS "
             "(SELECT 1 FROM verdicts v WHERE v.run = a.run AND v.judge = ? AND v.setting = a.setting AND "
-            "v.prompt = a.prompt) ORDER BY setting, prompt",
-            run,
-            chunk,
-            judge,
+            "v.prompt = a.prompt) ORDER BY setting, prompt"
         )
-        return [tuple(row) for row in found]
+        return [tuple(row) for row in self._all(query, run, chunk, judge)]
 
     def unprojected(self, run: str, chunk: int, prompts: int) -> list[tuple[int, int, list[int]]]:
         """(setting, prompt, the answer's token ids) of the chunk's answers to the first so many prompts that are not
         projected yet, but for those that failed."""
-        found = self._all(
+        query = (
             "SELECT setting, prompt, ids FROM answers a WHERE run = ? AND chunk = ? AND prompt < ? AND error IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM tokens t WHERE t.run = a.run AND t.setting = a.setting AND "
-            "t.prompt = a.prompt) ORDER BY setting, prompt",
-            run,
-            chunk,
-            prompts,
+            "t.prompt = a.prompt) ORDER BY setting, prompt"
         )
+        rows = self._all(query, run, chunk, prompts)
         with self._damaged("an answer's token ids"):
-            return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in found]
+            return [(row["setting"], row["prompt"], np.frombuffer(row["ids"], "<i4").tolist()) for row in rows]
 
     # Reading
 
     def settings(self, run: str) -> list[dict[str, Any]]:
         """Every setting: `setting` (its number), `name`, `kind`, `vector`, `layers`, `coefficient`, `control`."""
         columns = "setting, name, kind, vector, layers, coefficient, control"
-        found = self._dicts(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
-        return [row | {"layers": tuple(row["layers"])} for row in found]
+        rows = self._dicts(f"SELECT {columns} FROM settings WHERE run = ? ORDER BY setting", run)
+        return [row | {"layers": tuple(row["layers"])} for row in rows]
 
     def plan(self, run: str, setting: int) -> Plan | None:
         """The plan of a setting, with the vectors that the store holds; None for the unsteered one."""
@@ -431,15 +422,14 @@ class Store(AbstractContextManager["Store"]):
         The unsteered answer is there once for every direction, a steered one for its own.
         """
         columns = "p.setting, p.prompt, p.direction, t.of_prompt, t.texts, p.scale, p.data"
-        asked = {"p.setting = ?": setting, "p.prompt = ?": prompt}
-        given = {text: value for text, value in asked.items() if value is not None}
-        found = self._dicts(
+        chosen = {"p.run": run, "p.setting": setting, "p.prompt": prompt}
+        chosen = {column: value for column, value in chosen.items() if value is not None}
+        rows = self._dicts(
             f"SELECT {columns} FROM projections p JOIN tokens t USING (run, setting, prompt) WHERE "
-            f"{' AND '.join(['p.run = ?', *given])} ORDER BY p.setting, p.prompt, p.direction",
-            run,
-            *given.values(),
+            f"{' AND '.join(f'{column} = ?' for column in chosen)} ORDER BY p.setting, p.prompt, p.direction",
+            *chosen.values(),
         )
-        for row in found:
+        for row in rows:
             with self._damaged("the projections of an answer"):
                 values = unpacked(row.pop("scale"), row.pop("data"), len(row["texts"]))
             yield row | {"values": values}

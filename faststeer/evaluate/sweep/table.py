@@ -89,15 +89,15 @@ def table(store: Store, run: str | None = None, *, tag: str | None = None, seed:
     ]
 
 
-def shows_share(found: Sequence[Line], judge: str) -> bool:
+def shows_share(lines: Sequence[Line], judge: str) -> bool:
     """Whether tables and reports show the share of answers that show what a judge looks for: where it draws a line, and
     its score is 0 or 1 or the unsteered share is between 10 and 90 %. Otherwise the mean score says more: a share near
     its end cannot move."""
-    shown = [(score.rate, score.mean) for line in found if (score := line.scores.get(judge)) is not None and score.mean]
+    shown = [(score.rate, score.mean) for line in lines if (score := line.scores.get(judge)) is not None and score.mean]
     if not shown or any(rate is None for rate, _ in shown):
         return False
     binary = all(rate is not None and mean is not None and rate.rate == mean.mean for rate, mean in shown)
-    unsteered = next((line.scores[judge].rate for line in found if line.kind == "unsteered"), None)
+    unsteered = next((line.scores[judge].rate for line in lines if line.kind == "unsteered"), None)
     return binary or unsteered is None or 0.1 <= unsteered.rate <= 0.9
 
 
@@ -110,43 +110,40 @@ def with_distinct_names(judges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def by_setting(
-    store: Store, run: str, judge: str, counted: set[int] | None = None, failures: dict[int, int] | None = None
-) -> dict[int, dict[int, float]]:
-    """A judge's scores `{setting: {prompt: score}}`, of the prompts `counted` (all); parse failures are left out, and
-    counted by setting in `failures`."""
-    found: dict[int, dict[int, float]] = defaultdict(dict)
+def by_setting(store: Store, run: str, judge: str, counted: set[int]) -> dict[int, dict[int, float | None]]:
+    """A judge's scores of answers to the prompts `counted`, `{setting: {prompt: score}}`; None: a parse failure."""
+    scores: dict[int, dict[int, float | None]] = defaultdict(dict)
     for verdict in store.verdicts(run, judge):
-        if counted is not None and verdict["prompt"] not in counted:
-            continue
-        if verdict["score"] is not None:
-            found[verdict["setting"]][verdict["prompt"]] = verdict["score"]
-        elif failures is not None:
-            failures[verdict["setting"]] += 1
-    return found
+        if verdict["prompt"] in counted:
+            scores[verdict["setting"]][verdict["prompt"]] = verdict["score"]
+    return scores
+
+
+def without_failures(scores: Mapping[int, float | None]) -> dict[int, float]:
+    """Scores by prompt without the parse failures."""
+    return {prompt: score for prompt, score in scores.items() if score is not None}
 
 
 def _scores(
     store: Store, run: str, judge: Mapping[str, Any], settings: list[dict[str, Any]], counted: set[int], seed: int
 ) -> dict[int, Score]:
-    failures: dict[int, int] = defaultdict(int)
-    found = by_setting(store, run, judge["judge"], counted, failures)
+    line, judged = judge["shows"], by_setting(store, run, judge["judge"], counted)
+    readable = {setting["setting"]: without_failures(judged.get(setting["setting"], {})) for setting in settings}
     controls: dict[tuple[Any, ...], list[dict[int, float]]] = defaultdict(list)
     for setting in settings:
         if setting["kind"] == "control":
-            controls[_place(setting)].append(found[setting["setting"]])
+            controls[_place(setting)].append(readable[setting["setting"]])
     results = {}
     for setting in settings:
         number, kind = setting["setting"], setting["kind"]
-        values, line = found[number], judge["shows"]
+        values, n = readable[number], len(judged.get(number, {}))
         scores = [values[prompt] for prompt in sorted(values)]
-        steered = kind != "unsteered"
         results[number] = Score(
-            len(scores) + failures[number],
-            failures[number],
+            n,
+            n - len(scores),
             mean_interval(scores, seed=seed, resamples=RESAMPLES) if scores else None,
             Rate(sum(s >= line for s in scores), len(scores)) if scores and line is not None else None,
-            difference(values, [found[0]], seed) if steered else None,
+            difference(values, [readable[0]], seed) if kind != "unsteered" else None,
             difference(values, controls.get(_place(setting), []), seed) if kind in ("vector", "plan") else None,
         )
     return results
@@ -170,12 +167,12 @@ def _effects(store: Store, run: str) -> dict[int, dict[str, float]]:
     rows: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in store.effects(run):
         rows[row["setting"], row["effect"].partition("-")[0]].append(row)
-    found: dict[int, dict[str, float]] = defaultdict(dict)
+    effects: dict[int, dict[str, float]] = defaultdict(dict)
     for (setting, effect), items in rows.items():
         if effect == "text":
             tokens = sum(item["tokens"] for item in items)
             for name in ("kl", "cross_entropy"):
-                found[setting][name] = math.fsum(item[name] * item["tokens"] for item in items) / tokens
+                effects[setting][name] = math.fsum(item[name] * item["tokens"] for item in items) / tokens
         else:
-            found[setting]["accuracy"] = sum(item["correct"] for item in items) / len(items)
-    return found
+            effects[setting]["accuracy"] = sum(item["correct"] for item in items) / len(items)
+    return effects
