@@ -234,8 +234,7 @@ class Prepared {
 
 // The Python type. Not by pybind11, whose calls look types up: that would cost as much as the rest.
 struct PreparedObject {
-  PyObject_HEAD
-  Prepared prepared;
+  PyObject_HEAD Prepared prepared;
 
   static PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     unsigned long long run;
@@ -261,9 +260,8 @@ struct PreparedObject {
   }
 
   static PyObject* steer(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    return at_site(self, args, count, 2, [&](const Prepared& prepared, int64_t site) {
-      return prepared.steer(args[0], site);
-    });
+    return at_site(self, args, count, 2,
+                   [&](const Prepared& prepared, int64_t site) { return prepared.steer(args[0], site); });
   }
 
   static PyObject* add_steer_rmsnorm(PyObject* self, PyObject* const* args, Py_ssize_t count) {

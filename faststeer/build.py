@@ -264,7 +264,8 @@ def native_steps(torch: Path) -> list[Step]:
         "FLAGS": " ".join(CXX_FLAGS),
         "TORCH": torch_version(torch),
     }
-    includes = [each for path in (pybind11_include(torch), python, torch / "include") for each in ("-isystem", str(path))]
+    folders = pybind11_include(torch), python, torch / "include"
+    includes = [each for folder in folders for each in ("-isystem", str(folder))]
     defines = [f'-DFASTSTEER_{key}="{value}"' for key, value in facts.items()]
     compiled = _compile(cxx, "bindings.o", source_folder() / "bindings.cpp", [*includes, *defines])
     link = (*cxx, "-shared", "-o", "@", "bindings.o")

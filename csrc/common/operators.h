@@ -165,10 +165,10 @@ const char* run_prepared(int64_t size, RowOp op, const RowShape& shape, const Ro
   library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));
 
 // See `Run`.
-#define FASTSTEER_EXPORT(Backend)                                                                                   \
-  extern "C" __attribute__((visibility("default"))) const char* faststeer_run(                                      \
+#define FASTSTEER_EXPORT(Backend)                                                                                      \
+  extern "C" __attribute__((visibility("default"))) const char* faststeer_run(                                         \
       int64_t size, faststeer::RowOp op, const faststeer::RowShape& shape, const faststeer::RowArguments& arguments) { \
-    return faststeer::run_prepared<Backend>(size, op, shape, arguments);                                            \
+    return faststeer::run_prepared<Backend>(size, op, shape, arguments);                                               \
   }
 
 }  // namespace faststeer

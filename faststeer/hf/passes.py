@@ -264,16 +264,17 @@ class Passes:
 
     def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
         def steer(x: Tensor) -> Tensor:
-            if not is_dynamo_compiling() and (prepared := self.prepared) is not None:
-                if (steered := prepared.steer(x, site)) is not None:
-                    return steered
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is not None and (steered := prepared.steer(x, site)) is not None:
+                return steered
             return self._steer_wholly(site, x)
 
         return steer
 
     def _add(self, site: int) -> Add:
         def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
-            if norm is not None and not is_dynamo_compiling() and (prepared := self.prepared) is not None:
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is not None and norm is not None:
                 weight, form = norm
                 how = weight, form.eps, form.weight_offset, form.fp32_weight
                 if (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
