@@ -1,5 +1,5 @@
-// faststeer._native: what Python wants of the C++ side that is no operator on tensors. The operators are in libraries of
-// their own, since those go through torch's stable ABI and pybind11 does not.
+// faststeer._native: what Python wants of the C++ side besides torch's operators, which are in libraries of their own, since
+// those go through torch's stable ABI and pybind11 does not.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,8 +9,7 @@
 
 #include "common/launch.h"
 #include "cpu/isa.h"
-
-namespace py = pybind11;
+#include "prepared.h"
 
 namespace faststeer {
 namespace {
@@ -49,10 +48,11 @@ py::dict launch_config(int64_t rows, int64_t hidden, int32_t itemsize, bool alig
 
 PYBIND11_MODULE(_native, module) {
   using namespace py::literals;
-  module.doc() = "What Python wants of faststeer's C++ side that is no operator on tensors.";
+  module.doc() = "What Python wants of faststeer's C++ side besides torch's operators.";
   module.def("build_info", &faststeer::build_info,
              "Compiler, flags, the torch whose headers were used, and the CPU instruction set levels: compiled, usable "
              "here, chosen.");
   module.def("launch_config", &faststeer::launch_config, "rows"_a, "hidden"_a, "itemsize"_a, "aligned"_a = true,
              "sm_count"_a = 132, "The launch configuration that the CUDA row kernels take for this shape.");
+  module.attr("Prepared") = faststeer::PreparedObject::type();
 }

@@ -66,7 +66,7 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # What each library is made of, relative to csrc/.
 PARTS = {
     "cpu": ("common", "cpu"),
-    "native": ("common", "cpu/isa.h", "cpu/rows.h", "bindings.cpp"),
+    "native": ("common", "cpu/isa.h", "cpu/rows.h", "prepared.h", "bindings.cpp"),
     "cuda": ("common", "cuda"),
 }
 
@@ -264,7 +264,8 @@ def native_steps(torch: Path) -> list[Step]:
         "FLAGS": " ".join(CXX_FLAGS),
         "TORCH": torch_version(torch),
     }
-    includes = ["-isystem", str(pybind11_include(torch)), "-isystem", str(python)]
+    folders = pybind11_include(torch), python, torch / "include"
+    includes = [each for folder in folders for each in ("-isystem", str(folder))]
     defines = [f'-DFASTSTEER_{key}="{value}"' for key, value in facts.items()]
     compiled = _compile(cxx, "bindings.o", source_folder() / "bindings.cpp", [*includes, *defines])
     link = (*cxx, "-shared", "-o", "@", "bindings.o")

@@ -7,6 +7,7 @@ A program holds the vectors of all its slots in one bank, each only once, howeve
 from __future__ import annotations
 
 import bisect
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from faststeer.compile import Blocks, Entry, Need, compile_plan
 from faststeer.intervention import Number
-from faststeer.ops import prepare
+from faststeer.ops import Prepared, prepare
 from faststeer.ops.tables import N_FIELDS, POSITION_MAX, POSITION_MIN, EntryKind, Field, Tables
 from faststeer.plan import Plan, n_sites
 
@@ -83,7 +84,7 @@ class Program:
         self._rows: list[list[int]] = [[] for _ in range(capacity.slots)]  # per slot, each entry's first bank row
         self._allocation = _Allocation(capacity.vectors)
         self.unfinished: set[int] = set()
-        self._prepared: tuple[Tensor | None, tuple[int, ...], Tensor] | None = None
+        self._prepared: tuple[Tensor, Tensor | None, list[bool], int, Prepared] | None = None
 
     def load(self, slot: int, plan: Plan | None) -> None:
         """As `change`, for one slot."""
@@ -139,14 +140,17 @@ class Program:
         """The tables that an op reads at `site`."""
         return self.by_site[site]
 
-    def prepared(self, gates: Tensor | None) -> Tensor:
-        """The tables of all sites, see `ops.prepare`; those of the last gates are kept."""
-        # Where the tables lie is a part of it: those of a copy lie elsewhere.
-        places = self.bank.data_ptr(), self.entries.data_ptr(), self.ranges.data_ptr()
-        last = self._prepared
-        if last is None or last[0] is not gates or last[1] != places:
-            last = self._prepared = gates, places, prepare(self.bank, self.entries, self.ranges, gates)
-        return last[2]
+    def prepared(self, rows: Tensor, gates: Tensor | None) -> Prepared:
+        """The tables of all sites with these rows, see `ops.prepare`; those of the last rows and gates are kept."""
+        thread, last = threading.get_ident(), self._prepared
+        if last is None or last[0] is not rows or last[1] is not gates or last[2:4] != (self.plain, thread):
+            prepared = prepare(self.bank, self.entries, self.ranges, rows, gates, self.plain)
+            last = self._prepared = rows, gates, self.plain, thread, prepared
+        return last[4]
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is copied: a copy's tables lie elsewhere, so that it prepares its own."""
+        return vars(self) | {"_prepared": None}
 
     def _made_tables(self) -> list[Tables]:
         sizes = zip(self._ranges, self.depth, self.width, strict=True)

@@ -409,9 +409,9 @@ def test_a_copy_prepares_its_own_tables():
     """What is prepared holds where the tables lie, and those of a copy lie elsewhere."""
     program, x, rows = fresh({0: add(1, layers="all")}), randn(99, 3, HIDDEN), placed([0] * 3)
     where = site("resid_post", 0)
-    before = ops.steer_at(x, rows, program.prepared(None), where)
+    before = program.prepared(rows, None).steer(x, where)
     copied = copy.deepcopy(program)
     copied.load(0, add(2, layers="all"))
-    assert torch.equal(ops.steer_at(x, rows, program.prepared(None), where), before)
-    assert torch.equal(ops.steer_at(x, rows, copied.prepared(None), where), steer(x, copied.tables(where), rows))
-    assert not torch.equal(ops.steer_at(x, rows, copied.prepared(None), where), before)
+    assert torch.equal(program.prepared(rows, None).steer(x, where), before)
+    assert torch.equal(copied.prepared(rows, None).steer(x, where), steer(x, copied.tables(where), rows))
+    assert not torch.equal(copied.prepared(rows, None).steer(x, where), before)

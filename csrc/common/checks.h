@@ -20,13 +20,6 @@ namespace faststeer {
 
 using torch::stable::Tensor;
 
-// The shape of rows that passed check_rows.
-struct RowShape {
-  int64_t rows, hidden, stride;  // stride in elements
-  Dtype dtype;
-  int32_t device_type, device_index;
-};
-
 // Raise RuntimeError unless it holds.
 inline void require(bool holds, const char* name) {
   if (!holds) throw std::runtime_error(std::string(name) + " does not fit this operator: faststeer.ops says why not");
@@ -127,15 +120,6 @@ inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t d
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-// An uninitialised tensor like x, which is contiguous.
-inline Tensor new_like(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(x), device_type(x),
-                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

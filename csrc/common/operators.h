@@ -3,7 +3,7 @@
 //
 // A back end is a class made for one call, with
 //   static RowShape check(const Tensor& x)      x's shape, or an error; nothing is made before all arguments are checked
-//   explicit Backend(const Tensor& x)           whatever has to hold while results are made and kernels are started
+//   explicit Backend(int32_t device)            whatever has to hold while results are made and kernels are started
 //   void run(const char* name, RowOp op, const RowShape&, const RowArguments&)
 // A probe that an operator makes is given uninitialised: `run` has zeros in it where nothing is probed.
 #pragma once
@@ -11,9 +11,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "arguments.h"
@@ -26,91 +26,9 @@ using Optional = std::optional<Tensor>;
 #define FASTSTEER_TABLES \
   const Tensor &bank, const Tensor &entries, const Tensor &ranges, const Tensor &rows, const Optional &gate_state
 
-// A program's tables, checked once, for the operators that are called at each of its sites: what an operator call costs
-// the host grows with its arguments. They are the bytes of a CPU tensor. Whoever calls keeps the tables.
-struct PreparedTables {
-  static constexpr uint64_t MARK = 0x66617374'73746572;
-  uint64_t mark;
-  RowShape shape;  // of a row: its hidden size and device
-  int64_t sites;
-  Tables tables;  // of site 0, without rows; n_slots is that of one site
-
-  static const PreparedTables& of(const Tensor& bytes) {
-    require(device_type(bytes) == aoti_torch_device_type_cpu() && torch_dtype(bytes) == aoti_torch_dtype_uint8() &&
-                bytes.numel() == sizeof(PreparedTables) && bytes.is_contiguous(),
-            "prepared");
-    const auto& prepared = *static_cast<const PreparedTables*>(bytes.data_ptr());
-    require(prepared.mark == MARK, "prepared");
-    return prepared;
-  }
-
-  // The shape of x: contiguous, `[..., hidden]`.
-  RowShape shape_of(const Tensor& x) const {
-    const int64_t dimensions = x.dim();
-    require(dimensions >= 1 && x.size(dimensions - 1) == shape.hidden && x.is_contiguous(), "x");
-    require(device_type(x) == shape.device_type && x.get_device_index() == shape.device_index, "x");
-    RowShape own = shape;
-    own.rows = x.numel() / shape.hidden;
-    require(own.rows <= std::numeric_limits<int32_t>::max() - MAX_HIDDEN, "x");  // kernels count with 32 bits
-    own.dtype = check_float(x, "x");
-    return own;
-  }
-
-  // The tables at a site, for exactly as many rows as x has.
-  Tables at(int64_t site, const Tensor& rows, const RowShape& of_x) const {
-    require(site >= 0 && site < sites, "site");
-    Tables own = tables;
-    own.ranges += 2 * own.n_slots * site;
-    check_rows_table(rows, of_x);
-    require(rows.size(1) == of_x.rows, "rows");
-    set_rows(own, rows);
-    return own;
-  }
-};
-
 template <class Backend>
 class Operators {
  public:
-  static Tensor prepare(const Tensor& bank, const Tensor& entries, const Tensor& ranges, const Optional& gate_state,
-                        int64_t sites) {
-    require(bank.dim() == 2 && bank.size(1) >= 1 && bank.size(1) <= MAX_HIDDEN, "bank");
-    require(ranges.dim() == 2 && sites >= 1 && ranges.size(0) % sites == 0, "ranges");
-    PreparedTables prepared{};
-    prepared.mark = PreparedTables::MARK;
-    prepared.shape = {0, bank.size(1), bank.size(1), Dtype{}, device_type(bank), bank.get_device_index()};
-    prepared.sites = sites;
-    prepared.tables = make_tables(prepared.shape, bank, entries, ranges, gate_state);
-    prepared.tables.n_slots /= static_cast<int32_t>(sites);
-    const int64_t size = sizeof(prepared), stride = 1;
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
-    const Tensor bytes(handle);
-    std::memcpy(bytes.data_ptr(), &prepared, sizeof(prepared));
-    return bytes;
-  }
-
-  static Tensor steer_at(const Tensor& x, const Tensor& rows, const Tensor& prepared, int64_t site) {
-    Call call(x, rows, PreparedTables::of(prepared), site);
-    return call.compute_at("steer_at", RowOp::STEER, nullptr);
-  }
-
-  static std::tuple<Tensor, Tensor> add_steer_rmsnorm_at(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                         double eps, double weight_offset, bool fp32_weight,
-                                                         const Tensor& rows, const Tensor& prepared, int64_t site) {
-    Call call(x, rows, PreparedTables::of(prepared), site);
-    require(residual.numel() == x.numel() && residual.is_contiguous() && torch_dtype(residual) == torch_dtype(x) &&
-                device_type(residual) == call.shape.device_type &&
-                residual.get_device_index() == call.shape.device_index,
-            "residual");
-    call.arguments.residual = residual.data_ptr();
-    call.arguments.residual_stride = call.shape.hidden;
-    call.norm(weight, eps, weight_offset, fp32_weight);
-    Optional normed;
-    Tensor hidden = call.compute_at("add_steer_rmsnorm_at", RowOp::ADD_STEER_RMSNORM, &normed);
-    return {*normed, hidden};
-  }
-
   static std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES, const Optional& scalars, int64_t columns) {
     return Call(x, bank, entries, ranges, rows, gate_state).compute("steer", RowOp::STEER, scalars, columns);
   }
@@ -149,7 +67,7 @@ class Operators {
                      const Tensor& ranges, const Tensor& rows, const Tensor& gate_state) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     if (residual.has_value()) call.add(*residual);
-    Backend(x).run("latch_", RowOp::LATCH, call.shape, call.arguments);
+    Backend(call.shape.device_index).run("latch_", RowOp::LATCH, call.shape, call.arguments);
   }
 
  private:
@@ -163,16 +81,6 @@ class Operators {
       arguments.tables = make_tables(shape, bank, entries, ranges, gate_state);
       check_rows_table(rows, shape);
       set_rows(arguments.tables, rows);
-      set_x();
-    }
-
-    Call(const Tensor& x, const Tensor& rows, const PreparedTables& prepared, int64_t site)
-        : x(x), shape(prepared.shape_of(x)) {
-      arguments.tables = prepared.at(site, rows, shape);
-      set_x();
-    }
-
-    void set_x() {
       arguments.x = x.data_ptr();
       arguments.rows = shape.rows;
       arguments.x_stride = shape.stride;
@@ -200,7 +108,7 @@ class Operators {
         check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
       }
       require(columns >= 0, "columns");
-      const Backend backend(x);
+      const Backend backend(shape.device_index);
       Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
       set_probe(probe);
       Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
@@ -214,20 +122,6 @@ class Operators {
       return {hidden, probe};
     }
 
-    // Into new tensors of x's shape; nothing is probed.
-    Tensor compute_at(const char* name, RowOp op, Optional* normed) {
-      const Backend backend(x);
-      Tensor hidden = new_like(x);
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = shape.hidden;
-      if (normed != nullptr) {
-        *normed = new_like(x);
-        arguments.normed = (*normed)->data_ptr();
-      }
-      backend.run(name, op, shape, arguments);
-      return hidden;
-    }
-
     // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
     void write(const char* name, RowOp op, const Tensor& hidden, const Optional& probe) {
       if (probe.has_value()) {
@@ -237,7 +131,7 @@ class Operators {
       }
       arguments.hidden = hidden.data_ptr();
       arguments.hidden_stride = arguments.residual != nullptr ? arguments.residual_stride : shape.stride;
-      Backend(x).run(name, op, shape, arguments);
+      Backend(shape.device_index).run(name, op, shape, arguments);
     }
 
     void set_probe(const Tensor& probe) {
@@ -248,6 +142,19 @@ class Operators {
   };
 };
 
+template <class Backend>
+const char* run_prepared(int64_t size, RowOp op, const RowShape& shape, const RowArguments& arguments) noexcept {
+  if (size != sizeof(RowArguments)) return "faststeer's libraries were built of different sources: build them again";
+  thread_local std::string wrong;
+  try {
+    Backend(shape.device_index).run("prepared", op, shape, arguments);
+    return nullptr;
+  } catch (const std::exception& error) {
+    wrong = error.what();
+    return wrong.c_str();
+  }
+}
+
 // Inside STABLE_TORCH_LIBRARY_IMPL(faststeer, ..., library).
 #define FASTSTEER_REGISTER(library, Backend)                                                \
   library.impl("steer.cpp", TORCH_BOX(&Operators<Backend>::steer));                         \
@@ -255,9 +162,13 @@ class Operators {
   library.impl("add_steer.cpp", TORCH_BOX(&Operators<Backend>::add_steer));                 \
   library.impl("steer_pair_.cpp", TORCH_BOX(&Operators<Backend>::steer_pair_));             \
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm)); \
-  library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));                       \
-  library.impl("prepare", TORCH_BOX(&Operators<Backend>::prepare));                         \
-  library.impl("steer_at", TORCH_BOX(&Operators<Backend>::steer_at));                       \
-  library.impl("add_steer_rmsnorm_at", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm_at));
+  library.impl("latch_.cpp", TORCH_BOX(&Operators<Backend>::latch_));
+
+// See `Run`.
+#define FASTSTEER_EXPORT(Backend)                                                                                      \
+  extern "C" __attribute__((visibility("default"))) const char* faststeer_run(                                         \
+      int64_t size, faststeer::RowOp op, const faststeer::RowShape& shape, const faststeer::RowArguments& arguments) { \
+    return faststeer::run_prepared<Backend>(size, op, shape, arguments);                                               \
+  }
 
 }  // namespace faststeer

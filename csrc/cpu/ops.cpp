@@ -46,7 +46,7 @@ void over_units(void (*routine)(const Job&, int64_t, int64_t), const Job& job, i
 // The operators' back end on CPU tensors.
 class Cpu {
  public:
-  explicit Cpu(const Tensor&) {}
+  explicit Cpu(int32_t) {}
 
   static RowShape check(const Tensor& x) { return check_rows(x, "x"); }
 
@@ -105,3 +105,5 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CPU, library) {
 
 }  // namespace
 }  // namespace faststeer
+
+FASTSTEER_EXPORT(faststeer::Cpu)

@@ -49,7 +49,7 @@ int32_t asked_columns() {
 // Makes x's device current for one call.
 class Cuda {
  public:
-  explicit Cuda(const Tensor& x) : index(x.get_device_index()), guard(index) {
+  explicit Cuda(int32_t device) : index(device), guard(device) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     stream = static_cast<cudaStream_t>(current);
@@ -97,3 +97,5 @@ STABLE_TORCH_LIBRARY_IMPL(faststeer, CUDA, library) { FASTSTEER_REGISTER(library
 
 }  // namespace
 }  // namespace faststeer
+
+FASTSTEER_EXPORT(faststeer::Cuda)

@@ -243,7 +243,7 @@ def model_constants(model: Any) -> dict[str, Any]:
                 value = tuple(hasattr(hook, "faststeer_order") or hook for hook in value.values())
             elif name == "forward":
                 function = getattr(value, "__func__", value)
-                value = None if function is type(module).forward or hasattr(function, "faststeer_fused") else value
+                value = None if function is type(module).forward or hasattr(function, "faststeer_forward") else value
             elif type(value) not in _ATOMS:
                 value = _plain(value)
             if value is not None and value != ():

@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from faststeer.hf.changes import Changes, changing
 from faststeer.hf.hook_points import HookPoints, own_forward
@@ -106,7 +106,7 @@ def watch_passes(
             # Read, so that a compiled graph is made anew when it changes: torch.compile does not look whether a module
             # that had no hooks has some now.
             return
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             if module is not owner:
                 raise RuntimeError(
                     "a replica of the steered model runs (DataParallel): replicas cannot be steered; run the model on "
@@ -134,7 +134,7 @@ def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
     names = parameters(type(module).forward)
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             passes.streams.note(depth, {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
 
     return note

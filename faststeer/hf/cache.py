@@ -21,10 +21,12 @@ def length_of(cache: Any) -> Any:
     """Tokens in a cache, an int or a tensor; None where a recurrent state does not count them."""
     if cache is None:
         return 0
-    if not hasattr(cache, "get_seq_length"):
+    try:
+        count = cache.get_seq_length
+    except AttributeError:
         return None
     try:
-        return cache.get_seq_length()
+        return count()
     except ValueError:  # states of recurrent layers alone
         return None if cache.has_previous_state() else 0
 

@@ -92,7 +92,7 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
     """Fuse the layers: `add(site)` computes the sum at a site."""
 
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        forward.faststeer_fused = True  # type: ignore[attr-defined]
+        forward.faststeer_forward = True  # type: ignore[attr-defined]
         changes.replace(module, "forward", types.MethodType(forward, module))
 
     layers = [points.layer(model, i) for i in range(points.n_layers)]

@@ -137,13 +137,23 @@ def layer_numbers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
 
 
 def install(
-    changes: Changes, model: nn.Module, points: HookPoints, steers: Mapping[int, Steer], order: int = 0
+    changes: Changes,
+    model: nn.Module,
+    points: HookPoints,
+    steers: Mapping[int, Steer],
+    order: int = 0,
+    first: bool = False,
 ) -> None:
     """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead. A
     function that is registered there already stays so.
 
     Our hooks come before all others of a module, so that whoever observes it (the user, transformers' capture of hidden
     states) sees the steered stream; among our own, the one with the lower `order` acts first.
+
+    Args:
+        first: no other context of ours was active on the model when this one was entered: module outputs are steered
+            at the end of the modules' forward, in front of all hooks. A module with a hook costs the host some 6
+            microseconds in a step, whatever the hook does.
     """
     for number, steer in steers.items():
         at, layer = site_name(number, points.n_layers)
@@ -153,11 +163,11 @@ def install(
         elif at in ("resid_pre", "resid_post"):
             # The tensor that leaves the layer before: steering it there shows it in the captured hidden states too.
             module = points.layer(model, layer - 1 if at == "resid_pre" else layer)
-            _register(changes, module, steer, _output_hook, order)
+            _register(changes, module, steer, _output_hook, order, first)
         else:
             points.check(model, at, [layer], "steering")
             inside = module.get_submodule(points.branch(at, layer) or "")
-            _register(changes, inside, steer, _in_place_hook if at == "resid_mid" else _output_hook, order)
+            _register(changes, inside, steer, _in_place_hook if at == "resid_mid" else _output_hook, order, first)
 
 
 def check_points(model: nn.Module, points: HookPoints, plan: Plan) -> None:
@@ -202,10 +212,19 @@ def is_held(owner: nn.Module) -> bool:
 
 
 def _register(
-    changes: Changes, module: nn.Module, steer: Steer, make: Callable[[Steer], Callable[..., Any]], order: int
+    changes: Changes,
+    module: nn.Module,
+    steer: Steer,
+    make: Callable[[Steer], Callable[..., Any]],
+    order: int,
+    first: bool = False,
 ) -> None:
     hooks: Any = module._forward_hooks if make is _output_hook else module._forward_pre_hooks
-    if any(getattr(hook, "faststeer_steer", None) is steer for hook in hooks.values()):
+    forward = vars(module).get("forward")
+    if any(getattr(each, "faststeer_steer", None) is steer for each in (forward, *hooks.values())):
+        return
+    if first and make is _output_hook and forward is None and not any(map(_is_ours, hooks.values())):
+        changes.replace(module, "forward", _steered_forward(module, steer))
         return
     hook = make(steer)
     hook.faststeer_steer, hook.faststeer_order = steer, order  # type: ignore[attr-defined]
@@ -239,6 +258,21 @@ def _in_place_hook(steer: Steer) -> Callable[..., Any]:
             x.copy_(steered)
 
     return hook
+
+
+def _steered_forward(module: nn.Module, steer: Steer) -> Callable[..., Any]:
+    """A module's `forward` whose output is steered."""
+
+    @functools.wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = type(module).forward(module, *args, **kwargs)
+        if isinstance(output, Tensor):
+            return steer(output)
+        return (steer(output[0]), *output[1:])
+
+    forward.faststeer_forward = True  # type: ignore[attr-defined]
+    forward.faststeer_steer = steer  # type: ignore[attr-defined]
+    return forward
 
 
 def _output_hook(steer: Steer) -> Callable[..., Any]:
@@ -277,7 +311,7 @@ def quiet(model: nn.Module) -> Context[None]:
         ours = [(hooks, list(hooks.items())) for hooks in dicts if any(map(_is_ours, hooks.values()))]
         own = {module: module.__dict__.get("forward") for module in model.modules()}
         forwards: dict[nn.Module, Any] = {
-            m: forward for m, forward in own.items() if hasattr(forward, "faststeer_fused")
+            m: forward for m, forward in own.items() if hasattr(forward, "faststeer_forward")
         }
 
         def restore() -> None:

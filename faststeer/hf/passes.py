@@ -3,6 +3,7 @@ each row's slot, position and sequence. A site is one function over that."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import caches_in
 from faststeer.hf.fused import Add, NormForm
@@ -17,12 +19,10 @@ from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
-from faststeer.ops import Tables, add_steer, add_steer_rmsnorm, add_steer_rmsnorm_at, latch_, steer_at, takes_prepared
+from faststeer.ops import Prepared, Tables, add_steer, add_steer_rmsnorm, latch_, takes_prepared
 from faststeer.ops import steer as steer_rows
 from faststeer.plan import site_name
 from faststeer.program import Program
-
-grad_enabled = torch.is_grad_enabled
 
 OUTSIDE = (
     "a decoder layer was called outside the model's forward pass, which says where each row stands: use "
@@ -37,19 +37,11 @@ INTERRUPTED = (
 
 
 class Here:
-    """What ops are given on one device in one pass.
+    """What ops are given on one device in one pass."""
 
-    Attributes:
-        prepared: the tables of all sites, for the operators of inference; None where they cannot be called.
-        plain: per site, whether they do all that is to be done there: they have no probe and no latch.
-    """
-
-    def __init__(self, program: Program, rows: Tensor, gates: Tensor | None, x: Tensor) -> None:
+    def __init__(self, program: Program, rows: Tensor, gates: Tensor | None) -> None:
         self.program, self.rows, self.gates = program, rows, gates
         self.by_site = None if program.requires_grad else program.by_site
-        quick = self.by_site is not None and takes_prepared(x)
-        self.prepared = program.prepared(gates) if quick else None
-        self.plain = program.plain
         # By whether gradients are on: in a reentrant checkpoint's forward pass they are off.
         self._live: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -84,14 +76,13 @@ class Pass:
         """Where the tokens stand, on a device."""
         return self._rows.to(device)
 
-    def on(self, x: Tensor) -> Here:
-        """What ops are given for rows like x."""
-        device = x.device
+    def on(self, device: torch.device) -> Here:
+        """What ops are given on a device."""
         if device not in self.here:
             program, gates = self._plans.on(device), None
             if program.latching and (program.positioned or not self._stream.why):
                 gates = self._stream.decisions(program.capacity.entries, self._sequences, device)
-            self.here[device] = Here(program, self.rows(device), gates, x)
+            self.here[device] = Here(program, self.rows(device), gates)
         return self.here[device]
 
     def on_last(self, x: Tensor) -> Here | None:
@@ -100,9 +91,9 @@ class Pass:
         if not isinstance(self.kept, int) or not 0 < self.kept < columns or x.shape[:-1] != (self._batch, self.kept):
             return None
         if x.device not in self._last:
-            whole = self.on(x)
+            whole = self.on(x.device)
             rows = whole.rows.unflatten(1, (-1, columns))[:, :, -self.kept :].flatten(1).contiguous()
-            self._last[x.device] = Here(whole.program, rows, whole.gates, x)
+            self._last[x.device] = Here(whole.program, rows, whole.gates)
         return self._last[x.device]
 
     def again(self, logged: bool) -> Pass:
@@ -130,6 +121,7 @@ class Passes:
         copies: how often each row stands in a pass below the model's inputs; the last is steered.
         residual_streams: how many each token has, in front of and behind `[batch, tokens]`; all are steered.
         signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
+        prepared: what a site may call first, of the device and the thread that were last at one; it serves no others.
     """
 
     def __init__(
@@ -143,6 +135,7 @@ class Passes:
         self.plans, self.log, self.streams, self.copies = plans, log, Streams(), copies
         self.residual_streams = residual_streams
         self.signature = ""
+        self.prepared: Prepared | None = None
         self._n_layers, self._thread = n_layers, _Thread()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
         self._steers: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -155,10 +148,16 @@ class Passes:
 
     def rows_on(self, device: torch.device) -> Tensor:
         """The rows of the pass under way."""
+        return self._now().rows(device)
+
+    def _set(self, now: Pass | None) -> None:
+        self._thread.now, self.prepared = now, None
+
+    def _now(self) -> Pass:
         now = self._thread.now
         if now is None:
             raise RuntimeError(OUTSIDE)
-        return now.rows(device)
+        return now
 
     @property
     def derived(self) -> bool:
@@ -181,7 +180,8 @@ class Passes:
 
     def close(self) -> None:
         """No pass is seen any more."""
-        self._thread.now = self._thread.opening = None
+        self._set(None)
+        self._thread.opening = None
         self.signature = ""
         self.streams.close()
 
@@ -192,7 +192,8 @@ class Passes:
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """A pass reaches the layers: derive each row's slot and position from its inputs, on the device."""
-        self._thread.now = self._thread.opening = None
+        self._set(None)
+        self._thread.opening = None
         if self.plans.interrupted:
             raise RuntimeError(INTERRUPTED)
         inputs = Inputs.of(given)
@@ -225,32 +226,27 @@ class Passes:
         ahead, behind = self.residual_streams
         if ahead * behind > 1:
             rows = rows.repeat(1, ahead).repeat_interleave(behind, 1)
-        self._thread.now = Pass(self.plans, rows, batch, self.copies, stream, sequences, kept)
+        self._set(Pass(self.plans, rows, batch, self.copies, stream, sequences, kept))
 
     def end(self, output: Any) -> None:
         """The pass is over; a cache that it made is its stream's."""
-        opening, self._thread.now, self._thread.opening = self._thread.opening, None, None
-        if opening is not None and not torch.compiler.is_compiling():
+        opening, self._thread.opening = self._thread.opening, None
+        self._set(None)
+        if opening is not None and not is_compiling():
             for cache in caches_in(output):
                 self.streams.cached(opening, cache)
 
     @contextmanager
     def resumed(self, now: Pass) -> Iterator[None]:
         """A part of a pass, which may be over, runs (again)."""
-        before, self._thread.now = self._thread.now, now
+        before = self._thread.now
+        self._set(now)
         try:
             yield
         finally:
-            self._thread.now = before
+            self._set(before)
 
     # Sites
-
-    def _wrong(self, site: int, rows: int, now: Pass) -> RuntimeError:
-        at, layer = site_name(site, self._n_layers)
-        return RuntimeError(
-            f"{at} of layer {layer} has {rows} rows in a forward pass of {now.tokens} tokens: this model cannot be "
-            "steered there"
-        )
 
     def steer(self, site: int) -> Callable[[Tensor], Tensor]:
         """The function that steers a tensor at a site, always the same."""
@@ -264,80 +260,100 @@ class Passes:
             self._adds[site] = self._add(site)
         return self._adds[site]
 
-    def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
-        thread, log = self._thread, self.log
+    # What these two do in every step of decoding is as short as it can be, and calls nothing that is written in Python.
 
+    def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
         def steer(x: Tensor) -> Tensor:
-            now = thread.now
-            if now is None:
-                raise RuntimeError(OUTSIDE)
-            here = now.here.get(x.device) or now.on(x)
-            prepared = here.prepared
-            if prepared is not None and here.plain[site] and type(x) is Tensor and not grad_enabled():
-                try:
-                    return steer_at(x, here.rows, prepared, site)
-                except RuntimeError:  # the full op takes it, or says what is wrong
-                    here.prepared = None
-            flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
-            if flat.shape[0] != now.tokens:
-                last = now.on_last(x)
-                if last is None:
-                    raise self._wrong(site, flat.shape[0], now)
-                here = last
-            tables = here.tables(site)
-            program, gates = here.program, here.gates
-            if gates is not None and program.latches[site]:
-                latch_(flat, tables, here.rows, gates)
-            if not program.columns[site]:
-                return steer_rows(flat, tables, here.rows, gates).view_as(x)
-            probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
-            steered = steer_rows(flat, tables, here.rows, gates, probe).view_as(x)
-            if now.logged:
-                log.add(site, now.steered(probe))
-            return steered
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is not None and (steered := prepared.steer(x, site)) is not None:
+                return steered
+            return self._steer_wholly(site, x)
 
         return steer
 
     def _add(self, site: int) -> Add:
-        thread, log = self._thread, self.log
-
         def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
-            if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
-                return self.steer(site)(residual + branch), None
-            now = thread.now
-            if now is None:
-                raise RuntimeError(OUTSIDE)
-            here = now.here.get(branch.device) or now.on(branch)
-            prepared, plain = here.prepared, here.plain[site] and type(branch) is type(residual) is Tensor
-            if norm is not None and prepared is not None and plain and not grad_enabled():
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is not None and norm is not None:
                 weight, form = norm
                 how = weight, form.eps, form.weight_offset, form.fp32_weight
-                try:
-                    return add_steer_rmsnorm_at(branch, residual, *how, here.rows, prepared, site)[::-1]
-                except RuntimeError:  # the full op takes it, or says what is wrong
-                    here.prepared = None
-            flat = branch.reshape(-1, branch.shape[-1])
-            if flat.shape[0] != now.tokens:
-                last = now.on_last(branch)
-                if last is None:
-                    raise self._wrong(site, flat.shape[0], now)
-                here = last
-            tables = here.tables(site)
-            program, gates, probe = here.program, here.gates, None
-            other = residual.reshape_as(flat)
-            if gates is not None and program.latches[site]:
-                latch_(flat, tables, here.rows, gates, residual=other)
-            if program.columns[site]:
-                probe = flat.new_zeros(flat.shape[0], program.columns[site], dtype=torch.float32)
-            if norm is None:
-                hidden, normed = add_steer(flat, other, tables, here.rows, gates, probe), None
-            else:
-                weight, form = norm
-                how = weight, form.eps, form.weight_offset, form.fp32_weight
-                normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
-                normed = normed.view_as(branch)
-            if probe is not None and now.logged:
-                log.add(site, now.steered(probe))
-            return hidden.view_as(branch), normed
+                if (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
+                    return pair[::-1]
+            return self._add_wholly(site, branch, residual, norm)
 
         return add
+
+    def _prepare(self, x: Tensor) -> Prepared | None:
+        """What the sites on x's device may call from now on; None if they do, or must not."""
+        if is_compiling():
+            return None
+        here = self._now().on(x.device)
+        if here.by_site is None or not takes_prepared(x):
+            return None
+        prepared, before = here.program.prepared(here.rows, here.gates), self.prepared
+        self.prepared = prepared
+        return None if prepared is before else prepared
+
+    def _at(self, site: int, x: Tensor) -> tuple[Pass, Here]:
+        """The pass under way, and what ops are given at a site."""
+        now = self._now()
+        here = now.on(x.device)
+        if (rows := math.prod(x.shape[:-1])) != now.tokens:
+            if (last := now.on_last(x)) is None:
+                at, layer = site_name(site, self._n_layers)
+                raise RuntimeError(
+                    f"{at} of layer {layer} has {rows} rows in a forward pass of {now.tokens} tokens: this model "
+                    "cannot be steered there"
+                )
+            here = last
+        return now, here
+
+    def _steer_wholly(self, site: int, x: Tensor) -> Tensor:
+        if (prepared := self._prepare(x)) is not None and (steered := prepared.steer(x, site)) is not None:
+            return steered
+        now, here = self._at(site, x)
+        flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+        tables, gates = self._latched(here, site, flat, None), here.gates
+        probe = self._probe(here, site, flat)
+        steered = steer_rows(flat, tables, here.rows, gates, probe).view_as(x)
+        self._note(now, site, probe)
+        return steered
+
+    def _add_wholly(
+        self, site: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
+            return self.steer(site)(residual + branch), None
+        prepared, how = self._prepare(branch), None
+        if norm is not None:
+            weight, form = norm
+            how = weight, form.eps, form.weight_offset, form.fp32_weight
+            if prepared is not None and (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
+                return pair[::-1]
+        now, here = self._at(site, branch)
+        flat = branch.reshape(-1, branch.shape[-1])
+        other = residual.reshape_as(flat)
+        tables, gates = self._latched(here, site, flat, other), here.gates
+        probe, normed = self._probe(here, site, flat), None
+        if how is None:
+            hidden = add_steer(flat, other, tables, here.rows, gates, probe)
+        else:
+            normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
+            normed = normed.view_as(branch)
+        self._note(now, site, probe)
+        return hidden.view_as(branch), normed
+
+    def _latched(self, here: Here, site: int, flat: Tensor, residual: Tensor | None) -> Tables:
+        """The tables at a site, whose latched gates have decided."""
+        tables = here.tables(site)
+        if here.gates is not None and here.program.latches[site]:
+            latch_(flat, tables, here.rows, here.gates, residual=residual)
+        return tables
+
+    def _probe(self, here: Here, site: int, flat: Tensor) -> Tensor | None:
+        columns = here.program.columns[site]
+        return flat.new_zeros(flat.shape[0], columns, dtype=torch.float32) if columns else None
+
+    def _note(self, now: Pass, site: int, probe: Tensor | None) -> None:
+        if probe is not None and now.logged:
+            self.log.add(site, now.steered(probe))

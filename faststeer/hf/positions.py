@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from faststeer.hf.cache import cache_in, is_paged, length_of
 
@@ -31,6 +32,8 @@ class Inputs:
     position_ids: Any
     ids: bool  # whether it was given tokens, not embeddings
     packed: bool
+    traced: bool  # by a compiler
+    recorded: bool  # a graph is made of what runs: what it reads must be made in it, or be there as long as it is
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Inputs:
@@ -38,13 +41,15 @@ class Inputs:
         tokens = _first_states(given) if ids is None else ids
         packed = given.get("cu_seq_lens_q") is not None or is_paged(cache)
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")
-        return cls(tokens.shape[0], tokens.shape[1], tokens.device, cache, mask, position_ids, ids is not None, packed)
+        (batch, length, *_), device, traced = tokens.shape, tokens.device, is_compiling()
+        recorded = traced or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+        return cls(batch, length, device, cache, mask, position_ids, ids is not None, packed, traced, recorded)
 
     def past(self) -> int | Tensor | None:
         """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU. None: the cache is a
         recurrent state, which does not count them."""
         past: int | Tensor | None = 0 if self.packed else length_of(self.cache)
-        if isinstance(past, Tensor) and past.device.type == "cpu" and not torch.compiler.is_compiling():
+        if isinstance(past, Tensor) and past.is_cpu and not self.traced:
             return int(past)
         return past
 
@@ -78,7 +83,7 @@ class Prompts:
         if begin is None:
             raise ValueError(self.why)
         behind = past - begin if isinstance(past, int) and isinstance(begin, int) else -1
-        if behind >= 0 and of.length == 1 and not is_recorded(of.device):
+        if behind >= 0 and of.length == 1 and not of.recorded:
             return rows.add(_position_only(of.device), alpha=behind)  # one call, in every step of decoding
         return torch.stack((rows[0], self._positions(begin, of, past), rows[2]))
 
@@ -102,11 +107,6 @@ class Prompts:
         if self._mask is not None:
             self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
         return self._ends
-
-
-def is_recorded(device: torch.device) -> bool:
-    """Whether a graph is being made of what runs: what it reads must be made in it, or be there as long as it is."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from faststeer.hf.positions import Inputs, is_recorded
+from faststeer.hf.positions import Inputs
 from faststeer.hf.streams import PACKED, GenerateCall
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, Plans, plans_for
@@ -78,7 +78,7 @@ class RowPlans:
     def interrupted(self) -> bool:
         """Whether a change was begun and not ended: what rows and slots hold is not known until they are changed
         again."""
-        return self._changing or any(program.unfinished for program in self._programs.values())
+        return self._changing or any([program.unfinished for program in self._programs.values()])
 
     def change(self, plans: Mapping[int, Plan | None]) -> None:
         """As `Program.change`, on all devices, past what `assign` keeps there."""
@@ -99,14 +99,14 @@ class RowPlans:
                 self.check_batch(of.batch)
         key = of.device, of.batch, of.length
         # A graph reads the plans' own table.
-        if is_recorded(of.device):
+        if of.recorded:
             return self._expand(*key)
-        if key not in self._expanded:
+        if (rows := self._expanded.get(key)) is None:
             if len(self._expanded) > 32:
                 self._expanded.clear()
             with torch.inference_mode(False):
-                self._expanded[key] = self._expand(*key)
-        return self._expanded[key]
+                rows = self._expanded[key] = self._expand(*key)
+        return rows
 
     def _expand(self, device: torch.device, batch: int, length: int) -> Tensor:
         slot, sequence = self._of_rows(device, batch), torch.arange(batch, dtype=torch.int32, device=device)

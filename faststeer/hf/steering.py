@@ -119,7 +119,7 @@ class Steering(Context["Steering"]):
         self._fusion: Fusion | None = None if isinstance(fusion, str) else fusion
         self._no_fusion = fusion if isinstance(fusion, str) else ""
         self._structure = known.structure
-        self._why, self._hooked, self._order = "", set[int](), 0
+        self._why, self._hooked, self._order, self._first = "", set[int](), 0, False
         if self._wanted == "fused" and self.path != "fused":
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
         self._check_all(as_plans(plans)[0])
@@ -189,8 +189,9 @@ class Steering(Context["Steering"]):
         part = self.part
         if part is not None and part.alone and is_steered(self.model):
             raise RuntimeError(part.alone)
-        entry = register(changes, self.points.owner(self.model))
-        why = self._why_hooks()
+        owner = self.points.owner(self.model)
+        entry = register(changes, owner)
+        why, self._first = self._why_hooks(), not is_held(owner)
         if self._wanted == "fused" and why:
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")
         self._why, self._changes, self._hooked, self._order = why, changes, set(), next_order()
@@ -231,7 +232,9 @@ class Steering(Context["Steering"]):
         for site in range(n_sites(self.points.n_layers)):
             fused = not self._why and site % 2 == 0 and site > 0
             if program.depth[site] and not fused and site not in self._hooked:
-                install(self._changes, self.model, self.points, {site: self.passes.steer(site)}, self._order)
+                install(
+                    self._changes, self.model, self.points, {site: self.passes.steer(site)}, self._order, self._first
+                )
                 self._hooked.add(site)  # afterwards: hooking twice does nothing
         sizes = f"{program.depth} {program.width} {program.columns} {program.latches}"
         self.passes.signature = f"{sorted(self._hooked)} {sizes}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 
@@ -68,7 +69,7 @@ class Stream(Prompts):
             raise ValueError(self.why)
         if self.gates is None:
             # Not in inference mode: a later pass may be outside of it.
-            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            with nullcontext() if is_compiling() else torch.inference_mode(False):
                 self.gates = torch.zeros(entries, batch, dtype=torch.bool, device=device)
         elif self.gates.shape[1] != batch or self.gates.device != device:
             self.gates = for_rows(self.gates, batch).to(device)
@@ -210,10 +211,9 @@ class Streams:
 
     def past(self, inputs: Inputs) -> int | Tensor | None:
         """Tokens that the cache of a pass holds; None: nobody has counted them."""
-        past, run = inputs.past(), self.run
-        if past is not None:
+        if (past := inputs.past()) is not None:
             return past
-        known = self._known(inputs.cache)
+        known, run = self._known(inputs.cache), self.run
         if known is None and run is not None and run.cache is inputs.cache:
             known = run.stream
         return None if known is None else known.columns
@@ -223,7 +223,7 @@ class Streams:
         run = self.run
         if inputs.packed:
             return Stream(None, PACKED)
-        if torch.compiler.is_compiling():
+        if inputs.traced:
             if run is not None and run.stream is not None:
                 return run.stream
             if self._set is not None:
@@ -312,7 +312,7 @@ class Streams:
 def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     """A stream whose prompt ends with this pass."""
     ids = inputs.position_ids
-    if torch.compiler.is_compiling() or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
+    if inputs.traced or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
         packed = False
     else:
         packed = bool((ids.diff(dim=1) < 0).any())

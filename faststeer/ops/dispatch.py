@@ -7,18 +7,20 @@ built, else `reference`.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from faststeer.ops import reference, schema
 from faststeer.ops.tables import Tables
@@ -253,9 +255,9 @@ def latch_(
 
 
 def backend_of(x: Tensor, backend: Backend | None) -> Backend:
-    kind = "cpu" if x.is_cpu else x.device.type
+    kind = _kind(x)
     chosen = backend or _chosen
-    if torch.compiler.is_compiling():
+    if is_compiling():
         name = _resolve(chosen, kind)
     else:
         name = _resolved.get((chosen, kind)) or _resolved.setdefault((chosen, kind), _resolve(chosen, kind))
@@ -263,6 +265,11 @@ def backend_of(x: Tensor, backend: Backend | None) -> Backend:
     if x.dtype is torch.float64 and not _is_chosen(chosen):
         return "reference"
     return name
+
+
+def _kind(x: Tensor) -> str:
+    # torch writes the name of a device's type anew whenever it is asked for it: some microseconds.
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 @torch.compiler.assume_constant_result
@@ -289,36 +296,82 @@ def overload(name: str, device: torch.device | str) -> Callable[..., Any]:
     return getattr(torch.ops.faststeer, name).reference
 
 
-# The operators of schema.PREPARED, as `_CALLS`.
-_PREPARE: Callable[..., Tensor] = torch.ops.faststeer.prepare.default._op
-steer_at: Callable[..., Tensor] = torch.ops.faststeer.steer_at.default._op
-add_steer_rmsnorm_at: Callable[..., tuple[Tensor, Tensor]] = torch.ops.faststeer.add_steer_rmsnorm_at.default._op
+class Prepared(Protocol):
+    """A program's tables of all sites and the rows of a pass, checked once: what is called at each site of a pass, for
+    inference, at a fraction of what an operator call costs the host. See csrc/prepared.h.
+
+    Both give None for what they do not take, such as x that is not contiguous or has not just as many rows, a site
+    with probes, or while gradients are on: the full op takes it, or says what is wrong.
+    """
+
+    def steer(self, x: Tensor, site: int, /) -> Tensor | None:
+        """Return `steer(x)` at a site, of x's shape `[..., hidden]`."""
+
+    def add_steer_rmsnorm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_offset: float,
+        fp32_weight: bool,
+        site: int,
+        /,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return `add_steer_rmsnorm(x, residual, ...)` at a site: normed and hidden, of x's shape."""
 
 
-def takes_prepared(x: Tensor) -> bool:
-    """Whether `steer_at` and `add_steer_rmsnorm_at` may be called on rows like x: by a C++ back end, while nothing is
-    derived or traced."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None or in_forward_mode():
-        return False
-    return x.dtype in schema.DTYPES and backend_of(x, None) in ("cpu", "cuda")
-
-
-def prepare(bank: Tensor, entries: Tensor, ranges: Tensor, gate_state: Tensor | None) -> Tensor:
-    """What `steer_at(x, rows, prepared, site)` and `add_steer_rmsnorm_at` take instead of tables, where
-    `takes_prepared`; the tables must outlive their calls. Those raise RuntimeError for what they do not take, such as x
-    that is not contiguous or has not just as many rows: the full op takes it, or says what is wrong.
+def prepare(
+    bank: Tensor, entries: Tensor, ranges: Tensor, rows: Tensor, gate_state: Tensor | None, plain: Sequence[bool]
+) -> Prepared:
+    """The tables as `Tables` has them and the rows of a pass, where `takes_prepared`.
 
     Args:
         ranges: `[sites, slots, 2]`.
+        plain: per site, whether there are no probes and no latches.
     """
-    return _PREPARE(bank, entries, ranges.view(-1, 2), gate_state, ranges.shape[0])
+    run = _run_of(_chosen, _kind(bank))
+    assert run is not None, "takes_prepared says whether"
+    module, address = run
+    return module.Prepared(address, bank, entries, ranges, rows, gate_state, plain)
+
+
+# Looked up once: the names of torch are too many for a processor's cache, and a pass has some microseconds.
+_n_modes, _tracing, _transforms = (
+    torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+)  # fmt: skip
+_grad_enabled = torch.is_grad_enabled
+
+
+def takes_prepared(x: Tensor) -> bool:
+    """Whether what `prepare` gives may be called on rows like x: by a C++ back end, while nothing is derived or
+    transformed. Not to be asked while a compiler traces."""
+    if type(x) is not Tensor or _grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    if _n_modes() or _tracing() is not None or _transforms() is not None:
+        return False
+    return x.dtype in schema.DTYPES and _run_of(_chosen, _kind(x)) is not None
+
+
+@functools.cache
+def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, int] | None:
+    """The module that has `Prepared`, and the address of what the library of this kind of device runs ops by; None
+    where the back end is none of C++."""
+    from faststeer import build
+
+    backend = _resolve(chosen, kind)
+    if backend not in ("cpu", "cuda") or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return None
+    module = build.native()
+    if module is None:
+        return None
+    library = ctypes.CDLL(str(build.library_path(backend)))
+    return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
 
 
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`), also under `no_grad`."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def _has_tangent(argument: Any) -> bool:
@@ -345,7 +398,7 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
             schema.CHECKS[op](*arguments)
         return REFERENCE
     try:
-        return (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)
+        return (_OPS if is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
         schema.CHECKS[op](*arguments)  # bad arguments get the same error from every back end
         raise

@@ -32,17 +32,6 @@ SCHEMAS = {
 
 library = torch.library.Library("faststeer", "DEF")
 
-# For inference alone, for who calls an op at every site of a forward pass: `prepare` checks a program's tables, of all
-# sites, and packs where they lie into bytes, which the other two are given instead. No gradient, no probe, no fake.
-PREPARED = {
-    "prepare": "(Tensor bank, Tensor entries, Tensor ranges, Tensor? gate_state, int sites) -> Tensor",
-    "steer_at": "(Tensor x, Tensor rows, Tensor prepared, int site) -> Tensor",
-    "add_steer_rmsnorm_at": f"(Tensor x, Tensor residual, {_NORM}, Tensor rows, Tensor prepared, int site)"
-    " -> (Tensor, Tensor)",
-}
-for _name, _schema in PREPARED.items():
-    library.define(f"{_name}{_schema}")
-
 
 # Checks ---------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@ whatever it does not take goes."""
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
 import models
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import faststeer as fs
-from faststeer import ops
+from faststeer import ops, program
 from faststeer.hf import passes
 from faststeer.hf.cache import cache_argument, caches_in
 from faststeer.plan import site
@@ -33,13 +36,16 @@ def quick(monkeypatch) -> list[int]:
     def counted(own):
         def call(*arguments):
             result = own(*arguments)
-            sites.append(arguments[-1])
+            sites.extend([] if result is None else arguments[-1:])
             return result
 
         return call
 
-    for name in ("steer_at", "add_steer_rmsnorm_at"):
-        monkeypatch.setattr(passes, name, counted(getattr(passes, name)))
+    def prepare(*tables):
+        own = ops.prepare(*tables)
+        return SimpleNamespace(steer=counted(own.steer), add_steer_rmsnorm=counted(own.add_steer_rmsnorm))
+
+    monkeypatch.setattr(program, "prepare", prepare)
     return sites
 
 
@@ -136,3 +142,54 @@ def test_a_back_end_without_forward_mode_refuses_a_tangent():
     refused = pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*backend\('reference'\)")
     with ops.backend("cpu"), torch.no_grad(), forward_ad.dual_level(), fs.steer(model, plan, path="hooks"), refused:
         model(inputs_embeds=forward_ad.make_dual(x, x), use_cache=False)
+
+
+def test_threads_are_served_each_their_own_rows():
+    """What a site may call first is shared; it serves the thread that made it alone."""
+    model, ids, expected, wrong = models.model("llama"), models.tokens(3, 5), [], []
+
+    @torch.no_grad()
+    def run(number: int) -> None:
+        rows = ids.roll(number, 0)
+        wrong.extend(n for n in range(30) if not torch.equal(model(rows).logits, expected[number]))
+
+    with fs.steer(model, PLANS, path="hooks"):
+        with torch.no_grad():
+            expected += [model(ids.roll(number, 0)).logits for number in range(3)]
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong and not torch.equal(expected[0], expected[1].roll(-1, 0)), "rows have plans of their own"
+
+
+@torch.no_grad()
+def test_a_layer_that_is_compiled_by_itself_stays_compiled(monkeypatch):
+    model, ids = models.build("llama"), models.tokens(2, 5)
+    plan = fs.Plan([fs.Add(V, 0.7, layers="all")])
+    with fs.steer(model, plan, path="hooks"):
+        expected = model(ids).logits
+    torch._dynamo.reset()
+    model.model.layers[1].compile(backend="eager", fullgraph=True)
+    with fs.steer(model, plan, path="hooks"):
+        model(ids)
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected)
+    torch._dynamo.reset()
+
+
+def test_what_leaves_a_module_is_steered_in_its_forward_unless_another_context_acts():
+    model, plan = models.build("llama"), fs.Plan([fs.Add(V, 0.7, layers="all")])
+
+    def hooked() -> list[tuple[bool, int]]:
+        return [("forward" in vars(layer), len(layer._forward_hooks)) for layer in model.model.layers]
+
+    with fs.steer(model, plan, path="hooks"):
+        assert hooked() == [(True, 0)] * 2
+        with fs.steer(model, plan, path="hooks"):
+            assert hooked() == [(True, 1)] * 2
+    with fs.hf.read(model), fs.steer(model, plan, path="hooks"):
+        assert all(count for _, count in hooked()) and not any(own for own, _ in hooked())
+    assert hooked() == [(False, 0)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -37,33 +38,34 @@ def d(seed: int = 0) -> Tensor:
 
 
 class Touched:
-    """Notes at one hook point which tokens steering changes: a hook in front of ours and one behind it."""
+    """Notes at one hook point which tokens steering changes: what the module's class computes, and what its hooks
+    see."""
 
     def __init__(self, model: nn.Module, name: str = "llama", at: str = "attn_out", layer: int = 1) -> None:
         modules = models.MODULES[name]
-        self.module = module = model.get_submodule(modules.layers)[layer].get_submodule(getattr(modules, at))
+        module = model.get_submodule(modules.layers)[layer].get_submodule(getattr(modules, at))
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
-        self.handles = [
-            module.register_forward_hook(self.note(self.before), prepend=True),
-            module.register_forward_hook(self.note(self.after)),
-        ]
+        self.kind, self.own = type(module), type(module).forward
+
+        @functools.wraps(self.own)
+        def forward(called: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = self.own(called, *args, **kwargs)
+            if called is module:
+                self.note(self.before, output)
+            return output
+
+        self.kind.forward = forward
+        self.handle = module.register_forward_hook(lambda _module, _args, output: self.note(self.after, output))
 
     @staticmethod
-    def note(where: list[Tensor]):
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            where.append((output if isinstance(output, Tensor) else output[0]).detach().clone())
-
-        return hook
-
-    def to_front(self) -> None:
-        """In front of those hooks too that assigning a plan has put there since."""
-        self.module._forward_hooks.move_to_end(self.handles[0].id, last=False)
+    def note(where: list[Tensor], output: Any) -> None:
+        where.append((output if isinstance(output, Tensor) else output[0]).detach().clone())
 
     def tokens(self) -> Tensor:
         """`[rows, tokens]`, those of all passes in order."""
-        for handle in self.handles:
-            handle.remove()
+        self.kind.forward = self.own
+        self.handle.remove()
         return (torch.cat(self.after, 1) != torch.cat(self.before, 1)).any(-1)
 
     def values(self) -> Tensor:
@@ -472,9 +474,7 @@ class TestAssign:
         plans = {"nothing": fs.Plan(), "rows": [None] * 3, "a": self.a}[start]
         with fs.steer(model, plans) as steering:
             touched = Touched(model)
-            generate(
-                model, ids, 4, logits_processor=[AtStep(1, lambda: (steering.assign(later(self)), touched.to_front()))]
-            )
+            generate(model, ids, 4, logits_processor=[AtStep(1, lambda: steering.assign(later(self)))])
         assert touched.tokens()[:, PROMPT - 1 :].int().tolist() == expected
 
     def test_while_generating_with_beams(self, model, ids):

@@ -487,53 +487,59 @@ def test_a_pair_is_steered_in_whole_buffers_without_a_copy(backend, dtype):
     assert body.count("empty_strided") == 4, "more than two products, the sum in one of them and the norm"
 
 
-def prepared_case(seed: int, dtype: torch.dtype, rows: int = 6):
-    """A mixed case as the ops take it, and its tables prepared as the second of three sites."""
-    case = steered(MIXES, rows, 96, dtype, "cpu", seed=seed)
+def prepared_case(seed: int, dtype: torch.dtype):
+    """A mixed case as the ops take it, its rows a slice of a longer buffer, and its tables as the second of three
+    sites."""
+    case = steered(MIXES, 6, 96, dtype, "cpu", seed=seed)
     bank, entries, ranges = case.tables[:3]
     sites = torch.stack((torch.zeros_like(ranges), ranges, torch.zeros_like(ranges)))
-    return case, sites, ops.prepare(bank, entries, sites, case.gate_state)
+    rows = torch.cat((case.rows, case.rows), 1)[:, :6]
+    return case, rows, (bank, entries, sites, rows, case.gate_state, [True, True, True])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prepared_tables_give_the_bits_of_tables(backend, dtype):
-    case, _, prepared = prepared_case(5, DTYPES[dtype])
-    rows, shape = torch.cat((case.rows, case.rows), 1)[:, :6], (2, 3, 96)  # a slice of a longer buffer
+    case, rows, tables = prepared_case(5, DTYPES[dtype])
+    prepared, shape = ops.prepare(*tables), (2, 3, 96)
     residual, weight = torch.randn_like(case.x), torch.randn(96).to(case.x)
     with torch.no_grad():
         assert ops.takes_prepared(case.x)
         expected = ops.steer(case.x, case.tables, rows, case.gate_state, backend=backend)
-        found = ops.steer_at(case.x.view(shape), rows, prepared, 1)
-        assert found.shape == shape and torch.equal(bits(found.view(6, 96)), bits(expected))
+        steered_x = prepared.steer(case.x.view(shape), 1)
+        assert steered_x.shape == shape and torch.equal(bits(steered_x.view(6, 96)), bits(expected))
         assert not torch.equal(bits(expected), bits(case.x))
-        assert torch.equal(bits(ops.steer_at(case.x, rows, prepared, 2)), bits(case.x))
+        assert torch.equal(bits(prepared.steer(case.x, 2)), bits(case.x))
         norm = weight, 1e-6, 1.0, True
         pair = ops.add_steer_rmsnorm(case.x, residual, *norm, case.tables, rows, case.gate_state, backend=backend)
-        quick = ops.add_steer_rmsnorm_at(case.x.view(shape), residual.view(shape), *norm, rows, prepared, 1)
+        quick = prepared.add_steer_rmsnorm(case.x.view(shape), residual.view(shape), *norm, 1)
         for one, other in zip(quick, pair, strict=True):
             assert torch.equal(bits(one.view(6, 96)), bits(other))
 
 
 def test_prepared_tables_refuse_what_does_not_fit_them(backend):
-    case, sites, prepared = prepared_case(6, torch.float32)
-    rows, x = case.rows.contiguous(), case.x
+    case, rows, tables = prepared_case(6, torch.float32)
+    prepared, x = ops.prepare(*tables), case.x
     wide = torch.cat((x, x), 1)
     for wrong in (
-        (wide[:, :96], rows, prepared, 1),  # not contiguous
-        (wide, rows, prepared, 1),
-        (x[:5], rows, prepared, 1),
-        (x.double(), rows, prepared, 1),
-        (x, rows[:, :5], prepared, 1),
-        (x, rows.long(), prepared, 1),
-        (x, rows, prepared, 3),
-        (x, rows, prepared, -1),
-        (x, rows, torch.zeros_like(prepared), 1),
-        (x, rows, prepared[:-1], 1),
+        (wide[:, :96], 1),  # not contiguous
+        (wide, 1),
+        (x[:5], 1),
+        (torch.cat((x, x)), 1),
+        (x.double(), 1),
+        (x, 3),
+        (x, -1),
     ):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="does not fit"):
-            ops.steer_at(*wrong)
-    with pytest.raises(RuntimeError, match="bank does not fit"):
-        ops.prepare(case.tables[0].half(), case.tables[1], sites, None)
+        with torch.no_grad():
+            assert prepared.steer(*wrong) is None
+    assert prepared.steer(x, 1) is None, "gradients are on"
+    with torch.no_grad():
+        assert prepared.steer(x, 1) is not None
+        assert ops.prepare(*tables[:-1], [True, False, True]).steer(x, 1) is None, "probes"
+    with pytest.raises(TypeError, match="expected 2 arguments"):
+        prepared.steer(x)
+    for name, number, other in (("bank", 0, tables[0].half()), ("rows", 3, rows.long()), ("rows", 3, rows[:2])):
+        with pytest.raises(RuntimeError, match=f"{name} does not fit"):
+            ops.prepare(*tables[:number], other, *tables[number + 1 :])
 
 
 def test_prepared_tables_are_not_taken_by_what_they_cannot_serve(backend):
