@@ -14,13 +14,25 @@ constexpr int N_DTYPES = 3;
 enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
 constexpr int N_OPS = 6;
 
-// Strides in elements. hidden is x itself where the op is in place, and residual where a pair is steered, whose x is
-// then also `cleared`. A null or empty probe is not written. latch_ has x, the tables and perhaps a residual.
+// Rows at a distance of `stride` elements.
+struct Rows {
+  void* data;
+  int64_t stride;
+
+  template <class T>
+  FASTSTEER_INLINE T* row(int64_t number) const {
+    return static_cast<T*>(data) + number * stride;
+  }
+};
+
+// hidden is x itself where the op is in place, and residual where a pair is steered, whose x is then cleared. A null or
+// empty probe is not written. latch_ has x, the tables and perhaps a residual.
 struct RowArguments {
-  const void *x, *residual, *weight;
-  void *hidden, *normed, *cleared;  // normed is contiguous
-  float* probe;                     // [rows, probe_columns]
-  int64_t rows, x_stride, residual_stride, hidden_stride;
+  Rows x, residual, hidden;
+  const void* weight;
+  void* normed;  // contiguous
+  float* probe;  // [rows, probe_columns]
+  int64_t rows;
   int32_t hidden_size, probe_columns;
   float eps, weight_offset;
   bool fp32_weight;

@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 
 // The shape of rows that passed check_rows.
 struct RowShape {
-  int64_t rows, hidden, stride;  // stride in elements
+  int64_t dimensions, rows, hidden, stride;  // stride in elements
   Dtype dtype;
   int32_t device_type, device_index;
 };
@@ -52,49 +52,48 @@ inline Dtype check_float(const Tensor& tensor, const char* name) {
   return Dtype::BF16;
 }
 
-// x: `[rows, hidden]`, of one of the three dtypes, each row contiguous and apart from the others.
-inline RowShape check_rows(const Tensor& x, const char* name) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  require(sizes.size() == 2, name);
-  const int64_t rows = sizes[0], hidden = sizes[1];
-  require(hidden >= 1 && hidden <= MAX_HIDDEN, name);
-  require((hidden == 1 || strides[1] == 1) && (rows <= 1 || strides[0] >= hidden), name);
-  return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name), device_type(x), x.get_device_index()};
+inline bool is_on_device(const Tensor& tensor, const RowShape& shape) {
+  return device_type(tensor) == shape.device_type && tensor.get_device_index() == shape.device_index;
 }
 
-// Rows just like x's; only their stride may differ. Returns it.
-inline int64_t check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
-  const RowShape mine = check_rows(tensor, name);
-  require(mine.rows == shape.rows && mine.hidden == shape.hidden && mine.dtype == shape.dtype, name);
-  require(mine.device_type == shape.device_type && mine.device_index == shape.device_index, name);
-  return mine.stride;
+// x: `[..., hidden]`, of one of the three dtypes: contiguous, or of two dimensions, each row contiguous and apart from
+// the others.
+inline RowShape check_rows(const Tensor& x, const char* name) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  require(sizes.size() >= 1 && sizes.back() >= 1 && sizes.back() <= MAX_HIDDEN, name);
+  const auto dimensions = static_cast<int64_t>(sizes.size());
+  const int64_t hidden = sizes.back(), rows = dimensions == 2 ? sizes[0] : x.numel() / hidden;
+  int64_t stride = hidden;
+  if (dimensions == 2) {
+    if (rows > 1) stride = strides[0];
+    require((hidden == 1 || strides[1] == 1) && stride >= hidden, name);
+  } else {
+    require(x.is_contiguous(), name);
+  }
+  return {dimensions, rows, hidden, stride, check_float(x, name), device_type(x), x.get_device_index()};
+}
+
+// Rows just like x's; only their stride may differ. Returns them.
+inline Rows check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
+  const RowShape own = check_rows(tensor, name);
+  require(own.dimensions == shape.dimensions && own.rows == shape.rows && own.hidden == shape.hidden, name);
+  require(own.dtype == shape.dtype && is_on_device(tensor, shape), name);
+  return {tensor.data_ptr(), own.stride};
 }
 
 // A tensor of exactly this dtype and these sizes (-1: any) on x's device, contiguous unless said otherwise.
 inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
                         const RowShape& shape, bool contiguous = true) {
   const auto sizes = tensor.sizes();
-  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size();
+  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size() && is_on_device(tensor, shape);
   fits = fits && (!contiguous || tensor.is_contiguous());
   for (size_t i = 0; fits && i < sizes.size(); ++i) {
     fits = expected.begin()[i] < 0 || sizes[i] == expected.begin()[i];
   }
-  fits = fits && device_type(tensor) == shape.device_type && tensor.get_device_index() == shape.device_index;
   require(fits, name);
 }
 
-inline void check_rows_table(const Tensor& rows, const RowShape& shape) {
-  check_table(rows, "rows", aoti_torch_dtype_int32(), {N_PLACES, -1}, shape, false);
-  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
-}
-
-inline void set_rows(Tables& tables, const Tensor& rows) {
-  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
-  tables.positions = tables.slots + rows.stride(0);
-  tables.sequences = tables.positions + rows.stride(0);
-}
-
-// The tables of one call but for its rows, once all of them fit x and each other.
+// The tables of a call but for its rows, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& entries, const Tensor& ranges,
                           const std::optional<Tensor>& gate_state) {
   const int32_t int32 = aoti_torch_dtype_int32();
@@ -121,22 +120,25 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   return tables;
 }
 
-// An uninitialised contiguous `[rows, columns]` tensor on x's device.
-inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t dtype) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
+// An uninitialised tensor on x's device.
+inline Tensor new_tensor(const Tensor& x, int64_t dimensions, const int64_t* sizes, const int64_t* strides,
+                         int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
+      aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-// An uninitialised tensor like x, which is contiguous.
-inline Tensor new_like(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), torch_dtype(x), device_type(x),
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
+// The same, contiguous, `[rows, columns]`.
+inline Tensor new_rows(const Tensor& x, int64_t rows, int64_t columns, int32_t dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
+  return new_tensor(x, 2, sizes, strides, dtype);
+}
+
+// An uninitialised contiguous tensor of x's sizes and dtype.
+inline Tensor new_like(const Tensor& x, const RowShape& shape) {
+  if (shape.dimensions == 2) return new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
+  return new_tensor(x, shape.dimensions, x.sizes().data(), x.strides().data(), torch_dtype(x));
 }
 
 }  // namespace faststeer

@@ -35,36 +35,18 @@ struct PreparedTables {
   int64_t sites;
   Tables tables;  // of site 0, without rows; n_slots is that of one site
 
-  static const PreparedTables& of(const Tensor& bytes) {
+  // The tables at a site, for rows of this shape.
+  static Tables at(const Tensor& bytes, int64_t site, const Tensor& x, const RowShape& shape) {
     require(device_type(bytes) == aoti_torch_device_type_cpu() && torch_dtype(bytes) == aoti_torch_dtype_uint8() &&
                 bytes.numel() == sizeof(PreparedTables) && bytes.is_contiguous(),
             "prepared");
     const auto& prepared = *static_cast<const PreparedTables*>(bytes.data_ptr());
     require(prepared.mark == MARK, "prepared");
-    return prepared;
-  }
-
-  // The shape of x: contiguous, `[..., hidden]`.
-  RowShape shape_of(const Tensor& x) const {
-    const int64_t dimensions = x.dim();
-    require(dimensions >= 1 && x.size(dimensions - 1) == shape.hidden && x.is_contiguous(), "x");
-    require(device_type(x) == shape.device_type && x.get_device_index() == shape.device_index, "x");
-    RowShape own = shape;
-    own.rows = x.numel() / shape.hidden;
-    require(own.rows <= std::numeric_limits<int32_t>::max() - MAX_HIDDEN, "x");  // kernels count with 32 bits
-    own.dtype = check_float(x, "x");
-    return own;
-  }
-
-  // The tables at a site, for exactly as many rows as x has.
-  Tables at(int64_t site, const Tensor& rows, const RowShape& of_x) const {
-    require(site >= 0 && site < sites, "site");
-    Tables own = tables;
-    own.ranges += 2 * own.n_slots * site;
-    check_rows_table(rows, of_x);
-    require(rows.size(1) == of_x.rows, "rows");
-    set_rows(own, rows);
-    return own;
+    require(shape.hidden == prepared.shape.hidden && is_on_device(x, prepared.shape), "x");
+    require(site >= 0 && site < prepared.sites, "site");
+    Tables tables = prepared.tables;
+    tables.ranges += 2 * tables.n_slots * site;
+    return tables;
   }
 };
 
@@ -77,7 +59,9 @@ class Operators {
     require(ranges.dim() == 2 && sites >= 1 && ranges.size(0) % sites == 0, "ranges");
     PreparedTables prepared{};
     prepared.mark = PreparedTables::MARK;
-    prepared.shape = {0, bank.size(1), bank.size(1), Dtype{}, device_type(bank), bank.get_device_index()};
+    prepared.shape.hidden = bank.size(1);
+    prepared.shape.device_type = device_type(bank);
+    prepared.shape.device_index = bank.get_device_index();
     prepared.sites = sites;
     prepared.tables = make_tables(prepared.shape, bank, entries, ranges, gate_state);
     prepared.tables.n_slots /= static_cast<int32_t>(sites);
@@ -91,46 +75,40 @@ class Operators {
   }
 
   static Tensor steer_at(const Tensor& x, const Tensor& rows, const Tensor& prepared, int64_t site) {
-    Call call(x, rows, PreparedTables::of(prepared), site);
-    return call.compute_at("steer_at", RowOp::STEER, nullptr);
+    return Call(x, rows, prepared, site).compute("steer_at", RowOp::STEER);
   }
 
   static std::tuple<Tensor, Tensor> add_steer_rmsnorm_at(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                          double eps, double weight_offset, bool fp32_weight,
                                                          const Tensor& rows, const Tensor& prepared, int64_t site) {
-    Call call(x, rows, PreparedTables::of(prepared), site);
-    require(residual.numel() == x.numel() && residual.is_contiguous() && torch_dtype(residual) == torch_dtype(x) &&
-                device_type(residual) == call.shape.device_type &&
-                residual.get_device_index() == call.shape.device_index,
-            "residual");
-    call.arguments.residual = residual.data_ptr();
-    call.arguments.residual_stride = call.shape.hidden;
+    Call call(x, rows, prepared, site);
+    call.add(residual);
     call.norm(weight, eps, weight_offset, fp32_weight);
     Optional normed;
-    Tensor hidden = call.compute_at("add_steer_rmsnorm_at", RowOp::ADD_STEER_RMSNORM, &normed);
+    Tensor hidden = call.compute("add_steer_rmsnorm_at", RowOp::ADD_STEER_RMSNORM, &normed);
     return {*normed, hidden};
   }
 
   static std::tuple<Tensor, Tensor> steer(const Tensor& x, FASTSTEER_TABLES, const Optional& scalars, int64_t columns) {
-    return Call(x, bank, entries, ranges, rows, gate_state).compute("steer", RowOp::STEER, scalars, columns);
+    return Call(x, bank, entries, ranges, rows, gate_state).probed("steer", RowOp::STEER, scalars, columns);
   }
 
   static void steer_(const Tensor& x, FASTSTEER_TABLES, const Optional& probe) {
-    Call(x, bank, entries, ranges, rows, gate_state).write("steer_", RowOp::STEER_IN_PLACE, x, probe);
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    call.write("steer_", RowOp::STEER_IN_PLACE, call.arguments.x, probe);
   }
 
   static std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES,
                                               const Optional& scalars, int64_t columns) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
-    return call.compute("add_steer", RowOp::ADD_STEER, scalars, columns);
+    return call.probed("add_steer", RowOp::ADD_STEER, scalars, columns);
   }
 
   static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES, const Optional& probe) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
-    call.arguments.cleared = x.data_ptr();
-    call.write("steer_pair_", RowOp::STEER_PAIR, residual, probe);
+    call.write("steer_pair_", RowOp::STEER_PAIR, call.arguments.residual, probe);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual,
@@ -141,7 +119,7 @@ class Operators {
     call.add(residual);
     call.norm(weight, eps, weight_offset, fp32_weight);
     Optional normed;
-    auto [hidden, probe] = call.compute("add_steer_rmsnorm", RowOp::ADD_STEER_RMSNORM, scalars, columns, &normed);
+    auto [hidden, probe] = call.probed("add_steer_rmsnorm", RowOp::ADD_STEER_RMSNORM, scalars, columns, &normed);
     return {*normed, hidden, probe};
   }
 
@@ -149,7 +127,7 @@ class Operators {
                      const Tensor& ranges, const Tensor& rows, const Tensor& gate_state) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     if (residual.has_value()) call.add(*residual);
-    Backend(x).run("latch_", RowOp::LATCH, call.shape, call.arguments);
+    call.backend.run("latch_", RowOp::LATCH, call.shape, call.arguments);
   }
 
  private:
@@ -157,26 +135,34 @@ class Operators {
   struct Call {
     const Tensor& x;
     const RowShape shape;
+    const Backend backend;
     RowArguments arguments{};
 
-    Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)) {
+    Call(const Tensor& x, FASTSTEER_TABLES) : Call(x) {
+      require(shape.dimensions == 2, "x");
       arguments.tables = make_tables(shape, bank, entries, ranges, gate_state);
-      check_rows_table(rows, shape);
-      set_rows(arguments.tables, rows);
-      set_x();
+      set_rows(rows);
     }
 
-    Call(const Tensor& x, const Tensor& rows, const PreparedTables& prepared, int64_t site)
-        : x(x), shape(prepared.shape_of(x)) {
-      arguments.tables = prepared.at(site, rows, shape);
-      set_x();
+    // For exactly as many rows as x has.
+    Call(const Tensor& x, const Tensor& rows, const Tensor& prepared, int64_t site) : Call(x) {
+      arguments.tables = PreparedTables::at(prepared, site, x, shape);
+      set_rows(rows);
+      require(rows.size(1) == shape.rows, "rows");
     }
 
-    void set_x() {
-      arguments.x = x.data_ptr();
+    explicit Call(const Tensor& x) : x(x), shape(Backend::check(x)), backend(x) {
+      arguments.x = {x.data_ptr(), shape.stride};
       arguments.rows = shape.rows;
-      arguments.x_stride = shape.stride;
       arguments.hidden_size = static_cast<int32_t>(shape.hidden);
+    }
+
+    void set_rows(const Tensor& rows) {
+      check_table(rows, "rows", aoti_torch_dtype_int32(), {N_PLACES, -1}, shape, false);
+      require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
+      arguments.tables.slots = static_cast<const int32_t*>(rows.data_ptr());
+      arguments.tables.positions = arguments.tables.slots + rows.stride(0);
+      arguments.tables.sequences = arguments.tables.positions + rows.stride(0);
     }
 
     void norm(const Tensor& weight, double eps, double weight_offset, bool fp32_weight) {
@@ -188,56 +174,41 @@ class Operators {
       arguments.fp32_weight = fp32_weight;
     }
 
-    void add(const Tensor& residual) {
-      arguments.residual_stride = check_rows_like(residual, "residual", shape);
-      arguments.residual = residual.data_ptr();
-    }
+    void add(const Tensor& residual) { arguments.residual = check_rows_like(residual, "residual", shape); }
 
-    // Into new tensors. `scalars` are for gradients, which Python computes: their numbers are those of the entries.
-    std::tuple<Tensor, Tensor> compute(const char* name, RowOp op, const Optional& scalars, int64_t columns,
-                                       Optional* normed = nullptr) {
-      if (scalars.has_value()) {
-        check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
-      }
-      require(columns >= 0, "columns");
-      const Backend backend(x);
-      Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
-      set_probe(probe);
-      Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = shape.hidden;
+    // Into new tensors of x's shape: `hidden`, and `normed` where there is a norm.
+    Tensor compute(const char* name, RowOp op, Optional* normed = nullptr) {
+      const Tensor hidden = new_like(x, shape);
+      arguments.hidden = {hidden.data_ptr(), shape.hidden};
       if (normed != nullptr) {
-        *normed = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
-        arguments.normed = (*normed)->data_ptr();
-      }
-      backend.run(name, op, shape, arguments);
-      return {hidden, probe};
-    }
-
-    // Into new tensors of x's shape; nothing is probed.
-    Tensor compute_at(const char* name, RowOp op, Optional* normed) {
-      const Backend backend(x);
-      Tensor hidden = new_like(x);
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = shape.hidden;
-      if (normed != nullptr) {
-        *normed = new_like(x);
+        *normed = new_like(x, shape);
         arguments.normed = (*normed)->data_ptr();
       }
       backend.run(name, op, shape, arguments);
       return hidden;
     }
 
+    // The same, and a new probe. `scalars` are for gradients, which Python computes: their numbers are the entries'.
+    std::tuple<Tensor, Tensor> probed(const char* name, RowOp op, const Optional& scalars, int64_t columns,
+                                      Optional* normed = nullptr) {
+      if (scalars.has_value()) {
+        check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
+      }
+      require(columns >= 0, "columns");
+      const Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
+      set_probe(probe);
+      return {compute(name, op, normed), probe};
+    }
+
     // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
-    void write(const char* name, RowOp op, const Tensor& hidden, const Optional& probe) {
+    void write(const char* name, RowOp op, const Rows& hidden, const Optional& probe) {
       if (probe.has_value()) {
         check_table(*probe, "probe", aoti_torch_dtype_float32(), {-1, -1}, shape);
         require(op == RowOp::STEER_PAIR ? probe->size(0) >= shape.rows : probe->size(0) == shape.rows, "probe");
         set_probe(*probe);
       }
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = arguments.residual != nullptr ? arguments.residual_stride : shape.stride;
-      Backend(x).run(name, op, shape, arguments);
+      arguments.hidden = hidden;
+      backend.run(name, op, shape, arguments);
     }
 
     void set_probe(const Tensor& probe) {

@@ -25,8 +25,16 @@ struct Launched {
 };
 
 // rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor that is read and
-// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype.
-Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
-                    cudaStream_t stream);
+// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype. (launch.cu)
+template <typename T>
+Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+
+inline Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
+                           cudaStream_t stream) {
+  const auto launch = dtype == Dtype::FP32   ? launch_row_for<float>
+                      : dtype == Dtype::FP16 ? launch_row_for<__half>
+                                             : launch_row_for<__nv_bfloat16>;
+  return launch(op, config, arguments, stream);
+}
 
 }  // namespace faststeer

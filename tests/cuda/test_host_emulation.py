@@ -33,7 +33,7 @@ def emulated(case: Case, sm_count: int) -> Emulated:
 
 
 def test_every_launch_configuration_covers_its_row():
-    """And what the heuristic may choose is what launch.cuh has kernels for."""
+    """And what the heuristic may choose is what launch.cu has kernels for."""
     for rows in (1, 132, 133, 16384):
         for itemsize in (2, 4):
             for hidden in range(1, 16385):

@@ -507,6 +507,8 @@ def test_prepared_tables_give_the_bits_of_tables(backend, dtype):
         assert found.shape == shape and torch.equal(bits(found.view(6, 96)), bits(expected))
         assert not torch.equal(bits(expected), bits(case.x))
         assert torch.equal(bits(ops.steer_at(case.x, rows, prepared, 2)), bits(case.x))
+        apart = torch.cat((case.x, residual), 1)[:, :96]
+        assert torch.equal(bits(ops.steer_at(apart, rows, prepared, 1)), bits(expected))
         norm = weight, 1e-6, 1.0, True
         pair = ops.add_steer_rmsnorm(case.x, residual, *norm, case.tables, rows, case.gate_state, backend=backend)
         quick = ops.add_steer_rmsnorm_at(case.x.view(shape), residual.view(shape), *norm, rows, prepared, 1)
@@ -519,7 +521,7 @@ def test_prepared_tables_refuse_what_does_not_fit_them(backend):
     rows, x = case.rows.contiguous(), case.x
     wide = torch.cat((x, x), 1)
     for wrong in (
-        (wide[:, :96], rows, prepared, 1),  # not contiguous
+        (wide.view(2, 3, 192)[..., :96], rows, prepared, 1),  # not contiguous
         (wide, rows, prepared, 1),
         (x[:5], rows, prepared, 1),
         (x.double(), rows, prepared, 1),
