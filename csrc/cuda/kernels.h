@@ -29,6 +29,11 @@ struct Launched {
 template <typename T>
 Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
 
+// Each is in an object of its own.
+extern template Launched launch_row_for<float>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+extern template Launched launch_row_for<__half>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+extern template Launched launch_row_for<__nv_bfloat16>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+
 inline Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
                            cudaStream_t stream) {
   const auto launch = dtype == Dtype::FP32   ? launch_row_for<float>

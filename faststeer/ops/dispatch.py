@@ -156,7 +156,7 @@ def steer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)[0]
+    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)
 
 
 def steer_(
@@ -174,8 +174,10 @@ def steer_(
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
-    if _run("steer_", backend, (x, *tables[:3], rows, gate_state, _zeroed(probe))) is REFERENCE:
-        x.copy_(reference.steer(x, tables, rows, gate_state, probe))
+    if probe is not None:
+        probe.zero_()
+    last = rows, gate_state, probe
+    _run("steer_", backend, (x, *tables[:3], *last), (x, tables, *last))
 
 
 def add_steer(
@@ -189,7 +191,7 @@ def add_steer(
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)[0]
+    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)
 
 
 def steer_pair_(
@@ -211,8 +213,8 @@ def steer_pair_(
         RuntimeError: a gradient would be needed: `add_steer` gives one.
     """
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
-    if _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe)) is REFERENCE:
-        reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
+    last = rows, gate_state, probe
+    _run("steer_pair_", backend, (x, residual, *tables[:3], *last), (x, residual, tables, *last))
 
 
 def add_steer_rmsnorm(
@@ -231,8 +233,7 @@ def add_steer_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
     leading = x, residual, weight, eps, weight_offset, fp32_weight
-    normed, hidden = _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
-    return normed, hidden
+    return _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
 
 
 def latch_(
@@ -244,9 +245,9 @@ def latch_(
     residual: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
-    if _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state)) is REFERENCE:
-        reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
+    """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch_`."""
+    last = rows, gate_state
+    _run("latch_", backend, (x, residual, *tables[:3], *last), (x, residual, tables, *last))
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -308,7 +309,8 @@ def takes_prepared(x: Tensor) -> bool:
 def prepare(bank: Tensor, entries: Tensor, ranges: Tensor, gate_state: Tensor | None) -> Tensor:
     """What `steer_at(x, rows, prepared, site)` and `add_steer_rmsnorm_at` take instead of tables, where
     `takes_prepared`; the tables must outlive their calls. Those raise RuntimeError for what they do not take, such as x
-    that is not contiguous or has not just as many rows: the full op takes it, or says what is wrong.
+    `[batch, tokens, hidden]` that is not contiguous, or another number of rows: the full op takes it, or says what is
+    wrong.
 
     Args:
         ranges: `[sites, slots, 2]`.
@@ -326,12 +328,9 @@ def _has_tangent(argument: Any) -> bool:
     return is_real and forward_ad.unpack_dual(argument).tangent is not None
 
 
-REFERENCE = object()
-
-
-def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
-    """What the operator gives; REFERENCE where the reference is to be called, and the arguments fit it. fp64 rows are
-    for oracles, with tables of any dtype."""
+def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    """What the reference's function of this name returns for `given`: computed by a back end's operator from
+    `arguments`, unless the back end is the reference. fp64 rows are for oracles, with tables of any dtype."""
     name = backend_of(arguments[0], backend)
     if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
         if _is_chosen(backend or _chosen):
@@ -342,13 +341,18 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
         name = "reference"
     if name == "reference":
         if arguments[0].dtype != torch.float64:
-            schema.CHECKS[op](*arguments)
-        return REFERENCE
+            schema.check(op, *arguments)
+        return getattr(reference, op)(*given)
     try:
-        return (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)
+        results = (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
-        schema.CHECKS[op](*arguments)  # bad arguments get the same error from every back end
+        schema.check(op, *arguments)  # bad arguments get the same error from every back end
         raise
+    if results is None:
+        return None
+    if (probe := given[-1]) is not None:
+        probe.copy_(results[-1])
+    return results[0] if len(results) == 2 else results[:-1]
 
 
 def _compute(
@@ -359,20 +363,11 @@ def _compute(
     rows: Tensor,
     gate_state: Tensor | None,
     probe: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """What a functional op gives; the probe is written."""
+) -> Any:
+    """`_run` for a functional op, which makes the probe that it writes."""
     columns = 0 if probe is None else probe.shape[1]
-    results = _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns))
-    if results is REFERENCE:
-        results = getattr(reference, op)(*leading, tables, rows, gate_state, _zeroed(probe))
-        return results if isinstance(results, tuple) else (results,)
-    if probe is not None:
-        probe.copy_(results[-1])
-    return results[:-1]
-
-
-def _zeroed(probe: Tensor | None) -> Tensor | None:
-    return None if probe is None else probe.zero_()
+    arguments = *leading, *tables[:3], rows, gate_state, tables.scalars, columns
+    return _run(op, backend, arguments, (*leading, tables, rows, gate_state, probe))
 
 
 def refuse_gradient(op: str, *tensors: Tensor | None, instead: str = "") -> None:

@@ -28,7 +28,7 @@ def steer(
         rows: `[3, rows]` int32: each row's slot (-1: untouched), position counted from the prompt's end, and sequence
             (its column of `gate_state`). There may be more columns than x has rows: the first count.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
-        probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
+        probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. Needed where an entry probes.
 
     Returns:
         A new tensor like `x`. A row that nothing acted on has the bits it came with. Formulas: docs/design.md.
@@ -40,6 +40,8 @@ def _steer(
     x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`steer`, and which rows something acted on `[rows]`."""
+    if probe is not None:
+        probe.zero_()
     rows = rows[:, : x.shape[0]]
     h = x.to(_compute_dtype(x))
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
@@ -56,6 +58,13 @@ def _steer(
         h = torch.where(acts.unsqueeze(1), new, h)
         touched = touched | acts
     return torch.where(touched.unsqueeze(1), h.to(x.dtype), x), touched
+
+
+def steer_(
+    x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None = None, probe: Tensor | None = None
+) -> None:
+    """`steer` in place."""
+    x.copy_(steer(x, tables, rows, gate_state, probe))
 
 
 def add_steer(
@@ -128,14 +137,15 @@ def rmsnorm(hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, fp
     return (normed.to(hidden.dtype) * weight).to(hidden.dtype)
 
 
-def latch(x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
-    """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row as it
-    stands to `gate_state[gate, sequence]` in place.
+def latch_(x: Tensor, residual: Tensor | None, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
+    """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row of x,
+    or of x + residual, to `gate_state[gate, sequence]` in place.
 
     Runs before `steer` at the same site, so that rows after the prompt's end may read in `steer` what the prompt's last
     row decided.
     """
-    h, rows = x.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
+    s = x if residual is None else x + residual
+    h, rows = s.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
         cell, inside = entry.gate_cell(gate_state)
