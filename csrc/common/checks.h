@@ -25,6 +25,10 @@ struct RowShape {
   int64_t dimensions, rows, hidden, stride;  // stride in elements
   Dtype dtype;
   int32_t device_type, device_index;
+
+  bool like(const RowShape& other) const {
+    return hidden == other.hidden && device_type == other.device_type && device_index == other.device_index;
+  }
 };
 
 // Raise RuntimeError unless it holds.
@@ -52,19 +56,16 @@ inline Dtype check_float(const Tensor& tensor, const char* name) {
   return Dtype::BF16;
 }
 
-inline bool is_on_device(const Tensor& tensor, const RowShape& shape) {
-  return device_type(tensor) == shape.device_type && tensor.get_device_index() == shape.device_index;
-}
-
 // x: `[..., hidden]`, of one of the three dtypes: contiguous, or of two dimensions, each row contiguous and apart from
 // the others.
 inline RowShape check_rows(const Tensor& x, const char* name) {
-  const auto sizes = x.sizes(), strides = x.strides();
+  const auto sizes = x.sizes();
   require(sizes.size() >= 1 && sizes.back() >= 1 && sizes.back() <= MAX_HIDDEN, name);
   const auto dimensions = static_cast<int64_t>(sizes.size());
   const int64_t hidden = sizes.back(), rows = dimensions == 2 ? sizes[0] : x.numel() / hidden;
   int64_t stride = hidden;
   if (dimensions == 2) {
+    const auto strides = x.strides();
     if (rows > 1) stride = strides[0];
     require((hidden == 1 || strides[1] == 1) && stride >= hidden, name);
   } else {
@@ -76,8 +77,8 @@ inline RowShape check_rows(const Tensor& x, const char* name) {
 // Rows just like x's; only their stride may differ. Returns them.
 inline Rows check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
   const RowShape own = check_rows(tensor, name);
-  require(own.dimensions == shape.dimensions && own.rows == shape.rows && own.hidden == shape.hidden, name);
-  require(own.dtype == shape.dtype && is_on_device(tensor, shape), name);
+  require(own.like(shape) && own.dimensions == shape.dimensions && own.rows == shape.rows && own.dtype == shape.dtype,
+          name);
   return {tensor.data_ptr(), own.stride};
 }
 
@@ -85,11 +86,12 @@ inline Rows check_rows_like(const Tensor& tensor, const char* name, const RowSha
 inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, std::initializer_list<int64_t> expected,
                         const RowShape& shape, bool contiguous = true) {
   const auto sizes = tensor.sizes();
-  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size() && is_on_device(tensor, shape);
+  bool fits = torch_dtype(tensor) == dtype && sizes.size() == expected.size();
   fits = fits && (!contiguous || tensor.is_contiguous());
   for (size_t i = 0; fits && i < sizes.size(); ++i) {
     fits = expected.begin()[i] < 0 || sizes[i] == expected.begin()[i];
   }
+  fits = fits && device_type(tensor) == shape.device_type && tensor.get_device_index() == shape.device_index;
   require(fits, name);
 }
 

@@ -36,13 +36,13 @@ struct PreparedTables {
   Tables tables;  // of site 0, without rows; n_slots is that of one site
 
   // The tables at a site, for rows of this shape.
-  static Tables at(const Tensor& bytes, int64_t site, const Tensor& x, const RowShape& shape) {
+  static Tables at(const Tensor& bytes, int64_t site, const RowShape& shape) {
     require(device_type(bytes) == aoti_torch_device_type_cpu() && torch_dtype(bytes) == aoti_torch_dtype_uint8() &&
                 bytes.numel() == sizeof(PreparedTables) && bytes.is_contiguous(),
             "prepared");
     const auto& prepared = *static_cast<const PreparedTables*>(bytes.data_ptr());
     require(prepared.mark == MARK, "prepared");
-    require(shape.hidden == prepared.shape.hidden && is_on_device(x, prepared.shape), "x");
+    require(shape.like(prepared.shape), "x");
     require(site >= 0 && site < prepared.sites, "site");
     Tables tables = prepared.tables;
     tables.ranges += 2 * tables.n_slots * site;
@@ -146,7 +146,7 @@ class Operators {
 
     // For exactly as many rows as x has.
     Call(const Tensor& x, const Tensor& rows, const Tensor& prepared, int64_t site) : Call(x) {
-      arguments.tables = PreparedTables::at(prepared, site, x, shape);
+      arguments.tables = PreparedTables::at(prepared, site, shape);
       set_rows(rows);
       require(rows.size(1) == shape.rows, "rows");
     }

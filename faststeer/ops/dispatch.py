@@ -176,8 +176,7 @@ def steer_(
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
     if probe is not None:
         probe.zero_()
-    last = rows, gate_state, probe
-    _run("steer_", backend, (x, *tables[:3], *last), (x, tables, *last))
+    _run("steer_", backend, (x, *tables[:3], rows, gate_state, probe), tables, probe)
 
 
 def add_steer(
@@ -213,8 +212,7 @@ def steer_pair_(
         RuntimeError: a gradient would be needed: `add_steer` gives one.
     """
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
-    last = rows, gate_state, probe
-    _run("steer_pair_", backend, (x, residual, *tables[:3], *last), (x, residual, tables, *last))
+    _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe), tables, probe)
 
 
 def add_steer_rmsnorm(
@@ -246,8 +244,7 @@ def latch_(
     backend: Backend | None = None,
 ) -> None:
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch_`."""
-    last = rows, gate_state
-    _run("latch_", backend, (x, residual, *tables[:3], *last), (x, residual, tables, *last))
+    _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state), tables, None)
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -328,9 +325,9 @@ def _has_tangent(argument: Any) -> bool:
     return is_real and forward_ad.unpack_dual(argument).tangent is not None
 
 
-def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
-    """What the reference's function of this name returns for `given`: computed by a back end's operator from
-    `arguments`, unless the back end is the reference. fp64 rows are for oracles, with tables of any dtype."""
+def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: Tables, probe: Tensor | None) -> Any:
+    """What the operator gives, or the reference's function of the same name, without the probe, which is written. fp64
+    rows are for oracles, with tables of any dtype."""
     name = backend_of(arguments[0], backend)
     if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
         if _is_chosen(backend or _chosen):
@@ -342,15 +339,17 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], given: tu
     if name == "reference":
         if arguments[0].dtype != torch.float64:
             schema.check(op, *arguments)
-        return getattr(reference, op)(*given)
+        n = schema.ARGUMENTS[op].index("bank")
+        seen = () if probe is None else (probe,)
+        return getattr(reference, op)(*arguments[:n], tables, *arguments[n + 3 : n + 5], *seen)
     try:
         results = (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
         schema.check(op, *arguments)  # bad arguments get the same error from every back end
         raise
-    if results is None:
+    if results is None:  # in place
         return None
-    if (probe := given[-1]) is not None:
+    if probe is not None:
         probe.copy_(results[-1])
     return results[0] if len(results) == 2 else results[:-1]
 
@@ -364,10 +363,9 @@ def _compute(
     gate_state: Tensor | None,
     probe: Tensor | None,
 ) -> Any:
-    """`_run` for a functional op, which makes the probe that it writes."""
+    """`_run` for a functional op, whose operator makes a probe."""
     columns = 0 if probe is None else probe.shape[1]
-    arguments = *leading, *tables[:3], rows, gate_state, tables.scalars, columns
-    return _run(op, backend, arguments, (*leading, tables, rows, gate_state, probe))
+    return _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns), tables, probe)
 
 
 def refuse_gradient(op: str, *tensors: Tensor | None, instead: str = "") -> None:
