@@ -340,7 +340,7 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: T
         if arguments[0].dtype != torch.float64:
             schema.check(op, *arguments)
         n = schema.ARGUMENTS[op].index("bank")
-        seen = () if probe is None else (probe,)
+        seen = () if probe is None else (probe if op == "steer_pair_" else probe.zero_(),)
         return getattr(reference, op)(*arguments[:n], tables, *arguments[n + 3 : n + 5], *seen)
     try:
         results = (_OPS if torch.compiler.is_compiling() else _CALLS)[name][op](*arguments)

@@ -28,7 +28,7 @@ def steer(
         rows: `[3, rows]` int32: each row's slot (-1: untouched), position counted from the prompt's end, and sequence
             (its column of `gate_state`). There may be more columns than x has rows: the first count.
         gate_state: `[n_gates, n_sequences]` bool, needed where an entry reads a latched gate.
-        probe: `[rows, n_columns]` fp32, overwritten; zero where no entry writes. Needed where an entry probes.
+        probe: `[rows, n_columns]` fp32, filled in place; needed where an entry probes.
 
     Returns:
         A new tensor like `x`. A row that nothing acted on has the bits it came with. Formulas: docs/design.md.
@@ -40,8 +40,6 @@ def _steer(
     x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`steer`, and which rows something acted on `[rows]`."""
-    if probe is not None:
-        probe.zero_()
     rows = rows[:, : x.shape[0]]
     h = x.to(_compute_dtype(x))
     touched = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
