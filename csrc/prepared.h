@@ -64,7 +64,6 @@ class Prepared {
     tables.sequences = tables.positions + places.strides[0];
     arguments_.rows = rows_;
     arguments_.hidden_size = static_cast<int32_t>(hidden_);
-    arguments_.x_stride = arguments_.residual_stride = arguments_.hidden_stride = hidden_;
   }
 
   // Whether the calls below do what is to be done at a site, which must be one: in the thread that made this.
@@ -77,8 +76,8 @@ class Prepared {
   // `steer` at a site, of x: contiguous, `[..., hidden]`, of exactly as many rows.
   py::object steer(py::handle x, int64_t site) const {
     RowArguments arguments = at(site);
-    const RowShape shape = shape_of(x, arguments);
-    py::object hidden = like(x, arguments.hidden);
+    const RowShape shape = shape_of(x, arguments.x, "x");
+    py::object hidden = like(x, arguments.hidden.data);
     run(RowOp::STEER, shape, arguments);
     return hidden;
   }
@@ -87,10 +86,8 @@ class Prepared {
   py::tuple add_steer_rmsnorm(py::handle x, py::handle residual, py::handle weight, float eps, float weight_offset,
                               bool fp32_weight, int64_t site) const {
     RowArguments arguments = at(site);
-    const RowShape shape = shape_of(x, arguments);
-    RowArguments other{};
-    require(shape_of(residual, other, "residual").dtype == shape.dtype, "residual");
-    arguments.residual = other.x;
+    const RowShape shape = shape_of(x, arguments.x, "x");
+    require(shape_of(residual, arguments.residual, "residual").dtype == shape.dtype, "residual");
     const DLTensor scale = view(weight, "weight", true);
     require(scale.ndim == 1 && scale.shape[0] == hidden_ && contiguous(scale) && on_device(scale), "weight");
     arguments.weight = data<void>(scale);
@@ -98,7 +95,7 @@ class Prepared {
     arguments.eps = eps;
     arguments.weight_offset = weight_offset;
     arguments.fp32_weight = fp32_weight;
-    py::object normed = like(x, arguments.normed), hidden = like(x, arguments.hidden);
+    py::object normed = like(x, arguments.normed), hidden = like(x, arguments.hidden.data);
     run(RowOp::ADD_STEER_RMSNORM, shape, arguments);
     return py::make_tuple(normed, hidden);
   }
@@ -189,17 +186,18 @@ class Prepared {
 
   RowArguments at(int64_t site) const {
     RowArguments arguments = arguments_;
+    arguments.hidden.stride = hidden_;
     arguments.tables.ranges += 2 * arguments.tables.n_slots * site;
     return arguments;
   }
 
-  RowShape shape_of(py::handle x, RowArguments& arguments, const char* name = "x") const {
+  RowShape shape_of(py::handle x, Rows& rows, const char* name) const {
     const DLTensor seen = view(x, name);
     int64_t elements = 1;
     for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
     require(seen.ndim >= 1 && seen.shape[seen.ndim - 1] == hidden_ && elements == rows_ * hidden_, name);
     require(contiguous(seen) && on_device(seen), name);
-    arguments.x = data<void>(seen);
+    rows = {data<void>(seen), hidden_};
     const int32_t type = seen.device.device_type == kDLCPU ? 0 : 1;
     return {rows_, hidden_, hidden_, dtype_of(seen, name), type, seen.device.device_id};
   }

@@ -61,6 +61,13 @@ CPU_LEVELS: dict[str, tuple[str, ...]] = {
     ),
 }
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
+# What nvcc compiles, each into an object of its own: a source in csrc/cuda, and flags.
+CUDA_UNITS = {
+    "ops": ("ops.cu",),
+    "launch_fp32": ("launch.cu", "-DFASTSTEER_ROW_TYPE=float"),
+    "launch_fp16": ("launch.cu", "-DFASTSTEER_ROW_TYPE=__half"),
+    "launch_bf16": ("launch.cu", "-DFASTSTEER_ROW_TYPE=__nv_bfloat16"),
+}
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 # What each library is made of, relative to csrc/.
@@ -282,13 +289,10 @@ def cuda_steps(torch: Path) -> list[Step]:
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX, for what is newer
     common = [nvcc, *host, *NVCC_FLAGS, *codes, *stable_abi(torch)]
     steps = []
-    sources = [path for path in source_files("cuda") if path.suffix in (".cu", ".cpp")]
-    if not sources:
-        raise BuildError(f"there is nothing to compile in {source_folder() / 'cuda'}")
-    for source in sources:
-        output = f"cuda_{source.stem}.o"
-        command = (*common, "-MD", "-MF", "@.d", "-c", str(source), "-o", "@")
-        steps.append(Step(output, command, (str(source),), compiles=True))
+    for name, (file, *flags) in CUDA_UNITS.items():
+        source = str(source_folder() / "cuda" / file)
+        command = (*common, *flags, "-MD", "-MF", "@.d", "-c", source, "-o", "@")
+        steps.append(Step(f"cuda_{name}.o", command, (source,), compiles=True))
     objects = tuple(step.output for step in steps)
     # The library takes the current stream from libtorch_cuda.so and must name it as one it needs, or its symbols are
     # not found when it is loaded. A torch without CUDA has none to link with: an empty one of that name does.
@@ -296,9 +300,9 @@ def cuda_steps(torch: Path) -> list[Step]:
     steps.append(
         Step(stub, (*cxx, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub}", "-o", "@"), (), compiles=False)
     )
-    flags = ["-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
+    shared = ("-shared", "-cudart", "static", "-Xlinker", "--no-as-needed")
     libraries = (f"-L{torch / 'lib'}", "-L.", "-ltorch_cpu", f"-l:{stub}")
-    link = (nvcc, *host, *flags, *codes, "-o", "@", *objects, *libraries)
+    link = (nvcc, *host, *shared, *codes, "-o", "@", *objects, *libraries)
     return [*steps, Step(library_path("cuda").name, link, (*objects, stub), compiles=False)]
 
 

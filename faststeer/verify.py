@@ -323,7 +323,7 @@ def _check_latch(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     low, high = (cpu.gate_state.clone() for _ in range(2))
     for by, state in ((-1.0, low), (1.0, high)):
         tables, rows, _ = cpu.moved_thresholds(by)
-        reference.latch(cpu.x.double(), tables, rows, state)
+        reference.latch_(cpu.x.double(), None, tables, rows, state)
     ours = on_device.gate_state.clone()
     ops.latch_(on_device.x, on_device.tables, on_device.rows, ours, backend=backend)
     wrong = (low == high) & (ours.cpu() != low)

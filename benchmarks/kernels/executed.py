@@ -83,7 +83,7 @@ def tool(name: str) -> str | None:
 def compile_cuda(arch: str = "90") -> Code:
     """The kernel of csrc/cuda for rows of this size, compiled alone. Kept in build/executed by a digest of sources."""
     csrc, nvcc = ROOT / "csrc", build.find_nvcc()
-    source = f"""#include "{csrc / "cuda" / "launch.cuh"}"
+    source = f"""#include "{csrc / "cuda" / "row.cuh"}"
         template __global__ void faststeer::row_kernel<__nv_bfloat16, 8, 4, {HIDDEN},
             faststeer::RowOp::ADD_STEER_RMSNORM>(const __grid_constant__ faststeer::RowArguments);"""
     flags = [*build.NVCC_FLAGS, f"-arch=sm_{arch}", "--cubin"]
@@ -201,13 +201,12 @@ def execute_triton(steering: str, code: Code) -> Execution:
 
 
 def _row_arguments(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
-    """`RowArguments` of csrc/cuda/kernels.h."""
+    """`RowArguments` of csrc/common/arguments.h."""
     tables = case.tables
-    names = ("x", "residual", "weight", "hidden", "normed")
-    head = struct.pack("<7Q", *(addresses[name] for name in names), 0, 0)  # no x to clear, no probe
-    head += struct.pack("<4q", ROWS, HIDDEN, HIDDEN, HIDDEN)
+    rows = (number for name in ("x", "residual", "hidden") for number in (addresses[name], HIDDEN))
+    head = struct.pack("<10q", *rows, addresses["weight"], addresses["normed"], 0, ROWS)  # no probe
     head += struct.pack("<iiff?xxxi", HIDDEN, 0, 1e-6, 0.0, False, 2)  # 2: bf16, of the weight
     counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0
-    rows, apart = addresses["rows"], case.rows.stride(0) * case.rows.itemsize
-    pointers = *(addresses[name] for name in TABLES), rows + apart, rows + 2 * apart, 0
+    places, apart = addresses["rows"], case.rows.stride(0) * case.rows.itemsize
+    pointers = *(addresses[name] for name in TABLES), places + apart, places + 2 * apart, 0
     return head + struct.pack("<7Q5i", *pointers, *counts)

@@ -55,12 +55,12 @@ inline RowShape check_rows(const Tensor& x, const char* name) {
   return {rows, hidden, rows > 1 ? strides[0] : hidden, check_float(x, name), device_type(x), x.get_device_index()};
 }
 
-// Rows just like x's; only their stride may differ. Returns it.
-inline int64_t check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
-  const RowShape mine = check_rows(tensor, name);
-  require(mine.rows == shape.rows && mine.hidden == shape.hidden && mine.dtype == shape.dtype, name);
-  require(mine.device_type == shape.device_type && mine.device_index == shape.device_index, name);
-  return mine.stride;
+// Rows just like x's; only their stride may differ. Returns them.
+inline Rows check_rows_like(const Tensor& tensor, const char* name, const RowShape& shape) {
+  const RowShape own = check_rows(tensor, name);
+  require(own.rows == shape.rows && own.hidden == shape.hidden && own.dtype == shape.dtype, name);
+  require(own.device_type == shape.device_type && own.device_index == shape.device_index, name);
+  return {tensor.data_ptr(), own.stride};
 }
 
 // A tensor of exactly this dtype and these sizes (-1: any) on x's device, contiguous unless said otherwise.
@@ -76,25 +76,16 @@ inline void check_table(const Tensor& tensor, const char* name, int32_t dtype, s
   require(fits, name);
 }
 
-inline void check_rows_table(const Tensor& rows, const RowShape& shape) {
-  check_table(rows, "rows", aoti_torch_dtype_int32(), {N_PLACES, -1}, shape, false);
-  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
-}
-
-inline void set_rows(Tables& tables, const Tensor& rows) {
-  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
-  tables.positions = tables.slots + rows.stride(0);
-  tables.sequences = tables.positions + rows.stride(0);
-}
-
-// The tables of one call but for its rows, once all of them fit x and each other.
+// The tables of a call, once all of them fit x and each other.
 inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tensor& entries, const Tensor& ranges,
-                          const std::optional<Tensor>& gate_state) {
+                          const Tensor& rows, const std::optional<Tensor>& gate_state) {
   const int32_t int32 = aoti_torch_dtype_int32();
   check_table(bank, "bank", aoti_torch_dtype_float32(), {-1, shape.hidden}, shape);
   check_table(entries, "entries", int32, {-1, N_FIELDS}, shape);
   require(reinterpret_cast<uintptr_t>(entries.data_ptr()) % alignof(Entry) == 0, "entries");
   check_table(ranges, "ranges", int32, {-1, 2}, shape);
+  check_table(rows, "rows", int32, {N_PLACES, -1}, shape, false);
+  require(rows.size(1) >= shape.rows && (rows.size(1) <= 1 || rows.stride(1) == 1), "rows");
   if (gate_state.has_value()) check_table(*gate_state, "gate_state", aoti_torch_dtype_bool(), {-1, -1}, shape);
 
   const auto count = [](const char* name, int64_t number) {
@@ -105,6 +96,9 @@ inline Tables make_tables(const RowShape& shape, const Tensor& bank, const Tenso
   tables.bank = static_cast<const float*>(bank.data_ptr());
   tables.entries = static_cast<const Entry*>(entries.data_ptr());
   tables.ranges = static_cast<const int32_t*>(ranges.data_ptr());
+  tables.slots = static_cast<const int32_t*>(rows.data_ptr());
+  tables.positions = tables.slots + rows.stride(0);
+  tables.sequences = tables.positions + rows.stride(0);
   tables.gate_state = gate_state.has_value() ? static_cast<uint8_t*>(gate_state->data_ptr()) : nullptr;
   tables.n_vectors = count("bank", bank.size(0));
   tables.n_entries = count("entries", entries.size(0));

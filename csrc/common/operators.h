@@ -34,7 +34,8 @@ class Operators {
   }
 
   static void steer_(const Tensor& x, FASTSTEER_TABLES, const Optional& probe) {
-    Call(x, bank, entries, ranges, rows, gate_state).write("steer_", RowOp::STEER_IN_PLACE, x, probe);
+    Call call(x, bank, entries, ranges, rows, gate_state);
+    call.write("steer_", RowOp::STEER_IN_PLACE, call.arguments.x, probe);
   }
 
   static std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES,
@@ -47,8 +48,7 @@ class Operators {
   static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES, const Optional& probe) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
-    call.arguments.cleared = x.data_ptr();
-    call.write("steer_pair_", RowOp::STEER_PAIR, residual, probe);
+    call.write("steer_pair_", RowOp::STEER_PAIR, call.arguments.residual, probe);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual,
@@ -67,7 +67,7 @@ class Operators {
                      const Tensor& ranges, const Tensor& rows, const Tensor& gate_state) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     if (residual.has_value()) call.add(*residual);
-    Backend(call.shape.device_index).run("latch_", RowOp::LATCH, call.shape, call.arguments);
+    call.backend.run("latch_", RowOp::LATCH, call.shape, call.arguments);
   }
 
  private:
@@ -75,16 +75,14 @@ class Operators {
   struct Call {
     const Tensor& x;
     const RowShape shape;
+    const Backend backend;
     RowArguments arguments{};
 
-    Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)) {
-      arguments.tables = make_tables(shape, bank, entries, ranges, gate_state);
-      check_rows_table(rows, shape);
-      set_rows(arguments.tables, rows);
-      arguments.x = x.data_ptr();
+    Call(const Tensor& x, FASTSTEER_TABLES) : x(x), shape(Backend::check(x)), backend(shape.device_index) {
+      arguments.x = {x.data_ptr(), shape.stride};
       arguments.rows = shape.rows;
-      arguments.x_stride = shape.stride;
       arguments.hidden_size = static_cast<int32_t>(shape.hidden);
+      arguments.tables = make_tables(shape, bank, entries, ranges, rows, gate_state);
     }
 
     void norm(const Tensor& weight, double eps, double weight_offset, bool fp32_weight) {
@@ -96,10 +94,7 @@ class Operators {
       arguments.fp32_weight = fp32_weight;
     }
 
-    void add(const Tensor& residual) {
-      arguments.residual_stride = check_rows_like(residual, "residual", shape);
-      arguments.residual = residual.data_ptr();
-    }
+    void add(const Tensor& residual) { arguments.residual = check_rows_like(residual, "residual", shape); }
 
     // Into new tensors. `scalars` are for gradients, which Python computes: their numbers are those of the entries.
     std::tuple<Tensor, Tensor> compute(const char* name, RowOp op, const Optional& scalars, int64_t columns,
@@ -108,12 +103,10 @@ class Operators {
         check_table(*scalars, "scalars", aoti_torch_dtype_float32(), {arguments.tables.n_entries, N_SCALARS}, shape);
       }
       require(columns >= 0, "columns");
-      const Backend backend(shape.device_index);
-      Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
+      const Tensor probe = new_rows(x, shape.rows, columns, aoti_torch_dtype_float32());
       set_probe(probe);
-      Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = shape.hidden;
+      const Tensor hidden = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
+      arguments.hidden = {hidden.data_ptr(), shape.hidden};
       if (normed != nullptr) {
         *normed = new_rows(x, shape.rows, shape.hidden, torch_dtype(x));
         arguments.normed = (*normed)->data_ptr();
@@ -123,15 +116,14 @@ class Operators {
     }
 
     // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
-    void write(const char* name, RowOp op, const Tensor& hidden, const Optional& probe) {
+    void write(const char* name, RowOp op, const Rows& hidden, const Optional& probe) {
       if (probe.has_value()) {
         check_table(*probe, "probe", aoti_torch_dtype_float32(), {-1, -1}, shape);
         require(op == RowOp::STEER_PAIR ? probe->size(0) >= shape.rows : probe->size(0) == shape.rows, "probe");
         set_probe(*probe);
       }
-      arguments.hidden = hidden.data_ptr();
-      arguments.hidden_stride = arguments.residual != nullptr ? arguments.residual_stride : shape.stride;
-      Backend(shape.device_index).run(name, op, shape, arguments);
+      arguments.hidden = hidden;
+      backend.run(name, op, shape, arguments);
     }
 
     void set_probe(const Tensor& probe) {

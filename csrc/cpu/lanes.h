@@ -53,48 +53,54 @@ struct BFloat {
   uint16_t bits;
 };
 
+// The bits of what stands at `from`, and bits to `to`, as many as Bits has.
+template <class Bits>
+FASTSTEER_LANES Bits read(const void* from) {
+  Bits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return bits;
+}
+
+template <class Bits>
+FASTSTEER_LANES void write(void* to, Bits bits) {
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
 // One vector of fp32 from and to each dtype: `decode` reads it; `rounded` rounds it to the dtype, to nearest even; `encode`
 // writes what is rounded already. A quiet NaN, the only kind that arithmetic gives, stays a NaN.
 //
 // bf16 has no `rounded` but `rounding`: what to add to a number's bits for their upper half to be the nearest bf16. That
 // is 0x7FFF, or 0x8000 where the upper half is odd. `encode` writes the upper halves and does not look at the lower.
 
-FASTSTEER_LANES Floats decode(const float* from) {
-  Floats value;
-  std::memcpy(&value, from, sizeof(value));
-  return value;
-}
+FASTSTEER_LANES Floats decode(const float* from) { return read<Floats>(from); }
 
 FASTSTEER_LANES Floats rounded(const float*, Floats value) { return value; }
 
-FASTSTEER_LANES void encode(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+FASTSTEER_LANES void encode(float* to, Floats value) { write(to, value); }
 
 #if defined(__AVX512F__)
 
 // GCC 12 does not find these instructions for what the vector extensions say further down.
 
 FASTSTEER_LANES Floats decode(const BFloat* from) {
-  __m256i bits;
-  std::memcpy(&bits, from, sizeof(bits));
   // Short i becomes the upper half of word i.
   const __m512i up = _mm512_set_epi32(0xF0000, 0xE0000, 0xD0000, 0xC0000, 0xB0000, 0xA0000, 0x90000, 0x80000, 0x70000,
                                       0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, up, _mm512_castsi256_si512(bits)));
+  return _mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, up, _mm512_castsi256_si512(read<__m256i>(from))));
 }
 
 // Short i of two vectors' upper halves is short 2 i + 1 of the two.
 FASTSTEER_LANES void encode(BFloat* to, Floats first, Floats second) {
   const __m512i upper = _mm512_set_epi32(0x3F003D, 0x3B0039, 0x370035, 0x330031, 0x2F002D, 0x2B0029, 0x270025, 0x230021,
                                          0x1F001D, 0x1B0019, 0x170015, 0x130011, 0xF000D, 0xB0009, 0x70005, 0x30001);
-  const __m512i bits = _mm512_permutex2var_epi16(_mm512_castps_si512(first), upper, _mm512_castps_si512(second));
-  std::memcpy(to, &bits, sizeof(bits));
+  write(to, _mm512_permutex2var_epi16(_mm512_castps_si512(first), upper, _mm512_castps_si512(second)));
 }
 
 FASTSTEER_LANES void encode(BFloat* to, Floats value) {
   const __m512i upper = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1F001D, 0x1B0019, 0x170015, 0x130011, 0xF000D,
                                          0xB0009, 0x70005, 0x30001);
-  const __m256i bits = _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, _mm512_castps_si512(value)));
-  std::memcpy(to, &bits, sizeof(bits));
+  write(to, _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, _mm512_castps_si512(value))));
 }
 
 FASTSTEER_LANES Words rounding(Words bits) {
@@ -105,19 +111,12 @@ FASTSTEER_LANES Words rounding(Words bits) {
 
 FASTSTEER_LANES bool any_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
 
-FASTSTEER_LANES Floats decode(const Half* from) {
-  __m256i bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return _mm512_cvtph_ps(bits);
-}
+typedef __m256i Halves;
 
-FASTSTEER_LANES Floats rounded(const Half*, Floats value) {
-  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+FASTSTEER_LANES Floats from_half(Halves bits) { return _mm512_cvtph_ps(bits); }
 
-FASTSTEER_LANES void encode(Half* to, Floats value) {
-  const __m256i bits = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(to, &bits, sizeof(bits));
+FASTSTEER_LANES Halves to_half(Floats value) {
+  return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 #else
@@ -125,19 +124,16 @@ FASTSTEER_LANES void encode(Half* to, Floats value) {
 #if defined(__AVX2__)
 
 FASTSTEER_LANES Floats decode(const BFloat* from) {
-  __m128i bits;
-  std::memcpy(&bits, from, sizeof(bits));
   // Short i becomes the upper half of word i, of the lower four words in the vector's lower half.
   const __m256i up = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
                                       11, -1, -1, 12, 13, -1, -1, 14, 15);
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits), up));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(read<__m128i>(from)), up));
 }
 
 FASTSTEER_LANES void encode(BFloat* to, Floats first, Floats second) {
   const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(first), 16),
                                              _mm256_srli_epi32(_mm256_castps_si256(second), 16));
-  const __m256i bits = _mm256_permute4x64_epi64(packed, 0xD8);  // it packs half a vector at a time
-  std::memcpy(to, &bits, sizeof(bits));
+  write(to, _mm256_permute4x64_epi64(packed, 0xD8));  // it packs half a vector at a time
 }
 
 FASTSTEER_LANES Words rounding(Words bits) {
@@ -148,40 +144,32 @@ FASTSTEER_LANES Words rounding(Words bits) {
 
 FASTSTEER_LANES bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
 
-FASTSTEER_LANES Floats decode(const Half* from) {
-  __m128i bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return _mm256_cvtph_ps(bits);
-}
+typedef __m128i Halves;
 
-FASTSTEER_LANES Floats rounded(const Half*, Floats value) {
-  return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+FASTSTEER_LANES Floats from_half(Halves bits) { return _mm256_cvtph_ps(bits); }
 
-FASTSTEER_LANES void encode(Half* to, Floats value) {
-  const __m128i bits = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(to, &bits, sizeof(bits));
+FASTSTEER_LANES Halves to_half(Floats value) {
+  return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 #else
 
 FASTSTEER_LANES Floats decode(const BFloat* from) {
-  Shorts bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+  return reinterpret_cast<Floats>(__builtin_convertvector(read<Shorts>(from), Words) << 16);
 }
 
 FASTSTEER_LANES void encode(BFloat* to, Floats value) {
-  const Shorts bits = __builtin_convertvector(reinterpret_cast<Words>(value) >> 16, Shorts);
-  std::memcpy(to, &bits, sizeof(bits));
+  write(to, __builtin_convertvector(reinterpret_cast<Words>(value) >> 16, Shorts));
 }
 
 FASTSTEER_LANES Words rounding(Words bits) { return 0x7FFF + ((bits >> 16) & 1); }
 
 FASTSTEER_LANES bool any_nan(Floats, Floats) { return true; }  // looking costs as much as being careful
 
-FASTSTEER_LANES Floats from_half(Words bits) {
-  const Words magnitude = bits & 0x7FFF;
+typedef Shorts Halves;
+
+FASTSTEER_LANES Floats from_half(Halves halves) {
+  const Words bits = __builtin_convertvector(halves, Words), magnitude = bits & 0x7FFF;
   // fp16's exponent and mantissa in fp32's places are 2^112 too small, subnormals included; infinity and NaN need the
   // largest exponent.
   const Floats scaled = reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f;
@@ -189,31 +177,24 @@ FASTSTEER_LANES Floats from_half(Words bits) {
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(scaled) | special | ((bits & 0x8000) << 16));
 }
 
-FASTSTEER_LANES Words to_half(Floats value) {
+FASTSTEER_LANES Halves to_half(Floats value) {
   const Words bits = reinterpret_cast<Words>(value), sign = bits & 0x80000000, magnitude = bits ^ sign;
   const Words normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 lets the addition itself round at fp16's last subnormal place.
   const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3F000000;
   const Words special = magnitude > 0x7F800000 ? Words{} + 0x7E00 : Words{} + 0x7C00;
   const Words finite = magnitude < 0x38800000 ? subnormal : normal;
-  return (magnitude >= 0x47800000 ? special : finite) | (sign >> 16);
+  return __builtin_convertvector((magnitude >= 0x47800000 ? special : finite) | (sign >> 16), Shorts);
 }
 
-FASTSTEER_LANES Floats decode(const Half* from) {
-  Shorts bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return from_half(__builtin_convertvector(bits, Words));
-}
+#endif
+#endif
+
+FASTSTEER_LANES Floats decode(const Half* from) { return from_half(read<Halves>(from)); }
 
 FASTSTEER_LANES Floats rounded(const Half*, Floats value) { return from_half(to_half(value)); }
 
-FASTSTEER_LANES void encode(Half* to, Floats value) {
-  const Shorts bits = __builtin_convertvector(to_half(value), Shorts);
-  std::memcpy(to, &bits, sizeof(bits));
-}
-
-#endif
-#endif
+FASTSTEER_LANES void encode(Half* to, Floats value) { write(to, to_half(value)); }
 
 // Sixteen at a time.
 
@@ -246,11 +227,24 @@ FASTSTEER_LANES Lanes all(float value) {
   return lanes;
 }
 
-template <class T>
-FASTSTEER_LANES Lanes load(const T* from) {
-  Lanes lanes;
-  FASTSTEER_PARTS(lanes.part[i] = decode(from + i * PART));
-  return lanes;
+// How much of a block of sixteen there is: all of it, or the first `count` lanes at a row's end, the rest reading zero
+// and not written.
+struct Whole {};
+struct Some {
+  int64_t count;
+};
+
+template <class T, class Block = Whole>
+FASTSTEER_LANES Lanes load(const T* from, Block block = {}) {
+  if constexpr (std::is_same_v<Block, Some>) {
+    T copy[LANES] = {};
+    std::memcpy(copy, from, block.count * sizeof(T));
+    return load(copy);
+  } else {
+    Lanes lanes;
+    FASTSTEER_PARTS(lanes.part[i] = decode(from + i * PART));
+    return lanes;
+  }
 }
 
 // The upper half of each word becomes the nearest bf16, the lower half anything. A NaN keeps its bits, since a carry
@@ -282,8 +276,7 @@ struct Apart {
 };
 
 FASTSTEER_LANES Apart take_apart(const BFloat* from) {
-  Words pairs;
-  std::memcpy(&pairs, from, sizeof(pairs));
+  const Words pairs = read<Words>(from);
   return {reinterpret_cast<Floats>(pairs << 16), reinterpret_cast<Floats>(pairs & 0xFFFF0000)};
 }
 
@@ -298,7 +291,7 @@ FASTSTEER_LANES void put_together(BFloat* to, Apart values) {
 #else
   const Words pairs = (even >> 16) | (odd & 0xFFFF0000);
 #endif
-  std::memcpy(to, &pairs, sizeof(pairs));
+  write(to, pairs);
 }
 
 template <class T>
@@ -313,9 +306,13 @@ FASTSTEER_LANES Lanes round_to(Lanes lanes) {
 }
 
 // Of values that are rounded to T already.
-template <class T>
-FASTSTEER_LANES void store(T* to, Lanes lanes) {
-  if constexpr (std::is_same_v<T, BFloat> && PARTS == 2) {
+template <class T, class Block = Whole>
+FASTSTEER_LANES void store(T* to, Lanes lanes, Block block = {}) {
+  if constexpr (std::is_same_v<Block, Some>) {
+    T copy[LANES];
+    store(copy, lanes);
+    std::memcpy(to, copy, block.count * sizeof(T));
+  } else if constexpr (std::is_same_v<T, BFloat> && PARTS == 2) {
     encode(to, lanes.part[0], lanes.part[1]);
   } else {
     FASTSTEER_PARTS(encode(to + i * PART, lanes.part[i]));
@@ -323,21 +320,39 @@ FASTSTEER_LANES void store(T* to, Lanes lanes) {
 }
 
 // Of any values. For fp16 it is the instruction that writes which rounds.
-template <class T>
-FASTSTEER_LANES void store_rounded(T* to, Lanes lanes) {
+template <class T, class Block = Whole>
+FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Block block = {}) {
   if constexpr (std::is_same_v<T, BFloat>) lanes = nearest(lanes);
-  store(to, lanes);
+  store(to, lanes, block);
+}
+
+// Two blocks side by side.
+template <class T>
+FASTSTEER_LANES void store_two_rounded(T* to, Lanes first, Lanes second) {
+  if constexpr (std::is_same_v<T, BFloat> && PARTS == 1) {
+    make_nearest(first.part[0], second.part[0]);
+    encode(to, first.part[0], second.part[0]);
+  } else {
+    store_rounded(to, first);
+    store_rounded(to + LANES, second);
+  }
+}
+
+// Lane i of the result is lane I[i] of x and, behind it, y.
+template <int... I>
+FASTSTEER_LANES Floats shuffled(Floats x, Floats y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, I...);
+#else  // GCC has the other from version 12 on
+  const Words from = {I...};
+  return __builtin_shuffle(x, y, from);
+#endif
 }
 
 // Lane i of the result is lane i + W of x, for i < W.
 template <int W, int... I>
 FASTSTEER_LANES Floats upper(Floats x, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, ((I + W) % PART)...);
-#else  // GCC has the other from version 12 on
-  const Words from = {((I + W) % PART)...};
-  return __builtin_shuffle(x, from);
-#endif
+  return shuffled<(I + W) % PART...>(x, x);
 }
 
 // All lanes by `both(a, b)`: first those sixteen, eight, ... apart, in registers throughout.
@@ -363,65 +378,9 @@ FASTSTEER_LANES float sum(Lanes lanes) {
   return reduced(lanes, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
 }
 
-// How much of a block of sixteen there is: all of it, or the first `count` lanes at a row's end, the rest reading zero
-// and not written.
-struct Whole {};
-struct Some {
-  int64_t count;
-};
-
-template <class T>
-FASTSTEER_LANES Lanes load(const T* from, Whole) {
-  return load(from);
-}
-
-template <class T>
-FASTSTEER_LANES Lanes load(const T* from, Some some) {
-  T copy[LANES] = {};
-  std::memcpy(copy, from, some.count * sizeof(T));
-  return load(copy);
-}
-
-template <class T>
-FASTSTEER_LANES void store(T* to, Lanes lanes, Whole) {
-  store(to, lanes);
-}
-
-template <class T>
-FASTSTEER_LANES void store(T* to, Lanes lanes, Some some) {
-  T copy[LANES];
-  store(copy, lanes);
-  std::memcpy(to, copy, some.count * sizeof(T));
-}
-
-template <class T>
-FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Whole) {
-  store_rounded(to, lanes);
-}
-
-template <class T>
-FASTSTEER_LANES void store_rounded(T* to, Lanes lanes, Some some) {
-  T copy[LANES];
-  store_rounded(copy, lanes);
-  std::memcpy(to, copy, some.count * sizeof(T));
-}
-
-// Two blocks side by side.
-template <class T>
-FASTSTEER_LANES void store_rounded(T* to, Lanes first, Lanes second) {
-  if constexpr (std::is_same_v<T, BFloat> && PARTS == 1) {
-    make_nearest(first.part[0], second.part[0]);
-    encode(to, first.part[0], second.part[0]);
-  } else {
-    store_rounded(to, first);
-    store_rounded(to + LANES, second);
-  }
-}
-
-// body(first column, Whole or Some) for every block of sixteen of a row.
+// body(first column, Whole or Some) for every block of sixteen of a row, from column i on.
 template <class Body>
-FASTSTEER_LANES void each_block(int64_t hidden, Body body) {
-  int64_t i = 0;
+FASTSTEER_LANES void each_block(int64_t hidden, Body body, int64_t i = 0) {
   for (; i + LANES <= hidden; i += LANES) body(i, Whole{});
   if (i < hidden) body(i, Some{hidden - i});
 }
@@ -431,11 +390,7 @@ template <class Two, class Body>
 FASTSTEER_LANES void each_two_blocks(int64_t hidden, Two two, Body body) {
   int64_t i = 0;
   for (; i + 2 * LANES <= hidden; i += 2 * LANES) two(i);
-  if (i + LANES <= hidden) {
-    body(i, Whole{});
-    i += LANES;
-  }
-  if (i < hidden) body(i, Some{hidden - i});
+  each_block(hidden, body, i);
 }
 
 // The sum over a row of body(first column, Whole or Some), lane by lane in four accumulators: long enough chains to hide

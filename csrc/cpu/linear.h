@@ -51,13 +51,7 @@ FASTSTEER_LANES Floats multiply_add(Floats a, Floats b, Floats c) {
 // Lanes 0 to W - 1 of every 2 W: those of x plus those W behind them; the others: the same of y.
 template <int W, int... I>
 FASTSTEER_LANES Floats fold_pair(Floats x, Floats y, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, ((I & W) ? PART + I - W : I)...) +
-         __builtin_shufflevector(x, y, ((I & W) ? PART + I : I + W)...);
-#else
-  const Words lower = {((I & W) ? PART + I - W : I)...}, upper = {((I & W) ? PART + I : I + W)...};
-  return __builtin_shuffle(x, y, lower) + __builtin_shuffle(x, y, upper);
-#endif
+  return shuffled<((I & W) ? PART + I - W : I)...>(x, y) + shuffled<((I & W) ? PART + I : I + W)...>(x, y);
 }
 
 // Lane i of the result is the sum of vector i's lanes, for COUNT vectors: PART of them, or half as many.
@@ -182,8 +176,8 @@ void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
 template <class T>
 void widen(const WidenJob& job, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
-    const T* const from = static_cast<const T*>(job.x) + row * job.stride;
-    float* const to = job.to + row * job.inputs;
+    const T* const from = job.x.row<const T>(row);
+    float* const to = job.to.row<float>(row);
     each_block(job.inputs, [=](int64_t k, auto block) { store(to + k, load(from + k, block), block); });
   }
 }

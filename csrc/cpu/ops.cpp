@@ -60,8 +60,6 @@ class Cpu {
   }
 };
 
-Rows rows_of(const Tensor& tensor, int64_t stride) { return {tensor.data_ptr(), stride}; }
-
 // `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
 void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
   require(matrix.sizes().size() == 2 && matrix.size(1) >= 1 && (columns < 0 || matrix.size(1) == columns), name);
@@ -72,11 +70,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Dtype dtype = check_float(x, "x");
   check_matrix(x, "x", -1, dtype);
   check_matrix(weight, "weight", x.size(1), dtype);
-  LinearJob job;
+  LinearJob job{};
   job.rows = x.size(0);
   job.inputs = x.size(1);
   job.outputs = weight.size(0);
-  job.weight = rows_of(weight, weight.stride(0));
+  job.weight = {weight.data_ptr(), weight.stride(0)};
   if (bias.has_value()) {
     const RowShape shape{job.rows, job.inputs, 0, dtype, device_type(x), x.get_device_index()};
     check_table(*bias, "bias", torch_dtype(x), {job.outputs}, shape);
@@ -84,14 +82,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   }
   const Tensor out = new_rows(x, job.rows, job.outputs, torch_dtype(x));
   if (job.rows == 0) return out;
-  job.out = rows_of(out, job.outputs);
-  job.x = rows_of(x, x.stride(0));
+  job.out = {out.data_ptr(), job.outputs};
+  job.x = {x.data_ptr(), x.stride(0)};
   std::optional<Tensor> wide;
   if (dtype != Dtype::FP32) {
     wide = new_rows(x, job.rows, job.inputs, aoti_torch_dtype_float32());
-    const WidenJob widen{x.data_ptr(), x.stride(0), job.rows, job.inputs, static_cast<float*>(wide->data_ptr())};
+    const WidenJob widen{job.rows, job.inputs, job.x, {wide->data_ptr(), job.inputs}};
     over_units(of_dtype(routines().widen, dtype), widen, job.rows, job.inputs);
-    job.x = rows_of(*wide, job.inputs);
+    job.x = widen.to;
   }
   const int64_t units = (job.outputs + routines().unit - 1) / routines().unit;
   over_units(of_dtype(routines().linear, dtype), job, units, job.rows * job.inputs);

@@ -20,16 +20,6 @@
 namespace faststeer {
 namespace {
 
-template <class T>
-T* row_of(void* rows, int64_t stride, int64_t row) {
-  return static_cast<T*>(rows) + row * stride;
-}
-
-template <class T>
-const T* row_of(const void* rows, int64_t stride, int64_t row) {
-  return static_cast<const T*>(rows) + row * stride;
-}
-
 // What bf16 rows that share an addition add, w q: taken apart as the rows will be, and with no NaN that has anything in
 // its lower half. A sum of such and a bf16 has none either, so that rounding it needs no care.
 class Addend {
@@ -81,8 +71,8 @@ template <class T, bool ADDS>
 class Row {
  public:
   Row(const RowArguments& job, int64_t row, float* buffer)
-      : x_(row_of<T>(job.x, job.x_stride, row)),
-        residual_(ADDS ? row_of<T>(job.residual, job.residual_stride, row) : nullptr),
+      : x_(job.x.row<const T>(row)),
+        residual_(ADDS ? job.residual.row<const T>(row) : nullptr),
         h_(buffer),
         hidden_(job.hidden_size) {}
 
@@ -104,18 +94,14 @@ class Row {
   // h <- h + w q
   void add(float w, const float* q) {
     if (n_terms_ == MAX_TERMS) {
-      float* const h = h_;
-      each([=](int64_t i, auto block, Lanes value) { store(h + i, value, block); });
-      settle();
+      keep([](Lanes value) { return value; });
     }
     terms_[n_terms_++] = {w, q};
   }
 
   // h <- factor h, once its norm has been taken, which leaves nothing to be added.
   void scale(float factor) {
-    float* const h = h_;
-    each([=](int64_t i, auto block, Lanes value) { store(h + i, value * all(factor), block); });
-    settle();
+    keep([=](Lanes value) { return value * all(factor); });
   }
 
   // h rounded to T
@@ -125,7 +111,7 @@ class Row {
           hidden_,
           [=](int64_t i) {
             prefetch_to_write(out + i);
-            store_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{}));
+            store_two_rounded(out + i, value(i, Whole{}), value(i + LANES, Whole{}));
           },
           [=](int64_t i, auto block) { store_rounded(out + i, value(i, block), block); });
     });
@@ -225,11 +211,14 @@ class Row {
     }
   }
 
-  // sink(first column, Whole or Some, values of h) for every block.
-  template <class Sink>
-  FASTSTEER_METHOD void each(Sink sink) const {
-    with_values(
-        [&](auto value) { each_block(hidden_, [=](int64_t i, auto block) { sink(i, block, value(i, block)); }); });
+  // Each value of h becomes make(value); nothing is left to be added.
+  template <class Make>
+  FASTSTEER_METHOD void keep(Make make) {
+    float* const h = h_;
+    with_values([&](auto value) {
+      each_block(hidden_, [=](int64_t i, auto block) { store(h + i, make(value(i, block)), block); });
+    });
+    settle();
   }
 
   // The sum of what the sink returns. What had to be put together is kept: after this, nothing is left to be added.

@@ -23,11 +23,11 @@ void steer(const RowArguments& job, int64_t first, int64_t end) {
   Addend addend;
   for (int64_t row = first; row < end; ++row) {
     Row<T, false> h(job, row, buffer);
-    T* out = row_of<T>(job.hidden, job.hidden_stride, row);
+    T* out = job.hidden.row<T>(row);
     if (steer_row(job, row, h, weights)) {
       if (!h.write_sum(out, addend)) h.write(out);
-    } else if (job.hidden != job.x) {
-      std::memcpy(out, row_of<T>(job.x, job.x_stride, row), job.hidden_size * sizeof(T));
+    } else if (job.hidden.data != job.x.data) {
+      std::memcpy(out, job.x.row<T>(row), job.hidden_size * sizeof(T));
     }
   }
 }
@@ -39,7 +39,7 @@ void add_steer(const RowArguments& job, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
-    h.write(row_of<T>(job.hidden, job.hidden_stride, row));
+    h.write(job.hidden.row<T>(row));
   }
 }
 
@@ -53,8 +53,8 @@ void steer_pair(const RowArguments& job, int64_t first, int64_t end) {
     if (job.probe_columns > 0) std::memset(job.probe + row * job.probe_columns, 0, job.probe_columns * sizeof(float));
     Row<T, true> h(job, row, buffer);
     if (!steer_row(job, row, h, weights)) continue;
-    h.write(row_of<T>(job.hidden, job.hidden_stride, row));
-    std::memset(row_of<T>(job.cleared, job.x_stride, row), 0, job.hidden_size * sizeof(T));
+    h.write(job.hidden.row<T>(row));
+    std::memset(job.x.row<T>(row), 0, job.hidden_size * sizeof(T));
   }
 }
 
@@ -97,9 +97,9 @@ void add_steer_rmsnorm(const RowArguments& job, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
     Row<T, true> h(job, row, buffer);
     steer_row(job, row, h, weights);
-    const float squares = h.write_rounded(row_of<T>(job.hidden, job.hidden_stride, row));
+    const float squares = h.write_rounded(job.hidden.row<T>(row));
     const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden) + job.eps);
-    T* normed = row_of<T>(job.normed, hidden, row);
+    T* normed = static_cast<T*>(job.normed) + row * hidden;
     if (job.fp32_weight) {
       store_normed<T, false>(normed, buffer, factor, weight, hidden);
     } else {
@@ -128,7 +128,7 @@ void latch_rows(const RowArguments& job, int64_t first, int64_t end) {
 
 template <class T>
 void latch(const RowArguments& job, int64_t first, int64_t end) {
-  if (job.residual == nullptr) {
+  if (job.residual.data == nullptr) {
     latch_rows<T, false>(job, first, end);
   } else {
     latch_rows<T, true>(job, first, end);

@@ -9,39 +9,27 @@
 
 namespace faststeer {
 
-// `rows` rows at a distance of `stride` elements.
-struct Rows {
-  void* data = nullptr;
-  int64_t stride = 0;
-
-  template <class T>
-  T* row(int64_t number) const {
-    return static_cast<T*>(data) + number * stride;
-  }
-};
-
-// x `[rows, inputs]`, at a distance of `stride` elements, to fp32.
+// x `[rows, inputs]` to fp32.
 struct WidenJob {
-  const void* x;
-  int64_t stride, rows, inputs;
-  float* to;
+  int64_t rows, inputs;
+  Rows x, to;
 };
 
 // out = x weight^T + bias.
 struct LinearJob {
   int64_t rows, inputs, outputs;
-  Rows x;                      // fp32
-  Rows weight;                 // [outputs, inputs]
-  const void* bias = nullptr;  // [outputs], or null
-  Rows out;                    // [rows, outputs]
+  Rows x;            // fp32
+  Rows weight;       // [outputs, inputs]
+  const void* bias;  // [outputs], or null
+  Rows out;          // [rows, outputs]
 };
 
 // The routines at one instruction set level, indexed by Dtype last. Each does the rows `first` to `end` - 1 and touches no other.
 struct Routines {
-  using Rows = void (*)(const RowArguments&, int64_t first, int64_t end);
+  using Steer = void (*)(const RowArguments&, int64_t first, int64_t end);
   using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
-  Rows rows[N_OPS][N_DTYPES];  // by RowOp
+  Steer rows[N_OPS][N_DTYPES];  // by RowOp
   Widen widen[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t unit;  // outputs that `linear` takes at a time

@@ -25,8 +25,21 @@ struct Launched {
 };
 
 // rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor that is read and
-// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype.
-Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
-                    cudaStream_t stream);
+// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype. (launch.cu)
+template <typename T>
+Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+
+// Each is in an object of its own.
+extern template Launched launch_row_for<float>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+extern template Launched launch_row_for<__half>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+extern template Launched launch_row_for<__nv_bfloat16>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+
+inline Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
+                           cudaStream_t stream) {
+  const auto launch = dtype == Dtype::FP32   ? launch_row_for<float>
+                      : dtype == Dtype::FP16 ? launch_row_for<__half>
+                                             : launch_row_for<__nv_bfloat16>;
+  return launch(op, config, arguments, stream);
+}
 
 }  // namespace faststeer

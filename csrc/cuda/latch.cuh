@@ -39,9 +39,8 @@ __global__ void __launch_bounds__(LATCH_THREADS) latch_kernel(const __grid_const
         continue;
       }
       const float* d = tables.bank + int64_t{entry.gate_vector} * arguments.hidden_size;
-      const T* x = static_cast<const T*>(arguments.x) + row * arguments.x_stride;
-      const T* residual = static_cast<const T*>(arguments.residual);
-      if (residual != nullptr) residual += row * arguments.residual_stride;
+      const T* x = arguments.x.row<const T>(row);
+      const T* residual = arguments.residual.data != nullptr ? arguments.residual.row<const T>(row) : nullptr;
       float sums[2] = {0.0f, 0.0f};  // h . d, |h|^2
       for (int column = threadIdx.x; column < arguments.hidden_size; column += LATCH_THREADS) {
         float h = to_float(x[column]);

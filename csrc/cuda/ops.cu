@@ -23,15 +23,15 @@ int64_t item_size(Dtype dtype) { return dtype == Dtype::FP32 ? 4 : 2; }
 
 bool on_16_bytes(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-bool rows_on_16_bytes(const void* first, int64_t stride, Dtype dtype) {
-  return on_16_bytes(first) && stride * item_size(dtype) % 16 == 0;
+bool on_16_bytes(const Rows& rows, Dtype dtype) {
+  return on_16_bytes(rows.data) && rows.stride * item_size(dtype) % 16 == 0;
 }
 
 // 16 bytes at a time only if everything that is read or written so allows it.
 bool aligned(const RowShape& shape, const RowArguments& a) {
-  return rows_on_16_bytes(a.x, a.x_stride, shape.dtype) && rows_on_16_bytes(a.hidden, a.hidden_stride, shape.dtype) &&
-         rows_on_16_bytes(a.residual, a.residual_stride, shape.dtype) && on_16_bytes(a.normed) &&
-         (a.weight_dtype != shape.dtype || on_16_bytes(a.weight)) && on_16_bytes(a.tables.bank);
+  return on_16_bytes(a.x, shape.dtype) && on_16_bytes(a.hidden, shape.dtype) && on_16_bytes(a.residual, shape.dtype) &&
+         on_16_bytes(a.normed) && (a.weight_dtype != shape.dtype || on_16_bytes(a.weight)) &&
+         on_16_bytes(a.tables.bank);
 }
 
 // Read once: an operator call has a few microseconds in all. A wrong value is refused again at every call.

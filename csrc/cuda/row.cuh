@@ -104,31 +104,31 @@ struct Row {
     return gate_verdict(at_hand(), dot, square);
   }
 
-  __device__ __forceinline__ void load(const void* rows, int64_t stride, Raw (&raw)[VECTORS]) const {
-    const T* from = static_cast<const T*>(rows) + int64_t{row} * stride;
+  // Call f(v, column) with each vector v of columns that this thread has, and its first column.
+  template <typename F>
+  __device__ __forceinline__ void each_vector(F f) const {
     const Columns column = columns();
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
-      if (column.has(v)) raw[v] = load_once<T, ELEMENTS>(from + column[v]);
+      if (column.has(v)) f(v, column[v]);
+  }
+
+  __device__ __forceinline__ void load(const Rows& rows, Raw (&raw)[VECTORS]) const {
+    const T* from = rows.row<const T>(row);
+    each_vector([&](int v, int column) { raw[v] = load_once<T, ELEMENTS>(from + column); });
   }
 
   // The weight is asked for with the row, and read when the entries have freed the registers that it takes.
   __device__ __forceinline__ void prefetch_weight() const {
     if constexpr (ELEMENTS > 1) {
       if (arguments.weight_dtype != dtype_of<T>()) return;
-      const Columns column = columns();
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v)
-        if (column.has(v)) prefetch(static_cast<const T*>(arguments.weight) + column[v]);
+      each_vector([&](int, int column) { prefetch(static_cast<const T*>(arguments.weight) + column); });
     }
   }
 
-  __device__ __forceinline__ void write(void* rows, int64_t stride, const Raw (&raw)[VECTORS]) const {
-    T* to = static_cast<T*>(rows) + int64_t{row} * stride;
-    const Columns column = columns();
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v)
-      if (column.has(v)) store(to + column[v], raw[v]);
+  __device__ __forceinline__ void write(const Rows& rows, const Raw (&raw)[VECTORS]) const {
+    T* to = rows.row<T>(row);
+    each_vector([&](int v, int column) { store(to + column, raw[v]); });
   }
 
   // Call f(v, q) with each vector v of columns that this thread has and the bank's numbers there.
@@ -421,8 +421,8 @@ struct Row {
   // that not every column's address is computed ahead.
   template <bool ADD_RESIDUAL>
   __device__ __forceinline__ void begin_late() {
-    const T* x = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
-    const T* residual = static_cast<const T*>(arguments.residual) + int64_t{row} * arguments.residual_stride;
+    const T* x = arguments.x.row<const T>(row);
+    const T* residual = arguments.residual.row<const T>(row);
 #pragma unroll
     for (int first = 0; first < COLUMNS; first += FEWEST_COLUMNS) {
       const Columns column = columns();
@@ -451,20 +451,18 @@ struct Row {
 
   // hidden = h, rounded once; h becomes what was stored.
   __device__ __forceinline__ void finish() {
-    T* to = static_cast<T*>(arguments.hidden) + int64_t{row} * arguments.hidden_stride;
-    const Columns column = columns();
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
+    T* to = arguments.hidden.row<T>(row);
+    each_vector([&](int v, int column) {
       const Raw out = round_to_pack<T, ELEMENTS>(h + v * ELEMENTS);
       unpack(out, h + v * ELEMENTS);
-      if (column.has(v)) store(to + column[v], out);
-    }
+      store(to + column, out);
+    });
   }
 
   // hidden = x, bit for bit.
   __device__ __forceinline__ void copy() const {
-    const T* from = static_cast<const T*>(arguments.x) + int64_t{row} * arguments.x_stride;
-    T* to = static_cast<T*>(arguments.hidden) + int64_t{row} * arguments.hidden_stride;
+    const T* from = arguments.x.row<const T>(row);
+    T* to = arguments.hidden.row<T>(row);
     const Columns column = columns();
 #pragma unroll 4
     for (int v = 0; v < VECTORS; ++v)
@@ -473,14 +471,11 @@ struct Row {
 
   // normed = RMSNorm of h, which holds the rounded row.
   __device__ __forceinline__ void normalise() {
-    const Columns column = columns();
     const bool same = arguments.weight_dtype == dtype_of<T>();
     const T* from = static_cast<const T*>(arguments.weight);
     Raw weight[VECTORS];
     if constexpr (ELEMENTS > 1) {
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v)
-        if (same && column.has(v)) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+      if (same) each_vector([&](int v, int column) { weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column); });
     }
     float squares[1] = {square()};
     group.sum(squares);
@@ -488,35 +483,32 @@ struct Row {
     T* to = static_cast<T*>(arguments.normed) + int64_t{row} * hidden_size();
     if constexpr (ELEMENTS > 1) {
       if (same && !arguments.fp32_weight) {  // Llama: both factors are of the row's type
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
+        each_vector([&](int v, int column) {
           float n[ELEMENTS];
 #pragma unroll
           for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
-          if (column.has(v)) store(to + column[v], combine_packs<true>(round_to_pack<T, ELEMENTS>(n), weight[v]));
-        }
+          store(to + column, combine_packs<true>(round_to_pack<T, ELEMENTS>(n), weight[v]));
+        });
         return;
       }
     }
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      if (!column.has(v)) continue;
+    each_vector([&](int v, int column) {
       float w[ELEMENTS], n[ELEMENTS];
       if constexpr (ELEMENTS == 1) {
         if (v % FEWEST_COLUMNS == 0) loads_stay_behind();
-        if (same) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column[v]);
+        if (same) weight[v] = load_shared_by_rows<T, ELEMENTS>(from + column);
       }
       if (same)
         unpack(weight[v], w);
       else
-        convert_weight(column[v], w);
+        convert_weight(column, w);
 #pragma unroll
       for (int i = 0; i < ELEMENTS; ++i) n[i] = h[v * ELEMENTS + i] * scale;
       if (!arguments.fp32_weight) unpack(round_to_pack<T, ELEMENTS>(n), n);
 #pragma unroll
       for (int i = 0; i < ELEMENTS; ++i) n[i] *= arguments.weight_offset + w[i];
-      store(to + column[v], round_to_pack<T, ELEMENTS>(n));
-    }
+      store(to + column, round_to_pack<T, ELEMENTS>(n));
+    });
   }
 };
 
@@ -543,8 +535,8 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   typename R::Raw x[VECTORS], residual[VECTORS];
   constexpr bool EARLY = ELEMENTS > 1;
   const auto fetch = [&] {
-    row.load(arguments.x, arguments.x_stride, x);
-    if constexpr (ADDS) row.load(arguments.residual, arguments.residual_stride, residual);
+    row.load(arguments.x, x);
+    if constexpr (ADDS) row.load(arguments.residual, residual);
   };
   const auto clear_probe = [&] {
     for (int c = threadIdx.x % WARP; c < arguments.probe_columns; c += WARP) row.probe(c, 0.0f);
@@ -564,7 +556,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   if constexpr (OP == RowOp::STEER) {
     if (!steered) {
       if constexpr (EARLY)
-        row.write(arguments.hidden, arguments.hidden_stride, x);
+        row.write(arguments.hidden, x);
       else
         row.copy();
       return;
@@ -614,7 +606,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   row.finish();
   if constexpr (OP == RowOp::STEER_PAIR) {  // the row is now all in the other of the pair
     const typename R::Raw none[VECTORS] = {};
-    row.write(arguments.cleared, arguments.x_stride, none);
+    row.write(arguments.x, none);
   }
   if constexpr (OP == RowOp::ADD_STEER_RMSNORM) row.normalise();
 }

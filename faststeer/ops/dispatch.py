@@ -158,7 +158,7 @@ def steer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)[0]
+    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)
 
 
 def steer_(
@@ -176,8 +176,9 @@ def steer_(
         RuntimeError: a gradient would be needed: `steer` gives one.
     """
     refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
-    if _run("steer_", backend, (x, *tables[:3], rows, gate_state, _zeroed(probe))) is REFERENCE:
-        x.copy_(reference.steer(x, tables, rows, gate_state, probe))
+    if probe is not None:
+        probe.zero_()
+    _run("steer_", backend, (x, *tables[:3], rows, gate_state, probe), tables, probe)
 
 
 def add_steer(
@@ -191,7 +192,7 @@ def add_steer(
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)[0]
+    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)
 
 
 def steer_pair_(
@@ -213,8 +214,7 @@ def steer_pair_(
         RuntimeError: a gradient would be needed: `add_steer` gives one.
     """
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
-    if _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe)) is REFERENCE:
-        reference.steer_pair_(x, residual, tables, rows, gate_state, probe)
+    _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe), tables, probe)
 
 
 def add_steer_rmsnorm(
@@ -233,8 +233,7 @@ def add_steer_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
     leading = x, residual, weight, eps, weight_offset, fp32_weight
-    normed, hidden = _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
-    return normed, hidden
+    return _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
 
 
 def latch_(
@@ -246,9 +245,8 @@ def latch_(
     residual: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch`."""
-    if _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state)) is REFERENCE:
-        reference.latch(x if residual is None else x + residual, tables, rows, gate_state)
+    """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch_`."""
+    _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state), tables, None)
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -379,12 +377,9 @@ def _has_tangent(argument: Any) -> bool:
     return is_real and forward_ad.unpack_dual(argument).tangent is not None
 
 
-REFERENCE = object()
-
-
-def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
-    """What the operator gives; REFERENCE where the reference is to be called, and the arguments fit it. fp64 rows are
-    for oracles, with tables of any dtype."""
+def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: Tables, probe: Tensor | None) -> Any:
+    """What the operator gives, or the reference's function of the same name, without the probe, which is written. fp64
+    rows are for oracles, with tables of any dtype."""
     name = backend_of(arguments[0], backend)
     if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
         if _is_chosen(backend or _chosen):
@@ -395,13 +390,20 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...]) -> Any:
         name = "reference"
     if name == "reference":
         if arguments[0].dtype != torch.float64:
-            schema.CHECKS[op](*arguments)
-        return REFERENCE
+            schema.check(op, *arguments)
+        n = schema.ARGUMENTS[op].index("bank")
+        seen = () if probe is None else (probe if op == "steer_pair_" else probe.zero_(),)
+        return getattr(reference, op)(*arguments[:n], tables, *arguments[n + 3 : n + 5], *seen)
     try:
-        return (_OPS if is_compiling() else _CALLS)[name][op](*arguments)
+        results = (_OPS if is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
-        schema.CHECKS[op](*arguments)  # bad arguments get the same error from every back end
+        schema.check(op, *arguments)  # bad arguments get the same error from every back end
         raise
+    if results is None:  # in place
+        return None
+    if probe is not None:
+        probe.copy_(results[-1])
+    return results[0] if len(results) == 2 else results[:-1]
 
 
 def _compute(
@@ -412,20 +414,10 @@ def _compute(
     rows: Tensor,
     gate_state: Tensor | None,
     probe: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """What a functional op gives; the probe is written."""
+) -> Any:
+    """`_run` for a functional op, whose operator makes a probe."""
     columns = 0 if probe is None else probe.shape[1]
-    results = _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns))
-    if results is REFERENCE:
-        results = getattr(reference, op)(*leading, tables, rows, gate_state, _zeroed(probe))
-        return results if isinstance(results, tuple) else (results,)
-    if probe is not None:
-        probe.copy_(results[-1])
-    return results[:-1]
-
-
-def _zeroed(probe: Tensor | None) -> Tensor | None:
-    return None if probe is None else probe.zero_()
+    return _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns), tables, probe)
 
 
 def refuse_gradient(op: str, *tensors: Tensor | None, instead: str = "") -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faststeer.ops.dispatch import Backend, backend_of, refuse_gradient
-from faststeer.ops.schema import DTYPES, library
+from faststeer.ops.schema import check_float, check_table, library
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
@@ -36,27 +36,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Shapes that fit (None: any size), and one dtype and device."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}: expected float32, float16 or bfloat16")
-    shapes = {
-        "x": (x, (None, None)),
-        "weight": (weight, (None, x.shape[-1] if x.dim() else None)),
-        "bias": (bias, (weight.shape[0],)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
-        if not fits or tensor.shape[-1] < 1:
-            expected = ["any" if n is None else n for n in shape]
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {expected}".replace("'", ""))
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, x {x.dtype} on {x.device}: expected the same"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension: expected 1")
+    check_float(x, "x")
+    check_table(x, "x", (None, None), x.dtype, x, contiguous=False)
+    if x.shape[1] < 1:
+        raise ValueError(f"x has shape {list(x.shape)}: expected one input or more")
+    check_table(weight, "weight", (None, x.shape[1]), x.dtype, x, contiguous=False)
+    if bias is not None:
+        check_table(bias, "bias", (weight.shape[0],), x.dtype, x)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,4 +34,4 @@ def steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
 @implements("latch_.reference", ANYWHERE)
 def latch_(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
     *tables, rows, gate_state = rest
-    reference.latch(x if residual is None else x + residual, host_tables(*tables), rows, gate_state)
+    reference.latch_(x, residual, host_tables(*tables), rows, gate_state)

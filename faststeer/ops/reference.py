@@ -58,6 +58,13 @@ def _steer(
     return torch.where(touched.unsqueeze(1), h.to(x.dtype), x), touched
 
 
+def steer_(
+    x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None = None, probe: Tensor | None = None
+) -> None:
+    """`steer` in place."""
+    x.copy_(steer(x, tables, rows, gate_state, probe))
+
+
 def add_steer(
     x: Tensor,
     residual: Tensor,
@@ -128,14 +135,15 @@ def rmsnorm(hidden: Tensor, weight: Tensor, eps: float, weight_offset: float, fp
     return (normed.to(hidden.dtype) * weight).to(hidden.dtype)
 
 
-def latch(x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
-    """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row as it
-    stands to `gate_state[gate, sequence]` in place.
+def latch_(x: Tensor, residual: Tensor | None, tables: Tables, rows: Tensor, gate_state: Tensor) -> None:
+    """Decide this site's latched gates: each LATCH entry, at rows with position -1, writes its verdict on the row of x,
+    or of x + residual, to `gate_state[gate, sequence]` in place.
 
     Runs before `steer` at the same site, so that rows after the prompt's end may read in `steer` what the prompt's last
     row decided.
     """
-    h, rows = x.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
+    s = x if residual is None else x + residual
+    h, rows = s.detach().to(_compute_dtype(x)), rows[:, : x.shape[0]]
     for step in range(tables.depth):
         entry = _Entry(tables, rows, step, h.dtype)
         cell, inside = entry.gate_cell(gate_state)

@@ -5,6 +5,7 @@ docs/kernels.md is the specification.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,17 +31,25 @@ SCHEMAS = {
     "latch_": f"(Tensor x, Tensor? residual, {_TABLES.replace('Tensor? gate_state', 'Tensor(a!) gate_state')}) -> ()",
 }
 
+# The arguments of each operator, by name.
+ARGUMENTS = {op: tuple(re.findall(r" (\w+)[,)]", " " + text.partition("->")[0])) for op, text in SCHEMAS.items()}
+
 library = torch.library.Library("faststeer", "DEF")
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
+def check_float(x: Tensor, name: str) -> None:
+    """Raise TypeError unless `x` has a supported dtype."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: expected float32, float16 or bfloat16")
+
+
 def check_rows(x: Tensor, name: str, like: Tensor | None = None) -> None:
     """Raise TypeError or ValueError unless `x` is `[rows, hidden]` of a supported dtype, and of the shape, dtype and
     device of `like`."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}: expected float32, float16 or bfloat16")
+    check_float(x, name)
     if x.dim() != 2:
         raise ValueError(f"{name} has {x.dim()} dimensions: expected [rows, hidden]; reshape it to two")
     if not 1 <= x.shape[1] <= MAX_HIDDEN:
@@ -59,7 +68,8 @@ def check_rows(x: Tensor, name: str, like: Tensor | None = None) -> None:
 def check_table(
     table: Tensor, name: str, shape: Sequence[int | None], dtype: torch.dtype, x: Tensor, contiguous: bool = True
 ) -> None:
-    """Raise TypeError or ValueError unless `table` has the shape (None: any), dtype and device and is contiguous."""
+    """Raise TypeError or ValueError unless `table` has the shape (None: any), dtype and device, and is contiguous: as a
+    whole, or in its last dimension."""
     if table.dtype != dtype:
         raise TypeError(f"{name} has dtype {table.dtype}: expected {dtype}")
     fits = table.dim() == len(shape) and all(w is None or n == w for n, w in zip(table.shape, shape, strict=True))
@@ -71,31 +81,8 @@ def check_table(
         raise ValueError(f"{name} is on {table.device}, x on {x.device}: move it there")
     if contiguous and not table.is_contiguous():
         raise ValueError(f"{name} is not contiguous: call .contiguous() (once, where it is made)")
-
-
-def check_tables(
-    x: Tensor,
-    bank: Tensor,
-    entries: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    gate_state: Tensor | None,
-    scalars: Tensor | None = None,
-) -> None:
-    """Check the tables of an op, in the schema's order, against each other and x (docs/kernels.md, 'Operators')."""
-    check_table(bank, "bank", (None, x.shape[1]), torch.float32, x)
-    check_table(entries, "entries", (None, N_FIELDS), torch.int32, x)
-    if not torch.compiler.is_compiling() and entries.storage_offset() % 4:
-        raise ValueError("entries does not start at a multiple of 16 bytes: call .clone()")
-    check_table(ranges, "ranges", (None, 2), torch.int32, x)
-    n_rows = rows_of(rows, 1, x)
-    check_table(rows, "rows", (N_PLACES, n_rows), torch.int32, x, contiguous=False)
-    if n_rows > 1 and rows.stride(1) != 1:
-        raise ValueError(f"rows has stride {rows.stride(1)} in its last dimension: expected 1; call .contiguous()")
-    if gate_state is not None:
-        check_table(gate_state, "gate_state", (None, None), torch.bool, x)
-    if scalars is not None:
-        check_table(scalars, "scalars", (entries.shape[0], N_SCALARS), torch.float32, x)
+    if table.shape[-1] > 1 and table.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {table.stride(-1)} in its last dimension: expected 1; call .contiguous()")
 
 
 def rows_of(table: Tensor, dimension: int, x: Tensor) -> int:
@@ -107,75 +94,44 @@ def rows_of(table: Tensor, dimension: int, x: Tensor) -> int:
     return n_rows
 
 
-# Every op's check takes the op's own arguments.
-
-
-def check_steer(x: Tensor, *rest: Any) -> None:
-    *tables, columns = rest
+def check(op: str, *arguments: Any) -> None:
+    """Raise TypeError or ValueError unless the arguments of an operator fit each other (docs/kernels.md, 'Operators').
+    They are in the order of its schema."""
+    given = dict(zip(ARGUMENTS[op], arguments, strict=True))
+    x, entries, rows, columns = given["x"], given["entries"], given["rows"], given.get("columns", 0)
     check_rows(x, "x")
-    check_tables(x, *tables)
+    check_table(given["bank"], "bank", (None, x.shape[1]), torch.float32, x)
+    check_table(entries, "entries", (None, N_FIELDS), torch.int32, x)
+    if not torch.compiler.is_compiling() and entries.storage_offset() % 4:
+        raise ValueError("entries does not start at a multiple of 16 bytes: call .clone()")
+    check_table(given["ranges"], "ranges", (None, 2), torch.int32, x)
+    check_table(rows, "rows", (N_PLACES, rows_of(rows, 1, x)), torch.int32, x, contiguous=False)
+    if (gate_state := given["gate_state"]) is not None:
+        check_table(gate_state, "gate_state", (None, None), torch.bool, x)
+    if (scalars := given.get("scalars")) is not None:
+        check_table(scalars, "scalars", (entries.shape[0], N_SCALARS), torch.float32, x)
     if columns < 0:
         raise ValueError(f"columns is {columns}: expected the number of probe columns, 0 for none")
-
-
-def check_steer_(x: Tensor, *rest: Any) -> None:
-    *tables, probe = rest
-    check_rows(x, "x")
-    check_tables(x, *tables)
-    if probe is not None:
-        check_table(probe, "probe", (x.shape[0], None), torch.float32, x)
-
-
-def check_steer_pair_(x: Tensor, residual: Tensor, *rest: Any) -> None:
-    *tables, probe = rest
-    check_rows(x, "x")
-    check_rows(residual, "residual", like=x)
-    check_tables(x, *tables)
-    if probe is not None:
-        check_table(probe, "probe", (rows_of(probe, 0, x), None), torch.float32, x)
-
-
-def check_add_steer(x: Tensor, residual: Tensor, *rest: Any) -> None:
-    check_steer(x, *rest)
-    check_rows(residual, "residual", like=x)
-
-
-def check_add_steer_rmsnorm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, fp32_weight: bool, *rest: Any
-) -> None:
-    check_add_steer(x, residual, *rest)
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight has dtype {weight.dtype}: expected float32, float16 or bfloat16")
-    check_table(weight, "weight", (x.shape[1],), weight.dtype, x)
-    if weight_offset != 0 and not fp32_weight:
-        raise ValueError(f"weight_offset is {weight_offset} without fp32_weight: no model rounds before adding it")
-
-
-def check_latch_(x: Tensor, residual: Tensor | None, *tables: Any) -> None:
-    check_rows(x, "x")
-    if residual is not None:
+    if (probe := given.get("probe")) is not None:
+        n_probed = rows_of(probe, 0, x) if op == "steer_pair_" else x.shape[0]
+        check_table(probe, "probe", (n_probed, None), torch.float32, x)
+    if (residual := given.get("residual")) is not None:
         check_rows(residual, "residual", like=x)
-    check_tables(x, *tables)
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "steer": check_steer,
-    "steer_": check_steer_,
-    "add_steer": check_add_steer,
-    "steer_pair_": check_steer_pair_,
-    "add_steer_rmsnorm": check_add_steer_rmsnorm,
-    "latch_": check_latch_,
-}
+    if (weight := given.get("weight")) is not None:
+        check_float(weight, "weight")
+        check_table(weight, "weight", (x.shape[1],), weight.dtype, x)
+        if (offset := given["weight_offset"]) != 0 and not given["fp32_weight"]:
+            raise ValueError(f"weight_offset is {offset} without fp32_weight: no model rounds before adding it")
 
 
 def implements(overload: str, *devices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as an operator's overload, such as "steer.triton", for tensors on these devices ("CPU",
     "CUDA"). Called through the operator, its arguments are checked first. The function itself stays as it is."""
-    check = CHECKS[overload.partition(".")[0]]
+    op = overload.partition(".")[0]
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            check(*arguments)
+            check(op, *arguments)
             return kernel(*arguments)
 
         for device in devices:
@@ -193,7 +149,7 @@ def fake(name: str) -> Callable[..., Any]:
     n_outputs = {"steer": 1, "add_steer": 1, "add_steer_rmsnorm": 2}.get(name)
 
     def run(x: Tensor, *rest: Any) -> Any:
-        CHECKS[name](x, *rest)
+        check(name, x, *rest)
         if n_outputs is None:
             return None
         probe = x.new_empty((x.shape[0], rest[-1]), dtype=torch.float32)
@@ -224,18 +180,11 @@ def _backward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    fp32_weight: bool,
-    bank: Tensor,
-    entries: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    gate_state: Tensor | None,
-    scalars: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to (s, weight, bank, scalars), where s = x or x + residual: the reference, run again with gradients.
     Those of what is not given are empty."""
+    *norm, bank, entries, ranges, rows, gate_state, scalars = rest
     with torch.enable_grad():
         s = (x if residual is None else x + residual).detach().requires_grad_()
         bank = bank.detach().requires_grad_()
@@ -245,7 +194,7 @@ def _backward(
         hidden = reference.steer(s, tables, rows, gate_state)
         outputs, grads = [hidden], [grad_hidden]
         if grad_normed is not None:
-            outputs.append(reference.rmsnorm(hidden, scale, eps, weight_offset, fp32_weight))
+            outputs.append(reference.rmsnorm(hidden, scale, *norm))
             grads.append(grad_normed)
         gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
     return gradients  # type: ignore[return-value]
@@ -275,33 +224,32 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("faststeer::backward", _fake_backward, lib=library)
 
 
-def _gradient(n_leading: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The formula and the setup of a functional op whose tables stand behind `n_leading` arguments: x; x, residual; or
-    x, residual, weight and the norm's three numbers."""
+def _gradient(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The formula and the setup of a functional op."""
+    names = ARGUMENTS[op]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        leading = [*inputs[:n_leading][:3], None, None][:3]
-        ctx.save_for_backward(*leading, *inputs[n_leading:-1])
-        ctx.norm = inputs[3:6] if n_leading == 6 else (0.0, 0.0, False)
+        given = dict(zip(names, inputs, strict=True))
+        leading = (given.get(name) for name in ("x", "residual", "weight"))
+        ctx.save_for_backward(*leading, *inputs[names.index("bank") : -1])
+        ctx.norm = inputs[3:6] if "weight" in given else (0.0, 0.0, False)
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
-        grad_normed, grad_hidden = grads[:2] if n_leading == 6 else (None, grads[0])
+        grad_normed, grad_hidden = grads[:2] if "weight" in names else (None, grads[0])
         grad_s, grad_weight, grad_bank, grad_scalars = torch.ops.faststeer.backward(
             grad_normed, grad_hidden, *saved[:3], *ctx.norm, *saved[3:]
         )
-        to_leading = (grad_s, grad_s, grad_weight, None, None, None)[:n_leading]
-        # bank, entries, ranges, rows, gate_state, scalars, columns
-        return *to_leading, grad_bank, None, None, None, None, None if saved[-1] is None else grad_scalars, None
+        gradients = {"x": grad_s, "residual": grad_s, "weight": grad_weight, "bank": grad_bank}
+        gradients["scalars"] = None if saved[-1] is None else grad_scalars
+        return tuple(gradients.get(name) for name in names)
 
     return backward, setup
 
 
-_GRADIENTS = {"steer": _gradient(1), "add_steer": _gradient(2), "add_steer_rmsnorm": _gradient(6)}
-
 for _name in SCHEMAS:
     for _overload in OVERLOADS:
         _op = define(_name, _overload)
-        if _name in _GRADIENTS:
-            _formula, _setup = _GRADIENTS[_name]
+        if "scalars" in ARGUMENTS[_name]:
+            _formula, _setup = _gradient(_name)
             torch.library.register_autograd(_op, _formula, setup_context=_setup, lib=library)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from faststeer import build
 from faststeer.ops.tables import Tables
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +43,15 @@ class CTables(ctypes.Structure):
     _fields_ = [(name, _pointer) for name in _names] + [(name, _int32) for name in _sizes]
 
 
+class CRows(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("stride", _int64)]
+
+
 class CRow(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("x", "residual", "weight", "hidden", "normed", "cleared", "probe")),
-        *((name, _int64) for name in ("rows", "x_stride", "residual_stride", "hidden_stride")),
+        *((name, CRows) for name in ("x", "residual", "hidden")),
+        *((name, _pointer) for name in ("weight", "normed", "probe")),
+        ("rows", _int64),
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
         ("fp32_weight", ctypes.c_bool),
@@ -90,16 +96,17 @@ def compiler() -> str | None:
 
 def _build(target: Path) -> None:
     cuda = ROOT / "csrc" / "cuda"
-    kernels = [cuda / f"launch{end}.cu" for end in ("_fp32", "_fp16", "_bf16", "")]
-    files = [*kernels, HERE / "emulator.cpp", HERE / "launchers.cpp"]
+    units = {name: (cuda / file, *flags) for name, (file, *flags) in build.CUDA_UNITS.items() if name != "ops"}
+    units |= {name: (HERE / f"{name}.cpp",) for name in ("emulator", "launchers")}
 
-    def compiled(path: Path) -> Path:
-        output = target.parent / f"{path.stem}.o"
-        _run([compiler(), *FLAGS, "-x", "c++", "-c", str(path), "-o", str(output)])
+    def compiled(name: str) -> Path:
+        output = target.parent / f"{name}.o"
+        path, *flags = units[name]
+        _run([compiler(), *FLAGS, *flags, "-x", "c++", "-c", str(path), "-o", str(output)])
         return output
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, files))
+        objects = list(pool.map(compiled, units))
     fresh = target.with_suffix(".new")
     _run([compiler(), *FLAGS, "-shared", "-o", str(fresh), *map(str, objects)])
     fresh.replace(target)
@@ -166,22 +173,14 @@ class Emulated:
         residual: Tensor | None = None,
         weight: Tensor | None = None,
         normed: Tensor | None = None,
-        cleared: Tensor | None = None,
         norm: tuple[float, float, bool] = (0.0, 0.0, False),
     ) -> None:
         a = CRow(tables=_tables(self.tables, self.rows, self.gate_state))
-        for name, tensor in (
-            ("x", x),
-            ("residual", residual),
-            ("weight", weight),
-            ("hidden", hidden),
-            ("normed", normed),
-            ("cleared", cleared),
-        ):
+        for name, tensor in (("x", x), ("residual", residual), ("hidden", hidden)):
+            setattr(a, name, CRows() if tensor is None else CRows(tensor.data_ptr(), _stride(tensor)))
+        for name, tensor in (("weight", weight), ("normed", normed)):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape
-        a.x_stride, a.hidden_stride = _stride(x), _stride(hidden)
-        a.residual_stride = 0 if residual is None else _stride(residual)
         if probe is not None:
             a.probe, a.probe_columns = probe.data_ptr(), probe.shape[1]
         if weight is not None:
@@ -212,7 +211,7 @@ class Emulated:
         return hidden, probe
 
     def steer_pair_(self, x: Tensor, residual: Tensor, probe: Tensor | None) -> None:
-        self._row(STEER_PAIR, x, residual, probe, residual, cleared=x)
+        self._row(STEER_PAIR, x, residual, probe, residual)
 
     def add_steer_rmsnorm(
         self, x: Tensor, residual: Tensor, weight: Tensor, norm: tuple[float, float, bool], columns: int

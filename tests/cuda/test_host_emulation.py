@@ -33,7 +33,7 @@ def emulated(case: Case, sm_count: int) -> Emulated:
 
 
 def test_every_launch_configuration_covers_its_row():
-    """And what the heuristic may choose is what launch.cuh has kernels for."""
+    """And what the heuristic may choose is what launch.cu has kernels for."""
     for rows in (1, 132, 133, 16384):
         for itemsize in (2, 4):
             for hidden in range(1, 16385):
@@ -255,7 +255,7 @@ def test_latch(dtype, seed):
     rows = moved(case.rows, position=position)
     for residual in (None, case.residual):
         expected, found = case.gate_state.clone(), case.gate_state.clone()
-        reference.latch(case.x if residual is None else case.x + residual, tables, rows, expected)
+        reference.latch_(case.x, residual, tables, rows, expected)
         Emulated(tables, rows, None).latch_(case.x, residual, found)
         assert torch.equal(found, expected)
         assert not torch.equal(found, case.gate_state)

@@ -1,6 +1,0 @@
-// All kernels for bf16 rows.
-#include "launch.cuh"
-
-namespace faststeer {
-template FASTSTEER_LAUNCHER(__nv_bfloat16);
-}  // namespace faststeer
