@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -116,39 +116,31 @@ def render(
     check_tokenizer(tokenizer)
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
-    bare = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, Rendered)]
-    if system is not None and len(bare) < len(prompts):
+    if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
         raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
-    texts = cast("list[str]", prompts)
-    if bare:
-        written = _templated(tokenizer, [prompts[i] for i in bare], system, [names[i] for i in bare])
-        for index, text in zip(bare, written, strict=True):
-            texts[index] = text
-    return texts
-
-
-def _templated(tokenizer: Any, prompts: Sequence[Prompt], system: str | None, names: Sequence[str]) -> list[str]:
-    """`render`, of prompts that are none yet."""
-    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    templated = has_template(tokenizer)
-    for index, chat in enumerate(chats):
-        if system is not None and chat[0]["role"] == "system":
+    head, templated = [] if system is None else [{"role": "system", "content": system}], has_template(tokenizer)
+    chats = {
+        i: [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for i, prompt in enumerate(prompts)
+        if not isinstance(prompt, Rendered)
+    }
+    for i, chat in chats.items():
+        if head and chat[0]["role"] == "system":
             raise ValueError(
-                f"{names[index]} has a system message of its own, and system= gives another: leave one of them out"
+                f"{names[i]} has a system message of its own, and system= gives another: leave one of them out"
             )
-        if not templated and (system is not None or len(chat) > 1):
+        if not templated and (head or len(chat) > 1):
             raise ValueError(
-                f"{names[index]}: the tokenizer has no chat template, so it takes one text without a system prompt; "
+                f"{names[i]}: the tokenizer has no chat template, so it takes one text without a system prompt; "
                 "write the whole prompt as text"
             )
-    if not templated:
-        return [chat[0]["content"] for chat in chats]
-    head = [] if system is None else [{"role": "system", "content": system}]
-    check_markup(tokenizer, [head, *chats], ["system", *names])
-    return [
-        apply_template(tokenizer, [*head, *chat], "begun" if chat[-1]["role"] == "assistant" else "prompt", name)
-        for name, chat in zip(names, chats, strict=True)
-    ]
+    if templated and chats:
+        check_markup(tokenizer, [head, *chats.values()], ["system", *(names[i] for i in chats)])
+    texts = cast("list[str]", prompts)
+    for i, chat in chats.items():
+        end: Literal["begun", "prompt"] = "begun" if chat[-1]["role"] == "assistant" else "prompt"
+        texts[i] = apply_template(tokenizer, [*head, *chat], end, names[i]) if templated else chat[0]["content"]
+    return texts
 
 
 def encode(
@@ -174,12 +166,8 @@ def encode(
     """
     texts = render(tokenizer, as_rendered(prompts, what) if rendered else prompts, system, what=what)
     if has_template(tokenizer):
-        encoded: list[list[int]] = [[] for _ in texts]
-        for by_hand in (False, True):
-            places = [index for index, text in enumerate(texts) if isinstance(text, Rendered) is by_hand]
-            rows = encode_rendered(tokenizer, [str(texts[index]) for index in places], by_hand=by_hand)
-            for index, ids in zip(places, rows, strict=True):
-                encoded[index] = ids
+        by_hand = {index for index, text in enumerate(texts) if isinstance(text, Rendered)}
+        encoded = encode_rendered(tokenizer, [str(text) for text in texts], by_hand)
     else:
         encoded = encode_texts(tokenizer, texts)
     for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):

@@ -238,7 +238,7 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
         )
     except Exception as error:

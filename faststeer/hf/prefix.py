@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -27,6 +28,7 @@ from faststeer.hf.hooks import read
 LEAST_SAVING = 0.2
 
 
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Common tokens and their keys and values by layer; without them, the empty prefix of whole prompts.
 
@@ -36,8 +38,8 @@ class Prefix:
             for each.
     """
 
-    def __init__(self, tokens: Sequence[int] = (), layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.tokens, self.layers = tokens, layers
+    tokens: Sequence[int] = ()
+    layers: Sequence[tuple[Tensor, Tensor]] = ()
 
     @property
     def length(self) -> int:
@@ -60,9 +62,9 @@ class Prefix:
         batch["position_ids"] += self.length
         batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (self.length, 0), value=1)
         arguments = forward_arguments(model, batch)
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), number)
+        cache = DynamicCache(
+            [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self.layers]
+        )
         return arguments | {"use_cache": True, cache_argument(model): cache}
 
 

@@ -216,7 +216,7 @@ class LanguageModelJudge:
         if self._markup([chat])[0]:
             return []
         text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
-        return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
+        return encode_rendered(self._tokenizer, [text])[0]
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], plans: Sequence[Plan | None] | None = None
