@@ -94,9 +94,8 @@ def last_tokens(
     depth = max(len(common.modules), 1)
     weights = [float(len(group) * (depth - max(begin, 0))) for begin, _, groups in work for group in groups]
     with progress_bar("Scoring", len(weights), progress, weights=weights) as advance:
-        entering = _run_ahead(model, common, encoded, rows, pad_id, batch_size)
+        heads, rests = _run_ahead(model, common, encoded, rows, pad_id, batch_size)
         for begin, plans, groups in work:
-            states = entering.get(begin)
             with (
                 steer(model, plans) if plans else nullcontext() as steering,
                 # Entered behind steering, whose results it takes.
@@ -105,9 +104,7 @@ def last_tokens(
                 prefix = Prefix() if begin == WHOLE else common.prefix
                 if steering is not None and prefix.length:
                     steering.assign(plans)
-                    prompt = rows[groups[0][0]][0]
-                    ahead = None if states is None else states[[prompt] * len(plans), -len(encoded[prompt]) :]
-                    prefix = _prefix_under(model, common, len(plans), begin, ahead, pad_id)
+                    prefix = _prefix_under(model, common, len(plans), begin, heads.get(begin), pad_id)
                 place = {id(plan): number for number, plan in enumerate(plans)}
                 for group in groups:
                     prompts, mine = zip(*(rows[number] for number in group), strict=True)
@@ -115,8 +112,9 @@ def last_tokens(
                         steering.assign(list(mine))
                     own = prefix.rows([place[id(plan)] for plan in mine]) if prefix.length else prefix
                     arguments = own.arguments(model, [encoded[prompt] for prompt in prompts], pad_id)
-                    ahead = None if states is None else states[list(prompts), -arguments["input_ids"].shape[1] :]
-                    run = _run_from(model, common.modules, begin, ahead, arguments)
+                    width = arguments["input_ids"].shape[1]
+                    states = rests[begin][list(prompts), -width:] if begin in rests else None
+                    run = _run_from(model, common.modules, begin, states, arguments)
                     yield LastTokens(group, run.logits[:, -1], {layer: taken[layer][:, 0] for layer in layers})
                     advance()
 
@@ -207,25 +205,32 @@ def _fewer(begins: Mapping[int, int], most: int) -> dict[int, int]:
 
 def _run_ahead(
     model: Any, common: Common, encoded: Sequence[Sequence[int]], rows: Sequence[Row], pad_id: int, batch_size: int
-) -> dict[int, Tensor]:
-    """Run the unsteered model once on each prompt. Return, for each layer at which plans begin, what enters it:
-    `[prompts, tokens, hidden]`, padded on the left."""
-    begins, states = set(common.begins.values()) - {0}, dict[int, Tensor]()
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Run the unsteered model once on the common tokens and on the rest of each prompt. Return what enters each layer
+    at which plans begin: `[1, tokens, hidden]`, and `[prompts, tokens, hidden]`, padded on the left."""
+    begins, heads, rests = set(common.begins.values()) - {0}, dict[int, Tensor](), dict[int, Tensor]()
+    if begins and common.prefix.length:
+        heads, _ = _entering(model, common.modules, begins, Prefix(), [common.prefix.tokens], pad_id)
     prompts = sorted({prompt for prompt, plan in rows if id(plan) in common.begins}) if begins else []
-    width = max((len(encoded[prompt]) for prompt in prompts), default=0)
+    width = max((len(encoded[prompt]) for prompt in prompts), default=0) - common.prefix.length
     for group in batches([len(encoded[prompt]) for prompt in prompts], batch_size):
         here = [prompts[index] for index in group]
-        taken, _ = _entering(model, common.modules, begins, [encoded[prompt] for prompt in here], pad_id)
+        taken, _ = _entering(model, common.modules, begins, common.prefix, [encoded[p] for p in here], pad_id)
         for begin, x in taken.items():
-            states.setdefault(begin, x.new_zeros(len(encoded), width, x.shape[-1]))[here, -x.shape[1] :] = x
-    return states
+            rests.setdefault(begin, x.new_zeros(len(encoded), width, x.shape[-1]))[here, -x.shape[1] :] = x
+    return heads, rests
 
 
 def _entering(
-    model: Any, modules: Sequence[nn.Module], begins: Collection[int], rows: Sequence[Sequence[int]], pad_id: int
+    model: Any,
+    modules: Sequence[nn.Module],
+    begins: Collection[int],
+    prefix: Prefix,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
 ) -> tuple[dict[int, Tensor], Any]:
-    """Run the unsteered model on whole prompts. Return what enters each of the layers `begins`, and the model's
-    output."""
+    """Run the unsteered model on prompts behind a prefix. Return what enters each of the layers `begins`, and the
+    model's output."""
     taken: dict[int, Tensor] = {}
     with changing() as changes:
         for begin in begins:
@@ -234,7 +239,7 @@ def _entering(
                 taken[begin] = first_output(output).clone()
 
             changes.hook(modules[begin - 1].register_forward_hook, take)
-        return taken, model(**Prefix().arguments(model, rows, pad_id))
+        return taken, model(**prefix.arguments(model, rows, pad_id))
 
 
 def _run_from(
@@ -251,7 +256,7 @@ def _prefix_under(model: Any, common: Common, n: int, begin: int, states: Tensor
     """Return the common tokens as they are read under the plans of `n` rows, a row each."""
     prefix = common.prefix
     arguments = Prefix().arguments(model, [prefix.tokens] * n, pad_id) | {"use_cache": True}
-    ahead = None if states is None else states[:, : prefix.length]
+    ahead = None if states is None else states.expand(n, -1, -1)
     cache = cache_in(_run_from(model, common.modules, begin, ahead, arguments))
     # Nothing reads what the layers in front of `begin` keep but its length.
     return Prefix(prefix.tokens, [*prefix.layers[:begin], *keys_and_values(cache, begin)])
@@ -269,7 +274,7 @@ def _allowed(
     missing = sorted(set(begins) - allowed.keys() - {0}, reverse=True)
     if missing:
         rows = [list(prompts[0][-6:]), list(prompts[-1][-4:])]
-        entering, whole = _entering(model, modules, missing, rows, pad_id)
+        entering, whole = _entering(model, modules, missing, Prefix(), rows, pad_id)
         arguments = Prefix().arguments(model, rows[::-1], pad_id)
         bound = rounding_bound(model.dtype, len(modules))
         # From the last layer down: what a layer in front left behind is that of the whole pass then, in its order.
