@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from faststeer import hf
 from faststeer.extract.reading import read_batches
 from faststeer.hf.batching import encode, pad
 from faststeer.hf.prefix import common_prefix
@@ -69,13 +68,7 @@ def cases(model: Any, tokenizer: Any, rows: dict[str, list[list[int]]]) -> dict[
 
 def shared(model: Any, tokenizer: Any, rows: dict[str, list[list[int]]]) -> int:
     """How many tokens the prompts of a side share, 0 where they are not shared."""
-
-    def read(arguments: dict[str, Any]) -> list[torch.Tensor]:
-        with hf.read(model, at="resid_pre", tokens=[-1]) as taken:
-            model(**arguments)
-        return [taken[layer] for layer in range(len(taken))]
-
-    return common_prefix(model, rows["positive"], 1, tokenizer.pad_token_id, read).length
+    return common_prefix(model, rows["positive"], 1, tokenizer.pad_token_id).length
 
 
 def main() -> None:

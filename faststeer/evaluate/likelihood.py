@@ -15,7 +15,6 @@ from torch import Tensor
 
 from faststeer.hf.batching import (
     TokenRow,
-    batches,
     check_evaluating,
     forward_arguments,
     model_device,
@@ -79,10 +78,7 @@ def continuation_logits(
                 f"row {number} has {len(row.prompt)} + {len(row.completion)} tokens, the model has positions for "
                 f"{positions}: shorten it"
             )
-    work = []
-    for plans, numbers in rounds([(number, row.plan) for number, row in enumerate(rows)], batch_size):
-        groups = batches([len(rows[number]) for number in numbers], batch_size)
-        work.append((plans, [[numbers[index] for index in group] for group in groups]))
+    work = rounds([row.plan for row in rows], [len(row) for row in rows], batch_size)
     with progress_bar("Reading", sum(len(groups) for _, groups in work), progress) as advance:
         for plans, groups in work:
             with within(model, plans) if plans else nullcontext() as steering:

@@ -65,8 +65,7 @@ def selection_seconds(
     for prompts, plans in ((sets[0], added + ablated), (sets[1], (added if rule == "refusal" else []) + ablated)):
         encoded = encode(tokenizer, prompts, system)
         rows = [(prompt, plan) for plan in plans for prompt in range(len(encoded))]
-        common = find_common(model, encoded, rows, (), pad_id, batch_size)
         n_rows += len(rows)
-        n_whole += len(rows) * (1.0 if common is None else common.part)
+        n_whole += len(rows) * find_common(model, encoded, rows, (), pad_id, batch_size).part
     encoded = encode(tokenizer, [*sets[0], *sets[1]], system)
     return n_whole * seconds_per_row(model, encoded, pad_id, batch_size, n_rows)

@@ -159,23 +159,19 @@ def read_batches(
         hf.read(model, at=at, tokens=list(positions)) as by_layer,
         progress_bar("Reading prompts", len(work), progress) as advance,
     ):
-
-        def read(arguments: dict[str, Any]) -> list[Tensor]:
-            model(**arguments)
-            return [by_layer[layer] for layer in range(len(by_layer))]
-
         prefixes: dict[tuple[str, ...], Prefix] = {}
         for sides in dict.fromkeys(tuple(side for side, _ in group) for group in work):
             together = [ids for side in sides for ids in rows[side]]
             own = -min(positions)
-            prefixes[sides] = common_prefix(model, together, own, pad_id, read) if share_prefix else Prefix()
+            prefixes[sides] = common_prefix(model, together, own, pad_id) if share_prefix else Prefix()
         if not all(prefix.length for prefix in prefixes.values()):  # sides that are read alike round alike
             prefixes = dict.fromkeys(prefixes, Prefix())
         for group in work:
             ids = [rows[side][number] for side, numbers in group for number in numbers]
             sides = tuple(side for side, _ in group)
             # [rows, positions, layers, hidden]
-            activations = torch.stack([x.cpu() for x in read(prefixes[sides].arguments(model, ids, pad_id))], dim=2)
+            model(**prefixes[sides].arguments(model, ids, pad_id))
+            activations = torch.stack([by_layer[layer].cpu() for layer in range(len(by_layer))], dim=2)
             start = 0
             for side, numbers in group:
                 part = activations[start : start + len(numbers)]

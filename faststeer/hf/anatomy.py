@@ -27,7 +27,8 @@ from faststeer.plan import n_sites, site, site_name
 ROWS, TOKENS = 2, 4  # of a pass that looks for something
 BY_HOOK = "steer a single module with module.register_forward_hook(faststeer.hook(...))"
 
-Branches = tuple[str, str, str | None]  # attn_out, mlp_out, resid_mid
+BRANCHES = ("attn_out", "mlp_out", "resid_mid")
+Branches = tuple[str | None, ...]  # a layer's modules of these
 
 
 def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: Known | None = None) -> HookPoints:
@@ -136,14 +137,27 @@ def run_four_tokens(model: nn.Module, second: int = 5) -> Tensor:
 def _find(model: nn.Module) -> HookPoints:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models can be steered")
-    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    calls = watch_calls(model, [f"{name}.{i}" for name, size in lists.items() for i in range(size)])
-    by_list = {name: [call for call in calls if call.name.rpartition(".")[0] == name] for name in lists}
-    reached = {name: len({call.name for call in calls}) for name, calls in by_list.items() if _is_stack(calls)}
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    points = _find_layers(model, lists, "no ModuleList whose members pass one tensor from each to the next")
+    return _with_branches(points, _find_branches(model, points))
+
+
+def _find_layers(model: nn.Module, lists: Sequence[str], otherwise: str) -> HookPoints:
+    """The one of these ModuleLists that holds the layers, with what the calls of its members say.
+
+    Raises:
+        ValueError: none is one (`otherwise`), or two are.
+    """
+    members: dict[str, Any] = {path: model.get_submodule(path) for path in lists}
+    calls = watch_calls(model, [f"{path}.{i}" for path in lists for i in range(len(members[path]))])
+    by_list = {path: [call for call in calls if call.name.rpartition(".")[0] == path] for path in lists}
+    reached = {path: len({call.name for call in calls}) for path, calls in by_list.items() if _is_stack(calls)}
     if not reached:
-        what = "no ModuleList whose members pass one tensor from each to the next"
-        raise ValueError(_refusal(model, _shared(model, lists) or what))
-    path = max(reached, key=lambda name: reached[name])
+        for path in lists:
+            if len(set(members[path])) < len(members[path]):
+                otherwise = f"a module stands twice in {path}, where a hook cannot tell its places apart: copy it"
+        raise ValueError(_refusal(model, otherwise))
+    path = max(reached, key=lambda path: reached[path])
     points = _level_of_layers(model, path, by_list[path])
     for other in reached:
         if other != path and reached[other] == reached[path] > 1 and not f"{other}.".startswith(f"{path}."):
@@ -151,32 +165,19 @@ def _find(model: nn.Module) -> HookPoints:
                 f"{path} and {other} are two stacks of layers: name one, steer(..., hook_points=HookPoints(layers=...))"
             )
             raise ValueError(_refusal(model, what))
-    return _with_branches(points, _find_branches(model, points))
+    return points
 
 
 def _is_stack(calls: Sequence[Call]) -> bool:
     """Whether the members of a list take and give tensors of one shape, and most of them what the one before gave."""
-    if not calls or any(x.shape != calls[0].received.shape for x in _tensors(calls)):
+    if len({x.shape for call in calls for x in (call.received, call.sent)}) != 1:
         return False
     forward = [(a, b) for a, b in itertools.pairwise(calls) if _index(a) < _index(b)]
     return 2 * sum(torch.equal(a.sent, b.received) for a, b in forward) >= max(len(forward), len(calls) > 1)
 
 
-def _tensors(calls: Sequence[Call]) -> list[Tensor]:
-    return [tensor for call in calls for tensor in (call.received, call.sent)]
-
-
 def _index(call: Call) -> int:
     return int(call.name.rpartition(".")[2])
-
-
-def _shared(model: nn.Module, lists: Mapping[str, int]) -> str:
-    """Which module stands twice in a list, where hooks cannot tell its places apart; "" for none."""
-    for path, size in lists.items():
-        members = list(model.get_submodule(path).children())
-        if len(set(members)) < size:
-            return f"a module stands twice in {path}, where a hook cannot tell its places apart: copy it"
-    return ""
 
 
 def _level_of_layers(model: nn.Module, path: str, calls: Sequence[Call]) -> HookPoints:
@@ -256,27 +257,22 @@ def _named(model: nn.Module, named: HookPoints) -> HookPoints:
         layers = model.get_submodule(named.layers)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise AttributeError(f"{named.layers} is a {type(layers).__name__}, expected a ModuleList")
-        for at in ("attn_out", "mlp_out", "resid_mid"):
+        for at in BRANCHES:
             names: Names = getattr(named, at)
             if isinstance(names, tuple) and len(names) != len(layers):
                 raise AttributeError(f"{at} has {len(names)} names for {len(layers)} layers")
-            for i, layer in enumerate(layers):
-                layer.get_submodule(named.branch(at, i) or "")
+        for i, layer in enumerate(layers):
+            attn_out, mlp_out, mid = own = [named.branch(at, i) for at in BRANCHES]
+            for name in own:
+                layer.get_submodule(name or "")
+            if (attn_out is None) != (mlp_out is None) or (mid is not None and attn_out is None):
+                what = f"layer {i} is given one of attn_out and mlp_out, or resid_mid alone: name both or neither"
+                raise ValueError(_refusal(model, what))
     except AttributeError as error:
         raise ValueError(_refusal(model, f"it has no such hook points ({error}): {named}")) from error
-    for i in range(len(layers)):
-        attn_out, mlp_out, mid = (named.branch(at, i) for at in ("attn_out", "mlp_out", "resid_mid"))
-        if (attn_out is None) != (mlp_out is None) or (mid is not None and attn_out is None):
-            what = f"layer {i} is given one of attn_out and mlp_out, or resid_mid alone: name both or neither"
-            raise ValueError(_refusal(model, what))
-    calls = watch_calls(model, [f"{named.layers}.{i}" for i in range(len(layers))])
-    if not calls:
-        raise ValueError(_refusal(model, f"a forward pass does not reach {named.layers}.0"))
-    if not _is_stack(calls):
-        what = f"the members of {named.layers} do not pass one tensor from each to the next"
-        raise ValueError(_refusal(model, _shared(model, {named.layers: len(layers)}) or what))
-    level = _level_of_layers(model, named.layers, calls)
-    return dataclasses.replace(level, attn_out=named.attn_out, mlp_out=named.mlp_out, resid_mid=named.resid_mid)
+    otherwise = f"the members of {named.layers} do not pass one tensor from each to the next"
+    points = _find_layers(model, [named.layers], otherwise)
+    return dataclasses.replace(points, attn_out=named.attn_out, mlp_out=named.mlp_out, resid_mid=named.resid_mid)
 
 
 def _refusal(model: nn.Module, what: str) -> str:
@@ -290,15 +286,7 @@ def _find_branches(model: nn.Module, points: HookPoints) -> list[Branches | None
     """The branches of each layer, by the same names in all of them where that is possible."""
     if points.streams != (1, 1):
         return [None] * points.n_layers
-    layers = [points.layer(model, i) for i in range(points.n_layers)]
-    calls = watch(
-        model,
-        [
-            f"{points.layers}.{i}.{name}".rstrip(".")
-            for i, layer in enumerate(layers)
-            for name, _ in layer.named_modules()
-        ],
-    )
+    calls = watch(model, [name for name, _ in model.named_modules() if name.startswith(f"{points.layers}.")])
     by_layer = [_branches(calls, f"{points.layers}.{i}") for i in range(points.n_layers)]
     having = [candidates for candidates in by_layer if candidates]
     common = [names for names in having[0] if all(names in candidates for candidates in having)] if having else []
@@ -319,35 +307,27 @@ def _branches(calls: dict[str, Call], layer: str) -> list[Branches]:
         if name.startswith(f"{layer}.") and call.times == 1 and call.sent.numel() == start.numel()
     ]
     short = {call.name: call.name[len(layer) + 1 :] for call in inside}
-    depth = {call.name: call.name.count(".") for call in inside}
-    senders = sorted(inside, key=lambda call: (depth[call.name], -call.order))
-    receivers = sorted(inside, key=lambda call: (depth[call.name], call.order))
+    sent = {call.name: call.sent.reshape_as(start) for call in inside}
+    senders = sorted(inside, key=lambda call: (call.name.count("."), -call.order))
+    receivers = sorted(inside, key=lambda call: (call.name.count("."), call.order))
+    pairs = [(a, b) for a in senders for b in senders if b.order > a.order]
+    in_turn: list[Branches] = []
+    for attention, mlp in pairs:
+        middle = start + sent[attention.name]
+        if torch.equal(middle + sent[mlp.name], end):
+            reads = [call for call in receivers if call.order > attention.order and _holds(call.received, middle)]
+            in_turn += [(short[attention.name], short[mlp.name], short[call.name]) for call in reads]
+    # Two parts of one module are parts of one branch: routed and shared experts, say.
+    return in_turn or [
+        (short[attention.name], short[mlp.name], None)
+        for attention, mlp in pairs
+        if short[attention.name].split(".")[0] != short[mlp.name].split(".")[0]
+        and _is_parallel_sum(end, start, sent[attention.name], sent[mlp.name])
+    ]
 
-    def sent(call: Call) -> Tensor:
-        return call.sent.reshape_as(start)
 
-    found: list[Branches] = []
-    for attention in senders:
-        middle = start + sent(attention)
-        reads = [
-            r
-            for r in receivers
-            if r.order > attention.order
-            and r.received.numel() == middle.numel()
-            and torch.equal(r.received.reshape_as(middle), middle)
-        ]
-        for mlp in senders:
-            if mlp.order > attention.order and reads and torch.equal(middle + sent(mlp), end):
-                found += [(short[attention.name], short[mlp.name], short[r.name]) for r in reads]
-    if found:
-        return found
-    for attention in senders:
-        for mlp in senders:
-            # Two parts of one module are parts of one branch: routed and shared experts, say.
-            apart = short[attention.name].split(".")[0] != short[mlp.name].split(".")[0]
-            if apart and mlp.order > attention.order and _is_parallel_sum(end, start, sent(attention), sent(mlp)):
-                found.append((short[attention.name], short[mlp.name], None))
-    return found
+def _holds(x: Tensor, expected: Tensor) -> bool:
+    return x.numel() == expected.numel() and torch.equal(x.reshape_as(expected), expected)
 
 
 def _is_parallel_sum(end: Tensor, start: Tensor, attention: Tensor, mlp: Tensor) -> bool:
@@ -358,12 +338,10 @@ def _is_parallel_sum(end: Tensor, start: Tensor, attention: Tensor, mlp: Tensor)
 
 def _with_branches(points: HookPoints, branches: Sequence[Branches | None]) -> HookPoints:
     columns = zip(*[names or (None, None, None) for names in branches], strict=True)
-    attn_out, mlp_out, resid_mid = (_one_name(column) for column in columns)
-    return dataclasses.replace(points, attn_out=attn_out, mlp_out=mlp_out, resid_mid=resid_mid)
-
-
-def _one_name(names: tuple[str | None, ...]) -> Names:
-    return names[0] if len(set(names)) == 1 else names
+    named: dict[str, Any] = {
+        at: column[0] if len(set(column)) == 1 else column for at, column in zip(BRANCHES, columns, strict=True)
+    }
+    return dataclasses.replace(points, **named)
 
 
 # Confirming -----------------------------------------------------------------------------------------------------------
@@ -406,11 +384,11 @@ def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
     last = {call.name: call for call in calls}
     branches: list[Branches | None] = []
     for i in range(points.n_layers):
-        names = points.branch("attn_out", i), points.branch("mlp_out", i), points.branch("resid_mid", i)
+        names = tuple(points.branch(at, i) for at in BRANCHES)
         what = _why_not(points, i, last, before, after) if names[0] is not None else ""
         if what and by_hand:
             raise ValueError(_refusal(model, f"{what}; HookPoints(layers={points.layers!r}) alone has no such names"))
-        branches.append(None if what or names[0] is None or names[1] is None else (names[0], names[1], names[2]))
+        branches.append(None if what else names)
     return _with_branches(points, branches)
 
 
@@ -494,18 +472,14 @@ def _why_not(
         if number is not None and len(after.get(number, ())) != 1:
             return f"a forward pass does not reach {at} of layer {i}, or more than once"
     call, attn, mlp = (calls.get(name) for name in (f"{points.layers}.{i}", *names))
-    if call is None or attn is None or mlp is None:
-        return f"attn_out or mlp_out of layer {i} gives no tensor"
+    if call is None or attn is None or mlp is None or {attn.sent.numel(), mlp.sent.numel()} != {call.received.numel()}:
+        return f"attn_out or mlp_out of layer {i} gives no tensor of the residual stream's size"
     start = call.received
-    if attn.sent.numel() != start.numel() or mlp.sent.numel() != start.numel():
-        return f"attn_out or mlp_out of layer {i} has another size than the residual stream"
     a, m = attn.sent.reshape_as(start), mlp.sent.reshape_as(start)
     if mid is None:
         follows = _is_parallel_sum(call.raw, start, a, m)
-    elif before[mid][0].numel() != start.numel():
-        follows = False
     else:
-        middle, steered = before[mid][0].reshape_as(start), after[mid][0].reshape_as(start)
-        follows = torch.equal(middle, start + a) and torch.equal(call.raw, steered + m)
+        middle, steered = before[mid][0], after[mid][0]
+        follows = _holds(middle, start + a) and torch.equal(call.raw, steered.reshape_as(start) + m)
     what = f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should"
     return "" if follows else what

@@ -62,7 +62,8 @@ class AttentionCall:
     ) -> Tensor:
         """What the model's own function gives, with other queries, keys or values where they are given:
         `[batch, tokens, heads, value_dim]`. `rows`: the rows of the batch that the given tensors are of."""
-        given = [own if other is None else other for own, other in zip(self._tensors, (query, key, value), strict=True)]
+        pairs = (query, self.query), (key, self.key), (value, self.value)
+        given = [own if other is None else other for other, own in pairs]
         mask = self.mask
         if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[0] == self.query.shape[0]:
             mask = mask[rows]
@@ -74,10 +75,6 @@ class AttentionCall:
         columns = self.key.shape[2]
         unit = torch.eye(columns, dtype=self.value.dtype, device=self.value.device)
         return self.attend(value=unit.expand(*self.key.shape[:2], -1, -1)).transpose(1, 2)
-
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
 
 
 # What takes the place of a layer's attention: given the call, `[batch, tokens, heads, value_dim]`.
@@ -200,9 +197,9 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
 
 def _own_function(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that a module computes attention with; each architecture has an eager one of its own."""
-    if implementation != "eager":
-        known: Mapping[str, Any] = AttentionInterface._global_mapping
-        return known[implementation]
+    shared: Mapping[str, Any] = AttentionInterface._global_mapping
+    if implementation in shared:
+        return shared[implementation]
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise ValueError(

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain, count
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from faststeer.hf.encoding import (
@@ -117,39 +116,31 @@ def render(
     check_tokenizer(tokenizer)
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
-    bare = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, Rendered)]
-    if system is not None and len(bare) < len(prompts):
+    if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
         raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
-    texts = cast("list[str]", prompts)
-    if bare:
-        written = _templated(tokenizer, [prompts[i] for i in bare], system, [names[i] for i in bare])
-        for index, text in zip(bare, written, strict=True):
-            texts[index] = text
-    return texts
-
-
-def _templated(tokenizer: Any, prompts: Sequence[Prompt], system: str | None, names: Sequence[str]) -> list[str]:
-    """`render`, of prompts that are none yet."""
-    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    templated = has_template(tokenizer)
-    for index, chat in enumerate(chats):
-        if system is not None and chat[0]["role"] == "system":
+    head, templated = [] if system is None else [{"role": "system", "content": system}], has_template(tokenizer)
+    chats = {
+        i: [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for i, prompt in enumerate(prompts)
+        if not isinstance(prompt, Rendered)
+    }
+    for i, chat in chats.items():
+        if head and chat[0]["role"] == "system":
             raise ValueError(
-                f"{names[index]} has a system message of its own, and system= gives another: leave one of them out"
+                f"{names[i]} has a system message of its own, and system= gives another: leave one of them out"
             )
-        if not templated and (system is not None or len(chat) > 1):
+        if not templated and (head or len(chat) > 1):
             raise ValueError(
-                f"{names[index]}: the tokenizer has no chat template, so it takes one text without a system prompt; "
+                f"{names[i]}: the tokenizer has no chat template, so it takes one text without a system prompt; "
                 "write the whole prompt as text"
             )
-    if not templated:
-        return [chat[0]["content"] for chat in chats]
-    head = [] if system is None else [{"role": "system", "content": system}]
-    check_markup(tokenizer, [head, *chats], ["system", *names])
-    return [
-        apply_template(tokenizer, [*head, *chat], "begun" if chat[-1]["role"] == "assistant" else "prompt", name)
-        for name, chat in zip(names, chats, strict=True)
-    ]
+    if templated and chats:
+        check_markup(tokenizer, [head, *chats.values()], ["system", *(names[i] for i in chats)])
+    texts = cast("list[str]", prompts)
+    for i, chat in chats.items():
+        end: Literal["begun", "prompt"] = "begun" if chat[-1]["role"] == "assistant" else "prompt"
+        texts[i] = apply_template(tokenizer, [*head, *chat], end, names[i]) if templated else chat[0]["content"]
+    return texts
 
 
 def encode(
@@ -175,12 +166,8 @@ def encode(
     """
     texts = render(tokenizer, as_rendered(prompts, what) if rendered else prompts, system, what=what)
     if has_template(tokenizer):
-        encoded: list[list[int]] = [[] for _ in texts]
-        for by_hand in (False, True):
-            places = [index for index, text in enumerate(texts) if isinstance(text, Rendered) is by_hand]
-            rows = encode_rendered(tokenizer, [str(texts[index]) for index in places], by_hand=by_hand)
-            for index, ids in zip(places, rows, strict=True):
-                encoded[index] = ids
+        by_hand = {index for index, text in enumerate(texts) if isinstance(text, Rendered)}
+        encoded = encode_rendered(tokenizer, [str(text) for text in texts], by_hand)
     else:
         encoded = encode_texts(tokenizer, texts)
     for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
@@ -259,86 +246,44 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 @contextmanager
 def progress_bar(
-    description: str, total: int, shown: bool, *, weights: Sequence[float] | None = None
+    description: str, total: int, shown: bool, *, weights: Sequence[float] | None = None, least: int | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Yield a function to call after each of `total` steps, with a new description if it likes. Where `shown`, it moves
-    a progress bar on stderr with the time left; where stderr is no terminal, it prints a line every REPORT_SECONDS
-    instead.
-
-    The time left is said once a part of the steps is done (LEAST_SHARE, at least two): the first ones also take what is
-    done once, and their number says little.
+    """Yield `advance(text=None, finished=None)`, to call after each of `total` steps, with a new description and the
+    number of finished steps if the caller likes. The first call may say how many were finished before the work began.
+    Where `shown`, it moves a progress bar on stderr with the time left; where stderr is no terminal, it prints a line
+    every REPORT_SECONDS instead.
 
     Args:
         weights: how much work each step is, where steps differ.
+        least: the time left is said once so many steps are done. By default a part of them (LEAST_SHARE, at least two):
+            the first ones also take what is done once, and their number says little.
     """
     if not shown:
-        yield lambda text=None: None
+        yield lambda text=None, finished=None: None
         return
-    console, least = Console(stderr=True), max(2, math.ceil(LEAST_SHARE * total))
-    if not console.is_terminal:
-        report, steps = progress_lines(total, console, least, weights=weights), count(1)
-        report(0, description)
-        yield lambda text=description: report(next(steps), text)
-        return
-    left = _Left(least, Left(total, weights))
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left, console=console) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda text=description: bar.update(task, advance=1, description=text)
-
-
-class Left:
-    """How much longer work takes, by what its finished steps took.
-
-    Args:
-        total: the number of steps.
-        weights: how much work each is (all the same).
-    """
-
-    def __init__(self, total: int, weights: Sequence[float] | None = None) -> None:
-        self._done = [0.0, *accumulate([1.0] * total if weights is None else weights)]
-
-    def seconds(self, elapsed: float, steps: int, first: int = 0) -> float:
-        """Return the seconds left after `steps`, of which all but the first so many took `elapsed`."""
-        done = self._done
-        return elapsed / (done[steps] - done[first]) * (done[-1] - done[steps])
-
-
-class _Left(ProgressColumn):
-    """The time left, once at least so many steps are done."""
-
-    def __init__(self, least: int, left: Left) -> None:
-        super().__init__()
-        self._least, self._left = least, left
-
-    def render(self, task: Task) -> Text:
-        steps = int(task.completed)
-        if task.finished or steps < self._least or task.elapsed is None:
-            return Text("")
-        return Text(f"about {duration(self._left.seconds(task.elapsed, steps))} left")
-
-
-def progress_lines(
-    total: int, console: Console, least: int = 1, *, weights: Sequence[float] | None = None
-) -> Callable[[int, str], None]:
-    """Return a function to call with the number of finished steps and what is being done: it prints a line with the
-    time left every REPORT_SECONDS, once `least` steps are finished. The first call says how many steps were finished
-    before the work began. `weights` as of `progress_bar`."""
+    console, work = Console(stderr=True), [0.0, *accumulate([1.0] * total if weights is None else weights)]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task(description, total=total, left="")
+    least = max(2, math.ceil(LEAST_SHARE * total)) if least is None else least
     start = last = time.monotonic()
-    first: int | None = None
-    left = Left(total, weights)
+    first, steps = None, 0
 
-    def report(steps: int, description: str) -> None:
-        nonlocal last, first
-        if first is None:
-            first = steps
-            return
-        now = time.monotonic()
-        if now - last >= REPORT_SECONDS and first + least <= steps < total:
+    def advance(text: str | None = None, finished: int | None = None) -> None:
+        nonlocal last, first, steps
+        now, steps, text = time.monotonic(), steps + 1 if finished is None else finished, text or description
+        first = first if first is not None else finished or 0
+        left = ""
+        if first + least <= steps < total:
+            seconds = (now - start) / (work[steps] - work[first]) * (work[-1] - work[steps])
+            left = f"about {duration(seconds)} left"
+        bar.update(task, completed=steps, description=text, left=left)
+        if bar.disable and left and now - last >= REPORT_SECONDS:
             last = now
-            about = duration(left.seconds(now - start, steps, first))
-            console.print(f"{description}: {steps} of {total}, about {about} left", highlight=False)
+            console.print(f"{text}: {steps} of {total}, {left}", highlight=False)
 
-    return report
+    with bar:
+        yield advance
 
 
 def duration(seconds: float) -> str:
@@ -441,15 +386,17 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
             )
 
 
-def rounds(rows: Sequence[tuple[int, Plan | None]], plans_at_once: int) -> list[tuple[list[Plan], list[int]]]:
-    """Split rows into rounds: (at most so many distinct plans, the numbers of their rows); no plan is a round too."""
-    by_plan: dict[int, list[int]] = {}
-    for number, (_, plan) in enumerate(rows):
-        by_plan.setdefault(id(plan), []).append(number)
-    bare = by_plan.pop(id(None), [])
-    made: list[tuple[list[Plan], list[int]]] = [([], bare)] if bare else []
-    members = list(by_plan.values())
-    for start in range(0, len(members), max(plans_at_once, 1)):
-        chunk = members[start : start + max(plans_at_once, 1)]
-        made.append(([cast(Plan, rows[numbers[0]][1]) for numbers in chunk], sorted(chain.from_iterable(chunk))))
+def rounds(
+    plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int
+) -> list[tuple[list[Plan], list[list[int]]]]:
+    """Split rows with these plans and lengths into rounds: (at most `batch_size` distinct plans, the numbers of their
+    rows in `batches`). Rows without a plan are the first round, which may
+    be empty."""
+    distinct = {id(plan): plan for plan in plans if plan is not None}
+    ids, made = list(distinct), []
+    for some in ([id(None)], *(ids[i : i + batch_size] for i in range(0, len(ids), max(batch_size, 1)))):
+        numbers = [number for number, plan in enumerate(plans) if id(plan) in some]
+        groups = batches([lengths[number] for number in numbers], batch_size)
+        own = [distinct[each] for each in some if each in distinct]
+        made.append((own, [[numbers[index] for index in group] for group in groups]))
     return made

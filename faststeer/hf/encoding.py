@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -57,24 +57,21 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) ->
     return [_after(tokenizer, front, ids) for ids in own]
 
 
-def encode_rendered(tokenizer: Any, texts: Sequence[str], *, by_hand: bool) -> list[list[int]]:
+def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[int] = ()) -> list[list[int]]:
     """Return the token ids of prompts that hold the chat template's markup.
 
     Args:
-        by_hand: they were not made by `apply_template`, and may lack the special tokens that the template begins with:
-            then these are put in front.
+        by_hand: the numbers of those that were not made by `apply_template`, and may lack the special tokens that the
+            template begins with: these are put in front.
     """
-    texts = list(texts)
-    if not texts:
-        return []
     own = _own_tokens(tokenizer, texts)
-    front = _ends(tokenizer, texts, False)[0]
+    front = usual = _ends(tokenizer, texts, False)[0]
     if by_hand:
-        usual = _ends(tokenizer, texts, True)[0]
+        begin = _ends(tokenizer, texts, True)[0]
         with suppress(ValueError):  # a template that takes no single message: then it is not known how it begins
             example = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], "prompt", "an example")
-            front = usual if _own_tokens(tokenizer, [example])[0][: len(usual)] == usual else front
-    return [_after(tokenizer, front, ids) for ids in own]
+            usual = begin if _own_tokens(tokenizer, [example])[0][: len(begin)] == begin else front
+    return [_after(tokenizer, usual if number in by_hand else front, ids) for number, ids in enumerate(own)]
 
 
 def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:

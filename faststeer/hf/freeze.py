@@ -17,7 +17,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
+from transformers.utils import ModelOutput
 
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
@@ -102,7 +103,7 @@ class Freezing:
 
         changes.hook(owner.register_forward_pre_hook, double, with_kwargs=True)
         exchange(changes, model, points, dict(enumerate(modules)), self._attend)
-        changes.hook(owner.register_forward_hook, _steered_half)
+        changes.hook(owner.register_forward_hook, lambda owner, args, output: _halved(output))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -155,19 +156,13 @@ def _check_cache(cache: Any, rows: int) -> None:
         )
 
 
-def _steered_half(owner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output[output.shape[0] // 2 :]
-    if isinstance(output, tuple):
-        return tuple(_halved(part) for part in output)
-    for name, part in list(output.items()):
-        output[name] = _halved(part)
-    return output
-
-
 def _halved(part: Any) -> Any:
+    """What a pass gives, of its steered rows alone; a cache keeps both halves."""
     if isinstance(part, Tensor):
         return part[part.shape[0] // 2 :]
-    if isinstance(part, (tuple, list)) and not isinstance(part, Cache):
+    if isinstance(part, (tuple, list)):
         return tuple(_halved(each) for each in part)
+    if isinstance(part, ModelOutput):
+        for name, each in list(part.items()):
+            part[name] = _halved(each)
     return part

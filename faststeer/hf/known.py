@@ -48,11 +48,6 @@ def known_of(model: nn.Module) -> Known:
     return known
 
 
-def forget(model: nn.Module) -> None:
-    """Find everything anew the next time."""
-    _by_model.pop(model, None)
-
-
 @functools.lru_cache(maxsize=256)
 def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a class's `forward`'s parameters, without self."""

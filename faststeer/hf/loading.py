@@ -22,7 +22,7 @@ import torch
 import transformers
 from filelock import FileLock
 from safetensors import SafetensorError
-from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers import decoders, pre_tokenizers
 
 from faststeer.file_kinds import kind_of
 from faststeer.files import cache_folder, new_folder
@@ -238,7 +238,7 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
         )
     except Exception as error:
@@ -248,7 +248,7 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     packed = [name for name, value in model.state_dict().items() if not value.is_floating_point()]
     if packed:
         raise ValueError(f"{path}: {packed[0]} is still quantised ({model.state_dict()[packed[0]].dtype})")
-    _forget_quantiser(model)
+    model.is_quantized = False  # the weights are plain, and save_pretrained may write them
     _correct_tokenizer(tokenizer, metadata)
     _correct_ends(model, tokenizer, metadata)
     return model.eval(), tokenizer
@@ -260,16 +260,6 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key not in lists}
-
-
-def _forget_quantiser(model: Any) -> None:
-    """The weights are plain: nothing is left that would keep save_pretrained from writing them."""
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
@@ -289,24 +279,10 @@ def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    _correct_additions(tokenizer, metadata)
-
-
-def _correct_additions(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
-    """Tokens that the tokenizer puts before and after a text, where the file says which."""
-    ends = {name: metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos")}
-    plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    numbers = {name: getattr(tokenizer, f"{name}_token_id") for name in ends}
-    now = {"bos": whole[:1] == [numbers["bos"]], "eos": len(whole) > 1 and whole[-1:] == [numbers["eos"]]}
-    now = {name: now[name] and len(whole) > len(plain) for name in now}
-    asked = {name: now[name] if ends[name] is None else bool(ends[name]) for name in ends}
-    if asked == now:
-        return
-    tokens = {name: getattr(tokenizer, f"{name}_token") for name in ends}
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*([tokens["bos"]] if asked["bos"] else []), "$A", *([tokens["eos"]] if asked["eos"] else [])],
-        special_tokens=[(tokens[name], numbers[name]) for name in ends if asked[name]],
-    )
+    for name in ("bos", "eos"):  # what is put before and behind a text, where the file says it
+        if (added := metadata.get(f"tokenizer.ggml.add_{name}_token")) is not None:
+            setattr(tokenizer, f"add_{name}_token", bool(added))
+            tokenizer.update_post_processor()
 
 
 def _correct_ends(model: Any, tokenizer: Any, metadata: Mapping[str, Any]) -> None:

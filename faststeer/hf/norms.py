@@ -122,18 +122,16 @@ def unembedding_of(model: Any) -> nn.Module:
 def _final_norm(model: nn.Module) -> Norm | None:
     points, head = find_hook_points(model), unembedding_of(model)
     last = f"{points.layers}.{points.n_layers - 1}"
-    outside = [
-        (name, module) for name, module in model.named_modules() if not f"{name}.".startswith(f"{points.layers}.")
-    ]
+    outside = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(f"{points.layers}.")]
     with quiet(model):
-        calls = watch(model, [last, *(name for name, _ in outside if name)])
+        calls = watch(model, [last, *outside])
     end = calls[last].sent
-    read = next((calls[name].received for name, module in outside if module is head and name in calls), None)
+    read = next((calls[name].received for name in calls if model.get_submodule(name) is head), None)
     if read is None:
         raise ValueError(f"a forward pass of {type(model).__name__} does not reach its output embedding")
     if torch.equal(read, end):
         return None
-    for name, _ in outside:
+    for name in outside:
         call = calls.get(name)
         if call is not None and torch.equal(call.received, end) and torch.equal(call.sent, read):
             try:

@@ -8,7 +8,8 @@ decides at once, and a comparison of two prompts both ways decides the rest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -17,14 +18,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attach import is_steered
 from faststeer.hf.batching import forward_arguments, model_device, pad
 from faststeer.hf.cache import cache_argument, cache_in
+from faststeer.hf.hooks import read
 
 # Sharing is tried where it saves at least this part of the tokens, the comparison and its two prompts included.
 LEAST_SAVING = 0.2
 
 
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Common tokens and their keys and values by layer; without them, the empty prefix of whole prompts.
 
@@ -34,12 +38,16 @@ class Prefix:
             for each.
     """
 
-    def __init__(self, tokens: Sequence[int] = (), layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.tokens, self.layers = tokens, layers
+    tokens: Sequence[int] = ()
+    layers: Sequence[tuple[Tensor, Tensor]] = ()
 
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    def rows(self, numbers: Sequence[int]) -> Prefix:
+        """Return the prefix with a row for each of the numbers: the row of this number, or the one row of all."""
+        return Prefix(self.tokens, [(k, v) if len(k) == 1 else (k[numbers], v[numbers]) for k, v in self.layers])
 
     def arguments(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
         """Return the keyword arguments of a forward pass over whole prompts `rows` that computes no common token.
@@ -54,31 +62,23 @@ class Prefix:
         batch["position_ids"] += self.length
         batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (self.length, 0), value=1)
         arguments = forward_arguments(model, batch)
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), number)
+        cache = DynamicCache(
+            [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self.layers]
+        )
         return arguments | {"use_cache": True, cache_argument(model): cache}
 
 
 @torch.no_grad()
-def common_prefix(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    own: int,
-    pad_id: int,
-    read: Callable[[dict[str, Any]], Sequence[Tensor]],
-) -> Prefix:
-    """Return the prefix that all `rows` share, or the empty one where it saves little, changes what is read, or the
-    model is steered: then positions count from the end of prompts, which whole ones show.
+def common_prefix(model: Any, rows: Sequence[Sequence[int]], own: int, pad_id: int) -> Prefix:
+    """Return the prefix that all `rows` share, or the empty one where it saves little, changes what the model gives, or
+    the model is steered: then positions count from the end of prompts, which whole ones show.
+
+    `resid_post` of the shortest and of the longest prompt, in one batch, must be the same with and without sharing, up
+    to `rounding_bound`.
 
     Args:
         rows: token ids of whole prompts.
         own: how many tokens at each prompt's end are left to its own pass, because they are read.
-        read: runs the model with the keyword arguments and returns what is read, a tensor `[rows, ..., hidden]` for
-            each layer in order.
-
-    What is read of the shortest and of the longest prompt, in one batch, must be the same with and without sharing,
-    up to `rounding_bound`.
     """
     length = common_length(rows, own)
     ends = [min(rows, key=len), max(rows, key=len)]
@@ -86,15 +86,39 @@ def common_prefix(
     saved = length * (len(rows) - 1) - sum(map(len, ends)) - sum(len(row) - length for row in ends)
     if saved < LEAST_SAVING * sum(map(len, rows)) or is_steered(model):
         return Prefix()
-    layers = _layers_of(model, rows[0][:length])
-    if not layers:
+    known = inspect.signature(model.forward).parameters
+    if not isinstance(model, PreTrainedModel) or not {"use_cache", cache_argument(model)} <= set(known):
         return Prefix()
-    prefix = Prefix(rows[0][:length], layers)
-    whole, shared = ([x.double() for x in read(p.arguments(model, ends, pad_id))] for p in (Prefix(), prefix))
-    for layer, (a, b) in enumerate(zip(whole, shared, strict=True)):
-        if not bool(((a - b).norm(dim=-1) <= rounding_bound(model.dtype, layer) * a.norm(dim=-1)).all()):
-            return Prefix()
-    return prefix
+    tokens, points = rows[0][:length], find_hook_points(model)
+    cache = cache_in(model(**(Prefix().arguments(model, [tokens], pad_id) | {"use_cache": True})))
+    prefix = Prefix(tokens, keys_and_values(cache))
+    if len(prefix.layers) != points.n_layers:
+        return Prefix()
+    readable = [layer for layer in range(points.n_layers) if points.has("resid_post", layer)]
+    with read(model, "resid_post", readable, list(range(-own, 0))) as taken:
+        model(**Prefix().arguments(model, ends, pad_id))
+        whole = dict(taken)
+        model(**prefix.arguments(model, ends, pad_id))
+    alike = all(near(taken[layer], whole[layer], rounding_bound(model.dtype, layer)) for layer in readable)
+    return prefix if alike else Prefix()
+
+
+def keys_and_values(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values in a cache by layer, from layer `first` on; none where one keeps anything else, such as a window
+    or a state."""
+    layers = cache.layers[first:] if isinstance(cache, DynamicCache) else []
+    plain = [
+        (layer.keys, layer.values)
+        for layer in layers
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+    ]
+    return plain if len(plain) == len(layers) else []
+
+
+def near(ours: Tensor, reference: Tensor, bound: float) -> bool:
+    """Return whether each row is within `bound` times the norm of its reference."""
+    ours, reference = ours.double(), reference.double()
+    return bool(((ours - reference).norm(dim=-1) <= bound * reference.norm(dim=-1)).all())
 
 
 def rounding_bound(dtype: torch.dtype, layer: int) -> float:
@@ -114,20 +138,3 @@ def common_length(rows: Sequence[Sequence[int]], own: int) -> int:
     pairs = zip(ordered[0], ordered[-1], strict=False)  # the first and the last in order differ where any two do
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return max(0, min(common, min(map(len, rows)) - own))
-
-
-def _layers_of(model: Any, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the tokens by layer; none where the model keeps anything else, such as a window or a state."""
-    known = inspect.signature(model.forward).parameters
-    if not isinstance(model, PreTrainedModel) or not {"use_cache", cache_argument(model)} <= set(known):
-        return []
-    batch = pad([tokens], 0, model_device(model))
-    cache = cache_in(model(**(forward_arguments(model, batch) | {"use_cache": True})))
-    if not isinstance(cache, DynamicCache):
-        return []
-    plain = [
-        (layer.keys, layer.values)
-        for layer in cache.layers
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
-    ]
-    return plain if len(plain) == len(cache.layers) else []

@@ -11,15 +11,16 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from itertools import takewhile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from faststeer.file_kinds import kind_of
 from faststeer.files import FormatError, read_json, read_text
 from faststeer.hf.batching import Prompt, encode, prompt_fault
+from faststeer.hf.prefix import common_length
 
+ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 TEXT_FIELDS = ("prompt", "instruction", "text", "goal", "question", "behavior", "query", "forbidden_prompt")
 CHAT_FIELDS = ("messages", "conversation", "chat")
 CONTRASTS = (("positive", "negative"), ("harmful", "harmless"))
@@ -61,7 +62,15 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
         return _prompts(data, path, field)
     if name is not None:
         raise FormatError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
-    return _READERS[path.suffix](text, path, field)
+    if path.suffix in (".csv", ".tsv"):
+        return _read_table(text, path, field)
+    # Only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator.
+    lines = [(n, line) for n, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        return [_prompt(_parse_json(line, path, n), f"{path}, line {n}", field) for n, line in lines]
+    if field is not None:
+        raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
+    return [line.strip() for _, line in lines]
 
 
 def load_contrast(
@@ -112,9 +121,8 @@ def post_instruction_positions(tokenizer: Any) -> list[int]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return [-1]
-    columns = zip(*(reversed(ids) for ids in encode(tokenizer, list(DISSIMILAR))), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return list(range(-common, 0)) or [-1]
+    behind = common_length([ids[::-1] for ids in encode(tokenizer, DISSIMILAR)], 0)
+    return list(range(-behind, 0)) or [-1]
 
 
 # Instructions that end in every way that tokenizers treat apart: letter, capital, digit, marks, bracket, quotation
@@ -134,10 +142,10 @@ DISSIMILAR = (
 
 
 def _read(path: Path) -> str:
-    if path.suffix != ".json" and path.suffix not in _READERS:
+    if path.suffix not in ENDINGS:
         kind = kind_of(path) if path.is_file() else None
         more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of .json, {', '.join(_READERS)}{more}")
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(ENDINGS)}{more}")
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}: {'a folder' if path.is_dir() else 'no such file'}")
     text = read_text(path)
@@ -203,21 +211,6 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
     return found
 
 
-def _read_lines(text: str, path: Path, field: str | None) -> list[Prompt]:
-    if field is not None:
-        raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
-    return [line.strip() for _, line in _lines(text)]
-
-
-def _read_json_lines(text: str, path: Path, field: str | None) -> list[Prompt]:
-    return [_prompt(_parse_json(line, path, number), f"{path}, line {number}", field) for number, line in _lines(text)]
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator.
-    return ((number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip())
-
-
 def _read_table(text: str, path: Path, field: str | None) -> list[Prompt]:
     rows = table_rows(text, path)
     first, header = next(rows)
@@ -253,11 +246,3 @@ def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
         raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
     if not n_cells:
         raise FormatError(f"{path} is empty: expected a header line and rows")
-
-
-_READERS: dict[str, Callable[[str, Path, str | None], list[Prompt]]] = {
-    ".jsonl": _read_json_lines,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".txt": _read_lines,
-}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import faststeer as fs
@@ -140,17 +141,27 @@ def test_the_time_left_waits_for_steps_and_weighs_them(monkeypatch):
     assert lines[5] == "Scoring: 10 of 100, about 12 s left" and len(lines) == 8
 
 
-def test_the_bar_of_a_terminal_waits_for_steps():
-    column = batching._Left(3, batching.Left(4, [5.0, 1.0, 1.0, 1.0]))
-    with batching.Progress(column, console=Console(file=io.StringIO(), force_terminal=True)) as bar:
-        number = bar.add_task("", total=4)
-        shown = []
+def test_the_bar_of_a_terminal_waits_for_steps(monkeypatch):
+    bars, now = [], iter(range(0, 1000, 70))
+    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(batching, "Progress", lambda *a, **k: bars.append(Progress(*a, **k)) or bars[0])
+    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
+    shown = []
+    with batching.progress_bar("Scoring", 4, True, weights=[5.0, 1.0, 1.0, 1.0], least=3) as advance:
         for _ in range(4):
-            bar.advance(number)
-            task = bar.tasks[0]
-            task.start_time = bar.get_time() - 70.0
-            shown.append(column.render(task).plain)
-    assert shown == ["", "", "about 10 s left", ""]
+            advance()
+            shown.append(bars[0].tasks[0].fields["left"])
+    assert shown == ["", "", "about 30 s left", ""]  # 210 s for 7 of 8
+
+
+def test_steps_finished_before_the_work_began_took_no_time(monkeypatch):
+    stream, now = io.StringIO(), iter(range(0, 1000, 20))
+    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=stream, width=100))
+    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
+    with batching.progress_bar("Answering", 100, True, least=2) as advance:
+        for finished in (90, 91, 92):
+            advance("x", finished)
+    assert stream.getvalue().splitlines() == ["x: 92 of 100, about 4 min left"]  # 60 s for 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from faststeer.hf import read
 from faststeer.hf.changes import Changes, Context, _half_undone, changing, is_changed
 from faststeer.hf.freeze import freeze
 from faststeer.hf.hook_points import quiet
-from faststeer.hf.known import forget
+from faststeer.hf.known import known_of
 from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.steering import is_steered
 from faststeer.observe import ablate, exchange_attention
@@ -94,7 +94,7 @@ def closing(iterator: Any) -> Iterator[Any]:
 
 def found_anew() -> fs.Steering:
     """Hook points and fusion, looked for in a model that is not known."""
-    forget(MODEL)
+    known_of(MODEL).structure = None
     return freeze(MODEL, RICH, "ov")
 
 

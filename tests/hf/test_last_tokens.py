@@ -18,8 +18,8 @@ from faststeer.hf.last_tokens import find_common, first_layer, last_tokens
 
 LAYERS = 4
 WINDOWED = {"gemma2", "gemma3"}  # a cache that forgets: no common tokens
-UNTIED = {"falcon"}  # layers that give more than hidden states: none is left out
-HYBRID = ["falcon_h1", "jamba", "lfm2", "mamba"]
+UNTIED = {"falcon"}  # layers that give a tuple: none is left out
+HYBRID = ["jamba", "lfm2", "mamba"]
 
 
 def prompts(common=24, count=8, longest=9, seed=0):
@@ -145,12 +145,12 @@ def test_layers_in_front_of_a_plan_run_once_for_each_prompt():
 def test_only_as_many_layers_are_kept_as_memory_allows(monkeypatch):
     subject, encoded = models.build("llama", num_hidden_layers=LAYERS), prompts()
     rows = rows_of(encoded, plans())
-    width = max(map(len, encoded)) - 24
+    width = max(map(len, encoded))
     monkeypatch.setattr(module, "STATES_BYTES", 2 * len(encoded) * width * models.HIDDEN * 4)
     whole, _ = run(subject, encoded, rows, batch_size=16, share=False)
     shared, _ = run(subject, encoded, rows, batch_size=16)
     assert_near(shared, whole, torch.float32)
-    assert set(find_common(subject, encoded, rows, (), 0, 12).begins.values()) == {0, 1, 3}
+    assert set(find_common(subject, encoded, rows, (), 0, 12).begins.values()) == {0, 2}
 
 
 def test_where_a_plan_begins():
@@ -199,7 +199,7 @@ def test_a_steered_model_is_run_whole():
     subject, encoded = models.model("llama"), prompts()
     rows = rows_of(encoded, plans(2))
     with fs.steer(subject, fs.Plan([fs.Add(models.direction(3), layers=0, positions="last")])):
-        assert find_common(subject, encoded, rows, (), 0, 12) is None
+        assert find_common(subject, encoded, rows, (), 0, 12).begins == {}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_steered_model_is_run_whole():
 def test_what_saves_little_is_run_whole(encoded, n_plans):
     subject = models.model("llama")
     some = [fs.Plan([fs.Add(models.direction(), layers=1, at="resid_post")])] * n_plans
-    assert find_common(subject, encoded, rows_of(encoded, some), (), 0, 12) is None
+    assert find_common(subject, encoded, rows_of(encoded, some), (), 0, 12).begins == {}
 
 
 def test_the_model_is_as_before_when_the_work_is_left_half_done():
@@ -226,11 +226,13 @@ def test_the_model_is_as_before_when_the_work_is_left_half_done():
     assert [dict(vars(layer)) for layer in subject.model.layers] == before
 
 
-def test_rows_that_fill_no_batch_begin_together():
-    """A row for each of 20 layers, or ten, and batches of 6; what begins at layer 0 stays apart."""
-    plan_of_row = list(range(20))
-    begins = module._together({plan: plan for plan in plan_of_row}, plan_of_row, 2, 6)
-    assert [begins[plan] for plan in plan_of_row] == [0, *[1] * 6, *[7] * 6, *[13] * 6, 19]
-    many = [plan for plan in plan_of_row for _ in range(10)]
-    begins = module._together({plan: plan for plan in plan_of_row}, many, 2, 6)
-    assert [begins[plan] for plan in plan_of_row] == [0, *(3 * (plan // 3) + 1 for plan in range(19))]
+def test_plans_begin_at_as_many_layers_as_their_rows_fill_batches():
+    """A plan for each of 20 layers, with one row or ten, and batches of 6; a plan in one layer begins there."""
+    subject, encoded = models.build("llama", num_hidden_layers=20), prompts(count=10)
+    layer_plans = [fs.Plan([fs.Add(models.direction(), layers=layer)]) for layer in range(20)]
+    for rows, layers in (
+        ([(0, plan) for plan in layer_plans], {0, 5, 10, 15}),
+        (rows_of(encoded, layer_plans)[10:], set(range(0, 20, 2))),
+        ([(0, layer_plans[18])] * 3, {18}),
+    ):
+        assert set(find_common(subject, encoded, rows, (), 0, 6).begins.values()) == layers

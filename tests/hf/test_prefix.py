@@ -75,7 +75,7 @@ def test_shared_equals_whole_prompts(name):
     read = reader(subject)
     for seed in range(3):
         rows = prompts(seed)
-        prefix = common_prefix(subject, rows, 2, 0, read)
+        prefix = common_prefix(subject, rows, 2, 0)
         assert prefix.length == (0 if name in WINDOWED else 24)
         oracle = exact(subject, rows)
         whole, shared = (torch.stack(read(p.arguments(subject, rows, 0))).double() for p in (Prefix(), prefix))
@@ -132,7 +132,7 @@ def test_a_model_that_counts_columns_is_run_on_whole_prompts():
         window_size=6, max_position_embeddings=128, initializer_range=0.25,
     )  # fmt: skip
     subject = GPTNeoForCausalLM(config).eval()
-    assert common_prefix(subject, prompts(0), 2, 0, reader(subject)).length == 0
+    assert common_prefix(subject, prompts(0), 2, 0).length == 0
 
 
 def test_a_model_that_looks_at_the_whole_length_is_run_on_whole_prompts():
@@ -145,7 +145,7 @@ def test_a_model_that_looks_at_the_whole_length_is_run_on_whole_prompts():
     )  # fmt: skip
     subject, rows = LlamaForCausalLM(config).eval(), prompts(0)
     rows = [row[: min(map(len, rows))] for row in rows]
-    assert common_prefix(subject, rows, 2, 0, reader(subject)).length == 0
+    assert common_prefix(subject, rows, 2, 0).length == 0
 
 
 def test_a_steered_model_is_run_on_whole_prompts():
@@ -154,7 +154,7 @@ def test_a_steered_model_is_run_on_whole_prompts():
     vector = torch.ones(32)
     for positions in ("all", "last", "prompt", "generated"):
         with fs.steer(subject, fs.Plan([fs.Add(vector, 1.0, layers="all", positions=positions)])):
-            prefix = common_prefix(subject, rows, 2, 0, read)
+            prefix = common_prefix(subject, rows, 2, 0)
             whole, shared = (torch.stack(read(p.arguments(subject, rows, 0))) for p in (Prefix(), prefix))
         torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-4)
 
@@ -169,7 +169,7 @@ def test_a_steered_model_is_run_on_whole_prompts():
 )
 def test_what_saves_little_is_not_shared(rows):
     subject = model("llama")
-    assert common_prefix(subject, rows, 2, 0, reader(subject)).length == 0
+    assert common_prefix(subject, rows, 2, 0).length == 0
 
 
 def test_models_not_of_transformers_are_run_on_whole_prompts():
@@ -184,4 +184,4 @@ def test_models_not_of_transformers_are_run_on_whole_prompts():
         def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None):
             raise AssertionError("not run")
 
-    assert common_prefix(Wrapper(model("llama")), prompts(0), 2, 0, lambda _: []).length == 0
+    assert common_prefix(Wrapper(model("llama")), prompts(0), 2, 0).length == 0

@@ -203,7 +203,7 @@ class LanguageModelJudge:
         if self._markup([chat])[0]:
             return []
         text = apply_template(self._tokenizer, chat, "prompt", f"a question of the judge {self.name!r}")
-        return encode_rendered(self._tokenizer, [text], by_hand=False)[0]
+        return encode_rendered(self._tokenizer, [text])[0]
 
     def __call__(self, prompts: Prompts, completions: Sequence[str], plans: AnswerPlans = None) -> list[Verdict]:
         asked = self.questions(prompts, completions)

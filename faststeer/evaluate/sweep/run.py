@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from faststeer.artefacts import fingerprint
 from faststeer.compile import compile_plan
@@ -32,7 +29,7 @@ from faststeer.evaluate.sweep.projections import packed, project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store
 from faststeer.generator import SamplingParams
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import TokenRow, check_evaluating, encode, forecast, padding_id, progress_lines
+from faststeer.hf.batching import TokenRow, check_evaluating, encode, forecast, padding_id, progress_bar
 from faststeer.plan import Plan
 from faststeer.version import versions
 
@@ -388,12 +385,6 @@ def _heartbeat(store: Store) -> Iterator[None]:
 def _shown(progress: bool | Callable[[Progress], None], total: int) -> Iterator[Callable[[int, str], None]]:
     if not isinstance(progress, bool):
         yield lambda answered, doing: progress(Progress(answered, total, doing))
-    elif not progress:
-        yield lambda answered, doing: None
-    elif not (console := Console(stderr=True)).is_terminal:
-        yield progress_lines(total, console, least=total // 4 + 1)  # the rows of a batch end at about the same time
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=console) as bar:
-            task = bar.add_task("Answering", total=total)
-            yield lambda answered, doing: bar.update(task, completed=answered, description=doing)
+    else:  # the rows of a batch end at about the same time
+        with progress_bar("Answering", total, progress, least=total // 4 + 1) as advance:
+            yield lambda answered, doing: advance(doing, answered)
