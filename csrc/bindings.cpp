@@ -54,5 +54,5 @@ PYBIND11_MODULE(_native, module) {
              "here, chosen.");
   module.def("launch_config", &faststeer::launch_config, "rows"_a, "hidden"_a, "itemsize"_a, "aligned"_a = true,
              "sm_count"_a = 132, "The launch configuration that the CUDA row kernels take for this shape.");
-  module.attr("Prepared") = faststeer::PreparedObject::type();
+  faststeer::bind_prepared(module);
 }

@@ -32,7 +32,7 @@ class Prepared {
   Prepared(uintptr_t run, py::object bank, py::object entries, py::object ranges, py::object rows,
            py::object gate_state, py::handle plain)
       : run_(reinterpret_cast<Run>(run)),
-        kept_(py::make_tuple(bank, entries, ranges, rows, gate_state)),
+        tensors_(py::make_tuple(bank, entries, ranges, rows, gate_state)),
         torch_(torch()) {
     const DLTensor vectors = view(bank, "bank");
     device_ = vectors.device;
@@ -115,7 +115,7 @@ class Prepared {
   }
 
   static const Torch& torch() {
-    static const Torch* const found = [] {  // never destroyed: Python may have ended before
+    static const Torch* const names = [] {  // never destroyed: Python may have ended before
       const py::module_ module = py::module_::import("torch");
       py::object tensor = module.attr("Tensor");
       const auto api = tensor.attr("__dlpack_c_exchange_api__").cast<py::capsule>();
@@ -124,7 +124,7 @@ class Prepared {
       return new Torch{tensor, module.attr("nn").attr("Parameter"), module.attr("empty_like"),
                        module.attr("is_grad_enabled"), table};
     }();
-    return *found;
+    return *names;
   }
 
   // A tensor as DLPack has it. A subclass may be none: nothing says what its memory means.
@@ -224,98 +224,60 @@ class Prepared {
   std::vector<bool> plain_;
   std::thread::id thread_ = std::this_thread::get_id();
   int64_t sites_ = 0, rows_ = 0, hidden_ = 0;
-  py::tuple kept_;  // while their memory is pointed to
+  py::tuple tensors_;  // while their memory is pointed to
   const Torch& torch_;
   DLDevice device_{};
   RowArguments arguments_{};  // of site 0, without x
 };
 
-// The Python type. Not by pybind11, whose calls look types up: that would cost as much as the rest.
-struct PreparedObject {
-  PyObject_HEAD Prepared prepared;
-
-  static PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
-    unsigned long long run;
-    PyObject *tables[5], *plain;
-    if (!PyArg_ParseTuple(args, "KOOOOOO", &run, tables, tables + 1, tables + 2, tables + 3, tables + 4, &plain)) {
-      return nullptr;
-    }
-    return call([&] {
-      const auto at = [&](int i) { return py::reinterpret_borrow<py::object>(tables[i]); };
-      Prepared prepared(run, at(0), at(1), at(2), at(3), at(4), plain);
-      PyObject* const self = type->tp_alloc(type, 0);
-      if (self == nullptr) throw py::error_already_set();
-      new (&of(self)) Prepared(std::move(prepared));
-      return py::reinterpret_steal<py::object>(self);
-    });
+// Its methods by CPython's own way of calling: pybind11's looks types up, which would cost as much as the rest. A method
+// gives None where it does not serve the site that its last argument names.
+template <class Function>
+PyObject* at_site(PyObject* self, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected,
+                  const Function& function) {
+  try {
+    if (count != expected) throw py::type_error("expected " + std::to_string(expected) + " arguments");
+    const int64_t site = PyLong_AsLongLong(args[count - 1]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    const auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+    const auto& prepared = *static_cast<const Prepared*>(holder.value_ptr());
+    return (prepared.serves(site) ? function(prepared, site) : py::none()).release().ptr();
+  } catch (const Unfit&) {
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+  return nullptr;
+}
 
-  static void end(PyObject* self) {
-    PyTypeObject* const type = Py_TYPE(self);
-    of(self).~Prepared();
-    type->tp_free(self);
-    Py_DECREF(type);
+inline PyObject* steer(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return at_site(self, args, count, 2,
+                 [&](const Prepared& prepared, int64_t site) { return prepared.steer(args[0], site); });
+}
+
+inline PyObject* add_steer_rmsnorm(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return at_site(self, args, count, 7, [&](const Prepared& prepared, int64_t site) -> py::object {
+    const float eps = PyFloat_AsDouble(args[3]), weight_offset = PyFloat_AsDouble(args[4]);
+    const bool fp32_weight = PyObject_IsTrue(args[5]) == 1;
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return prepared.add_steer_rmsnorm(args[0], args[1], args[2], eps, weight_offset, fp32_weight, site);
+  });
+}
+
+inline void bind_prepared(py::module_& module) {
+  py::class_<Prepared> type(module, "Prepared", "See faststeer.ops.prepare.");
+  type.def(py::init<uintptr_t, py::object, py::object, py::object, py::object, py::object, py::handle>());
+  static PyMethodDef methods[] = {
+      {"steer", reinterpret_cast<PyCFunction>(&steer), METH_FASTCALL, nullptr},
+      {"add_steer_rmsnorm", reinterpret_cast<PyCFunction>(&add_steer_rmsnorm), METH_FASTCALL, nullptr}};
+  for (PyMethodDef& method : methods) {
+    PyObject* const made = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &method);
+    type.attr(method.ml_name) = py::reinterpret_steal<py::object>(made);
   }
-
-  static PyObject* steer(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    return at_site(self, args, count, 2,
-                   [&](const Prepared& prepared, int64_t site) { return prepared.steer(args[0], site); });
-  }
-
-  static PyObject* add_steer_rmsnorm(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    return at_site(self, args, count, 7, [&](const Prepared& prepared, int64_t site) -> py::object {
-      const float eps = PyFloat_AsDouble(args[3]), weight_offset = PyFloat_AsDouble(args[4]);
-      const bool fp32_weight = PyObject_IsTrue(args[5]) == 1;
-      return prepared.add_steer_rmsnorm(args[0], args[1], args[2], eps, weight_offset, fp32_weight, site);
-    });
-  }
-
-  static py::object type() {
-    static PyMethodDef methods[] = {
-        {"steer", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&steer)), METH_FASTCALL, nullptr},
-        {"add_steer_rmsnorm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&add_steer_rmsnorm)), METH_FASTCALL,
-         nullptr},
-        {}};
-    static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&make)},
-                                  {Py_tp_dealloc, reinterpret_cast<void*>(&end)},
-                                  {Py_tp_methods, methods},
-                                  {}};
-    static PyType_Spec spec{"faststeer._native.Prepared", sizeof(PreparedObject), 0, Py_TPFLAGS_DEFAULT, slots};
-    return py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
-  }
-
- private:
-  static Prepared& of(PyObject* self) { return reinterpret_cast<PreparedObject*>(self)->prepared; }
-
-  // What a call gives at the site that its last argument names; None where it does not serve.
-  template <class Function>
-  static PyObject* at_site(PyObject* self, PyObject* const* args, Py_ssize_t count, Py_ssize_t expected,
-                           const Function& function) {
-    return call([&]() -> py::object {
-      if (count != expected) throw py::type_error("expected " + std::to_string(expected) + " arguments");
-      const int64_t site = PyLong_AsLongLong(args[count - 1]);
-      if (PyErr_Occurred()) throw py::error_already_set();
-      try {
-        if (of(self).serves(site)) return function(of(self), site);
-      } catch (const Unfit&) {
-      }
-      return py::none();
-    });
-  }
-
-  template <class Function>
-  static PyObject* call(const Function& function) {
-    try {
-      return function().release().ptr();
-    } catch (py::error_already_set& error) {
-      error.restore();
-    } catch (const py::builtin_exception& error) {
-      error.set_error();
-    } catch (const std::exception& error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return nullptr;
-  }
-};
+}
 
 }  // namespace faststeer

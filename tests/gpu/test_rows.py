@@ -47,6 +47,22 @@ def test_no_other_row_and_no_order_matters(kernels, dtype, rows):
 
 
 @EVERY_DTYPE
+@pytest.mark.parametrize("hidden", [111, 4096] if CUDA else [111])
+@pytest.mark.parametrize("rows", [1, 600] if CUDA else [7])
+def test_prepared_tables_give_the_bits_of_tables(dtype, hidden, rows):
+    case, backend = steered(MIXES, rows, hidden, DTYPES[dtype], DEVICE, seed=6), "cuda" if CUDA else "cpu"
+    bank, entries, ranges = case.tables[:3]
+    norm, tables = (case.weight, 1e-6, 0.0, False), (case.tables, case.rows, case.gate_state)
+    with torch.no_grad(), ops.backend(backend):
+        assert ops.takes_prepared(case.x)
+        prepared = ops.prepare(bank, entries, torch.stack((ranges, ranges)), case.rows, case.gate_state, [True, True])
+        assert torch.equal(bits(prepared.steer(case.x, 1)), bits(ops.steer(case.x, *tables)))
+        pair = prepared.add_steer_rmsnorm(case.x, case.residual, *norm, 1)
+        for one, other in zip(pair, ops.add_steer_rmsnorm(case.x, case.residual, *norm, *tables), strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+
+@EVERY_DTYPE
 @pytest.mark.parametrize("hidden", [111, 896] if CUDA else [111])
 @pytest.mark.parametrize("start", [1, 3, 200])
 def test_strided_and_unaligned_rows(backend, dtype, hidden, start):

@@ -165,7 +165,7 @@ def test_threads_are_served_each_their_own_rows():
 
 
 @torch.no_grad()
-def test_a_layer_that_is_compiled_by_itself_stays_compiled(monkeypatch):
+def test_a_layer_that_is_compiled_by_itself_stays_compiled():
     model, ids = models.build("llama"), models.tokens(2, 5)
     plan = fs.Plan([fs.Add(V, 0.7, layers="all")])
     with fs.steer(model, plan, path="hooks"):
@@ -174,9 +174,9 @@ def test_a_layer_that_is_compiled_by_itself_stays_compiled(monkeypatch):
     model.model.layers[1].compile(backend="eager", fullgraph=True)
     with fs.steer(model, plan, path="hooks"):
         model(ids)
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        for _ in range(2):
-            torch.testing.assert_close(model(ids).logits, expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(2):
+                torch.testing.assert_close(model(ids).logits, expected)
     torch._dynamo.reset()
 
 

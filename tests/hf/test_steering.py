@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from typing import Any
 
 import models
 import pytest
 import torch
+from class_outputs import note_class_outputs
 from placing import placed
 from test_architectures import close, far, generate, hand_hook, logits, rich_plan
 from test_hook_points import hooks_of
@@ -46,16 +46,7 @@ class Touched:
         module = model.get_submodule(modules.layers)[layer].get_submodule(getattr(modules, at))
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
-        self.kind, self.own = type(module), type(module).forward
-
-        @functools.wraps(self.own)
-        def forward(called: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = self.own(called, *args, **kwargs)
-            if called is module:
-                self.note(self.before, output)
-            return output
-
-        self.kind.forward = forward
+        self.restore = note_class_outputs(module, lambda output: self.note(self.before, output))
         self.handle = module.register_forward_hook(lambda _module, _args, output: self.note(self.after, output))
 
     @staticmethod
@@ -64,7 +55,7 @@ class Touched:
 
     def tokens(self) -> Tensor:
         """`[rows, tokens]`, those of all passes in order."""
-        self.kind.forward = self.own
+        self.restore()
         self.handle.remove()
         return (torch.cat(self.after, 1) != torch.cat(self.before, 1)).any(-1)
 

@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from class_outputs import note_class_outputs
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -39,14 +40,15 @@ class Columns:
         self._layer = layer.self_attn
 
     def watch(self) -> Columns:
-        """Called inside of the context: one hook in front of ours, one behind."""
+        """Called inside of the context: notes what the module's class computes, and what a hook of the module sees."""
         before: list[Tensor] = []
-        front = self._layer.register_forward_hook(lambda m, a, out: before.append(out[0].clone()), prepend=True)
+        restore = note_class_outputs(self._layer, lambda out: before.append(out[0].clone()))
 
         def behind(module: nn.Module, args: Any, out: Any) -> None:
             self.passes.append((out[0] != before.pop()).any(-1).int().tolist())
 
-        self._handles = front, self._layer.register_forward_hook(behind)
+        handle = self._layer.register_forward_hook(behind)
+        self._undos = restore, handle.remove
         return self
 
     def row(self, row: int = 0) -> list[int]:
@@ -59,8 +61,8 @@ def steered(model: nn.Module, base: nn.Module, plans: Any, act: Callable[[Any], 
     with torch.no_grad(), fs.steer(model, plans, **more) as steering:
         columns.watch()
         act(steering)
-    for handle in columns._handles:
-        handle.remove()
+    for undo in columns._undos:
+        undo()
     return columns
 
 
@@ -233,8 +235,8 @@ def test_latched_gates_of_chats_in_turn(model):
             for which, step in enumerate(steps):
                 step()
                 both[which].append(columns.passes[-1][0][-1])
-        for handle in columns._handles:
-            handle.remove()
+        for undo in columns._undos:
+            undo()
     assert both == [[1, 1, 1], [0, 0, 0]]
 
 
@@ -257,8 +259,8 @@ def test_a_cache_that_was_filled_elsewhere(model):
             steering.set_prompt(5)
             with pytest.raises(ValueError, match="latched gates"):
                 model(after, **copy.deepcopy(cache))
-    for handle in columns._handles:
-        handle.remove()
+    for undo in columns._undos:
+        undo()
 
 
 def test_a_cache_whose_rows_became_more_or_fewer(model):
@@ -276,8 +278,8 @@ def test_a_cache_whose_rows_became_more_or_fewer(model):
         cache.batch_select_indices(torch.tensor([0, 1, 3]))
         with pytest.raises(ValueError, match="the batch has 3 rows, but 4 when its prompt was read"):
             model(models.tokens(3, 1), **models.cached(model, cache))
-    for handle in columns._handles:
-        handle.remove()
+    for undo in columns._undos:
+        undo()
 
 
 def test_a_cache_that_was_cropped_into_its_prompt(model):
@@ -293,8 +295,8 @@ def test_a_cache_that_was_cropped_into_its_prompt(model):
         columns = Columns(model.model.layers[1]).watch()
         model(tail, **models.cached(model, cache))
         assert columns.passes == [[[0, 1]]]
-    for handle in columns._handles:
-        handle.remove()
+    for undo in columns._undos:
+        undo()
 
 
 def test_sequences_one_after_another_in_a_row(model):
