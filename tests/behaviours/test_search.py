@@ -179,7 +179,8 @@ def child(folder, behaviour):
     os._exit(0)
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, behaviour, tmp_path):
+@pytest.mark.parametrize("number", range(5 if os.environ.get("FASTSTEER_TEST_PROFILE") == "full" else 1))
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, behaviour, tmp_path, number):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     rng, context = random.Random(seed), multiprocessing.get_context("fork")
