@@ -8,6 +8,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -32,15 +33,19 @@ _here: contextvars.ContextVar[tuple[EnteredContext, ...]] = contextvars.ContextV
 
 
 class EnteredContext:
-    """A steering that is entered: by whom, and who was there before."""
+    """A steering that is entered: by whom, and who was there before.
+
+    Attributes:
+        others: the threads that were there before, by their identifiers; they may not run the model.
+    """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread().name
-        self._before = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        self.others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
 
     def check(self) -> None:
         """Raise RuntimeError in a thread that did not enter the steering and was not started inside of it."""
-        if threading.get_ident() in self._before:
+        if threading.get_ident() in self.others:
             here = threading.current_thread().name
             raise RuntimeError(
                 f"the model is steered by the thread {self.thread!r}, and the thread {here!r} runs it, which was there "
@@ -92,12 +97,9 @@ def watch_passes(
     owner, (_, _, name) = points.owner(model), points.layers.rpartition(".")
     names = parameters(type(owner).forward)
 
-    def layers() -> list[Any]:
-        stack = owner._modules[name]
-        return [] if stack is None else list(stack._modules.values())
+    before = list(owner._modules[name]._modules.values())  # type: ignore[union-attr]
 
-    before = layers()
-
+    # In every step of decoding, so that it calls as little as it can.
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not changes.live:  # leaving was interrupted more than once: this hook would have been the last to go
             changes.undo()
@@ -106,17 +108,17 @@ def watch_passes(
             # Read, so that a compiled graph is made anew when it changes: torch.compile does not look whether a module
             # that had no hooks has some now.
             return
-        if not is_compiling():
+        if not (traced := is_compiling()):
             if module is not owner:
                 raise RuntimeError(
                     "a replica of the steered model runs (DataParallel): replicas cannot be steered; run the model on "
                     "one device, or load it with a device_map"
                 )
-            if layers() != before:
+            if (stack := owner._modules[name]) is None or list(stack._modules.values()) != before:
                 raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
-            if passes.derived:
+            if get_ident() in entry.others and passes.derived:
                 entry.check()
-        passes.begin({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
+        passes.begin({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs, traced)
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passes.end(output)

@@ -190,13 +190,17 @@ class Passes:
         if self.plans.per_row or self.plans.program.positioned:
             raise ValueError(PACKED)
 
-    def begin(self, given: Mapping[str, Any]) -> None:
-        """A pass reaches the layers: derive each row's slot and position from its inputs, on the device."""
+    def begin(self, given: Mapping[str, Any], traced: bool) -> None:
+        """A pass reaches the layers: derive each row's slot and position from its inputs, on the device.
+
+        Args:
+            traced: by a compiler.
+        """
         self._set(None)
         self._thread.opening = None
         if self.plans.interrupted:
             raise RuntimeError(INTERRUPTED)
-        inputs = Inputs.of(given)
+        inputs = Inputs.of(given, traced)
         if self._given is not None:
             rows, stream, sequences = self._given
             if rows.shape[1] != inputs.batch * inputs.length:

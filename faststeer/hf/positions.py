@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from faststeer.hf.cache import cache_in, is_paged, length_of
 
@@ -36,14 +35,14 @@ class Inputs:
     recorded: bool  # a graph is made of what runs: what it reads must be made in it, or be there as long as it is
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Inputs:
+    def of(cls, given: Mapping[str, Any], traced: bool) -> Inputs:
         ids, cache = given.get("input_ids"), cache_in(given)
         tokens = _first_states(given) if ids is None else ids
         packed = given.get("cu_seq_lens_q") is not None or is_paged(cache)
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")
-        (batch, length, *_), device, traced = tokens.shape, tokens.device, is_compiling()
         recorded = traced or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
-        return cls(batch, length, device, cache, mask, position_ids, ids is not None, packed, traced, recorded)
+        shape, device = tokens.shape, tokens.device
+        return cls(shape[0], shape[1], device, cache, mask, position_ids, ids is not None, packed, traced, recorded)
 
     def past(self) -> int | Tensor | None:
         """Cached tokens. Of a static cache it may be a tensor: reading it would wait for a GPU. None: the cache is a

@@ -18,6 +18,7 @@ class RowPlans:
     """Plans in slots, one for all rows or one per row.
 
     Attributes:
+        program: the plans on the device where the layers begin; elsewhere are copies.
         plans: one, or one per row.
         per_row: which of the two.
     """
@@ -27,17 +28,13 @@ class RowPlans:
     ) -> None:
         self.plans, self.per_row = as_plans(plans)
         capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
-        self._programs = {home: Program(n_layers, hidden_size, capacity, home)}
+        self.program = Program(n_layers, hidden_size, capacity, home)
+        self._programs = {home: self.program}
         self._pool = SlotPool(self._change, self.program.plans)
         self._slots: dict[torch.device, Tensor] = {}  # per device [plans], the slot of each plan in the list
         self._changing = False
         self._expanded: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, batch and length
         self._load(self.plans, self.per_row)
-
-    @property
-    def program(self) -> Program:
-        """The plans on the device where the layers begin; elsewhere are copies."""
-        return next(iter(self._programs.values()))
 
     def on(self, device: torch.device) -> Program:
         """The plans on a device."""
