@@ -264,7 +264,7 @@ class Passes:
             self._adds[site] = self._add(site)
         return self._adds[site]
 
-    # What these two do in every step of decoding is as short as it can be, and calls nothing that is written in Python.
+    # These run at every site in every step of decoding, so that they do as little as they can.
 
     def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
         def steer(x: Tensor) -> Tensor:
