@@ -89,7 +89,8 @@ class Prepared {
     const RowShape shape = shape_of(x, arguments.x, "x");
     require(shape_of(residual, arguments.residual, "residual").dtype == shape.dtype, "residual");
     const DLTensor scale = view(weight, "weight", true);
-    require(scale.ndim == 1 && scale.shape[0] == hidden_ && contiguous(scale) && on_device(scale), "weight");
+    require(scale.ndim == 1 && scale.shape[0] == hidden_ && scale.data != nullptr, "weight");
+    require(contiguous(scale) && on_device(scale), "weight");
     arguments.weight = data<void>(scale);
     arguments.weight_dtype = dtype_of(scale, "weight");
     arguments.eps = eps;
@@ -197,6 +198,7 @@ class Prepared {
     for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
     require(seen.ndim >= 1 && seen.shape[seen.ndim - 1] == hidden_ && elements == rows_ * hidden_, name);
     require(contiguous(seen) && on_device(seen), name);
+    require(seen.data != nullptr || elements == 0, name);  // a tensor that stands for others has no memory
     rows = {data<void>(seen), hidden_};
     const int32_t type = seen.device.device_type == kDLCPU ? 0 : 1;
     return {rows_, hidden_, hidden_, dtype_of(seen, name), type, seen.device.device_id};

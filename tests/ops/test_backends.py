@@ -531,6 +531,11 @@ def test_prepared_tables_refuse_what_does_not_fit_them(backend):
     ):
         with torch.no_grad():
             assert prepared.steer(*wrong) is None
+    with torch.no_grad():  # tensors that stand for others have no memory
+        results = []
+        torch.func.functionalize(lambda inside: results.append(prepared.steer(inside, 1)))(x)
+        torch.func.vmap(lambda inside: results.append(prepared.steer(inside, 1)) or inside)(x.expand(2, *x.shape))
+        assert results == [None, None]
     assert prepared.steer(x, 1) is None, "gradients are on"
     with torch.no_grad():
         assert prepared.steer(x, 1) is not None
