@@ -1,6 +1,6 @@
 // A program's tables and where the rows of a pass stand, checked once, for calls at each site of the pass that do not go
 // through torch's dispatcher: what such a call costs the host grows with its arguments and with the code it touches.
-// Tensors are seen through the table of C functions that torch publishes for DLPack, which versions of torch share.
+// Tensors are read through the C functions that torch publishes for DLPack, so that one build serves every later torch.
 // For inference: there is no gradient, and no mode of torch sees the call.
 #pragma once
 
@@ -132,12 +132,12 @@ class Prepared {
   DLTensor view(py::handle tensor, const char* name, bool or_parameter = false) const {
     const py::handle type = py::type::handle_of(tensor);
     require(type.is(torch_.tensor) || (or_parameter && type.is(torch_.parameter)), name);
-    DLTensor seen;
-    if (torch_.api->dltensor_from_py_object_no_sync(tensor.ptr(), &seen) != 0) {
+    DLTensor layout;
+    if (torch_.api->dltensor_from_py_object_no_sync(tensor.ptr(), &layout) != 0) {
       PyErr_Clear();
       require(false, name);
     }
-    return seen;
+    return layout;
   }
 
   template <class T>
@@ -170,11 +170,11 @@ class Prepared {
   template <class T>
   T* table(py::handle tensor, const char* name, DLDataType dtype, std::initializer_list<int64_t> sizes,
            int32_t (&count)[2]) const {
-    const DLTensor seen = view(tensor, name);
-    fits(seen, name, dtype, sizes);
-    require(contiguous(seen), name);
-    for (int i = 0; i < 2; ++i) count[i] = static_cast<int32_t>(seen.shape[i]);
-    return data<T>(seen);
+    const DLTensor layout = view(tensor, name);
+    fits(layout, name, dtype, sizes);
+    require(contiguous(layout), name);
+    for (int i = 0; i < 2; ++i) count[i] = static_cast<int32_t>(layout.shape[i]);
+    return data<T>(layout);
   }
 
   static Dtype dtype_of(const DLTensor& tensor, const char* name) {
@@ -193,22 +193,22 @@ class Prepared {
   }
 
   RowShape shape_of(py::handle x, Rows& rows, const char* name) const {
-    const DLTensor seen = view(x, name);
+    const DLTensor layout = view(x, name);
     int64_t elements = 1;
-    for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
-    require(seen.ndim >= 1 && seen.shape[seen.ndim - 1] == hidden_ && elements == rows_ * hidden_, name);
-    require(contiguous(seen) && on_device(seen), name);
-    require(seen.data != nullptr || elements == 0, name);  // a tensor that stands for others has no memory
-    rows = {data<void>(seen), hidden_};
-    const int32_t type = seen.device.device_type == kDLCPU ? 0 : 1;
-    return {rows_, hidden_, hidden_, dtype_of(seen, name), type, seen.device.device_id};
+    for (int32_t i = 0; i < layout.ndim; ++i) elements *= layout.shape[i];
+    require(layout.ndim >= 1 && layout.shape[layout.ndim - 1] == hidden_ && elements == rows_ * hidden_, name);
+    require(contiguous(layout) && on_device(layout), name);
+    require(layout.data != nullptr || elements == 0, name);  // a tensor that stands for others has no memory
+    rows = {data<void>(layout), hidden_};
+    const int32_t type = layout.device.device_type == kDLCPU ? 0 : 1;
+    return {rows_, hidden_, hidden_, dtype_of(layout, name), type, layout.device.device_id};
   }
 
   py::object like(py::handle x, void*& memory) const {
-    py::object made = py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.empty_like.ptr(), x.ptr()));
-    if (!made) throw py::error_already_set();
-    memory = data<void>(view(made, "x"));
-    return made;
+    py::object result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.empty_like.ptr(), x.ptr()));
+    if (!result) throw py::error_already_set();
+    memory = data<void>(view(result, "x"));
+    return result;
   }
 
   void run(RowOp op, const RowShape& shape, const RowArguments& arguments) const {
@@ -277,8 +277,8 @@ inline void bind_prepared(py::module_& module) {
       {"steer", reinterpret_cast<PyCFunction>(&steer), METH_FASTCALL, nullptr},
       {"add_steer_rmsnorm", reinterpret_cast<PyCFunction>(&add_steer_rmsnorm), METH_FASTCALL, nullptr}};
   for (PyMethodDef& method : methods) {
-    PyObject* const made = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &method);
-    type.attr(method.ml_name) = py::reinterpret_steal<py::object>(made);
+    PyObject* const descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &method);
+    type.attr(method.ml_name) = py::reinterpret_steal<py::object>(descriptor);
   }
 }
 

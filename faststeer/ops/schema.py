@@ -97,30 +97,30 @@ def rows_of(table: Tensor, dimension: int, x: Tensor) -> int:
 def check(op: str, *arguments: Any) -> None:
     """Raise TypeError or ValueError unless the arguments of an operator fit each other (docs/kernels.md, 'Operators').
     They are in the order of its schema."""
-    given = dict(zip(ARGUMENTS[op], arguments, strict=True))
-    x, entries, rows, columns = given["x"], given["entries"], given["rows"], given.get("columns", 0)
+    by_name = dict(zip(ARGUMENTS[op], arguments, strict=True))
+    x, entries, rows, columns = by_name["x"], by_name["entries"], by_name["rows"], by_name.get("columns", 0)
     check_rows(x, "x")
-    check_table(given["bank"], "bank", (None, x.shape[1]), torch.float32, x)
+    check_table(by_name["bank"], "bank", (None, x.shape[1]), torch.float32, x)
     check_table(entries, "entries", (None, N_FIELDS), torch.int32, x)
     if not torch.compiler.is_compiling() and entries.storage_offset() % 4:
         raise ValueError("entries does not start at a multiple of 16 bytes: call .clone()")
-    check_table(given["ranges"], "ranges", (None, 2), torch.int32, x)
+    check_table(by_name["ranges"], "ranges", (None, 2), torch.int32, x)
     check_table(rows, "rows", (N_PLACES, rows_of(rows, 1, x)), torch.int32, x, contiguous=False)
-    if (gate_state := given["gate_state"]) is not None:
+    if (gate_state := by_name["gate_state"]) is not None:
         check_table(gate_state, "gate_state", (None, None), torch.bool, x)
-    if (scalars := given.get("scalars")) is not None:
+    if (scalars := by_name.get("scalars")) is not None:
         check_table(scalars, "scalars", (entries.shape[0], N_SCALARS), torch.float32, x)
     if columns < 0:
         raise ValueError(f"columns is {columns}: expected the number of probe columns, 0 for none")
-    if (probe := given.get("probe")) is not None:
+    if (probe := by_name.get("probe")) is not None:
         n_probed = rows_of(probe, 0, x) if op == "steer_pair_" else x.shape[0]
         check_table(probe, "probe", (n_probed, None), torch.float32, x)
-    if (residual := given.get("residual")) is not None:
+    if (residual := by_name.get("residual")) is not None:
         check_rows(residual, "residual", like=x)
-    if (weight := given.get("weight")) is not None:
+    if (weight := by_name.get("weight")) is not None:
         check_float(weight, "weight")
         check_table(weight, "weight", (x.shape[1],), weight.dtype, x)
-        if (offset := given["weight_offset"]) != 0 and not given["fp32_weight"]:
+        if (offset := by_name["weight_offset"]) != 0 and not by_name["fp32_weight"]:
             raise ValueError(f"weight_offset is {offset} without fp32_weight: no model rounds before adding it")
 
 
@@ -229,10 +229,10 @@ def _gradient(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     names = ARGUMENTS[op]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        given = dict(zip(names, inputs, strict=True))
-        leading = (given.get(name) for name in ("x", "residual", "weight"))
+        by_name = dict(zip(names, inputs, strict=True))
+        leading = (by_name.get(name) for name in ("x", "residual", "weight"))
         ctx.save_for_backward(*leading, *inputs[names.index("bank") : -1])
-        ctx.norm = inputs[3:6] if "weight" in given else (0.0, 0.0, False)
+        ctx.norm = inputs[3:6] if "weight" in by_name else (0.0, 0.0, False)
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
