@@ -237,7 +237,7 @@ def _png(chart: Chart) -> bytes:
     axes.grid(alpha=0.25)
     axes.set_ylim(*chart.range)
     if chart.unit == "share":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     (_lines if chart.kind == "lines" else _groups)(axes, chart)
     if chart.log:
         axes.set_xscale("log")
