@@ -28,8 +28,8 @@ from faststeer.extract.attribution import attribution, logit_difference
 from faststeer.extract.caa import answer_rows, caa_table
 from faststeer.extract.contrast import Contrast, Directions, contrast
 from faststeer.extract.sweep import (
+    CandidateTable,
     Cell,
-    Found,
     JudgeSelection,
     answer,
     cells,
@@ -282,7 +282,7 @@ def _contrast(job: _Job) -> Contrast:
     )
 
 
-def _find(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> tuple[Found, float]:
+def _find(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> tuple[CandidateTable, float]:
     """The table of a method's directions, and the seconds that it took to find it."""
     if method not in TRAINED:
         return _timed(lambda: _table(job, method, contrasts, dim))
@@ -290,7 +290,7 @@ def _find(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> t
     return Directions.of_vector(vector, contrasts.candidates.n_layers), seconds
 
 
-def _table(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> Found:
+def _table(job: _Job, method: str, contrasts: Contrast, dim: JudgeSelection) -> CandidateTable:
     """Directions of a method that trains nothing."""
     if method in CONTRAST:
         return getattr(contrasts, method)()
@@ -370,7 +370,9 @@ def answer_tokens(tokenizer: Any, behaviour: Behaviour) -> tuple[list[int], list
     return own
 
 
-def _scaled(method: str, table: Found, norms: Tensor, contrasts: Contrast, dim: JudgeSelection) -> Found:
+def _scaled(
+    method: str, table: CandidateTable, norms: Tensor, contrasts: Contrast, dim: JudgeSelection
+) -> CandidateTable:
     """The directions with the lengths of the difference in means; ACE's are its."""
     if method == "ace" or not isinstance(table, Directions):
         return table
@@ -380,7 +382,7 @@ def _scaled(method: str, table: Found, norms: Tensor, contrasts: Contrast, dim: 
     return table.scaled_like(norms[place : place + 1])
 
 
-def _select(job: _Job, method: str, table: Found) -> JudgeSelection:
+def _select(job: _Job, method: str, table: CandidateTable) -> JudgeSelection:
     job.say(f"{method}: choosing among its candidates")
     return select_by_judge(
         job.model,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from faststeer.evaluate.divergence import kl_on
 from faststeer.extract.sweep import (
-    Found,
+    CandidateTable,
     JsonFields,
     cells,
     check_layers,
@@ -69,7 +69,7 @@ class CosmicSelection(JsonFields):
 def select_cosmic(
     model: Any,
     tokenizer: Any,
-    found: Found,
+    candidates: CandidateTable,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
@@ -96,7 +96,7 @@ def select_cosmic(
     Ties go to the earlier layer, then position. Source: arXiv 2506.00085.
 
     Args:
-        found: candidates that point from negative to positive.
+        candidates: a table whose directions point from negative to positive.
         positive, negative: validation prompts, not those the candidates were extracted from.
         coefficients: with which a direction is added.
         layers: whose candidates are tried (all).
@@ -107,13 +107,13 @@ def select_cosmic(
             candidate with finite scores.
     """
     check_evaluating(model)
-    tried_layers, n_layers = check_layers(model, found, layers), found.n_layers
+    tried_layers, n_layers = check_layers(model, candidates, layers), candidates.n_layers
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: expected a part of the layers, above 0 and at most 1")
     sets = prompt_sets(rendered, positive=positive, negative=negative)
     sides = [encode(tokenizer, prompts, system, what=name) for name, prompts in sets.items()]
     settings: dict[str, Any] = {"pad_id": padding_id(tokenizer), "batch_size": batch_size, "progress": progress}
-    tried = cells(found, coefficients, tried_layers)
+    tried = cells(candidates, coefficients, tried_layers)
     plain = [_means(model, encoded, [None], range(n_layers), **settings)[0] for encoded in sides]  # [layers, hidden]
     cosines = torch.cosine_similarity(plain[0], plain[1], dim=-1)
     chosen_layers = sorted(cosines.argsort()[: max(round(share * n_layers), 1)].tolist())
@@ -136,7 +136,7 @@ def select_cosmic(
     best, relaxed = choose(table, fewest_first(("kl", "layer")), lambda row: (-row.score, row.layer, row.position or 0))
     if relaxed:
         warnings.warn(f"no candidate satisfies every constraint; given up: {', '.join(relaxed)}", stacklevel=2)
-    vector = chosen_vector(found, best, rule="cosmic", relaxed=list(relaxed), layers=chosen_layers)
+    vector = chosen_vector(candidates, best, rule="cosmic", relaxed=list(relaxed), layers=chosen_layers)
     return CosmicSelection(vector, best, tuple(table), tuple(chosen_layers), relaxed)
 
 

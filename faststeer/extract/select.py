@@ -18,7 +18,7 @@ import torch
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens, score_on
 from faststeer.extract.sweep import (
-    Found,
+    CandidateTable,
     JsonFields,
     cells,
     check_coefficients,
@@ -147,7 +147,7 @@ def check_refusal(
 def select(
     model: Any,
     tokenizer: Any,
-    candidates: Found,
+    candidates: CandidateTable,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     *,

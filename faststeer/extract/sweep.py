@@ -27,7 +27,7 @@ from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.vector import HookPoint, SteeringVector
 
-Found = Candidates | Directions
+CandidateTable = Candidates | Directions
 Work = Sequence[tuple[Sequence[Prompt], Plan | None]]  # lists of prompts, each to be answered under its own plan
 KEPT_BATCHES = 2  # of answers that are kept together: they fill batches, and few are lost when work is stopped
 EVERYWHERE: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "mlp_out")
@@ -55,7 +55,9 @@ def check_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
     return numbers
 
 
-def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence[int] | None = None) -> list[Cell]:
+def cells(
+    candidates: CandidateTable, coefficients: Sequence[float] = (1.0,), layers: Sequence[int] | None = None
+) -> list[Cell]:
     """Return every candidate that has a direction: positions in their order, layers ascending, coefficients innermost.
 
     A direction of ACE is not added but sets the projection: to the reference plus `coefficient` lengths to induce, plus
@@ -65,37 +67,39 @@ def cells(found: Found, coefficients: Sequence[float] = (1.0,), layers: Sequence
         ValueError: coefficients that are not positive, or no direction anywhere.
     """
     coefficients = check_coefficients(coefficients)
-    tried = set(range(found.n_layers) if layers is None else layers)
-    candidates: list[Cell] = []
-    exists, directions = found.exists(), found.directions.float()
+    tried = set(range(candidates.n_layers) if layers is None else layers)
+    listed: list[Cell] = []
+    exists, directions = candidates.exists(), candidates.directions.float()
     for index, layer in exists.nonzero().tolist():
         if layer not in tried:
             continue
-        position, direction = found.positions[index], directions[index, layer]
+        position, direction = candidates.positions[index], directions[index, layer]
         ablate = Plan([Ablate(direction, layers="all", at=EVERYWHERE)])
         for c in coefficients:
-            if isinstance(found, Directions) and found.method == "ace":
-                vector = found.vector(position, layer)
+            if isinstance(candidates, Directions) and candidates.method == "ace":
+                vector = candidates.vector(position, layer)
                 add, subtract = ace_plan(vector, c), ace_plan(vector, 1.0 - c)
             else:
-                add, subtract = (Plan([Add(direction, sign * c, layers=layer, at=found.at)]) for sign in (1.0, -1.0))
-            candidates.append(Cell(layer, position, c, add, subtract, ablate))
-    if not candidates:
+                add, subtract = (
+                    Plan([Add(direction, sign * c, layers=layer, at=candidates.at)]) for sign in (1.0, -1.0)
+                )
+            listed.append(Cell(layer, position, c, add, subtract, ablate))
+    if not listed:
         raise ValueError(
             "no candidate has a direction: both sets have the same mean everywhere; were the same prompts given twice?"
         )
-    return candidates
+    return listed
 
 
-def check_layers(model: Any, found: Found, layers: Iterable[int] | None) -> list[int]:
+def check_layers(model: Any, candidates: CandidateTable, layers: Iterable[int] | None) -> list[int]:
     """Return the layers whose candidates are tried, ascending; None means all of them.
 
     Raises:
         ValueError: candidates of a model with another number of layers, no layer, or one that the model does not have.
     """
     n_layers = hf.find_hook_points(model).n_layers
-    if n_layers != found.n_layers:
-        raise ValueError(f"the model has {n_layers} layers, the candidates {found.n_layers}: extract them from it")
+    if n_layers != candidates.n_layers:
+        raise ValueError(f"the model has {n_layers} layers, the candidates {candidates.n_layers}: extract them from it")
     return sorted(set(layer_numbers(layers, n_layers)))
 
 
@@ -162,9 +166,9 @@ def choose(
     )
 
 
-def chosen_vector(found: Found, row: Any, **how: Any) -> SteeringVector:
+def chosen_vector(candidates: CandidateTable, row: Any, **how: Any) -> SteeringVector:
     """Return a row's direction at its one layer, with how it was chosen and its scores in the provenance."""
-    vector = found.vector(row.position, row.layer)
+    vector = candidates.vector(row.position, row.layer)
     return replace(vector, provenance={**vector.provenance, "selection": {**how, "scores": row.to_dict()}})
 
 
@@ -215,7 +219,7 @@ class JudgeSelection(JsonFields):
 def select_by_judge(
     model: Any,
     tokenizer: Any,
-    found: Found,
+    candidates: CandidateTable,
     judge: Judge | str | Callable[..., Any],
     induce: Sequence[Prompt],
     suppress: Sequence[Prompt],
@@ -237,7 +241,7 @@ def select_by_judge(
     and the smaller coefficient.
 
     Args:
-        found: from `candidates`, a `Contrast` method, or any vector as `Directions.of_vector`.
+        candidates: from `extract.candidates`, a `Contrast` method, or any vector as `Directions.of_vector`.
         judge: a judge, its name, or a function from an answer to 1, -1 or 0 (`evaluate.judging.make`).
         induce: validation prompts that do not show the behaviour by themselves.
         suppress: validation prompts that do (or the same, for a behaviour with two poles).
@@ -252,7 +256,7 @@ def select_by_judge(
             judge that says something else.
     """
     sets = list(prompt_sets(rendered, induce=induce, suppress=suppress).values())
-    tried = cells(found, coefficients, check_layers(model, found, layers))
+    tried = cells(candidates, coefficients, check_layers(model, candidates, layers))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "batch_size": batch_size}
     settings["parts"] = parts
     reader = Reader.made(judge, coherent, model, tokenizer)
@@ -271,7 +275,7 @@ def select_by_judge(
         return row.both, both_ways, -row.layer, -(row.position or 0), -row.coefficient
 
     best = max(range(len(table)), key=order)
-    vector = chosen_vector(found, table[best], rule="judge")
+    vector = chosen_vector(candidates, table[best], rule="judge")
     before = {
         name: Rate(said.verdicts.count(sign), len(said.verdicts))
         for name, sign, said in (("induce", 1, plain[0]), ("suppress", -1, plain[1]))
