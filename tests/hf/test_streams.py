@@ -400,6 +400,57 @@ def test_two_tasks_of_one_thread(model):
     assert [bool(each) for each in asyncio.run(both())] == [False, True]
 
 
+def test_a_task_that_was_there_before_is_refused(model):
+    """One that is created inside is steered."""
+    ids = models.tokens(1, 4)
+
+    async def run() -> Tensor:
+        return model(ids).logits
+
+    async def all_of_them() -> list[object]:
+        entered, left = asyncio.Event(), asyncio.Event()
+
+        async def before() -> Tensor:
+            await entered.wait()
+            try:
+                return await run()
+            finally:
+                left.set()
+
+        async def steering() -> Tensor:
+            with fs.steer(model, plan()):
+                entered.set()
+                await left.wait()
+                return await asyncio.create_task(run())
+
+        tasks = [asyncio.create_task(before()), asyncio.create_task(steering())]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    refused, steered = asyncio.run(all_of_them())
+    assert isinstance(refused, RuntimeError) and "another task of this thread" in str(refused)
+    with fs.steer(model, plan()):
+        assert torch.equal(steered, model(ids).logits)
+        assert torch.equal(steered, asyncio.run(run())), "a loop that runs inside"
+
+
+def test_a_thread_is_not_taken_for_one_that_has_ended(model):
+    """The system gives an identifier again to threads that are started later."""
+    ids, entered, out = models.tokens(1, 4), threading.Event(), []
+    before = [threading.Thread(target=entered.wait) for _ in range(4)]
+    for thread in before:
+        thread.start()
+    with fs.steer(model, plan()):
+        entered.set()
+        for thread in before:
+            thread.join(60)
+        expected = model(ids).logits
+        for _ in before:
+            thread = threading.Thread(target=lambda: out.append(model(ids).logits))
+            thread.start()
+            thread.join(60)
+    assert len(out) == 4 and all(torch.equal(each, expected) for each in out)
+
+
 def test_a_thread_that_was_started_inside_is_steered(model):
     """As streamers do it; at the same time as another one of another prompt length."""
     prompts = [models.tokens(1, n, seed=n) for n in (3, 8)]
