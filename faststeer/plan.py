@@ -59,6 +59,9 @@ class Plan:
     def __init__(self, interventions: Iterable[Intervention] = ()) -> None:
         if isinstance(interventions, Intervention):
             interventions = [interventions]
+        if not isinstance(interventions, Iterable):
+            kind = type(interventions).__name__
+            raise TypeError(f"interventions is a {kind}: a Plan takes a list of {', '.join(KINDS)}, [] for nothing")
         self.interventions: tuple[Intervention, ...] = tuple(interventions)
         for i, intervention in enumerate(self.interventions):
             if not isinstance(intervention, Intervention):

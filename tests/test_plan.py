@@ -147,6 +147,12 @@ class TestPlan:
         ):
             fs.Plan([fs.Add(V, layers=0), bad])
 
+    def test_no_list(self):
+        with pytest.raises(
+            TypeError, match=r"interventions is a NoneType: a Plan takes a list of .*, \[\] for nothing"
+        ):
+            fs.Plan(None)
+
     @pytest.mark.parametrize(
         "other",
         [

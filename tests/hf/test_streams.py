@@ -308,6 +308,21 @@ def test_sequences_one_after_another_in_a_row(model):
             model(ids, position_ids=places, use_cache=False)
 
 
+def test_sequences_that_a_mask_of_four_dimensions_keeps_apart(model):
+    """Position ids begin anew between real tokens; padding in front of one sequence does not count."""
+    ids, sequence = models.tokens(1, 7), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    mask = (sequence[:, None] == sequence) & torch.ones(7, 7).tril().bool()
+    with torch.no_grad(), fs.steer(model, plan("last")):
+        with pytest.raises(ValueError, match="packed pass"):
+            model(ids, attention_mask=mask[None, None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+        padded = mask & (sequence == 1)
+        columns = Columns(model.model.layers[1]).watch()
+        model(ids, attention_mask=padded[None, None], position_ids=torch.tensor([[1, 1, 1, 0, 1, 2, 3]]))
+        assert columns.passes == [[[0, 0, 0, 0, 0, 0, 1]]]
+    for undo in columns._undos:
+        undo()
+
+
 @pytest.mark.parametrize(
     "plans",
     [plan("last"), [plan(), None], plan(when=fs.Gate(d(1), latched=True))],
