@@ -42,21 +42,22 @@ class EnteredContext:
 
     def __init__(self) -> None:
         thread = threading.current_thread()
-        self.thread, self._ident, self._task = thread.name, thread.ident, _task()
+        self.thread, self._ident = thread.name, thread.ident
         # A thread that is started inside may get the identifier of one that has ended: its object tells them apart.
         self._before = weakref.WeakSet(threading.enumerate()) - {thread}
         self.others = {each.ident for each in self._before}
+        self._tasks = _other_tasks()
 
     def may_be_other(self) -> bool:
         """Whether `check` may raise: what a pass asks first."""
-        return get_ident() in self.others or self not in _here.get()
+        return get_ident() in self.others or bool(self._tasks)
 
     def check(self) -> None:
-        """Raise RuntimeError in a thread or task that did not enter the steering and was not started inside of it."""
-        if get_ident() == self._ident and self not in _here.get() and _task() not in (None, self._task):
+        """Raise RuntimeError in a thread or task that was there before, and did not enter the steering."""
+        if self._tasks and get_ident() == self._ident and _task() in self._tasks:
             raise RuntimeError(
-                "the model is steered by another task of this thread: a plan acts for the task that enters steer(...) "
-                f"and for those that it creates inside; leave steer(...) before the other task runs, or {INSTEAD}"
+                "the model is steered by another task of this thread, and this one was there before: a plan acts for "
+                f"the task that enters steer(...) and for those that are created inside; {INSTEAD}"
             )
         if get_ident() in self.others and threading.current_thread() in self._before:
             here = threading.current_thread().name
@@ -67,12 +68,18 @@ class EnteredContext:
             )
 
 
-def _task() -> object | None:
+def _task() -> asyncio.Task[Any] | None:
     """The asyncio task that runs; None outside of one."""
     try:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
+
+
+def _other_tasks() -> weakref.WeakSet[asyncio.Task[Any]]:
+    """The tasks of this thread's loop but the one that runs."""
+    task = _task()
+    return weakref.WeakSet() if task is None else weakref.WeakSet(asyncio.all_tasks()) - {task}
 
 
 def is_steered(model: nn.Module) -> bool:

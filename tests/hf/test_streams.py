@@ -416,7 +416,7 @@ def test_two_tasks_of_one_thread(model):
 
 
 def test_a_task_that_was_there_before_is_refused(model):
-    """One that is created inside is steered."""
+    """One that is created later is steered, as threads are."""
     ids = models.tokens(1, 4)
 
     async def run() -> Tensor:
