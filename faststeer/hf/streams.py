@@ -324,25 +324,24 @@ def _checked_columns(columns: Any) -> int | Tensor:
 
 def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     """A stream whose prompt ends with this pass."""
-    shown = mask_of(inputs, past, mask)
-    if not inputs.traced and _is_packed(inputs, shown):
-        return Stream(None, PACKED)
-    return _stream(past + inputs.length, shown)
-
-
-def _is_packed(inputs: Inputs, mask: Mask | str | None) -> bool:
-    """Whether position ids begin anew between two real tokens. Beside a mask of two dimensions transformers takes a row
-    for one sequence whatever they are; one of four may keep the sequences apart."""
     ids = inputs.position_ids
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or isinstance(mask, str):
-        return False
-    anew = ids.diff(dim=1) < 0
-    if mask is None:
-        return bool(anew.any())
-    if mask.edge is None:
-        return False
+    if inputs.traced or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        packed = False
+    else:
+        packed = bool((ids.diff(dim=1) < 0).any())
+    if packed:
+        return Stream(None, PACKED)
+    return _stream(past + inputs.length, _of_one_sequence(inputs, mask_of(inputs, past, mask)))
+
+
+def _of_one_sequence(inputs: Inputs, mask: Mask | str | None) -> Mask | str | None:
+    """The mask; PACKED for one of four dimensions, which may keep sequences apart, where position ids begin anew between
+    two real tokens. Beside one of two dimensions transformers takes a row for one sequence whatever they are."""
+    ids = inputs.position_ids
+    if inputs.traced or not isinstance(mask, Mask) or mask.edge is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return mask
     real = mask.real != 0
-    return bool((anew & real[:, 1:] & real[:, :-1]).any())
+    return PACKED if bool(((ids.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()) else mask
 
 
 def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
