@@ -299,15 +299,6 @@ def test_a_cache_that_was_cropped_into_its_prompt(model):
         undo()
 
 
-def test_sequences_one_after_another_in_a_row(model):
-    ids, places = models.tokens(1, 7), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    with torch.no_grad():
-        with fs.steer(model, plan("last")), pytest.raises(ValueError, match="packed pass"):
-            model(ids, position_ids=places, use_cache=False)
-        with fs.steer(model, plan()):
-            model(ids, position_ids=places, use_cache=False)
-
-
 def test_sequences_that_a_mask_of_four_dimensions_keeps_apart(model):
     """Position ids begin anew between real tokens; padding in front of one sequence does not count."""
     ids, sequence = models.tokens(1, 7), torch.tensor([0, 0, 0, 1, 1, 1, 1])
@@ -321,6 +312,15 @@ def test_sequences_that_a_mask_of_four_dimensions_keeps_apart(model):
         assert columns.passes == [[[0, 0, 0, 0, 0, 0, 1]]]
     for undo in columns._undos:
         undo()
+
+
+def test_sequences_one_after_another_in_a_row(model):
+    ids, places = models.tokens(1, 7), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with torch.no_grad():
+        with fs.steer(model, plan("last")), pytest.raises(ValueError, match="packed pass"):
+            model(ids, position_ids=places, use_cache=False)
+        with fs.steer(model, plan()):
+            model(ids, position_ids=places, use_cache=False)
 
 
 @pytest.mark.parametrize(
