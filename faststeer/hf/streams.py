@@ -335,8 +335,8 @@ def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
 
 
 def _of_one_sequence(inputs: Inputs, mask: Mask | str | None) -> Mask | str | None:
-    """The mask; PACKED for one of four dimensions, which may keep sequences apart, where position ids begin anew between
-    two real tokens. Beside one of two dimensions transformers takes a row for one sequence whatever they are."""
+    """The mask; PACKED for one of four dimensions, which may keep sequences apart, where position ids begin anew
+    between two real tokens. Beside one of two dimensions transformers takes a row for one sequence all the same."""
     ids = inputs.position_ids
     if inputs.traced or not isinstance(mask, Mask) or mask.edge is None or not isinstance(ids, Tensor) or ids.ndim != 2:
         return mask
