@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faststeer.compile import orthonormal
 from faststeer.sparse import SparseVector
-from faststeer.vector import SteeringVector, check_direction, words_of
+from faststeer.vector import SteeringVector, check_direction, layers_text, whole_number, words_of
 
 Rule = Literal["magnitude", "effect", "paper", "code", "random"]
 RULES: tuple[Rule, ...] = ("magnitude", "effect", "paper", "code", "random")
@@ -33,7 +33,8 @@ def normalise(vector: SteeringVector, norm: float = 1.0) -> SteeringVector:
     Raises:
         ValueError: a norm that is not positive and finite.
     """
-    if not (math.isfinite(norm) and norm > 0):
+    norm = _number(norm, "norm")
+    if norm <= 0:
         raise ValueError(f"norm={norm!r}: expected a positive number")
     directions = {layer: norm * d / d.norm() for layer, d in _wide(vector).items()}
     return _made(vector, directions, {"normalise": norm}, scale="unit" if norm == 1 else "raw")
@@ -46,9 +47,12 @@ def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
     `seed` and the layer, not on which other layers there are.
 
     Raises:
-        ValueError: a negative seed.
+        ValueError: a seed that is negative or no whole number.
     """
-    directions = {}
+    directions, number = {}, whole_number(seed)
+    if number is None or number < 0:
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 on")
+    seed = number
     for layer in vector.layers:
         draw = torch.from_numpy(np.random.default_rng([seed, layer]).standard_normal(vector.hidden_size))
         length = vector[layer].detach().double().norm().cpu()
@@ -75,7 +79,7 @@ def orthogonalise(
     for other in others:
         if isinstance(other, SteeringVector):
             _same_place([vector, other])
-        elif other.shape[-1] != vector.hidden_size:
+        elif check_direction(other, "`against`", subspace=True).shape[-1] != vector.hidden_size:
             raise ValueError(f"`against` has hidden size {other.shape[-1]}, the vector {vector.hidden_size}")
     directions = {}
     for layer, direction in _wide(vector).items():
@@ -96,10 +100,10 @@ def combine(vectors: Sequence[SteeringVector], coefficients: Sequence[float]) ->
         ValueError: no vectors, another number of coefficients, different models, hook points, layers or hidden sizes,
             or a sum that is zero.
     """
+    vectors = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
+    coefficients = [_number(c, "a coefficient") for c in coefficients]
     if not vectors or len(vectors) != len(coefficients):
         raise ValueError(f"{len(vectors)} vectors and {len(coefficients)} coefficients: expected as many, at least one")
-    if not all(math.isfinite(c) for c in coefficients):
-        raise ValueError(f"coefficients {list(coefficients)}: expected finite numbers")
     _same_place(vectors, layers=True)
     wide = [_wide(vector) for vector in vectors]
     directions = {
@@ -124,6 +128,7 @@ def interpolate(
     """
     if path not in ("line", "arc"):
         raise ValueError(f"unknown path {path!r}: expected 'line' or 'arc'")
+    t = _number(t, "t")
     if path == "line":
         combined = combine([a, b], [1 - t, t])
     else:
@@ -159,7 +164,9 @@ class Cosines:
     values: Tensor
 
     def at(self, layer: int) -> dict[str, dict[str, float]]:
-        """One layer's table, `{name: {name: cosine}}`."""
+        """One layer's table, `{name: {name: cosine}}`. ValueError for a layer that is not among `layers`."""
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} is not compared: all vectors have the layers {layers_text(self.layers)}")
         rows = self.values[self.layers.index(layer)].tolist()
         return {name: dict(zip(self.names, row, strict=True)) for name, row in zip(self.names, rows, strict=True)}
 
@@ -173,8 +180,8 @@ def cosines(vectors: Mapping[str, SteeringVector]) -> Cosines:
     Raises:
         ValueError: no vectors, different models, hook points or hidden sizes, or no layer in common.
     """
-    if not vectors:
-        raise ValueError("no vectors to compare")
+    if not isinstance(vectors, Mapping) or not vectors:
+        raise ValueError(f"no vectors to compare in a {type(vectors).__name__}: expected {{name: vector}}")
     listed = list(vectors.values())
     _same_place(listed)
     layers = sorted(set.intersection(*(set(vector.layers) for vector in listed)))
@@ -311,12 +318,26 @@ def _made(
     return SteeringVector({layer: d.to(torch.float32) for layer, d in directions.items()}, **words)
 
 
+def _number(value: Any, what: str) -> float:
+    """A finite number of Python, NumPy or a tensor, as provenance can hold it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if isinstance(value, (str, bool)) or not math.isfinite(number):
+        raise ValueError(f"{what} is {value!r}: expected a finite number")
+    return number
+
+
 def _name(vector: SteeringVector | Tensor) -> str:
     return (vector.method or "vector") if isinstance(vector, SteeringVector) else f"tensor {list(vector.shape)}"
 
 
 def _same_place(vectors: Sequence[SteeringVector], *, layers: bool = False) -> None:
-    """Refuse vectors of different models, hook points, hidden sizes or (where asked) layers."""
+    """Refuse what is no vector, and vectors of different models, hook points, hidden sizes or (where asked) layers."""
+    for vector in vectors:
+        if not isinstance(vector, SteeringVector):
+            raise TypeError(f"a {type(vector).__name__} among the vectors: expected SteeringVectors")
     for name, values in (
         ("hook points", {vector.at for vector in vectors}),
         ("hidden sizes", {vector.hidden_size for vector in vectors}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -20,6 +20,8 @@ from faststeer.vector import (
     SteeringVector,
     check_direction,
     check_hook_point,
+    in_tables,
+    whole_number,
 )
 
 Direction = SteeringVector | Tensor
@@ -61,15 +63,17 @@ class Gate:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", _direction(self.direction, "the gate's direction"))
-        object.__setattr__(self, "threshold", _finite(self.threshold, "the gate's threshold"))
-        if isinstance(self.direction, Tensor) and not bool(self.direction.any()):
+        object.__setattr__(self, "threshold", float(_finite(self.threshold, "the gate's threshold")))
+        if isinstance(self.direction, Tensor) and not bool(in_tables(self.direction).any()):
             raise ValueError("the gate's direction is zero: every row has the same value there")
         if self.kind not in ("dot", "cosine"):
             raise ValueError(f"unknown gate kind {self.kind!r}: expected 'dot' or 'cosine'")
         if self.at is not None:
             check_hook_point(self.at)
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, numbers.Integral)):
-            raise ValueError(f"the gate's layer {self.layer!r} is no layer number")
+        if self.layer is not None:
+            if (layer := whole_number(self.layer)) is None:
+                raise ValueError(f"the gate's layer {self.layer!r} is no layer number")
+            object.__setattr__(self, "layer", layer)
         _switches(self, "above", "latched")
         if not self.latched and (self.layer is not None or self.at is not None):
             raise ValueError(
@@ -182,7 +186,8 @@ class Add(Intervention):
 
     def _check(self) -> None:
         object.__setattr__(self, "coefficient", _finite(self.coefficient, "Add's coefficient"))
-        if isinstance(self.direction, Tensor) and not self.direction.requires_grad and not bool(self.direction.any()):
+        direction = self.direction
+        if isinstance(direction, Tensor) and not direction.requires_grad and not bool(in_tables(direction).any()):
             raise ValueError(
                 "Add's direction is zero: adding it does nothing; check where it came from (to switch steering off, "
                 "use coefficient=0)"
@@ -355,13 +360,14 @@ def _positions(positions: object) -> str | int:
     if isinstance(positions, slice):
         if positions.step not in (None, 1):
             raise ValueError(f"positions={positions!r} has a step: {expected}")
-        for bound in (positions.start, positions.stop):
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
-                raise ValueError(f"positions={positions!r}: {expected}")
-        start, stop = ("" if bound is None else str(bound) for bound in (positions.start, positions.stop))
-        positions = f"[{start}:{stop}]"
-    if isinstance(positions, bool) or not isinstance(positions, (str, int)):
-        raise ValueError(f"positions={positions!r}: {expected}")
+        bounds = ["" if b is None else whole_number(b) for b in (positions.start, positions.stop)]
+        if None in bounds:
+            raise ValueError(f"positions={positions!r}: {expected}")
+        positions = f"[{bounds[0]}:{bounds[1]}]"
+    if not isinstance(positions, str):
+        if (position := whole_number(positions)) is None:
+            raise ValueError(f"positions={positions!r}: {expected}")
+        positions = position
     try:
         low, high = position_range(positions)
     except ValueError:
@@ -382,23 +388,29 @@ def _positions(positions: object) -> str | int:
 
 
 def _layers(layers: Layers) -> tuple[int, ...] | Literal["all"] | None:
-    if layers is None or layers == "all":
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return layers
-    if isinstance(layers, str) or not isinstance(layers, (numbers.Integral, Iterable)):
-        raise ValueError(f"layers={layers!r}: expected an int, several, a range or 'all'")
-    listed: list[Any] = list(islice(layers, MAX_LAYERS + 1)) if isinstance(layers, Iterable) else [layers]
-    if len(listed) > MAX_LAYERS:
+    if (layer := whole_number(layers)) is not None:
+        return (layer,)
+    # An array of another shape names no layers, and neither do the keys of a table.
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) == 1
+    if not several or isinstance(layers, (str, Mapping)):
+        raise ValueError(f"layers={layers!r}: expected an int, several, a range or 'all'; that is no layer number")
+    named: list[Any] = list(islice(layers, MAX_LAYERS + 1))  # type: ignore[arg-type]
+    if len(named) > MAX_LAYERS:
         raise ValueError(f"layers names more than {MAX_LAYERS:,} layers, more than any model has: name fewer")
-    for layer in listed:
-        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
-            raise ValueError(f"layers={layers!r}: {layer!r} is no layer number")
+    listed: list[int] = []
+    for each in named:
+        if (layer := whole_number(each)) is None:
+            raise ValueError(f"layers={layers!r}: {each!r} is no layer number")
+        listed.append(layer)
     if not listed:
         raise ValueError("layers is empty: an intervention that acts nowhere is a mistake")
     if len(set(listed)) < len(listed):
         raise ValueError(
             f"layers={layers!r} names a layer twice: put the intervention in the plan twice if it is to act twice"
         )
-    return tuple(int(layer) for layer in listed)
+    return tuple(listed)
 
 
 def _direction(direction: object, what: str, *, subspace: bool = False) -> Direction:
@@ -409,13 +421,16 @@ def _direction(direction: object, what: str, *, subspace: bool = False) -> Direc
 
 def _finite(value: object, what: str) -> Number:
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not bool(torch.isfinite(value.detach().float()).all()):
-            raise ValueError(f"{what} must be one finite number, got a tensor of shape {list(value.shape)}")
+        one = value.numel() == 1 and not (value.is_complex() or value.is_meta)
+        if not one or not bool(torch.isfinite(value.detach().float()).all()):
+            shown = float(value) if one else f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+            raise ValueError(f"{what} must be one finite number, got {shown}; the tables hold float32")
         return value.reshape(()) if value.requires_grad else float(value)
     # Finite in float32, which is what the tables hold.
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type]
-        raise ValueError(f"{what} must be a finite number, got {str(value)[:40]!r}; the tables hold float32")
+        kind = type(value).__name__
+        raise ValueError(f"{what} must be a finite number, got {str(value)[:40]!r} ({kind}); the tables hold float32")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -59,6 +59,9 @@ class Plan:
     def __init__(self, interventions: Iterable[Intervention] = ()) -> None:
         if isinstance(interventions, Intervention):
             interventions = [interventions]
+        if not isinstance(interventions, Iterable):
+            kind = type(interventions).__name__
+            raise TypeError(f"interventions is a {kind}: a Plan takes a list of {', '.join(KINDS)}, [] for nothing")
         self.interventions: tuple[Intervention, ...] = tuple(interventions)
         for i, intervention in enumerate(self.interventions):
             if not isinstance(intervention, Intervention):
@@ -98,8 +101,9 @@ class Plan:
     ) -> str:
         """The plan as JSON.
 
-        A SteeringVector found in `names` is written by that name; one that has a file (loaded or saved) by path and
-        SHA-256 of its content; others, bare tensors, and everything when `inline`, by value (safetensors in base64).
+        A SteeringVector found in `names` is written by that name; one that is what its file holds (loaded or saved) by
+        path and SHA-256 of its content; others, bare tensors, and everything when `inline`, by value (safetensors in
+        base64).
         """
         return json.dumps(_encode(self, names or {}, inline), indent=indent)
 
@@ -121,7 +125,11 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no plan at {path}: no such file")
-        return cls.from_json(read_text(path), folder=path.parent)
+        text = read_text(path)
+        try:
+            return cls.from_json(text, folder=path.parent)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
 
     @classmethod
     def from_json(
@@ -139,6 +147,8 @@ class Plan:
                 where in the plan.
             FileNotFoundError: a file that the plan names is not there.
         """
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"the plan's JSON is a {type(text).__name__}: expected a text; Plan.load reads a file")
         try:
             data = read_json(text)
         except ValueError as error:
@@ -263,9 +273,10 @@ def _encode_direction(
     for name, vector in names.items():
         if vector is direction:
             return {"name": name}
-    if direction.path is not None and direction.path.is_file() and _sha256(direction.path) == direction.sha256:
-        path = direction.path if folder is None else os.path.relpath(direction.path.resolve(), folder.resolve())
-        return {"path": str(path), "sha256": direction.sha256}
+    path = direction.path
+    if path is not None and path.is_file() and direction.is_in_file and _sha256(path) == direction.sha256:
+        path = path if folder is None else Path(os.path.relpath(path.resolve(), folder.resolve()))
+        return {"path": str(path), "sha256": str(direction.sha256)}
     return {"vector": base64.b64encode(direction.to_bytes()).decode()}
 
 

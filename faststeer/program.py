@@ -66,6 +66,10 @@ class Program:
     """
 
     def __init__(self, n_layers: int, hidden_size: int, capacity: Capacity, device: torch.device | str = "cpu") -> None:
+        if not isinstance(capacity, Capacity):
+            raise TypeError(
+                f"capacity is a {type(capacity).__name__}: expected faststeer.Capacity(slots, vectors, entries)"
+            )
         self.n_layers, self.hidden_size = n_layers, hidden_size
         self.capacity, self.device = capacity, torch.device(device)
         sites, entries = n_sites(n_layers), capacity.slots * capacity.entries

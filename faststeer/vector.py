@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,18 +40,30 @@ def check_hook_point(at: object) -> HookPoint:
     return at
 
 
+def whole_number(value: object) -> int | None:
+    """`value` as an int, also one of NumPy or a tensor; None for what is no whole number (a bool is none)."""
+    if isinstance(value, Tensor):
+        whole = value.ndim == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        return int(value) if whole else None
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
 def check_direction(direction: object, what: str, *, subspace: bool = False) -> Tensor:
     """Return `direction` as a floating tensor `[hidden]` (or `[k, hidden]` where `subspace`), refusing NaN, infinity
     and wrong shapes by name."""
     if not isinstance(direction, Tensor):
         try:
+            if isinstance(direction, np.ndarray):  # torch takes no reversed one, and none of the other byte order
+                direction = np.array(direction, dtype=direction.dtype.newbyteorder("="), order="C")
             direction = torch.as_tensor(direction)
         except (TypeError, ValueError, RuntimeError):
-            kind = type(direction).__name__
+            kind = " of ".join(map(str, (type(direction).__name__, *filter(None, [getattr(direction, "dtype", None)]))))
             raise TypeError(f"{what} is a {kind}: expected a tensor of shape [hidden] or a SteeringVector") from None
-    if direction.is_complex() or direction.layout != torch.strided:
-        kind = f"{direction.dtype}, {direction.layout}"
-        raise ValueError(f"{what} is {kind}: expected real numbers in a dense tensor (.real, .to_dense())")
+    if direction.is_complex() or direction.layout != torch.strided or direction.is_quantized or direction.is_nested:
+        kind = f"{direction.dtype}, {'nested' if direction.is_nested else direction.layout}"
+        raise ValueError(
+            f"{what} is {kind}: expected real numbers in a dense tensor (.real, .to_dense(), .dequantize())"
+        )
     if direction.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         direction = direction.float()
     allowed = (1, 2) if subspace else (1,)
@@ -59,7 +73,7 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
     if direction.is_meta:
         raise ValueError(f"{what} is on the meta device and holds no values: load it first")
     # As the tables will hold it: what overflows there would steer with infinity.
-    finite = torch.isfinite(direction.detach().float())
+    finite = torch.isfinite(in_tables(direction))
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise ValueError(
@@ -67,6 +81,11 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
             "that overflowed (try bfloat16 or float32)?"
         )
     return direction
+
+
+def in_tables(direction: Tensor) -> Tensor:
+    """The values that a program's tables and a vector's file hold: fp32."""
+    return direction.detach().float()
 
 
 def check_text(text: object, what: str) -> None:
@@ -96,8 +115,9 @@ class SteeringVector:
     `v[14]` is the direction of layer 14, `v.layers` lists its layers, and `14 in v` tells whether it has layer 14.
 
     Raises:
-        ValueError: no layers, negative layers, different hidden sizes, NaN or infinity, a zero direction, an unknown
-            hook point or scale, a layer from 10,000 on, a model or method that is no text.
+        TypeError: directions that are no `{layer: direction}`, a provenance that is no object of JSON.
+        ValueError: no layers, negative layers, different hidden sizes, NaN or infinity, a direction that is zero in
+            fp32, an unknown hook point or scale, a layer from 10,000 on, a model or method that is no text.
     """
 
     directions: Mapping[int, Tensor]
@@ -109,6 +129,7 @@ class SteeringVector:
     op: Literal["add", "ablate", "project", "clamp", "rotate"] | None = None
     path: Path | None = field(default=None, repr=False)  # the file it was last read from or written to
     sha256: str | None = field(default=None, repr=False)  # of that file's content then
+    _in_file: str | None = field(default=None, repr=False)  # SHA-256 of `to_bytes()` then
 
     def __post_init__(self) -> None:
         check_hook_point(self.at)
@@ -118,16 +139,23 @@ class SteeringVector:
             raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}, or None where it is open")
         for name in ("model", "method"):
             check_text(getattr(self, name), f"the vector's {name}")
+        _check_provenance(self.provenance)
+        if not isinstance(self.directions, Mapping):
+            kind = type(self.directions).__name__
+            raise TypeError(f"directions is a {kind}: expected {{layer: direction of shape [hidden]}}")
         if not self.directions:
             raise ValueError("a SteeringVector needs at least one layer: {layer: direction of shape [hidden]}")
         checked: dict[int, Tensor] = {}
-        for layer in sorted(self.directions):
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"layer {layer!r}: a SteeringVector's layers are integers counted from 0")
+        for key, values in self.directions.items():
+            layer = whole_number(key)
+            if layer is None or layer < 0:
+                raise ValueError(f"layer {key!r}: a SteeringVector's layers are integers counted from 0")
             if layer >= MAX_LAYERS:
                 raise ValueError(f"layer {layer}: expected a number below {MAX_LAYERS:,}, layers counted from 0")
-            direction = check_direction(self.directions[layer], f"the direction of layer {layer}")
-            if not direction.requires_grad and not bool(direction.any()):
+            if layer in checked:
+                raise ValueError(f"layer {layer} is named twice, as {key!r} and otherwise")
+            direction = check_direction(values, f"the direction of layer {layer}")
+            if not direction.requires_grad and not bool(in_tables(direction).any()):
                 raise ValueError(
                     f"the direction of layer {layer} is zero: it points nowhere; was the extraction given the same "
                     "prompts twice?"
@@ -138,7 +166,7 @@ class SteeringVector:
             raise ValueError(
                 f"the directions have different hidden sizes {sorted(sizes)}: all layers of one model have the same"
             )
-        object.__setattr__(self, "directions", checked)
+        object.__setattr__(self, "directions", dict(sorted(checked.items())))
 
     def __getitem__(self, layer: int) -> Tensor:
         try:
@@ -212,6 +240,13 @@ class SteeringVector:
         """Note the file that holds this vector, for plans that name it instead of holding the values."""
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "sha256", hashlib.sha256(data).hexdigest())
+        object.__setattr__(self, "_in_file", hashlib.sha256(self.to_bytes()).hexdigest())
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether the vector is still what `path` held when it was read or written: its values may have been changed in
+        place since, and `dataclasses.replace` keeps the path."""
+        return self._in_file is not None and self._in_file == hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the data") -> SteeringVector:
@@ -233,6 +268,15 @@ class SteeringVector:
             if len(set(layers)) < len(layers):
                 raise ValueError(f"it holds a layer twice: {', '.join(tensors)}")
             return cls(dict(zip(layers, tensors.values(), strict=True)), **said)
+
+
+def _check_provenance(provenance: object) -> None:
+    if not isinstance(provenance, Mapping):
+        raise TypeError(f"the vector's provenance is a {type(provenance).__name__}: expected an object of JSON, {{}}")
+    try:
+        json.dumps(dict(provenance), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"the vector's provenance is not JSON: {error}; give texts and numbers") from error
 
 
 def words_of(vector: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from strategies import randn, seeds
 
 import faststeer as fs
 from faststeer import algebra
-from faststeer.algebra import combine, cosines, interpolate, normalise, orthogonalise, sparsify
+from faststeer.algebra import combine, cosines, interpolate, normalise, orthogonalise, random_like, sparsify
 from faststeer.sparse import SparseVector
 from faststeer.vector import words_of
 
@@ -97,7 +97,15 @@ class TestLengthsAndSums:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: normalise(vector(), 0), "norm=0: expected a positive"),
+            (lambda: normalise(vector(), 0), "norm=0.0: expected a positive"),
+            (lambda: normalise(vector(), "1"), "norm is '1': expected a finite number"),
+            (lambda: random_like(vector(), 1.5), "seed=1.5: expected a whole number"),
+            (lambda: interpolate(vector(), vector(1), math.nan, "arc"), "t is nan: expected a finite number"),
+            (lambda: orthogonalise(vector(), torch.tensor(1.0)), r"`against` has shape \[\]"),
+            (lambda: orthogonalise(vector(), torch.full((HIDDEN,), math.nan)), "`against` has .* NaN"),
+            (lambda: cosines([vector()]), "in a list: expected {name: vector}"),
+            (lambda: cosines({"a": randn(0, HIDDEN)}), "a Tensor among the vectors"),
+            (lambda: cosines({"a": vector()}).at(99), "layer 99 is not compared: all vectors have the layers"),
             (lambda: combine([vector()], []), "1 vectors and 0 coefficients"),
             (lambda: combine([vector(), vector()], [1, -1]), "is zero"),
             (lambda: combine([vector()], [math.nan]), "finite"),
@@ -118,11 +126,25 @@ class TestLengthsAndSums:
                 "no layer in common",
             ),
         ],
-        ids="norm count zero nan hook model layers itself size none dependent path empty common".split(),  # noqa: SIM905
+        ids=(  # noqa: SIM905
+            "norm text seed t scalar nan_span list tensor layer count zero nan hook model layers itself size none "
+            "dependent path empty common"
+        ).split(),
     )
     def test_refused(self, make, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             make()
+
+    @pytest.mark.parametrize("number", [np.float32(2), np.int64(2), torch.tensor(2.0)], ids=lambda n: type(n).__name__)
+    def test_numbers_of_other_libraries_can_be_saved(self, number):
+        a, b = vector(0), vector(50)
+        for made, same in (
+            (normalise(a, number), normalise(a, 2)),
+            (combine(iter([a, b]), [number, 1]), combine([a, b], [2, 1])),
+            (interpolate(a, b, number), interpolate(a, b, 2)),
+        ):
+            assert made.to_bytes() == same.to_bytes()
+        assert random_like(a, np.int64(3)).to_bytes() == random_like(a, 3).to_bytes()
 
 
 def test_cosines():

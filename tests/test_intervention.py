@@ -39,10 +39,26 @@ class TestAccepted:
             ("all", [0, 1, 2, 3]),
             (np.int64(2), [2]),
             ((np.int32(-4), 2), [0, 2]),
+            (np.array([2, 0]), [0, 2]),
+            (torch.tensor([2, 0]), [0, 2]),
+            (torch.tensor(2), [2]),
             ({1, 3}, [1, 3]),
             ((i for i in (2, 1)), [1, 2]),
         ],
-        ids=["int", "from_the_end", "list", "range", "all", "numpy", "numpy_tuple", "set", "generator"],
+        ids=[
+            "int",
+            "from_the_end",
+            "list",
+            "range",
+            "all",
+            "numpy",
+            "numpy_tuple",
+            "numpy_array",
+            "tensor",
+            "tensor_0d",
+            "set",
+            "generator",
+        ],
     )
     def test_layers(self, layers, resolved):
         assert resolve_layers(fs.Add(V, layers=layers), 4) == resolved
@@ -81,6 +97,13 @@ class TestAccepted:
     def test_arrays_and_lists_as_directions(self):
         for direction in (np.ones(8), [1] * 8, torch.ones(8, dtype=torch.int32)):
             assert fs.Ablate(direction, layers=0).direction.is_floating_point()
+
+    def test_positions_and_gates_of_numpys_numbers_are_written_as_json(self):
+        gate = fs.Gate(V, np.float32(0.5), latched=True, layer=np.int64(0))
+        plan = fs.Plan([fs.Add(V, layers=2, positions=slice(np.int64(-3), None), when=gate)])
+        same = fs.Plan([fs.Add(V, layers=2, positions="[-3:]", when=fs.Gate(V, 0.5, latched=True, layer=0))])
+        assert fs.Plan.from_json(plan.to_json()) == plan == same
+        assert fs.Add(V, layers=2, positions=np.int8(-1)).position_range == (-1, 0)
 
     def test_trained_numbers_keep_their_graph(self):
         c = torch.tensor([2.0], requires_grad=True)
@@ -278,6 +301,10 @@ class TestRefused:
             (True, "no layer number"),
             ([0, "1"], "'1' is no layer number"),
             ([0, None], "None is no layer number"),
+            (np.array([0.0, 1.0]), "0.0.* is no layer number"),
+            (torch.tensor(1.5), "expected an int, several"),
+            (torch.zeros(2, 2, dtype=torch.int64), "expected an int, several"),
+            ({1: 2.0}, "layers={1: 2.0}: expected an int, several"),
         ],
         ids=str,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 
@@ -145,6 +146,12 @@ class TestPlan:
             TypeError, match=r"interventions\[1\] is a \w+: a Plan takes Add, Ablate, Project, Clamp, Rotate, Probe"
         ):
             fs.Plan([fs.Add(V, layers=0), bad])
+
+    def test_no_list(self):
+        with pytest.raises(
+            TypeError, match=r"interventions is a NoneType: a Plan takes a list of .*, \[\] for nothing"
+        ):
+            fs.Plan(None)
 
     @pytest.mark.parametrize(
         "other",
@@ -346,6 +353,21 @@ class TestPaths:
         else:
             assert fs.Plan.from_json(text) == plan
 
+    @pytest.mark.parametrize("how", ["in_place", "trained", "replaced"])
+    def test_a_vector_that_is_no_longer_what_its_file_holds_is_not_written_as_that_file(self, tmp_path, how):
+        v = fs.SteeringVector({2: randn(5, 8).requires_grad_(how == "trained")}, at="resid_pre", provenance={"n": 1})
+        v.save(tmp_path / "v.safetensors")
+        assert "path" in json.loads(fs.Plan([fs.Add(v)]).to_json())["interventions"][0]["direction"]
+        if how == "replaced":
+            v = dataclasses.replace(v, at="mlp_out")
+        else:
+            with torch.no_grad():
+                v[2].mul_(3)
+        plan = fs.Plan([fs.Add(v, 2.0)])
+        plan.save(tmp_path / "plan.json")
+        again = fs.Plan.load(tmp_path / "plan.json")
+        assert again == plan and again.interventions[0].direction.at == v.at
+
 
 class TestRefused:
     def test_the_plan_changed_here_is_valid_as_it_stands(self):
@@ -376,6 +398,15 @@ class TestRefused:
     def test_no_plan(self, text, message):
         with pytest.raises(ValueError, match=message):
             fs.Plan.from_json(text)
+
+    def test_no_text(self):
+        with pytest.raises(TypeError, match=r"JSON is a dict: expected a text; Plan\.load reads a file"):
+            fs.Plan.from_json({"format": "faststeer.plan/1"})
+
+    def test_a_file_is_named(self, tmp_path):
+        (tmp_path / "prompts.txt").write_text("Hello")
+        with pytest.raises(ValueError, match=r"prompts\.txt: the plan is no valid JSON"):
+            fs.Plan.load(tmp_path / "prompts.txt")
 
     @pytest.mark.parametrize(
         ("fields", "message"),

@@ -7,6 +7,7 @@ import pickle
 import struct
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -51,6 +52,21 @@ class TestVector:
         v = fs.SteeringVector({0: [1, 0, 2]})
         assert v[0].is_floating_point() and v[0].tolist() == [1, 0, 2]
 
+    @pytest.mark.parametrize(
+        "layer", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=lambda layer: type(layer).__name__
+    )
+    def test_layer_numbers_of_other_libraries(self, layer):
+        assert fs.SteeringVector({layer: randn(0, 4), 1: randn(1, 4)}).layers == (1, 3)
+
+    @pytest.mark.parametrize(
+        "array",
+        [np.arange(4.0)[::-1], np.arange(8.0)[::2], np.arange(4).astype(">f4"), np.broadcast_to(np.float16(2), 4)],
+        ids=["reversed", "strided", "big_endian", "expanded"],
+    )
+    def test_arrays_of_any_layout(self, array):
+        v = fs.SteeringVector({0: array})
+        assert fs.SteeringVector.from_bytes(v.to_bytes())[0].tolist() == array.tolist()
+
     def test_a_zero_direction_may_be_trained(self):
         assert fs.SteeringVector({0: torch.zeros(4, requires_grad=True)})[0].requires_grad
 
@@ -83,6 +99,19 @@ class TestVector:
                 "unknown hook point 'resid': expected one of resid_pre, attn_out",
             ),
             (lambda: fs.SteeringVector({0: randn(0, 4)}, scale="big"), "unknown scale 'big': expected 'raw' or 'unit'"),
+            (lambda: fs.SteeringVector({1: randn(0, 4), "2": randn(0, 4)}), "layer '2'"),
+            (lambda: fs.SteeringVector({1: randn(0, 4), torch.tensor(1): randn(0, 4)}), "layer 1 is named twice"),
+            (lambda: fs.SteeringVector(randn(0, 2, 4)), "directions is a Tensor: expected {layer"),
+            (lambda: fs.SteeringVector([randn(0, 4)]), "directions is a list: expected {layer"),
+            (lambda: fs.SteeringVector({0: torch.full((4,), 1e-60, dtype=torch.float64)}), "layer 0 is zero"),
+            (
+                lambda: fs.SteeringVector({0: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}),
+                r"qint8.*dense tensor.*\.dequantize",
+            ),
+            (lambda: fs.SteeringVector({0: torch.nested.nested_tensor([randn(0, 4)])}), "nested.*dense tensor"),
+            (lambda: fs.SteeringVector({0: randn(0, 4)}, provenance={"v": randn(0, 4)}), "provenance is not JSON"),
+            (lambda: fs.SteeringVector({0: randn(0, 4)}, provenance={1: 2, "a": 3}), "provenance is not JSON"),
+            (lambda: fs.SteeringVector({0: randn(0, 4)}, provenance=["a"]), "provenance is a list: expected an object"),
         ],
         ids=[
             "empty",
@@ -100,10 +129,21 @@ class TestVector:
             "sparse",
             "hook_point",
             "scale",
+            "mixed_layers",
+            "layer_twice",
+            "no_mapping",
+            "list",
+            "zero_in_float32",
+            "quantised",
+            "nested",
+            "provenance_tensor",
+            "provenance_keys",
+            "provenance_list",
         ],
     )
+    @pytest.mark.filterwarnings("ignore:.*(quantize|quantized|nested)")
     def test_refused(self, make, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             make()
 
 

@@ -43,7 +43,7 @@ from faststeer.hf.steering import is_steered
 from faststeer.intervention import Direction, Probe
 from faststeer.plan import Plan, Plans
 from faststeer.program import Capacity, SlotPool
-from faststeer.vector import SteeringVector
+from faststeer.vector import SteeringVector, whole_number
 
 
 class Engine:
@@ -89,19 +89,22 @@ class Engine:
         _check_model(model)
         config: Any = model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        max_length = min(1024, positions or 1024) if max_length is None else max_length
-        if max_batch < 1 or max_length < 2:
-            raise ValueError(f"max_batch is {max_batch}, max_length {max_length}: expected at least 1 and 2")
-        if positions is not None and max_length > positions:
-            raise ValueError(f"max_length is {max_length}, but the model has positions for {positions} tokens")
+        rows = whole_number(max_batch)
+        length = min(1024, positions or 1024) if max_length is None else whole_number(max_length)
+        if rows is None or length is None or rows < 1 or length < 2:
+            raise ValueError(
+                f"max_batch is {max_batch!r}, max_length {max_length!r}: expected whole numbers, at least 1 and 2"
+            )
+        if positions is not None and length > positions:
+            raise ValueError(f"max_length is {length}, but the model has positions for {positions} tokens")
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = max_length
+        self.max_length = length
         self._points = find_hook_points(model)
         self._fixed, self._capacity = capacity is not None, capacity or Capacity(1, 1, 1)
         self._frozen = freeze
         self._steering = self._steering_of(self._capacity)
         self._slots = SlotPool(self._steering.change, self._steering.loaded)
-        self._batch = self._fitting(model, max_batch, max_length)
+        self._batch = self._fitting(model, rows, length)
         self._busy = False
         on_gpu = self._batch.device.type == "cuda"
         self._steps: Steps = Graphs(self._batch) if on_gpu else EagerSteps(self._batch)
@@ -291,6 +294,12 @@ class Engine:
         if is_steered(self.model):
             raise RuntimeError("the model is being steered: leave that context and give plans= to generate")
         check_evaluating(self.model)
+        weight: Any = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        if (weight.dtype, weight.device) != (self._batch.dtype, self._batch.device):
+            raise RuntimeError(
+                f"the model is in {weight.dtype} on {weight.device} now, and this Engine was made for "
+                f"{self._batch.dtype} on {self._batch.device}: make another one"
+            )
 
     def _run(
         self, requests: list[Request], stops: Stops, probes: list[Probe], in_order: bool, shown: bool
@@ -393,7 +402,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     for source in (getattr(model, "generation_config", None), tokenizer):
         ends = getattr(source, "eos_token_id", None)
         if ends is not None:
-            return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+            return torch.as_tensor(ends).reshape(-1).tolist()  # a number, several, or a tensor of them
     return []
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from faststeer.engine.sampling import Mode
 from faststeer.generator import SamplingParams
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 from faststeer.plan import Plan, Plans, plans_for
+from faststeer.vector import whole_number
 
 T = TypeVar("T", int, float)
 
@@ -48,12 +51,16 @@ class Stops:
     """Where a completion ends: tokens, and strings in its text."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], stop: str | int | Sequence[str | int]) -> None:
-        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
-        for item in stops:
-            if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
+        tokens = list(ends)
+        self.strings: list[str] = []
+        for item in stop if _is_list(stop) else [stop]:  # type: ignore[union-attr]
+            if isinstance(item, str) and item:
+                self.strings.append(item)
+            elif (token := whole_number(item)) is not None and token >= 0:
+                tokens.append(token)
+            else:
                 raise ValueError(f"stop holds {item!r}: expected strings that are not empty, and token ids")
-        self.tokens = frozenset([*ends, *(item for item in stops if isinstance(item, int))])
-        self.strings = [item for item in stops if isinstance(item, str)]
+        self.tokens = frozenset(tokens)
         self._tokenizer = tokenizer
         # A token adds at least one byte (a special one none, hence some more): a stop string that ends with the newest
         # token began within this many.
@@ -116,11 +123,12 @@ def read_prompts(
 
 
 def _token_ids(prompt: Any) -> list[int] | None:
-    if isinstance(prompt, Tensor) and prompt.dim() == 1 and not prompt.is_floating_point():
-        return prompt.tolist()
-    if isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-        return list(prompt)
-    return None
+    if isinstance(prompt, (Tensor, np.ndarray)) and prompt.ndim == 1:
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (list, tuple)):
+        return None
+    ids = [whole_number(i) for i in prompt]
+    return None if None in ids else ids  # type: ignore[return-value]
 
 
 def read_plans(plans: Plans | None, n: int) -> list[Plan | None]:
@@ -144,16 +152,27 @@ def read_plans(plans: Plans | None, n: int) -> list[Plan | None]:
 
 def per_request(value: T | Sequence[T], n: int, name: str, low: T, high: float = math.inf) -> list[T]:
     """One number for all requests or one per request, each within [low, high]; whole ones where `low` is."""
-    kinds = (int,) if isinstance(low, int) else (int, float)
-    values: list[Any] = [value] * n if isinstance(value, (int, float)) else list(value)
+    whole = isinstance(low, int)
+    values: list[Any] = [value] * n if not _is_list(value) else list(value)  # type: ignore[arg-type]
     if len(values) != n:
         raise ValueError(f"{name} has {len(values)} numbers for {n} prompts: expected one for all, or one for each")
-    for i, number in enumerate(values):
-        if isinstance(number, bool) or not isinstance(number, kinds) or not low <= number <= high:
-            least = f"a whole number, at least {low}" if kinds == (int,) else f"at least {low}"
+    read: list[Any] = [whole_number(each) if whole else _real_number(each) for each in values]
+    for i, number in enumerate(read):
+        if number is None or not low <= number <= high:
+            least = f"a whole number, at least {low}" if whole else f"at least {low}"
             expected = least if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"{name}{'' if number is value else f'[{i}]'} is {number!r}: expected {expected}")
-    return values
+            raise ValueError(f"{name}{f'[{i}]' if _is_list(value) else ''} is {values[i]!r}: expected {expected}")
+    return read
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) == 1
+
+
+def _real_number(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
 
 
 def read_requests(
@@ -177,7 +196,9 @@ def read_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """A seed per request: those given; from one seed, seed + index; from None, torch's global generator."""
     if seed is None:
         return torch.randint(2**62, (n,)).tolist()
-    seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != n or not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in seeds):
+    first = whole_number(seed)
+    listed = map(whole_number, seed if _is_list(seed) else ())  # type: ignore[arg-type]
+    seeds = list(listed) if first is None else [first + i for i in range(n)]
+    if len(seeds) != n or not all(s is not None and -(2**63) <= s < 2**63 for s in seeds):
         raise ValueError(f"seed is {seed!r}: expected a whole number of 64 bits, or one for each of the {n} prompts")
-    return seeds
+    return seeds  # type: ignore[return-value]

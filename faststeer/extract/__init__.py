@@ -22,7 +22,7 @@ from faststeer.extract.dim import Candidates, candidates, dim
 from faststeer.extract.optimise import NTP, PO, BiPO, Recipe, RePS, Training, TrainingDiverged, train
 from faststeer.extract.pairs import Pair
 from faststeer.extract.sae import sae_feature
-from faststeer.extract.select import Filtered, RefusalRow, Selection, check_refusal, filter_prompts, select
+from faststeer.extract.select import RefusalRow, Selection, check_refusal, select
 from faststeer.extract.steered_pairs import steered_pairs
 from faststeer.extract.sweep import JudgeSelection, select_by_judge
 from faststeer.extract.unembedding import unembedding
@@ -42,7 +42,6 @@ __all__ = [
     "Contrast",
     "CosmicSelection",
     "Directions",
-    "Filtered",
     "JudgeSelection",
     "Pair",
     "RePS",
@@ -60,7 +59,6 @@ __all__ = [
     "check_refusal",
     "contrast",
     "dim",
-    "filter_prompts",
     "lat",
     "load_contrast",
     "load_prompts",

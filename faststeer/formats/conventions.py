@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from faststeer.files import FormatError
-from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point
+from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point, in_tables
 
 Format = Literal["faststeer", "gguf", "steering-vectors", "caa", "refusal_direction"]
 FORMATS: tuple[Format, ...] = ("faststeer", "gguf", "steering-vectors", "caa", "refusal_direction")
@@ -97,7 +97,7 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
     Raises:
         FormatError: what a SteeringVector refuses, naming the file.
     """
-    zero = [layer for layer, direction in directions.items() if not bool(direction.any())]
+    zero = [layer for layer, direction in directions.items() if not bool(in_tables(direction).any())]
     nonzero = {layer: direction for layer, direction in directions.items() if layer not in zero}
     if directions and not nonzero:
         raise FormatError(f"{what} holds only zeros: it points nowhere")

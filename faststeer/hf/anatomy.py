@@ -46,8 +46,13 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: K
     """
 
     def find() -> HookPoints:
+        _check_kind(model)
         with quiet(model):
-            return _confirm(model, _named(model, named), True) if named else _confirm(model, _find(model), False)
+            try:
+                return _confirm(model, _named(model, named), True) if named else _confirm(model, _find(model), False)
+            except ValueError:
+                _check_finite(model)
+                raise
 
     known = known or known_of(model)
     return known.get("hook points", find) if named is None else known.begin("hook points", find())
@@ -134,9 +139,27 @@ def run_four_tokens(model: nn.Module, second: int = 5) -> Tensor:
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-def _find(model: nn.Module) -> HookPoints:
+def _check_kind(model: nn.Module) -> None:
+    """Raise ValueError for a model that no pass can be made with."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models can be steered")
+    loads = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate does, layer by layer
+    if not loads and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} is on the meta device and holds no values: load its weights first")
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise ValueError if a module gives NaN or infinity, so that equal tensors are not seen to be equal."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for call in watch_calls(model, [f"{path}.{i}" for path, members in lists.items() for i in range(len(members))]):
+        if not bool(call.sent.isfinite().all()):
+            raise ValueError(
+                f"{type(model).__name__}: {call.name} gives NaN or infinity for four tokens, so that the model cannot "
+                "be steered: are its weights right? What overflows in float16 may not in bfloat16 or float32"
+            ) from None
+
+
+def _find(model: nn.Module) -> HookPoints:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     points = _find_layers(model, lists, "no ModuleList whose members pass one tensor from each to the next")
     return _with_branches(points, _find_branches(model, points))

@@ -3,6 +3,7 @@ have entered or may run the model."""
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import functools
 import threading
@@ -40,18 +41,45 @@ class EnteredContext:
     """
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread().name
-        self.others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        thread = threading.current_thread()
+        self.thread, self._ident = thread.name, thread.ident
+        # A thread that is started inside may get the identifier of one that has ended: its object tells them apart.
+        self._before = weakref.WeakSet(threading.enumerate()) - {thread}
+        self.others = {each.ident for each in self._before}
+        self._tasks = _other_tasks()
+
+    def may_be_other(self) -> bool:
+        """Whether `check` may raise: what a pass asks first."""
+        return get_ident() in self.others or bool(self._tasks)
 
     def check(self) -> None:
-        """Raise RuntimeError in a thread that did not enter the steering and was not started inside of it."""
-        if threading.get_ident() in self.others:
+        """Raise RuntimeError in a thread or task that was there before, and did not enter the steering."""
+        if self._tasks and get_ident() == self._ident and _task() in self._tasks:
+            raise RuntimeError(
+                "the model is steered by another task of this thread, and this one was there before: a plan acts for "
+                f"the task that enters steer(...) and for those that are created inside; {INSTEAD}"
+            )
+        if get_ident() in self.others and threading.current_thread() in self._before:
             here = threading.current_thread().name
             raise RuntimeError(
                 f"the model is steered by the thread {self.thread!r}, and the thread {here!r} runs it, which was there "
                 "before: a plan acts for the thread that enters steer(...) and for those that "
                 f"it starts inside; enter steer(...) in the thread that runs the model, or {INSTEAD}"
             )
+
+
+def _task() -> asyncio.Task[Any] | None:
+    """The asyncio task that runs; None outside of one."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+def _other_tasks() -> weakref.WeakSet[asyncio.Task[Any]]:
+    """The tasks of this thread's loop but the one that runs."""
+    task = _task()
+    return weakref.WeakSet() if task is None else weakref.WeakSet(asyncio.all_tasks()) - {task}
 
 
 def is_steered(model: nn.Module) -> bool:
@@ -116,7 +144,7 @@ def watch_passes(
                 )
             if (stack := owner._modules[name]) is None or list(stack._modules.values()) != before:
                 raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
-            if get_ident() in entry.others and passes.derived:
+            if entry.may_be_other() and passes.derived:
                 entry.check()
         passes.begin({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs, traced)
 

@@ -42,6 +42,8 @@ class Known:
 
 def known_of(model: nn.Module) -> Known:
     """What is known of a model: nothing, once a module was added, removed, replaced or given another `forward`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module, such as fs.load gives")
     now, known = structure(model), _by_model.get(model)
     if known is None or known.structure != now:
         known = _by_model[model] = Known(now)
@@ -55,11 +57,16 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def structure(model: nn.Module) -> Any:
-    """A value that is equal as long as a model's modules are the same, each with the same code."""
+    """A value that is equal as long as a model's modules are the same, each with the same code, and norms with the same
+    eps, which fused layers take for constant."""
     found, rest = [], [model]
     while rest:  # `named_modules` takes three times as long, and this is done whenever a model is steered
         module = rest.pop()
-        kind, children = type(module), module._modules
-        found.append((weakref.ref(module), id(own_attribute(module, "forward")), kind, id(kind.forward), *children))
+        kind, children, own = type(module), module._modules, vars(module)
+        eps = own.get("variance_epsilon", own.get("eps"))
+        eps = eps if isinstance(eps, float) else None
+        found.append(
+            (weakref.ref(module), id(own_attribute(module, "forward")), kind, id(kind.forward), eps, *children)
+        )
         rest += [child for child in children.values() if child is not None]
     return found

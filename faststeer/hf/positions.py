@@ -41,6 +41,8 @@ class Inputs:
         packed = given.get("cu_seq_lens_q") is not None or is_paged(cache)
         mask, position_ids = given.get("attention_mask"), given.get("position_ids")
         recorded = traced or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+        if tokens.ndim < 2:
+            raise ValueError(f"the tokens have shape {list(tokens.shape)}: expected [batch, tokens], ids.unsqueeze(0)")
         shape, device = tokens.shape, tokens.device
         return cls(shape[0], shape[1], device, cache, mask, position_ids, ids is not None, packed, traced, recorded)
 

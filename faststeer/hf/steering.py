@@ -292,6 +292,9 @@ class Steering(Context["Steering"]):
         Args:
             columns: the number of columns that belong to the prompt, padding on the left included: one for all rows, or
                 one per row. None: go back to taking a forward pass with an empty cache for a prompt.
+
+        Raises:
+            ValueError: no whole numbers from 0 on.
         """
         self.passes.streams.set(columns)
 

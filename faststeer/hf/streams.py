@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
+from faststeer.vector import whole_number
 
 UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
 CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
@@ -162,9 +163,9 @@ class Streams:
 
     def set(self, columns: int | Sequence[int] | None) -> None:
         """See `Steering.set_prompt`."""
+        begin = None if columns is None else _checked_columns(columns)
         self._by_cache.clear()
-        begin = columns if isinstance(columns, int) or columns is None else torch.as_tensor(columns, dtype=torch.int32)
-        self._set = None if columns is None else self._keep(None, Stream(begin))
+        self._set = None if begin is None else self._keep(None, Stream(begin))
 
     def given(self) -> Stream:
         """One for rows whose positions are given."""
@@ -309,6 +310,18 @@ class Streams:
                 gates &= rows.repeat_interleave(gates.shape[1] // len(kept))
 
 
+def _checked_columns(columns: Any) -> int | Tensor:
+    """A number of columns, or `[rows]` int32, as `set_prompt` was given it."""
+    one = whole_number(columns)
+    several = one is None and isinstance(columns, Iterable) and getattr(columns, "ndim", 1) == 1
+    numbers = [whole_number(each) for each in columns] if several else [one]
+    if not numbers or any(number is None or number < 0 for number in numbers):
+        raise ValueError(
+            f"set_prompt was given {columns!r}: expected a whole number of columns from 0 on, or one per row"
+        )
+    return torch.tensor(numbers, dtype=torch.int32) if several else numbers[0]  # type: ignore[return-value]
+
+
 def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     """A stream whose prompt ends with this pass."""
     ids = inputs.position_ids
@@ -318,7 +331,17 @@ def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
         packed = bool((ids.diff(dim=1) < 0).any())
     if packed:
         return Stream(None, PACKED)
-    return _stream(past + inputs.length, mask_of(inputs, past, mask))
+    return _stream(past + inputs.length, _of_one_sequence(inputs, mask_of(inputs, past, mask)))
+
+
+def _of_one_sequence(inputs: Inputs, mask: Mask | str | None) -> Mask | str | None:
+    """The mask; PACKED for one of four dimensions, which may keep sequences apart, where position ids begin anew
+    between two real tokens. Beside one of two dimensions transformers takes a row for one sequence all the same."""
+    ids = inputs.position_ids
+    if inputs.traced or not isinstance(mask, Mask) or mask.edge is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return mask
+    real = mask.real != 0
+    return PACKED if bool(((ids.diff(dim=1) < 0) & real[:, 1:] & real[:, :-1]).any()) else mask
 
 
 def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:

@@ -7,6 +7,7 @@ import itertools
 import math
 
 import models
+import numpy as np
 import pytest
 import torch
 from support import LIMITS, engine, generated, mixed, plan, prompts, tokens
@@ -649,6 +650,13 @@ def test_projections_end_with_the_last_token_read():
         ({"prompts": [[3]], "top_k": 2.5}, "top_k is 2.5"),
         ({"prompts": [[3]], "seed": "x"}, "seed is 'x'"),
         ({"prompts": [[3]], "stop": ""}, "stop holds ''"),
+        ({"prompts": [[3]], "stop": None}, "stop holds None"),
+        ({"prompts": [[3]], "stop": -1}, "stop holds -1"),
+        ({"prompts": [[3]], "seed": 1.5}, "seed is 1.5"),
+        ({"prompts": [[3]], "seed": True}, "seed is True"),
+        ({"prompts": [[3]], "max_new_tokens": None}, "max_new_tokens is None"),
+        ({"prompts": [[3]], "max_new_tokens": np.float32(2)}, r"max_new_tokens is np.float32\(2"),
+        ({"prompts": [[3]], "temperature": "hot"}, "temperature is 'hot'"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, message):
@@ -658,6 +666,36 @@ def test_bad_arguments_are_refused_before_anything_runs(arguments, message):
         made.generate(**arguments)
     assert unchanged(state(model), before)
     assert len(tokens(made.generate(prompts(), max_new_tokens=2))) == 8
+
+
+def test_numbers_of_other_libraries():
+    made, ids = engine("llama"), prompts((5, 3))
+    expected = tokens(made.generate(ids, max_new_tokens=[4, 3], temperature=0.5, seed=[7, 8], stop=[90]))
+    settings = {
+        "max_new_tokens": np.array([4, 3]), "temperature": np.float32(0.5), "seed": np.int64(7), "stop": np.array([90])
+    }  # fmt: skip
+    assert tokens(made.generate([np.array(ids[0]), torch.tensor(ids[1])], **settings)) == expected
+    assert (
+        tokens(made.generate(ids, max_new_tokens=torch.tensor(3)))[1]
+        == tokens(made.generate(ids[1:], max_new_tokens=3))[0]
+    )
+
+
+def test_end_tokens_as_a_tensor():
+    model = models.build("llama")
+    first = tokens(engine(model).generate(prompts((5,)), max_new_tokens=3))[0]
+    model.generation_config.eos_token_id = torch.tensor(first[1:2])
+    assert tokens(engine(model).generate(prompts((5,)), max_new_tokens=3)) == [first[: first.index(first[1])]]
+
+
+def test_a_model_that_was_cast_since_is_refused():
+    model = models.build("llama")
+    made = engine(model)
+    model.to(torch.float64)
+    with pytest.raises(
+        RuntimeError, match=r"in torch.float64 on cpu now.* made for torch.float32 on cpu: make another"
+    ):
+        made.generate([[3]])
 
 
 def test_a_plan_larger_than_the_capacity_is_refused():
@@ -680,6 +718,8 @@ def test_resid_mid_where_there_is_none():
         (lambda model: setattr(model.config, "layer_types", ["linear_attention"] * 2), {}, "linear_attention"),
         (lambda model: None, {"max_batch": 0}, "max_batch is 0"),
         (lambda model: None, {"max_length": 1}, "max_length 1"),
+        (lambda model: None, {"max_batch": 2.5}, "max_batch is 2.5"),
+        (lambda model: None, {"max_length": "16"}, "max_length '16'"),
         (lambda model: None, {"max_length": 4096}, "positions for 128"),
     ],
 )

@@ -99,6 +99,24 @@ def test_a_language_model_judge_reads_what_its_model_writes(judge_folder, model,
     assert all(v.failed for v in verdicts), "a random model says neither yes nor no"
 
 
+def test_a_judging_model_that_the_engine_refuses(tokenizer):
+    """`model.generate` answers then."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=1,
+        pad_token_id=2,
+    )  # fmt: skip
+    mamba = transformers.MambaForCausalLM(config).eval()
+    with pytest.raises(ValueError):
+        fs.Engine(mamba, tokenizer)
+    judge = LanguageModelJudge(mamba, tokenizer, form="harmbench", batch_size=2)
+    prompts, texts = ["Bake a cake", "Steal a bicycle", "Hi"], ["Sure", "No. " * 9, "Hello"]
+    for verdict, ids in zip(judge(prompts, texts), judge.questions(prompts, texts), strict=True):
+        new = judge.form.max_new_tokens
+        out = mamba.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)[0, len(ids) :]
+        assert verdict.raw == tokenizer.decode(out, skip_special_tokens=True)
+
+
 def test_a_guard_is_given_the_dialogue_by_its_own_template(judge_folder, tokenizer):
     judge = make(f"llamaguard:{judge_folder}")
     chat = [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "Hi"}]

@@ -63,9 +63,6 @@ DOORS: dict[str, Callable[..., Any]] = {
     "attribution": attributed,
     "ntp": lambda a, b, **how: trained(pairs_of(a), **how),
     "check_refusal": lambda a, b, **how: fs.extract.check_refusal(MODEL, TOKENIZER, a, b, token_ids=[5, 9], **how),
-    "filter_prompts": lambda a, b, **how: fs.extract.filter_prompts(
-        MODEL, TOKENIZER, a, b, token_ids=[5, 9], minimum=0, **how
-    ).to_dict(),
     "select": on_found(fs.extract.select, token_ids=[5, 9]),
     "select_cosmic": on_found(fs.extract.select_cosmic),
     "select_by_judge": on_found(fs.extract.select_by_judge, judged, max_new_tokens=3),
@@ -100,16 +97,6 @@ def test_prompts_of_both_kinds():
         encode(TOKENIZER, mixed, "Be kind")
     with pytest.raises(ValueError, match=r"positive\[1\] is a chat: rendered=True takes texts"):
         as_rendered([A[0], [{"role": "user", "content": A[1]}]], "positive")
-
-
-@pytest.mark.filterwarnings("ignore:the model does as expected")
-def test_what_was_filtered_needs_to_be_marked_no_more():
-    kept = fs.extract.filter_prompts(
-        MODEL, TOKENIZER, render(TOKENIZER, A), render(TOKENIZER, B), token_ids=[5, 9], rendered=True
-    )
-    assert torch.equal(
-        fs.extract.dim(MODEL, TOKENIZER, kept.harmful, kept.harmless)[1], fs.extract.dim(MODEL, TOKENIZER, A, B)[1]
-    )
 
 
 def test_a_sweep_of_rendered_prompts_is_another_one():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp, rel_entr
 
 from faststeer import SteeringVector
-from faststeer.extract import Candidates, candidates, filter_prompts, select
+from faststeer.extract import Candidates, candidates, select
 from faststeer.extract.select import RefusalRow, _choose, _row
 from faststeer.hf.batching import encode
 
@@ -246,38 +246,3 @@ def test_ties_go_to_the_earlier_layer_then_to_the_earlier_position():
 
 
 # The filter
-
-
-def scores_by_hand(prompts):
-    log_p = log_probabilities(EXACT, prompts)
-    outside = [i for i in range(log_p.shape[1]) if i not in BALANCED]
-    return logsumexp(log_p[:, BALANCED], axis=-1) - logsumexp(log_p[:, outside], axis=-1)
-
-
-def test_filter_keeps_what_the_model_refuses_and_what_it_answers():
-    prompts = HARMFUL + tiny_chat.HARMLESS
-    scores = scores_by_hand(prompts)
-    assert 2 <= sum(scores > 0) <= 8, "the prompts do not tell the two sides apart"
-    assert min(abs(scores)) > 1e-3, "rounding would decide"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = filter_prompts(MODEL, TOKENIZER, prompts, prompts, token_ids=BALANCED, minimum=2)
-    assert found.harmful == [prompt for prompt, value in zip(prompts, scores, strict=True) if value > 0]
-    assert found.harmless == [prompt for prompt, value in zip(prompts, scores, strict=True) if value < 0]
-    assert found.unfiltered == ()
-    kept = sum(scores > 0)
-    assert found.to_dict() == {
-        "harmful": {"kept": kept, "of": 10},
-        "harmless": {"kept": 10 - kept, "of": 10},
-        "unfiltered": [],
-    }
-
-
-def test_filter_keeps_a_set_whole_rather_than_too_small():
-    prompts = HARMFUL + tiny_chat.HARMLESS
-    refused = int(sum(scores_by_hand(prompts) > 0))
-    with pytest.warns(UserWarning, match=f"on only {refused} of 10 harmful prompts, fewer than {refused + 1}"):
-        found = filter_prompts(MODEL, TOKENIZER, prompts, prompts, token_ids=BALANCED, minimum=refused + 1)
-    assert found.harmful == prompts
-    assert "harmful" in found.unfiltered
-    assert found.to_dict()["harmful"] == {"kept": 10, "of": 10}

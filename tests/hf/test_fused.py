@@ -268,6 +268,16 @@ class TestContexts:
             with pytest.raises(RuntimeError, match="gradient checkpointing was switched on inside"):
                 model(ids)
 
+    def test_an_eps_that_was_changed_since_is_seen(self, model, ids):
+        """What was found once is found anew where it would not be true any more."""
+        for _ in range(2):
+            with fs.steer(model, self.plan, path="fused"):
+                fused = logits(model, ids)
+            with fs.steer(model, self.plan, path="hooks"):
+                torch.testing.assert_close(fused, logits(model, ids), rtol=1e-4, atol=1e-5)
+            for layer in model.model.layers:
+                layer.post_attention_layernorm.variance_epsilon = 0.5
+
     def test_under_autocast(self, model, ids):
         """Branches in bf16, residual stream in fp32."""
         found = []

@@ -295,6 +295,15 @@ class TestRefused:
 
         self.check(Flat(), f"Flat: no ModuleList whose members pass one tensor.*{self.HOW_TO_MEND}")
 
+    def test_no_values(self):
+        self.check(models.build("llama").to("meta"), "LlamaForCausalLM is on the meta device and holds no values")
+
+    def test_states_that_are_not_finite(self):
+        model = models.build("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+        self.check(model, r"LlamaForCausalLM: model\.layers\.1 gives NaN or infinity.*bfloat16 or float32")
+
     def test_lists_of_parts_are_no_layers(self):
         """As in XLM: a list of attentions and a list of MLPs."""
 

@@ -200,6 +200,24 @@ def test_set_prompt_per_row(model, ids):
         assert touched.tokens().int().argmax(1).tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("columns", [2.5, -1, "3", True, [2, 3.5], [], [[1, 2, 3]]], ids=repr)
+def test_set_prompt_takes_numbers_of_columns(model, columns):
+    steering = fs.steer(model, fs.Plan())
+    with pytest.raises(ValueError, match=r"set_prompt was given .*: expected a whole number of columns from 0 on"):
+        steering.set_prompt(columns)
+
+
+def test_what_is_no_capacity(model):
+    with pytest.raises(TypeError, match=r"capacity is a int: expected faststeer\.Capacity"):
+        fs.steer(model, fs.Plan(), capacity=5)
+
+
+@pytest.mark.parametrize("shape", [(5,), ()])
+def test_tokens_without_a_batch_are_refused(model, shape):
+    with fs.steer(model, fs.Add(d(), **HERE)), pytest.raises(ValueError, match=r"expected \[batch, tokens\]"):
+        model(torch.ones(shape, dtype=torch.int64))
+
+
 def test_set_prompt_holds_again_after_generate(model, ids):
     with fs.steer(model, fs.Add(d(), positions="last", **HERE)) as steering:
         steering.set_prompt(2)

@@ -299,6 +299,21 @@ def test_a_cache_that_was_cropped_into_its_prompt(model):
         undo()
 
 
+def test_sequences_that_a_mask_of_four_dimensions_keeps_apart(model):
+    """Position ids begin anew between real tokens; padding in front of one sequence does not count."""
+    ids, sequence = models.tokens(1, 7), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    mask = (sequence[:, None] == sequence) & torch.ones(7, 7).tril().bool()
+    with torch.no_grad(), fs.steer(model, plan("last")):
+        with pytest.raises(ValueError, match="packed pass"):
+            model(ids, attention_mask=mask[None, None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+        padded = mask & (sequence == 1)
+        columns = Columns(model.model.layers[1]).watch()
+        model(ids, attention_mask=padded[None, None], position_ids=torch.tensor([[1, 1, 1, 0, 1, 2, 3]]))
+        assert columns.passes == [[[0, 0, 0, 0, 0, 0, 1]]]
+    for undo in columns._undos:
+        undo()
+
+
 def test_sequences_one_after_another_in_a_row(model):
     ids, places = models.tokens(1, 7), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     with torch.no_grad():
@@ -398,6 +413,57 @@ def test_two_tasks_of_one_thread(model):
         return [await one, two]
 
     assert [bool(each) for each in asyncio.run(both())] == [False, True]
+
+
+def test_a_task_that_was_there_before_is_refused(model):
+    """One that is created later is steered, as threads are."""
+    ids = models.tokens(1, 4)
+
+    async def run() -> Tensor:
+        return model(ids).logits
+
+    async def all_of_them() -> list[object]:
+        entered, left = asyncio.Event(), asyncio.Event()
+
+        async def before() -> Tensor:
+            await entered.wait()
+            try:
+                return await run()
+            finally:
+                left.set()
+
+        async def steering() -> Tensor:
+            with fs.steer(model, plan()):
+                entered.set()
+                await left.wait()
+                return await asyncio.create_task(run())
+
+        tasks = [asyncio.create_task(before()), asyncio.create_task(steering())]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    refused, steered = asyncio.run(all_of_them())
+    assert isinstance(refused, RuntimeError) and "another task of this thread" in str(refused)
+    with fs.steer(model, plan()):
+        assert torch.equal(steered, model(ids).logits)
+        assert torch.equal(steered, asyncio.run(run())), "a loop that runs inside"
+
+
+def test_a_thread_is_not_taken_for_one_that_has_ended(model):
+    """The system gives an identifier again to threads that are started later."""
+    ids, entered, out = models.tokens(1, 4), threading.Event(), []
+    before = [threading.Thread(target=entered.wait) for _ in range(4)]
+    for thread in before:
+        thread.start()
+    with fs.steer(model, plan()):
+        entered.set()
+        for thread in before:
+            thread.join(60)
+        expected = model(ids).logits
+        for _ in before:
+            thread = threading.Thread(target=lambda: out.append(model(ids).logits))
+            thread.start()
+            thread.join(60)
+    assert len(out) == 4 and all(torch.equal(each, expected) for each in out)
 
 
 def test_a_thread_that_was_started_inside_is_steered(model):

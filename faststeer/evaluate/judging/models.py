@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from faststeer.artefacts import fingerprint
-from faststeer.engine import Engine
+from faststeer.evaluate.generate import generator
 from faststeer.evaluate.judging.formats import JudgeFormat, fill, read_format
 from faststeer.evaluate.judging.interface import AnswerPlans, Prompts, Verdict, last_user_text
 from faststeer.evaluate.refusal import refusal_score, refusal_tokens
+from faststeer.generator import Generator, SamplingParams
 from faststeer.hf.batching import Prompt, Rendered, batches, check_evaluating, encode, padding_id
 from faststeer.hf.encoding import apply_template, encode_rendered, has_template, markup_in
 from faststeer.hf.last_tokens import last_tokens
@@ -124,7 +125,7 @@ class Classifier:
 
 
 class LanguageModelJudge:
-    """A language model that is asked in one of FORMATS, greedily, batched through the Engine.
+    """A language model that is asked in one of FORMATS, greedily, in batches (`evaluate.generate.generator`).
 
     Args:
         model: name or folder, or the model itself with its `tokenizer`.
@@ -162,7 +163,8 @@ class LanguageModelJudge:
             )
         self._model, self._tokenizer, self.form, self.shows = model, tokenizer, form, form.shows
         self._concept, self._system, self._batch_size = concept, system, batch_size
-        self._engine: Engine | None = None
+        self._generator: Generator | None = None
+        self._room = 0  # tokens that it holds of a question and its answer
 
     @property
     def identity(self) -> str:
@@ -221,11 +223,12 @@ class LanguageModelJudge:
         written = [""] * len(asked)
         if fits:
             length = min(longest, positions)
-            if self._engine is None or self._engine.max_length < length:
-                self._engine = Engine(self._model, self._tokenizer, max_batch=self._batch_size, max_length=length)
-            answers = self._engine.generate([asked[i] for i in fits], max_new_tokens=room, progress=False)
-            for i, answer in zip(fits, answers, strict=True):
-                written[i] = answer.text
+            if self._generator is None or self._room < length:
+                model, tokenizer, rows = self._model, self._tokenizer, self._batch_size
+                self._generator = generator(model, tokenizer, max_batch=rows, max_length=length)
+                self._room = length
+            for answer in self._generator.complete([asked[i] for i in fits], sampling=SamplingParams(room)):
+                written[fits[answer.index]] = answer.text
         return written
 
 
