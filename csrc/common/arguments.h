@@ -7,19 +7,11 @@
 
 namespace faststeer {
 
-// Of a row.
-enum class Dtype : int32_t { FP32, FP16, BF16 };
-constexpr int N_DTYPES = 3;
+enum class Dtype : int32_t { FP32, FP16, BF16, INT32, BOOL, OTHER };
+constexpr int N_DTYPES = 3;  // of rows: the first ones
 
 enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
 constexpr int N_OPS = 6;
-
-// `[rows, hidden]`, each row contiguous; stride in elements.
-struct RowShape {
-  int64_t rows, hidden, stride;
-  Dtype dtype;
-  int32_t device_type, device_index;  // by torch's numbers
-};
 
 // Rows at a distance of `stride` elements.
 struct Rows {
@@ -43,12 +35,12 @@ struct RowArguments {
   int32_t hidden_size, probe_columns;
   float eps, weight_offset;
   bool fp32_weight;
-  Dtype weight_dtype;
+  Dtype dtype, weight_dtype;  // of the rows, and of the weight
   Tables tables;
 };
 
-// What each library exports as `faststeer_run`: run an op on rows on a device. Returns null, or what was wrong, until this
-// thread's next call. `size` is that of RowArguments: a library of other sources refuses.
-using Run = const char* (*)(int64_t size, RowOp op, const RowShape& shape, const RowArguments& arguments);
+// What each library exports as `faststeer_run`: run an op on a device, by torch's number of it. Returns null, or what was
+// wrong, until this thread's next call. `size` is that of RowArguments: a library of other sources refuses.
+using Run = const char* (*)(int64_t size, RowOp op, int32_t device, const RowArguments& arguments);
 
 }  // namespace faststeer

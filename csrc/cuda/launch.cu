@@ -5,8 +5,8 @@
 
 namespace faststeer {
 
-static Launched launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block, size_t shared_bytes,
-                       const RowArguments& arguments, cudaStream_t stream) {
+static cudaError_t launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block, size_t shared_bytes,
+                          const RowArguments& arguments, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = block;
@@ -19,11 +19,11 @@ static Launched launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block,
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments);
   const cudaError_t pending = cudaGetLastError();  // also clears it, so that it is not reported again elsewhere
-  return {error != cudaSuccess ? error : pending, config.gridDim, block};
+  return error != cudaSuccess ? error : pending;
 }
 
 template <typename T, int ELEMENTS, int VECTORS, int HIDDEN = 0>
-Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+cudaError_t launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
   const dim3 block(config.threads_per_row, config.rows_per_block);
   const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS, HIDDEN>::STASH;
   const auto with = [&](void (*kernel)(RowArguments)) {
@@ -43,12 +43,12 @@ Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments&
     case RowOp::LATCH:
       break;  // launch_row_for has it
   }
-  return {cudaErrorInvalidValue, {}, {}};
+  return cudaErrorInvalidValue;
 }
 
 // The configurations that choose_launch gives, and no others.
 template <typename T>
-Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+cudaError_t launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
   if (op == RowOp::LATCH) {
     const int64_t blocks = ceil_div(arguments.rows, LATCH_ROWS);
     return launch(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
@@ -71,9 +71,9 @@ Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments
     if (columns == FEWEST_COLUMNS) return launch_row_as<T, 1, FEWEST_COLUMNS>(op, config, arguments, stream);
     if (columns == MOST_COLUMNS) return launch_row_as<T, 1, MOST_COLUMNS>(op, config, arguments, stream);
   }
-  return {cudaErrorInvalidConfiguration, {}, {}};
+  return cudaErrorInvalidConfiguration;
 }
 
-template Launched launch_row_for<FASTSTEER_ROW_TYPE>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+template cudaError_t launch_row_for<FASTSTEER_ROW_TYPE>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
 
 }  // namespace faststeer

@@ -55,7 +55,7 @@ class CRow(ctypes.Structure):
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
         ("fp32_weight", ctypes.c_bool),
-        ("weight_dtype", _int32),
+        *((name, _int32) for name in ("dtype", "weight_dtype")),
         ("tables", CTables),
     ]
 
@@ -181,6 +181,7 @@ class Emulated:
         for name, tensor in (("weight", weight), ("normed", normed)):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape
+        a.dtype = DTYPES[x.dtype]
         if probe is not None:
             a.probe, a.probe_columns = probe.data_ptr(), probe.shape[1]
         if weight is not None:
@@ -190,7 +191,7 @@ class Emulated:
         wide += [t for t in (residual, normed) if t is not None]
         wide += [weight] if weight is not None and weight.dtype == x.dtype else []
         config = choose(*x.shape, x.element_size(), on_16_bytes(*wide), self.sm_count, self.asked)
-        _check(library().emulate_row(op, DTYPES[x.dtype], (_int32 * 4)(*config), ctypes.byref(a)))
+        _check(library().emulate_row(op, (_int32 * 4)(*config), ctypes.byref(a)))
 
     def _outputs(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Poisoned, so that what is not written shows."""
