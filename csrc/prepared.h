@@ -107,13 +107,10 @@ class Prepared {
       PyErr_Clear();
       require(false, name);
     }
-    return {static_cast<char*>(layout.data) + layout.byte_offset,
-            layout.ndim,
-            layout.shape,
-            layout.strides,
-            dtype_of(layout.dtype),
-            layout.device.device_type,
-            layout.device.device_id};
+    void* const data = static_cast<char*>(layout.data) + layout.byte_offset;
+    const DLDevice device = layout.device;
+    return {
+        data, layout.ndim, layout.shape, layout.strides, dtype_of(layout.dtype), device.device_type, device.device_id};
   }
 
   static Dtype dtype_of(DLDataType dtype) {

@@ -205,8 +205,8 @@ def _row_arguments(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
     tables = case.tables
     rows = (number for name in ("x", "residual", "hidden") for number in (addresses[name], HIDDEN))
     head = struct.pack("<10q", *rows, addresses["weight"], addresses["normed"], 0, ROWS)  # no probe
-    head += struct.pack("<iiff?xxxii4x", HIDDEN, 0, 1e-6, 0.0, False, 2, 2)  # 2: bf16
+    head += struct.pack("<iiff?xxxi", HIDDEN, 0, 1e-6, 0.0, False, 2)  # 2: bf16, of the weight
     counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0
     places, apart = addresses["rows"], case.rows.stride(0) * case.rows.itemsize
     pointers = *(addresses[name] for name in TABLES), places + apart, places + 2 * apart, 0
-    return head + struct.pack("<7Q5i", *pointers, *counts)
+    return head + struct.pack("<7Q5i4xi4x", *pointers, *counts, 2)

@@ -10,8 +10,7 @@ namespace faststeer {
 enum class Dtype : int32_t { FP32, FP16, BF16, INT32, BOOL, OTHER };
 constexpr int N_DTYPES = 3;  // of rows: the first ones
 
-enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
-constexpr int N_OPS = 6;
+enum class RowOp : int32_t { STEER, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
 
 // Rows at a distance of `stride` elements.
 struct Rows {
@@ -24,8 +23,8 @@ struct Rows {
   }
 };
 
-// hidden is x itself where the op is in place, and residual where a pair is steered, whose x is then cleared. A null or
-// empty probe is not written. latch_ has x, the tables and perhaps a residual.
+// hidden is residual itself where a pair is steered, whose x is then cleared. A null or empty probe is not written. latch_
+// has x, the tables and perhaps a residual.
 struct RowArguments {
   Rows x, residual, hidden;
   const void* weight;
@@ -35,8 +34,9 @@ struct RowArguments {
   int32_t hidden_size, probe_columns;
   float eps, weight_offset;
   bool fp32_weight;
-  Dtype dtype, weight_dtype;  // of the rows, and of the weight
+  Dtype weight_dtype;
   Tables tables;
+  Dtype dtype;  // of the rows; after the tables, which stand where a GPU reads two numbers at a time
 };
 
 // What each library exports as `faststeer_run`: run an op on a device, by torch's number of it. Returns null, or what was

@@ -31,21 +31,17 @@ inline int32_t torch_dtype(const Tensor& tensor) {
 
 inline Layout layout_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  const int32_t dtype = torch_dtype(tensor);
+  const int32_t number = torch_dtype(tensor);
+  const Dtype dtype = number == aoti_torch_dtype_float32()    ? Dtype::FP32
+                      : number == aoti_torch_dtype_float16()  ? Dtype::FP16
+                      : number == aoti_torch_dtype_bfloat16() ? Dtype::BF16
+                      : number == aoti_torch_dtype_int32()    ? Dtype::INT32
+                      : number == aoti_torch_dtype_bool()     ? Dtype::BOOL
+                                                              : Dtype::OTHER;
+  const auto n = static_cast<int32_t>(sizes.size());
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
-  return {tensor.data_ptr(),
-          static_cast<int32_t>(sizes.size()),
-          sizes.data(),
-          strides.data(),
-          dtype == aoti_torch_dtype_float32()    ? Dtype::FP32
-          : dtype == aoti_torch_dtype_float16()  ? Dtype::FP16
-          : dtype == aoti_torch_dtype_bfloat16() ? Dtype::BF16
-          : dtype == aoti_torch_dtype_int32()    ? Dtype::INT32
-          : dtype == aoti_torch_dtype_bool()     ? Dtype::BOOL
-                                                 : Dtype::OTHER,
-          device,
-          tensor.get_device_index()};
+  return {tensor.data_ptr(), n, sizes.data(), strides.data(), dtype, device, tensor.get_device_index()};
 }
 
 // An uninitialised contiguous `[rows, columns]` tensor beside x.
@@ -66,11 +62,6 @@ class Operators {
     return Call(x, bank, entries, ranges, rows, gate_state).compute("steer", RowOp::STEER, scalars, columns);
   }
 
-  static void steer_(const Tensor& x, FASTSTEER_TABLES, const Optional& probe) {
-    Call call(x, bank, entries, ranges, rows, gate_state);
-    call.write("steer_", RowOp::STEER_IN_PLACE, call.arguments.x, probe);
-  }
-
   static std::tuple<Tensor, Tensor> add_steer(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES,
                                               const Optional& scalars, int64_t columns) {
     Call call(x, bank, entries, ranges, rows, gate_state);
@@ -78,10 +69,18 @@ class Operators {
     return call.compute("add_steer", RowOp::ADD_STEER, scalars, columns);
   }
 
+  // In place. The probe may have room for more rows.
   static void steer_pair_(const Tensor& x, const Tensor& residual, FASTSTEER_TABLES, const Optional& probe) {
     Call call(x, bank, entries, ranges, rows, gate_state);
     call.add(residual);
-    call.write("steer_pair_", RowOp::STEER_PAIR, call.arguments.residual, probe);
+    if (probe.has_value()) {
+      const Layout layout = layout_of(*probe);
+      check_table(layout, "probe", Dtype::FP32, {-1, -1}, call.x);
+      require(layout.sizes[0] >= call.x.sizes[0], "probe");
+      call.set_probe(layout);
+    }
+    call.arguments.hidden = call.arguments.residual;
+    call.backend.run("steer_pair_", RowOp::STEER_PAIR, call.arguments);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> add_steer_rmsnorm(const Tensor& x, const Tensor& residual,
@@ -161,18 +160,6 @@ class Operators {
       return {hidden, probe};
     }
 
-    // In place: into `hidden`, which is x or residual. The probe of a pair may have room for more rows.
-    void write(const char* name, RowOp op, const Rows& hidden, const Optional& probe) {
-      if (probe.has_value()) {
-        const Layout layout = layout_of(*probe);
-        check_table(layout, "probe", Dtype::FP32, {-1, -1}, x);
-        require(op == RowOp::STEER_PAIR ? layout.sizes[0] >= x.sizes[0] : layout.sizes[0] == x.sizes[0], "probe");
-        set_probe(layout);
-      }
-      arguments.hidden = hidden;
-      backend.run(name, op, arguments);
-    }
-
     void set_probe(const Layout& probe) {
       arguments.probe = static_cast<float*>(probe.data);
       arguments.probe_columns = count_of(probe, 1, "probe");
@@ -196,7 +183,6 @@ const char* run_prepared(int64_t size, RowOp op, int32_t device, const RowArgume
 // Inside STABLE_TORCH_LIBRARY_IMPL(faststeer, ..., library).
 #define FASTSTEER_REGISTER(library, Backend)                                                \
   library.impl("steer.cpp", TORCH_BOX(&Operators<Backend>::steer));                         \
-  library.impl("steer_.cpp", TORCH_BOX(&Operators<Backend>::steer_));                       \
   library.impl("add_steer.cpp", TORCH_BOX(&Operators<Backend>::add_steer));                 \
   library.impl("steer_pair_.cpp", TORCH_BOX(&Operators<Backend>::steer_pair_));             \
   library.impl("add_steer_rmsnorm.cpp", TORCH_BOX(&Operators<Backend>::add_steer_rmsnorm)); \

@@ -51,10 +51,9 @@ class Cpu {
   static void check(const Layout&) {}
 
   void run(const char*, RowOp op, const RowArguments& arguments) const {
-    // In place, the probe is the caller's: zeroed, or (of a pair) zeroed row by row. latch_ has none.
-    const bool makes_probe = op != RowOp::STEER_IN_PLACE && op != RowOp::STEER_PAIR;
+    // A pair's probe is the caller's, and zeroed row by row.
     const int64_t probed = arguments.rows * arguments.probe_columns;
-    if (makes_probe && probed > 0) std::memset(arguments.probe, 0, probed * sizeof(float));
+    if (op != RowOp::STEER_PAIR && probed > 0) std::memset(arguments.probe, 0, probed * sizeof(float));
     const auto& by_dtype = op == RowOp::LATCH ? routines().latch : routines().steer;
     over_units(of_dtype(by_dtype, arguments.dtype), arguments, arguments.rows, arguments.hidden_size);
   }

@@ -1,13 +1,10 @@
-// The operators' loops over rows, for one instruction set level: compiled once per level, with FASTSTEER_ISA naming it.
+// The operators' loops over rows, for one instruction set level: compiled once per level, with FASTSTEER_ROUTINES naming what it exports.
 // ops.cpp chooses among the levels when it is loaded. Only `routines_<level>` leaves this file: a level's code must
 // never be taken for another's (faststeer/build.py links the levels in ascending order for the same reason).
 #include "rows.h"
 
 #include "linear.h"
 #include "row.h"
-
-#define FASTSTEER_JOIN_(a, b) a##b
-#define FASTSTEER_JOIN(a, b) FASTSTEER_JOIN_(a, b)
 
 namespace faststeer {
 namespace {
@@ -59,7 +56,7 @@ __attribute__((flatten)) void steer(const RowArguments& job, int64_t first, int6
                                                         : load_weight<BFloat>;
     load(job, weight);
   }
-  const bool adds = job.residual.data != nullptr, is_pair = job.hidden.data == job.residual.data;
+  const bool is_pair = job.hidden.data == job.residual.data;
   for (int64_t row = first; row < end; ++row) {
     if (is_pair) {
       const Range range = entries_of(job.tables, place_of(job.tables, row).slot);
@@ -71,10 +68,13 @@ __attribute__((flatten)) void steer(const RowArguments& job, int64_t first, int6
     const bool changed = steer_row(job, row, h, weights);
     if (job.weight != nullptr) {
       write_normed<T>(job, row, buffer, h.write_rounded(out), weight);
-    } else if (changed || (adds && !is_pair)) {
+    } else if (is_pair) {
+      if (!changed) continue;
+      h.write(out);
+      std::memset(job.x.row<T>(row), 0, job.hidden_size * sizeof(T));
+    } else if (changed || job.residual.data != nullptr) {
       if (!h.write_sum(out, addend)) h.write(out);
-      if (is_pair) std::memset(job.x.row<T>(row), 0, job.hidden_size * sizeof(T));
-    } else if (!is_pair && job.hidden.data != job.x.data) {
+    } else {
       std::memcpy(out, job.x.row<T>(row), job.hidden_size * sizeof(T));
     }
   }
@@ -102,7 +102,7 @@ void latch(const RowArguments& job, int64_t first, int64_t end) {
 
 #define FASTSTEER_BY_DTYPE(routine) {routine<float>, routine<Half>, routine<BFloat>}
 
-const Routines FASTSTEER_JOIN(routines_, FASTSTEER_ISA) = {FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(latch),
-                                                           FASTSTEER_BY_DTYPE(linear), UNIT};
+const Routines FASTSTEER_ROUTINES = {FASTSTEER_BY_DTYPE(steer), FASTSTEER_BY_DTYPE(latch), FASTSTEER_BY_DTYPE(linear),
+                                     UNIT};
 
 }  // namespace faststeer

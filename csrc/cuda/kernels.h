@@ -20,17 +20,14 @@ FASTSTEER_INLINE constexpr Dtype dtype_of() {
 }
 
 // rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor that is read and
-// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype. (launch.cu, which is compiled
-// once per T)
-template <typename T>
-cudaError_t launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype.
+using Launch = cudaError_t(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+Launch launch_fp32, launch_fp16, launch_bf16;  // launch.cu, compiled for each
 
 inline cudaError_t launch_row(RowOp op, const LaunchConfig& config, const RowArguments& arguments,
                               cudaStream_t stream) {
-  const auto launch = arguments.dtype == Dtype::FP32   ? launch_row_for<float>
-                      : arguments.dtype == Dtype::FP16 ? launch_row_for<__half>
-                                                       : launch_row_for<__nv_bfloat16>;
-  return launch(op, config, arguments, stream);
+  Launch* const of_16_bits = arguments.dtype == Dtype::FP16 ? launch_fp16 : launch_bf16;
+  return (arguments.dtype == Dtype::FP32 ? launch_fp32 : of_16_bits)(op, config, arguments, stream);
 }
 
 }  // namespace faststeer

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent / "host_emulation"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE / 'shim'}"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH = range(6)
+STEER, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH = range(5)
 Config = tuple[int, int, int, int]  # threads per row, rows per block, elements per vector, vectors per thread
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -55,8 +55,9 @@ class CRow(ctypes.Structure):
         *((name, _int32) for name in ("hidden_size", "probe_columns")),
         *((name, _float) for name in ("eps", "weight_offset")),
         ("fp32_weight", ctypes.c_bool),
-        *((name, _int32) for name in ("dtype", "weight_dtype")),
+        ("weight_dtype", _int32),
         ("tables", CTables),
+        ("dtype", _int32),
     ]
 
 
@@ -202,9 +203,6 @@ class Emulated:
         hidden, probe = self._outputs(x, columns)
         self._row(STEER, x, hidden, probe)
         return hidden, probe
-
-    def steer_(self, x: Tensor, probe: Tensor | None) -> None:
-        self._row(STEER_IN_PLACE, x, x, probe)
 
     def add_steer(self, x: Tensor, residual: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         hidden, probe = self._outputs(x, columns)
