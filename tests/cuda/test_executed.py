@@ -94,9 +94,9 @@ def test_what_a_gpu_has_measured_fills_its_column(tmp_path):
     assert measured == {("H200", "cuda", "four mixed"): "131 us, 95 %"}
     lines = [paper.Estimate("H200", "cuda", "mixed4", 1581, 3, 4, 2.9, 125e-6, 98.6e-6)]
     assert lines[0].of_copy == 1 and paper.Estimate("H200", "cuda", "add", 1, 3, 4, 0.5, 125e-6, 1e-6).of_copy == 0.5
-    page = paper.BEGIN + paper.table(lines, measured) + paper.END
+    page = f"{paper.BEGIN}\n{paper.table(lines, measured)}\n{paper.END}"
     assert paper.measured_in(page) == measured
-    empty = paper.BEGIN + paper.table(lines, {}) + paper.END
+    empty = f"{paper.BEGIN}\n{paper.table(lines, {})}\n{paper.END}"
     assert paper.filled(empty, measured) == page and paper.filled(page, {}) == page
     for gpu in ('"NVIDIA A100-SXM4-80GB"', "null"):
         record.write_text(f'{{"gpu": {gpu}}}')
