@@ -3,11 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdint>
 #include <string>
 #include <vector>
 
-#include "common/launch.h"
 #include "cpu/isa.h"
 #include "prepared.h"
 
@@ -30,29 +28,13 @@ py::dict build_info() {
   return info;
 }
 
-py::dict launch_config(int64_t rows, int64_t hidden, int32_t itemsize, bool aligned, int32_t sm_count) {
-  if (rows < 0 || hidden < 1 || hidden > MAX_HIDDEN || (itemsize != 2 && itemsize != 4) || sm_count < 1) {
-    throw py::value_error("expected rows >= 0, hidden 1 to 16384, itemsize 2 or 4, sm_count >= 1");
-  }
-  const LaunchConfig config = choose_launch(rows, hidden, itemsize, aligned, sm_count);
-  py::dict result;
-  result["threads_per_row"] = config.threads_per_row;
-  result["rows_per_block"] = config.rows_per_block;
-  result["elements_per_vector"] = config.elements_per_vector;
-  result["vectors_per_thread"] = config.vectors_per_thread;
-  return result;
-}
-
 }  // namespace
 }  // namespace faststeer
 
 PYBIND11_MODULE(_native, module) {
-  using namespace py::literals;
   module.doc() = "What Python wants of faststeer's C++ side besides torch's operators.";
   module.def("build_info", &faststeer::build_info,
              "Compiler, flags, the torch whose headers were used, and the CPU instruction set levels: compiled, usable "
              "here, chosen.");
-  module.def("launch_config", &faststeer::launch_config, "rows"_a, "hidden"_a, "itemsize"_a, "aligned"_a = true,
-             "sm_count"_a = 132, "The launch configuration that the CUDA row kernels take for this shape.");
   faststeer::bind_prepared(module);
 }

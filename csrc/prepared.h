@@ -7,23 +7,17 @@
 #include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "common/arguments.h"
-#include "common/launch.h"
+#include "common/checks.h"
 
 namespace py = pybind11;
 
 namespace faststeer {
-
-// What does not fit: the full operator takes it, or says what is wrong.
-struct Unfit : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 class Prepared {
  public:
@@ -34,36 +28,24 @@ class Prepared {
       : run_(reinterpret_cast<Run>(run)),
         tensors_(py::make_tuple(bank, entries, ranges, rows, gate_state)),
         torch_(torch()) {
-    const DLTensor vectors = view(bank, "bank");
-    device_ = vectors.device;
-    hidden_ = vectors.ndim == 2 ? vectors.shape[1] : 0;
-    require(hidden_ >= 1 && hidden_ <= MAX_HIDDEN, "bank");
-    Tables& tables = arguments_.tables;
-    int32_t count[2];
-    tables.bank = table<float>(bank, "bank", {kDLFloat, 32, 1}, {-1, hidden_}, count);
-    tables.n_vectors = count[0];
-    tables.entries = table<Entry>(entries, "entries", INT32, {-1, N_FIELDS}, count);
-    tables.n_entries = count[0];
-    require(reinterpret_cast<uintptr_t>(tables.entries) % alignof(Entry) == 0, "entries");
-    tables.ranges = table<int32_t>(ranges, "ranges", INT32, {-1, -1, 2}, count);
-    sites_ = count[0];
-    tables.n_slots = count[1];
+    bank_ = view(bank, "bank");
+    require(bank_.dimensions == 2 && bank_.sizes[1] >= 1 && bank_.sizes[1] <= MAX_HIDDEN, "bank");
+    hidden_ = bank_.sizes[1];
+    Layout site = view(ranges, "ranges");
+    check_table(site, "ranges", Dtype::INT32, {-1, -1, 2}, bank_);
+    sites_ = *site.sizes++;
+    ++site.strides;
+    --site.dimensions;
+    const Layout places = view(rows, "rows"), gates = gate_state.is_none() ? Layout{} : view(gate_state, "gate_state");
+    rows_ = places.dimensions == 2 ? places.sizes[1] : 0;
+    require(rows_ <= INT32_MAX - MAX_HIDDEN, "rows");
+    arguments_.tables = make_tables(bank_, rows_, hidden_, bank_, view(entries, "entries"), site, places,
+                                    gate_state.is_none() ? nullptr : &gates);
     for (const py::handle each : plain) plain_.push_back(PyObject_IsTrue(each.ptr()) == 1);
     require(static_cast<int64_t>(plain_.size()) == sites_, "plain");
-    if (!gate_state.is_none()) {
-      tables.gate_state = table<uint8_t>(gate_state, "gate_state", {kDLBool, 8, 1}, {-1, -1}, count);
-      tables.n_gates = count[0];
-      tables.n_sequences = count[1];
-    }
-    const DLTensor places = view(rows, "rows");
-    fits(places, "rows", INT32, {N_PLACES, -1});
-    rows_ = places.shape[1];
-    require(rows_ <= INT32_MAX - MAX_HIDDEN && (rows_ <= 1 || places.strides[1] == 1), "rows");
-    tables.slots = data<int32_t>(places);
-    tables.positions = tables.slots + places.strides[0];
-    tables.sequences = tables.positions + places.strides[0];
     arguments_.rows = rows_;
     arguments_.hidden_size = static_cast<int32_t>(hidden_);
+    arguments_.hidden.stride = hidden_;
   }
 
   // Whether the calls below do what is to be done at a site, which must be one: in the thread that made this.
@@ -75,29 +57,22 @@ class Prepared {
 
   // `steer` at a site, of x: contiguous, `[..., hidden]`, of exactly as many rows.
   py::object steer(py::handle x, int64_t site) const {
-    RowArguments arguments = at(site);
-    const RowShape shape = shape_of(x, arguments.x, "x");
+    RowArguments arguments = at(site, x);
     py::object hidden = like(x, arguments.hidden.data);
-    run(RowOp::STEER, shape, arguments);
+    run(RowOp::STEER, arguments);
     return hidden;
   }
 
   // `add_steer_rmsnorm` at a site: (normed, hidden).
   py::tuple add_steer_rmsnorm(py::handle x, py::handle residual, py::handle weight, float eps, float weight_offset,
                               bool fp32_weight, int64_t site) const {
-    RowArguments arguments = at(site);
-    const RowShape shape = shape_of(x, arguments.x, "x");
-    require(shape_of(residual, arguments.residual, "residual").dtype == shape.dtype, "residual");
-    const DLTensor scale = view(weight, "weight", true);
-    require(scale.ndim == 1 && scale.shape[0] == hidden_ && scale.data != nullptr, "weight");
-    require(contiguous(scale) && on_device(scale), "weight");
-    arguments.weight = data<void>(scale);
-    arguments.weight_dtype = dtype_of(scale, "weight");
-    arguments.eps = eps;
-    arguments.weight_offset = weight_offset;
-    arguments.fp32_weight = fp32_weight;
+    RowArguments arguments = at(site, x);
+    require(check_shape(residual, arguments.residual, "residual") == arguments.dtype, "residual");
+    const Layout scale = view(weight, "weight", true);
+    require(scale.data != nullptr, "weight");
+    set_norm(arguments, scale, hidden_, bank_, eps, weight_offset, fp32_weight);
     py::object normed = like(x, arguments.normed), hidden = like(x, arguments.hidden.data);
-    run(RowOp::ADD_STEER_RMSNORM, shape, arguments);
+    run(RowOp::ADD_STEER_RMSNORM, arguments);
     return py::make_tuple(normed, hidden);
   }
 
@@ -107,13 +82,8 @@ class Prepared {
     py::object tensor, parameter, empty_like, grad;
     const DLPackExchangeAPI* api;
   };
-  static constexpr DLDataType INT32{kDLInt, 32, 1};
   // Rows of fewer elements are steered in less time than it takes to let other threads of Python run.
   static constexpr int64_t MANY_ELEMENTS = 32768;
-
-  static void require(bool holds, const char* name) {
-    if (!holds) throw Unfit(std::string(name) + " does not fit these operators");
-  }
 
   static const Torch& torch() {
     static const Torch* const names = [] {  // never destroyed: Python may have ended before
@@ -129,7 +99,7 @@ class Prepared {
   }
 
   // A tensor as DLPack has it. A subclass may be none: nothing says what its memory means.
-  DLTensor view(py::handle tensor, const char* name, bool or_parameter = false) const {
+  Layout view(py::handle tensor, const char* name, bool or_parameter = false) const {
     const py::handle type = py::type::handle_of(tensor);
     require(type.is(torch_.tensor) || (or_parameter && type.is(torch_.parameter)), name);
     DLTensor layout;
@@ -137,87 +107,53 @@ class Prepared {
       PyErr_Clear();
       require(false, name);
     }
-    return layout;
+    void* const data = static_cast<char*>(layout.data) + layout.byte_offset;
+    const DLDevice device = layout.device;
+    return {
+        data, layout.ndim, layout.shape, layout.strides, dtype_of(layout.dtype), device.device_type, device.device_id};
   }
 
-  template <class T>
-  static T* data(const DLTensor& tensor) {
-    return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
-  }
-
-  static bool contiguous(const DLTensor& tensor) {
-    int64_t stride = 1;
-    for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
-      if (tensor.shape[i] != 1 && tensor.strides[i] != stride) return false;
-      stride *= tensor.shape[i];
-    }
-    return true;
-  }
-
-  bool on_device(const DLTensor& tensor) const {
-    return tensor.device.device_type == device_.device_type && tensor.device.device_id == device_.device_id;
-  }
-
-  void fits(const DLTensor& tensor, const char* name, DLDataType dtype, std::initializer_list<int64_t> sizes) const {
-    require(tensor.dtype.code == dtype.code && tensor.dtype.bits == dtype.bits && on_device(tensor), name);
-    require(tensor.ndim == static_cast<int32_t>(sizes.size()), name);
-    for (int32_t i = 0; i < tensor.ndim; ++i) {
-      require(tensor.shape[i] <= INT32_MAX && (sizes.begin()[i] < 0 || tensor.shape[i] == sizes.begin()[i]), name);
-    }
-  }
-
-  // A contiguous table's memory; `count` becomes its first two sizes.
-  template <class T>
-  T* table(py::handle tensor, const char* name, DLDataType dtype, std::initializer_list<int64_t> sizes,
-           int32_t (&count)[2]) const {
-    const DLTensor layout = view(tensor, name);
-    fits(layout, name, dtype, sizes);
-    require(contiguous(layout), name);
-    for (int i = 0; i < 2; ++i) count[i] = static_cast<int32_t>(layout.shape[i]);
-    return data<T>(layout);
-  }
-
-  static Dtype dtype_of(const DLTensor& tensor, const char* name) {
-    const DLDataType dtype = tensor.dtype;
+  static Dtype dtype_of(DLDataType dtype) {
     if (dtype.code == kDLFloat && dtype.bits == 32) return Dtype::FP32;
     if (dtype.code == kDLFloat && dtype.bits == 16) return Dtype::FP16;
-    require(dtype.code == kDLBfloat, name);
-    return Dtype::BF16;
+    if (dtype.code == kDLBfloat && dtype.bits == 16) return Dtype::BF16;
+    if (dtype.code == kDLInt && dtype.bits == 32) return Dtype::INT32;
+    return dtype.code == kDLBool ? Dtype::BOOL : Dtype::OTHER;
   }
 
-  RowArguments at(int64_t site) const {
+  // The arguments of a call on x at a site.
+  RowArguments at(int64_t site, py::handle x) const {
     RowArguments arguments = arguments_;
-    arguments.hidden.stride = hidden_;
     arguments.tables.ranges += 2 * arguments.tables.n_slots * site;
+    arguments.dtype = check_shape(x, arguments.x, "x");
     return arguments;
   }
 
-  RowShape shape_of(py::handle x, Rows& rows, const char* name) const {
-    const DLTensor layout = view(x, name);
+  Dtype check_shape(py::handle x, Rows& rows, const char* name) const {
+    const Layout layout = view(x, name);
     int64_t elements = 1;
-    for (int32_t i = 0; i < layout.ndim; ++i) elements *= layout.shape[i];
-    require(layout.ndim >= 1 && layout.shape[layout.ndim - 1] == hidden_ && elements == rows_ * hidden_, name);
-    require(contiguous(layout) && on_device(layout), name);
+    for (int32_t i = 0; i < layout.dimensions; ++i) elements *= layout.sizes[i];
+    require(layout.dimensions >= 1 && layout.sizes[layout.dimensions - 1] == hidden_, name);
+    require(elements == rows_ * hidden_ && layout.is_contiguous() && layout.is_with(bank_), name);
     require(layout.data != nullptr || elements == 0, name);  // a tensor that stands for others has no memory
-    rows = {data<void>(layout), hidden_};
-    const int32_t type = layout.device.device_type == kDLCPU ? 0 : 1;
-    return {rows_, hidden_, hidden_, dtype_of(layout, name), type, layout.device.device_id};
+    rows = {layout.data, hidden_};
+    return check_float(layout, name);
   }
 
   py::object like(py::handle x, void*& memory) const {
     py::object result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_.empty_like.ptr(), x.ptr()));
     if (!result) throw py::error_already_set();
-    memory = data<void>(view(result, "x"));
+    memory = view(result, "x").data;
     return result;
   }
 
-  void run(RowOp op, const RowShape& shape, const RowArguments& arguments) const {
+  void run(RowOp op, const RowArguments& arguments) const {
     const char* wrong;
-    if (device_.device_type == kDLCPU && shape.rows * shape.hidden < MANY_ELEMENTS) {
-      wrong = run_(sizeof(arguments), op, shape, arguments);
+    if (bank_.device_type == kDLCPU && rows_ * hidden_ < MANY_ELEMENTS) {
+      wrong = run_(sizeof(arguments), op, bank_.device_index, arguments);
     } else {
       const py::gil_scoped_release released;
-      wrong = run_(sizeof(arguments), op, shape, arguments);
+      wrong = run_(sizeof(arguments), op, bank_.device_index, arguments);
     }
     if (wrong != nullptr) throw std::runtime_error(wrong);
   }
@@ -228,7 +164,7 @@ class Prepared {
   int64_t sites_ = 0, rows_ = 0, hidden_ = 0;
   py::tuple tensors_;  // while their memory is pointed to
   const Torch& torch_;
-  DLDevice device_{};
+  Layout bank_{};             // what a call's tensors must be beside
   RowArguments arguments_{};  // of site 0, without x
 };
 

@@ -64,9 +64,10 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibilit
 # What nvcc compiles, each into an object of its own: a source in csrc/cuda, and flags.
 CUDA_UNITS = {
     "ops": ("ops.cu",),
-    "launch_fp32": ("launch.cu", "-DFASTSTEER_ROW_TYPE=float"),
-    "launch_fp16": ("launch.cu", "-DFASTSTEER_ROW_TYPE=__half"),
-    "launch_bf16": ("launch.cu", "-DFASTSTEER_ROW_TYPE=__nv_bfloat16"),
+    **{
+        name: ("launch.cu", f"-DFASTSTEER_ROW_TYPE={row_type}", f"-DFASTSTEER_LAUNCH={name}")
+        for name, row_type in (("launch_fp32", "float"), ("launch_fp16", "__half"), ("launch_bf16", "__nv_bfloat16"))
+    },
 }
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 
@@ -255,7 +256,8 @@ def cpu_steps(torch: Path) -> list[Step]:
     levels = CPU_LEVELS if re.match(r"x86_64|amd64", run([*cxx, "-dumpmachine"]), re.IGNORECASE) else {"baseline": ()}
     steps = [_compile(cxx, "ops.o", folder / "ops.cpp", stable_abi(torch))]
     for level, flags in levels.items():
-        steps.append(_compile(cxx, f"rows_{level}.o", folder / "rows.cpp", [f"-DFASTSTEER_ISA={level}", *flags]))
+        defines = [f"-DFASTSTEER_ROUTINES=routines_{level}"]
+        steps.append(_compile(cxx, f"rows_{level}.o", folder / "rows.cpp", [*defines, *flags]))
     objects = tuple(step.output for step in steps)
     link = (*cxx, "-shared", "-o", "@", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu")
     return [*steps, Step(library_path("cpu").name, link, objects, compiles=False)]

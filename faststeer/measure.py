@@ -51,7 +51,7 @@ class StepTiming:
 # Calls ----------------------------------------------------------------------------------------------------------------
 
 
-TENSORS_MOVED = {"copy": 2, "steer": 2, "steer_": 2, "add_steer": 3, "steer_pair_": 4, "add_steer_rmsnorm": 4}
+TENSORS_MOVED = {"copy": 2, "steer": 2, "add_steer": 3, "steer_pair_": 4, "add_steer_rmsnorm": 4}
 """How many tensors of the rows' size an op on steered rows reads and writes, if it touches each byte once."""
 
 

@@ -290,10 +290,6 @@ def _check_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> None:
     seen = torch.full((len(on_device.x), case.columns), float("nan"), device=on_device.x.device)
     ours = ops.steer(on_device.x, *on_device.steering, seen, backend=backend)
     _check_rows(case, "steer", case.cpu.x, ours, seen, check)
-    in_place = on_device.x.clone()
-    ops.steer_(in_place, *on_device.steering, torch.empty_like(seen), backend=backend)
-    everywhere = torch.ones(len(on_device.x), dtype=torch.bool)
-    check.same("steer_", case, in_place, ours, everywhere, "it writes what steer gives")
 
 
 def _check_add_steer(case: Case, backend: ops.Backend, check: BackendCheck) -> tuple[Tensor, Tensor]:
@@ -401,7 +397,7 @@ def device_of(backend: ops.Backend) -> str:
 
 
 def time_kernels(backends: Sequence[ops.Backend], end: float) -> Iterator[dict[str, Any]]:
-    """Time of an op with one ablation per row against a copy of as many bytes, in two records per back end: `steer_`,
+    """Time of an op with one ablation per row against a copy of as many bytes, in two records per back end: `steer`,
     which a hook calls, and `add_steer_rmsnorm`, of which fused layers are made. The reference is timed where it is all
     there is, Triton's interpreter never."""
     for backend in [name for name in backends if name != "reference"] or backends:
@@ -412,7 +408,7 @@ def time_kernels(backends: Sequence[ops.Backend], end: float) -> Iterator[dict[s
         rows, hidden, dtype = (8192, 4096, torch.bfloat16) if on_gpu else (512, 4096, torch.float32)
         about = {"backend": backend, "device": device, "rows": rows, "hidden": hidden}
         about |= {"dtype": str(dtype).removeprefix("torch.")}
-        for op in ("steer_", "add_steer_rmsnorm"):
+        for op in ("steer", "add_steer_rmsnorm"):
             record: dict[str, Any] = {"op": op, **about}
             if time.monotonic() > end:
                 yield record | {"skipped": "out of time"}
@@ -436,8 +432,8 @@ def _against_copy(
     weight = torch.ones(hidden, device=device, dtype=dtype)
 
     def run(i: int) -> Any:
-        if op == "steer_":
-            return ops.steer_(x[i], tables, where, backend=backend)
+        if op == "steer":
+            return ops.steer(x[i], tables, where, backend=backend)
         return ops.add_steer_rmsnorm(x[i], residual[i], weight, EPS, 0.0, False, tables, where, backend=backend)
 
     replays = 3 if backend == "reference" else 7

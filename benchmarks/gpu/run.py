@@ -378,6 +378,12 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def measures_paper(rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a GPU has measured what benchmarks/kernels/paper.py estimates."""
+    kernel = {"run": "gpu", "op": "add_steer_rmsnorm", "rows": "16384", "hidden": "4096"}
+    return any("us" in row and kernel.items() <= row.items() for row in rows)
+
+
 def run_all(options: argparse.Namespace, runner: Runner, csv: Path, scratch: Path) -> None:
     site, wheels, begun = scratch / "site", scratch / "wheels", time.monotonic()
     package = checkout.install(site)
@@ -439,7 +445,10 @@ def main() -> int:
             log(f"stopped by {stop}: what was measured until then is in {csv}")
         except Exception as error:
             runner.note("run.py", "FAILED", records.reason(error))
-    log(f"\n{tables(records.read(csv))}\n\n{runner.table()}\n\nwritten to {out}")
+    rows = records.read(csv)
+    log(f"\n{tables(rows)}\n\n{runner.table()}\n\nwritten to {out}")
+    if measures_paper(rows):
+        log(f"to fill the column 'measured' of docs/kernels.md: python benchmarks/kernels/paper.py --measured {csv}")
     missing = set(options.only or ()) - {result.name for result in runner.results}
     for name in sorted(missing):
         log(f"there is no stage {name!r} in {options.which}")

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-OPS = ("steer_", "add_steer_rmsnorm", "steer_pair_")
+OPS = ("steer", "add_steer_rmsnorm", "steer_pair_")
 HIDDEN, ROWS, DTYPES = (576, 4096), (1, 16, 512), ("float32", "bfloat16", "float16")
 ELEMENTS_PER_BATCH = 2**21  # about a millisecond of the quickest op
 MOST_CALLS = 500
@@ -66,7 +66,7 @@ def work() -> None:
                 question["steering"], question["rows"], question["hidden"], getattr(torch, question["dtype"]), "cpu"
             )
             norm = made.weight, 1e-6, 0.0, False
-            first = {"steer_": (made.x,), "steer_pair_": (made.x, made.residual)}
+            first = {"steer": (made.x,), "steer_pair_": (made.x, made.residual)}
             arguments = *first.get(question["op"], (made.x, made.residual, *norm)), made.tables, made.rows
             op = getattr(ops, question["op"])
             run = lambda op=op, arguments=arguments: op(*arguments, backend="cpu")  # noqa: E731

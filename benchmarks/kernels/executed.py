@@ -209,4 +209,4 @@ def _row_arguments(case: cases.Case, addresses: Mapping[str, int]) -> bytes:
     counts = len(tables.bank), len(tables.entries), len(tables.ranges), 0, 0
     places, apart = addresses["rows"], case.rows.stride(0) * case.rows.itemsize
     pointers = *(addresses[name] for name in TABLES), places + apart, places + 2 * apart, 0
-    return head + struct.pack("<7Q5i", *pointers, *counts)
+    return head + struct.pack("<7Q5i4xi4x", *pointers, *counts, 2)

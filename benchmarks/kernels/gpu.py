@@ -51,9 +51,9 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") == "1":  # a dry run, whose i
 DEVICE = "cuda" if CUDA else "cpu"
 RUN = "gpu" if CUDA else "dry run"
 BACKENDS: tuple[ops.Backend, ...] = ("cuda", "triton") if CUDA else ("cpu", "triton")
-OPS = ("steer_", "add_steer", "add_steer_rmsnorm", "steer_pair_")  # the last one leaves zeros in x
-IN_PLACE = ("steer_", "steer_pair_")  # they write only the rows that something acts on
-WARM = ("steer_", "add_steer_rmsnorm")  # measured with x in the cache, too
+IN_PLACE = "steer_pair_"  # it leaves zeros in x, and writes only the rows that something acts on
+OPS = ("steer", "add_steer", "add_steer_rmsnorm", IN_PLACE)
+WARM = ("steer", "add_steer_rmsnorm")  # measured with x in the cache, too
 DTYPE = torch.bfloat16
 EPS = 1e-6
 MAIN = 4096 if CUDA else 64  # the hidden size at which everything is measured
@@ -120,8 +120,8 @@ class Buffers:
 
 
 def ours(op: str, backend: ops.Backend) -> Run:
-    if op == "steer_":
-        return lambda c: ops.steer_(c.x, c.tables, c.rows, backend=backend)
+    if op == "steer":
+        return lambda c: ops.steer(c.x, c.tables, c.rows, backend=backend)
     if op == "add_steer":
         return lambda c: ops.add_steer(c.x, c.residual, c.tables, c.rows, backend=backend)
     if op == "steer_pair_":
@@ -202,7 +202,7 @@ def bytes_moved(op: str, rows: int, hidden: int, c: Case) -> int:
     row_bytes, vectors = rows * hidden * DTYPE.itemsize, c.tables.bank.nbytes
     if len(c.tables.entries) == 0:
         vectors = 0
-        if op in IN_PLACE:
+        if op == IN_PLACE:
             return 0
     weight = c.weight.nbytes if op == "add_steer_rmsnorm" else 0
     return measure.TENSORS_MOVED[op] * row_bytes + vectors + weight
@@ -248,7 +248,7 @@ class Session:
             timing = measure.time_calls(
                 lambda i: run(cases[i]), len(cases), DEVICE, replays=REPLAYS, cold=CUDA,
                 before=buffers.write_x if warm else None,
-                restore=buffers.restore if op in IN_PLACE or who == "vllm" else None,
+                restore=buffers.restore if op == IN_PLACE or who == "vllm" else None,
             )  # fmt: skip
         except Exception as error:
             self.table(row | {"failed": records.reason(error)})
@@ -367,14 +367,14 @@ def measure_host(session: Session) -> None:
     norm_arguments = case.x, case.residual, case.weight, EPS, 0.0, False
     runs: dict[tuple[str, str], Callable[[], Any]] = {("an ablating hook", "torch"): lambda: hook(case.x)}
     for name in working(session.table):
-        steer_, rmsnorm = (
+        steer, rmsnorm = (
             getattr(getattr(torch.ops.faststeer, op), "triton" if name == "triton" else "cpp")
-            for op in ("steer_", "add_steer_rmsnorm")
+            for op in ("steer", "add_steer_rmsnorm")
         )
-        runs["operator steer_", name] = lambda op=steer_: op(case.x, *tensors, None)
+        runs["operator steer", name] = lambda op=steer: op(case.x, *tensors, None, 0)
         runs["operator add_steer_rmsnorm", name] = lambda op=rmsnorm: op(*norm_arguments, *tensors, None, 0)
-        run = ours("steer_", name)
-        runs["ops.steer_", name] = lambda run=run: run(case)
+        run = ours("steer", name)
+        runs["ops.steer", name] = lambda run=run: run(case)
     for (op, who), run in runs.items():
         row = {"what": "host cost", "op": op, "who": who, "rows": 1, "hidden": 64}
         try:

@@ -3,7 +3,8 @@ from the compiled code and the chips' numbers. Needs nvcc, Triton and no GPU.
 
     python benchmarks/kernels/paper.py           prints the table of docs/kernels.md
     python benchmarks/kernels/paper.py --write   writes it there; what stands in the column 'measured' stays
-    ... --measured out/gpu-first/first.csv --chip H200   fills that column from what `make gpu-first` has measured
+    python benchmarks/kernels/paper.py --measured out/gpu-first/first.csv   fills that column alone, from what
+                                                 `make gpu-first` has measured: it needs neither nvcc nor Triton
 
 Two bounds, of which the slower holds:
 - memory: x, residual, hidden and normed, each moved once, at the speed of a device copy;
@@ -18,6 +19,7 @@ slower than this, and cannot be faster.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import executed
 
-from faststeer import build, measure
+from faststeer import measure
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -104,11 +106,6 @@ def estimate(
 
 def estimates() -> list[Estimate]:
     """All lines: every chip, back end and steering."""
-    native = build.native()
-    assert native is not None, f"faststeer._native says how CUDA is launched: {build.obstacle('native')}"
-    config = native.launch_config(ROWS, HIDDEN, ITEMSIZE, sm_count=CHIPS["H200"].multiprocessors)
-    threads = config["threads_per_row"]
-    assert (threads, config["rows_per_block"]) == (executed.THREADS, 1), "not the kernel that executed.py compiles"
     lines = []
     for backend, compiled, execute in (
         ("cuda", executed.compile_cuda, executed.execute_cuda),
@@ -140,10 +137,32 @@ def table(lines: list[Estimate], measured: Mapping[tuple[str, str, str], str]) -
     return "\n".join(text)
 
 
-def measured_by(results: Path, chip: str) -> dict[tuple[str, str, str], str]:
-    """Median times and shares of a copy from the CSV of `make gpu-first`: one plan, nothing in the caches."""
-    wanted = {"op": "add_steer_rmsnorm", "rows": str(ROWS), "hidden": str(HIDDEN), "plans": "1", "x": "cold"}
-    lines = [r for r in records.read(results) if wanted.items() <= r.items() and "us" in r and r["steering"] in NAMES]
+def chip_of(results: Path) -> str:
+    """The chip that `make gpu-first` has measured, from the machine's record beside its CSV.
+
+    Raises:
+        ValueError: no GPU, or one that the table does not have.
+    """
+    gpu = json.loads(results.with_suffix(".machine.json").read_text()).get("gpu") or "no GPU"
+    for chip in CHIPS:
+        if chip in gpu.split():
+            return chip
+    raise ValueError(f"{results} is of {gpu}: the table of {PAGE.name} has {', '.join(CHIPS)}")
+
+
+def measured_by(results: Path) -> dict[tuple[str, str, str], str]:
+    """Median times and shares of a copy from the CSV of `make gpu-first`: one plan, nothing in the caches, launched by
+    rule.
+
+    Raises:
+        ValueError: nothing of that was measured, or not on a GPU of the table.
+    """
+    wanted = {"run": "gpu", "op": "add_steer_rmsnorm", "rows": str(ROWS), "hidden": str(HIDDEN)}
+    wanted |= {"plans": "1", "x": "cold"}
+    chip, lines = chip_of(results), [r for r in records.read(results) if wanted.items() <= r.items()]
+    lines = [r for r in lines if "us" in r and "launch" not in r and r["steering"] in NAMES]
+    if not lines:
+        raise ValueError(f"{results} has no line of {', '.join(f'{name} {value}' for name, value in wanted.items())}")
     return {
         (chip, r["who"], NAMES[r["steering"]]): f"{float(r['us']):.0f} us, {float(r['percent_of_copy']):.0f} %"
         for r in lines
@@ -160,17 +179,26 @@ def measured_in(page: str) -> dict[tuple[str, str, str], str]:
     return found
 
 
+def filled(page: str, measured: Mapping[tuple[str, str, str], str]) -> str:
+    """The page, with what was measured in its column; what else stands there stays."""
+
+    def fill(line: re.Match[str]) -> str:
+        cells = [cell.strip() for cell in line[0].strip("|").split("|")]
+        return f"| {' | '.join(cells[:-1])} | {measured.get((cells[0], cells[1], cells[2]), cells[-1])} |"
+
+    return re.sub(rf"^\| (?:{'|'.join(CHIPS)}) \|.*$", fill, page, flags=re.MULTILINE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
-    parser.add_argument("--measured", type=Path, help="what `make gpu-first` has measured")
-    parser.add_argument("--chip", choices=CHIPS, help="where it has")
+    parser.add_argument("--measured", type=Path, help="fill the last column from this CSV of `make gpu-first`")
     options = parser.parse_args()
-    if (options.measured is None) != (options.chip is None):
-        parser.error("--measured and --chip belong together")
     page = PAGE.read_text()
-    measured = measured_in(page) | (measured_by(options.measured, options.chip) if options.measured else {})
-    text = table(estimates(), measured)
+    if options.measured:
+        PAGE.write_text(filled(page, measured_by(options.measured)))
+        return
+    text = table(estimates(), measured_in(page))
     if options.write:
         PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page, flags=re.DOTALL))
     print(text)

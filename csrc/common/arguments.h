@@ -7,19 +7,10 @@
 
 namespace faststeer {
 
-// Of a row.
-enum class Dtype : int32_t { FP32, FP16, BF16 };
-constexpr int N_DTYPES = 3;
+enum class Dtype : int32_t { FP32, FP16, BF16, INT32, BOOL, OTHER };
+constexpr int N_DTYPES = 3;  // of rows: the first ones
 
-enum class RowOp : int32_t { STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
-constexpr int N_OPS = 6;
-
-// `[rows, hidden]`, each row contiguous; stride in elements.
-struct RowShape {
-  int64_t rows, hidden, stride;
-  Dtype dtype;
-  int32_t device_type, device_index;  // by torch's numbers
-};
+enum class RowOp : int32_t { STEER, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH };
 
 // Rows at a distance of `stride` elements.
 struct Rows {
@@ -32,8 +23,8 @@ struct Rows {
   }
 };
 
-// hidden is x itself where the op is in place, and residual where a pair is steered, whose x is then cleared. A null or
-// empty probe is not written. latch_ has x, the tables and perhaps a residual.
+// hidden is residual itself where a pair is steered, whose x is then cleared. A null or empty probe is not written. latch_
+// has x, the tables and perhaps a residual.
 struct RowArguments {
   Rows x, residual, hidden;
   const void* weight;
@@ -45,10 +36,11 @@ struct RowArguments {
   bool fp32_weight;
   Dtype weight_dtype;
   Tables tables;
+  Dtype dtype;  // of the rows; after the tables, which stand where a GPU reads two numbers at a time
 };
 
-// What each library exports as `faststeer_run`: run an op on rows on a device. Returns null, or what was wrong, until this
-// thread's next call. `size` is that of RowArguments: a library of other sources refuses.
-using Run = const char* (*)(int64_t size, RowOp op, const RowShape& shape, const RowArguments& arguments);
+// What each library exports as `faststeer_run`: run an op on a device, by torch's number of it. Returns null, or what was
+// wrong, until this thread's next call. `size` is that of RowArguments: a library of other sources refuses.
+using Run = const char* (*)(int64_t size, RowOp op, int32_t device, const RowArguments& arguments);
 
 }  // namespace faststeer

@@ -349,33 +349,22 @@ FASTSTEER_LANES Floats shuffled(Floats x, Floats y) {
 #endif
 }
 
-// Lane i of the result is lane i + W of x, for i < W.
+// The sum of all lanes: first of those sixteen, eight, ... apart, in registers throughout.
 template <int W, int... I>
-FASTSTEER_LANES Floats upper(Floats x, std::integer_sequence<int, I...>) {
-  return shuffled<(I + W) % PART...>(x, x);
-}
-
-// All lanes by `both(a, b)`: first those sixteen, eight, ... apart, in registers throughout.
-template <int W = PART / 2, class Both>
-FASTSTEER_LANES float reduced(Floats x, Both both) {
-  x = both(x, upper<W>(x, std::make_integer_sequence<int, PART>()));
+FASTSTEER_LANES float sum(Floats x, std::integer_sequence<int, I...> lanes) {
+  x += shuffled<(I + W) % PART...>(x, x);
   if constexpr (W > 1) {
-    return reduced<W / 2>(x, both);
+    return sum<W / 2>(x, lanes);
   } else {
     return x[0];
   }
 }
 
-template <class Both>
-FASTSTEER_LANES float reduced(Lanes lanes, Both both) {
-  for (int width = PARTS / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes.part[i] = both(lanes.part[i], lanes.part[i + width]);
-  }
-  return reduced(lanes.part[0], both);
-}
-
 FASTSTEER_LANES float sum(Lanes lanes) {
-  return reduced(lanes, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
+  for (int width = PARTS / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes.part[i] += lanes.part[i + width];
+  }
+  return sum<PART / 2>(lanes.part[0], std::make_integer_sequence<int, PART>());
 }
 
 // body(first column, Whole or Some) for every block of sixteen of a row, from column i on.

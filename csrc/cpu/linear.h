@@ -172,15 +172,5 @@ void linear(const LinearJob& job, int64_t first_unit, int64_t end_unit) {
   }
 }
 
-// x to fp32. Units are rows.
-template <class T>
-void widen(const WidenJob& job, int64_t first, int64_t end) {
-  for (int64_t row = first; row < end; ++row) {
-    const T* const from = job.x.row<const T>(row);
-    float* const to = job.to.row<float>(row);
-    each_block(job.inputs, [=](int64_t k, auto block) { store(to + k, load(from + k, block), block); });
-  }
-}
-
 }  // namespace
 }  // namespace faststeer

@@ -48,50 +48,43 @@ class Cpu {
  public:
   explicit Cpu(int32_t) {}
 
-  static RowShape check(const Tensor& x) { return check_rows(x, "x"); }
+  static void check(const Layout&) {}
 
-  void run(const char*, RowOp op, const RowShape& shape, const RowArguments& arguments) const {
-    // In place, the probe is the caller's: zeroed, or (of a pair) zeroed row by row. latch_ has none.
-    const bool makes_probe = op != RowOp::STEER_IN_PLACE && op != RowOp::STEER_PAIR;
-    const int64_t probed = shape.rows * arguments.probe_columns;
-    if (makes_probe && probed > 0) std::memset(arguments.probe, 0, probed * sizeof(float));
-    const auto& by_dtype = routines().rows[static_cast<int32_t>(op)];
-    over_units(of_dtype(by_dtype, shape.dtype), arguments, shape.rows, shape.hidden);
+  void run(const char*, RowOp op, const RowArguments& arguments) const {
+    // A pair's probe is the caller's, and zeroed row by row.
+    const int64_t probed = arguments.rows * arguments.probe_columns;
+    if (op != RowOp::STEER_PAIR && probed > 0) std::memset(arguments.probe, 0, probed * sizeof(float));
+    const auto& by_dtype = op == RowOp::LATCH ? routines().latch : routines().steer;
+    over_units(of_dtype(by_dtype, arguments.dtype), arguments, arguments.rows, arguments.hidden_size);
   }
 };
 
-// `[rows, columns]` (-1: any number of them) of this dtype, each row contiguous.
-void check_matrix(const Tensor& matrix, const char* name, int64_t columns, Dtype dtype) {
-  require(matrix.sizes().size() == 2 && matrix.size(1) >= 1 && (columns < 0 || matrix.size(1) == columns), name);
-  require(check_float(matrix, name) == dtype && (matrix.size(1) <= 1 || matrix.stride(1) == 1), name);
+// `[rows, inputs]`, each row contiguous.
+Rows check_matrix(const Layout& matrix, const char* name, int64_t inputs) {
+  require(matrix.dimensions == 2 && inputs >= 1 && matrix.sizes[1] == inputs, name);
+  require(inputs == 1 || matrix.strides[1] == 1, name);
+  return {matrix.data, matrix.strides[0]};
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Dtype dtype = check_float(x, "x");
-  check_matrix(x, "x", -1, dtype);
-  check_matrix(weight, "weight", x.size(1), dtype);
+// x is in fp32, whatever the weight's dtype, which is the result's.
+Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_) {
+  const Layout x = layout_of(x_), weight = layout_of(weight_);
+  require(x.dtype == Dtype::FP32 && x.dimensions == 2, "x");
   LinearJob job{};
-  job.rows = x.size(0);
-  job.inputs = x.size(1);
-  job.outputs = weight.size(0);
-  job.weight = {weight.data_ptr(), weight.stride(0)};
-  if (bias.has_value()) {
-    const RowShape shape{job.rows, job.inputs, 0, dtype, device_type(x), x.get_device_index()};
-    check_table(*bias, "bias", torch_dtype(x), {job.outputs}, shape);
-    job.bias = bias->data_ptr();
+  job.inputs = x.sizes[1];
+  job.x = check_matrix(x, "x", job.inputs);
+  job.weight = check_matrix(weight, "weight", job.inputs);
+  job.rows = x.sizes[0];
+  job.outputs = weight.sizes[0];
+  const Dtype dtype = check_float(weight, "weight");
+  if (bias_.has_value()) {
+    const Layout bias = layout_of(*bias_);
+    check_table(bias, "bias", dtype, {job.outputs}, x);
+    job.bias = bias.data;
   }
-  const Tensor out = new_rows(x, job.rows, job.outputs, torch_dtype(x));
-  if (job.rows == 0) return out;
+  const Tensor out = new_rows(x, job.rows, job.outputs, torch_dtype(weight_));
   job.out = {out.data_ptr(), job.outputs};
-  job.x = {x.data_ptr(), x.stride(0)};
-  std::optional<Tensor> wide;
-  if (dtype != Dtype::FP32) {
-    wide = new_rows(x, job.rows, job.inputs, aoti_torch_dtype_float32());
-    const WidenJob widen{job.rows, job.inputs, job.x, {wide->data_ptr(), job.inputs}};
-    over_units(of_dtype(routines().widen, dtype), widen, job.rows, job.inputs);
-    job.x = widen.to;
-  }
-  const int64_t units = (job.outputs + routines().unit - 1) / routines().unit;
+  const int64_t units = job.rows == 0 ? 0 : (job.outputs + routines().unit - 1) / routines().unit;
   over_units(of_dtype(routines().linear, dtype), job, units, job.rows * job.inputs);
   return out;
 }

@@ -66,23 +66,27 @@ class Addend {
   alignas(64) float values_[MAX_HIDDEN];
 };
 
-// A row that is being steered. ADDS: it starts as x + residual rounded to T, else as x.
-template <class T, bool ADDS>
+// A visit of a row that several places ask for: a function of its own, with all that it calls inlined, which a compiler
+// left to itself finds too much.
+#define FASTSTEER_VISIT __attribute__((noinline, flatten))
+
+// A row that is being steered. It starts as x, or, where there is a residual, as x + residual rounded to T.
+template <class T>
 class Row {
  public:
   Row(const RowArguments& job, int64_t row, float* buffer)
       : x_(job.x.row<const T>(row)),
-        residual_(ADDS ? job.residual.row<const T>(row) : nullptr),
+        residual_(job.residual.data != nullptr ? job.residual.row<const T>(row) : nullptr),
         h_(buffer),
         hidden_(job.hidden_size) {}
 
   // h . q
-  float dot(const float* q) {
+  FASTSTEER_VISIT float dot(const float* q) {
     return total([=](int64_t i, auto block, Lanes value) { return value * load(q + i, block); });
   }
 
   // |h|^2
-  float norm_squared() {
+  FASTSTEER_VISIT float norm_squared() {
     return total([](int64_t, auto, Lanes value) { return value * value; });
   }
 
@@ -100,12 +104,12 @@ class Row {
   }
 
   // h <- factor h, once its norm has been taken, which leaves nothing to be added.
-  void scale(float factor) {
+  FASTSTEER_VISIT void scale(float factor) {
     keep([=](Lanes value) { return value * all(factor); });
   }
 
   // h rounded to T
-  void write(T* out) const {
+  FASTSTEER_METHOD void write(T* out) const {
     with_values([&](auto value) {
       each_two_blocks(
           hidden_,
@@ -118,9 +122,9 @@ class Row {
   }
 
   // h rounded to T, where T is bf16 and h is x + w q as that of the row before. False where not, and nothing is written.
-  bool write_sum(T* out, Addend& addend) const {
-    if constexpr (std::is_same_v<T, BFloat> && !ADDS) {
-      if (settled_ || n_terms_ != 1) return false;
+  FASTSTEER_METHOD bool write_sum(T* out, Addend& addend) const {
+    if constexpr (std::is_same_v<T, BFloat>) {
+      if (residual_ != nullptr || settled_ || n_terms_ != 1) return false;
       const float* const sum = addend.of(terms_[0].w, terms_[0].q, hidden_);
       if (sum == nullptr) return false;
       const T* const x = x_;
@@ -141,7 +145,7 @@ class Row {
   }
 
   // h rounded to T, also in the buffer; returns the sum of its squares.
-  float write_rounded(T* out) {
+  FASTSTEER_METHOD float write_rounded(T* out) {
     float* const h = h_;
     float result = 0;
     with_values([&](auto value) {
@@ -180,14 +184,11 @@ class Row {
     if (settled_) {
       const float* const h = h_;
       with_terms([=](int64_t i, auto block) { return load(h + i, block); }, use);
+    } else if (const T* const x = x_, * const residual = residual_; residual != nullptr) {
+      with_terms([=](int64_t i, auto block) { return round_to<T>(load(x + i, block) + load(residual + i, block)); },
+                 use);
     } else {
-      const T *const x = x_, *const residual = residual_;
-      with_terms(
-          [=](int64_t i, auto block) {
-            if constexpr (ADDS) return round_to<T>(load(x + i, block) + load(residual + i, block));
-            return load(x + i, block);
-          },
-          use);
+      with_terms([=](int64_t i, auto block) { return load(x + i, block); }, use);
     }
   }
 
@@ -224,7 +225,7 @@ class Row {
   // The sum of what the sink returns. What had to be put together is kept: after this, nothing is left to be added.
   template <class Sink>
   FASTSTEER_METHOD float total(Sink sink) {
-    const bool keeps = n_terms_ > 0 || (ADDS && !settled_);
+    const bool keeps = n_terms_ > 0 || (residual_ != nullptr && !settled_);
     float* const h = h_;
     float result = 0;
     with_values([&](auto value) {

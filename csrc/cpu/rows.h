@@ -9,12 +9,6 @@
 
 namespace faststeer {
 
-// x `[rows, inputs]` to fp32.
-struct WidenJob {
-  int64_t rows, inputs;
-  Rows x, to;
-};
-
 // out = x weight^T + bias.
 struct LinearJob {
   int64_t rows, inputs, outputs;
@@ -24,13 +18,12 @@ struct LinearJob {
   Rows out;          // [rows, outputs]
 };
 
-// The routines at one instruction set level, indexed by Dtype last. Each does the rows `first` to `end` - 1 and touches no other.
+// The routines at one instruction set level, by Dtype. Each does the rows, or units of UNIT outputs, `first` to `end` - 1
+// and touches no other.
 struct Routines {
   using Steer = void (*)(const RowArguments&, int64_t first, int64_t end);
-  using Widen = void (*)(const WidenJob&, int64_t first, int64_t end);
   using Linear = void (*)(const LinearJob&, int64_t first, int64_t end);
-  Steer rows[N_OPS][N_DTYPES];  // by RowOp
-  Widen widen[N_DTYPES];
+  Steer steer[N_DTYPES], latch[N_DTYPES];
   Linear linear[N_DTYPES];
   int64_t unit;  // outputs that `linear` takes at a time
 };

@@ -19,27 +19,15 @@ FASTSTEER_INLINE constexpr Dtype dtype_of() {
   return std::is_same_v<T, float> ? Dtype::FP32 : std::is_same_v<T, __half> ? Dtype::FP16 : Dtype::BF16;
 }
 
-struct Launched {
-  cudaError_t error;
-  dim3 grid, block;
-};
-
 // rows > 0. What LATCH launches does not depend on config. Where config is vectorised, every tensor that is read and
-// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype. (launch.cu)
-template <typename T>
-Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+// written by 16 bytes stands on 16-byte boundaries, the weight only if it is of x's dtype.
+using Launch = cudaError_t(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream);
+Launch launch_fp32, launch_fp16, launch_bf16;  // launch.cu, compiled for each
 
-// Each is in an object of its own.
-extern template Launched launch_row_for<float>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
-extern template Launched launch_row_for<__half>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
-extern template Launched launch_row_for<__nv_bfloat16>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
-
-inline Launched launch_row(RowOp op, Dtype dtype, const LaunchConfig& config, const RowArguments& arguments,
-                           cudaStream_t stream) {
-  const auto launch = dtype == Dtype::FP32   ? launch_row_for<float>
-                      : dtype == Dtype::FP16 ? launch_row_for<__half>
-                                             : launch_row_for<__nv_bfloat16>;
-  return launch(op, config, arguments, stream);
+inline cudaError_t launch_row(RowOp op, const LaunchConfig& config, const RowArguments& arguments,
+                              cudaStream_t stream) {
+  Launch* const of_16_bits = arguments.dtype == Dtype::FP16 ? launch_fp16 : launch_bf16;
+  return (arguments.dtype == Dtype::FP32 ? launch_fp32 : of_16_bits)(op, config, arguments, stream);
 }
 
 }  // namespace faststeer

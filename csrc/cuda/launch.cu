@@ -1,12 +1,12 @@
 // The row kernels for one dtype, and from a configuration to the one instantiated for it. Compiled once per dtype of
-// kernels.h, with FASTSTEER_ROW_TYPE naming it, so that they compile side by side.
+// kernels.h, with FASTSTEER_ROW_TYPE and FASTSTEER_LAUNCH naming it and its launcher, so that they compile side by side.
 #include "latch.cuh"
 #include "row.cuh"
 
 namespace faststeer {
 
-static Launched launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block, size_t shared_bytes,
-                       const RowArguments& arguments, cudaStream_t stream) {
+static cudaError_t launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block, size_t shared_bytes,
+                          const RowArguments& arguments, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = block;
@@ -19,36 +19,27 @@ static Launched launch(void (*kernel)(RowArguments), int64_t blocks, dim3 block,
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments);
   const cudaError_t pending = cudaGetLastError();  // also clears it, so that it is not reported again elsewhere
-  return {error != cudaSuccess ? error : pending, config.gridDim, block};
+  return error != cudaSuccess ? error : pending;
 }
 
 template <typename T, int ELEMENTS, int VECTORS, int HIDDEN = 0>
-Launched launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+static cudaError_t launch_row_as(RowOp op, const LaunchConfig& config, const RowArguments& arguments,
+                                 cudaStream_t stream) {
   const dim3 block(config.threads_per_row, config.rows_per_block);
   const size_t stash = sizeof(float) * block.x * block.y * Row<T, ELEMENTS, VECTORS, HIDDEN>::STASH;
-  const auto with = [&](void (*kernel)(RowArguments)) {
-    return launch(kernel, ceil_div(arguments.rows, block.y), block, sizeof(Partials) + stash, arguments, stream);
-  };
-  switch (op) {
-    case RowOp::STEER:
-      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>);
-    case RowOp::STEER_IN_PLACE:
-      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_IN_PLACE>);
-    case RowOp::ADD_STEER:
-      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>);
-    case RowOp::STEER_PAIR:
-      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>);
-    case RowOp::ADD_STEER_RMSNORM:
-      return with(row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>);
-    case RowOp::LATCH:
-      break;  // launch_row_for has it
-  }
-  return {cudaErrorInvalidValue, {}, {}};
+  static void (*const kernels[])(RowArguments) = {// by RowOp; launch_row_for has LATCH
+                                                  row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER>,
+                                                  row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER>,
+                                                  row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::STEER_PAIR>,
+                                                  row_kernel<T, ELEMENTS, VECTORS, HIDDEN, RowOp::ADD_STEER_RMSNORM>};
+  const int64_t blocks = ceil_div(arguments.rows, block.y);
+  return launch(kernels[static_cast<int32_t>(op)], blocks, block, sizeof(Partials) + stash, arguments, stream);
 }
 
 // The configurations that choose_launch gives, and no others.
 template <typename T>
-Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+static cudaError_t launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments& arguments,
+                                  cudaStream_t stream) {
   if (op == RowOp::LATCH) {
     const int64_t blocks = ceil_div(arguments.rows, LATCH_ROWS);
     return launch(latch_kernel<T>, blocks, dim3(LATCH_THREADS), sizeof(Partials), arguments, stream);
@@ -71,9 +62,11 @@ Launched launch_row_for(RowOp op, const LaunchConfig& config, const RowArguments
     if (columns == FEWEST_COLUMNS) return launch_row_as<T, 1, FEWEST_COLUMNS>(op, config, arguments, stream);
     if (columns == MOST_COLUMNS) return launch_row_as<T, 1, MOST_COLUMNS>(op, config, arguments, stream);
   }
-  return {cudaErrorInvalidConfiguration, {}, {}};
+  return cudaErrorInvalidConfiguration;
 }
 
-template Launched launch_row_for<FASTSTEER_ROW_TYPE>(RowOp, const LaunchConfig&, const RowArguments&, cudaStream_t);
+cudaError_t FASTSTEER_LAUNCH(RowOp op, const LaunchConfig& config, const RowArguments& arguments, cudaStream_t stream) {
+  return launch_row_for<FASTSTEER_ROW_TYPE>(op, config, arguments, stream);
+}
 
 }  // namespace faststeer

@@ -2,11 +2,9 @@
 // on the current stream. Nothing here waits for the device.
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
-#include <atomic>
 #include <cstdlib>
 #include <limits>
-#include <string>
+#include <vector>
 
 #include "../common/operators.h"
 #include "kernels.h"
@@ -14,12 +12,7 @@
 namespace faststeer {
 namespace {
 
-void check_launched(const char* op, const Launched& launched) {
-  STD_TORCH_CHECK(launched.error == cudaSuccess, "faststeer::", op, ": the launch of ", launched.grid.x, " blocks of ",
-                  launched.block.x, " x ", launched.block.y, " threads failed: ", cudaGetErrorString(launched.error));
-}
-
-int64_t item_size(Dtype dtype) { return dtype == Dtype::FP32 ? 4 : 2; }
+int32_t item_size(Dtype dtype) { return dtype == Dtype::FP32 ? 4 : 2; }
 
 bool on_16_bytes(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
@@ -28,10 +21,9 @@ bool on_16_bytes(const Rows& rows, Dtype dtype) {
 }
 
 // 16 bytes at a time only if everything that is read or written so allows it.
-bool aligned(const RowShape& shape, const RowArguments& a) {
-  return on_16_bytes(a.x, shape.dtype) && on_16_bytes(a.hidden, shape.dtype) && on_16_bytes(a.residual, shape.dtype) &&
-         on_16_bytes(a.normed) && (a.weight_dtype != shape.dtype || on_16_bytes(a.weight)) &&
-         on_16_bytes(a.tables.bank);
+bool aligned(const RowArguments& a) {
+  return on_16_bytes(a.x, a.dtype) && on_16_bytes(a.hidden, a.dtype) && on_16_bytes(a.residual, a.dtype) &&
+         on_16_bytes(a.normed) && (a.weight_dtype != a.dtype || on_16_bytes(a.weight)) && on_16_bytes(a.tables.bank);
 }
 
 // Read once: an operator call has a few microseconds in all. A wrong value is refused again at every call.
@@ -46,6 +38,21 @@ int32_t asked_columns() {
   return columns;
 }
 
+// Read once, of every device.
+int32_t sm_count(int32_t device) {
+  static const std::vector<int32_t> counts = [] {
+    int devices = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    std::vector<int32_t> each(devices);
+    for (int i = 0; i < devices && error == cudaSuccess; ++i) {
+      error = cudaDeviceGetAttribute(&each[i], cudaDevAttrMultiProcessorCount, i);
+    }
+    STD_TORCH_CHECK(error == cudaSuccess, "cannot count multiprocessors: ", cudaGetErrorString(error));
+    return each;
+  }();
+  return counts.at(device);
+}
+
 // Makes x's device current for one call.
 class Cuda {
  public:
@@ -56,38 +63,24 @@ class Cuda {
   }
 
   // Rows on a CUDA device, few enough for the 32-bit numbers that the kernels count them with.
-  static RowShape check(const Tensor& x) {
-    const RowShape shape = check_rows(x, "x");
-    require(x.is_cuda() && shape.rows <= std::numeric_limits<int32_t>::max() - MAX_THREADS_PER_ROW, "x");
-    return shape;
+  static void check(const Layout& x) {
+    require(x.device_type == aoti_torch_device_type_cuda(), "x");
+    require(x.sizes[0] <= std::numeric_limits<int32_t>::max() - MAX_THREADS_PER_ROW, "x");
   }
 
-  void run(const char* name, RowOp op, const RowShape& shape, const RowArguments& arguments) const {
-    if (shape.rows == 0) return;
-    const int32_t size = static_cast<int32_t>(item_size(shape.dtype));
+  void run(const char* name, RowOp op, const RowArguments& a) const {
+    if (a.rows == 0) return;
     const LaunchConfig config =
-        choose_launch(shape.rows, shape.hidden, size, aligned(shape, arguments), sm_count(), asked_columns());
+        choose_launch(a.rows, a.hidden_size, item_size(a.dtype), aligned(a), sm_count(index), asked_columns());
     STD_TORCH_CHECK(config.threads_per_row <= MAX_THREADS_PER_ROW, COLUMNS_VARIABLE, " must be at least ",
-                    ceil_div(shape.hidden, MAX_THREADS_PER_ROW), " for rows of ", shape.hidden, " columns; got ",
+                    ceil_div(a.hidden_size, MAX_THREADS_PER_ROW), " for rows of ", a.hidden_size, " columns; got ",
                     asked_columns());
-    check_launched(name, launch_row(op, shape.dtype, config, arguments, stream));
+    const cudaError_t error = launch_row(op, config, a, stream);
+    STD_TORCH_CHECK(error == cudaSuccess, "faststeer::", name, ": the launch for ", a.rows, " rows of ", a.hidden_size,
+                    " columns failed: ", cudaGetErrorString(error));
   }
 
  private:
-  // Asked for once per device: an operator call has a few microseconds in all.
-  int32_t sm_count() const {
-    static std::array<std::atomic<int32_t>, 64> known{};
-    std::atomic<int32_t>* const kept = static_cast<size_t>(index) < known.size() ? &known[index] : nullptr;
-    int32_t count = kept != nullptr ? kept->load(std::memory_order_relaxed) : 0;
-    if (count == 0) {
-      const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
-      STD_TORCH_CHECK(error == cudaSuccess, "cannot count the multiprocessors of cuda:", index, ": ",
-                      cudaGetErrorString(error));
-      if (kept != nullptr) kept->store(count, std::memory_order_relaxed);
-    }
-    return count;
-  }
-
   int32_t index;
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;

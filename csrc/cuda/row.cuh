@@ -523,8 +523,7 @@ struct Last {
 template <typename T, int ELEMENTS, int VECTORS, int HIDDEN, RowOp OP>
 __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __grid_constant__ RowArguments arguments) {
   using R = Row<T, ELEMENTS, VECTORS, HIDDEN>;
-  constexpr bool ADDS = OP != RowOp::STEER && OP != RowOp::STEER_IN_PLACE;
-  constexpr bool IN_PLACE = OP == RowOp::STEER_IN_PLACE || OP == RowOp::STEER_PAIR;
+  constexpr bool ADDS = OP != RowOp::STEER, IN_PLACE = OP == RowOp::STEER_PAIR;
   const int32_t index = static_cast<int32_t>(HIDDEN > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y);
   if (HIDDEN == 0 && index >= arguments.rows) return;  // only where rows share a block
   const RowGroup<R::THREADS> group{threadIdx.x, blockDim.x, *reinterpret_cast<Partials*>(shared_memory)};
@@ -551,7 +550,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
   if constexpr (IN_PLACE) {
     if (!steered) return;
     if constexpr (EARLY) fetch();  // only now: most rows of most batches have nothing to do
-    if constexpr (OP == RowOp::STEER_PAIR) clear_probe();
+    clear_probe();
   }
   if constexpr (OP == RowOp::STEER) {
     if (!steered) {
@@ -604,7 +603,7 @@ __global__ void __launch_bounds__(MAX_THREADS_PER_ROW, 1) row_kernel(const __gri
     return;
   }
   row.finish();
-  if constexpr (OP == RowOp::STEER_PAIR) {  // the row is now all in the other of the pair
+  if constexpr (IN_PLACE) {  // the row is now all in the other of the pair
     const typename R::Raw none[VECTORS] = {};
     row.write(arguments.x, none);
   }

@@ -158,27 +158,7 @@ def steer(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, stride or device, named.
     """
-    return _compute("steer", backend, (x,), tables, rows, gate_state, probe)
-
-
-def steer_(
-    x: Tensor,
-    tables: Tables,
-    rows: Tensor,
-    gate_state: Tensor | None = None,
-    probe: Tensor | None = None,
-    *,
-    backend: Backend | None = None,
-) -> None:
-    """`steer` in place, for inference.
-
-    Raises:
-        RuntimeError: a gradient would be needed: `steer` gives one.
-    """
-    refuse_gradient("steer_", x, tables.bank, tables.scalars, instead="steer")
-    if probe is not None:
-        probe.zero_()
-    _run("steer_", backend, (x, *tables[:3], rows, gate_state, probe), tables, probe)
+    return _run("steer", backend, (x,), tables, rows, gate_state, probe)
 
 
 def add_steer(
@@ -192,7 +172,7 @@ def add_steer(
     backend: Backend | None = None,
 ) -> Tensor:
     """`steer` of x + residual: see `faststeer.ops.reference.add_steer`."""
-    return _compute("add_steer", backend, (x, residual), tables, rows, gate_state, probe)
+    return _run("add_steer", backend, (x, residual), tables, rows, gate_state, probe)
 
 
 def steer_pair_(
@@ -214,7 +194,7 @@ def steer_pair_(
         RuntimeError: a gradient would be needed: `add_steer` gives one.
     """
     refuse_gradient("steer_pair_", x, residual, tables.bank, tables.scalars, instead="add_steer")
-    _run("steer_pair_", backend, (x, residual, *tables[:3], rows, gate_state, probe), tables, probe)
+    _run("steer_pair_", backend, (x, residual), tables, rows, gate_state, probe)
 
 
 def add_steer_rmsnorm(
@@ -233,7 +213,7 @@ def add_steer_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """`(normed, hidden)`: see `faststeer.ops.reference.add_steer_rmsnorm`."""
     leading = x, residual, weight, eps, weight_offset, fp32_weight
-    return _compute("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
+    return _run("add_steer_rmsnorm", backend, leading, tables, rows, gate_state, probe)
 
 
 def latch_(
@@ -246,7 +226,7 @@ def latch_(
     backend: Backend | None = None,
 ) -> None:
     """Decide latched gates on x, or on x + residual: see `faststeer.ops.reference.latch_`."""
-    _run("latch_", backend, (x, residual, *tables[:3], rows, gate_state), tables, None)
+    _run("latch_", backend, (x, residual), tables, rows, gate_state, None)
 
 
 # What every eager call runs is written for speed: together it costs the host less than the operator's own call.
@@ -377,10 +357,22 @@ def _has_tangent(argument: Any) -> bool:
     return is_real and forward_ad.unpack_dual(argument).tangent is not None
 
 
-def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: Tables, probe: Tensor | None) -> Any:
+def _run(
+    op: str,
+    backend: Backend | None,
+    first: tuple[Any, ...],
+    tables: Tables,
+    rows: Tensor,
+    gate_state: Tensor | None,
+    probe: Tensor | None,
+) -> Any:
     """What the operator gives, or the reference's function of the same name, without the probe, which is written. fp64
     rows are for oracles, with tables of any dtype."""
-    name = backend_of(arguments[0], backend)
+    last: tuple[Any, ...] = () if op == "latch_" else (probe,)
+    if op not in ("latch_", "steer_pair_"):
+        last = tables.scalars, 0 if probe is None else probe.shape[1]
+    arguments = *first, *tables[:3], rows, gate_state, *last
+    name = backend_of(first[0], backend)
     if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
         if _is_chosen(backend or _chosen):
             raise NotImplementedError(
@@ -389,11 +381,10 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: T
             )
         name = "reference"
     if name == "reference":
-        if arguments[0].dtype != torch.float64:
+        if first[0].dtype != torch.float64:
             schema.check(op, *arguments)
-        n = schema.ARGUMENTS[op].index("bank")
         seen = () if probe is None else (probe if op == "steer_pair_" else probe.zero_(),)
-        return getattr(reference, op)(*arguments[:n], tables, *arguments[n + 3 : n + 5], *seen)
+        return getattr(reference, op)(*first, tables, rows, gate_state, *seen)
     try:
         results = (_OPS if is_compiling() else _CALLS)[name][op](*arguments)
     except RuntimeError:
@@ -404,20 +395,6 @@ def _run(op: str, backend: Backend | None, arguments: tuple[Any, ...], tables: T
     if probe is not None:
         probe.copy_(results[-1])
     return results[0] if len(results) == 2 else results[:-1]
-
-
-def _compute(
-    op: str,
-    backend: Backend | None,
-    leading: tuple[Any, ...],
-    tables: Tables,
-    rows: Tensor,
-    gate_state: Tensor | None,
-    probe: Tensor | None,
-) -> Any:
-    """`_run` for a functional op, whose operator makes a probe."""
-    columns = 0 if probe is None else probe.shape[1]
-    return _run(op, backend, (*leading, *tables[:3], rows, gate_state, tables.scalars, columns), tables, probe)
 
 
 def refuse_gradient(op: str, *tensors: Tensor | None, instead: str = "") -> None:

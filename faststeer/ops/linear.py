@@ -24,15 +24,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
     refuse_gradient("linear", x, weight, bias)
-    if backend_of(x, backend) != "cpu":
-        if x.dtype != torch.float64:
-            _check(x, weight, bias)
-        return F.linear(x, weight, bias)
-    try:
-        return _OP(x, weight, bias)
-    except RuntimeError:
-        _check(x, weight, bias)  # bad arguments get the same error from every back end
-        raise
+    if backend_of(x, backend) == "cpu" and x.dtype == weight.dtype:
+        try:
+            return _OP(x.float(), weight, bias)
+        except RuntimeError:
+            _check(x, weight, bias)  # bad arguments get the same error from every back end
+            raise
+    if x.dtype != torch.float64:
+        _check(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -46,10 +46,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
-    return x.new_empty(x.shape[0], weight.shape[0])
+    _check(x.to(weight.dtype), weight, bias)
+    return weight.new_empty(x.shape[0], weight.shape[0])
 
 
+# x is in fp32, whatever the weight's dtype, which is the result's.
 library.define("linear.cpp(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("faststeer::linear.cpp", _fake, lib=library)
 _OP = torch.ops.faststeer.linear.cpp

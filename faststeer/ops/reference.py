@@ -58,13 +58,6 @@ def _steer(
     return torch.where(touched.unsqueeze(1), h.to(x.dtype), x), touched
 
 
-def steer_(
-    x: Tensor, tables: Tables, rows: Tensor, gate_state: Tensor | None = None, probe: Tensor | None = None
-) -> None:
-    """`steer` in place."""
-    x.copy_(steer(x, tables, rows, gate_state, probe))
-
-
 def add_steer(
     x: Tensor,
     residual: Tensor,
@@ -241,11 +234,8 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
     Every kind is h <- h + sum_k w_k q_k with a weight per direction (Project starts from zero instead of h).
     """
     a, b, count = entry.a, entry.b, entry.count.unsqueeze(1)
-    adds, projects, relative = (
-        entry.is_kind(EntryKind.ADD),
-        entry.is_kind(EntryKind.PROJECT),
-        entry.is_kind(EntryKind.ROTATE_RELATIVE),
-    )
+    adds, projects = entry.is_kind(EntryKind.ADD), entry.is_kind(EntryKind.PROJECT)
+    relative = entry.is_kind(EntryKind.ROTATE_RELATIVE)
     rotates = relative | entry.is_kind(EntryKind.ROTATE)
     p1, p2 = p[:, 0], p[:, min(1, p.shape[1] - 1)]
     # A clamp's missing bound is infinite: other kinds' formulas must not meet it, not even times zero in a gradient.
@@ -274,11 +264,7 @@ def _intervene(h: Tensor, q: Tensor, p: Tensor, entry: _Entry) -> tuple[Tensor, 
 def _rotation(p1: Tensor, p2: Tensor, cos: Tensor, sin: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
     """What to add along b1 and b2 so that the part of the row in their plane points at the angle, or is turned by
     it."""
-    square = p1 * p1 + p2 * p2
-    inside = square > 0
-    radius = torch.where(
-        inside, torch.where(inside, square, 1).sqrt(), 0
-    )  # the inner where keeps the gradient finite at 0
+    radius = _root(p1 * p1 + p2 * p2)
     w1 = torch.where(relative, p1 * cos - p2 * sin, radius * cos) - p1
     w2 = torch.where(relative, p1 * sin + p2 * cos, radius * sin) - p2
     return w1, w2
@@ -286,12 +272,12 @@ def _rotation(p1: Tensor, p2: Tensor, cos: Tensor, sin: Tensor, relative: Tensor
 
 def _with_norm_of(h: Tensor, new: Tensor) -> Tensor:
     """`new` scaled to the norm of `h`; a zero row stays zero."""
-    old, now = _norm(h), _norm(new)
+    old, now = (_root((t * t).sum(-1, keepdim=True)) for t in (h, new))
     return new * torch.where(now > 0, old / torch.where(now > 0, now, 1), 1)
 
 
-def _norm(h: Tensor) -> Tensor:
-    square = (h * h).sum(-1, keepdim=True)
+def _root(square: Tensor) -> Tensor:
+    """The square root, whose gradient stays finite at 0."""
     inside = square > 0
     return torch.where(inside, torch.where(inside, square, 1).sqrt(), 0)
 

@@ -24,7 +24,6 @@ _LIVE = f"{_TABLES}, Tensor? scalars"  # where gradients flow to the entries' nu
 _NORM = "Tensor weight, float eps, float weight_offset, bool fp32_weight"
 SCHEMAS = {
     "steer": f"(Tensor x, {_LIVE}, int columns) -> (Tensor, Tensor)",
-    "steer_": f"(Tensor(a!) x, {_TABLES}, Tensor(b!)? probe) -> ()",
     "add_steer": f"(Tensor x, Tensor residual, {_LIVE}, int columns) -> (Tensor, Tensor)",
     "steer_pair_": f"(Tensor(a!) x, Tensor(b!) residual, {_TABLES}, Tensor(c!)? probe) -> ()",
     "add_steer_rmsnorm": f"(Tensor x, Tensor residual, {_NORM}, {_LIVE}, int columns) -> (Tensor, Tensor, Tensor)",
@@ -113,8 +112,7 @@ def check(op: str, *arguments: Any) -> None:
     if columns < 0:
         raise ValueError(f"columns is {columns}: expected the number of probe columns, 0 for none")
     if (probe := by_name.get("probe")) is not None:
-        n_probed = rows_of(probe, 0, x) if op == "steer_pair_" else x.shape[0]
-        check_table(probe, "probe", (n_probed, None), torch.float32, x)
+        check_table(probe, "probe", (rows_of(probe, 0, x), None), torch.float32, x)
     if (residual := by_name.get("residual")) is not None:
         check_rows(residual, "residual", like=x)
     if (weight := by_name.get("weight")) is not None:

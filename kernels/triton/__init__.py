@@ -8,17 +8,14 @@ synchronise with the host and allocate nothing but their results, so that a grap
 Run so far in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; no GPU has run any of it yet.
 """
 
-from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, latch_, steer, steer_, steer_pair_
-from faststeer.kernels.row import INTERPRETED
+from faststeer.kernels.residual import add_steer, add_steer_rmsnorm, latch_, steer, steer_pair_
 from faststeer.kernels.warmup import warmup
 
 __all__ = [
-    "INTERPRETED",
     "add_steer",
     "add_steer_rmsnorm",
     "latch_",
     "steer",
-    "steer_",
     "steer_pair_",
     "warmup",
 ]

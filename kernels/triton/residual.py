@@ -70,7 +70,7 @@ def residual_kernel(
     2. s = x, or x + residual rounded to the dtype.
     3. The entries act on s in fp32 (`steer_row`); the result is rounded once. LATCHES: they decide their gates on it
        (`latch_row`), and that is all.
-    4. Write hidden; in place only if something acted: into x, or, of a pair, into residual, and zeros into x.
+    4. Write hidden; in place only if something acted: into residual, and zeros into x.
     5. With a weight: n = hidden * rsqrt(mean(hidden^2) + eps); normed is n, rounded, times the weight, rounded; or
        (FP32_WEIGHT) n times the weight, rounded once.
 
@@ -87,7 +87,7 @@ def residual_kernel(
         if LATCHES:
             if tl.load(rows + place_stride + row) != -1:
                 return
-        elif residual is not None:  # its caller's probe may hold what an earlier pass has seen
+        else:  # its caller's probe may hold what an earlier pass has seen
             for column in range(0, n_columns):
                 tl.store(probe + (row - zero) * n_columns + column, 0.0)
     s = load_row(x, row, x_stride, columns, HIDDEN, ALIGNED, "evict_first")
@@ -116,11 +116,8 @@ def residual_kernel(
         g = h.to(x.dtype.element_ty)
         if IN_PLACE:
             if touched:
-                if residual is None:
-                    store_row(x, row, x_stride, columns, g, HIDDEN, ALIGNED)
-                else:
-                    store_row(residual, row + zero, residual_stride, columns, g, HIDDEN, ALIGNED)
-                    store_row(x, row + zero, x_stride, columns, tl.zeros_like(g), HIDDEN, ALIGNED)
+                store_row(residual, row + zero, residual_stride, columns, g, HIDDEN, ALIGNED)
+                store_row(x, row + zero, x_stride, columns, tl.zeros_like(g), HIDDEN, ALIGNED)
         elif residual is None:
             if touched:
                 store_row(hidden, row, HIDDEN, columns, g, HIDDEN, ALIGNED)
@@ -151,23 +148,16 @@ def steer(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`(hidden, probe)`: x `[rows, hidden]` after the entries of each row's slot, and what they probed `[rows,
     columns]` fp32."""
     *tables, _scalars, columns = rest
-    hidden, probe = _like(x), _probe(x, columns)
+    hidden, probe = x.new_empty(x.shape), x.new_zeros(x.shape[0], columns, dtype=torch.float32)
     _launch(x, None, None, None, hidden, probe, tables)
     return hidden, probe
-
-
-@implements("steer_.triton", *DEVICES)
-def steer_(x: Tensor, *rest: Any) -> None:
-    """`steer` in place; rows that nothing acts on are not written, and not even read if their slot has no entries."""
-    *tables, probe = rest
-    _launch(x, None, None, None, None, probe, tables)
 
 
 @implements("add_steer.triton", *DEVICES)
 def add_steer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`steer` of x + residual."""
     *tables, _scalars, columns = rest
-    hidden, probe = _like(x), _probe(x, columns)
+    hidden, probe = x.new_empty(x.shape), x.new_zeros(x.shape[0], columns, dtype=torch.float32)
     _launch(x, residual, None, None, hidden, probe, tables)
     return hidden, probe
 
@@ -185,7 +175,8 @@ def add_steer_rmsnorm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(normed, hidden, probe)`: `add_steer`, and the RMSNorm of its result."""
     *tables, _scalars, columns = rest
-    normed, hidden, probe = _like(x), _like(x), _probe(x, columns)
+    normed, hidden = x.new_empty(x.shape), x.new_empty(x.shape)
+    probe = x.new_zeros(x.shape[0], columns, dtype=torch.float32)
     _launch(x, residual, weight, normed, hidden, probe, tables, float(eps), float(weight_offset), bool(fp32_weight))
     return normed, hidden, probe
 
@@ -195,14 +186,6 @@ def latch_(x: Tensor, residual: Tensor | None, *tables: Tensor) -> None:
     """Write to `gate_state` `[n_gates, n_sequences]` what the LATCH entries say of the rows at position -1 of x, or of
     x + residual."""
     _launch(x, residual, None, None, None, None, tables, latches=True)
-
-
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _probe(x: Tensor, columns: int) -> Tensor:
-    return torch.zeros((x.shape[0], columns), dtype=torch.float32, device=x.device)
 
 
 def _launch(

@@ -35,7 +35,7 @@ def rows_in(session) -> list[dict[str, str]]:
 
 
 class TestKernels:
-    @pytest.mark.parametrize("op", ["steer_", "steer_pair_", "add_steer_rmsnorm"])
+    @pytest.mark.parametrize("op", ["steer", "steer_pair_", "add_steer_rmsnorm"])
     def test_rows_are_fresh_before_each_replay(self, kernels, session, monkeypatch, op):
         monkeypatch.setattr(kernels, "REPLAYS", 3)
         buffers = kernels.Buffers(4, 64)
@@ -43,7 +43,7 @@ class TestKernels:
 
         def run(case) -> None:
             seen.append((case.x.clone(), case.residual.clone()))
-            if op in kernels.IN_PLACE:
+            if op == "steer_pair_":
                 case.x.zero_()
                 case.residual.zero_()
 
@@ -67,8 +67,8 @@ class TestKernels:
     def test_a_failure_is_a_row_and_the_next_is_measured(self, kernels, session):
         buffers = kernels.Buffers(4, 64)
         cases = buffers.cases("add", 1)
-        session.record("steer_", "cpu", lambda c: 1 / 0, buffers, cases, {"steering": "add"})
-        session.record("steer_", "cpu", kernels.ours("steer_", "reference"), buffers, cases, {"steering": "add"})
+        session.record("steer", "cpu", lambda c: 1 / 0, buffers, cases, {"steering": "add"})
+        session.record("steer", "cpu", kernels.ours("steer", "reference"), buffers, cases, {"steering": "add"})
         broken, good = rows_in(session)
         assert broken["failed"] == "ZeroDivisionError: division by zero" and "us" not in broken
         assert "us" in good and session.table.failures == 1

@@ -32,6 +32,15 @@ def verdicts(runner: run.Runner) -> dict[str, str]:
     return {result.name: result.verdict for result in runner.results}
 
 
+@pytest.mark.parametrize(
+    ("by", "rows", "prints"), [("gpu", "16384", True), ("dry run", "16384", False), ("gpu", "5", False)]
+)
+def test_what_a_gpu_has_measured_is_for_the_table_on_paper(by, rows, prints):
+    row = {"run": by, "op": "add_steer_rmsnorm", "rows": rows, "hidden": "4096", "us": "131.4"}
+    assert run.measures_paper([{"op": "copy"}, row]) is prints
+    assert not run.measures_paper([{**row, "op": "steer"}])
+
+
 class TestStages:
     def test_each_ends_alone(self, runner, tmp_path):
         runner.run(python("good", "print('fine')"))

@@ -76,8 +76,6 @@ def test_an_error_beyond_the_tolerance_is_told(quick, monkeypatch, tmp_path):
     for share, code in ((0.2, 0), (4.0, 3)):
         with monkeypatch.context() as patch:
             patch.setattr(ops, "steer", off_by(share))
-            # What is done in place is compared with it, bit for bit.
-            patch.setattr(ops, "steer_", lambda x, *rest, backend: x.copy_(ops.steer(x, *rest, backend=backend)))
             result = run("--backend", "reference", "--json", "--out", tmp_path / "verify.json")
         assert result.exit_code == code, result.output
         text = disagreements(result)["reference"]
@@ -92,7 +90,8 @@ def test_an_error_beyond_the_tolerance_is_told(quick, monkeypatch, tmp_path):
 )
 @pytest.mark.parametrize("name", ["steer", "add_steer", "steer_pair_", "add_steer_rmsnorm"])
 def test_an_intervention_that_is_left_out_is_told(name, kind, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(verify, "cases", lambda *_, cases=verify.cases: cases(*_)[:1])
+    # Two, since a clamp moves the rows of the first by less than bf16 rounds.
+    monkeypatch.setattr(verify, "cases", lambda *_, cases=verify.cases: cases(*_)[:2])
     monkeypatch.setattr(ops, name, skipping(kind, name))
     result = run("--backend", "reference", "--json", "--out", tmp_path / "verify.json")
     assert result.exit_code == 3
@@ -116,7 +115,6 @@ def test_other_mistakes_are_told(quick, monkeypatch, tmp_path):
 
     for name, wrong, message in (
         ("latch_", nothing, "gates are decided otherwise"),
-        ("steer_", nothing, "it writes what steer gives"),
         ("steer", all_rows, "a row without a plan keeps its bits"),
         ("add_steer", no_number, "inf times what is allowed"),
         ("steer", raises, "it raised RuntimeError: an illegal memory access"),
@@ -181,7 +179,7 @@ def test_json_is_complete_and_the_table_shows_it(tmp_path, monkeypatch):
         assert name in result.stdout and ("agrees" in result.stdout or not state.works)
     timed = {(record["op"], record["backend"]) for record in written["kernels"] if "us" in record}
     measured = [n for n, s in ops.states().items() if s.works and n not in ("reference", "triton")] or ["reference"]
-    assert timed == {(op, name) for op in ("steer_", "add_steer_rmsnorm") for name in measured}
+    assert timed == {(op, name) for op in ("steer", "add_steer_rmsnorm") for name in measured}
     for record in written["kernels"]:
         assert {f.name for f in dataclasses.fields(Timing)} | {"gb_per_s", "percent_of_copy"} <= set(record)
     names = ["generate", "generate, hand-written hook", "generate, fs.steer", "Engine", "Engine, steered"]

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent / "host_emulation"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE / 'shim'}"]
 FLAGS += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-STEER, STEER_IN_PLACE, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH = range(6)
+STEER, ADD_STEER, STEER_PAIR, ADD_STEER_RMSNORM, LATCH = range(5)
 Config = tuple[int, int, int, int]  # threads per row, rows per block, elements per vector, vectors per thread
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -57,6 +57,7 @@ class CRow(ctypes.Structure):
         ("fp32_weight", ctypes.c_bool),
         ("weight_dtype", _int32),
         ("tables", CTables),
+        ("dtype", _int32),
     ]
 
 
@@ -181,6 +182,7 @@ class Emulated:
         for name, tensor in (("weight", weight), ("normed", normed)):
             setattr(a, name, None if tensor is None else tensor.data_ptr())
         a.rows, a.hidden_size = x.shape
+        a.dtype = DTYPES[x.dtype]
         if probe is not None:
             a.probe, a.probe_columns = probe.data_ptr(), probe.shape[1]
         if weight is not None:
@@ -190,7 +192,7 @@ class Emulated:
         wide += [t for t in (residual, normed) if t is not None]
         wide += [weight] if weight is not None and weight.dtype == x.dtype else []
         config = choose(*x.shape, x.element_size(), on_16_bytes(*wide), self.sm_count, self.asked)
-        _check(library().emulate_row(op, DTYPES[x.dtype], (_int32 * 4)(*config), ctypes.byref(a)))
+        _check(library().emulate_row(op, (_int32 * 4)(*config), ctypes.byref(a)))
 
     def _outputs(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Poisoned, so that what is not written shows."""
@@ -201,9 +203,6 @@ class Emulated:
         hidden, probe = self._outputs(x, columns)
         self._row(STEER, x, hidden, probe)
         return hidden, probe
-
-    def steer_(self, x: Tensor, probe: Tensor | None) -> None:
-        self._row(STEER_IN_PLACE, x, x, probe)
 
     def add_steer(self, x: Tensor, residual: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         hidden, probe = self._outputs(x, columns)

@@ -79,18 +79,33 @@ def test_the_table_of_the_page_is_of_this_code():
 
 
 def test_what_a_gpu_has_measured_fills_its_column(tmp_path):
-    results = tmp_path / "results.csv"
+    """Not by a sweep's launches, nor by what is warm or was measured without a GPU."""
+    results = tmp_path / "first.csv"
     results.write_text(
-        "op,who,rows,hidden,plans,x,steering,us,percent_of_copy\n"
-        "add_steer_rmsnorm,cuda,16384,4096,1,cold,mixed4,131.4,95.2\n"
-        "add_steer_rmsnorm,triton,16384,4096,1,warm,mixed4,1,1\n"
+        "run,op,who,rows,hidden,plans,x,launch,steering,us,percent_of_copy\n"
+        "gpu,add_steer_rmsnorm,cuda,16384,4096,1,cold,,mixed4,131.4,95.2\n"
+        "gpu,add_steer_rmsnorm,cuda,16384,4096,1,cold,8 columns per thread,mixed4,1,1\n"
+        "gpu,add_steer_rmsnorm,triton,16384,4096,1,warm,,mixed4,1,1\n"
+        "dry run,add_steer_rmsnorm,triton,16384,4096,1,cold,,mixed4,1,1\n"
     )
-    measured = paper.measured_by(results, "H200")
+    record = tmp_path / "first.machine.json"
+    record.write_text('{"gpu": "NVIDIA H200"}')
+    measured = paper.measured_by(results)
     assert measured == {("H200", "cuda", "four mixed"): "131 us, 95 %"}
     lines = [paper.Estimate("H200", "cuda", "mixed4", 1581, 3, 4, 2.9, 125e-6, 98.6e-6)]
     assert lines[0].of_copy == 1 and paper.Estimate("H200", "cuda", "add", 1, 3, 4, 0.5, 125e-6, 1e-6).of_copy == 0.5
-    page = paper.BEGIN + paper.table(lines, measured) + paper.END
+    page = f"{paper.BEGIN}\n{paper.table(lines, measured)}\n{paper.END}"
     assert paper.measured_in(page) == measured
+    empty = f"{paper.BEGIN}\n{paper.table(lines, {})}\n{paper.END}"
+    assert paper.filled(empty, measured) == page and paper.filled(page, {}) == page
+    for gpu in ('"NVIDIA A100-SXM4-80GB"', "null"):
+        record.write_text(f'{{"gpu": {gpu}}}')
+        with pytest.raises(ValueError, match=r"first\.csv is of (NVIDIA A100|no GPU).*: the table .* H100, H200, B200"):
+            paper.measured_by(results)
+    record.write_text('{"gpu": "NVIDIA H200"}')
+    results.write_text("run,op\ngpu,copy\n")
+    with pytest.raises(ValueError, match="has no line of run gpu, op add_steer_rmsnorm, rows 16384"):
+        paper.measured_by(results)
 
 
 def test_the_first_vector_waits_for_what_it_must():

@@ -125,9 +125,6 @@ class Backend:
             probe.copy_(seen)
         return hidden
 
-    def steer_(self, x, tables, rows, gate_state, probe=None, *, backend):
-        self._op(tables, rows, gate_state).steer_(x, probe)
-
     def add_steer(self, x, residual, tables, rows, gate_state, probe=None, *, backend):
         hidden, seen = self._op(tables, rows, gate_state).add_steer(x, residual, 0 if probe is None else probe.shape[1])
         if probe is not None:
@@ -150,7 +147,7 @@ MIXES = [["Add", "Ablate"], ["Ablate3", "Clamp", "Probe"], list(backend_cases.KI
 def test_plans_as_for_every_back_end(monkeypatch, hidden, sm_count, dtype):
     """The cases and the bound that hold the other back ends to the reference (tests/ops/test_backends.py)."""
     backend = Backend(sm_count)
-    for name in ("steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm"):
+    for name in ("steer", "add_steer", "steer_pair_", "add_steer_rmsnorm"):
         monkeypatch.setattr(ops, name, getattr(backend, name))
     for kinds, rows in ((MIXES, 7), *(([[kind]], 3) for kind in backend_cases.KINDS)):
         case = backend_cases.steered(kinds, rows, hidden, DTYPES[dtype], "cpu", seed=rows)
@@ -223,23 +220,6 @@ def test_a_pair_writes_only_its_rows_and_their_probes():
     assert all((w == 3).all() for w in wide), "written outside the rows"
     assert torch.equal(found == 7, expected == 7)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_in_place_writes_only_the_rows_and_the_probed_columns():
-    case = Case(111, torch.float16, rows=9, seed=5, unaligned=True)
-    flat = case.x.as_strided((case.x.untyped_storage().size() // 2,), (1,), 0)
-    before = flat.clone()
-    op = Emulated(case.tables, case.rows, case.gate_state)
-    probe = torch.full((9, COLUMNS), float("nan"))
-    op.steer_(case.x, probe)
-    outside = torch.ones_like(flat, dtype=torch.bool)
-    outside.as_strided(case.x.shape, case.x.stride(), 1).fill_(False)
-    assert torch.equal(bits(flat[outside]), bits(before[outside]))
-    expected = torch.full((9, COLUMNS), float("nan"), dtype=torch.float64)
-    rows = before.as_strided(case.x.shape, case.x.stride(), 1)
-    reference.steer(rows.double(), case.tables, case.rows, case.gate_state, expected)
-    assert torch.equal(probe.isnan(), expected.isnan())
-    op.steer_(case.x, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 ARCH = "90"
 WIDE = {"fp32": 4, "fp16": 8, "bf16": 8}  # elements in 16 bytes
-OPS = ("STEER", "STEER_IN_PLACE", "ADD_STEER", "STEER_PAIR", "ADD_STEER_RMSNORM")  # enum RowOp
+OPS = ("STEER", "ADD_STEER", "STEER_PAIR", "ADD_STEER_RMSNORM")  # enum RowOp
 # csrc/common/launch.h: registers per thread, and for rows of these sizes, when there are many, threads per row and the
 # number of rows that must share the 65,536 registers of a multiprocessor for one's loads to hide another's sums.
 MAX_REGISTERS = 128
@@ -175,7 +175,7 @@ def check_accesses(kernel: Kernel, dtype: str) -> None:
     counted = kernel.instructions
     if elements == 1:
         return
-    rows = 1 if op in ("STEER", "STEER_IN_PLACE") else 2
+    rows = 1 if op == "STEER" else 2
     assert counted["row loads"] >= rows * vectors, kernel
     assert counted["stores"] >= (2 if op in ("STEER_PAIR", "ADD_STEER_RMSNORM") else 1) * vectors, kernel
     # Three of an entry's fields, one of its scalars, and the vector that it is read for.

@@ -22,9 +22,6 @@ class Called:
         probe = self._probe(x, columns)
         return ops.steer(x, *self.arguments, probe, backend=self.backend), probe
 
-    def steer_(self, x: Tensor, probe: Tensor | None) -> None:
-        ops.steer_(x, *self.arguments, probe, backend=self.backend)
-
     def add_steer(self, x: Tensor, residual: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         probe = self._probe(x, columns)
         return ops.add_steer(x, residual, *self.arguments, probe, backend=self.backend), probe

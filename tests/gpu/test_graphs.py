@@ -31,7 +31,6 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
     run = functools.partial
     return {
         "steer": run(ops.steer, case.x, *arguments, probe, backend=backend),
-        "steer_": run(ops.steer_, case.x, *arguments, probe, backend=backend),
         "add_steer": run(ops.add_steer, case.x, case.residual, *arguments, probe, backend=backend),
         "steer_pair_": run(ops.steer_pair_, case.x, case.residual, *arguments, probe, backend=backend),
         "add_steer_rmsnorm": run(
@@ -41,7 +40,7 @@ def calls(case: Steered, backend: str, columns: int) -> dict[str, Callable[[], A
     }
 
 
-RESULTS = {"steer": 1, "steer_": 0, "add_steer": 1, "steer_pair_": 0, "add_steer_rmsnorm": 2, "latch_": 0}
+RESULTS = {"steer": 1, "add_steer": 1, "steer_pair_": 0, "add_steer_rmsnorm": 2, "latch_": 0}
 
 
 @needs_device
@@ -63,19 +62,20 @@ def test_allocates_its_results_and_never_waits(kernels, op, columns, rows, hidde
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "hidden"), [(3, 111), (33, 4096), (300, 896)] if CUDA else [(5, 64)])
 def test_plans_change_between_replays(kernels, dtype, rows, hidden):
-    """One graph of a small layer: latch, steer in place, add + steer + norm. Then other plans in the slots, other
+    """One graph of a small layer: latch, steer, add + steer + norm. Then other plans in the slots, other
     slots, positions and gates for the rows, and other rows, all by copy_."""
     case = steered(MIXES, rows, hidden, DTYPES[dtype], DEVICE, seed=2)
     program, x, state = case.program, case.x.clone(), case.gate_state.clone()
     probe = torch.zeros(rows, case.columns, device=DEVICE)
 
-    def layer(x: Tensor, state: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-        tables = program.tables(0)
+    def layer(x: Tensor, state: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tables, norm = program.tables(0), (case.weight, *NORM)
         ops.latch_(x, tables, case.rows, state, backend=kernels)
-        ops.steer_(x, tables, case.rows, state, probe, backend=kernels)
-        return ops.add_steer_rmsnorm(x, case.residual, case.weight, *NORM, tables, case.rows, state, backend=kernels)
+        steered = ops.steer(x, tables, case.rows, state, probe, backend=kernels)
+        pair = ops.add_steer_rmsnorm(steered, case.residual, *norm, tables, case.rows, state, backend=kernels)
+        return steered, *pair
 
-    (normed, hidden_rows), replay = captured(lambda: layer(x, state, probe))
+    (steered_rows, normed, hidden_rows), replay = captured(lambda: layer(x, state, probe))
     generator = torch.Generator().manual_seed(3)
     addresses = [t.data_ptr() for t in (program.bank, program.entries, program.ranges)]
     for kinds in (MIXES, MIXES[::-1], [["Clamp"], ["Gated", "Add"], ["Latched"], ["Ablate"], ["Latched", "Probe"]]):
@@ -92,12 +92,13 @@ def test_plans_change_between_replays(kernels, dtype, rows, hidden):
         with no_synchronisation():
             replay()
             assert allocations() == count, "a replay allocates"
-        for ours, theirs in zip((normed, hidden_rows, x, state, probe), (*expected, *eager), strict=True):
+        for ours, theirs in zip((steered_rows, normed, hidden_rows, x, state, probe), (*expected, *eager), strict=True):
             assert torch.equal(ours, theirs)
         tables = program.tables(0)
         ops.latch_(before[0], tables, case.rows, before[1], backend="reference")
         assert torch.equal(state, before[1])
-        for found, s, what in ((x, before[0], "steer_"), (hidden_rows, x + case.residual, "add_steer_rmsnorm")):
+        added = steered_rows + case.residual
+        for found, s, what in ((steered_rows, x, "steer"), (hidden_rows, added, "add_steer_rmsnorm")):
             exact, plain = (ops.reference.steer(t, tables, case.rows, state) for t in (s.double(), s))
             check_close(found, case, exact, plain, f"{what}, replayed")
     assert addresses == [t.data_ptr() for t in (program.bank, program.entries, program.ranges)]

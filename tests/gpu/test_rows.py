@@ -75,8 +75,6 @@ def test_strided_and_unaligned_rows(backend, dtype, hidden, start):
     view.copy_(case.x)
     found = ops.steer(view, *arguments, backend=backend)
     check_close(found, case, expected, same, "steer")
-    ops.steer_(view, *arguments, backend=backend)
-    assert torch.equal(bits(view), bits(found)), "steer_ differs from steer"
     wide[:, start : start + hidden] = 0
     assert not wide.any(), "written outside the rows"
     view.copy_(case.x)
@@ -99,7 +97,6 @@ def test_no_rows(backend):
     case = steered(MIXES, 0, 64, torch.float32, DEVICE, seed=6)
     arguments = case.tables, case.rows, case.gate_state
     assert ops.steer(case.x, *arguments, backend=backend).shape == (0, 64)
-    ops.steer_(case.x, *arguments, backend=backend)
     ops.steer_pair_(case.x, case.residual, *arguments, backend=backend)
     normed, _ = ops.add_steer_rmsnorm(case.x, case.residual, case.weight, 1e-6, 0.0, False, *arguments, backend=backend)
     assert normed.shape == (0, 64)
@@ -143,9 +140,6 @@ def test_a_row_that_nothing_acts_on_keeps_its_bits(backend, dtype, hidden):
     zero = one_entry(case.tables.bank[:1].contiguous(), EntryKind.ADD, 0.0)
     for tables, rows in ((case.tables, nowhere), (zero, every_row(9))):
         assert torch.equal(bits(ops.steer(case.x, tables, rows, backend=backend)), bits(case.x))
-        written = case.x.clone()
-        ops.steer_(written, tables, rows, backend=backend)
-        assert torch.equal(bits(written), bits(case.x))
         pair = case.x.clone(), case.x.clone()
         ops.steer_pair_(*pair, tables, rows, backend=backend)
         assert all(torch.equal(bits(t), bits(case.x)) for t in pair)
@@ -155,7 +149,7 @@ def test_a_row_that_nothing_acts_on_keeps_its_bits(backend, dtype, hidden):
 def test_more_than_2_to_the_31_elements(kernels):
     hidden, dtype = 8192, torch.bfloat16
     rows = 2**31 // hidden + 5
-    if torch.cuda.mem_get_info()[0] < 4 * rows * hidden * dtype.itemsize:
+    if torch.cuda.mem_get_info()[0] < 5 * rows * hidden * dtype.itemsize:
         pytest.skip("too little memory")
     x = torch.zeros(rows, hidden, dtype=dtype, device=DEVICE)
     some = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device=DEVICE)
@@ -164,8 +158,10 @@ def test_more_than_2_to_the_31_elements(kernels):
     tables = one_entry(bank, EntryKind.ABLATE, 1.0)
     expected = ops.reference.steer(x[some].double(), tables, every_row(5))
     found = ops.steer(x, tables, every_row(rows), backend=kernels)
-    ops.steer_(x, tables, every_row(rows), backend=kernels)
-    for result in (x, found):
+    other = torch.zeros_like(x)
+    ops.steer_pair_(x, other, tables, every_row(rows), backend=kernels)
+    assert not x.any()
+    for result in (other, found):
         torch.testing.assert_close(result[some].double(), expected, rtol=8e-3, atol=1e-2)
         assert int(result.count_nonzero()) <= 5 * hidden
 
@@ -217,8 +213,6 @@ def test_wrong_indices_in_tables_stay_inside_and_agree_with_the_reference(kernel
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(probe, expected_probe, rtol=1e-4, atol=1e-4)
     ops.steer(x, tables, where, None, backend=kernels)
-    ops.steer_(x, tables, where, gate_state, probe, backend=kernels)
-    assert torch.equal(x, found)
     pair = [among_others(t) for t in (before, case.residual)]
     same = before.clone(), case.residual.clone()
     ops.steer_pair_(*(t for t, _ in pair), tables, where, gate_state, probe, backend=kernels)
@@ -289,7 +283,7 @@ def test_bad_arguments_are_named(kernels, what):
     before = case.x.clone()
     arguments = {"x": case.x, "tables": case.tables, "rows": case.rows} | BAD[what](case)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{what.split(',')[0]}\b"):
-        ops.steer_(arguments["x"], arguments["tables"], arguments["rows"], backend=kernels)
+        ops.steer(arguments["x"], arguments["tables"], arguments["rows"], backend=kernels)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{what.split(',')[0]}\b"):
         residual = torch.ones_like(arguments["x"])
         ops.steer_pair_(arguments["x"], residual, arguments["tables"], arguments["rows"], backend=kernels)

@@ -54,14 +54,12 @@ from faststeer.kernels.residual import residual_kernel  # noqa: E402
 from faststeer.ops.tables import N_FIELDS  # noqa: E402
 
 
-def machine_code(
-    capability: int, hidden: int, dtype: torch.dtype, operator: str, **options: Any
-) -> list[SimpleNamespace]:
+def machine_code(capability: int, hidden: int, dtype: torch.dtype, operator: str) -> list[SimpleNamespace]:
     """The kernels that `warmup` compiles for an operator, for aligned rows if the hidden size has them."""
     global only_aligned
     no_driver.capability, only_aligned = capability, hidden * dtype.itemsize % 16 == 0
     compiled.clear()
-    kernels.warmup(hidden, dtype, "cpu", operators=(operator,), **options)
+    kernels.warmup(hidden, dtype, "cpu", operators=(operator,))
     only_aligned = False
     return [describe(kernel) for kernel in compiled]
 
@@ -153,7 +151,6 @@ def call_all(rows: int, hidden: int, dtype: torch.dtype, start: int, gap: int, l
         (gates[:0], 1, torch.zeros(rows, 0)),
     ):
         kernels.steer(matrix(), *tables, gate_state, None, columns)
-        kernels.steer_(matrix(), *tables, gate_state, probe)
         kernels.add_steer(matrix(), matrix(), *tables, gate_state, None, columns)
         kernels.steer_pair_(matrix(), matrix(), *tables, gate_state, probe)
         for eps, offset, fp32_weight in ((1e-6, 0.0, False), (0.0, 1.0, True), (1, 1, True)):

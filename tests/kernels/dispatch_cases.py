@@ -18,7 +18,7 @@ import faststeer.kernels as kernels
 from faststeer import ops
 from faststeer.ops import Field, Tables
 
-assert kernels.INTERPRETED
+assert kernels.row.INTERPRETED
 assert ops.states()["triton"].works  # the first look registers the kernels, which opcheck calls by their overload
 
 NORM = 1e-6, 1.0, True  # eps, weight_offset, fp32_weight
@@ -69,31 +69,29 @@ def launches(expected: int) -> Iterator[None]:
 
 def through_ops(c: Case, **options: Any) -> list[Tensor]:
     """What every operator returns or writes, by faststeer.ops."""
-    probes = [torch.zeros(len(c.x), COLUMNS) for _ in range(5)]
+    probes = [torch.zeros(len(c.x), COLUMNS) for _ in range(4)]
     steered = ops.steer(c.x, *c.given, probes[0], **options)
-    in_place, gates = c.x.clone(), c.gates.clone()
-    ops.steer_(in_place, *c.given, probes[1], **options)
-    added = ops.add_steer(c.x, c.residual, *c.given, probes[2], **options)
-    normed, hidden = ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given, probes[3], **options)
+    gates = c.gates.clone()
+    added = ops.add_steer(c.x, c.residual, *c.given, probes[1], **options)
+    normed, hidden = ops.add_steer_rmsnorm(c.x, c.residual, c.weight, *NORM, *c.given, probes[2], **options)
     pair = c.x.clone(), c.residual.clone()
-    ops.steer_pair_(*pair, *c.given, probes[4], **options)
+    ops.steer_pair_(*pair, *c.given, probes[3], **options)
     ops.latch_(c.x, c.tables, c.rows, gates, residual=c.residual, **options)
-    return [steered, in_place, added, normed, hidden, *pair, gates, *probes]
+    return [steered, added, normed, hidden, *pair, gates, *probes]
 
 
 def through_kernels(c: Case) -> list[Tensor]:
     """The same, by calling the kernels."""
     steered, probe = kernels.steer(c.x, *c.flat, None, COLUMNS)
-    in_place, gates, probe_ = c.x.clone(), c.gates.clone(), torch.zeros_like(probe)
-    kernels.steer_(in_place, *c.flat, probe_)
+    gates = c.gates.clone()
     added, added_probe = kernels.add_steer(c.x, c.residual, *c.flat, None, COLUMNS)
     norm = c.weight, *NORM
     normed, hidden, normed_probe = kernels.add_steer_rmsnorm(c.x, c.residual, *norm, *c.flat, None, COLUMNS)
     pair, pair_probe = (c.x.clone(), c.residual.clone()), torch.zeros_like(probe)
     kernels.steer_pair_(*pair, *c.flat, pair_probe)
     kernels.latch_(c.x, c.residual, *c.flat[:-1], gates)
-    probes = probe, probe_, added_probe, normed_probe, pair_probe
-    return [steered, in_place, added, normed, hidden, *pair, gates, *probes]
+    probes = probe, added_probe, normed_probe, pair_probe
+    return [steered, added, normed, hidden, *pair, gates, *probes]
 
 
 def same_results(dtype: torch.dtype) -> None:
@@ -104,10 +102,10 @@ def same_results(dtype: torch.dtype) -> None:
     assert before != "triton", "interpreted kernels were chosen unasked"
     with ops.backend("triton"):
         assert ops.backend_for("cpu") == "triton"
-        with launches(6):
+        with launches(5):
             by_context = through_ops(c)
     assert ops.backend_for("cpu") == before
-    with launches(6):
+    with launches(5):
         by_argument = through_ops(c, backend="triton")
     with launches(0):
         through_ops(c)
@@ -155,7 +153,6 @@ def refused(what: str) -> None:
     c = change(good)
     calls = {
         "steer": lambda: ops.steer(c.x, *c.given),
-        "steer_": lambda: ops.steer_(c.x, *c.given),
         "add_steer": lambda: ops.add_steer(c.x, c.residual, *c.given),
         "steer_pair_": lambda: ops.steer_pair_(
             c.x, c.residual if what.startswith("residual") else c.x.clone(), *c.given
@@ -164,7 +161,7 @@ def refused(what: str) -> None:
         "latch_": lambda: ops.latch_(c.x, *c.given, residual=c.residual),
     }
     if what.startswith(("residual", "weight")):
-        del calls["steer"], calls["steer_"]
+        del calls["steer"]
     if what.startswith("weight"):
         del calls["add_steer"], calls["steer_pair_"], calls["latch_"]
     before = [t.clone() for t in (good.x, good.gates)]
@@ -199,7 +196,6 @@ def opcheck(operator: str) -> None:
     c = case_of(torch.float32, n_rows=2)
     given = {
         "steer": (c.x.requires_grad_(), *c.flat, None, COLUMNS),
-        "steer_": (c.x.detach(), *c.flat, torch.zeros(2, COLUMNS)),
         "add_steer": (c.x, c.residual.requires_grad_(), *c.flat, None, COLUMNS),
         "steer_pair_": (c.x.detach(), c.residual.detach(), *c.flat, torch.zeros(4, COLUMNS)),
         "add_steer_rmsnorm": (c.x, c.residual, c.weight.requires_grad_(), *NORM, *c.flat, None, COLUMNS),
@@ -237,7 +233,7 @@ def one_graph(dtype: torch.dtype) -> None:
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, tables: Tables, rows: Tensor, gates: Tensor) -> Any:
         normed, hidden = ops.add_steer_rmsnorm(x, residual, weight, *NORM, tables, rows, gates)
-        ops.steer_(normed, tables, rows, gates)
+        ops.steer_pair_(normed, residual.clone(), tables, rows, gates)
         return ops.steer(hidden, tables, rows, gates), normed
 
     compiled = torch.compile(run, fullgraph=True, backend=eager, dynamic=True)
@@ -250,7 +246,7 @@ def one_graph(dtype: torch.dtype) -> None:
                 assert torch.equal(bits(ours), bits(theirs))
     assert len(graphs) == 1, f"{len(graphs)} graphs"
     called = {node.target for node in graphs[0].graph.nodes if node.op == "call_function"}
-    triton = {getattr(torch.ops.faststeer, name).triton for name in ("add_steer_rmsnorm", "steer_", "steer")}
+    triton = {getattr(torch.ops.faststeer, name).triton for name in ("add_steer_rmsnorm", "steer_pair_", "steer")}
     assert triton <= called
     with launches(0):
         compiled(*c)

@@ -9,7 +9,7 @@ BAD = ["x dtype", "x dimensions", "x stride", "x overlap", "residual shape", "re
 BAD += ["weight dtype", "bank shape", "bank dtype", "bank device", "bank strided", "entries dtype"]
 BAD += ["ranges strided", "rows shape", "rows dtype", "rows device", "gate_state dtype"]
 BAD_PAIR = ["rows", "probe", "probe dtype"]
-OPERATORS = ["steer", "steer_", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
+OPERATORS = ["steer", "add_steer", "steer_pair_", "add_steer_rmsnorm", "latch_"]
 
 
 def name(dtype):

@@ -98,10 +98,6 @@ def check_ops(case: Steered, backend: ops.Backend) -> None:
     found = ops.steer(x, *arguments, ours, backend=backend)
     check_close(found, case, expected, same, "steer")
     check_probe(ours, exact, plain, x)
-    in_place, seen = x.clone(), probe()
-    ops.steer_(in_place, *arguments, seen, backend=backend)
-    assert torch.equal(bits(in_place), bits(found)), "steer_ differs from steer"
-    assert torch.equal(seen, ours)
     idle = case.rows[0] < 0
     assert torch.equal(bits(found[idle]), bits(x[idle])), "a row without a plan changed"
 

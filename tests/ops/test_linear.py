@@ -102,4 +102,5 @@ def test_bad_input_is_refused_alike(backend):
 
 @cpp
 def test_opcheck():
-    torch.library.opcheck(torch.ops.faststeer.linear.cpp, drawn(3, 40, 20, torch.bfloat16))
+    x, weight, bias = drawn(3, 40, 20, torch.bfloat16)
+    torch.library.opcheck(torch.ops.faststeer.linear.cpp, (x.float(), weight, bias))

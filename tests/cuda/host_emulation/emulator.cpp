@@ -89,12 +89,16 @@ void exchange(Fiber* lanes, Wait wait) {
   for (unsigned i = 0; i < WARP; ++i) {
     given[i] = lanes[i].value;
     ballot |= static_cast<uint32_t>(given[i] != 0) << i;
-    if (wait == Wait::SHUFFLE_XOR && lanes[i].argument != lanes[0].argument) fail("lanes shuffle over different distances");
+    if (wait == Wait::SHUFFLE_XOR && lanes[i].argument != lanes[0].argument)
+      fail("lanes shuffle over different distances");
   }
   for (unsigned i = 0; i < WARP; ++i) {
-    if (wait == Wait::BALLOT) lanes[i].value = ballot;
-    else if (wait == Wait::SHUFFLE) lanes[i].value = given[lanes[i].argument % WARP];
-    else lanes[i].value = given[i ^ lanes[i].argument];
+    if (wait == Wait::BALLOT)
+      lanes[i].value = ballot;
+    else if (wait == Wait::SHUFFLE)
+      lanes[i].value = given[lanes[i].argument % WARP];
+    else
+      lanes[i].value = given[i ^ lanes[i].argument];
     lanes[i].wait = Wait::NOTHING;
   }
 }
@@ -164,7 +168,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, Thread thr
   const auto allowed = allowed_shared_bytes.find(kernel);
   const size_t limit = allowed == allowed_shared_bytes.end() ? UNASKED_SHARED_BYTES : allowed->second;
   const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
-  if (config.dynamicSmemBytes > limit || threads == 0 || threads > 1024 || threads % WARP != 0 || config.gridDim.x == 0) {
+  if (config.dynamicSmemBytes > limit || threads == 0 || threads > 1024 || threads % WARP != 0 ||
+      config.gridDim.x == 0) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = config.gridDim, blockDim = config.blockDim;

@@ -6,13 +6,13 @@ using namespace faststeer;
 extern "C" {
 
 // config: threads per row, rows per block, elements per vector, vectors per thread; returns the cudaError_t.
-int emulate_row(int op, int dtype, const int32_t* config, const RowArguments* arguments) {
+int emulate_row(int op, const int32_t* config, const RowArguments* arguments) {
   const LaunchConfig chosen{config[0], config[1], config[2], config[3]};
-  return launch_row(static_cast<RowOp>(op), static_cast<Dtype>(dtype), chosen, *arguments, nullptr).error;
+  return launch_row(static_cast<RowOp>(op), chosen, *arguments, nullptr);
 }
 
-void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int aligned, int32_t sm_count,
-                           int32_t asked, int32_t* config) {
+void emulate_choose_launch(int64_t rows, int64_t hidden, int32_t itemsize, int aligned, int32_t sm_count, int32_t asked,
+                           int32_t* config) {
   const LaunchConfig chosen = choose_launch(rows, hidden, itemsize, aligned != 0, sm_count, asked);
   config[0] = chosen.threads_per_row, config[1] = chosen.rows_per_block;
   config[2] = chosen.elements_per_vector, config[3] = chosen.vectors_per_thread;
