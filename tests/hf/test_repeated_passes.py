@@ -21,6 +21,7 @@ import faststeer as fs
 from faststeer import ops, program
 from faststeer.hf import passes
 from faststeer.hf.cache import cache_argument, caches_in
+from faststeer.hf.freeze import freeze
 
 V, W = models.direction(), models.direction(1)
 PATHS = pytest.mark.parametrize("path", ["hooks", "fused"])
@@ -133,6 +134,51 @@ def test_a_plan_with_positions_after_the_cache_was_emptied_and_filled_again(path
 
 
 @PATHS
+def test_a_plan_with_positions_from_the_start(path):
+    with Decoding(path, add(W, positions=3)) as decoding:
+        decoding.check(W)
+
+
+@PATHS
+def test_a_new_cache_whose_prompt_is_like_a_step(path):
+    with Decoding(path) as decoding:
+        (decoding.cache,) = caches_in(decoding.model(decoding.ids[:, :1], use_cache=True))
+        decoding.step()
+        decoding.steering.assign(add(W, positions=1))
+        decoding.check(W)
+
+
+@PATHS
+def test_a_generation_that_goes_on_with_the_cache(path):
+    """Its prompt, of one new token, ends behind column 8."""
+    with Decoding(path) as decoding:
+        ids = torch.cat([decoding.ids, decoding.ids[:, :1]], 1)
+        settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+        decoding.model.generate(ids, **settings, **{cache_argument(decoding.model): decoding.cache})
+        decoding.steering.assign(add(W, positions=1))
+        decoding.check(W)
+
+
+@PATHS
+def test_a_vector_in_training(path):
+    vector = V.clone().requires_grad_()
+    with Decoding(path, add(vector)) as decoding:
+        vector.data.copy_(W)
+        decoding.check(W)
+
+
+@PATHS
+def test_a_latched_gate_behind_a_prompt_that_is_set(path):
+    """The steps before belong to the prompt: the gate of a plan that comes later is undecided, which is no error."""
+    with Decoding(path) as decoding:
+        decoding.steering.set_prompt(10)
+        decoding.step()
+        decoding.step()
+        decoding.steering.assign(add(W, when=fs.Gate(V, latched=True)))
+        decoding.check(0 * W)
+
+
+@PATHS
 def test_a_prompt_is_set(path):
     with Decoding(path) as decoding:
         decoding.steering.set_prompt(8)
@@ -223,6 +269,21 @@ def test_gradients_and_inference_mode(path, mode):
             assert weight.grad is not None and weight.grad.abs().max() > 0
         with torch.no_grad():
             torch.testing.assert_close(logits, decoding.step(ids.clone(), cache))
+
+
+def test_gradients_behind_inference_where_rows_are_made_for_each_pass():
+    """Rows that were made in inference mode cannot be saved for a backward pass."""
+    with Decoding("hooks") as decoding:
+        decoding.contexts.close()
+        model, plan = decoding.model, add(V)
+        weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+        with freeze(model, plan, "qk"):
+            with torch.inference_mode():
+                decoding.begin()
+            for layer in decoding.cache.layers:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            decoding.step(decoding.ids[:, :1].clone()).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().max() > 0
 
 
 @PATHS
