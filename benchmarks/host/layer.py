@@ -4,8 +4,7 @@ fused, each over the model without steering. Run alone on the machine:
     python benchmarks/host/layer.py
 
 The model computes next to nothing (30 layers of hidden size 64, one row), so that the host's work is what is timed. The
-ways take turns within a round, each over the same number of steps, since a machine's speed drifts by more than what is
-compared.
+ways take turns within a round, a few steps each, since a machine's speed drifts by more than what is compared.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import results
 import faststeer as fs
 from faststeer.hf.cache import cache_argument
 
-LAYERS, HIDDEN, PROMPT = 30, 64, 16
+LAYERS, HIDDEN, PROMPT, TURN = 30, 64, 16, 16
 NONE, BY_HAND, HOOKS, FUSED = "none", "hook by hand", "fs.steer by hooks", "fs.steer fused"
 
 
@@ -59,34 +58,39 @@ def ways(of: Any, positions: str) -> dict[str, AbstractContextManager[Any]]:
 
 
 @torch.inference_mode()
-def step_us(of: Any, steps: int) -> float:
-    """Microseconds per step behind a prompt."""
+def turn_us(of: Any) -> float:
+    """Microseconds that `TURN` steps take, behind a prompt and two steps."""
     cache = DynamicCache(config=of.config)
     token: Tensor = torch.ones(1, PROMPT, dtype=torch.long)
     of(token, **{cache_argument(of): cache})
     token = token[:, :1]
-    start = time.perf_counter_ns()
-    for _ in range(steps):
+    for step in range(TURN + 2):
+        if step == 2:
+            start = time.perf_counter_ns()
         of(token, **{cache_argument(of): cache})
-    return (time.perf_counter_ns() - start) / steps / 1e3
+    return (time.perf_counter_ns() - start) / 1e3
 
 
 def rounds(of: Any, positions: str, n: int, steps: int) -> dict[str, list[float]]:
+    """Microseconds per step of each way, by rounds."""
     times: dict[str, list[float]] = {}
     for number in range(n + 1):
-        contexts = list(ways(of, positions).items())
-        for way, context in contexts if number % 2 else reversed(contexts):
-            with context:
-                taken = step_us(of, steps)
-            if number:  # the first warms up
-                times.setdefault(way, []).append(taken)
+        spent: dict[str, float] = {}
+        for turn in range(steps // TURN):
+            contexts = list(ways(of, positions).items())
+            for way, context in reversed(contexts) if turn % 2 else contexts:
+                with context:
+                    spent[way] = spent.get(way, 0) + turn_us(of)
+        if number:  # the first warms up
+            for way, us in spent.items():
+                times.setdefault(way, []).append(us / (steps // TURN * TURN))
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=64, help=f"of each way in a round, by turns of {TURN}")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

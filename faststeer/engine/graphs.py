@@ -216,7 +216,9 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What is no part of a step, and made anew each time steering is entered.
-_WRAPPED = {"generate", "generate_batch", "init_continuous_batching", "__getstate__"}
+_WRAPPED = {
+    "generate", "generate_batch", "init_continuous_batching", "__getstate__", "_replicate_for_data_parallel"
+}  # fmt: skip
 _OTHERS = {*nn.Module().__dict__, *_WRAPPED} - {"training", "_parameters", "_buffers", *_HOOKS}
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from faststeer.hf.changes import Changes, changing
-from faststeer.hf.hook_points import HookPoints, own_forward
-from faststeer.hf.known import parameters
+from faststeer.hf.hook_points import HookPoints, mark_forward, own_forward
+from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
-from faststeer.hf.streams import bind
+from faststeer.hf.streams import Streams, bind
 
 INSTEAD = (
     "give one batch a plan per row, steer(model, [plan, other]), or give the requests to one faststeer.Engine; or let "
@@ -119,17 +119,17 @@ def watch_passes(
     points: HookPoints,
     passes: Passes,
     entry: EnteredContext,
-    hook: Callable[..., Any],
+    ours: Callable[..., Any],
 ) -> None:
-    """Begin and end passes as the owner of the layers is called. `hook` marks a hook as ours."""
+    """Begin and end passes as the owner of the layers is called. `ours` marks a function as the context's."""
     owner, (_, _, name) = points.owner(model), points.layers.rpartition(".")
-    names = parameters(type(owner).forward)
+    names, run = parameters(type(owner).forward), owner.forward
 
     before = list(owner._modules[name]._modules.values())  # type: ignore[union-attr]
 
     # In every step of decoding, so that it calls as little as it can.
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not changes.live:  # leaving was interrupted more than once: this hook would have been the last to go
+    def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not changes.live:  # leaving was interrupted more than once: this would have been the last to go
             changes.undo()
             return
         if not passes.signature:
@@ -137,37 +137,57 @@ def watch_passes(
             # that had no hooks has some now.
             return
         if not (traced := is_compiling()):
-            if module is not owner:
-                raise RuntimeError(
-                    "a replica of the steered model runs (DataParallel): replicas cannot be steered; run the model on "
-                    "one device, or load it with a device_map"
-                )
             if (stack := owner._modules[name]) is None or list(stack._modules.values()) != before:
                 raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
             if entry.may_be_other() and passes.derived:
                 entry.check()
-        passes.begin({**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs, traced)
+        passes.begin(by_name(names, args, kwargs), traced)
 
-    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        passes.end(output)
+    if passes.copies == 1:
+        # No hooks: each costs the host some microseconds in a step, whatever it does.
+        @functools.wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            begin(args, kwargs)
+            output = run(*args, **kwargs)
+            passes.end(output)
+            return output
 
-    changes.hook(owner.register_forward_pre_hook, hook(begin), with_kwargs=True)
-    changes.hook(owner.register_forward_hook, hook(end))
-    own_forward(changes, owner)
+        changes.replace(owner, "forward", ours(mark_forward(forward)))
+    else:  # a part's own hook adds the copies behind the first of these
+        begin_hook, end_hook = lambda _, args, kwargs: begin(args, kwargs), lambda _, args, output: passes.end(output)
+        changes.hook(owner.register_forward_pre_hook, ours(begin_hook), with_kwargs=True)
+        changes.hook(owner.register_forward_hook, ours(end_hook))
+        own_forward(changes, owner)
+    changes.replace(owner, "_replicate_for_data_parallel", _refuse_replicas)
     path = points.layers.split(".")[:-1]
     for depth in range(len(path)):
         module = model.get_submodule(".".join(path[:depth]))
-        changes.hook(module.register_forward_pre_hook, hook(_note(module, depth, passes)), with_kwargs=True)
+        changes.replace(module, "forward", ours(mark_forward(_noted(module, depth, passes.streams))))
 
 
-def _note(module: nn.Module, depth: int, passes: Passes) -> Callable[..., None]:
-    names = parameters(type(module).forward)
+def _refuse_replicas() -> None:
+    raise RuntimeError(
+        "the model is steered, and replicas (DataParallel) cannot be: run it on one device, or load it with a "
+        "device_map"
+    )
 
-    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_compiling():
-            passes.streams.note(depth, {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
 
-    return note
+def _noted(module: nn.Module, depth: int, streams: Streams) -> Callable[..., Any]:
+    """The `forward` of a module around the layers, which says what it is called with."""
+    names, run = parameters(type(module).forward), module.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return run(*args, **kwargs)
+        around = streams.around
+        try:
+            around[depth:] = [(names, args, kwargs)]
+            return run(*args, **kwargs)
+        finally:
+            del around[depth:]
+
+    return forward
 
 
 def watch_generate(

@@ -24,7 +24,7 @@ from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints
-from faststeer.hf.known import parameters
+from faststeer.hf.known import by_name, parameters
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.plan import Plan
 from faststeer.program import Capacity
@@ -95,7 +95,7 @@ class Freezing:
         ) -> tuple[Any, Any] | None:
             if kwargs is None or not changes.live:  # the hook before has undone the changes, this one's options first
                 return None
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = by_name(names, args, kwargs)
             tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             rows = tokens.shape[0]
             _check_cache(cache_in(given), rows)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
-from faststeer.hf.hook_points import HookPoints, quiet
-from faststeer.hf.known import Known, known_of, parameters
+from faststeer.hf.hook_points import HookPoints, mark_forward, quiet
+from faststeer.hf.known import Known, by_name, known_of, parameters
 from faststeer.ops import reference
 from faststeer.plan import site
 
@@ -92,8 +92,7 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
     """Fuse the layers: `add(site)` computes the sum at a site."""
 
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        forward.faststeer_forward = True  # type: ignore[attr-defined]
-        changes.replace(module, "forward", types.MethodType(forward, module))
+        changes.replace(module, "forward", types.MethodType(mark_forward(forward), module))
 
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
@@ -168,8 +167,7 @@ def _layer_forward(
                 "gradient checkpointing was switched on inside steer(...): enter steer(...) after "
                 "gradient_checkpointing_enable()"
             )
-        if args:
-            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = by_name(names, args, kwargs)
         norm: Any = modules.get(input_norm)
         branch = hidden_states if norm is None else norm(hidden_states)
         branch = modules["self_attn"](hidden_states=branch, **kwargs)  # type: ignore[misc]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -198,12 +197,23 @@ def own_forward(changes: Changes, module: nn.Module) -> None:
     """Give a module a `forward` attribute of its own that does what its class's does.
 
     torch.compile does not look whether a module that had no hooks has some now, so a graph compiled without ours would
-    run on without them; but it does look whether `forward` is still the class's. (A module that has one of its own
-    already, as accelerate makes them, keeps it.)
+    run on without them; but it does look whether `forward` is still the class's, or that of another context. (A module
+    that has one of its own already, as accelerate makes them, keeps it.)
     """
-    own = own_attribute(module, "forward")
-    if own is None:
-        changes.replace(module, "forward", types.MethodType(type(module).forward, module))
+    if own_attribute(module, "forward") is None:
+        run = module.forward
+
+        @functools.wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        changes.replace(module, "forward", mark_forward(forward))
+
+
+def mark_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Say that this `forward` of a module is a context's."""
+    forward.faststeer_forward = True  # type: ignore[attr-defined]
+    return forward
 
 
 def is_held(owner: nn.Module) -> bool:
@@ -270,9 +280,8 @@ def _steered_forward(module: nn.Module, steer: Steer) -> Callable[..., Any]:
             return steer(output)
         return (steer(output[0]), *output[1:])
 
-    forward.faststeer_forward = True  # type: ignore[attr-defined]
     forward.faststeer_steer = steer  # type: ignore[attr-defined]
-    return forward
+    return mark_forward(forward)
 
 
 def _output_hook(steer: Steer) -> Callable[..., Any]:
@@ -309,10 +318,8 @@ def quiet(model: nn.Module) -> Context[None]:
         training = {module: module.training for module in model.modules()}
         dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         ours = [(hooks, list(hooks.items())) for hooks in dicts if any(map(_is_ours, hooks.values()))]
-        own = {module: module.__dict__.get("forward") for module in model.modules()}
-        forwards: dict[nn.Module, Any] = {
-            m: forward for m, forward in own.items() if hasattr(forward, "faststeer_forward")
-        }
+        replaced: dict[nn.Module, Any] = {module: vars(module).get("forward") for module in model.modules()}
+        forwards = {m: forward for m, forward in replaced.items() if hasattr(forward, "faststeer_forward")}
 
         def restore() -> None:
             for module, forward in forwards.items():
@@ -330,7 +337,10 @@ def quiet(model: nn.Module) -> Context[None]:
                 if _is_ours(hook):
                     del hooks[key]
         for module in forwards:
-            del module.forward
+            if (own := own_attribute(module, "forward")) is None:
+                del module.forward
+            else:
+                module.forward = own
         model.eval()
         torch.set_grad_enabled(False)
 

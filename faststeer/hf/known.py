@@ -56,6 +56,11 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; `names` are those that may be given by position."""
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+
+
 def structure(model: nn.Module) -> Any:
     """A value that is equal as long as a model's modules are the same, each with the same code, and norms with the same
     eps, which fused layers take for constant."""

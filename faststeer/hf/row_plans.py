@@ -21,12 +21,14 @@ class RowPlans:
         program: the plans on the device where the layers begin; elsewhere are copies.
         plans: one, or one per row.
         per_row: which of the two.
+        version: another number whenever any of it changes, before and after the change.
     """
 
     def __init__(
         self, plans: Plans, n_layers: int, hidden_size: int, capacity: Capacity | None, home: torch.device
     ) -> None:
         self.plans, self.per_row = as_plans(plans)
+        self.version = 0
         capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
         self.program = Program(n_layers, hidden_size, capacity, home)
         self._programs = {home: self.program}
@@ -55,6 +57,7 @@ class RowPlans:
         return kept
 
     def _load(self, plans: list[Plan | None], per_row: bool) -> None:
+        self.version += 1
         self._pool.take({id(plan): plan for plan in plans if plan is not None}, alone=True)
         self._changing = True
         slots = [-1 if plan is None else self._pool.slots[id(plan)] for plan in plans]
@@ -70,6 +73,7 @@ class RowPlans:
         for (device, batch, length), rows in self._expanded.items():
             rows[0].copy_(self._of_rows(device, batch).repeat_interleave(length))
         self._changing = False
+        self.version += 1
 
     @property
     def interrupted(self) -> bool:
@@ -83,8 +87,18 @@ class RowPlans:
         self._pool.forget(plans)
 
     def _change(self, plans: Mapping[int, Plan | None]) -> None:
+        self.version += 1
         for program in self._programs.values():  # equal ones: the first refuses what does not fit, before any changes
             program.change(plans)
+        self.version += 1
+
+    def need_shape_alone(self, batch: int) -> bool:
+        """Whether passes of one shape are all alike: no plan asks where tokens stand, what was decided or what is being
+        trained, and each row has the plan of its number."""
+        program = self.program
+        if program.positioned or program.latching or program.requires_grad:
+            return False
+        return not self.per_row or batch == len(self.plans)
 
     def rows(self, of: Inputs, run: GenerateCall | None) -> Tensor:
         """`[3, batch * length]`: slot, position (0) and sequence of every token of a pass. Beams and return sequences

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from faststeer.hf.cache import length_of
+from faststeer.hf.known import by_name
 from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 from faststeer.vector import whole_number
 
@@ -131,25 +133,25 @@ class GenerateCall:
             self.total = max(self.total, self.mask.shape[1])  # the new tokens alone may be given
 
 
-# What the modules around the layers were called with in the pass that is about to reach these, by their depth.
-_Around = list[tuple[int, Mapping[str, Any]]]
+# What the modules around the layers are called with, from the outermost inwards: names of parameters, args, kwargs.
+Around = list[tuple[tuple[str, ...], tuple[Any, ...], dict[str, Any]]]
 
 
-def _outermost_mask(around: _Around) -> Tensor | None:
-    masks = (given.get("attention_mask") for _, given in around)
+def _outermost_mask(around: Around) -> Tensor | None:
+    masks = (by_name(*call).get("attention_mask") for call in around)
     return next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2), None)
 
 
-def _width_of(around: _Around, kind: str) -> int | None:
+def _width_of(around: Around, kind: str) -> int | None:
     """Columns of `input_ids` or `inputs_embeds`: the innermost."""
-    tokens = (given.get(kind) for _, given in reversed(around))
+    tokens = (by_name(*call).get(kind) for call in reversed(around))
     return next((each.shape[1] for each in tokens if isinstance(each, Tensor) and each.ndim >= 2), None)
 
 
 class _ThreadCalls(threading.local):
     def __init__(self) -> None:
         self.runs: list[GenerateCall] = []
-        self.around: _Around = []
+        self.around: Around = []
 
 
 class Streams:
@@ -200,13 +202,10 @@ class Streams:
         if run.modules[:1] == [module]:
             self._thread.runs = [each for each in self._thread.runs if each is not run]
 
-    def note(self, depth: int, given: Mapping[str, Any]) -> None:
-        """A module `depth` steps into the model is called, around the layers."""
-        around = self._thread.around
-        if not around or depth <= around[0][0]:
-            self._thread.around = [(depth, given)]
-        else:
-            around.append((depth, given))
+    @property
+    def around(self) -> Around:
+        """The calls of modules around the layers that are under way in this thread."""
+        return self._thread.around
 
     # Passes
 
@@ -232,7 +231,7 @@ class Streams:
             if inputs.cache is None or not needed:
                 return _fresh(inputs, past, None)
             return self._untraced(inputs)
-        around, self._thread.around = self._thread.around, []
+        around = self._thread.around
         known = None if inputs.cache is None else self._known(inputs.cache)
         if run is None and self._set is not None:
             return self._of_set(self._set, inputs, past, known)
@@ -252,6 +251,15 @@ class Streams:
     def _untraced(self, inputs: Inputs) -> Stream:
         past = self.past(inputs)
         return Stream(None, UNCOUNTED) if past is None else self.of(inputs, past, True)
+
+    def only_read(self, cache: Any) -> bool:
+        """Whether a pass with this cache, as the pass before had it, says nothing new: it goes on with what is cached.
+        It is noted, like by `of`."""
+        run = self.run
+        if self._set is not None or (run is not None and run.stream is None):
+            return False
+        past = length_of(cache)
+        return isinstance(past, int) and past > 0
 
     def cached(self, stream: Stream, cache: Any) -> None:
         """The pass of a stream has made this cache."""
@@ -283,7 +291,7 @@ class Streams:
             known.gates = gates
         return known
 
-    def _of_run(self, run: GenerateCall, inputs: Inputs, past: int | Tensor, around: _Around) -> Stream | None:
+    def _of_run(self, run: GenerateCall, inputs: Inputs, past: int | Tensor, around: Around) -> Stream | None:
         """The run's own stream, if the pass is one of it; None: it has another cache."""
         if run.stream is None:
             run.stream, run.cache, run.width = _first(run, inputs, int(past), around), inputs.cache, inputs.length
@@ -348,7 +356,7 @@ def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
     return Stream(None, mask) if isinstance(mask, str) else Stream(begin, mask=mask)
 
 
-def _first(run: GenerateCall, inputs: Inputs, past: int, around: _Around) -> Stream:
+def _first(run: GenerateCall, inputs: Inputs, past: int, around: Around) -> Stream:
     """The first pass of a `generate`: it reads its prompt, or a piece of it, or that and guesses behind it."""
     read = _width_of(around, run.kind)
     if read is None and inputs.ids and run.kind == "input_ids":

@@ -321,12 +321,26 @@ _n_modes, _tracing, _transforms = (
 _grad_enabled = torch.is_grad_enabled
 
 
+def chosen() -> Backend | Literal["auto"] | None:
+    """The back end that `with backend(...)` chooses; None outside of it."""
+    return _chosen
+
+
+def calls_are_plain() -> bool:
+    """Whether an op may be called without PyTorch seeing it: nothing is derived, traced or transformed, and no mode of
+    PyTorch looks on. Not to be asked while a compiler traces."""
+    return (
+        not _grad_enabled()
+        and forward_ad._current_level < 0
+        and not _n_modes()
+        and _tracing() is None
+        and _transforms() is None
+    )
+
+
 def takes_prepared(x: Tensor) -> bool:
-    """Whether what `prepare` gives may be called on rows like x: by a C++ back end, while nothing is derived or
-    transformed. Not to be asked while a compiler traces."""
-    if type(x) is not Tensor or _grad_enabled() or forward_ad._current_level >= 0:
-        return False
-    if _n_modes() or _tracing() is not None or _transforms() is not None:
+    """Whether what `prepare` gives may be called on rows like x: by a C++ back end, while `calls_are_plain`."""
+    if type(x) is not Tensor or not calls_are_plain():
         return False
     return x.dtype in schema.DTYPES and _run_of(_chosen, _kind(x)) is not None
 

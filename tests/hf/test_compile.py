@@ -89,6 +89,22 @@ def test_compiled_before_steering():
     assert far(steered, plain)
 
 
+def test_read_and_another_steering_inside_of_a_compiled_one():
+    """Both are entered behind the compilation, and the graph is made anew for each."""
+    model, ids = one_layer(), models.tokens(2, 5)
+    with torch.no_grad(), fs.steer(model, plan(0), path="hooks"):
+        compiled = torch.compile(model, backend="eager")
+        outer = compiled(ids, use_cache=False).logits
+        with read(model) as taken:
+            compiled(ids, use_cache=False)
+        assert taken[0].shape == (2, 5, model.config.hidden_size)
+        with fs.steer(model, fs.Add(models.direction(3), layers=0)):
+            both = compiled(ids, use_cache=False).logits
+            close(both, model(ids, use_cache=False).logits)
+        close(compiled(ids, use_cache=False).logits, outer)
+    assert far(both, outer)
+
+
 def test_a_plan_at_other_sites_is_not_ignored():
     """The graph has no steering there: it is made anew, not used as it is."""
     model, ids, v = one_layer(), models.tokens(2, 5), models.direction()
