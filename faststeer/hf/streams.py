@@ -253,8 +253,8 @@ class Streams:
         return Stream(None, UNCOUNTED) if past is None else self.of(inputs, past, True)
 
     def only_read(self, cache: Any) -> bool:
-        """Whether a pass with this cache, as the pass before had it, says nothing new: it goes on with what is cached.
-        It is noted, like by `of`."""
+        """Whether a pass with this cache, as the pass before had it, only goes on with what is cached: no prompt was set
+        and no `generate` begins."""
         run = self.run
         if self._set is not None or (run is not None and run.stream is None):
             return False
