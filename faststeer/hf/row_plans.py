@@ -115,6 +115,19 @@ class RowPlans:
         table = self._slots[device]
         return table.repeat_interleave(batch // len(table)) if self.per_row else table.expand(batch)
 
+    def slots(self, requests: Tensor) -> Tensor:
+        """The slots of requests `[tokens]`, by their numbers."""
+        table = self._of_rows(requests.device, len(self.plans))
+        return table[requests] if self.per_row else table[:1].expand(len(requests))
+
+    def check_request(self, number: int) -> None:
+        """Raise ValueError unless there is a plan for a request, counted from 0 in the order of adding."""
+        if self.per_row and number >= len(self.plans):
+            raise ValueError(
+                f"there are {len(self.plans)} plans, but request {number} (counted from 0, in the order in which "
+                "requests are added) has none: give one plan per request, or a single plan for all"
+            )
+
     def check_batch(self, batch: int) -> None:
         """Raise ValueError unless there is a plan for every row."""
         if self.per_row and batch != len(self.plans):

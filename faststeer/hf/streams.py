@@ -41,8 +41,8 @@ AHEAD = (
 )
 PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
 PACKED = (
-    "a packed pass (generate_batch, or sequences one after another in a row) does not say which token belongs to which "
-    "sequence: it takes one plan for all, with positions='all' and without latched gates; use generate, or the Engine"
+    "a packed pass (sequences one after another in a row) does not say where their prompts end: it takes one plan for "
+    "all, with positions='all' and without latched gates; give each sequence a row of its own, or use generate_batch"
 )
 # What makes `generate` read less or more than its prompt in its first pass.
 PIECEWISE = (
