@@ -17,6 +17,7 @@ import faststeer as fs
 from faststeer.plan import Plan
 
 NEW = 5
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # transformers 5.17
 PREFIX = models.tokens(1, 12, seed=9)[0].tolist()
 PROMPTS = [
     models.tokens(1, 7, seed=1)[0].tolist(),
@@ -52,7 +53,7 @@ def build(name: str = "llama") -> Any:
 
 def settings(**more: Any) -> dict[str, Any]:
     """Small blocks, so that prompts fill several, and log probabilities."""
-    small = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64, "return_logprobs": True}
+    small = {PAGE_SIZE: 4, "num_blocks": 64, "max_batch_tokens": 64, "return_logprobs": True}
     return {
         "generation_config": GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
         "continuous_batching_config": ContinuousBatchingConfig(**{**small, **more}),
@@ -170,21 +171,18 @@ def test_against_a_hook_written_by_hand():
     assert_same([*answers[:3], answers[4]], [*expected[:3], expected[4]])
 
 
-def test_return_sequences_have_the_plan_of_their_prompt():
+@pytest.mark.parametrize("plans", [[add(0, "last"), latched(2), None, add(3, "generated"), add(1)], latched(2)])
+def test_return_sequences_have_the_plan_of_their_prompt(plans):
     model = build()
-    plans = [add(0, "last"), latched(2), None, add(3, "generated"), add(1)]
-    expected = alone(model, plans)
-    options = settings()
-    options["generation_config"].num_return_sequences = 3
-    for name, plans_in_use in [("one per request", plans), ("one for all", plans[0])]:
-        with fs.steer(model, plans_in_use):
-            outputs = list(model.generate_batch(PROMPTS, **options).values())
-        assert len(outputs) == 15
-        wanted = expected if name == "one per request" else alone(model, [plans[0]] * 5)
-        for output in outputs:
-            tokens, logprobs = wanted[PROMPTS.index(output.prompt_ids)]
-            assert output.generated_tokens == tokens, name
-            torch.testing.assert_close(torch.tensor(output.logprobs), logprobs, atol=4e-6, rtol=0)
+    expected = alone(model, plans if isinstance(plans, list) else [plans] * 5)
+    with fs.steer(model, plans):
+        manager = started(model, PROMPTS, num_return_sequences=3)
+        outputs = collect(manager, 15)
+        manager.stop()
+    assert_same(
+        [answer(each) for each in outputs.values()],
+        [expected[PROMPTS.index(each.prompt_ids)] for each in outputs.values()],
+    )
 
 
 def test_a_request_that_ends_early_leaves_the_others_their_plans():
@@ -244,7 +242,7 @@ def test_plans_change_while_requests_run():
     stays, before, after = (add(seed, when=fs.Gate(d(3), -1e9, latched=True)) for seed in range(1, 4))
     with fs.steer(model, [None, stays, before]) as steering:
         in_fourth_pass(model, lambda: steering.assign([None, stays, after]))
-        manager = started(model, PROMPTS[:1] * 3, new=20)
+        manager = started(model, PROMPTS[:1] * 3, max_new_tokens=20)
         outputs = collect(manager, 3)
         manager.stop()
     for name, first, later in [("req_1", stays, stays), ("req_2", before, after)]:
@@ -317,7 +315,7 @@ def test_the_context_is_left_while_a_manager_runs():
     model = build()
     (tokens, _), *_ = alone(model, [add(1)], PROMPTS[:1])
     with fs.steer(model, add(1)):
-        manager = started(model, new=10_000)
+        manager = started(model, max_new_tokens=10_000)
         manager.add_request(PROMPTS[0])
         await_pass(manager, NEW + 1)
     assert not manager.is_running()
@@ -328,10 +326,10 @@ def test_the_context_is_left_while_a_manager_runs():
     assert output.generated_tokens == steered[0, len(PROMPTS[0]) :].tolist()
 
 
-def started(model: Any, prompts: Sequence[list[int]] = (), new: int = NEW) -> Any:
+def started(model: Any, prompts: Sequence[list[int]] = (), **more: Any) -> Any:
     """A manager that runs; the prompts are all in its first pass."""
     options = settings()
-    options["generation_config"].max_new_tokens = new
+    vars(options["generation_config"]).update(more)
     del options["warmup"]
     manager = model.init_continuous_batching(**options)
     manager.add_requests(prompts)
