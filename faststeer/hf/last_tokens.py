@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from faststeer.compile import hook_points, resolve_layers
 from faststeer.hf.anatomy import find_hook_points
-from faststeer.hf.batching import batches, check_evaluating, progress_bar, rounds
+from faststeer.hf.batching import batches, check_evaluating, rounds
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import first_output
@@ -29,6 +29,7 @@ from faststeer.hf.known import known_of
 from faststeer.hf.prefix import Prefix, common_length, common_prefix, keys_and_values, near, rounding_bound
 from faststeer.hf.steering import is_steered, steer
 from faststeer.plan import Plan, site
+from faststeer.progress import progress_bar
 
 Row = tuple[int, Plan | None]
 
