@@ -324,13 +324,13 @@ def rounds(
     plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int
 ) -> list[tuple[list[Plan], list[list[int]]]]:
     """Split rows with these plans and lengths into rounds: (at most `batch_size` distinct plans, the numbers of their
-    rows in `batches`). Rows without a plan are the first round, which may
-    be empty."""
-    distinct = {id(plan): plan for plan in plans if plan is not None}
-    ids, made = list(distinct), []
-    for some in ([id(None)], *(ids[i : i + batch_size] for i in range(0, len(ids), max(batch_size, 1)))):
-        numbers = [number for number, plan in enumerate(plans) if id(plan) in some]
+    rows in `batches`). Rows without a plan are the first round, which may be empty."""
+    distinct = list({id(plan): plan for plan in plans if plan is not None}.values())
+    size = max(batch_size, 1)
+    split = []
+    for some in ([], *(distinct[i : i + size] for i in range(0, len(distinct), size))):
+        ids = {id(plan) for plan in some} or {id(None)}
+        numbers = [number for number, plan in enumerate(plans) if id(plan) in ids]
         groups = batches([lengths[number] for number in numbers], batch_size)
-        own = [distinct[each] for each in some if each in distinct]
-        made.append((own, [[numbers[index] for index in group] for group in groups]))
-    return made
+        split.append((some, [[numbers[index] for index in group] for group in groups]))
+    return split

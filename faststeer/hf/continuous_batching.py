@@ -183,15 +183,15 @@ class Managers:
             raise ValueError(PROBED)
         read = plans.per_row or program.positioned
         config, captured = configuration(model, arguments, read)
-        kept = getattr(model, "_cached_continuous_batching_manager", None)
-        if kept is not None and all(stream.manager is not kept for stream in self.streams()):
+        cached = getattr(model, "_cached_continuous_batching_manager", None)
+        stream = next((stream for stream in self.streams() if stream.manager is cached), None)
+        if cached is not None and stream is None:
             raise RuntimeError(KEPT)
         manager = original(**{**arguments, "continuous_batching_config": config})
-        if kept is None:
+        if stream is None:
             stream = RequestStream(manager, captured, plans.check_request)
             self._streams = *(each for each in self._streams if each() is not None), weakref.ref(stream)
         else:
-            stream = next(stream for stream in self.streams() if stream.manager is kept)
             stream.restart_numbers()
         if read:
             stream.check_readable()
