@@ -178,10 +178,9 @@ class Managers:
             RuntimeError: the model keeps a manager from outside of the context, or transformers is too new.
         """
         arguments.pop("self")
-        program = plans.program
-        if any(program.columns):
+        if plans.probing:
             raise ValueError(PROBED)
-        read = plans.per_row or program.positioned
+        read = plans.per_row or plans.program.positioned
         config, captured = configuration(model, arguments, read)
         cached = getattr(model, "_cached_continuous_batching_manager", None)
         stream = next((stream for stream in self.streams() if stream.manager is cached), None)

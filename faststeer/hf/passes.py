@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import caches_in
-from faststeer.hf.continuous_batching import Managers
+from faststeer.hf.continuous_batching import PROBED, Managers
 from faststeer.hf.fused import Add, NormForm
 from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
@@ -213,8 +213,7 @@ class Passes:
             self._start(rows, inputs.batch, stream, sequences)
             return
         past, needed = self.streams.past(inputs), self.plans.program.positioned
-        if inputs.packed and (needed or self.plans.per_row):
-            self._start_packed(given, inputs)
+        if inputs.packed and self._start_requests(given, inputs, needed or self.plans.per_row):
             return
         stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
         rows = self.plans.rows(inputs, self.streams.run)
@@ -227,13 +226,19 @@ class Passes:
         if inputs.cache is None:
             self._thread.opening = stream
 
-    def _start_packed(self, given: Mapping[str, Any], inputs: Inputs) -> None:
-        stream = self.managers.of(inputs.cache)
-        if stream is None:
+    def _start_requests(self, given: Mapping[str, Any], inputs: Inputs, told_apart: bool) -> bool:
+        """Start a packed pass if its requests must be told apart; False: one plan acts on all tokens."""
+        requests = self.managers.of(inputs.cache)
+        if requests is not None and self.plans.probing:
+            raise ValueError(PROBED)
+        if not told_apart:
+            return False
+        if requests is None:
             raise ValueError(PACKED)
-        rows = stream.tokens(inputs, given["cu_seq_lens_q"])
+        rows = requests.tokens(inputs, given["cu_seq_lens_q"])
         rows[0] = self.plans.slots(rows[0])
-        self._start(rows, inputs.batch, stream, stream.capacity, given.get("logits_to_keep", 0))
+        self._start(rows, inputs.batch, requests, requests.capacity, given.get("logits_to_keep", 0))
+        return True
 
     def _start(self, rows: Tensor, batch: int, stream: Stream, sequences: int, kept: Any = 0) -> None:
         if self.copies > 1:

@@ -376,8 +376,14 @@ def test_another_number_of_plans():
 
 def test_probes():
     model = build()
-    with fs.steer(model, fs.Probe(d(0), layers=1)), pytest.raises(ValueError, match=r"cannot be told apart by request"):
-        model.generate_batch(PROMPTS, **settings())
+    with fs.steer(model, fs.Probe(d(0), layers=1)) as steering:
+        with pytest.raises(ValueError, match=r"cannot be told apart by request"):
+            model.generate_batch(PROMPTS, **settings())
+        steering.assign(add())
+        manager = started(model)
+        steering.assign(fs.Probe(d(0), layers=1))
+        name = manager.add_request(PROMPTS[0])
+        assert "cannot be told apart by request" in collect(manager, 1)[name].error
 
 
 def test_another_structure_of_transformers(monkeypatch):
