@@ -15,7 +15,8 @@ from faststeer.artefacts import ArtefactStore, fingerprint
 from faststeer.behaviours.behaviour import Behaviour
 from faststeer.evaluate.generate import seconds_per_answer
 from faststeer.extract.sweep import Reader
-from faststeer.hf.batching import Prompt, forecast
+from faststeer.hf.batching import Prompt
+from faststeer.progress import forecast
 from faststeer.version import versions
 
 

@@ -321,7 +321,7 @@ def _tried(asked: _Asked, model: Any) -> list[int]:
 def _forecast(asked: _Asked, model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
     """Say before any work how long the selection will take, and where that is long, with which options less."""
     from faststeer import extract as extraction
-    from faststeer.hf.batching import forecast
+    from faststeer.progress import forecast
 
     assert asked.layers is not None and asked.select is not None
     prompts = asked.prompts
@@ -339,7 +339,7 @@ def _forecast(asked: _Asked, model: Any, tokenizer: Any, settings: dict[str, Any
 def _less(seconds: float, n_prompts: int, layers: Sequence[int]) -> str:
     """The options with which a selection of so many seconds takes SHORT_SECONDS at most, and how long it takes then:
     fewer prompts, but for FEWEST, then fewer layers."""
-    from faststeer.hf.batching import duration
+    from faststeer.progress import duration
 
     share = min(SHORT_SECONDS / seconds, 1.0)
     fewer = min(n_prompts, max(int(n_prompts * share), FEWEST))

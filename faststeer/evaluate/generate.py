@@ -24,19 +24,10 @@ from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.evaluate.likelihood import Within
 from faststeer.generator import GREEDY, Completion, Generator, SamplingParams
 from faststeer.hf import steer
-from faststeer.hf.batching import (
-    Prompt,
-    batches,
-    check_evaluating,
-    encode,
-    model_device,
-    pad,
-    padding_id,
-    progress_bar,
-    timed_batch,
-)
+from faststeer.hf.batching import Prompt, batches, check_evaluating, encode, model_device, pad, padding_id, timed_batch
 from faststeer.hf.steering import is_steered
 from faststeer.plan import Plans, plans_for
+from faststeer.progress import progress_bar
 
 TIMED_TOKENS = 5  # of an answer, for a forecast
 TIMED_ANSWERS = 4  # times as many as there would be rows that are timed to the end

@@ -13,18 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from faststeer.hf.batching import (
-    TokenRow,
-    check_evaluating,
-    forward_arguments,
-    model_device,
-    pad_rows,
-    progress_bar,
-    rounds,
-)
+from faststeer.hf.batching import TokenRow, check_evaluating, forward_arguments, model_device, pad_rows, rounds
 from faststeer.hf.encoding import encode_texts
 from faststeer.hf.steering import steer
 from faststeer.plan import Plan
+from faststeer.progress import progress_bar
 
 Within = Callable[[Any, Sequence[Plan | None]], AbstractContextManager[Any]]
 

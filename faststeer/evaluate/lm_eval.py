@@ -14,9 +14,10 @@ from typing import Any
 from faststeer.evaluate.generate import generator
 from faststeer.evaluate.likelihood import ContinuationRow, ContinuationScore, score_rows
 from faststeer.generator import SamplingParams
-from faststeer.hf.batching import check_evaluating, padding_id, progress_bar
+from faststeer.hf.batching import check_evaluating, padding_id
 from faststeer.hf.encoding import End, apply_template, encode_texts
 from faststeer.plan import Plan
+from faststeer.progress import progress_bar
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -28,11 +28,11 @@ from faststeer.hf.batching import (
     model_name,
     pad,
     padding_id,
-    progress_bar,
 )
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import install, layer_numbers, next_order
 from faststeer.plan import site
+from faststeer.progress import progress_bar
 
 Metric = Callable[[Tensor], Tensor]
 

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from faststeer import hf
-from faststeer.hf.batching import (
-    Prompt,
-    batches,
-    check_prompts,
-    padding_id,
-    progress_bar,
-)
+from faststeer.hf.batching import Prompt, batches, check_prompts, padding_id
 from faststeer.hf.prefix import Prefix, common_prefix
+from faststeer.progress import progress_bar
 from faststeer.vector import HookPoint
 
 SIDES = ("positive", "negative")

@@ -21,10 +21,11 @@ from faststeer.evaluate.judging import Judge, check_line, make, signs
 from faststeer.evaluate.statistics import Rate
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
-from faststeer.hf.batching import Prompt, progress_bar, prompt_sets
+from faststeer.hf.batching import Prompt, prompt_sets
 from faststeer.hf.hook_points import layer_numbers
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
+from faststeer.progress import progress_bar
 from faststeer.vector import HookPoint, SteeringVector
 
 CandidateTable = Candidates | Directions

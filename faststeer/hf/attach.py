@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
+from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes, changing
+from faststeer.hf.continuous_batching import LEFT
 from faststeer.hf.hook_points import HookPoints, mark_forward, own_forward
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
@@ -25,7 +27,6 @@ INSTEAD = (
     "give one batch a plan per row, steer(model, [plan, other]), or give the requests to one faststeer.Engine; or let "
     "the threads take turns"
 )
-PACKED_DOORS = ("generate_batch", "init_continuous_batching")
 
 _entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
     weakref.WeakKeyDictionary()
@@ -130,6 +131,8 @@ def watch_passes(
     # In every step of decoding, so that it calls as little as it can.
     def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not changes.live:  # leaving was interrupted more than once: this would have been the last to go
+            if passes.managers.of(cache_in(kwargs)) is not None:
+                raise RuntimeError(LEFT)
             changes.undo()
             return
         if not passes.signature:
@@ -201,9 +204,9 @@ def watch_generate(
     for module in list(model.modules()):
         if hasattr(type(module), "generate"):
             changes.replace(module, "generate", _generate(changes, module, passes, entry, check))
-        for name in PACKED_DOORS:
-            if hasattr(type(module), name):
-                changes.replace(module, name, _packed(changes, getattr(module, name), passes))
+        if hasattr(type(module), "init_continuous_batching"):
+            changes.replace(module, "generate_batch", _generate_batch(changes, module, passes, entry))
+            changes.replace(module, "init_continuous_batching", _init_continuous_batching(changes, module, passes))
 
 
 def _generate(
@@ -233,11 +236,26 @@ def _generate(
     return generate
 
 
-def _packed(changes: Changes, original: Callable[..., Any], passes: Passes) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def packed(*args: Any, **kwargs: Any) -> Any:
-        if changes.live:
-            passes.check_packed()
-        return original(*args, **kwargs)
+def _generate_batch(changes: Changes, module: Any, passes: Passes, entry: EnteredContext) -> Callable[..., Any]:
+    original = module.generate_batch
 
-    return packed
+    @functools.wraps(original)
+    def generate_batch(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if changes.live:
+            entry.check()
+            passes.plans.check_batch(len(inputs))
+        return original(inputs, *args, **kwargs)
+
+    return generate_batch
+
+
+def _init_continuous_batching(changes: Changes, module: Any, passes: Passes) -> Callable[..., Any]:
+    original, own = module.init_continuous_batching, type(module).init_continuous_batching
+
+    @functools.wraps(original)
+    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+        if not changes.live:
+            return original(*args, **kwargs)
+        return passes.managers.manage(module, original, bind(own, (module, *args), kwargs), passes.plans)
+
+    return init_continuous_batching

@@ -272,7 +272,7 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
     contents = list(dict.fromkeys(message["content"] for chat in chats for message in chat))
     tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
 
-    def found(message: dict[str, str]) -> Iterator[str]:
+    def marks_of(message: dict[str, str]) -> Iterator[str]:
         content = message["content"]
         thinking = message["role"] == "assistant"
         of_tokens = (tokenizer.decode([i]) for i in tokens[content] if i in numbers)
@@ -283,7 +283,7 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
         if head and not thinking and text.startswith(head) and text.endswith(tail):
             yield f"{head} ... {tail}"
 
-    return [next((mark for message in chat for mark in found(message)), None) for chat in chats]
+    return [next((mark for message in chat for mark in marks_of(message)), None) for chat in chats]
 
 
 def _marks(tokenizer: Any) -> tuple[list[str], str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from faststeer.compile import hook_points, resolve_layers
 from faststeer.hf.anatomy import find_hook_points
-from faststeer.hf.batching import batches, check_evaluating, progress_bar, rounds
+from faststeer.hf.batching import batches, check_evaluating, rounds
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import changing
 from faststeer.hf.hook_points import first_output
@@ -29,6 +29,7 @@ from faststeer.hf.known import known_of
 from faststeer.hf.prefix import Prefix, common_length, common_prefix, keys_and_values, near, rounding_bound
 from faststeer.hf.steering import is_steered, steer
 from faststeer.plan import Plan, site
+from faststeer.progress import progress_bar
 
 Row = tuple[int, Plan | None]
 
@@ -99,7 +100,7 @@ def last_tokens(
             with (
                 steer(model, plans) if plans else nullcontext() as steering,
                 # Entered behind steering, whose results it takes.
-                read(model, "resid_post", layers, [-1]) if layers else nullcontext({}) as taken,
+                read(model, "resid_post", layers, [-1]) if layers else nullcontext({}) as residuals,
             ):
                 prefix = Prefix() if begin == WHOLE else common.prefix
                 if steering is not None and prefix.length:
@@ -115,7 +116,7 @@ def last_tokens(
                     width = arguments["input_ids"].shape[1]
                     states = rests[begin][list(prompts), -width:] if begin in rests else None
                     run = _run_from(model, common.modules, begin, states, arguments)
-                    yield LastTokens(group, run.logits[:, -1], {layer: taken[layer][:, 0] for layer in layers})
+                    yield LastTokens(group, run.logits[:, -1], {layer: residuals[layer][:, 0] for layer in layers})
                     advance()
 
 
@@ -215,8 +216,8 @@ def _run_ahead(
     width = max((len(encoded[prompt]) for prompt in prompts), default=0) - common.prefix.length
     for group in batches([len(encoded[prompt]) for prompt in prompts], batch_size):
         here = [prompts[index] for index in group]
-        taken, _ = _entering(model, common.modules, begins, common.prefix, [encoded[p] for p in here], pad_id)
-        for begin, x in taken.items():
+        entering, _ = _entering(model, common.modules, begins, common.prefix, [encoded[p] for p in here], pad_id)
+        for begin, x in entering.items():
             rests.setdefault(begin, x.new_zeros(len(encoded), width, x.shape[-1]))[here, -x.shape[1] :] = x
     return heads, rests
 
@@ -231,15 +232,15 @@ def _entering(
 ) -> tuple[dict[int, Tensor], Any]:
     """Run the unsteered model on prompts behind a prefix. Return what enters each of the layers `begins`, and the
     model's output."""
-    taken: dict[int, Tensor] = {}
+    entering: dict[int, Tensor] = {}
     with changing() as changes:
         for begin in begins:
 
             def take(_module: Any, _args: Any, output: Any, begin: int = begin) -> None:
-                taken[begin] = first_output(output).clone()
+                entering[begin] = first_output(output).clone()
 
             changes.hook(modules[begin - 1].register_forward_hook, take)
-        return taken, model(**prefix.arguments(model, rows, pad_id))
+        return entering, model(**prefix.arguments(model, rows, pad_id))
 
 
 def _run_from(

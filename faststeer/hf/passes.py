@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import cache_in, caches_in
+from faststeer.hf.continuous_batching import PROBED, Managers
 from faststeer.hf.fused import Add, NormForm
 from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
@@ -156,6 +157,7 @@ class Passes:
 
     Attributes:
         streams: which sequences they go on with.
+        managers: of continuous batching, that run passes.
         copies: how often each row stands in a pass below the model's inputs; the last is steered.
         residual_streams: how many each token has, in front of and behind `[batch, tokens]`; all are steered.
         signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
@@ -171,7 +173,7 @@ class Passes:
         residual_streams: tuple[int, int] = (1, 1),
     ) -> None:
         self.plans, self.log, self.streams, self.copies = plans, log, Streams(), copies
-        self.residual_streams = residual_streams
+        self.managers, self.residual_streams = Managers(), residual_streams
         self.signature = ""
         self.prepared: Prepared | None = None
         self._n_layers, self._thread = n_layers, _Thread()
@@ -223,10 +225,10 @@ class Passes:
         self.signature = ""
         self.streams.close()
 
-    def check_packed(self) -> None:
-        """Raise ValueError if passes over several sequences one after another cannot be steered."""
-        if self.plans.per_row or self.plans.program.positioned:
-            raise ValueError(PACKED)
+    def forget_gates(self, kept: list[bool] | None) -> None:
+        """Latched gates are undecided again, but for rows whose plan is kept."""
+        self.streams.forget(kept)
+        self.managers.forget(kept)
 
     def begin(self, given: Mapping[str, Any], traced: bool) -> None:
         """A pass reaches the layers: derive each row's slot and position from its inputs, on the device.
@@ -257,6 +259,8 @@ class Passes:
             self._start(rows, inputs.batch, stream, sequences)
             return
         past, needed = self.streams.past(inputs), self.plans.program.positioned
+        if inputs.packed and self._start_requests(given, inputs, needed or self.plans.per_row):
+            return
         stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
         rows = self.plans.rows(inputs, self.streams.run)
         if needed:
@@ -271,6 +275,20 @@ class Passes:
             with suppress(TypeError):  # no weak reference to this kind of cache
                 how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device
                 thread.last = _LastPass(self._now(), *how, weakref.ref(inputs.cache))
+
+    def _start_requests(self, given: Mapping[str, Any], inputs: Inputs, told_apart: bool) -> bool:
+        """Start a packed pass if its requests must be told apart; False: one plan acts on all tokens."""
+        requests = self.managers.of(inputs.cache)
+        if requests is not None and self.plans.probing:
+            raise ValueError(PROBED)
+        if not told_apart:
+            return False
+        if requests is None:
+            raise ValueError(PACKED)
+        rows = requests.tokens(inputs, given["cu_seq_lens_q"])
+        rows[0] = self.plans.slots(rows[0])
+        self._start(rows, inputs.batch, requests, requests.capacity, given.get("logits_to_keep", 0))
+        return True
 
     def _start(self, rows: Tensor, batch: int, stream: Stream, sequences: int, kept: Any = 0) -> None:
         if self.copies > 1:

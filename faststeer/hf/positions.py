@@ -35,11 +35,11 @@ class Inputs:
     recorded: bool  # a graph is made of what runs: what it reads must be made in it, or be there as long as it is
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], traced: bool) -> Inputs:
-        ids, cache = given.get("input_ids"), cache_in(given)
-        tokens = _first_states(given) if ids is None else ids
-        packed = given.get("cu_seq_lens_q") is not None or is_paged(cache)
-        mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    def of(cls, arguments: Mapping[str, Any], traced: bool) -> Inputs:
+        ids, cache = arguments.get("input_ids"), cache_in(arguments)
+        tokens = _first_states(arguments) if ids is None else ids
+        packed = arguments.get("cu_seq_lens_q") is not None or is_paged(cache)
+        mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         recorded = traced or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
         if tokens.ndim < 2:
             raise ValueError(f"the tokens have shape {list(tokens.shape)}: expected [batch, tokens], ids.unsqueeze(0)")
@@ -55,11 +55,11 @@ class Inputs:
         return past
 
 
-def _first_states(given: Mapping[str, Any]) -> Tensor:
+def _first_states(arguments: Mapping[str, Any]) -> Tensor:
     """`[batch, tokens, hidden]`: the embeddings, or what else the module that runs the layers was given for hidden
     states."""
-    embeds = given.get("inputs_embeds")
-    tensors = (each for each in given.values() if isinstance(each, Tensor) and each.is_floating_point())
+    embeds = arguments.get("inputs_embeds")
+    tensors = (each for each in arguments.values() if isinstance(each, Tensor) and each.is_floating_point())
     return next(each for each in tensors if each.ndim == 3) if embeds is None else embeds
 
 

@@ -95,11 +95,11 @@ def common_prefix(model: Any, rows: Sequence[Sequence[int]], own: int, pad_id: i
     if len(prefix.layers) != points.n_layers:
         return Prefix()
     readable = [layer for layer in range(points.n_layers) if points.has("resid_post", layer)]
-    with read(model, "resid_post", readable, list(range(-own, 0))) as taken:
+    with read(model, "resid_post", readable, list(range(-own, 0))) as residuals:
         model(**Prefix().arguments(model, ends, pad_id))
-        whole = dict(taken)
+        whole = dict(residuals)
         model(**prefix.arguments(model, ends, pad_id))
-    alike = all(near(taken[layer], whole[layer], rounding_bound(model.dtype, layer)) for layer in readable)
+    alike = all(near(residuals[layer], whole[layer], rounding_bound(model.dtype, layer)) for layer in readable)
     return prefix if alike else Prefix()
 
 

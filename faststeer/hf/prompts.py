@@ -202,13 +202,13 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
             return field
         raise FormatError(f"{where} has no {what} {field!r}: it has {', '.join(map(repr, names)) or 'none'}")
     by_lower = {name.strip().lower(): name for name in reversed(names)}
-    found = next((by_lower[name] for name in known if name in by_lower), None)
-    if found is None:
+    match = next((by_lower[name] for name in known if name in by_lower), None)
+    if match is None:
         raise FormatError(
             f"{where} has the {what}s {', '.join(map(repr, names)) or '(none)'}, and none of {', '.join(known)}: "
             "name the prompt's with field="
         )
-    return found
+    return match
 
 
 def _read_table(text: str, path: Path, field: str | None) -> list[Prompt]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faststeer.hf.positions import Inputs
-from faststeer.hf.streams import PACKED, GenerateCall
+from faststeer.hf.streams import GenerateCall
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, Plans, plans_for
 from faststeer.program import Capacity, Program, SlotPool
@@ -103,11 +103,8 @@ class RowPlans:
     def rows(self, of: Inputs, run: GenerateCall | None) -> Tensor:
         """`[3, batch * length]`: slot, position (0) and sequence of every token of a pass. Beams and return sequences
         of a prompt stand side by side and share its plan."""
-        if self.per_row:
-            if of.packed:
-                raise ValueError(PACKED)
-            if run is None or run.batch is None or of.batch % len(self.plans):
-                self.check_batch(of.batch)
+        if self.per_row and (run is None or run.batch is None or of.batch % len(self.plans)):
+            self.check_batch(of.batch)
         key = of.device, of.batch, of.length
         # A graph reads the plans' own table.
         if of.recorded:
@@ -128,6 +125,24 @@ class RowPlans:
             self._slots[device] = next(iter(self._slots.values())).to(device)
         table = self._slots[device]
         return table.repeat_interleave(batch // len(table)) if self.per_row else table.expand(batch)
+
+    @property
+    def probing(self) -> bool:
+        """Whether a plan probes."""
+        return any(intervention.probe for plan in distinct(self.plans) for intervention in plan)
+
+    def slots(self, requests: Tensor) -> Tensor:
+        """The slots of requests `[tokens]`, by their numbers."""
+        table = self._of_rows(requests.device, len(self.plans))
+        return table[requests] if self.per_row else table[:1].expand(len(requests))
+
+    def check_request(self, number: int) -> None:
+        """Raise ValueError unless there is a plan for a request, counted from 0 in the order of adding."""
+        if self.per_row and number >= len(self.plans):
+            raise ValueError(
+                f"there are {len(self.plans)} plans, but request {number} (counted from 0, in the order in which "
+                "requests are added) has none: give one plan per request, or a single plan for all"
+            )
 
     def check_batch(self, batch: int) -> None:
         """Raise ValueError unless there is a plan for every row."""

@@ -71,8 +71,9 @@ def steer(
             model.generate(**batch)
 
     Works around `model(...)` and `model.generate(...)` with any cache, sampling or beams (a prompt's beams and return
-    sequences share its plan), padding on either side, gradients on or off. Contexts nest: an outer one acts before an
-    inner one. Everything is checked here, before the model is touched.
+    sequences share its plan), padding on either side, gradients on or off; and around `model.generate_batch(...)` and
+    `model.init_continuous_batching(...)`, where a list has a plan per request, in the order in which they are added.
+    Contexts nest: an outer one acts before an inner one. Everything is checked here, before the model is touched.
 
     Args:
         model: a causal language model of transformers (or its base model). Two short forward passes find and confirm
@@ -204,6 +205,7 @@ class Steering(Context["Steering"]):
         watch_generate(changes, self.model, self.passes, entry, part.check_generate if part else lambda *_: None)
         if part is not None:
             part.enter(changes, self)
+        changes.on_undo(self.passes.managers.stop)
         return self
 
     def _check_model(self) -> None:
@@ -236,6 +238,7 @@ class Steering(Context["Steering"]):
                     self._changes, self.model, self.points, {site: self.passes.steer(site)}, self._order, self._first
                 )
                 self._hooked.add(site)  # afterwards: hooking twice does nothing
+                self._changes.on_undo(self.passes.managers.stop)  # before hooks are removed: a pass may be under way
         sizes = f"{program.depth} {program.width} {program.columns} {program.latches}"
         self.passes.signature = f"{sorted(self._hooked)} {sizes}"
 
@@ -249,8 +252,9 @@ class Steering(Context["Steering"]):
         """
         listed, per_row = as_plans(plans)
         self._check_all(listed)
+        self.passes.managers.check_changeable()
         # A row's new plan has decided no latched gate yet; a row that keeps its plan keeps its decisions.
-        self.passes.streams.forget(self._plans.assign(listed, per_row))
+        self.passes.forget_gates(self._plans.assign(listed, per_row))
         if self.entered:
             self._install()
 
@@ -262,6 +266,7 @@ class Steering(Context["Steering"]):
         """As `load`, for several slots: all of them or, with a ValueError, none."""
         for plan in distinct(plans.values()):
             self.check(plan)
+        self.passes.managers.check_changeable()
         self._plans.change(plans)
         if self.entered:
             self._install()

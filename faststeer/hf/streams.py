@@ -44,8 +44,8 @@ AHEAD = (
 )
 PIECES = "generate reads a prompt with padding in pieces: give it the attention_mask of the whole prompt"
 PACKED = (
-    "a packed pass (generate_batch, or sequences one after another in a row) does not say which token belongs to which "
-    "sequence: it takes one plan for all, with positions='all' and without latched gates; use generate, or the Engine"
+    "a packed pass (sequences one after another in a row) does not say where their prompts end: it takes one plan for "
+    "all, with positions='all' and without latched gates; give each sequence a row of its own, or use generate_batch"
 )
 # What makes `generate` read less or more than its prompt in its first pass.
 PIECEWISE = (
@@ -114,21 +114,21 @@ class GenerateCall:
     cache: Any = None
     width: int = 0  # of the last pass without a cache
 
-    def read(self, module: Any, given: Mapping[str, Any]) -> None:
+    def read(self, module: Any, arguments: Mapping[str, Any]) -> None:
         """Take from the arguments of a `generate` what they show: the outermost mask, the innermost tokens."""
-        mask = given.get("attention_mask")
+        mask = arguments.get("attention_mask")
         if self.mask is None and isinstance(mask, Tensor) and mask.ndim == 2:
             self.mask = mask
-        config = given.get("generation_config") or getattr(module, "generation_config", None)
-        settings = [given.get(name) or getattr(config, name, None) for name in PIECEWISE]
+        config = arguments.get("generation_config") or getattr(module, "generation_config", None)
+        settings = [arguments.get(name) or getattr(config, name, None) for name in PIECEWISE]
         self.piecewise |= any(each is not None and each is not False for each in settings)
-        tokens = {n: given.get(n) for n in ("inputs_embeds", "input_ids", "inputs")}
+        tokens = {n: arguments.get(n) for n in ("inputs_embeds", "input_ids", "inputs")}
         for name, each in tokens.items():
             if isinstance(each, Tensor) and each.ndim >= 2:
                 self.kind = "inputs_embeds" if name == "inputs_embeds" or each.is_floating_point() else "input_ids"
                 self.batch, self.total = each.shape[:2]
                 break
-        self.continues |= any(given.get(name) is not None for name in ("cache", "past_key_values"))
+        self.continues |= any(arguments.get(name) is not None for name in ("cache", "past_key_values"))
         if self.continues and self.total is not None and self.mask is not None:
             self.total = max(self.total, self.mask.shape[1])  # the new tokens alone may be given
 
@@ -190,10 +190,10 @@ class Streams:
         run = self.run
         return GenerateCall() if run is None or module in run.modules else run
 
-    def generate(self, run: GenerateCall, module: nn.Module, given: Mapping[str, Any]) -> None:
+    def generate(self, run: GenerateCall, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         """A module's `generate` begins."""
         run.modules.append(module)
-        run.read(module, given)
+        run.read(module, arguments)
         if run not in self._thread.runs:
             self._thread.runs, self._thread.around = [*self._thread.runs, run], []
 
@@ -213,10 +213,10 @@ class Streams:
         """Tokens that the cache of a pass holds; None: nobody has counted them."""
         if (past := inputs.past()) is not None:
             return past
-        known, run = self._known(inputs.cache), self.run
-        if known is None and run is not None and run.cache is inputs.cache:
-            known = run.stream
-        return None if known is None else known.columns
+        stream, run = self._behind(inputs.cache), self.run
+        if stream is None and run is not None and run.cache is inputs.cache:
+            stream = run.stream
+        return None if stream is None else stream.columns
 
     def of(self, inputs: Inputs, past: int | Tensor, needed: bool) -> Stream:
         """The stream of a pass that reaches the layers. `needed`: whether a plan asks where it stands."""
@@ -232,20 +232,20 @@ class Streams:
                 return _fresh(inputs, past, None)
             return self._untraced(inputs)
         around = self._thread.around
-        known = None if inputs.cache is None else self._known(inputs.cache)
+        continued = None if inputs.cache is None else self._behind(inputs.cache)
         if run is None and self._set is not None:
-            return self._of_set(self._set, inputs, past, known)
+            return self._of_set(self._set, inputs, past, continued)
         if run is not None and (stream := self._of_run(run, inputs, past, around)) is not None:
             return stream
-        if isinstance(past, Tensor) and known is not None:
-            known.restart(past, _fresh(inputs, past, _outermost_mask(around)))
-            return known
+        if isinstance(past, Tensor) and continued is not None:
+            continued.restart(past, _fresh(inputs, past, _outermost_mask(around)))
+            return continued
         if isinstance(past, Tensor) or past == 0:
             return self._keep(inputs.cache, _fresh(inputs, past, _outermost_mask(around)))
-        if known is None:
+        if continued is None:
             return Stream(None, UNSEEN)
-        begin = known.begin
-        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else known
+        begin = continued.begin
+        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else continued
 
     @torch.compiler.disable
     def _untraced(self, inputs: Inputs) -> Stream:
@@ -253,8 +253,8 @@ class Streams:
         return Stream(None, UNCOUNTED) if past is None else self.of(inputs, past, True)
 
     def only_read(self, cache: Any) -> bool:
-        """Whether a pass with this cache, as the pass before had it, only goes on with what is cached: no prompt was set
-        and no `generate` begins."""
+        """Whether a pass with this cache, as the pass before had it, only goes on with what is cached: no prompt is
+        set, no `generate` begins."""
         run = self.run
         if self._set is not None or (run is not None and run.stream is None):
             return False
@@ -268,7 +268,7 @@ class Streams:
             run.cache = cache
         self._keep(cache, stream)
 
-    def _known(self, cache: Any) -> Stream | None:
+    def _behind(self, cache: Any) -> Stream | None:
         try:
             return self._by_cache.get(cache)
         except TypeError:  # a tuple, say: never kept
@@ -281,15 +281,15 @@ class Streams:
                 self._by_cache[cache] = stream
         return stream
 
-    def _of_set(self, given: Stream, inputs: Inputs, past: int | Tensor, known: Stream | None) -> Stream:
+    def _of_set(self, told: Stream, inputs: Inputs, past: int | Tensor, continued: Stream | None) -> Stream:
         if inputs.cache is None:
-            return given
-        if known is None or known.begin is not given.begin:
-            gates = None if known is None else known.gates
-            unseen = known is None and bool(torch.as_tensor(past >= given.begin).any())  # type: ignore[operator]
-            known = self._keep(inputs.cache, Stream(given.begin, UNDECIDED if unseen else ""))
-            known.gates = gates
-        return known
+            return told
+        if continued is None or continued.begin is not told.begin:
+            gates = None if continued is None else continued.gates
+            unseen = continued is None and bool(torch.as_tensor(past >= told.begin).any())  # type: ignore[operator]
+            continued = self._keep(inputs.cache, Stream(told.begin, UNDECIDED if unseen else ""))
+            continued.gates = gates
+        return continued
 
     def _of_run(self, run: GenerateCall, inputs: Inputs, past: int | Tensor, around: Around) -> Stream | None:
         """The run's own stream, if the pass is one of it; None: it has another cache."""
@@ -333,11 +333,8 @@ def _checked_columns(columns: Any) -> int | Tensor:
 def _fresh(inputs: Inputs, past: int | Tensor, mask: Tensor | None) -> Stream:
     """A stream whose prompt ends with this pass."""
     ids = inputs.position_ids
-    if inputs.traced or inputs.mask is not None or not isinstance(ids, Tensor) or ids.ndim != 2:
-        packed = False
-    else:
-        packed = bool((ids.diff(dim=1) < 0).any())
-    if packed:
+    readable = not inputs.traced and inputs.mask is None and isinstance(ids, Tensor) and ids.ndim == 2
+    if readable and bool((ids.diff(dim=1) < 0).any()):
         return Stream(None, PACKED)
     return _stream(past + inputs.length, _of_one_sequence(inputs, mask_of(inputs, past, mask)))
 

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from faststeer.hf.batching import batches, progress_bar
+from faststeer.hf.batching import batches
+from faststeer.progress import progress_bar
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 import faststeer as fs
+from faststeer import progress
 from faststeer.cli import app
 from faststeer.cli.common import device_of, layer_numbers
-from faststeer.hf import batching
 
 runner = CliRunner()
 
@@ -115,9 +115,9 @@ def test_a_vector_of_several_layers_asks_which_one_acts(tmp_path):
 
 def test_progress_without_a_terminal_is_lines_with_the_time_left(monkeypatch):
     stream, now = io.StringIO(), iter(range(0, 1000, 6))
-    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=stream, width=100))
-    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
-    with batching.progress_bar("Scoring", 8, True) as advance:
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, width=100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.progress_bar("Scoring", 8, True) as advance:
         for _ in range(8):
             advance()
     lines = stream.getvalue().splitlines()
@@ -131,9 +131,9 @@ def test_progress_without_a_terminal_is_lines_with_the_time_left(monkeypatch):
 def test_the_time_left_waits_for_steps_and_weighs_them(monkeypatch):
     """A hundred steps, of which the first ten are nine tenths of the work: nothing is said before the fifth."""
     stream, now = io.StringIO(), iter(range(0, 10000, 11))
-    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=stream, width=100))
-    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
-    with batching.progress_bar("Scoring", 100, True, weights=[81.0] * 10 + [1.0] * 90) as advance:
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, width=100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.progress_bar("Scoring", 100, True, weights=[81.0] * 10 + [1.0] * 90) as advance:
         for _ in range(12):
             advance()
     lines = stream.getvalue().splitlines()
@@ -143,11 +143,11 @@ def test_the_time_left_waits_for_steps_and_weighs_them(monkeypatch):
 
 def test_the_bar_of_a_terminal_waits_for_steps(monkeypatch):
     bars, now = [], iter(range(0, 1000, 70))
-    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
-    monkeypatch.setattr(batching, "Progress", lambda *a, **k: bars.append(Progress(*a, **k)) or bars[0])
-    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(progress, "Progress", lambda *a, **k: bars.append(Progress(*a, **k)) or bars[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     shown = []
-    with batching.progress_bar("Scoring", 4, True, weights=[5.0, 1.0, 1.0, 1.0], least=3) as advance:
+    with progress.progress_bar("Scoring", 4, True, weights=[5.0, 1.0, 1.0, 1.0], least=3) as advance:
         for _ in range(4):
             advance()
             shown.append(bars[0].tasks[0].fields["left"])
@@ -156,9 +156,9 @@ def test_the_bar_of_a_terminal_waits_for_steps(monkeypatch):
 
 def test_steps_finished_before_the_work_began_took_no_time(monkeypatch):
     stream, now = io.StringIO(), iter(range(0, 1000, 20))
-    monkeypatch.setattr(batching, "Console", lambda **_: Console(file=stream, width=100))
-    monkeypatch.setattr(batching.time, "monotonic", lambda: float(next(now)))
-    with batching.progress_bar("Answering", 100, True, least=2) as advance:
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, width=100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.progress_bar("Answering", 100, True, least=2) as advance:
         for finished in (90, 91, 92):
             advance("x", finished)
     assert stream.getvalue().splitlines() == ["x: 92 of 100, about 4 min left"]  # 60 s for 2
@@ -168,4 +168,4 @@ def test_steps_finished_before_the_work_began_took_no_time(monkeypatch):
     ("seconds", "text"), [(0.2, "1 s"), (99.4, "99 s"), (100, "2 min"), (3570, "1 h 0 min"), (7800, "2 h 10 min")]
 )
 def test_durations_are_read_by_people(seconds, text):
-    assert batching.duration(seconds) == text
+    assert progress.duration(seconds) == text

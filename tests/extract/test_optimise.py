@@ -655,7 +655,7 @@ def test_bad_objectives(model, tokenizer):
 
 
 def test_progress_goes_to_stderr(model, tokenizer, capsys, monkeypatch):
-    monkeypatch.setattr("faststeer.hf.batching.REPORT_SECONDS", 0)
+    monkeypatch.setattr("faststeer.progress.REPORT_SECONDS", 0)
     ntp(model, tokenizer, PAIRS, layers=0, steps=4, progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "Training 1 vector(s) by ntp, loss" in captured.err

@@ -323,16 +323,6 @@ def test_sequences_one_after_another_in_a_row(model):
             model(ids, position_ids=places, use_cache=False)
 
 
-@pytest.mark.parametrize(
-    "plans",
-    [plan("last"), [plan(), None], plan(when=fs.Gate(d(1), latched=True))],
-    ids=["position", "rows", "latched"],
-)
-def test_generate_batch_is_refused_where_it_cannot_be_steered(plans, model):
-    with fs.steer(model, plans), pytest.raises(ValueError, match=r"takes one plan for all, with positions='all'"):
-        model.generate_batch(inputs=[[1, 2, 3], [4, 5]])
-
-
 @pytest.mark.parametrize("broadcast", [False, True], ids=["by queries", "by columns"])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_a_mask_of_four_dimensions(kind, broadcast, model):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import PROMPTS
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import faststeer as fs
 from faststeer.hf.batching import encode
@@ -150,3 +151,24 @@ def test_folded_saved_and_loaded(smollm2, tone, tmp_path, kind):
     again, _ = fs.load(tmp_path / "folded")
     assert torch.equal(again(**batch).logits, folded.model(**batch).logits)
     assert (again(**batch).logits - steered)[:, -1].abs().max() <= folded.check.tolerance
+
+
+@torch.no_grad()
+def test_every_request_of_generate_batch_is_that_request_alone(smollm2, tone):
+    """Tokens, and their log probabilities to fp32 rounding; the long prompts are read in several passes."""
+    model, tokenizer = smollm2
+    prompts = encode(tokenizer, PROMPTS)
+    gate = fs.Gate(tone[15], 0.0, latched=True)
+    steered = [*plans(tone)[:5], fs.Plan([fs.Add(tone, 1.5, layers=12, positions="[-3:2]", when=gate)])]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0}
+    small = {"page_size": 16, "num_blocks": 64, "max_batch_tokens": 96, "return_logprobs": True}
+    config = ContinuousBatchingConfig(**small)
+    with fs.steer(model, steered):
+        outputs = model.generate_batch(prompts, GenerationConfig(**options), config).values()
+    for plan, prompt, output in zip(steered, prompts, outputs, strict=True):
+        with fs.steer(model, [plan]):
+            alone = model.generate(torch.tensor([prompt]), output_logits=True, return_dict_in_generate=True, **options)
+        tokens = alone.sequences[0, len(prompt) :]
+        assert output.generated_tokens == tokens.tolist()
+        logprobs = torch.stack(alone.logits)[:, 0].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(output.logprobs), logprobs, atol=1e-3, rtol=0)

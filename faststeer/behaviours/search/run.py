@@ -38,10 +38,11 @@ from faststeer.behaviours.search.space import Space
 from faststeer.extras import needed_for
 from faststeer.files import FormatError, write_atomically
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import check_evaluating, model_name, progress_bar
+from faststeer.hf.batching import check_evaluating, model_name
 from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.plan import Plan
+from faststeer.progress import progress_bar
 from faststeer.version import versions
 
 STARTUP = 16  # settings that are drawn at random before TPE has something to go by

@@ -29,8 +29,9 @@ from faststeer.evaluate.sweep.projections import packed, project, watched
 from faststeer.evaluate.sweep.store import LEASE, Store
 from faststeer.generator import SamplingParams
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import TokenRow, check_evaluating, encode, forecast, padding_id, progress_bar
+from faststeer.hf.batching import TokenRow, check_evaluating, encode, padding_id
 from faststeer.plan import Plan
+from faststeer.progress import forecast, progress_bar
 from faststeer.version import versions
 
 CHUNK_BATCHES = 16  # batches in a unit: its last batch, which runs half empty, costs a sixteenth at most

@@ -27,10 +27,11 @@ from faststeer.extract.optimise.objectives import Objective, Side, TokenizedPair
 from faststeer.extract.optimise.recipe import Course, Recipe
 from faststeer.extract.optimise.rows import Plans, Work, losses, residual_sizes
 from faststeer.extract.pairs import Pair, check_pairs, encode_completions
-from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id, progress_bar
+from faststeer.hf.batching import check_evaluating, model_device, model_name, padding_id
 from faststeer.hf.changes import changing
 from faststeer.hf.steering import steer
 from faststeer.program import Capacity
+from faststeer.progress import progress_bar
 from faststeer.vector import SteeringVector
 
 UNIT_PROMPTS = 64  # at most so many prompts tell the residual stream's size
