@@ -16,8 +16,9 @@ from faststeer import ops
 
 HIDDEN = 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WAYS = ("eager hook", "in-place hook", "steer")
+WAYS = ("eager hook", "in-place hook", "steer", "sum, hook and norm", "add_steer_rmsnorm")
 PASSES = range(7)
+EPS = 1e-6
 
 
 def in_place_hook(steering: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -29,13 +30,29 @@ def in_place_hook(steering: str, dtype: torch.dtype) -> Callable[[Tensor], Tenso
     return lambda x: x.addr_(x @ unit, unit, alpha=-1)
 
 
+def sum_hook_and_norm(hook: Callable[[Tensor], Tensor], made: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What a hook on a layer's output stands between: the residual sum, and the norm as transformers computes it."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hook(made.residual + x)
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+        return made.weight * normed.to(x.dtype), hidden
+
+    return run
+
+
 def run_of(how: str, steering: str, made: Case) -> Callable[[Tensor], object]:
     dtype = made.x.dtype
-    if how == "eager hook":
-        return eager_hook(steering, HIDDEN, dtype, "cpu")
     if how == "in-place hook":
         return in_place_hook(steering, dtype)
-    return lambda x: ops.steer(x, made.tables, made.rows, backend="cpu")
+    if how == "steer":
+        return lambda x: ops.steer(x, made.tables, made.rows, backend="cpu")
+    if how == "add_steer_rmsnorm":
+        norm = made.weight, EPS, 0.0, False
+        return lambda x: ops.add_steer_rmsnorm(x, made.residual, *norm, made.tables, made.rows, backend="cpu")
+    hook = eager_hook(steering, HIDDEN, dtype, "cpu")
+    return hook if how == "eager hook" else sum_hook_and_norm(hook, made)
 
 
 # The last of these varies slowest, the first fastest.
