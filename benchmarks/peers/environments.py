@@ -30,7 +30,7 @@ def shared_pins() -> list[str]:
     return [f"torch=={version}", f"transformers=={transformers.__version__}", "numpy", "accelerate"]
 
 
-def make(name: str, seconds: float = 300) -> Path:
+def make(name: str, seconds: float = 1800) -> Path:
     """Return the Python of the peer's environment, which is made or brought up to date where it has to be.
 
     Raises:

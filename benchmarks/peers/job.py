@@ -1,10 +1,11 @@
-"""What every peer's script does in its own environment: reads a job, measures, prints one JSON line per measurement.
+"""What every peer's script does in its own environment: reads a job, measures what it is asked for on stdin, prints one
+JSON line per measurement.
 
 A script imports this file and its peer, nothing of faststeer, and calls `main` with a class that has the methods of
 `Peer`. The job file has: `folder` (the model, safetensors), `gguf` and `gguf_q4` (the model as GGUF in fp32 and as the
 wheel has it), `directions` (.npy, `[layers, hidden]` fp32, what is added to the output of each layer), `layer` and
 `layers` (those that "one layer" and "every layer" steer), `prompts` (token ids), `positive` and `negative` (rendered
-texts), `new_tokens`, `repeats`, `threads`, `variant`.
+texts), `new_tokens`, `threads`, `variant`.
 """
 
 from __future__ import annotations
@@ -69,24 +70,28 @@ def row_coefficients(job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(peer: type[Peer]) -> None:
+    """Report what the peer can do and say "ready"; then measure what each line of stdin asks for, until there is no
+    more."""
     job = json.loads(Path(sys.argv[1]).read_text())
     start = time.perf_counter()
     subject = peer(job)
     show({"measure": "load", "seconds": time.perf_counter() - start, "versions": subject.versions})
     for case in CASES[1:]:
         attempt("logits", case, lambda case=case: save_logits(subject, case, job))
-    possible = [c for c in CASES if attempt("warm-up", c, lambda c=c: subject.generate(c, 2))]
-    makes_vectors = attempt("warm-up vector", "", subject.vector)
-    for repeat in range(job["repeats"]):
-        if makes_vectors:
+    possible = [["generate", c] for c in CASES if attempt("warm-up", c, lambda c=c: subject.generate(c, 2))]
+    possible += [["vector", ""]] if attempt("warm-up vector", "", subject.vector) else []
+    show({"measure": "ready", "can": possible})
+    for line in sys.stdin:
+        measure, case = json.loads(line)
+        if measure == "vector":
             seconds, _ = timed(subject.vector)
-            show({"measure": "vector", "repeat": repeat, "seconds": seconds})
-        for case in possible:
-            seconds, tokens = timed(lambda case=case: subject.generate(case, job["new_tokens"]))
-            expected = len(job["prompts"]) * job["new_tokens"]
-            if tokens != expected:
-                raise RuntimeError(f"{case}: {tokens} tokens were generated, expected {expected}")
-            show({"measure": "generate", "case": case, "repeat": repeat, "seconds": seconds, "tokens": tokens})
+            show({"seconds": seconds})
+            continue
+        seconds, tokens = timed(lambda case=case: subject.generate(case, job["new_tokens"]))
+        expected = len(job["prompts"]) * job["new_tokens"]
+        if tokens != expected:
+            raise RuntimeError(f"{case}: {tokens} tokens were generated, expected {expected}")
+        show({"seconds": seconds, "tokens": tokens})
 
 
 def save_logits(subject: Peer, case: str, job: dict[str, Any]) -> None:

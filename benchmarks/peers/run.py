@@ -1,21 +1,20 @@
 """faststeer beside other steering libraries on SmolLM2, each in an environment of its own, on a CPU.
 
-    make bench-peers          or  python benchmarks/peers/run.py [--quick] [--peers repeng ...] [--rounds 2]
+    make bench-peers          or  python benchmarks/peers/run.py [--quick] [--peers repeng ...] [--repeats 5]
 
 Same weights, same prompts, same directions, same number of threads, fp32. A peer is a small script (`with_*.py`) in a
-process of its own; the processes take turns, `--rounds` times, hand-written hooks among them. Within a process the
-cases take turns. Measured: seconds from 24 pairs of contrastive prompts to a vector for every layer, by each peer's
-default method; tokens per second of greedy generation of `--rows` prompts x `--new` tokens, prompts read included,
-unsteered, with a vector added at one layer, at every layer (of 1 to 29: llama.cpp cannot steer layer 0), and with
-another plan in each row; and the largest difference of logits from the hand-written hook's. Ratios to hooks are those
-of medians of the same round.
+process of its own. All processes are there from the beginning and take turns measurement by measurement, hand-written
+hooks among them: a machine that is slow for a minute is slow for all. Measured: seconds from 24 pairs of contrastive
+prompts to a vector for every layer, by each peer's default method; tokens per second of greedy generation of `--rows`
+prompts x `--new` tokens, prompts read included, unsteered, with a vector added at one layer, at every layer (of 1 to
+29: llama.cpp cannot steer layer 0), and with another plan in each row; and the largest difference of logits from the
+hand-written hook's. A ratio to hooks is one of the same case and repeat.
 
-About 20 minutes on two idle cores, environments included. llama.cpp is among them where its Python package has a wheel.
-`--quick` is a try-out of the same path with few tokens; `--peers` measures some anew, hooks beside them, and keeps the
-rest of what is in the results. Every measurement is appended to
-`out/bench-peers/measurements.jsonl` as it is made; a run that was stopped goes on where it was, `--fresh` begins anew.
-At the end: benchmarks/results/peers.csv, peers.machine.json and peers.png (`--quick`: in out/bench-peers). A peer that
-cannot be installed or fails is a row that says why.
+About 20 minutes on two idle cores, and once as long for the environments (llama.cpp is compiled for the machine).
+`--quick` is a try-out of the same path with few tokens. With `--peers` or `--quick` the results go to out/bench-peers,
+else to benchmarks/results: peers.csv, peers.machine.json and peers.png, always of one run. Every measurement is
+appended to `out/bench-peers/measurements.jsonl` as it is made; a run that was stopped goes on where it was, `--fresh`
+begins anew. A peer that cannot be installed or fails is a row that says why.
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,6 @@ def write_job(options: argparse.Namespace, out: Path) -> dict[str, Any]:
         "positive": positive,
         "negative": negative,
         "new_tokens": options.new,
-        "repeats": options.repeats,
         "threads": options.threads,
     }
 
@@ -124,99 +124,158 @@ def write_f32(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-def run_peer(
-    entry: Entry, python: Path, job: dict[str, Any], round_: int, log: results.Log, out: Path, minutes: float
-) -> None:
-    """Run one peer's process and log what it prints; what it says on stderr goes to a file."""
-    folder = out / entry.name.replace(" ", "_").replace(",", "")
-    folder.mkdir(exist_ok=True)
-    path = folder / "job.json"
-    path.write_text(json.dumps(job | {"out": str(folder), "variant": entry.variant}))
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(job["threads"]),
-        "MKL_NUM_THREADS": str(job["threads"]),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    failed = ""
-    with (folder / "stderr.txt").open("w") as errors:
-        process = subprocess.Popen(
-            ["timeout", "--kill-after=5", f"{minutes * 60:.0f}", str(python), str(HERE / entry.script), str(path)],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-        )  # fmt: skip
-        assert process.stdout
-        for line in process.stdout:
+class PeerFailed(Exception):
+    """A peer's process ended, or took too long; the message says which."""
+
+
+class PeerProcess:
+    """A peer's process, which measures what it is asked for. What it says on stderr goes to a file.
+
+    Args:
+        minutes: a start or a measurement that takes longer ends the process.
+    """
+
+    def __init__(self, entry: Entry, python: Path, job: dict[str, Any], out: Path, minutes: float) -> None:
+        folder = out / entry.name.replace(" ", "_").replace(",", "")
+        folder.mkdir(exist_ok=True)
+        path, self._errors, self._minutes = folder / "job.json", folder / "stderr.txt", minutes
+        path.write_text(json.dumps(job | {"out": str(folder), "variant": entry.variant}))
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "MKL_NUM_THREADS": str(job["threads"]),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [str(python), str(HERE / entry.script), str(path)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+            )  # fmt: skip
+        self.can: list[list[str]] = []
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """What it reports until it is ready; then `can` is there: the measurements that it can make."""
+        with self._limit():
+            while (row := self._next())["measure"] != "ready":
+                yield row
+        self.can = row["can"]
+
+    def measure(self, measure: str, case: str) -> dict[str, Any]:
+        """Its seconds and, of a generation, its tokens."""
+        assert self._process.stdin
+        with self._limit():
+            with suppress(OSError):  # it has ended: the next line of it says so
+                print(json.dumps([measure, case]), file=self._process.stdin, flush=True)
+            return self._next()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    @contextmanager
+    def _limit(self) -> Iterator[None]:
+        self._late = False
+        timer = threading.Timer(self._minutes * 60, self._stop)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _stop(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _next(self) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
             if line.startswith(LINE):  # other libraries print, too
-                log.add({"peer": entry.name, "round": round_, **json.loads(line.removeprefix(LINE))})
-        status = process.wait()
-    if status in (124, 137):
-        failed = f"took longer than {minutes:.0f} minutes"
-    elif status:
-        lines = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines()
-        failed = lines[-1][:200] if lines else f"exit code {status}"
-    log.add({"peer": entry.name, "round": round_, "measure": "end", **({"failed": failed} if failed else {})})
+                return json.loads(line.removeprefix(LINE))
+        status = self._process.wait()
+        if self._late:
+            raise PeerFailed(f"took longer than {self._minutes:g} minutes")
+        lines = self._errors.read_text(errors="replace").strip().splitlines()
+        raise PeerFailed(lines[-1][:200] if lines else f"exit code {status}")
+
+
+def start(entry: Entry, job: dict[str, Any], log: results.Log, out: Path, minutes: float) -> PeerProcess | None:
+    """A peer's process when it is ready, its reports in the log; None where the log says why there is none."""
+    log.forget(peer=entry.name, repeat=None)
+    try:
+        python = environments.make(entry.environment) if entry.environment else Path(sys.executable)
+    except environments.NotInstalled as error:
+        log.add({"peer": entry.name, "repeat": None, "measure": "end", "failed": f"not installed: {error}"})
+        return None
+    process = PeerProcess(entry, python, job, out, minutes)
+    try:
+        for row in process.begin():
+            log.add({"peer": entry.name, "repeat": None, **row})
+    except PeerFailed as error:
+        log.add({"peer": entry.name, "repeat": None, "measure": "end", "failed": str(error)})
+        return None
+    return process
+
+
+def measure_all(processes: dict[str, PeerProcess], repeats: int, log: results.Log) -> None:
+    """Every measurement of every peer, once a repeat, in turn; every second repeat in the opposite order. A peer that
+    fails is asked nothing more."""
+    started = time.monotonic()
+    for repeat in range(repeats):
+        for measure, case in (("vector", ""), *(("generate", case) for case in table.CASES)):
+            for peer in [*processes][:: -1 if repeat % 2 else 1]:
+                key = {"peer": peer, "measure": measure, "case": case, "repeat": repeat}
+                if [measure, case] not in processes[peer].can or log.has(**key):
+                    continue
+                try:
+                    log.add(key | processes[peer].measure(measure, case))
+                except PeerFailed as error:
+                    log.add({"peer": peer, "repeat": None, "measure": "end", "failed": str(error)})
+                    del processes[peer]
+        print(f"[{time.monotonic() - started:5.0f} s] {repeat + 1}/{repeats}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [entry.name for entry in PEERS]
-    parser.add_argument("--peers", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each peer")
-    parser.add_argument("--repeats", type=int, default=2, help="of each case in a process")
+    parser.add_argument("--peers", nargs="+", choices=names, default=names, help="only these and the hooks")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--new", type=int, default=24, help="tokens of each answer")
     parser.add_argument("--pairs", type=int, default=24, help="pairs of contrastive prompts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--minutes", type=float, default=5, help="a process that takes longer is ended")
-    parser.add_argument("--quick", action="store_true", help="try it: 4 rows, 4 tokens, 4 pairs, one round")
+    parser.add_argument("--minutes", type=float, default=5, help="a process that is silent for longer is ended")
+    parser.add_argument("--quick", action="store_true", help="try it: 4 rows, 4 tokens, 4 pairs, one repeat")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "out" / "bench-peers")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.repeats, options.rows, options.new, options.pairs = 1, 1, 4, 4, 4
+        options.repeats, options.rows, options.new, options.pairs = 1, 4, 4, 4
         options.out = options.out / "quick"
-    start, out = time.monotonic(), options.out.resolve()
+    begun, out = time.monotonic(), options.out.resolve()
     if options.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    entries = [entry for entry in PEERS if entry.name in options.peers or entry.name == table.BASELINE]
-    pythons: dict[str, Path | str] = {}  # or why there is none
-    for entry in entries:
-        name = entry.environment or ""
-        if name not in pythons:
-            try:
-                pythons[name] = environments.make(name) if name else Path(sys.executable)
-            except environments.NotInstalled as error:
-                pythons[name] = str(error)
     job = write_job(options, out)
     log = results.Log(out / "measurements.jsonl", job)
-    work = [(round_, entry) for round_ in range(options.rounds) for entry in entries]
-    for number, (round_, entry) in enumerate(work):
-        at = {"peer": entry.name, "round": round_}
-        if log.has(**at, measure="end"):
-            continue
-        log.forget(**at)  # what a process that did not end measured
-        print(f"[{time.monotonic() - start:5.0f} s] {number + 1}/{len(work)} {entry.name}", file=sys.stderr, flush=True)
-        python = pythons[entry.environment or ""]
-        if isinstance(python, str):
-            log.add({**at, "measure": "end", "failed": f"not installed: {python}"})
-        else:
-            run_peer(entry, python, job, round_, log, out, options.minutes)
-    rows: Sequence[table.Row] = table.rows_of(log.rows)
-    folder = out if options.quick else results.FOLDER
-    versions = {line["peer"]: line["versions"] for line in log.rows if "versions" in line}
-    commits = dict.fromkeys(options.peers, results.machine()["commit"])
-    if set(options.peers) < set(names) and (folder / "peers.csv").is_file():
-        before = json.loads((folder / "peers.machine.json").read_text(encoding="utf-8"))
-        rows = table.renewed(results.read(folder / "peers.csv"), rows, options.peers)
-        versions = before["versions"] | versions
-        commits = before.get("commits", dict.fromkeys(names, before["commit"])) | commits
-    more = {"versions": versions, "commits": commits, "threads": job["threads"]}
-    more |= {"rows": options.rows, "new_tokens": options.new}
+    processes: dict[str, PeerProcess] = {}
+    try:
+        for entry in PEERS:
+            if entry.name in (*options.peers, table.BASELINE):
+                print(f"[{time.monotonic() - begun:5.0f} s] {entry.name} starts", file=sys.stderr, flush=True)
+                if process := start(entry, job, log, out, options.minutes):
+                    processes[entry.name] = process
+        measure_all(processes, options.repeats, log)
+    finally:
+        for process in processes.values():
+            process.end()
+    rows = table.rows_of(log.rows)
+    folder = out if options.quick or set(options.peers) < set(names) else results.FOLDER
+    versions = {row["peer"]: row["versions"] for row in log.rows if "versions" in row}
+    more = {"versions": versions, "threads": job["threads"], "rows": options.rows, "new_tokens": options.new}
     path = results.write("peers", rows, folder, more)
     table.draw(rows, folder / "peers.png")
     print(table.markdown(rows))
-    print(f"{path}, {time.monotonic() - start:.0f} s")
+    print(f"{path}, {time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":

@@ -45,24 +45,30 @@ main(Small)
 
 
 @pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """Run a peer's script as the collector does and return the log's rows."""
+def measure(tmp_path):
+    """Run peers' scripts as the benchmark does, the first of them the baseline, and return the log's rows."""
 
-    def measure(name, round_=0, minutes=1.0, at_start="pass", less="", logit=0.0, log=None):
-        script = tmp_path / f"{name}.py"
-        script.write_text(PEER.format(folder=str(FOLDER), at_start=at_start, less=less, logit=logit))
+    def measure(*peers, minutes=1.0, log=None):
         log = log or results.Log(tmp_path / "log.jsonl", {})
-        work = {"prompts": [[1], [2]], "new_tokens": 3, "repeats": 2, "threads": 1, "layer": 1, "layers": [1, 2]}
-        entry = run.Entry(name, str(script))
-        run.run_peer(entry, Path(sys.executable), work, round_, log, tmp_path, minutes)
+        work = {"prompts": [[1], [2]], "new_tokens": 3, "threads": 1, "layer": 1, "layers": [1, 2]}
+        processes = {}
+        for name, options in peers:
+            script = tmp_path / f"{name}.py"
+            values = {"at_start": "pass", "less": "", "logit": 0.0} | options
+            script.write_text(PEER.format(folder=str(FOLDER), **values))
+            if process := run.start(run.Entry(name, str(script)), work, log, tmp_path, minutes):
+                processes[name] = process
+        run.measure_all(processes, 2, log)
+        for process in processes.values():
+            process.end()
         return log
 
     return measure
 
 
 def test_what_works_is_measured_and_what_does_not_says_why(measure):
-    rows = measure("small").rows
-    assert rows[0]["versions"] == {"small": "1.0"} and rows[-1] == {"peer": "small", "round": 0, "measure": "end"}
+    rows = measure(("small", {})).rows
+    assert rows[0]["versions"] == {"small": "1.0"}
     generated = [(r["case"], r["repeat"], r["tokens"]) for r in rows if r["measure"] == "generate"]
     assert generated == [(case, repeat, 6) for repeat in range(2) for case in ("unsteered", "every layer")]
     notes = {(r["measure"], r["case"]): r.get("unsupported") or r.get("failed") for r in rows if "case" in r}
@@ -71,64 +77,69 @@ def test_what_works_is_measured_and_what_does_not_says_why(measure):
     assert notes["warm-up", "one layer"] == "RuntimeError: broken"
 
 
+def test_peers_take_turns(measure):
+    rows = [r for r in measure(("a", {}), ("b", {})).rows if r["measure"] == "generate"]
+    turns = [(r["repeat"], r["case"], r["peer"]) for r in rows]
+    cases = ("unsteered", "every layer")
+    assert turns == [(n, case, peer) for n, order in enumerate(("ab", "ba")) for case in cases for peer in order]
+
+
+def test_a_run_goes_on_where_it_was(measure, tmp_path):
+    log = measure(("a", {}), ("b", {}))
+    whole = [row for row in log.rows if row["measure"] == "generate"]
+    log.forget(peer="b", case="every layer", repeat=1)
+    again = results.Log(tmp_path / "log.jsonl", {})
+    measure(("a", {}), ("b", {}), log=again)
+    same = [row for row in again.rows if row["measure"] == "generate"]
+    (new,) = [row for row in same if row not in whole]
+    assert len(same) == len(whole) and (new["peer"], new["case"], new["repeat"]) == ("b", "every layer", 1)
+    assert len([row for row in again.rows if row["measure"] == "load"]) == 2
+
+
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "minutes", "reason"),
     [
-        ({"at_start": "raise OSError('no such library')"}, "OSError: no such library"),
-        ({"less": "- 1"}, "5 tokens were generated, expected 6"),
-        ({"at_start": "import time; time.sleep(30)", "minutes": 0.02}, "took longer"),
-        ({"at_start": "import os; os._exit(3)"}, "exit code 3"),
+        ({"at_start": "raise OSError('no such library')"}, 1, "OSError: no such library"),
+        ({"less": "- (new_tokens == 3)"}, 1, "5 tokens were generated, expected 6"),
+        ({"at_start": "import time; time.sleep(30)"}, 0.02, "took longer than 0.02 minutes"),
+        ({"less": "- (new_tokens == 3 and (time.sleep(30) or 0))"}, 0.05, "took longer than 0.05 minutes"),
+        ({"at_start": "import os; os._exit(3)"}, 1, "exit code 3"),
     ],
 )
-def test_a_process_that_fails_is_a_row(options, reason, measure):
-    log = measure("small", **options)
-    assert reason in log.rows[-1]["failed"] and log.has(peer="small", round=0, measure="end")
-
-
-def rows(measure):
-    log = measure(table.BASELINE, logit=1.0)
-    measure("other", logit=1.5, log=log)
-    measure("broken", at_start="raise OSError('gone')", log=log)
-    return table.rows_of(log.rows)
+def test_a_process_that_fails_is_a_row(options, minutes, reason, measure):
+    log = measure(("small", options), ("other", {}), minutes=minutes)
+    (failed,) = [row for row in log.rows if row["measure"] == "end"]
+    assert failed["peer"] == "small" and reason in failed["failed"]
+    assert log.has(peer="other", measure="generate", case="every layer", repeat=1)
 
 
 def test_the_table_shows_values_refusals_and_failures(measure, tmp_path):
-    found = results.read(results.write("peers", rows(measure), tmp_path))
-    lines = table.markdown(found).splitlines()
+    peers = (
+        (table.BASELINE, {"logit": 1.0}),
+        ("other", {"logit": 1.5}),
+        ("broken", {"at_start": "raise OSError('gone')"}),
+    )
+    rows = results.read(results.write("peers", table.rows_of(measure(*peers).rows), tmp_path))
+    lines = table.markdown(rows).splitlines()
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
     assert cells["other"][0] == "no" and cells["other"][2] == "failed" and cells["other"][4] == "no"
-    assert "x)" in cells["other"][1] and "x)" not in cells[table.BASELINE][1]
+    assert " to " in cells["other"][1] and "tokens/s" in cells[table.BASELINE][1]
     assert cells["other"][5] == "5e-01" and cells[table.BASELINE][5] == "0e+00"
     assert cells["broken"] == ["failed"] * 5 + ["-"]
     assert lines[-1] == "broken: failed: OSError: gone"
-    table.draw(found, tmp_path / "peers.png")
+    table.draw(rows, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ratios_are_of_the_same_round():
-    """A round in which the machine was half as fast changes no ratio."""
-    lines = []
-    for round_, slow in enumerate((1, 2, 4)):
-        for peer, seconds in ((table.BASELINE, 1.0), ("other", 0.5)):
-            for repeat in range(3):
-                lines.append(
-                    {"peer": peer, "round": round_, "measure": "generate", "case": "every layer", "repeat": repeat,
-                     "seconds": seconds * slow, "tokens": 10}
-                )  # fmt: skip
+def test_ratios_are_of_the_same_repeat():
+    """A time in which the machine was half as fast changes no ratio."""
+    about = {"measure": "generate", "case": "every layer", "tokens": 10}
+    lines = [
+        {**about, "peer": peer, "repeat": repeat, "seconds": seconds * 2**repeat}
+        for repeat in range(3)
+        for peer, seconds in ((table.BASELINE, 1.0), ("other", 0.5))
+    ]
     assert table.ratios(table.rows_of(lines), "other", "every layer") == [2.0, 2.0, 2.0]
-
-
-def test_some_peers_anew_keep_the_others():
-    def rows(peer, seconds, rounds=(0, 1)):
-        about = {"peer": peer, "measure": "generate", "case": "one layer", "repeat": 0, "tokens": 100}
-        return [{**about, "round": str(r), "seconds": str(seconds * (r + 1))} for r in rounds]
-
-    old = [*rows(table.BASELINE, 4.0), *rows("a", 2.0), *rows("b", 1.0)]
-    new = [*rows(table.BASELINE, 8.0, (0,)), *rows("a", 2.0, (0,))]
-    found = table.renewed(old, new, ["a"])
-    assert table.ratios(found, "a", "one layer") == [4.0] and table.ratios(found, "b", "one layer") == [4.0, 4.0]
-    assert list(dict.fromkeys(row["peer"] for row in found)) == [table.BASELINE, "a", "b"]
-    assert table.ratios(table.renewed([], new, ["a"]), "a", "one layer") == [4.0]
 
 
 def test_the_plans_of_rows_and_their_coefficients_say_the_same():
