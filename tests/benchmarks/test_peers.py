@@ -81,7 +81,9 @@ def test_peers_take_turns(measure):
     rows = [r for r in measure(("a", {}), ("b", {})).rows if r["measure"] == "generate"]
     turns = [(r["repeat"], r["case"], r["peer"]) for r in rows]
     cases = ("unsteered", "every layer")
-    assert turns == [(n, case, peer) for n, order in enumerate(("ab", "ba")) for case in cases for peer in order]
+    assert turns == [
+        (n, case, peer) for n, order in enumerate((["a", "b"], ["b", "a"])) for case in cases for peer in order
+    ]
 
 
 def test_a_run_goes_on_where_it_was(measure, tmp_path):
