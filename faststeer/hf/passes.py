@@ -24,7 +24,7 @@ from faststeer.hf.row_plans import RowPlans
 from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
 from faststeer.ops import Prepared, Tables, add_steer, add_steer_rmsnorm, latch_, takes_prepared
 from faststeer.ops import steer as steer_rows
-from faststeer.ops.dispatch import calls_are_plain, chosen
+from faststeer.ops.dispatch import plain_choice
 from faststeer.plan import site_name
 from faststeer.program import Program
 
@@ -127,7 +127,7 @@ class _LastPass:
     device: torch.device
     cache: weakref.ref[Any]
     prepared: Prepared | None = None
-    choice: str | None = None
+    choice: tuple[str | None] | None = None
 
     def is_repeated_by(self, given: Mapping[str, Any], version: int) -> bool:
         """Whether a pass with these arguments has the same plans, rows and cache."""
@@ -242,7 +242,7 @@ class Passes:
         if last is not None:
             if last.is_repeated_by(given, version) and self._given is None and self.streams.only_read(last.cache()):
                 thread.now = last.now
-                if last.prepared is not None and chosen() == last.choice and calls_are_plain():
+                if last.prepared is not None and plain_choice() == last.choice:
                     self.prepared = last.prepared
                 return
             thread.last = None
@@ -366,7 +366,7 @@ class Passes:
         prepared, before = here.program.prepared(here.rows, here.gates), self.prepared
         self.prepared = prepared
         if last is not None and last.now is now:
-            last.prepared, last.choice = prepared, chosen()
+            last.prepared, last.choice = prepared, plain_choice()
         return None if prepared is before else prepared
 
     def _at(self, site: int, x: Tensor) -> tuple[Pass, Here]:

@@ -30,7 +30,6 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 KERNELS = "faststeer.kernels"  # the folder kernels/triton, installed under this name
 
 _chosen: Backend | Literal["auto"] | None = None  # None: FASTSTEER_BACKEND decides
-_resolved: dict[tuple[str | None, str], Backend] = {}  # (chosen, kind of device): what `_resolve` said
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,9 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
             f"the back end {requested!r} was chosen, but the tensors are on {kind}: choose another, or auto"
         )
     return requested
+
+
+_resolved = functools.cache(_resolve)
 
 
 def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operators: Collection[str]) -> None:
@@ -233,12 +235,8 @@ def latch_(
 
 
 def backend_of(x: Tensor, backend: Backend | None) -> Backend:
-    kind = _kind(x)
     chosen = backend or _chosen
-    if is_compiling():
-        name = _resolve(chosen, kind)
-    else:
-        name = _resolved.get((chosen, kind)) or _resolved.setdefault((chosen, kind), _resolve(chosen, kind))
+    name = (_resolve if is_compiling() else _resolved)(chosen, _kind(x))
     # The compiled back ends have no fp64, which is for oracles and gradient checks.
     if x.dtype is torch.float64 and not _is_chosen(chosen):
         return "reference"
@@ -321,26 +319,17 @@ _n_modes, _tracing, _transforms = (
 _grad_enabled = torch.is_grad_enabled
 
 
-def chosen() -> Backend | Literal["auto"] | None:
-    """The back end that `with backend(...)` chooses; None outside of it."""
-    return _chosen
-
-
-def calls_are_plain() -> bool:
-    """Whether an op may be called without PyTorch seeing it: nothing is derived, traced or transformed, and no mode of
-    PyTorch looks on. Not to be asked while a compiler traces."""
-    return (
-        not _grad_enabled()
-        and forward_ad._current_level < 0
-        and not _n_modes()
-        and _tracing() is None
-        and _transforms() is None
-    )
+def plain_choice() -> tuple[Backend | Literal["auto"] | None] | None:
+    """What `with backend(...)` chooses, if an op may be called without PyTorch seeing it; None while something is
+    derived, traced or transformed, or a mode of PyTorch looks on. Not to be asked while a compiler traces."""
+    if _grad_enabled() or forward_ad._current_level >= 0:
+        return None
+    return None if _n_modes() or _tracing() is not None or _transforms() is not None else (_chosen,)
 
 
 def takes_prepared(x: Tensor) -> bool:
-    """Whether what `prepare` gives may be called on rows like x: by a C++ back end, while `calls_are_plain`."""
-    if type(x) is not Tensor or not calls_are_plain():
+    """Whether what `prepare` gives may be called on rows like x: by a C++ back end, where there is a `plain_choice`."""
+    if type(x) is not Tensor or plain_choice() is None:
         return False
     return x.dtype in schema.DTYPES and _run_of(_chosen, _kind(x)) is not None
 
@@ -359,11 +348,6 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
         return None
     library = ctypes.CDLL(str(build.library_path(backend)))
     return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
-
-
-def in_forward_mode() -> bool:
-    """Whether tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`), also under `no_grad`."""
-    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def _has_tangent(argument: Any) -> bool:
@@ -387,7 +371,9 @@ def _run(
         last = tables.scalars, 0 if probe is None else probe.shape[1]
     arguments = *first, *tables[:3], rows, gate_state, *last
     name = backend_of(first[0], backend)
-    if name != "reference" and in_forward_mode() and any(map(_has_tangent, arguments)):
+    # Under `no_grad`, too, tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`).
+    may_have_tangents = name != "reference" and not is_compiling() and forward_ad._current_level >= 0
+    if may_have_tangents and any(map(_has_tangent, arguments)):
         if _is_chosen(backend or _chosen):
             raise NotImplementedError(
                 f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent: use "
