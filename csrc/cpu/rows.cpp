@@ -1,4 +1,4 @@
-// The operators' loops over rows, for one instruction set level: compiled once per level, with FASTSTEER_ROUTINES naming what it exports.
+// The operators' loops over rows for one instruction set level: compiled once per level, exported as FASTSTEER_ROUTINES.
 // ops.cpp chooses among the levels when it is loaded. Only `routines_<level>` leaves this file: a level's code must
 // never be taken for another's (faststeer/build.py links the levels in ascending order for the same reason).
 #include "rows.h"
