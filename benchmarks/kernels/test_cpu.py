@@ -30,14 +30,14 @@ def in_place_hook(steering: str, dtype: torch.dtype) -> Callable[[Tensor], Tenso
     return lambda x: x.addr_(x @ unit, unit, alpha=-1)
 
 
-def sum_hook_and_norm(hook: Callable[[Tensor], Tensor], made: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def sum_hook_and_norm(hook: Callable[[Tensor], Tensor], operands: Case) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """What a hook on a layer's output stands between: the residual sum, and the norm as transformers computes it."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hook(made.residual + x)
+        hidden = hook(operands.residual + x)
         wide = hidden.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-        return made.weight * normed.to(x.dtype), hidden
+        return operands.weight * normed.to(x.dtype), hidden
 
     return run
 

@@ -1,4 +1,4 @@
-"""What a steering puts on a model while it is entered: hooks around the passes, wrappers of `generate`, and who may
+"""What a steering puts on a model while it is entered: wrappers around its passes and `generate`, and who may
 have entered or may run the model."""
 
 from __future__ import annotations
