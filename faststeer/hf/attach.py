@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes, changing
 from faststeer.hf.continuous_batching import LEFT
-from faststeer.hf.hook_points import HookPoints, mark_forward, own_forward
+from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
 from faststeer.hf.streams import Streams, bind
@@ -39,9 +39,11 @@ class EnteredContext:
 
     Attributes:
         others: the threads that were there before, by their identifiers; they may not run the model.
+        alone: what to say of another steering beside it; "" if there may be one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: str) -> None:
+        self.alone = alone
         thread = threading.current_thread()
         self.thread, self._ident = thread.name, thread.ident
         # A thread that is started inside may get the identifier of one that has ended: its object tells them apart.
@@ -88,13 +90,13 @@ def is_steered(model: nn.Module) -> bool:
     return any(_entered.get(module) for module in model.modules())
 
 
-def register(changes: Changes, owner: nn.Module) -> EnteredContext:
+def register(changes: Changes, owner: nn.Module, alone: str) -> EnteredContext:
     """Note that a steering is entered.
 
     Raises:
-        RuntimeError: another thread, or another task, has entered one and not left it.
+        RuntimeError: another thread, or another task, has entered one and not left it; one of several must be alone.
     """
-    entry = EnteredContext()
+    entry = EnteredContext(alone)
     changes.on_undo(_leave, owner, entry)
     entries = _entered.setdefault(owner, [])
     entries.append(entry)
@@ -104,6 +106,8 @@ def register(changes: Changes, owner: nn.Module) -> EnteredContext:
             f"the model is steered already, by the thread {earlier[0].thread!r} or another task: two contexts at once "
             f"would both act on both; {INSTEAD}"
         )
+    if refusals := [each.alone for each in (*earlier, entry) if earlier and each.alone]:
+        raise RuntimeError(refusals[0])
     _here.set((*earlier, entry))
     return entry
 
@@ -146,21 +150,15 @@ def watch_passes(
                 entry.check()
         passes.begin(by_name(names, args, kwargs), traced)
 
-    if passes.copies == 1:
-        # No hooks: each costs the host some microseconds in a step, whatever it does.
-        @functools.wraps(run)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            begin(args, kwargs)
-            output = run(*args, **kwargs)
-            passes.end(output)
-            return output
+    # No hooks: each costs the host some microseconds in a step, whatever it does.
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        begin(args, kwargs)
+        output = run(*args, **kwargs)
+        passes.end(output)
+        return output
 
-        changes.replace(owner, "forward", ours(mark_forward(forward)))
-    else:  # a part's own hook adds the copies behind the first of these
-        begin_hook, end_hook = lambda _, args, kwargs: begin(args, kwargs), lambda _, args, output: passes.end(output)
-        changes.hook(owner.register_forward_pre_hook, ours(begin_hook), with_kwargs=True)
-        changes.hook(owner.register_forward_hook, ours(end_hook))
-        own_forward(changes, owner)
+    changes.replace(owner, "forward", ours(mark_forward(forward)))
     changes.replace(owner, "_replicate_for_data_parallel", _refuse_replicas)
     path = points.layers.split(".")[:-1]
     for depth in range(len(path)):

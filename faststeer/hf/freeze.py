@@ -12,6 +12,7 @@ every token. Source: arXiv 2604.08524, section on freezing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
@@ -23,7 +24,7 @@ from transformers.utils import ModelOutput
 from faststeer.hf.attention import AttentionCall, attention_modules, exchange
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints
+from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.steering import Path, Plans, Steering
 from faststeer.plan import Plan
@@ -68,7 +69,7 @@ class Freezing:
     """Acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
 
     copies = 2
-    alone = "the model is being steered: leave that context and give its plan to freeze(...)"
+    alone = "freeze(...) acts beside no other steering of the model: leave the other one and give its plan to freeze(...)"
 
     def __init__(self, what: Frozen) -> None:
         self._attend = _ATTENTION[what]
@@ -85,25 +86,23 @@ class Freezing:
             raise ValueError(f"num_beams is {beams}: frozen generation is greedy or sampled; set num_beams=1")
 
     def enter(self, changes: Changes, steering: Steering) -> None:
-        """Double the rows behind the hook that asks where they stand, and halve what comes out."""
+        """Double the rows that reach the layers, and halve what comes out."""
         model, points = steering.model, steering.points
-        owner, modules = points.owner(model), attention_modules(model, points)
-        names = parameters(type(owner).forward)
+        owner = points.owner(model)
+        names, run = parameters(type(owner).forward), owner.forward
 
-        def double(
-            _owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-        ) -> tuple[Any, Any] | None:
-            if kwargs is None or not changes.live:  # the hook before has undone the changes, this one's options first
-                return None
+        @functools.wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not changes.live:
+                return run(*args, **kwargs)
             given = by_name(names, args, kwargs)
             tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
             rows = tokens.shape[0]
             _check_cache(cache_in(given), rows)
-            return tuple(_doubled(x, rows) for x in args), {name: _doubled(x, rows) for name, x in kwargs.items()}
+            return _halved(run(*_doubled(args, rows), **_doubled(kwargs, rows)))
 
-        changes.hook(owner.register_forward_pre_hook, double, with_kwargs=True)
-        exchange(changes, model, points, dict(enumerate(modules)), self._attend)
-        changes.hook(owner.register_forward_hook, lambda owner, args, output: _halved(output))
+        changes.replace(owner, "forward", mark_forward(forward))
+        exchange(changes, model, points, dict(enumerate(attention_modules(model, points))), self._attend)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -138,12 +137,12 @@ _ATTENTION: dict[str, Callable[[AttentionCall], Tensor]] = {"qk": _qk_frozen, "o
 
 
 def _doubled(x: Any, rows: int) -> Any:
-    """An argument of the model's forward pass for twice the rows."""
+    """Arguments of the model's forward pass for twice the rows."""
     if isinstance(x, Tensor):
         return torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == rows else x
-    if isinstance(x, Mapping):  # masks by kind of attention
+    if isinstance(x, Mapping):  # masks by kind of attention, say
         return {name: _doubled(value, rows) for name, value in x.items()}
-    return x
+    return tuple(_doubled(each, rows) for each in x) if type(x) is tuple else x
 
 
 def _check_cache(cache: Any, rows: int) -> None:

@@ -39,7 +39,7 @@ class Part(Protocol):
 
     Attributes:
         copies: how often each row stands in a pass below the model's inputs; the last one is steered.
-        alone: what to say where the model is steered already; "" if it may be.
+        alone: what to say where the model is steered by another one as well; "" if it may be.
     """
 
     copies: int
@@ -187,24 +187,21 @@ class Steering(Context["Steering"]):
     def enter(self, changes: Changes) -> Steering:
         """Attach everything to the model; for `with`, which undoes it."""
         self._check_model()
-        part = self.part
-        if part is not None and part.alone and is_steered(self.model):
-            raise RuntimeError(part.alone)
-        owner = self.points.owner(self.model)
-        entry = register(changes, owner)
+        part, owner = self.part, self.points.owner(self.model)
+        entry = register(changes, owner, part.alone if part else "")
         why, self._first = self._why_hooks(), not is_held(owner)
         if self._wanted == "fused" and why:
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")
         self._why, self._changes, self._hooked, self._order = why, changes, set(), next_order()
         changes.on_undo(self.passes.close)
+        if part is not None:
+            part.enter(changes, self)
         watch_passes(changes, self.model, self.points, self.passes, entry, self._ours)
         follow_checkpoints(changes, self.model, self.passes)
         if self._fusion is not None and not why:
             patch(changes, self.model, self.points, self._fusion, self.passes.add)
         self._install()
         watch_generate(changes, self.model, self.passes, entry, part.check_generate if part else lambda *_: None)
-        if part is not None:
-            part.enter(changes, self)
         changes.on_undo(self.passes.managers.stop)
         return self
 

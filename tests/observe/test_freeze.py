@@ -288,7 +288,9 @@ def test_bad_input_is_refused():
     with observe.freeze(model, [plan, None], "qk"):
         with pytest.raises(ValueError, match="3 rows, but there are 2 plans"):
             model.generate(**batch, max_new_tokens=2)
-        with pytest.raises(RuntimeError, match="is being steered"):
+        with pytest.raises(RuntimeError, match="give its plan to freeze"):
+            fs.steer(model, plan).__enter__()
+        with pytest.raises(RuntimeError, match="give its plan to freeze"):
             observe.freeze(model, plan, "ov").__enter__()
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="num_beams is 3"):
         model.generate(**batch, max_new_tokens=2, num_beams=3)
