@@ -26,8 +26,8 @@ from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
-from faststeer.hf.steering import Path, Plans, Steering
-from faststeer.plan import Plan
+from faststeer.hf.steering import Path, Steering
+from faststeer.plan import Plan, Plans
 from faststeer.program import Capacity
 
 Frozen = Literal["qk", "ov"]
