@@ -2,7 +2,8 @@
 
 `FASTSTEER_BACKEND`, read once, or `with backend("triton")` chooses one; an explicit choice never falls back. `auto`
 takes, on CUDA tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is
-built, else `reference`.
+built, else `reference`. It warns once where a library is built but cannot be used: of other sources, as in a checkout
+whose csrc/ has changed since, or one that cannot be loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +77,10 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
         requested = _checked(chosen, "backend")
     if requested == "auto":
         order: tuple[Backend, ...] = ("cuda", "triton") if kind == "cuda" else ("cpu",) if kind == "cpu" else ()
-        return next((name for name in order if states()[name].works), "reference")
+        best: Backend = next((name for name in order if states()[name].works), "reference")
+        if order and best != order[0]:
+            _warn_if_unfit(order[0], states()[order[0]].reason, f"{best!r} runs in its place")
+        return best
     devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if _interpreted() else ("cuda",)}
     if kind not in devices.get(requested, (kind,)):
         raise RuntimeError(
@@ -85,6 +90,15 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
 
 
 _resolved = functools.cache(_resolve)
+
+
+@functools.cache
+def _warn_if_unfit(library: str, reason: str, instead: str) -> None:
+    """Warn, once, where a library that was built is not used."""
+    from faststeer import build
+
+    if reason.startswith(build.UNFIT):
+        warnings.warn(f"faststeer's compiled library {library!r} is not used, {instead}: {reason}", stacklevel=2)
 
 
 def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operators: Collection[str]) -> None:
@@ -345,6 +359,7 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
         return None
     module = build.native()
     if module is None:
+        _warn_if_unfit("native", build.obstacle("native") or "", "so that calls cost the host more")
         return None
     library = ctypes.CDLL(str(build.library_path(backend)))
     return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
