@@ -41,7 +41,7 @@ class Gate:
     Args:
         direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
         threshold: in the units of the value.
-        kind: which value is compared, "dot" or "cosine".
+        kind: which value is compared, "dot" or "cosine". The cosine is right for norms from 1e-15 to 1e19, and 0 beyond.
         above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
             decision holds from that token on. False: each token is decided separately, on the row right before the
@@ -99,7 +99,8 @@ class Intervention:
         positions: "all", "prompt", "generated", "last" (the last prompt token), a slice counted from the prompt's end
             such as `slice(-5, None)` or "[-5:]", or one position as int.
         when: a Gate.
-        keep_norm: scale the row back to the norm it had.
+        keep_norm: scale the row back to the norm it had. Both norms must be from 1e-15 to 1e19, whose squares fp32 can
+            hold; beyond, the row becomes zero, infinite or NaN. (A model's own RMSNorm has the same limit.)
         probe: also write the row's dot products with the directions, before acting, to the probe buffer.
     """
 
