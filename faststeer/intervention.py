@@ -41,7 +41,7 @@ class Gate:
     Args:
         direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
         threshold: in the units of the value.
-        kind: which value is compared, "dot" or "cosine". The cosine is right for norms from 1e-15 to 1e19, and 0 beyond.
+        kind: which value is compared, "dot" or "cosine", which is right for norms from 1e-15 to 1e19, and 0 beyond.
         above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
             decision holds from that token on. False: each token is decided separately, on the row right before the
