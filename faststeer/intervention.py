@@ -21,6 +21,7 @@ from faststeer.vector import (
     check_direction,
     check_hook_point,
     in_tables,
+    is_trained,
     whole_number,
 )
 
@@ -167,7 +168,7 @@ class Intervention:
         tensors = [
             t for d in self.directions() for t in (d.directions.values() if isinstance(d, SteeringVector) else [d])
         ]
-        return any(isinstance(t, Tensor) and t.requires_grad for t in [*tensors, *self.scalars])
+        return any(isinstance(t, Tensor) and is_trained(t) for t in [*tensors, *self.scalars])
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ class Add(Intervention):
     def _check(self) -> None:
         object.__setattr__(self, "coefficient", _finite(self.coefficient, "Add's coefficient"))
         direction = self.direction
-        if isinstance(direction, Tensor) and not direction.requires_grad and not bool(in_tables(direction).any()):
+        if isinstance(direction, Tensor) and not is_trained(direction) and not bool(in_tables(direction).any()):
             raise ValueError(
                 "Add's direction is zero: adding it does nothing; check where it came from (to switch steering off, "
                 "use coefficient=0)"
@@ -426,7 +427,7 @@ def _finite(value: object, what: str) -> Number:
         if not one or not bool(torch.isfinite(value.detach().float()).all()):
             shown = float(value) if one else f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
             raise ValueError(f"{what} must be one finite number, got {shown}; the tables hold float32")
-        return value.reshape(()) if value.requires_grad else float(value)
+        return value.reshape(()) if is_trained(value) else float(value)
     # Finite in float32, which is what the tables hold.
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type]

@@ -365,9 +365,16 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
     return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
 
 
-def _has_tangent(argument: Any) -> bool:
-    is_real = isinstance(argument, Tensor) and argument.is_floating_point()
-    return is_real and forward_ad.unpack_dual(argument).tangent is not None
+def has_tangent(argument: Any) -> bool:
+    """Whether it is a tensor with a tangent (`torch.autograd.forward_ad`)."""
+    if forward_ad._current_level < 0 or not isinstance(argument, Tensor) or not argument.is_floating_point():
+        return False
+    return forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _only_reference_derives(arguments: tuple[Any, ...]) -> bool:
+    """Inside a transform of torch.func, and in forward mode, which there may be under `no_grad`, too."""
+    return _transforms() is not None or (forward_ad._current_level >= 0 and any(map(has_tangent, arguments)))
 
 
 def _run(
@@ -386,13 +393,11 @@ def _run(
         last = tables.scalars, 0 if probe is None else probe.shape[1]
     arguments = *first, *tables[:3], rows, gate_state, *last
     name = backend_of(first[0], backend)
-    # Under `no_grad`, too, tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`).
-    may_have_tangents = name != "reference" and not is_compiling() and forward_ad._current_level >= 0
-    if may_have_tangents and any(map(_has_tangent, arguments)):
+    if name != "reference" and not is_compiling() and _only_reference_derives(arguments):
         if _is_chosen(backend or _chosen):
             raise NotImplementedError(
-                f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent: use "
-                "faststeer.ops.backend('reference')"
+                f"{op}: the back end {name!r} has no forward-mode derivative, and none in torch.func: use "
+                "faststeer.ops.backend('reference'), or for a gradient torch.autograd.grad"
             )
         name = "reference"
     if name == "reference":
