@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes, changing
-from faststeer.hf.continuous_batching import LEFT
+from faststeer.hf.continuous_batching import COPIED, LEFT
 from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
@@ -254,6 +254,8 @@ def _init_continuous_batching(changes: Changes, module: Any, passes: Passes) -> 
     def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
         if not changes.live:
             return original(*args, **kwargs)
+        if passes.copies > 1:
+            raise ValueError(COPIED)
         return passes.managers.manage(module, original, bind(own, (module, *args), kwargs), passes.plans)
 
     return init_continuous_batching

@@ -58,7 +58,7 @@ def freeze(
     Raises:
         TypeError, ValueError: as `steer`; `what` is none of these; an architecture whose attention cannot be exchanged
             (see `exchange_attention`, which also says what becomes of flash attention).
-        RuntimeError: on entering, where the model is steered already. ValueError: beam search.
+        RuntimeError: on entering, where the model is steered already. ValueError: beam search, continuous batching.
     """
     if what not in _ATTENTION:
         raise ValueError(f"freeze what? {what!r}: expected 'qk' (the attention pattern) or 'ov' (the values)")
