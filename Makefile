@@ -50,10 +50,11 @@ test-real: $(VENV)/.ready-dev $(VENV)/.ready-demo build
 test-vllm: $(VENV_VLLM)/.ready build
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm -m 'not full and not gpu'
 
-# With the oldest torch, Triton and transformers that are supported. In test-full, not in what every change must
-# pass: its packages are 2.7 GB to fetch and 5 GB on disk, and its tests as long again as these in `make test`.
+# With the oldest torch, Triton and transformers that are supported: the folders whose tests call these directly. In
+# test-full, not in what every change must pass: its packages are 2.7 GB to fetch and 5 GB on disk, and its tests as
+# long again as these in `make test`.
 test-oldest: $(VENV_OLDEST)/.ready build
-	$(VENV_OLDEST)/bin/python -m pytest -n 2 tests/ops tests/kernels tests/cuda tests/engine
+	$(VENV_OLDEST)/bin/python -m pytest -n 2 tests/ops tests/kernels tests/cuda tests/hf tests/engine
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -146,7 +147,8 @@ $(VENV_OLDEST)/.ready: pyproject.toml setup.py
 	test -x $(VENV_OLDEST)/bin/python || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(PIP_OLDEST) install --no-deps $(OLDEST_TORCH)
 	$(PIP_OLDEST) install $(OLDEST) "setuptools>=77,<82" sympy jinja2 fsspec filelock networkx scipy numpy matplotlib \
-		typer rich pyyaml safetensors "pytest>=8" pytest-xdist "hypothesis>=6.100"
+		typer rich pyyaml safetensors psutil "pytest>=8" pytest-xdist "hypothesis>=6.100"
+	$(PIP_OLDEST) install --no-deps "accelerate>=1.2" "peft>=0.21" "gguf>=0.19"
 	FASTSTEER_BUILD=none $(PIP_OLDEST) install --no-deps --no-build-isolation --editable .
 	touch $@
 

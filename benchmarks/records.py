@@ -17,10 +17,10 @@ from typing import Any
 # `what` is kernel, copy, host cost, counters or step; percentages are of the copy and of the weight-streaming limit
 # measured in the same process.
 GPU_COLUMNS = (
-    "run", "stage", "what", "model", "op", "who", "steering", "plans", "order", "x", "launch", "attention", "rows",
-    "hidden", "prompt", "new", "dtype", "us", "us_low", "us_high", "calls", "replays", "gb_per_s", "percent_of_copy",
-    "prefill_ms", "step_ms", "step_ms_low", "step_ms_high", "repeats", "percent_of_weights", "tokens_per_second",
-    "peak_gib", "failed",
+    "run", "stage", "what", "model", "op", "who", "back_end", "steering", "plans", "order", "x", "launch", "attention",
+    "rows", "hidden", "prompt", "new", "dtype", "us", "us_low", "us_high", "calls", "replays", "gb_per_s",
+    "percent_of_copy", "prefill_ms", "step_ms", "step_ms_low", "step_ms_high", "repeats", "percent_of_weights",
+    "tokens_per_second", "peak_gib", "failed",
 )  # fmt: skip
 
 

@@ -88,17 +88,17 @@ def measure_in_turn(
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU, versions, commit and back end that a measurement belongs to."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return measure.machine() | {"commit": _commit(), "back_end": ops.backend_for(device)}
+    """Processor, GPU, versions and commit that a measurement belongs to, and the back end of each kind of device."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return _host() | {"back_ends": {device: ops.backend_for(device) for device in devices}}
 
 
 def refuse_reference() -> None:
-    """End the program if the reference would be measured, or the C++ without the module that calls it quickly, unless
-    FASTSTEER_BACKEND asks for a back end by name."""
-    back_end = machine()["back_end"]
-    reason = ops.states()["cpu"].reason if back_end == "reference" else build.obstacle("native")
-    if reason and back_end != "triton" and os.environ.get("FASTSTEER_BACKEND", "auto") == "auto":
+    """End the program if on a CPU the reference would be measured, or the C++ without the module that calls it quickly,
+    unless FASTSTEER_BACKEND asks for a back end by name."""
+    built = ops.backend_for("cpu") == "cpu"
+    reason = build.obstacle("native") if built else ops.states()["cpu"].reason
+    if reason and os.environ.get("FASTSTEER_BACKEND", "auto") == "auto":
         sys.exit(f"nothing is measured without the C++: {reason}; FASTSTEER_BACKEND=reference measures the reference")
 
 
@@ -111,13 +111,17 @@ def write(
     text = csv_lines(list(dict.fromkeys(column for row in rows for column in row)), rows)
     path = folder / f"{name}.csv"
     write_atomically(path, text)
-    write_machine(folder / f"{name}.machine.json", more or {})
+    write_machine(folder / f"{name}.machine.json", machine() | dict(more or {}))
     return path
 
 
 def write_machine(path: Path, more: Mapping[str, Any] = {}) -> None:
-    """`more`: what the benchmark knows beside `machine()`."""
-    write_atomically(path, json.dumps(machine() | dict(more), indent=2) + "\n")
+    """Processor, GPU, versions and commit, and `more`: what the benchmark knows beside these."""
+    write_atomically(path, json.dumps(_host() | dict(more), indent=2) + "\n")
+
+
+def _host() -> dict[str, Any]:
+    return measure.machine() | {"commit": _commit()}
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 
 import faststeer as fs
-from faststeer import measure
+from faststeer import measure, ops
 from faststeer.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -192,6 +192,10 @@ def measure_model(table: records.GpuTable, options: argparse.Namespace, end: flo
     name, config = config_of(options.model)
     base = {"what": "step", "model": name, "dtype": str(DTYPE).removeprefix("torch."), "prompt": PROMPT, "new": NEW}
     base["attention"] = "cuDNN last" if CUDNN_LAST else "cuDNN as PyTorch orders it"
+    base["back_end"] = ops.backend_for(DEVICE)
+    if CUDA and base["back_end"] == "reference":
+        table(base | {"failed": f"nothing but the reference works: {ops.states()['cuda'].reason}"})
+        return
     try:
         copy, timing = measure.copy_bandwidth(DEVICE, COPY_BYTES, replays=3)
         copied = {"what": "copy", "op": "copy", "who": "torch", **asdict(timing), "gb_per_s": round(copy / 1e9, 1)}

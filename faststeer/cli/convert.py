@@ -72,7 +72,8 @@ def convert(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    table = Table("layer", "norm", title=f"{vector!r}")
+    Console().print(f"{vector!r}")
+    table = Table("layer", "norm")
     for number, norm in report["norms"].items():
         table.add_row(str(number), f"{norm:.4g}")
     Console().print(table)

@@ -135,7 +135,7 @@ def _intervention(
 
 
 def _table(plan: Plan) -> Table:
-    table = Table("", "what", "layers", "hook points", "tokens", "when", title=f"{len(plan)} interventions, in order")
+    table = Table("", "what", "layers", "hook points", "tokens", "when", title="Interventions, in order")
     for number, intervention in enumerate(plan, 1):
         table.add_row(str(number), *explained(intervention))
     if not len(plan):

@@ -41,7 +41,7 @@ UNREADABLE = (
 PROBED = "projections of continuous batching cannot be told apart by request: read them with generate, or the Engine"
 COPIED = (
     "freeze(...) runs each row twice, unsteered and steered, and continuous batching has all requests in one row: use "
-    "model.generate(...), with a plan per row for requests with plans of their own"
+    "model.generate(...), or Engine(model, tokenizer, freeze=...), each with a plan per request"
 )
 LEFT = "steer(...) was left while a manager of continuous batching ran: stop the manager inside"
 

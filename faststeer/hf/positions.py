@@ -77,31 +77,31 @@ class Prompts:
         self._mask = mask
         self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
 
-    def placed(self, rows: Tensor, of: Inputs, past: int | Tensor) -> Tensor:
+    def placed(self, rows: Tensor, inputs: Inputs, past: int | Tensor) -> Tensor:
         """Rows `[3, batch * length]` whose positions are 0, with their positions: 0, 1, ... for tokens behind the
         prompt; -1 for a row's own last prompt token."""
         begin = self.begin
         if begin is None:
             raise ValueError(self.why)
         behind = past - begin if isinstance(past, int) and isinstance(begin, int) else -1
-        if behind >= 0 and of.length == 1 and not of.recorded:
-            return rows.add(_position_only(of.device), alpha=behind)  # one call, in every step of decoding
-        return torch.stack((rows[0], self._positions(begin, of, past), rows[2]))
+        if behind >= 0 and inputs.length == 1 and not inputs.recorded:
+            return rows.add(_position_only(inputs.device), alpha=behind)  # one call, in every step of decoding
+        return torch.stack((rows[0], self._positions(begin, inputs, past), rows[2]))
 
-    def _positions(self, begin: int | Tensor, of: Inputs, past: int | Tensor) -> Tensor:
-        column = torch.arange(of.length, dtype=torch.int32, device=of.device) + past
+    def _positions(self, begin: int | Tensor, inputs: Inputs, past: int | Tensor) -> Tensor:
+        column = torch.arange(inputs.length, dtype=torch.int32, device=inputs.device) + past
         if isinstance(begin, Tensor):
-            begin = begin.to(of.device).reshape(-1, 1)
-            if begin.shape[0] not in (1, of.batch):
+            begin = begin.to(inputs.device).reshape(-1, 1)
+            if begin.shape[0] not in (1, inputs.batch):
                 raise ValueError(
-                    f"the batch has {of.batch} rows, but set_prompt was given {begin.shape[0]} numbers: give one for "
-                    "all rows or one per row"
+                    f"the batch has {inputs.batch} rows, but set_prompt was given {begin.shape[0]} numbers: give one "
+                    "for all rows or one per row"
                 )
         position = column - begin
         if (ends := self.ends()) is not None:
-            ends = for_rows(ends.to(of.device), of.batch).unsqueeze(-1)
+            ends = for_rows(ends.to(inputs.device), inputs.batch).unsqueeze(-1)
             position = torch.where(position >= 0, position, column - ends)
-        return position.to(torch.int32).expand(of.batch, -1).reshape(-1).contiguous()
+        return position.to(torch.int32).expand(inputs.batch, -1).reshape(-1).contiguous()
 
     def ends(self) -> Tensor | None:
         """`[batch]`: the column behind each row's last prompt token, where it may lie in front of `begin`."""

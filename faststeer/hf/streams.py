@@ -161,13 +161,13 @@ class Streams:
         self._by_cache: weakref.WeakKeyDictionary[Any, Stream] = weakref.WeakKeyDictionary()
         self._all: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._thread = _ThreadCalls()
-        self._set: Stream | None = None
+        self._set_stream: Stream | None = None
 
     def set(self, columns: int | Sequence[int] | None) -> None:
         """See `Steering.set_prompt`."""
         begin = None if columns is None else _checked_columns(columns)
         self._by_cache.clear()
-        self._set = None if begin is None else self._keep(None, Stream(begin))
+        self._set_stream = None if begin is None else self._keep(None, Stream(begin))
 
     def given(self) -> Stream:
         """One for rows whose positions are given."""
@@ -226,26 +226,26 @@ class Streams:
         if inputs.traced:
             if run is not None and run.stream is not None:
                 return run.stream
-            if self._set is not None:
-                return self._set
+            if self._set_stream is not None:
+                return self._set_stream
             if inputs.cache is None or not needed:
                 return _fresh(inputs, past, None)
             return self._untraced(inputs)
         around = self._thread.around
-        continued = None if inputs.cache is None else self._behind(inputs.cache)
-        if run is None and self._set is not None:
-            return self._of_set(self._set, inputs, past, continued)
+        of_cache = None if inputs.cache is None else self._behind(inputs.cache)
+        if run is None and self._set_stream is not None:
+            return self._of_set(self._set_stream, inputs, past, of_cache)
         if run is not None and (stream := self._of_run(run, inputs, past, around)) is not None:
             return stream
-        if isinstance(past, Tensor) and continued is not None:
-            continued.restart(past, _fresh(inputs, past, _outermost_mask(around)))
-            return continued
+        if isinstance(past, Tensor) and of_cache is not None:
+            of_cache.restart(past, _fresh(inputs, past, _outermost_mask(around)))
+            return of_cache
         if isinstance(past, Tensor) or past == 0:
             return self._keep(inputs.cache, _fresh(inputs, past, _outermost_mask(around)))
-        if continued is None:
+        if of_cache is None:
             return Stream(None, UNSEEN)
-        begin = continued.begin
-        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else continued
+        begin = of_cache.begin
+        return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else of_cache
 
     @torch.compiler.disable
     def _untraced(self, inputs: Inputs) -> Stream:
@@ -256,7 +256,7 @@ class Streams:
         """Whether a pass with this cache, as the pass before had it, only goes on with what is cached: no prompt is
         set, no `generate` begins."""
         run = self.run
-        if self._set is not None or (run is not None and run.stream is None):
+        if self._set_stream is not None or (run is not None and run.stream is None):
             return False
         past = length_of(cache)
         return isinstance(past, int) and past > 0
@@ -281,15 +281,15 @@ class Streams:
                 self._by_cache[cache] = stream
         return stream
 
-    def _of_set(self, told: Stream, inputs: Inputs, past: int | Tensor, continued: Stream | None) -> Stream:
+    def _of_set(self, set_stream: Stream, inputs: Inputs, past: int | Tensor, of_cache: Stream | None) -> Stream:
         if inputs.cache is None:
-            return told
-        if continued is None or continued.begin is not told.begin:
-            gates = None if continued is None else continued.gates
-            unseen = continued is None and bool(torch.as_tensor(past >= told.begin).any())  # type: ignore[operator]
-            continued = self._keep(inputs.cache, Stream(told.begin, UNDECIDED if unseen else ""))
-            continued.gates = gates
-        return continued
+            return set_stream
+        if of_cache is None or of_cache.begin is not set_stream.begin:
+            gates = None if of_cache is None else of_cache.gates
+            unseen = of_cache is None and bool(torch.as_tensor(past >= set_stream.begin).any())  # type: ignore[operator]
+            of_cache = self._keep(inputs.cache, Stream(set_stream.begin, UNDECIDED if unseen else ""))
+            of_cache.gates = gates
+        return of_cache
 
     def _of_run(self, run: GenerateCall, inputs: Inputs, past: int | Tensor, around: Around) -> Stream | None:
         """The run's own stream, if the pass is one of it; None: it has another cache."""
@@ -305,17 +305,17 @@ class Streams:
 
     # Gates
 
-    def forget(self, kept: Sequence[bool] | None) -> None:
-        """Latched gates are undecided again, but for the kept rows (each for as many as a row has become)."""
+    def forget(self, same_plan: Sequence[bool] | None) -> None:
+        """Latched gates are undecided again, but for rows that keep their plan (each as many as it has become)."""
         for stream in list(self._all):
             gates = stream.gates
             if gates is None:
                 continue
-            if kept is None or gates.shape[1] % len(kept):
+            if same_plan is None or gates.shape[1] % len(same_plan):
                 gates.zero_()
             else:
-                rows = torch.tensor(kept, device=gates.device)
-                gates &= rows.repeat_interleave(gates.shape[1] // len(kept))
+                rows = torch.tensor(same_plan, device=gates.device)
+                gates &= rows.repeat_interleave(gates.shape[1] // len(same_plan))
 
 
 def _checked_columns(columns: Any) -> int | Tensor:
@@ -355,12 +355,12 @@ def _stream(begin: int | Tensor, mask: Mask | str | None) -> Stream:
 
 def _first(run: GenerateCall, inputs: Inputs, past: int, around: Around) -> Stream:
     """The first pass of a `generate`: it reads its prompt, or a piece of it, or that and guesses behind it."""
-    read = _width_of(around, run.kind)
-    if read is None and inputs.ids and run.kind == "input_ids":
-        read = inputs.length
+    width = _width_of(around, run.kind)
+    if width is None and inputs.ids and run.kind == "input_ids":
+        width = inputs.length
     rest = 0  # columns of the prompt behind this pass
-    if run.total is not None and read is not None:
-        rest = run.total - (past if run.continues else 0) - read
+    if run.total is not None and width is not None:
+        rest = run.total - (past if run.continues else 0) - width
     elif run.piecewise:
         return Stream(None, AHEAD)
     begin, mask = past + inputs.length + rest, mask_of(inputs, past, _outermost_mask(around))

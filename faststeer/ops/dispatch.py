@@ -372,9 +372,23 @@ def has_tangent(argument: Any) -> bool:
     return forward_ad.unpack_dual(argument).tangent is not None
 
 
-def _only_reference_derives(arguments: tuple[Any, ...]) -> bool:
-    """Inside a transform of torch.func, and in forward mode, which there may be under `no_grad`, too."""
-    return _transforms() is not None or (forward_ad._current_level >= 0 and any(map(has_tangent, arguments)))
+def derivable(op: str, name: Backend, backend: Backend | None, arguments: tuple[Any, ...]) -> Backend:
+    """The back end `name`, or the reference inside a transform of torch.func and in forward mode, which there may be
+    under `no_grad`, too.
+
+    Raises:
+        NotImplementedError: then, where another was chosen by `backend`, the context or the environment.
+    """
+    if name == "reference" or is_compiling():
+        return name
+    if _transforms() is None and (forward_ad._current_level < 0 or not any(map(has_tangent, arguments))):
+        return name
+    if _is_chosen(backend or _chosen):
+        raise NotImplementedError(
+            f"{op}: the back end {name!r} has no forward-mode derivative, and none in torch.func: use "
+            "faststeer.ops.backend('reference'), or for a gradient torch.autograd.grad"
+        )
+    return "reference"
 
 
 def _run(
@@ -392,14 +406,7 @@ def _run(
     if op not in ("latch_", "steer_pair_"):
         last = tables.scalars, 0 if probe is None else probe.shape[1]
     arguments = *first, *tables[:3], rows, gate_state, *last
-    name = backend_of(first[0], backend)
-    if name != "reference" and not is_compiling() and _only_reference_derives(arguments):
-        if _is_chosen(backend or _chosen):
-            raise NotImplementedError(
-                f"{op}: the back end {name!r} has no forward-mode derivative, and none in torch.func: use "
-                "faststeer.ops.backend('reference'), or for a gradient torch.autograd.grad"
-            )
-        name = "reference"
+    name = derivable(op, backend_of(first[0], backend), backend, arguments)
     if name == "reference":
         if first[0].dtype != torch.float64:
             schema.check(op, *arguments)

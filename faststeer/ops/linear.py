@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faststeer.ops.dispatch import Backend, backend_of, refuse_gradient
+from faststeer.ops.dispatch import Backend, backend_of, derivable, refuse_gradient
 from faststeer.ops.schema import check_float, check_table, library
 
 
@@ -24,7 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
     refuse_gradient("linear", x, weight, bias)
-    if backend_of(x, backend) == "cpu" and x.dtype == weight.dtype:
+    name = derivable("linear", backend_of(x, backend), backend, (x, weight, bias))
+    if name == "cpu" and x.dtype == weight.dtype:
         try:
             return _OP(x.float(), weight, bias)
         except RuntimeError:

@@ -88,10 +88,10 @@ class TestTheBackEnd:
     def test_is_in_the_results_and_another_begins_a_log_anew(self, tmp_path, monkeypatch):
         log(tmp_path / "log").add({"case": "a"})
         results.write("x", [{"case": "a"}], tmp_path)
-        assert json.loads((tmp_path / "x.machine.json").read_text())["back_end"] == "cpu"
+        assert json.loads((tmp_path / "x.machine.json").read_text())["back_ends"]["cpu"] == "cpu"
         monkeypatch.setenv("FASTSTEER_BACKEND", "reference")
         monkeypatch.setattr(ops, "backend_for", lambda device: "reference")
-        assert log(tmp_path / "log").rows == [] and results.machine()["back_end"] == "reference"
+        assert log(tmp_path / "log").rows == [] and results.machine()["back_ends"]["cpu"] == "reference"
 
     @pytest.mark.parametrize("missing", ["cpu", "native"])
     def test_the_reference_is_refused_with_what_to_do(self, tmp_path, monkeypatch, missing):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from faststeer import ops
 
@@ -104,3 +105,15 @@ def test_bad_input_is_refused_alike(backend):
 def test_opcheck():
     x, weight, bias = drawn(3, 40, 20, torch.bfloat16)
     torch.library.opcheck(torch.ops.faststeer.linear.cpp, (x.float(), weight, bias))
+
+
+@pytest.mark.parametrize("of_func", [False, True], ids=["forward mode", "torch.func"])
+def test_a_tangent_is_not_dropped(of_func):
+    x, weight, bias = drawn(3, 20, 5, torch.float32)
+    tangent = torch.ones_like(x)
+    if of_func:
+        along = torch.func.jvp(lambda x: ops.linear(x, weight, bias), (x,), (tangent,))[1]
+    else:
+        with torch.no_grad(), forward_ad.dual_level():
+            along = forward_ad.unpack_dual(ops.linear(forward_ad.make_dual(x, tangent), weight, bias)).tangent
+    torch.testing.assert_close(along, tangent @ weight.T)
