@@ -114,9 +114,12 @@ class EngineBatch:
 
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any) -> Tensor:
         of_cache = {self._cache_argument: self.cache}
-        return self.model(
-            input_ids=tokens, position_ids=position, attention_mask=masks, use_cache=True, **of_cache
-        ).logits
+        try:
+            return self.model(
+                input_ids=tokens, position_ids=position, attention_mask=masks, use_cache=True, **of_cache
+            ).logits
+        finally:
+            self._place(self.int[:, :0])  # a pass of somebody else's meanwhile has rows of its own
 
     def _masks(self, column: Tensor, width: int) -> Any:
         """What a step's tokens may look at, as the model wants it: 0 or the least number, `[rows, 1, 1, width]`; a
@@ -176,7 +179,7 @@ class EngineBatch:
         """Keep what the first k probe columns of these sites see, for every row and token; none for no sites."""
         shape = (self.rows, len(sites), self.length, k)
         if self.projections.shape != (shape if sites else (0,)):
-            self.projections = torch.zeros(shape, device=self.device) if sites else torch.zeros(0)
+            self.projections = torch.zeros(shape, dtype=torch.float32, device=self.device) if sites else torch.zeros(0)
         self.probes = sites
 
     @torch.inference_mode()

@@ -192,7 +192,6 @@ class Graphs:
             "the steering": None if steering is None else (steering, steering.fingerprint),
             "the probes": (batch.projections.data_ptr(), tuple(batch.probes)),
             "the back end": backend_for(batch.device),
-            "autocast": (torch.is_autocast_enabled(batch.device.type), torch.get_autocast_dtype(batch.device.type)),
             **model_constants(batch.model),
         }
 

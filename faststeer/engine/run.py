@@ -51,8 +51,6 @@ class GenerateJob:
         self.batch, self.steps, self.ahead, self.stops = batch, steps, ahead, stops
         self.steering, self.slots = steering, slots
         self.queue = deque(requests)
-        plans = {id(request.plan): request.plan for request in requests if request.plan is not None}
-        self.keys = {number: plan.key for number, plan in plans.items()}  # by which `slots` knows them
         self.live: list[Request] = []  # by row
         self.rows = batch.rows  # fewer after running out of memory
         self.pending: deque[_Launched] = deque()
@@ -183,15 +181,18 @@ class GenerateJob:
     def _take_slot(self, request: Request) -> bool:
         """Give a request the slot of its plan; False: it must wait for one that others use."""
         if request.plan is not None:
-            key = self.keys[id(request.plan)]
-            if not self.slots.take({key: request.plan}):
+            if request.key not in self.slots.slots and request.plan.key != request.key:
+                raise ValueError(
+                    "its plan was changed in place after generate(...) was called: give a plan with a copy of the vector"
+                )
+            if not self.slots.take({request.key: request.plan}):
                 return False
-            request.slot = self.slots.slots[key]
+            request.slot = self.slots.slots[request.key]
         return True
 
     def _leave_slot(self, request: Request) -> None:
         if request.slot >= 0:
-            self.slots.leave([self.keys[id(request.plan)]])
+            self.slots.leave([request.key])
             request.slot = -1
 
     # Tokens on the host

@@ -254,7 +254,8 @@ class Passes:
             if rows.shape[1] != inputs.batch * inputs.length:
                 raise RuntimeError(
                     f"set_rows was given {rows.shape[1]} rows, but the forward pass has {inputs.batch} x "
-                    f"{inputs.length} tokens"
+                    f"{inputs.length} tokens; while an Engine generates, nobody else runs its model: exhaust or close "
+                    "its iterator first"
                 )
             self._start(rows, inputs.batch, stream, sequences)
             return
