@@ -183,7 +183,7 @@ class GenerateJob:
         if request.plan is not None:
             if request.key not in self.slots.slots and request.plan.key != request.key:
                 raise ValueError(
-                    "its plan was changed in place after generate(...) was called: give a plan with a copy of the vector"
+                    "its plan was changed in place after generate(...) was called: give it a copy of the vector"
                 )
             if not self.slots.take({request.key: request.plan}):
                 return False

@@ -32,8 +32,8 @@ FULL = (
     'again when some have ended, or start it with a larger max_plans, or with "when_full": "wait"'
 )
 IGNORED = (
-    "requests of this route have no field vllm_xargs, and the plan in it would be ignored: ask a route that has it, such "
-    "as /v1/completions (/inference/v1/generate takes the plan in extra_args of sampling_params)"
+    "requests of this route have no field vllm_xargs, and the plan in it would be ignored: ask a route that has it, "
+    "such as /v1/completions (/inference/v1/generate takes the plan in extra_args of sampling_params)"
 )
 RESUMABLE = "a request whose prompt grows while it runs (resumable) cannot be steered: positions count from its end"
 BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for one token of one beam

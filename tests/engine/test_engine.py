@@ -822,7 +822,7 @@ def test_nobody_else_runs_the_model_meanwhile(name, steered):
             model(models.tokens(rows, length))
     with pytest.raises(RuntimeError, match="an Engine generates with this model"), fs.steer(model, plan(name)):
         pass
-    with pytest.raises(RuntimeError, match="another Engine .* exhaust or close its iterator first"):
+    with pytest.raises(RuntimeError, match=r"another Engine .* exhaust or close its iterator first"):
         other.generate(prompts(), plans=plan(name))
     expected = [generated(models.model(name), p, plans, n) for p, n in zip(prompts(), LIMITS, strict=True)]
     assert tokens([*found, *running]) == expected == tokens(other.generate(prompts(), plans, max_new_tokens=LIMITS))

@@ -52,7 +52,7 @@ def test_each_request_has_its_own_rows(probes):
 
 
 def test_each_sample_of_a_request_has_its_own(probes):
-    """vLLM calls the samples of the request 5 "0_5-..." and so on, and that of the request 0 with one sample "0-..."."""
+    """vLLM calls the samples of the request 5 "0_5-...", "1_5-...", and the only one of the request 0 "0-..."."""
     for number, name in enumerate(("0_5-0badc0de", "1_5-0badc0de", "0-0badc0de", "5_0-0badc0de")):
         probes.begin(name, {4: 1})
         step(probes, [(name, number, number + 1, 0)])
