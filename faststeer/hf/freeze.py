@@ -69,9 +69,7 @@ class Freezing:
     """Acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
 
     copies = 2
-    alone = (
-        "freeze(...) acts beside no other steering of the model: leave the other one and give its plan to freeze(...)"
-    )
+    alone = "freeze(...) acts beside no other steering of the model: leave the other one and give its plan to freeze(...)"
 
     def __init__(self, what: Frozen) -> None:
         self._attend = _ATTENTION[what]
