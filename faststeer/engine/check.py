@@ -15,6 +15,7 @@ from faststeer.engine.requests import Request
 from faststeer.hf import Steering
 from faststeer.hf.fused import WRONG_CALL
 
+NO_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError that PyTorch raises on a CPU
 # Settings of a model whose value is a number of tokens from which on it computes otherwise.
 EDGES = re.compile(r"window|chunk|original_max_position")
 
@@ -66,6 +67,8 @@ def _check(batch: EngineBatch, steering: Steering, sizes: list[int], remedy: str
     except torch.OutOfMemoryError:
         raise
     except WRONG_CALL as error:
+        if NO_MEMORY in str(error):
+            raise
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
     finally:
         batch.steering = None

@@ -23,7 +23,7 @@ from torch import nn
 from faststeer import ops
 from faststeer.compile import Need, compile_plan
 from faststeer.engine.batch import EngineBatch
-from faststeer.engine.check import check_logits, vocabulary
+from faststeer.engine.check import NO_MEMORY, check_logits, vocabulary
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
     TOP_K,
@@ -135,6 +135,13 @@ class Engine:
                 if rows == 1:
                     raise
                 rows //= 2
+            except RuntimeError as error:
+                if NO_MEMORY not in str(error):
+                    raise
+                raise ValueError(
+                    f"keys and values of {rows} rows of {length} tokens do not fit into memory: make the Engine with a "
+                    "smaller max_batch or max_length"
+                ) from error
 
     @property
     def max_batch(self) -> int:

@@ -18,6 +18,7 @@ import faststeer as fs
 from faststeer.compile import orthonormal
 from faststeer.engine import batch, run
 from faststeer.engine.batch import EngineBatch
+from faststeer.engine.cache import RowCache
 from faststeer.hf import read
 
 ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
@@ -467,13 +468,27 @@ def test_a_row_that_held_nan_is_clean_for_the_next_request():
         assert found[i].token_ids == generated(models.model("llama"), asked[i], None, limits[i])
 
 
-def test_a_tokenizer_that_fails_fails_that_request_alone(monkeypatch):
+@pytest.mark.parametrize("stop", [(), "never"])
+def test_a_tokenizer_that_fails_fails_that_request_alone(stop):
+    """Also where each token is read for a stop string."""
     made = engine("llama")
-    decode = made.tokenizer.decode
-    made.tokenizer.decode = lambda ids, **k: 1 / 0 if len(ids) == 3 else decode(ids, **k)  # type: ignore[assignment]
-    found = list(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4]))
-    assert [c.finish_reason for c in found] == ["length", "error", "length"]
-    assert isinstance(found[1].error, ZeroDivisionError) and len(found[1].token_ids) == 3
+    expected = tokens(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4]))
+    decode, bad = made.tokenizer.decode, expected[1]
+    made.tokenizer.decode = lambda ids, **k: 1 / 0 if ids == bad else decode(ids, **k)  # type: ignore[assignment]
+    found = list(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4], stop=stop))
+    assert [c.finish_reason for c in found] == ["length", "error", "length"] and tokens(found) == expected
+    assert isinstance(found[1].error, ZeroDivisionError) and found[1].text == ""
+
+
+def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
+    def allocate(*args):
+        torch.empty(2**50)
+
+    with pytest.raises(ValueError, match=f"of {2**45} rows of 32 tokens do not fit into memory: .* max_batch"):
+        engine("llama", max_batch=2**45)
+    monkeypatch.setattr(RowCache, "allocate", allocate)
+    with pytest.raises(ValueError, match="of 3 rows of 32 tokens do not fit into memory: .* max_batch"):
+        engine("llama")
 
 
 def test_progress_bar(capsys):
