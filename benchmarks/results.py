@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
 from records import csv_lines
 
-from faststeer import measure
+from faststeer import build, measure, ops
 from faststeer.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
@@ -29,10 +31,12 @@ class Log:
     """The measurements of one benchmark, a JSON line each, appended as they are made.
 
     A run with the same settings on the same machine and commit goes on where the last one was stopped: `has` says what
-    is there already. Anything else, or `fresh`, begins anew. A line that was cut off by a kill is dropped.
+    is there already. Anything else, or `fresh`, begins anew. A line that was cut off by a kill is dropped. The
+    reference is refused: `refuse_reference`.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+        refuse_reference()
         head = {"job": hashlib.sha256(json.dumps([settings, machine()], sort_keys=True).encode()).hexdigest()[:16]}
         self._path = path
         self.rows: list[dict[str, Any]] = []
@@ -84,14 +88,25 @@ def measure_in_turn(
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU, versions and commit that a measurement belongs to."""
-    return measure.machine() | {"commit": _commit()}
+    """Processor, GPU, versions, commit and back end that a measurement belongs to."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return measure.machine() | {"commit": _commit(), "back_end": ops.backend_for(device)}
+
+
+def refuse_reference() -> None:
+    """End the program if the reference would be measured, or the C++ without the module that calls it quickly, unless
+    FASTSTEER_BACKEND asks for a back end by name."""
+    back_end = machine()["back_end"]
+    reason = ops.states()["cpu"].reason if back_end == "reference" else build.obstacle("native")
+    if reason and back_end != "triton" and os.environ.get("FASTSTEER_BACKEND", "auto") == "auto":
+        sys.exit(f"nothing is measured without the C++: {reason}; FASTSTEER_BACKEND=reference measures the reference")
 
 
 def write(
     name: str, rows: Iterable[Mapping[str, Any]], folder: Path = FOLDER, more: Mapping[str, Any] | None = None
 ) -> Path:
     """Write `<name>.csv` and `<name>.machine.json`, the machine and `more`, to the folder."""
+    refuse_reference()
     rows = list(rows)
     text = csv_lines(list(dict.fromkeys(column for row in rows for column in row)), rows)
     path = folder / f"{name}.csv"

@@ -36,6 +36,8 @@ from types import ModuleType
 
 PACKAGE = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)  # the oldest torch that a build runs with
+# How the reason begins why a library that is built is not used.
+UNFIT = ("built from other sources than these", "cannot be loaded")
 CHOICES = ("auto", "cpu", "cuda", "all")
 
 # -ffp-contract=off: a fused multiply-add would round differently from the hand-written hook. No -ffast-math, for NaN
@@ -459,7 +461,7 @@ def obstacle(name: str, package: Path = PACKAGE) -> str | None:
         return f"not built: {again}"
     try:
         if record.get("digest") != digest(name):
-            return f"built from other sources than these: {again}"
+            return f"{UNFIT[0]}: {again}"
     except BuildError:
         pass  # no sources to be compared with
     return None
@@ -477,7 +479,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(library_path(name)))
     except Exception as error:  # whatever is wrong with a library must not take faststeer with it
-        return f"cannot be loaded: {error}"
+        return f"{UNFIT[1]}: {error}; build it again: python -m faststeer.build {name}"
     return None
 
 

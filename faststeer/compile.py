@@ -16,7 +16,7 @@ from torch import Tensor
 from faststeer.intervention import Direction, Gate, Intervention, Number
 from faststeer.ops.tables import POSITION_MAX, EntryKind, GateMode
 from faststeer.plan import Plan, site
-from faststeer.vector import HookPoint, SteeringVector, layers_text
+from faststeer.vector import HookPoint, SteeringVector, is_trained, layers_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +269,7 @@ class Blocks:
     def of(cls, entries: Sequence[Entry], slot: int) -> Blocks:
         blocks = cls({}, [], [], {})
         for i, entry in enumerate(entries):
-            trained = f"trained {slot} {i} {len(entry.basis)}".encode() if entry.basis.requires_grad else None
+            trained = f"trained {slot} {i} {len(entry.basis)}".encode() if is_trained(entry.basis) else None
             blocks.basis.append(blocks._add(entry.basis, trained))
             blocks.gate.append(None if entry.gate_vector is None else blocks._add(entry.gate_vector))
         return blocks

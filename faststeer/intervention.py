@@ -21,6 +21,7 @@ from faststeer.vector import (
     check_direction,
     check_hook_point,
     in_tables,
+    is_trained,
     whole_number,
 )
 
@@ -41,7 +42,7 @@ class Gate:
     Args:
         direction: `[hidden]`, or a SteeringVector, whose direction for the gate's layer is used.
         threshold: in the units of the value.
-        kind: which value is compared, "dot" or "cosine".
+        kind: which value is compared, "dot" or "cosine", which is right for norms from 1e-15 to 1e19, and 0 beyond.
         above: open above the threshold; False: at the threshold and below.
         latched: decide once per sequence, at its last prompt token, on the row as it enters the gate's site; the
             decision holds from that token on. False: each token is decided separately, on the row right before the
@@ -99,7 +100,8 @@ class Intervention:
         positions: "all", "prompt", "generated", "last" (the last prompt token), a slice counted from the prompt's end
             such as `slice(-5, None)` or "[-5:]", or one position as int.
         when: a Gate.
-        keep_norm: scale the row back to the norm it had.
+        keep_norm: scale the row back to the norm it had. Both norms must be from 1e-15 to 1e19, whose squares fp32 can
+            hold; beyond, the row becomes zero, infinite or NaN. (A model's own RMSNorm has the same limit.)
         probe: also write the row's dot products with the directions, before acting, to the probe buffer.
     """
 
@@ -166,7 +168,7 @@ class Intervention:
         tensors = [
             t for d in self.directions() for t in (d.directions.values() if isinstance(d, SteeringVector) else [d])
         ]
-        return any(isinstance(t, Tensor) and t.requires_grad for t in [*tensors, *self.scalars])
+        return any(isinstance(t, Tensor) and is_trained(t) for t in [*tensors, *self.scalars])
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +189,7 @@ class Add(Intervention):
     def _check(self) -> None:
         object.__setattr__(self, "coefficient", _finite(self.coefficient, "Add's coefficient"))
         direction = self.direction
-        if isinstance(direction, Tensor) and not direction.requires_grad and not bool(in_tables(direction).any()):
+        if isinstance(direction, Tensor) and not is_trained(direction) and not bool(in_tables(direction).any()):
             raise ValueError(
                 "Add's direction is zero: adding it does nothing; check where it came from (to switch steering off, "
                 "use coefficient=0)"
@@ -425,7 +427,7 @@ def _finite(value: object, what: str) -> Number:
         if not one or not bool(torch.isfinite(value.detach().float()).all()):
             shown = float(value) if one else f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
             raise ValueError(f"{what} must be one finite number, got {shown}; the tables hold float32")
-        return value.reshape(()) if value.requires_grad else float(value)
+        return value.reshape(()) if is_trained(value) else float(value)
     # Finite in float32, which is what the tables hold.
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not abs(value) <= FLOAT32_MAX:  # type: ignore[arg-type]

@@ -193,6 +193,11 @@ def plans_for(n: int | None, plans: Plans | None) -> list[Plan | None]:
     return listed
 
 
+def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
+    """The different plan objects, in order."""
+    return list({id(plan): plan for plan in plans if plan is not None}.values())
+
+
 def _as_plan(plan: object, what: str) -> Plan | None:
     if plan is None or isinstance(plan, Plan):
         return plan

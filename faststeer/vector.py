@@ -24,6 +24,7 @@ from torch import Tensor
 from faststeer import tensor_files
 from faststeer.file_kinds import READERS
 from faststeer.files import FormatError, read_json, reading, write_atomically
+from faststeer.ops.dispatch import has_tangent
 
 HookPoint = Literal["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -81,6 +82,11 @@ def check_direction(direction: object, what: str, *, subspace: bool = False) -> 
             "that overflowed (try bfloat16 or float32)?"
         )
     return direction
+
+
+def is_trained(values: Tensor) -> bool:
+    """Whether a derivative by these values is asked for: a gradient, or one along their tangent."""
+    return values.requires_grad or has_tangent(values)
 
 
 def in_tables(direction: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ class SteeringVector:
             if layer in checked:
                 raise ValueError(f"layer {layer} is named twice, as {key!r} and otherwise")
             direction = check_direction(values, f"the direction of layer {layer}")
-            if not direction.requires_grad and not bool(in_tables(direction).any()):
+            if not is_trained(direction) and not bool(in_tables(direction).any()):
                 raise ValueError(
                     f"the direction of layer {layer} is zero: it points nowhere; was the extraction given the same "
                     "prompts twice?"

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help=f"of each way in a round, by turns of {TURN}")
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results")
     arguments = parser.parse_args()
+    results.refuse_reference()
     torch.set_num_threads(1)
     found, of = [], model()
     for positions in ("all", "generated"):

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=600)
     parser.add_argument("--out", type=Path, default=results.FOLDER / "search")
     arguments = parser.parse_args()
+    results.refuse_reference()
     model, tokenizer = smollm2.load()
     behaviour, settings = fs.behaviours.load("tone"), SearchSettings(answers=arguments.answers, goal=arguments.goal)
     finished = (arguments.out / "search.json").is_file()  # then nothing is timed

@@ -30,8 +30,8 @@ from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
 from faststeer.folding.saving import check_savable, check_saved, leave_quantizer
 from faststeer.hf.anatomy import find_hook_points, watch
-from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import HookPoints, first_output, install, is_held, quiet
+from faststeer.hf.changes import changing, is_changed
+from faststeer.hf.hook_points import HookPoints, first_output, install, quiet
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
 from faststeer.plan import Plan, n_sites, site, site_name
@@ -424,7 +424,7 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
         points.check_uniform(model, "fold")
     except ValueError as error:
         raise FoldError(str(error)) from None
-    if is_held(points.owner(model)):
+    if is_changed(points.owner(model)):
         raise FoldError("the model is being steered: leave steer(...) first")
     writers = find_writers(model, points)
     wide = Plan([_in_fp64(intervention) for intervention in plan])

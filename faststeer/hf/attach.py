@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes, changing
-from faststeer.hf.continuous_batching import LEFT
+from faststeer.hf.continuous_batching import COPIED, LEFT
 from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
@@ -198,30 +198,12 @@ def watch_generate(
     entry: EnteredContext,
     check: Callable[[Any, Mapping[str, Any]], None],
 ) -> None:
-    """Wrap `generate` of every module that has one. `check(module, arguments)` may refuse."""
-    for module in list(model.modules()):
-        if hasattr(type(module), "generate"):
-            changes.replace(module, "generate", _generate(changes, module, passes, entry, check))
-        if hasattr(type(module), "init_continuous_batching"):
-            changes.replace(module, "generate_batch", _generate_batch(changes, module, passes, entry))
-            changes.replace(module, "init_continuous_batching", _init_continuous_batching(changes, module, passes))
+    """Wrap what every module has of `generate`, `generate_batch` and `init_continuous_batching`.
+    `check(module, arguments)` may refuse a `generate`."""
 
-
-def _generate(
-    changes: Changes,
-    module: Any,
-    passes: Passes,
-    entry: EnteredContext,
-    check: Callable[[Any, Mapping[str, Any]], None],
-) -> Callable[..., Any]:
-    original, own = module.generate, type(module).generate
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if not changes.live:
-            return original(*args, **kwargs)
+    def generate(module: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         entry.check()
-        given, streams = bind(own, (module, *args), kwargs), passes.streams
+        given, streams = bind(type(module).generate, (module, *args), kwargs), passes.streams
         check(module, given)
         with changing() as generation:
             run = streams.run_of(module)
@@ -229,31 +211,31 @@ def _generate(
             streams.generate(run, module, given)
             if run.batch is not None:
                 passes.plans.check_batch(run.batch)
-            return original(*args, **kwargs)
+            return own(*args, **kwargs)
 
-    return generate
+    def generate_batch(_module: Any, own: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        entry.check()
+        passes.plans.check_batch(len(inputs))
+        return own(inputs, *args, **kwargs)
+
+    def init_continuous_batching(module: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if passes.copies > 1:
+            raise ValueError(COPIED)
+        given = bind(type(module).init_continuous_batching, (module, *args), kwargs)
+        return passes.managers.manage(module, own, given, passes.plans)
+
+    for module in list(model.modules()):
+        for within in (generate, generate_batch, init_continuous_batching):
+            if hasattr(type(module), within.__name__):
+                changes.replace(module, within.__name__, _while_live(changes, module, within))
 
 
-def _generate_batch(changes: Changes, module: Any, passes: Passes, entry: EnteredContext) -> Callable[..., Any]:
-    original = module.generate_batch
+def _while_live(changes: Changes, module: nn.Module, within: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module by `within(module, own method, ...)`, until the changes are undone."""
+    own = getattr(module, within.__name__)
 
-    @functools.wraps(original)
-    def generate_batch(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if changes.live:
-            entry.check()
-            passes.plans.check_batch(len(inputs))
-        return original(inputs, *args, **kwargs)
+    @functools.wraps(own)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return within(module, own, *args, **kwargs) if changes.live else own(*args, **kwargs)
 
-    return generate_batch
-
-
-def _init_continuous_batching(changes: Changes, module: Any, passes: Passes) -> Callable[..., Any]:
-    original, own = module.init_continuous_batching, type(module).init_continuous_batching
-
-    @functools.wraps(original)
-    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-        if not changes.live:
-            return original(*args, **kwargs)
-        return passes.managers.manage(module, original, bind(own, (module, *args), kwargs), passes.plans)
-
-    return init_continuous_batching
+    return method

@@ -24,7 +24,7 @@ from faststeer.hf.encoding import (
     encode_texts,
     has_template,
 )
-from faststeer.plan import Plan
+from faststeer.plan import Plan, distinct
 
 Prompt = str | list[dict[str, str]]
 
@@ -325,10 +325,8 @@ def rounds(
 ) -> list[tuple[list[Plan], list[list[int]]]]:
     """Split rows with these plans and lengths into rounds: (at most `batch_size` distinct plans, the numbers of their
     rows in `batches`). Rows without a plan are the first round, which may be empty."""
-    distinct = list({id(plan): plan for plan in plans if plan is not None}.values())
-    size = max(batch_size, 1)
-    split = []
-    for some in ([], *(distinct[i : i + size] for i in range(0, len(distinct), size))):
+    different, size, split = distinct(plans), max(batch_size, 1), []
+    for some in ([], *(different[i : i + size] for i in range(0, len(different), size))):
         ids = {id(plan) for plan in some} or {id(None)}
         numbers = [number for number, plan in enumerate(plans) if id(plan) in ids]
         groups = batches([lengths[number] for number in numbers], batch_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -39,6 +39,10 @@ UNREADABLE = (
     "which: use generate, or the Engine; one plan for all with positions='all' and without latched gates works"
 )
 PROBED = "projections of continuous batching cannot be told apart by request: read them with generate, or the Engine"
+COPIED = (
+    "freeze(...) runs each row twice, unsteered and steered, and continuous batching has all requests in one row: use "
+    "model.generate(...), with a plan per row for requests with plans of their own"
+)
 LEFT = "steer(...) was left while a manager of continuous batching ran: stop the manager inside"
 
 
@@ -62,7 +66,9 @@ class RequestStream(Stream):
     def restart_numbers(self) -> None:
         """The next request is the first one."""
         self._prompts: dict[str, tuple[int, int]] = {}  # by request: its number and the tokens of its prompt
-        self._sequences: dict[str, int] = {}  # by request, return sequences apart
+        # By request, return sequences apart, and number; and what requests that have ended had.
+        self._sequences: dict[tuple[str, int], int] = {}
+        self._free: list[int] = []
         self._added = 0
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **options: Any) -> Any:
@@ -114,19 +120,43 @@ class RequestStream(Stream):
         if inputs.recorded:
             raise ValueError(REPLAYED)
         batch = self._batch()
-        lengths = [length for _, length in batch]
-        parents = [name.partition("__child#")[0] for name, _ in batch]  # of return sequences
+        names, lengths = zip(*batch, strict=True)
+        parents = [_parent(name) for name in names]
         if [0, *accumulate(lengths)] != boundaries.tolist() or not self._prompts.keys() >= set(parents):
             raise RuntimeError(UNREADABLE)
-        numbers, prompts = zip(*[self._prompts[parent] for parent in parents], strict=True)
-        self._check_request(max(numbers))
-        sequences = [self._sequences.setdefault(name, len(self._sequences)) for name, _ in batch]
+        with self._lock:
+            self._drop_ended(names)
+            numbers, prompts = zip(*[self._prompts[parent] for parent in parents], strict=True)
+            self._check_request(max(numbers))
+            sequences = [self._sequence(request) for request in zip(names, numbers, strict=True)]
         while self.capacity < len(self._sequences):
             self.capacity *= 2
         requests = torch.tensor([numbers, prompts, sequences], dtype=torch.int32, device=inputs.device)
         tokens = requests.repeat_interleave(torch.tensor(lengths, device=inputs.device), 1, output_size=inputs.length)
         tokens[1] = inputs.position_ids.reshape(-1) - tokens[1]
         return tokens
+
+    def _sequence(self, request: tuple[str, int]) -> int:
+        if request not in self._sequences:
+            self._sequences[request] = self._free.pop() if self._free else len(self._sequences)
+        return self._sequences[request]
+
+    def _drop_ended(self, batch: Sequence[str]) -> None:
+        """Forget requests that were in a pass and that the manager, in whose thread this runs, no longer has."""
+        try:
+            scheduler = self.manager.batch_processor.scheduler
+            names = {*batch, *scheduler.active_requests, *scheduler.waiting_requests}
+        except AttributeError:  # a version that keeps them elsewhere: they stay
+            return
+        live = {(name, self._prompts[_parent(name)][0]) for name in names if _parent(name) in self._prompts}
+        numbers = {number for _, number in live}
+        for name, number in self._sequences.keys() - live:
+            column = self._sequences.pop((name, number))
+            self._free.append(column)
+            if self.gates is not None:
+                self.gates[:, column] = False
+            if number not in numbers and self._prompts.get(_parent(name), (None,))[0] == number:
+                del self._prompts[_parent(name)]
 
     def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
         """`[entries, batch]`, what latched gates have decided; `batch` is `capacity`."""
@@ -141,9 +171,9 @@ class RequestStream(Stream):
             return
         stays = [False] * self.gates.shape[1]
         if kept is not None:
-            for name, sequence in self._sequences.items():
-                number = self._prompts[name.partition("__child#")[0]][0]
-                stays[sequence] = kept[0] if len(kept) == 1 else kept[number]
+            with self._lock:
+                for (_, number), sequence in self._sequences.items():
+                    stays[sequence] = kept[0] if len(kept) == 1 else kept[number]
         self.gates &= torch.tensor(stays, device=self.gates.device)
 
     def stop(self) -> None:
@@ -154,6 +184,11 @@ class RequestStream(Stream):
         if getattr(model, "_cached_continuous_batching_manager", None) is self.manager:
             model.destroy_cached_continuous_batching_manager()
         self.manager.add_request, self.manager.add_requests = self._originals
+
+
+def _parent(name: str) -> str:
+    """The request that a return sequence is of."""
+    return name.partition("__child#")[0]
 
 
 class Managers:

@@ -26,8 +26,8 @@ from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
-from faststeer.hf.steering import Path, Plans, Steering
-from faststeer.plan import Plan
+from faststeer.hf.steering import Path, Steering
+from faststeer.plan import Plan, Plans
 from faststeer.program import Capacity
 
 Frozen = Literal["qk", "ov"]
@@ -58,7 +58,7 @@ def freeze(
     Raises:
         TypeError, ValueError: as `steer`; `what` is none of these; an architecture whose attention cannot be exchanged
             (see `exchange_attention`, which also says what becomes of flash attention).
-        RuntimeError: on entering, where the model is steered already. ValueError: beam search.
+        RuntimeError: on entering, where the model is steered already. ValueError: beam search, continuous batching.
     """
     if what not in _ATTENTION:
         raise ValueError(f"freeze what? {what!r}: expected 'qk' (the attention pattern) or 'ov' (the values)")
@@ -69,7 +69,7 @@ class Freezing:
     """Acts beside a steering whose attention is partly frozen: each row runs twice, and the first is not steered."""
 
     copies = 2
-    alone = "freeze(...) acts beside no other steering of the model: leave the other one and give its plan to freeze(...)"
+    alone = "freeze(...) acts beside no other steering of the model: leave that one and give its plan to freeze(...)"
 
     def __init__(self, what: Frozen) -> None:
         self._attend = _ATTENTION[what]

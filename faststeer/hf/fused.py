@@ -36,11 +36,12 @@ from faststeer.plan import site
 
 @dataclass(frozen=True)
 class NormForm:
-    """How an RMSNorm computes: the arguments of `add_steer_rmsnorm` besides the weight."""
+    """How an RMSNorm computes: the arguments of `add_steer_rmsnorm` besides the weight; and its name for eps."""
 
     eps: float
     weight_offset: float
     fp32_weight: bool
+    eps_name: str
 
 
 # (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm, given by its
@@ -152,12 +153,11 @@ def _layer_forward(
     )  # fmt: skip
 
     def sum_into(add: Add, branch: Tensor, residual: Tensor, norm: Any) -> Tensor:
-        weight = None
-        if norm is not None and not norm._forward_pre_hooks:
-            weight = norm._parameters.get("weight")
-        if weight is None or weight.device != branch.device or norm not in forms:
+        form = None if norm is None or norm._forward_pre_hooks else forms.get(norm)
+        weight = None if form is None else norm._parameters.get("weight")
+        if form is None or weight is None or weight.device != branch.device or getattr(norm, form.eps_name) != form.eps:
             return add(branch, residual, None)[0]
-        hidden, handover.normed = add(branch, residual, (weight, forms[norm]))
+        hidden, handover.normed = add(branch, residual, (weight, form))
         handover.hidden = hidden
         return hidden
 
@@ -263,8 +263,8 @@ def _shape(layer: nn.Module) -> _Shape:
 def _form(norm: nn.Module, path: str) -> NormForm:
     """What an RMSNorm computes, found by comparing with the formulas bit for bit, on a copy with another weight (at its
     first value two of them are the same)."""
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    weight = getattr(norm, "weight", None)
+    name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    eps, weight = getattr(norm, name, None), getattr(norm, "weight", None)
     if (
         own_attribute(norm, "forward") is not None
         or not isinstance(eps, float)
@@ -280,10 +280,9 @@ def _form(norm: nn.Module, path: str) -> NormForm:
         trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
         x = (3 * torch.randn(7, weight.shape[-1], generator=generator)).to(weight)
         expected = trial(x)
-        for form in (NormForm(eps, 0.0, False), NormForm(eps, 1.0, True), NormForm(eps, 0.0, True)):
-            found = reference.rmsnorm(x, trial.weight, eps, form.weight_offset, form.fp32_weight)  # type: ignore
-            if torch.equal(found, expected):
-                return form
+        for offset, fp32_weight in ((0.0, False), (1.0, True), (0.0, True)):
+            if torch.equal(reference.rmsnorm(x, trial.weight, eps, offset, fp32_weight), expected):  # type: ignore
+                return NormForm(eps, offset, fp32_weight, name)
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import hook_points, resolve_layers
-from faststeer.hf.changes import Changes, Context, is_changed, own_attribute
+from faststeer.hf.changes import Changes, Context, own_attribute
 from faststeer.plan import Plan, site_name
 from faststeer.vector import HOOK_POINTS, SteeringVector
 
@@ -214,11 +214,6 @@ def mark_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Say that this `forward` of a module is a context's."""
     forward.faststeer_forward = True  # type: ignore[attr-defined]
     return forward
-
-
-def is_held(owner: nn.Module) -> bool:
-    """Whether any context of ours is active on a model."""
-    return is_changed(owner)
 
 
 def _register(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from faststeer.compile import hook_points
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.changes import Changes, Context
-from faststeer.hf.hook_points import first_tensor, install, next_order, own_forward
+from faststeer.hf.hook_points import first_tensor, install, layer_numbers, next_order, own_forward
 from faststeer.intervention import Intervention
 from faststeer.ops import steer
 from faststeer.plan import Plan, site
@@ -199,12 +199,9 @@ def read(
     """
     check_hook_point(at)
     points = find_hook_points(model)
-    n = points.n_layers
-    wanted = range(n) if layers is None else list(layers)
-    for layer in wanted:
-        if not -n <= layer < n:
-            raise ValueError(f"layer {layer} is out of range: the model has layers 0..{n - 1} (or -{n}..-1)")
-    points.check(model, at, [layer % n for layer in wanted], "read(...) looks")
+    wanted = list(range(points.n_layers) if layers is None else layers)
+    numbers = layer_numbers(wanted, points.n_layers) if wanted else []
+    points.check(model, at, numbers, "read(...) looks")
     taken: dict[int, Tensor] = {}
 
     def taker(layer: int) -> Callable[[Tensor], Tensor]:
@@ -219,7 +216,8 @@ def read(
 
     def enter(changes: Changes) -> dict[int, Tensor]:
         own_forward(changes, points.owner(model))
-        install(changes, model, points, {site(at, layer % n): taker(layer) for layer in wanted}, next_order())
+        takers = {site(at, number): taker(layer) for number, layer in zip(numbers, wanted, strict=True)}
+        install(changes, model, points, takers, next_order())
         return taken
 
     return Context(enter)

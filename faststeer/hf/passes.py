@@ -3,6 +3,7 @@ each row's slot, position and sequence. A site is one function over that."""
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
@@ -178,8 +179,8 @@ class Passes:
         self.prepared: Prepared | None = None
         self._n_layers, self._thread = n_layers, _Thread()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
-        self._steers: dict[int, Callable[[Tensor], Tensor]] = {}
-        self._adds: dict[int, Add] = {}
+        # By site, always the same functions.
+        self.steer, self.add = functools.cache(self._steer), functools.cache(self._add)
 
     @property
     def now(self) -> Pass | None:
@@ -321,21 +322,11 @@ class Passes:
 
     # Sites
 
-    def steer(self, site: int) -> Callable[[Tensor], Tensor]:
-        """The function that steers a tensor at a site, always the same."""
-        if site not in self._steers:
-            self._steers[site] = self._steer(site)
-        return self._steers[site]
-
-    def add(self, site: int) -> Add:
-        """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
-        if site not in self._adds:
-            self._adds[site] = self._add(site)
-        return self._adds[site]
-
     # These run at every site in every step of decoding, so that they do as little as they can.
 
     def _steer(self, site: int) -> Callable[[Tensor], Tensor]:
+        """The function that steers a tensor at a site."""
+
         def steer(x: Tensor) -> Tensor:
             prepared = None if is_dynamo_compiling() else self.prepared
             if prepared is not None and (steered := prepared.steer(x, site)) is not None:
@@ -345,6 +336,8 @@ class Passes:
         return steer
 
     def _add(self, site: int) -> Add:
+        """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
+
         def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
             prepared = None if is_dynamo_compiling() else self.prepared
             if prepared is not None and norm is not None:
@@ -399,7 +392,7 @@ class Passes:
         self, site: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
     ) -> tuple[Tensor, Tensor | None]:
         if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
-            return self.steer(site)(residual + branch), None
+            return self._steer_wholly(site, residual + branch), None
         prepared, how = self._prepare(branch), None
         if norm is not None:
             weight, form = norm

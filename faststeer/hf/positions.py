@@ -166,4 +166,9 @@ def mask_of(inputs: Inputs, past: int | Tensor, outermost: Tensor | None) -> Mas
     # By queries and columns: padding may not look at itself.
     column = torch.arange(inputs.length, device=mask.device)
     own = mask[:, 0, column if mask.shape[2] > 1 else torch.zeros_like(column), column + past]
-    return Mask(own > -1000 if own.is_floating_point() else own, past + inputs.length)
+    if own.dtype is torch.bool:
+        return Mask(own, past + inputs.length)
+    hidden = own < -1000  # what is added to scores: 0 or a bias leaves a token visible
+    if not inputs.recorded and not bool((hidden | ((own >= -100) & (own <= 0))).all()):
+        return UNREADABLE  # between the two, NaN, or a mask of 0 and 1
+    return Mask(~hidden, past + inputs.length)

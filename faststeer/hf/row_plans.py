@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from faststeer.hf.positions import Inputs
 from faststeer.hf.streams import GenerateCall
-from faststeer.intervention import Intervention
-from faststeer.plan import Plan, Plans, plans_for
+from faststeer.plan import Plan, distinct
 from faststeer.program import Capacity, Program, SlotPool
 
 
@@ -25,10 +24,15 @@ class RowPlans:
     """
 
     def __init__(
-        self, plans: Plans, n_layers: int, hidden_size: int, capacity: Capacity | None, home: torch.device
+        self,
+        plans: list[Plan | None],
+        per_row: bool,
+        n_layers: int,
+        hidden_size: int,
+        capacity: Capacity | None,
+        home: torch.device,
     ) -> None:
-        self.plans, self.per_row = as_plans(plans)
-        self.version = 0
+        self.plans, self.per_row, self.version = plans, per_row, 0
         capacity = capacity or Capacity.of(distinct(self.plans), n_layers, hidden_size)
         self.program = Program(n_layers, hidden_size, capacity, home)
         self._programs = {home: self.program}
@@ -151,13 +155,3 @@ class RowPlans:
                 f"the batch has {batch} rows, but there are {len(self.plans)} plans: give one plan per row, in "
                 "order, or a single plan for all rows"
             )
-
-
-def as_plans(plans: Plans) -> tuple[list[Plan | None], bool]:
-    """The plans as a list, and whether it has one per row."""
-    return plans_for(None, plans), not isinstance(plans, (Plan, Intervention))
-
-
-def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
-    """The different plan objects, in order."""
-    return list({id(plan): plan for plan in plans if plan is not None}.values())

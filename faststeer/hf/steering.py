@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attach import is_steered, register, watch_generate, watch_passes
-from faststeer.hf.changes import Changes, Context, finish_undoing
+from faststeer.hf.changes import Changes, Context, finish_undoing, is_changed
 from faststeer.hf.checkpointing import follow_checkpoints
 from faststeer.hf.fused import Fusion, find_fusion, patch
-from faststeer.hf.hook_points import HookPoints, check_points, install, is_held, next_order
+from faststeer.hf.hook_points import HookPoints, check_points, install, next_order
 from faststeer.hf.known import known_of, structure
 from faststeer.hf.passes import Passes
 from faststeer.hf.probe_log import ProbeLog
-from faststeer.hf.row_plans import Plans, RowPlans, as_plans, distinct
+from faststeer.hf.row_plans import RowPlans
+from faststeer.intervention import Intervention
 from faststeer.ops import Backend, backend_for
-from faststeer.plan import Plan, n_sites
+from faststeer.plan import Plan, Plans, distinct, n_sites, plans_for
 from faststeer.program import Capacity
 from faststeer.vector import HookPoint
 
-__all__ = ["Part", "Path", "Plans", "Steering", "is_steered", "steer"]
+__all__ = ["Part", "Path", "Steering", "is_steered", "steer"]
 
 Path = Literal["auto", "fused", "hooks"]
 
@@ -125,9 +126,9 @@ class Steering(Context["Steering"]):
         self._why, self._hooked, self._order, self._first = "", set[int](), 0, False
         if self._wanted == "fused" and self.path != "fused":
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {self.why}")
-        self._check_all(as_plans(plans)[0])
+        listed = self._checked(plans)
         size, home = (self.points.n_layers, self.points.hidden_size), _device_of(self.points.layer(model, 0))
-        self._plans, self._log = RowPlans(plans, *size, capacity, home), ProbeLog(size[0])
+        self._plans, self._log = RowPlans(*listed, *size, capacity, home), ProbeLog(size[0])
         copies = 1 if part is None else part.copies
         self.passes = Passes(self._plans, self._log, size[0], copies, self.points.streams)
 
@@ -182,7 +183,7 @@ class Steering(Context["Steering"]):
             return "gradient checkpointing is on"
         if any("forward" in vars(layer) for layer in layers):
             return "the layers are patched already, by another steer(...) or by accelerate"
-        if is_held(self.points.owner(self.model)):
+        if is_changed(self.points.owner(self.model)):
             return "inside another steer(...) or read(...), which acts by hooks"
         return ""
 
@@ -191,7 +192,7 @@ class Steering(Context["Steering"]):
         self._check_model()
         part, owner = self.part, self.points.owner(self.model)
         entry = register(changes, owner, self.alone)
-        why, self._first = self._why_hooks(), not is_held(owner)
+        why, self._first = self._why_hooks(), not is_changed(owner)
         if self._wanted == "fused" and why:
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")
         self._why, self._changes, self._hooked, self._order = why, changes, set(), next_order()
@@ -249,11 +250,10 @@ class Steering(Context["Steering"]):
 
         The tables keep their addresses; nothing is changed if a plan does not fit (ValueError).
         """
-        listed, per_row = as_plans(plans)
-        self._check_all(listed)
+        listed = self._checked(plans)
         self.passes.managers.check_changeable()
         # A row's new plan has decided no latched gate yet; a row that keeps its plan keeps its decisions.
-        self.passes.forget_gates(self._plans.assign(listed, per_row))
+        self.passes.forget_gates(self._plans.assign(*listed))
         if self.entered:
             self._install()
 
@@ -270,15 +270,18 @@ class Steering(Context["Steering"]):
         if self.entered:
             self._install()
 
-    def _check_all(self, plans: Sequence[Plan | None]) -> None:
-        for plan in distinct(plans):
+    def _checked(self, plans: Plans) -> tuple[list[Plan | None], bool]:
+        """The plans as a list, and whether it has one per row."""
+        listed = plans_for(None, plans)
+        for plan in distinct(listed):
             self.check(plan)
-        if self.points.mixed and any(plan is not plans[0] for plan in plans):
+        if self.points.mixed and any(plan is not listed[0] for plan in listed):
             raise ValueError(
                 f"{type(self.model).__name__} computes a row from the other rows of its batch as well (it quantises "
                 "over the whole batch, say), so that a plan would act on rows that do not have it: give one plan for "
                 "all rows, or run rows with different plans one after another"
             )
+        return listed, not isinstance(plans, (Plan, Intervention))
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError if the plan names a hook point that the model does not have."""

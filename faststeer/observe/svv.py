@@ -25,11 +25,11 @@ from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers, with_first
 from faststeer.hf.hooks import read
 from faststeer.hf.norms import wide
-from faststeer.hf.steering import Path, Plans, Steering
+from faststeer.hf.steering import Path, Steering
 from faststeer.observe.additions import Addition, acting, additions
 from faststeer.observe.lens import LogitLens
 from faststeer.observe.parts import LayerParts, Norm, find_parts
-from faststeer.plan import Plan, site
+from faststeer.plan import Plan, Plans, site
 from faststeer.program import Capacity
 from faststeer.vector import SteeringVector, check_direction
 

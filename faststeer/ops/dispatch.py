@@ -2,7 +2,8 @@
 
 `FASTSTEER_BACKEND`, read once, or `with backend("triton")` chooses one; an explicit choice never falls back. `auto`
 takes, on CUDA tensors, `cuda` where it is built, else `triton`, else `reference`; on CPU tensors `cpu` where it is
-built, else `reference`.
+built, else `reference`. It warns once where a library is built but cannot be used: of other sources, as in a checkout
+whose csrc/ has changed since, or one that cannot be loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +77,10 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
         requested = _checked(chosen, "backend")
     if requested == "auto":
         order: tuple[Backend, ...] = ("cuda", "triton") if kind == "cuda" else ("cpu",) if kind == "cpu" else ()
-        return next((name for name in order if states()[name].works), "reference")
+        best: Backend = next((name for name in order if states()[name].works), "reference")
+        if order and best != order[0]:
+            _warn_if_unfit(order[0], states()[order[0]].reason, f"{best!r} runs in its place")
+        return best
     devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if _interpreted() else ("cuda",)}
     if kind not in devices.get(requested, (kind,)):
         raise RuntimeError(
@@ -85,6 +90,15 @@ def _resolve(chosen: Backend | Literal["auto"] | None, kind: str) -> Backend:
 
 
 _resolved = functools.cache(_resolve)
+
+
+@functools.cache
+def _warn_if_unfit(library: str, reason: str, instead: str) -> None:
+    """Warn, once, where a library that was built is not used."""
+    from faststeer import build
+
+    if reason.startswith(build.UNFIT):
+        warnings.warn(f"faststeer's compiled library {library!r} is not used, {instead}: {reason}", stacklevel=2)
 
 
 def warmup(hidden: int, dtype: torch.dtype, device: torch.device | str, operators: Collection[str]) -> None:
@@ -345,14 +359,22 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
         return None
     module = build.native()
     if module is None:
+        _warn_if_unfit("native", build.obstacle("native") or "", "so that calls cost the host more")
         return None
     library = ctypes.CDLL(str(build.library_path(backend)))
     return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
 
 
-def _has_tangent(argument: Any) -> bool:
-    is_real = isinstance(argument, Tensor) and argument.is_floating_point()
-    return is_real and forward_ad.unpack_dual(argument).tangent is not None
+def has_tangent(argument: Any) -> bool:
+    """Whether it is a tensor with a tangent (`torch.autograd.forward_ad`)."""
+    if forward_ad._current_level < 0 or not isinstance(argument, Tensor) or not argument.is_floating_point():
+        return False
+    return forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _only_reference_derives(arguments: tuple[Any, ...]) -> bool:
+    """Inside a transform of torch.func, and in forward mode, which there may be under `no_grad`, too."""
+    return _transforms() is not None or (forward_ad._current_level >= 0 and any(map(has_tangent, arguments)))
 
 
 def _run(
@@ -371,13 +393,11 @@ def _run(
         last = tables.scalars, 0 if probe is None else probe.shape[1]
     arguments = *first, *tables[:3], rows, gate_state, *last
     name = backend_of(first[0], backend)
-    # Under `no_grad`, too, tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`).
-    may_have_tangents = name != "reference" and not is_compiling() and forward_ad._current_level >= 0
-    if may_have_tangents and any(map(_has_tangent, arguments)):
+    if name != "reference" and not is_compiling() and _only_reference_derives(arguments):
         if _is_chosen(backend or _chosen):
             raise NotImplementedError(
-                f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent: use "
-                "faststeer.ops.backend('reference')"
+                f"{op}: the back end {name!r} has no forward-mode derivative, and none in torch.func: use "
+                "faststeer.ops.backend('reference'), or for a gradient torch.autograd.grad"
             )
         name = "reference"
     if name == "reference":

@@ -7,6 +7,8 @@ import json
 import pytest
 import results
 
+from faststeer import build, ops
+
 
 def log(path, settings=("a",), **options):
     return results.Log(path, {"settings": settings}, **options)
@@ -78,3 +80,27 @@ def test_a_case_may_say_its_own_seconds(tmp_path):
     first = log(tmp_path / "log")
     results.measure_in_turn(first, {"a": lambda: {"seconds": 7.0}}, 1)
     assert first.rows[0]["seconds"] == 7.0
+
+
+class TestTheBackEnd:
+    """A result says which back end ran, and the reference is not measured in place of the C++."""
+
+    def test_is_in_the_results_and_another_begins_a_log_anew(self, tmp_path, monkeypatch):
+        log(tmp_path / "log").add({"case": "a"})
+        results.write("x", [{"case": "a"}], tmp_path)
+        assert json.loads((tmp_path / "x.machine.json").read_text())["back_end"] == "cpu"
+        monkeypatch.setenv("FASTSTEER_BACKEND", "reference")
+        monkeypatch.setattr(ops, "backend_for", lambda device: "reference")
+        assert log(tmp_path / "log").rows == [] and results.machine()["back_end"] == "reference"
+
+    @pytest.mark.parametrize("missing", ["cpu", "native"])
+    def test_the_reference_is_refused_with_what_to_do(self, tmp_path, monkeypatch, missing):
+        monkeypatch.delenv("FASTSTEER_BACKEND", raising=False)
+        monkeypatch.setattr(build, "digest", lambda name: "other")
+        if missing == "cpu":
+            monkeypatch.setattr(ops, "backend_for", lambda device: "reference")
+            monkeypatch.setattr(ops, "states", lambda: {"cpu": ops.BackendState(False, build.obstacle("cpu"))})
+        for measure in (lambda: log(tmp_path / "log"), lambda: results.write("x", [], tmp_path)):
+            with pytest.raises(SystemExit, match=r"sources than these: python -m faststeer\.build cpu; FASTSTEER_BACK"):
+                measure()
+        assert list(tmp_path.iterdir()) == []

@@ -487,7 +487,7 @@ def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=f"of {2**45} rows of 32 tokens do not fit into memory: .* max_batch"):
         engine("llama", max_batch=2**45)
     monkeypatch.setattr(RowCache, "allocate", allocate)
-    with pytest.raises(ValueError, match="of 3 rows of 32 tokens do not fit into memory: .* max_batch"):
+    with pytest.raises(ValueError, match=r"of 3 rows of 32 tokens do not fit into memory: .* max_batch"):
         engine("llama")
 
 

@@ -235,6 +235,25 @@ def test_requests_are_added_one_by_one():
     assert_same([answer(outputs[name]) for name in names], expected)
 
 
+def test_a_manager_that_runs_long_forgets_requests_that_have_ended():
+    """Also where a name is used again: its prompt and its decision are its own."""
+    model, plan = build(), latched(0)
+    expected = alone(model, [plan] * len(PROMPTS))
+    with fs.steer(model, plan):
+        manager = started(model)
+        requests, held = manager.add_request.__self__, []
+        for wave in range(20):
+            turned = PROMPTS[wave % 5 :] + PROMPTS[: wave % 5]
+            for name, prompt in enumerate(turned):
+                manager.add_request(prompt, request_id=f"mine {name}" if wave % 2 else None)
+            outputs = collect(manager, 5)
+            want = [expected[PROMPTS.index(each.prompt_ids)] for each in outputs.values()]
+            assert_same([answer(each) for each in outputs.values()], want)
+            held.append((len(requests._prompts), len(requests._sequences) + len(requests._free)))
+        manager.stop()
+    assert max(held) <= (10, 10) and requests.capacity == 64, "those of a wave, and of the one before"
+
+
 def test_plans_change_while_requests_run():
     """A request that keeps its plan keeps what its latched gate decided. A new gate, which has not seen the prompt,
     stays undecided: as with `generate`, from the change on its request is not steered."""

@@ -278,6 +278,19 @@ class TestContexts:
             for layer in model.model.layers:
                 layer.post_attention_layernorm.variance_epsilon = 0.5
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_an_eps_that_is_changed_inside_is_seen(self, model, ids, compiled):
+        norms = [each for name, each in model.named_modules() if name.endswith("norm")]
+        assert len(norms) == 2 * len(model.model.layers) + 1
+        with fs.steer(model, self.plan, path="fused"):
+            run = torch.compile(model, backend="eager") if compiled else model
+            run(ids)
+            for norm in norms:
+                norm.variance_epsilon = 0.5
+            changed = logits(run, ids)
+        with fs.steer(model, self.plan, path="hooks"):
+            torch.testing.assert_close(changed, logits(model, ids), rtol=1e-4, atol=1e-5)
+
     def test_under_autocast(self, model, ids):
         """Branches in bf16, residual stream in fp32."""
         found = []

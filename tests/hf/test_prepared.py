@@ -134,14 +134,72 @@ def test_forward_mode_derivatives_are_those_of_a_hook(path, gradients, quick):
     assert not quick
 
 
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_torch_func_derives_by_states_and_weights_as_of_a_hook(path, quick):
+    model = models.build("llama", attn_implementation="eager")
+    weights = {name: p.detach() for name, p in model.named_parameters() if "layers.0" in name}
+    x, w = model.get_input_embeddings()(models.tokens(2, 5)).detach(), W / W.norm()
+
+    def loss(x, weights):
+        output = torch.func.functional_call(model, weights, (), {"inputs_embeds": x, "use_cache": False})
+        return output.logits.square().sum()
+
+    tracked = [x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in weights.values())]
+    with model.model.layers[0].register_forward_hook(lambda module, args, output: output - (output @ w)[..., None] * w):
+        of_hook = torch.autograd.grad(loss(tracked[0], dict(zip(weights, tracked[1:], strict=True))), tracked)
+    with fs.steer(model, fs.Plan([fs.Ablate(W, layers=0, at="resid_post")]), path=path):
+        of_grad = torch.func.grad(loss, (0, 1))(x, weights)
+        of_vjp = torch.func.vjp(loss, x, weights)[1](torch.tensor(1.0))
+    for by_x, by_weights in (of_grad, of_vjp):
+        torch.testing.assert_close((by_x, *by_weights.values()), of_hook, rtol=1e-4, atol=1e-4)
+    assert not quick
+
+
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_derivatives_along_a_vector_and_a_coefficient_are_those_of_a_hook(path, trained):
+    """A tangent is not dropped where nothing requires a gradient besides."""
+    model, ids = models.build("llama", attn_implementation="eager"), models.tokens(2, 5)
+    values = V.clone().requires_grad_(trained), torch.tensor(0.7, requires_grad=trained)
+    tangents = torch.randn(len(V), generator=torch.Generator().manual_seed(0)), torch.tensor(-0.3)
+
+    def hooked(v, c):
+        with model.model.layers[0].register_forward_hook(lambda module, args, output: output + c * v):
+            return model(ids, use_cache=False).logits
+
+    def steered(v, c):
+        with fs.steer(model, fs.Plan([fs.Add(v, c, layers=0, at="resid_post")]), path=path):
+            return model(ids, use_cache=False).logits
+
+    for v, c in ((values[0], 0.7), (V, values[1]), values):
+        duals = [(x, t) for x, t in zip((v, c), tangents, strict=True) if any(x is y for y in values)]
+
+        def along(run, v=v, c=c, duals=duals):
+            with forward_ad.dual_level():
+                dual = {id(x): forward_ad.make_dual(x, t) for x, t in duals}
+                return forward_ad.unpack_dual(run(dual.get(id(v), v), dual.get(id(c), c))).tangent
+
+        torch.testing.assert_close(along(steered), along(hooked), rtol=1e-4, atol=1e-4)
+    expected, of_func = (torch.func.jvp(run, values, tangents)[1] for run in (hooked, steered))
+    torch.testing.assert_close(of_func, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(ops.backend_for("cpu") != "cpu", reason="of a compiled back end")
-def test_a_back_end_without_forward_mode_refuses_a_tangent():
+@pytest.mark.parametrize("of_func", [False, True], ids=["forward mode", "torch.func"])
+def test_a_back_end_without_such_a_derivative_refuses_it(of_func):
     model = models.build("llama", attn_implementation="eager")
     x = model.get_input_embeddings()(models.tokens(2, 5)).detach()
     plan = fs.Plan([fs.Add(V, 0.7, layers="all")])
-    refused = pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*backend\('reference'\)")
-    with ops.backend("cpu"), torch.no_grad(), forward_ad.dual_level(), fs.steer(model, plan, path="hooks"), refused:
-        model(inputs_embeds=forward_ad.make_dual(x, x), use_cache=False)
+
+    def loss(x):
+        return model(inputs_embeds=x, use_cache=False).logits.sum()
+
+    refused = pytest.raises(NotImplementedError, match=r"no forward-mode .*torch\.func: use .*backend\('reference'\)")
+    with ops.backend("cpu"), fs.steer(model, plan, path="hooks"), refused:
+        if of_func:
+            torch.func.grad(loss)(x)
+        with torch.no_grad(), forward_ad.dual_level():
+            loss(forward_ad.make_dual(x, x))
 
 
 def test_threads_are_served_each_their_own_rows():

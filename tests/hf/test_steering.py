@@ -207,6 +207,16 @@ def test_set_prompt_takes_numbers_of_columns(model, columns):
         steering.set_prompt(columns)
 
 
+def test_plans_from_an_iterator(model, ids):
+    plan = fs.Plan([fs.Add(d(), 2.0, layers=0)])
+    with fs.steer(model, [plan, None, plan]):
+        expected = logits(model, ids)
+    with fs.steer(model, iter([None, None, plan])) as steering:
+        assert not torch.equal(logits(model, ids), expected)
+        steering.assign(iter([plan, None, plan]))
+        assert torch.equal(logits(model, ids), expected)
+
+
 def test_what_is_no_capacity(model):
     with pytest.raises(TypeError, match=r"capacity is a int: expected faststeer\.Capacity"):
         fs.steer(model, fs.Plan(), capacity=5)

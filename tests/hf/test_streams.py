@@ -342,6 +342,32 @@ def test_a_mask_of_four_dimensions(kind, broadcast, model):
     assert columns.passes == [[[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("bias", [0, -50, -100])
+def test_a_mask_of_four_dimensions_with_biases(dtype, bias):
+    """Biases, as ALiBi has, leave a token visible. Integers are added to the scores, too."""
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    mask = torch.full((2, 1, 5, 5), bias, dtype=dtype).masked_fill(~real[:, None, None, :], -10_000)
+    model, ids = models.build("llama", attn_implementation="eager"), models.tokens(2, 5)
+    columns = steered(model, model, plan("last"), lambda _: model(ids, attention_mask=mask, use_cache=False))
+    assert columns.passes == [[[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]]
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.5, -101.0, -999.0, float("nan"), float("inf")])
+def test_a_mask_that_says_neither_visible_nor_hidden_is_refused(value):
+    model, ids = models.build("llama", attn_implementation="eager"), models.tokens(2, 5)
+    mask = torch.zeros(2, 1, 5, 5, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+    mask[1, 0, 2, 2] = value
+    with torch.no_grad():
+        with fs.steer(model, plan("last")) as steering:
+            with pytest.raises(ValueError, match=r"does not show where a prompt ends: .*set_prompt"):
+                model(ids, attention_mask=mask, use_cache=False)
+            steering.set_prompt(5)
+            model(ids, attention_mask=mask, use_cache=False)
+        with fs.steer(model, plan()):  # nobody asks
+            model(ids, attention_mask=mask, use_cache=False)
+
+
 # Threads --------------------------------------------------------------------------------------------------------------
 
 

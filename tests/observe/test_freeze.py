@@ -294,6 +294,10 @@ def test_bad_input_is_refused():
             observe.freeze(model, plan, "ov").__enter__()
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="num_beams is 3"):
         model.generate(**batch, max_new_tokens=2, num_beams=3)
+    with observe.freeze(model, plan, "ov"):
+        for run in (lambda: model.generate_batch([[1, 2]]), model.init_continuous_batching):
+            with pytest.raises(ValueError, match=r"runs each row twice.*model\.generate"):
+                run()
     filled = models.cache_of(model(input_ids=models.tokens(2, 5), use_cache=True))
     with observe.freeze(model, plan, "qk"), pytest.raises(ValueError, match="holds 2 rows, expected 4"):
         model(input_ids=models.tokens(2, 1), **models.cached(model, filled))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from placing import moved, numbers_of, placed
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 
-from faststeer import ops
+from faststeer import build, ops
+from faststeer.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HIDDEN = (64, 111, 896, 2048, 3584, 4096, 8192, 16384)
@@ -43,6 +45,45 @@ class TestContract3:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_intervention_alone(self, backend, dtype, kind, hidden):
         check_ops(steered([[kind]], 7, hidden, DTYPES[dtype], "cpu", seed=1), backend)
+
+
+class TestALibraryThatIsNotUsed:
+    """`auto` says so where a library was built and another back end takes its place."""
+
+    @pytest.fixture(autouse=True)
+    def forgotten(self):
+        dispatch._warn_if_unfit.cache_clear()
+
+    def obstructed(self, monkeypatch, reason):
+        state = ops.BackendState(False, reason)
+        monkeypatch.setattr(dispatch, "states", lambda: {name: state for name in ("cpu", "cuda", "triton")})
+
+    def test_of_other_sources_is_told_once_with_the_command_that_mends_it(self, monkeypatch):
+        monkeypatch.setattr(build, "digest", lambda name: "other")
+        self.obstructed(monkeypatch, build.obstacle("cpu"))
+        with pytest.warns(UserWarning, match=r"'cpu' is not used, 'reference' .*: python -m faststeer.build cpu$"):
+            assert dispatch._resolve("auto", "cpu") == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch._resolve("auto", "cpu") == "reference"
+
+    def test_that_cannot_be_loaded_is_told(self, monkeypatch):
+        self.obstructed(monkeypatch, f"{build.UNFIT[1]}: no such symbol")
+        with pytest.warns(UserWarning, match="'cuda' is not used, 'reference' runs in its place: .*no such symbol"):
+            dispatch._resolve("auto", "cuda")
+
+    @pytest.mark.parametrize(("chosen", "reason"), [("auto", "not built: x"), ("reference", build.UNFIT[0])])
+    def test_nothing_is_told_where_none_was_built_or_the_reference_is_chosen(self, monkeypatch, chosen, reason):
+        self.obstructed(monkeypatch, reason)
+        monkeypatch.setattr(dispatch, "_checked", lambda name, source: name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert dispatch._resolve(chosen, "cpu") == "reference"
+
+    def test_the_module_beside_it_is_told_too(self, monkeypatch, backend):
+        monkeypatch.setattr(build, "digest", lambda name: "other")
+        with pytest.warns(UserWarning, match=r"'native' is not used, .* host more: .*python -m faststeer.build cpu$"):
+            assert dispatch._run_of.__wrapped__("cpu", "cpu") is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -256,6 +256,39 @@ class TestIdentities:
         assert ((kept.double().norm(dim=1) - x.double().norm(dim=1)).abs().unsqueeze(1) <= 4 * rounding(x)).all()
 
 
+@pytest.mark.parametrize("hidden", [33, 16384])
+@pytest.mark.parametrize("norm", [1e-15, 1e19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+class TestRange:
+    """What squares a row in fp32 is right at both ends of the range that the docstrings name."""
+
+    def rows(self, hidden, norm, dtype):
+        rows = randn(1, 4, hidden).double()
+        return (rows * norm / rows.norm(dim=1, keepdim=True)).to(dtype)
+
+    def test_the_norm_is_kept(self, hidden, norm, dtype):
+        x, v = self.rows(hidden, norm, dtype), randn(2, hidden)
+        add = fs.Add(v / v.norm(), 0.5 * norm, keep_norm=True, **HERE)
+        for plan in (add, fs.Ablate(v, keep_norm=True, **HERE), fs.Rotate(v, randn(3, hidden), 40.0, **HERE)):
+            change = apply(x, plan).double().norm(dim=1) / x.double().norm(dim=1) - 1
+            assert (change.abs() <= 4 * torch.finfo(dtype).eps).all()
+
+    def test_beyond_nothing_looks_right(self, hidden, norm, dtype):
+        x, v = self.rows(hidden, norm, dtype) * (1e-10 if norm < 1 else 10), randn(2, hidden)
+        for coefficient in (1.0, 1e20):
+            result = apply(x, fs.Add(v / v.norm(), coefficient, keep_norm=True, **HERE))
+            assert not (result.isfinite() & (result != 0)).any()
+        own = fs.Gate(x[0].float(), 0.0, kind="cosine")
+        assert torch.equal(apply(x, fs.Add(v, when=own, **HERE)), x)
+
+    @pytest.mark.parametrize("threshold", [0.49, 0.51])
+    def test_a_cosine_is_compared(self, hidden, norm, dtype, threshold):
+        d, other = torch.linalg.qr(randn(4, hidden, 2))[0].T
+        x = (norm * (0.5 * d + 0.75**0.5 * other)).to(dtype).unsqueeze(0)  # bf16 leaves the cosine within 0.004 of 0.5
+        changed = apply(x, fs.Ablate(d, when=fs.Gate(d, threshold, kind="cosine"), **HERE)) != x
+        assert bool(changed.any()) == (threshold < 0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 class TestUntouched:
     """Contract 1: a row that nothing acts on comes out with the bits it went in."""
