@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,7 +46,6 @@ class EngineBatch:
         self.linears = FastLinears(model)  # what passes are to run in
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
-        self._windows = _windows(model.config)
         self._cache_argument = cache_argument(model)
 
     @torch.inference_mode()
@@ -128,7 +128,7 @@ class EngineBatch:
         dtype = self.cache.dtype
         behind = column.unsqueeze(1) - torch.arange(width, device=self.device)
         masks = {}
-        for kind, window in self._windows.items():
+        for kind, window in windows(self.model.config).items():
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             least = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             masks[kind] = least.masked_fill_(~seen, torch.finfo(dtype).min).view(-1, 1, 1, width)
@@ -202,8 +202,10 @@ def _only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[Callable[[T
     `[rows, vocabulary]`. Where the model does not call it with the hidden states, all are computed and these taken."""
     unembedding: Any = model.get_output_embeddings()  # type: ignore[operator]
 
+    thread = get_ident()  # another one's pass may be under way
+
     def at_columns(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = args[0] if args else None
+        x = args[0] if args and get_ident() == thread else None
         return (x[row, column].unsqueeze(1), *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 else None
 
     def logits_of(logits: Tensor) -> Tensor:
@@ -215,7 +217,7 @@ def _only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[Callable[[T
         yield logits_of
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def windows(config: Any) -> dict[str, int | None]:
     """The kinds of attention that need masks, by the name under which the model looks for them ("" where it takes one
     mask), and the window of each."""
     text = config.get_text_config()

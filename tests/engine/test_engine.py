@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import pickle
+import threading
 
 import models
 import numpy as np
@@ -819,7 +820,7 @@ def test_windows_are_tried_on_both_sides(monkeypatch):
     assert tokens(engine(model).generate(prompts((20, 3)), max_new_tokens=8)) == [
         generated(model, prompt, None, 8) for prompt in prompts((20, 3))
     ]
-    monkeypatch.setattr(batch, "_windows", lambda config: {"": None})
+    monkeypatch.setattr(batch, "windows", lambda config: {"": None})
     with pytest.raises(ValueError, match=r"sequences of 12, 3, 10 tokens together.*max_length=9"):
         engine(model)
 
@@ -842,6 +843,39 @@ def test_nobody_else_runs_the_model_meanwhile(name, steered):
     expected = [generated(models.model(name), p, plans, n) for p, n in zip(prompts(), LIMITS, strict=True)]
     assert tokens([*found, *running]) == expected == tokens(other.generate(prompts(), plans, max_new_tokens=LIMITS))
     assert torch.equal(model(models.tokens(2, 5)).logits, models.model(name)(models.tokens(2, 5)).logits)
+
+
+def test_another_thread_does_not_run_the_model_meanwhile():
+    """Not in the middle of a pass, either; where it calls the unembedding itself, it gets all that it asks for."""
+    model = models.build("llama")
+    made, seen, states = engine(model), [], torch.randn(2, 5, models.HIDDEN)
+
+    def run(rows):
+        try:
+            seen.append(model.lm_head(states).shape)
+            model(models.tokens(*rows))
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    def elsewhere(module, args, output):
+        if len(seen) < 8 and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=run, args=(output.shape[:2],))
+            thread.start()
+            thread.join()
+
+    with torch.no_grad():
+        model.model.layers[0].mlp.register_forward_hook(elsewhere)
+        found = tokens(made.generate(prompts(), plan("llama"), max_new_tokens=3))
+    assert seen[::2] == [(2, 5, models.VOCAB)] * 4 and all("in another thread" in text for text in seen[1::2])
+    assert found == [generated(models.model("llama"), p, plan("llama"), 3) for p in prompts()]
+
+
+def test_a_window_that_is_changed_is_heeded():
+    model = models.build("mistral", sliding_window=8)
+    made, long = engine(model), prompts((20,))
+    wide = tokens(made.generate(long, max_new_tokens=6))
+    model.config.sliding_window = 4
+    assert wide != tokens(made.generate(long, max_new_tokens=6)) == [generated(model, long[0], None, 6)]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
