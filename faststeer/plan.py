@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from faststeer import tensor_files
 from faststeer.files import UNREADABLE, FormatError, read_json, read_text, reading, write_atomically
@@ -87,8 +86,8 @@ class Plan:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for equal plans, hashable, and without the directions themselves, of which it holds digests. A digest
-        is computed again when torch has counted a change in place (not one through `.data` or NumPy)."""
+        """Equal for equal plans, hashable, and without the directions themselves, of which it holds digests of their
+        present values."""
         return tuple(map(_key, self.interventions))
 
     @property
@@ -207,18 +206,9 @@ def _as_plan(plan: object, what: str) -> Plan | None:
     raise TypeError(f"{what} is a {type(plan).__name__}: expected a Plan, an intervention, or None")
 
 
-_digests = WeakTensorKeyDictionary()  # tensor -> (its version and address, its digest)
-
-
 def _digest(tensor: Tensor) -> bytes:
-    # Tensors made in inference mode count no versions.
-    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
-    before, digest = _digests.get(tensor, (None, b""))
-    if state is None or state != before:
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        digest = hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
-        _digests[tensor] = state, digest
-    return digest
+    values = tensor.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.blake2b(values.numpy(), digest_size=16).digest()  # type: ignore[arg-type]
 
 
 def _key(item: Any) -> Any:

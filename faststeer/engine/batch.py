@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,7 +46,6 @@ class EngineBatch:
         self.linears = FastLinears(model)  # what passes are to run in
         self.probes: list[int] = []  # sites
         self.projections = torch.zeros(0)  # [rows, sites, length, k]
-        self._windows = _windows(model.config)
         self._cache_argument = cache_argument(model)
 
     @torch.inference_mode()
@@ -114,9 +114,12 @@ class EngineBatch:
 
     def _forward(self, tokens: Tensor, position: Tensor, masks: Any) -> Tensor:
         of_cache = {self._cache_argument: self.cache}
-        return self.model(
-            input_ids=tokens, position_ids=position, attention_mask=masks, use_cache=True, **of_cache
-        ).logits
+        try:
+            return self.model(
+                input_ids=tokens, position_ids=position, attention_mask=masks, use_cache=True, **of_cache
+            ).logits
+        finally:
+            self._place(self.int[:, :0])  # a pass of somebody else's meanwhile has rows of its own
 
     def _masks(self, column: Tensor, width: int) -> Any:
         """What a step's tokens may look at, as the model wants it: 0 or the least number, `[rows, 1, 1, width]`; a
@@ -125,7 +128,7 @@ class EngineBatch:
         dtype = self.cache.dtype
         behind = column.unsqueeze(1) - torch.arange(width, device=self.device)
         masks = {}
-        for kind, window in self._windows.items():
+        for kind, window in windows(self.model.config).items():
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             least = torch.zeros(seen.shape, dtype=dtype, device=self.device)
             masks[kind] = least.masked_fill_(~seen, torch.finfo(dtype).min).view(-1, 1, 1, width)
@@ -176,7 +179,7 @@ class EngineBatch:
         """Keep what the first k probe columns of these sites see, for every row and token; none for no sites."""
         shape = (self.rows, len(sites), self.length, k)
         if self.projections.shape != (shape if sites else (0,)):
-            self.projections = torch.zeros(shape, device=self.device) if sites else torch.zeros(0)
+            self.projections = torch.zeros(shape, dtype=torch.float32, device=self.device) if sites else torch.zeros(0)
         self.probes = sites
 
     @torch.inference_mode()
@@ -199,8 +202,10 @@ def _only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[Callable[[T
     `[rows, vocabulary]`. Where the model does not call it with the hidden states, all are computed and these taken."""
     unembedding: Any = model.get_output_embeddings()  # type: ignore[operator]
 
+    thread = get_ident()  # another one's pass may be under way
+
     def at_columns(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = args[0] if args else None
+        x = args[0] if args and get_ident() == thread else None
         return (x[row, column].unsqueeze(1), *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 else None
 
     def logits_of(logits: Tensor) -> Tensor:
@@ -212,7 +217,7 @@ def _only(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[Callable[[T
         yield logits_of
 
 
-def _windows(config: Any) -> dict[str, int | None]:
+def windows(config: Any) -> dict[str, int | None]:
     """The kinds of attention that need masks, by the name under which the model looks for them ("" where it takes one
     mask), and the window of each."""
     text = config.get_text_config()

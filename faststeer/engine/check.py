@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from faststeer.engine.requests import Request
 from faststeer.hf import Steering
 from faststeer.hf.fused import WRONG_CALL
 
+NO_MEMORY = "DefaultCPUAllocator"  # in the RuntimeError that PyTorch raises on a CPU
 # Settings of a model whose value is a number of tokens from which on it computes otherwise.
 EDGES = re.compile(r"window|chunk|original_max_position")
 
@@ -26,7 +26,7 @@ def vocabulary(model: Any) -> int:
 
 
 @torch.inference_mode()
-def check_logits(batch: EngineBatch, steering: Steering | None) -> None:
+def check_logits(batch: EngineBatch, steering: Steering) -> None:
     """Sequences of different lengths, each read but for its last token, and that: short ones, and for every window and
     switch-over length that the config names and rows can reach, one that ends in front of it, one that crosses it and
     one behind it, together. `steering`: what passes run in, whatever the plans.
@@ -52,14 +52,14 @@ def _edges(config: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _check(batch: EngineBatch, steering: Steering | None, sizes: list[int], remedy: str) -> None:
+def _check(batch: EngineBatch, steering: Steering, sizes: list[int], remedy: str) -> None:
     words, name = vocabulary(batch.model), type(batch.model).__name__
     ids = [[(7 * row + 3 * i + 1) % words for i in range(size)] for row, size in enumerate(sizes)]
     ids = [row[: batch.length] for row in ids[: batch.rows]]
-    requests = [Request(row, prompt[:-1], None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
+    requests = [Request(row, prompt[:-1], None, None, 1, 0.0, 0, 1.0, 0) for row, prompt in enumerate(ids)]
     try:
         alone = [_alone(batch, row) for row in ids]
-        with steering or nullcontext(), batch.linears:
+        with steering, batch.linears:
             batch.steering = steering
             logits = [batch.read_prompts(requests, 0)]
             batch.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(batch.device)
@@ -67,6 +67,8 @@ def _check(batch: EngineBatch, steering: Steering | None, sizes: list[int], reme
     except torch.OutOfMemoryError:
         raise
     except WRONG_CALL as error:
+        if NO_MEMORY in str(error):
+            raise
         raise ValueError(f"{name} cannot be run by the Engine ({error}): use model.generate") from error
     finally:
         batch.steering = None

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from rich.console import Console
@@ -23,9 +23,10 @@ from torch import nn
 from faststeer import ops
 from faststeer.compile import Need, compile_plan
 from faststeer.engine.batch import EngineBatch
-from faststeer.engine.check import check_logits, vocabulary
+from faststeer.engine.check import NO_MEMORY, check_logits, vocabulary
 from faststeer.engine.graphs import EagerSteps, Graphs, Steps
 from faststeer.engine.requests import (
+    TOP_K,
     Request,
     Stops,
     per_request,
@@ -44,6 +45,8 @@ from faststeer.intervention import Direction, Probe
 from faststeer.plan import Plan, Plans
 from faststeer.program import Capacity, SlotPool
 from faststeer.vector import SteeringVector, whole_number
+
+ALONE = "an Engine generates with this model: exhaust or close its iterator before the model is steered elsewhere"
 
 
 class Engine:
@@ -112,20 +115,33 @@ class Engine:
 
     def _steering_of(self, capacity: Capacity) -> Steering:
         if self._frozen is None:
-            return steer(self.model, Plan(), capacity=capacity)
-        return frozen_steering(self.model, Plan(), self._frozen, capacity=capacity)
+            steering = steer(self.model, Plan(), capacity=capacity)
+        else:
+            steering = frozen_steering(self.model, Plan(), self._frozen, capacity=capacity)
+        steering.alone = ALONE
+        return steering
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("an Engine cannot be copied or pickled: copy the model, and make another Engine of it")
 
     def _fitting(self, model: nn.Module, rows: int, length: int) -> EngineBatch:
         """Rows and their cache, checked; half as many until they fit into memory."""
         while True:
             try:
                 batch = EngineBatch(model, rows, length, self._frozen is not None)
-                check_logits(batch, self._steering if self._frozen or self._steering.path == "fused" else None)
+                check_logits(batch, self._steering)
                 return batch
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
                 rows //= 2
+            except RuntimeError as error:
+                if NO_MEMORY not in str(error):
+                    raise
+                raise ValueError(
+                    f"keys and values of {rows} rows of {length} tokens do not fit into memory: make the Engine with a "
+                    "smaller max_batch or max_length"
+                ) from error
 
     @property
     def max_batch(self) -> int:
@@ -244,10 +260,11 @@ class Engine:
         probes = _probe(probe, self._points.n_layers)
         listed = {id(plan): plan for plan in _watched(read_plans(plans, n), probes)}
         temperature = per_request(temperature, 1, "temperature", 0.0, 1e6)[0]
-        top_k, top_p = per_request(top_k, 1, "top_k", 0)[0], per_request(top_p, 1, "top_p", 1e-9, 1.0)[0]
+        top_k, top_p = per_request(top_k, 1, "top_k", 0, TOP_K)[0], per_request(top_p, 1, "top_p", 1e-9, 1.0)[0]
         limit = min(2, self.max_length - 1)
         requests = [
-            Request(i, [0], plan, limit, temperature, top_k, top_p, 0) for i, plan in enumerate(listed.values())
+            Request(i, [0], plan, plan and plan.key, limit, temperature, top_k, top_p, 0)
+            for i, plan in enumerate(listed.values())
         ]
         self._make_room([request.plan for request in requests])
         ops.warmup(
@@ -256,13 +273,13 @@ class Engine:
             self._batch.device,
             ("steer", "add_steer", "add_steer_rmsnorm", "latch_"),
         )
-        with changing() as changes, self._context(requests) as steering, self._batch.linears:
+        with changing() as changes, self._steering, self._batch.linears:
             # What goes wrong under a plan is told again where it is asked for.
-            deque(self._begin(changes, steering, requests, Stops(self.tokenizer, (), ()), probes).completions(), 0)
+            deque(self._begin(changes, requests, Stops(self.tokenizer, (), ()), probes).completions(), 0)
             self._steps.warm_up(requests[0].mode)
 
-    def _make_room(self, plans: Sequence[Plan | None]) -> Steering:
-        """A steering that holds as many of these plans as can be live together."""
+    def _make_room(self, plans: Sequence[Plan | None]) -> None:
+        """Make a steering that holds as many of these plans as can be live together."""
         needs: dict[int, Need] = {}
         for i, plan in enumerate(plans):
             if plan is None or id(plan) in needs:
@@ -286,14 +303,19 @@ class Engine:
             self._steering = self._steering_of(Capacity(*map(max, needed, have)))
             self._slots = SlotPool(self._steering.change, self._steering.loaded)
             self._capacity = self._steering.capacity
-        return self._steering
 
     def _check_free(self) -> None:
         if self._busy:
             raise RuntimeError("this engine is generating already: exhaust or close the other iterator first")
         if is_steered(self.model):
-            raise RuntimeError("the model is being steered: leave that context and give plans= to generate")
+            raise RuntimeError(
+                "the model is being steered: leave that context and give plans= to generate; if it is another Engine "
+                "that generates with this model, exhaust or close its iterator first"
+            )
         check_evaluating(self.model)
+        _check_model(self.model)
+        if find_hook_points(self.model) != self._points:
+            raise RuntimeError("the model's layers have changed since this Engine was made: make another one")
         weight: Any = self.model.get_input_embeddings().weight  # type: ignore[operator]
         if (weight.dtype, weight.device) != (self._batch.dtype, self._batch.device):
             raise RuntimeError(
@@ -309,11 +331,11 @@ class Engine:
         following = 0
         with (
             changing() as changes,
-            self._context(requests) as steering,
+            self._steering,
             self._batch.linears,
             _Bar(len(requests)) if shown else nullcontext() as advance,
         ):
-            run = self._begin(changes, steering, requests, stops, probes)
+            run = self._begin(changes, requests, stops, probes)
             try:
                 for completion in run.completions():
                     if advance is not None:
@@ -329,18 +351,8 @@ class Engine:
                 yield from (held[index] for index in sorted(held))
                 raise
 
-    def _context(self, requests: Sequence[Request]) -> Any:
-        """What their passes run in: a context that gives the steering, or None where nothing is steered."""
-        planned = any(request.plan is not None for request in requests)
-        return self._steering if self._frozen or planned or self._steering.path == "fused" else nullcontext()
-
     def _begin(
-        self,
-        changes: Changes,
-        steering: Steering | None,
-        requests: Sequence[Request],
-        stops: Stops,
-        probes: Sequence[Probe],
+        self, changes: Changes, requests: Sequence[Request], stops: Stops, probes: Sequence[Probe]
     ) -> GenerateJob:
         """A run of these requests, until `changes` are undone."""
         changes.on_undo(setattr, self, "_busy", False)
@@ -349,7 +361,7 @@ class Engine:
             self._steering.change({})
         run = GenerateJob(self._batch, self._steps, self._ahead, self._steering, self._slots, requests, stops)
         changes.on_undo(run.close)
-        self._batch.steering = steering
+        self._batch.steering = self._steering
         entries = compile_plan(Plan(probes), self._points.n_layers, self._points.hidden_size)
         sites = [entry.site for entry in entries]
         self._batch.watch(sites, entries[0].basis.shape[0] if entries else 0)
@@ -407,6 +419,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _check_model(model: Any) -> None:
+    """Raise ValueError for a model that the Engine cannot run as it is now."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in {device.type for device in devices}:
         raise ValueError(
@@ -418,4 +431,9 @@ def _check_model(model: Any) -> None:
         raise ValueError(
             f'the model\'s attention is {attention!r}: the Engine needs "sdpa" (or "eager"); load the model with '
             'attn_implementation="sdpa"'
+        )
+    if torch.is_autocast_enabled(next(iter(devices)).type):
+        raise ValueError(
+            "torch.autocast is on: the Engine keeps keys and values in the model's own dtype; leave autocast, and load "
+            "the model in the dtype that it is to run in"
         )

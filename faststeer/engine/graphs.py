@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from faststeer.engine.batch import EngineBatch
+from faststeer.engine.batch import EngineBatch, windows
 from faststeer.engine.sampling import Mode
 from faststeer.ops import backend_for
 
@@ -192,7 +192,7 @@ class Graphs:
             "the steering": None if steering is None else (steering, steering.fingerprint),
             "the probes": (batch.projections.data_ptr(), tuple(batch.probes)),
             "the back end": backend_for(batch.device),
-            "autocast": (torch.is_autocast_enabled(batch.device.type), torch.get_autocast_dtype(batch.device.type)),
+            "the windows": windows(batch.model.config),
             **model_constants(batch.model),
         }
 

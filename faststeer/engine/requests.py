@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from faststeer.plan import Plan, Plans, plans_for
 from faststeer.vector import whole_number
 
 T = TypeVar("T", int, float)
+TOP_K = 2**63 - 1  # at most
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Request:
     index: int
     prompt: list[int]
     plan: Plan | None
+    key: Hashable  # the plan's, as it was when it was asked for
     limit: int  # new tokens at most
     temperature: float
     top_k: int
@@ -139,14 +141,14 @@ def read_plans(plans: Plans | None, n: int) -> list[Plan | None]:
     """
     listed = plans_for(n, plans)
     one_of: dict[int, Plan] = {}
-    equal: dict[Plan, Plan] = {}
+    equal: dict[Hashable, Plan] = {}
     for i, plan in enumerate(listed):
         if plan is not None and id(plan) not in one_of:
             if any(intervention.probe for intervention in plan):
                 raise ValueError(
                     f"plans[{i}] has probes of its own, which nobody would see: use generate(..., probe=...)"
                 )
-            one_of[id(plan)] = equal.setdefault(plan, plan)
+            one_of[id(plan)] = equal.setdefault(plan.key, plan)
     return [None if plan is None else one_of[id(plan)] for plan in listed]
 
 
@@ -180,12 +182,14 @@ def read_requests(
 ) -> list[Request]:
     """A request for each prompt, its numbers checked. Raises ValueError for numbers that cannot be drawn with."""
     n = len(encoded)
+    keys = {id(plan): plan.key for plan in plans if plan is not None}
     columns = (
         encoded,
         plans,
+        [keys.get(id(plan)) for plan in plans],
         per_request(sampling.max_new_tokens, n, "max_new_tokens", 1),
         per_request(sampling.temperature, n, "temperature", 0.0, 1e6),
-        per_request(sampling.top_k, n, "top_k", 0),
+        per_request(sampling.top_k, n, "top_k", 0, TOP_K),
         per_request(sampling.top_p, n, "top_p", 1e-9, 1.0),
         read_seeds(sampling.seed, n),
     )

@@ -6,8 +6,9 @@ The host never waits for a step but to read its tokens, on a GPU one step later.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from faststeer.hf import Steering
 from faststeer.ops.tables import POSITION_MIN
 from faststeer.program import SlotPool
 
+T = TypeVar("T")
 # Of a prefill: tokens of padding that cost less than another pass (the demo model on a CPU), and tokens.
 PADDING, PREFILL = 256, 16384
 REFILL = 8  # this part of the rows must be free before a prefill interrupts the others
@@ -51,8 +53,6 @@ class GenerateJob:
         self.batch, self.steps, self.ahead, self.stops = batch, steps, ahead, stops
         self.steering, self.slots = steering, slots
         self.queue = deque(requests)
-        plans = {id(request.plan): request.plan for request in requests if request.plan is not None}
-        self.keys = {number: plan.key for number, plan in plans.items()}  # by which `slots` knows them
         self.live: list[Request] = []  # by row
         self.rows = batch.rows  # fewer after running out of memory
         self.pending: deque[_Launched] = deque()
@@ -183,15 +183,18 @@ class GenerateJob:
     def _take_slot(self, request: Request) -> bool:
         """Give a request the slot of its plan; False: it must wait for one that others use."""
         if request.plan is not None:
-            key = self.keys[id(request.plan)]
-            if not self.slots.take({key: request.plan}):
+            if request.key not in self.slots.slots and request.plan.key != request.key:
+                raise ValueError(
+                    "its plan was changed in place after generate(...) was called: give it a copy of the vector"
+                )
+            if not self.slots.take({request.key: request.plan}):
                 return False
-            request.slot = self.slots.slots[key]
+            request.slot = self.slots.slots[request.key]
         return True
 
     def _leave_slot(self, request: Request) -> None:
         if request.slot >= 0:
-            self.slots.leave([self.keys[id(request.plan)]])
+            self.slots.leave([request.key])
             request.slot = -1
 
     # Tokens on the host
@@ -209,8 +212,8 @@ class GenerateJob:
     def _read(self, request: Request, token: int) -> Completion | None:
         """Take a request's next token; its completion, if that ends it."""
         if token < 0:
-            fault = "the logits hold NaN or infinity: is the steering too strong for the model's dtype?"
-            completion = self._finish(request, "error", ValueError(fault))
+            why = "is the steering too strong for the model's dtype?" if request.plan else "are its weights finite?"
+            completion = self._finish(request, "error", ValueError(f"the logits hold NaN or infinity: {why}"))
             lengths = [len(live.prompt) + live.launched - 1 for live in self.live]
             self.batch.wipe(lengths + [0] * (self.batch.rows - len(lengths)))
             return completion
@@ -218,8 +221,9 @@ class GenerateJob:
         if token in self.stops.tokens:
             return self._finish(request, "stop", stop_token=token)
         request.tokens.append(token)
-        if self.stops.found(request.tokens):
-            return self._finish(request, "stop", unread=1)
+        found, fault = _asked(self.stops.found, request.tokens)
+        if found or fault:
+            return self._finish(request, "error" if fault else "stop", fault, unread=1)
         if len(request.tokens) >= request.limit:
             return self._finish(request, "length", unread=1)
         return None
@@ -236,17 +240,24 @@ class GenerateJob:
         request.done = True
         if request in self.live:
             self._release(request)
-        try:
-            text = self.stops.text(request.tokens)
-        except TimeoutError:  # a signal handler's, not the tokenizer's
-            raise
-        except Exception as fault:  # the tokenizer's: this request's trouble alone
-            text, reason, error = "", "error", error or fault
+        text, fault = _asked(self.stops.text, request.tokens)
+        if fault:
+            reason, error = "error", error or fault
         seen = request.projections
         if seen is not None:
             seen = seen.cpu()[:, : len(request.prompt) + len(request.tokens) - unread]
             seen = seen.squeeze(2) if seen.shape[2] == 1 else seen
-        return Completion(request.index, text, request.tokens, request.prompt, seen, reason, error, stop_token)
+        return Completion(request.index, text or "", request.tokens, request.prompt, seen, reason, error, stop_token)
+
+
+def _asked(ask: Callable[[list[int]], T], tokens: list[int]) -> tuple[T | None, Exception | None]:
+    """What the tokenizer makes of a request's tokens; or its fault, which is this request's trouble alone."""
+    try:
+        return ask(tokens), None
+    except TimeoutError:  # a signal handler's, not the tokenizer's
+        raise
+    except Exception as fault:
+        return None, fault
 
 
 def _shared_prefixes(live: list[Request], admitted: list[Request]) -> list[tuple[list[Request], Request | None, int]]:

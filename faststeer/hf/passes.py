@@ -179,6 +179,7 @@ class Passes:
         self.prepared: Prepared | None = None
         self._n_layers, self._thread = n_layers, _Thread()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
+        self._giver = 0  # the thread that gave them, and alone may use them
         # By site, always the same functions.
         self.steer, self.add = functools.cache(self._steer), functools.cache(self._add)
 
@@ -207,6 +208,7 @@ class Passes:
 
     def give(self, rows: Tensor | None, n_sequences: int) -> None:
         """`Steering.set_rows`."""
+        self._giver = threading.get_ident()
         if rows is None:
             self._given = None
         elif self._given is None or self._given[2] != n_sequences:
@@ -252,10 +254,12 @@ class Passes:
         inputs = Inputs.of(given, traced)
         if self._given is not None:
             rows, stream, sequences = self._given
-            if rows.shape[1] != inputs.batch * inputs.length:
+            elsewhere = not traced and threading.get_ident() != self._giver
+            if elsewhere or rows.shape[1] != inputs.batch * inputs.length:
                 raise RuntimeError(
-                    f"set_rows was given {rows.shape[1]} rows, but the forward pass has {inputs.batch} x "
-                    f"{inputs.length} tokens"
+                    f"set_rows was given {rows.shape[1]} rows{' in another thread' * elsewhere}, but the forward pass "
+                    f"has {inputs.batch} x {inputs.length} tokens; while an Engine generates, nobody else runs its "
+                    "model: exhaust or close its iterator first"
                 )
             self._start(rows, inputs.batch, stream, sequences)
             return

@@ -102,6 +102,7 @@ class Steering(Context["Steering"]):
         points: where its hook points are.
         passes: the pass under way and what acts at each site.
         part: what acts beside it.
+        alone: what to say where the model is steered by another one as well; "" if it may be.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Steering(Context["Steering"]):
     ) -> None:
         finish_undoing()
         self.model, self.part, self._named, self._wanted = model, part, hook_points, _checked_path(path)
+        self.alone = part.alone if part else ""
         known = known_of(model)
         self.points = find_hook_points(model, hook_points, known)
         fusion = find_fusion(model, self.points, known)
@@ -189,7 +191,7 @@ class Steering(Context["Steering"]):
         """Attach everything to the model; for `with`, which undoes it."""
         self._check_model()
         part, owner = self.part, self.points.owner(self.model)
-        entry = register(changes, owner, part.alone if part else "")
+        entry = register(changes, owner, self.alone)
         why, self._first = self._why_hooks(), not is_changed(owner)
         if self._wanted == "fused" and why:
             raise RuntimeError(f"path='fused' was chosen, but the layers cannot be fused: {why}")

@@ -31,6 +31,10 @@ FULL = (
     "the server runs {} different plans for other requests, which is all that its setting max_plans has room for: ask "
     'again when some have ended, or start it with a larger max_plans, or with "when_full": "wait"'
 )
+IGNORED = (
+    "requests of this route have no field vllm_xargs, and the plan in it would be ignored: ask a route that has it, "
+    "such as /v1/completions (/inference/v1/generate takes the plan in extra_args of sampling_params)"
+)
 RESUMABLE = "a request whose prompt grows while it runs (resumable) cannot be steered: positions count from its end"
 BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for one token of one beam
 PROTOCOLS = ("vllm.entrypoints.openai.completion.protocol", "vllm.entrypoints.openai.chat_completion.protocol")
@@ -177,6 +181,24 @@ def wrap_responses() -> None:
     checked.faststeer = True  # type: ignore[attr-defined]
     serving._generate_with_builtin_tools = checked  # type: ignore[union-attr]
     serving.responses_stream_generator = streamed  # type: ignore[union-attr]
+
+
+def refuse_ignored_plans() -> None:
+    """vLLM drops fields that a route's requests do not have, /generative_scoring's vllm_xargs for one; a plan in them
+    is refused."""
+    serving = getattr(sys.modules.get("vllm.entrypoints.serve.engine.serving"), "BaseServing", None)
+    check = getattr(serving, "_check_model", None)  # which every route calls first, and may answer 400
+    if check is None or hasattr(check, "faststeer"):
+        return
+
+    @functools.wraps(check)
+    async def checked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if PAYLOAD_KEY in ((getattr(request, "model_extra", None) or {}).get("vllm_xargs") or ()):
+            return self.create_error_response(IGNORED)
+        return await check(self, request, *args, **kwargs)
+
+    checked.faststeer = True  # type: ignore[attr-defined]
+    serving._check_model = checked  # type: ignore[union-attr]
 
 
 def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: bool = False) -> Any:

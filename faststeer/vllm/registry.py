@@ -32,13 +32,15 @@ class Stamp(NamedTuple):
     """A file as it was when it was read."""
 
     path: Path
+    number: int  # of its inode: a file that takes its place has another
     modified: int  # ns
+    changed: int  # ns; nobody can set it
     size: int
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
         status = path.stat()
-        return cls(path, status.st_mtime_ns, status.st_size)
+        return cls(path, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
     def holds(self) -> bool:
         try:
@@ -48,6 +50,10 @@ class Stamp(NamedTuple):
 
 
 Item = TypeVar("Item")
+
+
+def _open(path: str, _: int) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 class Folder(Generic[Item]):
@@ -100,7 +106,7 @@ class Folder(Generic[Item]):
 
     def _bytes(self, path: Path, relative: str) -> bytes:
         # A pipe would block in open, a link could have been put there meanwhile.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{relative!r} is no plain file")

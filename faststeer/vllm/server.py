@@ -12,7 +12,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from faststeer.vllm.admission import learn_norms, refuse_beams, wrap_responses
+from faststeer.vllm.admission import learn_norms, refuse_beams, refuse_ignored_plans, wrap_responses
 from faststeer.vllm.switch import is_on
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def _with_routes(build: Any) -> Any:
     def build_app(args: Any, *more: Any, **named: Any) -> Any:
         app = build(args, *more, **named)
         refuse_beams()
+        refuse_ignored_plans()
         wrap_responses()
         if is_on(args):
             app.router.routes.extend(routes())

@@ -370,13 +370,16 @@ class Probes:
         del self._columns[request_id]
         self._bytes -= sum(values.nbytes for _, _, values in self._seen.pop(request_id))
 
-    def give(self, request_id: str) -> Packed | None:
-        """Everything seen for a request on this worker, which is forgotten with that; None if nothing was.
+    def give(self, request_id: str, sample: int = 0) -> Packed | None:
+        """Everything seen for one sample of a request on this worker, which is forgotten with that; None if nothing
+        was.
 
-        A request is known by the id that its answer has, or by the engine's own, which begins with it.
+        A request is known by the id that its answer has, or by the engine's own, which begins with it; each of several
+        samples is one of the engine's requests, which has its number in front.
         """
         self._receive(wait=True)
-        names = [own for own in self._columns if own == request_id or own.rpartition("-")[0] == request_id]
+        asked = {f"{sample}_{request_id}"} | ({request_id} if sample == 0 else set())
+        names = [own for own in self._columns if own in asked or own.rpartition("-")[0] in asked]
         if not names:
             return None
         packed = self._packed(names[0])
@@ -459,18 +462,23 @@ def attach(worker: Any, settings: ServerSettings) -> WorkerSteering:
 
     worker.load_model, worker.execute_model, worker.sample_tokens = load_model, execute_model, sample_tokens
     # What `collective_rpc` calls by name; the probes are made when the model is loaded.
-    worker.faststeer_projections = lambda request_id: steering.probes.give(request_id)
+    worker.faststeer_projections = lambda *asked: steering.probes.give(*asked)
     worker.faststeer_projections_of = lambda answer: steering.probes.of_answer(answer)
     worker.faststeer_norms = lambda: list(steering.norms.items())
     worker.faststeer = steering
     return steering
 
 
-def projections(llm: Any, request_id: str) -> Projections | None:
+def projections(llm: Any, request_id: str, sample: int = 0) -> Projections | None:
     """What a finished request's probes saw, as an `LLM` knows it: {"resid_pre.3": {"tokens": numbers of the tokens
     from the prompt's first, "values": one list per token}}; None where nothing was probed. It is given once.
 
     Of a resid_post, the name is that of the next layer's resid_pre, which is the same. The last token of the answer,
     which no pass has read, has no values.
+
+    Args:
+        llm: vLLM's.
+        request_id: of the answer.
+        sample: the number of one of the answer's outputs, where `SamplingParams(n=...)` asked for several.
     """
-    return merged(llm.collective_rpc("faststeer_projections", args=(request_id,)))
+    return merged(llm.collective_rpc("faststeer_projections", args=(request_id, sample)))

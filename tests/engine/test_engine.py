@@ -3,8 +3,11 @@ of one request in another; the model untouched afterwards; bad input named."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
+import threading
 
 import models
 import numpy as np
@@ -16,9 +19,11 @@ import faststeer as fs
 from faststeer.compile import orthonormal
 from faststeer.engine import batch, run
 from faststeer.engine.batch import EngineBatch
+from faststeer.engine.cache import RowCache
 from faststeer.hf import read
 
 ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
+V = models.direction(8)
 SOME = pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 
 
@@ -464,13 +469,27 @@ def test_a_row_that_held_nan_is_clean_for_the_next_request():
         assert found[i].token_ids == generated(models.model("llama"), asked[i], None, limits[i])
 
 
-def test_a_tokenizer_that_fails_fails_that_request_alone(monkeypatch):
+@pytest.mark.parametrize("stop", [(), "never"])
+def test_a_tokenizer_that_fails_fails_that_request_alone(stop):
+    """Also where each token is read for a stop string."""
     made = engine("llama")
-    decode = made.tokenizer.decode
-    made.tokenizer.decode = lambda ids, **k: 1 / 0 if len(ids) == 3 else decode(ids, **k)  # type: ignore[assignment]
-    found = list(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4]))
-    assert [c.finish_reason for c in found] == ["length", "error", "length"]
-    assert isinstance(found[1].error, ZeroDivisionError) and len(found[1].token_ids) == 3
+    expected = tokens(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4]))
+    decode, bad = made.tokenizer.decode, expected[1]
+    made.tokenizer.decode = lambda ids, **k: 1 / 0 if ids == bad else decode(ids, **k)  # type: ignore[assignment]
+    found = list(made.generate(prompts()[:3], max_new_tokens=[2, 3, 4], stop=stop))
+    assert [c.finish_reason for c in found] == ["length", "error", "length"] and tokens(found) == expected
+    assert isinstance(found[1].error, ZeroDivisionError) and found[1].text == ""
+
+
+def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
+    def allocate(*args):
+        torch.empty(2**50)
+
+    with pytest.raises(ValueError, match=f"of {2**45} rows of 32 tokens do not fit into memory: .* max_batch"):
+        engine("llama", max_batch=2**45)
+    monkeypatch.setattr(RowCache, "allocate", allocate)
+    with pytest.raises(ValueError, match=r"of 3 rows of 32 tokens do not fit into memory: .* max_batch"):
+        engine("llama")
 
 
 def test_progress_bar(capsys):
@@ -648,6 +667,7 @@ def test_projections_end_with_the_last_token_read():
         ({"prompts": [[3]], "temperature": math.nan}, "temperature is nan"),
         ({"prompts": [[3]], "top_p": [1.5]}, r"top_p\[0\] is 1.5"),
         ({"prompts": [[3]], "top_k": 2.5}, "top_k is 2.5"),
+        ({"prompts": [[3]], "top_k": 2**70}, "top_k is 1180591620717411303424: expected 0 to"),
         ({"prompts": [[3]], "seed": "x"}, "seed is 'x'"),
         ({"prompts": [[3]], "stop": ""}, "stop holds ''"),
         ({"prompts": [[3]], "stop": None}, "stop holds None"),
@@ -696,6 +716,39 @@ def test_a_model_that_was_cast_since_is_refused():
         RuntimeError, match=r"in torch.float64 on cpu now.* made for torch.float32 on cpu: make another"
     ):
         made.generate([[3]])
+
+
+def fewer_layers(model):
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+
+
+def another_attention(model):
+    model.set_attn_implementation("flex_attention")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(fewer_layers, "layers have changed .* make another"), (another_attention, 'needs "sdpa"')]
+)
+@pytest.mark.parametrize("steered", [True, False])
+def test_a_model_that_was_changed_since_is_refused(change, message, steered):
+    model = models.build("llama")
+    made = engine(model)
+    running = made.generate([[3]])
+    change(model)
+    for call in (lambda: made.generate([[3]], plan("llama") if steered else None), lambda: next(running)):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            call()
+
+
+def test_autocast_is_refused():
+    """Keys and values would be of another dtype than those that rows hold."""
+    made = engine("llama")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="leave autocast"):
+        made.generate([[3]])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="leave autocast"):
+        engine("llama")
+    assert tokens(made.generate([[3]], max_new_tokens=2)) == [generated(models.model("llama"), [3], None, 2)]
 
 
 def test_a_plan_larger_than_the_capacity_is_refused():
@@ -767,9 +820,85 @@ def test_windows_are_tried_on_both_sides(monkeypatch):
     assert tokens(engine(model).generate(prompts((20, 3)), max_new_tokens=8)) == [
         generated(model, prompt, None, 8) for prompt in prompts((20, 3))
     ]
-    monkeypatch.setattr(batch, "_windows", lambda config: {"": None})
+    monkeypatch.setattr(batch, "windows", lambda config: {"": None})
     with pytest.raises(ValueError, match=r"sequences of 12, 3, 10 tokens together.*max_length=9"):
         engine(model)
+
+
+@pytest.mark.parametrize("steered", [True, False])
+@SOME
+def test_nobody_else_runs_the_model_meanwhile(name, steered):
+    """Not even a pass of as many tokens as there are rows, which could be taken for a step."""
+    model = models.build(name)
+    made, other, plans = engine(model), engine(model), plan(name) if steered else None
+    running = made.generate(prompts(), plans=plans, max_new_tokens=LIMITS)
+    found = [next(running)]
+    for rows, length in ((1, 1), (2, 1), (3, 1), (2, 5)):
+        with pytest.raises(RuntimeError, match="exhaust or close its iterator first"):
+            model(models.tokens(rows, length))
+    with pytest.raises(RuntimeError, match="an Engine generates with this model"), fs.steer(model, plan(name)):
+        pass
+    with pytest.raises(RuntimeError, match=r"another Engine .* exhaust or close its iterator first"):
+        other.generate(prompts(), plans=plan(name))
+    expected = [generated(models.model(name), p, plans, n) for p, n in zip(prompts(), LIMITS, strict=True)]
+    assert tokens([*found, *running]) == expected == tokens(other.generate(prompts(), plans, max_new_tokens=LIMITS))
+    assert torch.equal(model(models.tokens(2, 5)).logits, models.model(name)(models.tokens(2, 5)).logits)
+
+
+def test_another_thread_does_not_run_the_model_meanwhile():
+    """Not in the middle of a pass, either; where it calls the unembedding itself, it gets all that it asks for."""
+    model = models.build("llama")
+    made, seen, states = engine(model), [], torch.randn(2, 5, models.HIDDEN)
+
+    def run(rows):
+        try:
+            seen.append(model.lm_head(states).shape)
+            model(models.tokens(*rows))
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    def elsewhere(module, args, output):
+        if len(seen) < 8 and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=run, args=(output.shape[:2],))
+            thread.start()
+            thread.join()
+
+    with torch.no_grad():
+        model.model.layers[0].mlp.register_forward_hook(elsewhere)
+        found = tokens(made.generate(prompts(), plan("llama"), max_new_tokens=3))
+    assert seen[::2] == [(2, 5, models.VOCAB)] * 4 and all("in another thread" in text for text in seen[1::2])
+    assert found == [generated(models.model("llama"), p, plan("llama"), 3) for p in prompts()]
+
+
+def test_a_window_that_is_changed_is_heeded():
+    model = models.build("mistral", sliding_window=8)
+    made, long = engine(model), prompts((20,))
+    wide = tokens(made.generate(long, max_new_tokens=6))
+    model.config.sliding_window = 4
+    assert wide != tokens(made.generate(long, max_new_tokens=6)) == [generated(model, long[0], None, 6)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(copied):
+    with pytest.raises(TypeError, match="copy the model, and make another Engine"):
+        copied(engine("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    def seen():
+        made = engine("llama", max_batch=2)
+        return list(made.generate(prompts(), plan("llama"), max_new_tokens=4, temperature=0.8, seed=1, probe=V))
+
+    expected = seen()
+    torch.set_default_dtype(dtype)
+    try:
+        found = seen()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tokens(found) == tokens(expected)
+    for one, two in zip(found, expected, strict=True):
+        assert one.projections.dtype == torch.float32 and torch.equal(one.projections, two.projections)
 
 
 def test_a_model_that_is_being_steered_is_refused():

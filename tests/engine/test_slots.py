@@ -39,14 +39,43 @@ def test_equal_plans_are_loaded_once():
     assert not loads
 
 
-def test_a_vector_changed_in_place_is_loaded_again():
+def flip(direction):
+    direction.mul_(-1)
+
+
+def flip_data(direction):
+    direction.data.mul_(-1)
+
+
+def flip_array(direction):
+    direction.numpy()[:] *= -1
+
+
+@pytest.mark.parametrize("flip", [flip, flip_data, flip_array])
+def test_a_vector_changed_in_place_is_loaded_again(flip):
+    """Also where torch does not count the change."""
     direction = models.direction(0).clone()
     steered = fs.Plan([fs.Add(direction, 2.0, layers="all")])
     made = engine("llama")
     before = tokens(made.generate(prompts(), plans=steered, max_new_tokens=LIMITS))
-    direction.mul_(-1)
+    flip(direction)
     after = tokens(made.generate(prompts(), plans=steered, max_new_tokens=LIMITS))
     assert before != after == expected([steered] * 8)
+
+
+def test_a_vector_changed_in_place_while_its_request_waits():
+    """What is asked for is what stands in the plan when `generate` is called."""
+    made, direction = engine("llama", max_batch=1), models.direction(0).clone()
+    first, second = plan("llama"), fs.Plan([fs.Add(direction, 2.0, layers="all")])
+    equal, copied = (fs.Plan([fs.Add(direction.clone(), 2.0, layers="all")]) for _ in range(2))
+    running = made.generate(prompts()[:3], plans=[first, second, equal], max_new_tokens=6)
+    assert next(running).error is None
+    direction.mul_(-1)
+    for completion in running:
+        assert completion.finish_reason == "error" and "changed in place" in str(completion.error)
+    asked = [copied, second]
+    found = tokens(made.generate(prompts()[:2], plans=asked, max_new_tokens=6))
+    assert found == [generated(models.model("llama"), *each, 6) for each in zip(prompts(), asked, strict=False)]
 
 
 def test_the_plan_left_alone_for_longest_goes():

@@ -119,6 +119,21 @@ def test_probes_see_what_hugging_face_sees(roomy: Any, demo: Any, prompts: list[
     assert projections(roomy, answers[2].request_id) is None
 
 
+def test_probes_of_several_samples(roomy: Any, demo: Any, prompts: list[list[int]]) -> None:
+    from faststeer.vllm.worker import projections
+
+    model, added, watched = demo[0], fs.Add(direction(9), layers=1), direction(7)
+    plan = fs.Plan([added, fs.Probe(watched, layers=3)])
+    (answer,) = by_engine(roomy, [(prompts[6], plan)], 12, n=3, temperature=1.0)
+    for number, output in enumerate(answer.outputs):
+        (found,) = projections(roomy, answer.request_id, number).values()
+        with torch.no_grad(), fs.steer(model, added), fs.hf.read(model, "resid_post", [3]) as states:
+            model(torch.tensor([prompts[6] + list(output.token_ids)[:-1]]))
+        expected = states[3][0] @ torch.nn.functional.normalize(watched, dim=0)
+        torch.testing.assert_close(torch.tensor(found["values"])[:, 0], expected, rtol=1e-4, atol=1e-3)
+    assert projections(roomy, answer.request_id, 3) is None
+
+
 @pytest.fixture(scope="module")
 def narrow(start: Any, roomy: Any) -> Any:
     """Room for three plans, and for the keys and values of a few requests."""

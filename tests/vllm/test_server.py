@@ -179,6 +179,14 @@ def test_beam_search_under_a_plan_is_refused(ask: Any, path: str) -> None:
         assert ask(path, data | more)[0] == 200
 
 
+def test_a_plan_that_a_route_would_ignore_is_refused(ask: Any) -> None:
+    scored = {"model": "demo", "query": "bread", "items": ["a", "b"], "label_token_ids": [5, 6]}
+    assert ask("/generative_scoring", scored)[0] == 200
+    for payload in ("ready", "none", "no such plan"):
+        status, answer = ask("/generative_scoring", scored | {"vllm_xargs": {"faststeer": payload}})
+        assert status == 400 and "have no field vllm_xargs" in json.dumps(answer)
+
+
 def test_projections(ask: Any, address: str, demo: Any, vector: Any, prompt: list[int]) -> None:
     """Of two prompts and two samples of each, as Hugging Face's model has them."""
     model, watched = demo[0], torch.randn(2, 128, generator=torch.Generator().manual_seed(4))

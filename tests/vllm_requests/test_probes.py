@@ -51,6 +51,17 @@ def test_each_request_has_its_own_rows(probes):
     assert unpack(probes.of_answer("b")[0]["projections"]) == given(probes, "b-0badc0de") == expected
 
 
+def test_each_sample_of_a_request_has_its_own(probes):
+    """vLLM calls the samples of the request 5 "0_5-...", "1_5-...", and the only one of the request 0 "0-..."."""
+    for number, name in enumerate(("0_5-0badc0de", "1_5-0badc0de", "0-0badc0de", "5_0-0badc0de")):
+        probes.begin(name, {4: 1})
+        step(probes, [(name, number, number + 1, 0)])
+    asked = [("5", 1), ("5", 0), ("0", 5), ("0", 0)]
+    found = [unpack(probes.give(*each))["resid_pre.1"]["values"] for each in asked]
+    assert found == [[[403.0]], [[400.0]], [[409.0]], [[406.0]]]
+    assert probes.give("5") is probes.give("5", 1) is None
+
+
 def test_a_token_computed_twice_counts_as_the_second_time(probes):
     probes.begin("a", {4: 1})
     step(probes, [("a", 0, 3, 0)])

@@ -109,6 +109,18 @@ class TestFolder:
         with pytest.raises(ValueError, match="no vector is registered as 'v'"):
             registry.vector("v")
 
+    def test_a_file_of_the_same_size_and_time_in_its_place(self, folder):
+        registry, path, other = Registry(folder), folder / "v.safetensors", folder / "other.safetensors"
+        vector(3).save(path)
+        vector(4).save(other)
+        _, stamp = registry.vector("v")
+        status = path.stat()
+        assert other.stat().st_size == status.st_size
+        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        other.replace(path)
+        assert path.stat().st_mtime_ns == status.st_mtime_ns
+        assert not stamp.holds() and registry.vector("v")[0][0].equal(vector(4)[0])
+
     @pytest.mark.parametrize(
         "path",
         [
@@ -154,8 +166,10 @@ class TestFolder:
         (folder / "circle").symlink_to(folder / "circle")
         (folder / "large.safetensors").write_bytes(bytes(1001))
         (folder / "text.safetensors").write_text("hello, this is no vector")
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(ValueError, match=says):
             Registry(folder, max_file_bytes=1000).vector_file(path)
+        assert len(os.listdir("/proc/self/fd")) == len(before)  # nothing stays open
 
     def test_a_plan_that_is_no_text(self, folder):
         (folder / "p.json").write_bytes(b"\xe9\xff")
