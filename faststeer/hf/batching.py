@@ -25,6 +25,7 @@ from faststeer.hf.encoding import (
     has_template,
 )
 from faststeer.plan import Plan
+from faststeer.vector import check_text
 
 Prompt = str | list[dict[str, str]]
 
@@ -41,13 +42,11 @@ def as_rendered(prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts"
     Raises:
         ValueError: something that is no prompt, or a chat.
     """
-    marked: list[Prompt] = []
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
         if not isinstance(prompt, str):
             raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
-        marked.append(Rendered(prompt))
-    return marked
+    return [Rendered(prompt) for prompt in prompts]
 
 
 def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
@@ -106,6 +105,7 @@ def render(
             marks or special tokens, so that it was rendered before, or would end a message and begin another.
     """
     check_tokenizer(tokenizer)
+    check_text(system, "system")
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
     if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
@@ -120,6 +120,10 @@ def render(
         if head and chat[0]["role"] == "system":
             raise ValueError(
                 f"{names[i]} has a system message of its own, and system= gives another: leave one of them out"
+            )
+        if chat[-1]["role"] == "assistant" and not chat[-1]["content"].strip():
+            raise ValueError(
+                f"{names[i]} ends with a blank answer: leave that message out, an answer begins there anyway"
             )
         if not templated and (head or len(chat) > 1):
             raise ValueError(

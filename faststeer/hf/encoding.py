@@ -15,10 +15,13 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from faststeer.vector import check_text
+
 Chat = Sequence[dict[str, str]]
 End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last message is continued; neither
 
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
+CORRECT = "correct tokenizer.chat_template"
 LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
 BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
 THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
@@ -63,7 +66,15 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[in
     Args:
         by_hand: the numbers of those that were not made by `apply_template`, and may lack the special tokens that the
             template begins with: these are put in front.
+
+    Raises:
+        ValueError: a tokenizer that reads special tokens as plain text; a text that is no valid Unicode.
     """
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ValueError(
+            "the tokenizer reads the chat template's special tokens as plain text: set tokenizer.split_special_tokens "
+            "= False"
+        )
     own = _own_tokens(tokenizer, texts)
     front = usual = _ends(tokenizer, texts, False)[0]
     if by_hand:
@@ -97,6 +108,8 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
     check_tokenizer(tokenizer)
+    for text in texts:
+        check_text(text, repr(text[:60]))
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
 
 
@@ -161,7 +174,8 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
     earlier answer's thinking dropped, as the template has it. `what` names the chat in errors.
 
     Raises:
-        ValueError: a template that raises, or that drops or changes a message's text.
+        ValueError: a template that raises, that drops or changes a message's text, drops tool calls, or ends a prompt
+            before what it begins an answer with.
     """
     check_tokenizer(tokenizer)
     number = _number_for(tokenizer, [message["content"] for message in chat])
@@ -185,28 +199,48 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         if parts and _shows_parts(check, marked):
             missing = sorted(everything)
         if not missing:
+            _check_rest(tokenizer, chat, parts, end, text, f"{number}{len(chat):03}", what)
             return text
         lost = lost or missing
         parts = parts | set(missing)
-    roles = ", ".join(message["role"] for message in chat)
+    fault = f"{what}: the tokenizer's chat template"
     if not lost:
+        roles = ", ".join(message["role"] for message in chat)
         reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+        does, mend = f"fails on messages by {roles} ({type(failure).__name__}: {reason})", f"{CORRECT}, or {REMEDY}"
         if type(failure) is TemplateError:  # by raise_exception
-            raise ValueError(
-                f"{what}: the tokenizer's chat template refuses messages by {roles} ({reason}): "
-                "give only roles it knows, in an order it allows"
-            ) from failure
-        raise ValueError(
-            f"{what}: the tokenizer's chat template fails on messages by {roles} ({type(failure).__name__}: {reason}): "
-            f"correct tokenizer.chat_template, or {REMEDY}"
-        ) from failure
+            does, mend = f"refuses messages by {roles} ({reason})", "give only roles it knows, in an order it allows"
+        raise ValueError(f"{fault} {does}: {mend}") from failure
     message = chat[lost[0]]
     where = f"message {lost[0]} of {len(chat)}, the {message['role']}'s" if len(chat) > 1 else "the text"
     system = "put the system prompt into the user's first message, or " if message["role"] == "system" else ""
     raise ValueError(
-        f"{what}: the tokenizer's chat template drops or changes {where} {message['content'][:60]!r}, so the model "
-        f"would read something else: {system}correct tokenizer.chat_template, or {REMEDY}"
+        f"{fault} drops or changes {where} {message['content'][:60]!r}, so the model would read something else: "
+        f"{system}{CORRECT}, or {REMEDY}"
     )
+
+
+def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, number: str, what: str) -> None:
+    """Raise ValueError where a chat's template drops tool calls, or writes something before an answer and not behind
+    a prompt."""
+    fault = f"{what}: the tokenizer's chat template"
+    bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in chat]
+    if any(message.get("tool_calls") for message in chat) and _written(tokenizer, bare, parts, end) == text:
+        raise ValueError(f"{fault} drops tool_calls: write them into the message's content, or {REMEDY}")
+    if end != "prompt" or chat[-1]["role"] == "assistant" or _written(tokenizer, chat, parts, "closed") != text:
+        return
+    answer = question = ""
+    parts = parts and parts | {len(chat)}
+    with suppress(Exception):  # a template that takes no answer there, or no question
+        answer = _written(tokenizer, [*chat, {"role": "assistant", "content": number}], parts, "closed")
+        question = _written(tokenizer, [*chat, {"role": "user", "content": number}], parts, "closed")
+    header = answer.removeprefix(text).partition(number)[0]
+    if answer.startswith(text + header + number) and header.strip() and answer != question:
+        addition = "{% if add_generation_prompt %}{{ " + json.dumps(header, ensure_ascii=False) + " }}{% endif %}"
+        raise ValueError(
+            f"{fault} ignores add_generation_prompt: it begins an answer with {header!r}, and the prompt ends before "
+            f"that: tokenizer.chat_template += {addition!r}"
+        )
 
 
 def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
