@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from faststeer.files import FormatError
-from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point, in_tables
+from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point, in_tables, whole_number
 
 Format = Literal["faststeer", "gguf", "steering-vectors", "caa", "refusal_direction"]
 FORMATS: tuple[Format, ...] = ("faststeer", "gguf", "steering-vectors", "caa", "refusal_direction")
@@ -54,10 +54,12 @@ class Said:
             raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}")
         if self.scale not in (None, "raw", "unit"):
             raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
-        for name, value, fits in (("layer", self.layer, _from_zero), ("position", self.position, _from_the_end)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not fits(value)):
-                counted = "counted from 0" if name == "layer" else "negative: -1 is the prompt's last token"
-                raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
+        for name, counted in (("layer", "counted from 0"), ("position", "negative: -1 is the prompt's last token")):
+            if (value := getattr(self, name)) is not None:
+                number = whole_number(value)
+                if number is None or (number < 0) != (name == "position"):
+                    raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
+                object.__setattr__(self, name, number)
 
     def known(self, name: str, value: Any, what: str) -> Any:
         """What the file says of `name`, which the caller may repeat but not contradict."""
@@ -80,12 +82,9 @@ class Said:
                 raise FormatError(f"{what} has no choice of {name}: leave {name}={getattr(self, name)!r} out")
 
 
-def _from_zero(value: int) -> bool:
-    return value >= 0
-
-
-def _from_the_end(value: int) -> bool:
-    return value < 0
+def one_row(tensor: Tensor) -> Tensor:
+    """`[1, hidden]` as `[hidden]`: one direction, not that of layer 0. Anything else as it is."""
+    return tensor.reshape(-1) if tensor.ndim > 1 and tensor.numel() == tensor.shape[-1] else tensor
 
 
 def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> SteeringVector:
@@ -97,6 +96,7 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
     Raises:
         FormatError: what a SteeringVector refuses, naming the file.
     """
+    directions = {layer: one_row(direction) for layer, direction in directions.items()}
     zero = [layer for layer, direction in directions.items() if not bool(in_tables(direction).any())]
     nonzero = {layer: direction for layer, direction in directions.items() if layer not in zero}
     if directions and not nonzero:

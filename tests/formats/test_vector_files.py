@@ -76,6 +76,23 @@ def test_a_file_too_large_is_not_read(tmp_path):
         fs.SteeringVector.load(path)
 
 
+@pytest.mark.parametrize("name", ["v.pt", "v.NPZ", "v.json"])
+def test_a_name_of_another_kind_is_not_written(vector, tmp_path, name):
+    """Others would read it as that kind."""
+    for save in (fs.formats.save, fs.SteeringVector.save):
+        with pytest.raises(ValueError, match=r"writes safetensors: name it \.safetensors"):
+            save(vector, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert fs.SteeringVector.load(fs.formats.save(vector, tmp_path / name, "faststeer")).at == "resid_mid"
+    added = fs.SteeringVector({1: randn(1, 8)})
+    assert fs.formats.save(added, tmp_path / "v.GGUF").read_bytes().startswith(b"GGUF")
+
+
+def test_a_folder_is_named_as_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r": a folder$"):
+        fs.SteeringVector.load(tmp_path)
+
+
 def test_writing_refuses_unknown_formats(vector, tmp_path):
     with pytest.raises(ValueError, match="cannot write format 'caa'"):
         fs.formats.save(vector, tmp_path / "v", "caa")
