@@ -32,8 +32,8 @@ def check_savable(model: Any) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not _is_plain(model) and not quantizer.is_serializable():
         raise FoldError(
-            f"{type(model).__name__} cannot be folded: its weights are quantised in a way that cannot be saved: load it "
-            "without quantisation, fold that, and quantise what was folded"
+            f"{type(model).__name__} cannot be folded: its weights are quantised in a way that cannot be saved: load "
+            "it without quantisation, fold that, and quantise what was folded"
         )
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from faststeer.vector import check_text
 
@@ -93,7 +94,14 @@ def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError for a multimodal processor, whose first argument is images."""
+    """Raise ValueError for a multimodal processor, whose first argument is images, and for a tokenizer that writes
+    chats without a template: what it makes of a text cannot be seen."""
+    writes = getattr(type(tokenizer), "apply_chat_template", None)
+    if not has_template(tokenizer) and writes not in (None, PreTrainedTokenizerBase.apply_chat_template):
+        raise ValueError(
+            f"{type(tokenizer).__name__} writes chats by itself, without a chat template: give a tokenizer that has "
+            "the model's, for one of mistral-common AutoTokenizer.from_pretrained(name, mistral_format=False)"
+        )
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is None or hasattr(tokenizer, "convert_ids_to_tokens"):
         return

@@ -485,6 +485,20 @@ def test_rendered_prompts_begin_as_the_templates_do():
         encode(tokenizer, ["[Q] red", [{"role": "user", "content": "red"}]], rendered=True)
 
 
+def test_a_tokenizer_that_writes_chats_by_itself_is_told():
+    """As mistral-common's: without a template, its prompts would be plain texts."""
+
+    class Common(PreTrainedTokenizerFast):
+        def apply_chat_template(self, conversation, **options):
+            return super().apply_chat_template(conversation, **options)
+
+    tokenizer = Common(tokenizer_object=words_tokenizer().backend_tokenizer, unk_token="[UNK]")
+    with pytest.raises(ValueError, match=r"Common writes chats by itself.*mistral_format=False"):
+        encode(tokenizer, ["red"])
+    tokenizer.chat_template = PLAIN
+    assert encode(tokenizer, ["red"]) == [ids("[Q] red [A]")]
+
+
 def test_a_processor_is_told():
     class Processor:
         def __init__(self, inner, chat_template):
