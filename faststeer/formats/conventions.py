@@ -27,7 +27,7 @@ class Said:
     Args:
         format: whose convention the file follows, where its content fits several.
         at: hook point of the directions.
-        layer: decoder layer of a single direction, from 0.
+        layer: decoder layer of a single direction, from 0; of several, the one to keep.
         position: which token of several (refusal_direction's mean_diffs), counted from the prompt's end (-1: the last).
         op: what the direction is meant for.
         model: name of the model it was found in.
@@ -75,6 +75,14 @@ class Said:
             raise FormatError(f"{what} {why}: say {name}=")
         return said
 
+    def kept(self, directions: Mapping[int, Tensor], what: str) -> Mapping[int, Tensor]:
+        """The directions of a file that says their layers, or the one that the caller names."""
+        if self.layer is None:
+            return directions
+        if self.layer not in directions:
+            raise FormatError(f"{what} has no direction for layer={self.layer}; it has {list(directions)}")
+        return {self.layer: directions[self.layer]}
+
     def unused(self, what: str, *names: str) -> None:
         """Refuse arguments that have no meaning for this file."""
         for name in names:
@@ -114,11 +122,7 @@ def as_said(directions: dict[int, Tensor], what: str, said: Said, provenance: Ma
         raise FormatError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
     said.unused(what, "position")
     at = said.needed("at", what, f"holds directions for {len(directions)} layers and does not say at which hook point")
-    if said.layer is not None:
-        if said.layer not in directions:
-            raise FormatError(f"{what} has no direction for layer={said.layer}")
-        directions = {said.layer: directions[said.layer]}
-    return built(what, directions, at=at, op=said.op, model=said.model, provenance=provenance)
+    return built(what, said.kept(directions, what), at=at, op=said.op, model=said.model, provenance=provenance)
 
 
 def single(direction: Tensor, what: str, said: Said, provenance: Mapping[str, Any]) -> SteeringVector:

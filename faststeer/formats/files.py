@@ -64,7 +64,7 @@ def from_bytes(
     form = kind.name if kind is not None else "safetensors"  # what is no known kind is left for safetensors to refuse
     if form == "gguf":
         _only(said, what, "gguf")
-        return control_vectors.read(data, what, said)
+        return _scaled(control_vectors.read(data, what, said), what, said)
     if form == "torch":
         if said.format in ("faststeer", "gguf"):
             raise FormatError(f"{what} was written by torch.save: it is no {said.format} file")
@@ -106,9 +106,7 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
     for name in ("op", "model"):
         if getattr(vector, name) is not None:
             said.known(name, getattr(vector, name), what)
-    if said.layer is not None and said.layer not in vector:
-        raise FormatError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
-    chosen = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
+    chosen = said.kept(vector.directions, what)
     changes: dict[str, Any] = {"op": vector.op or said.op, "model": vector.model or said.model}
     if chosen is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):
         return vector

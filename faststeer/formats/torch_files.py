@@ -122,7 +122,7 @@ def _layer(key: Any, what: str) -> int:
 
 def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: int) -> SteeringVector:
     said.known("format", "steering-vectors", what) if said.format else None
-    said.unused(what, "layer", "position")
+    said.unused(what, "position")
     kind, activations = fields.get("layer_type", "decoder_block"), fields["layer_activations"]
     if not isinstance(activations, Mapping) or not activations:
         raise FormatError(f"{what}: its layer_activations are no {{layer: tensor}}")
@@ -138,7 +138,7 @@ def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: in
     else:
         kind = str(kind)[:60]
         raise FormatError(f"{what} steers the module {kind!r}, whose output is no part of the residual stream")
-    directions = _per_layer(activations, what, size)
+    directions = said.kept(_per_layer(activations, what, size), what)
     return built(
         what, directions, at=at, op=said.op or "add", model=said.model, provenance={"format": "steering-vectors"}
     )
@@ -196,10 +196,6 @@ def _mean_diffs(tensor: Tensor, what: str, said: Said) -> SteeringVector:
     if position < -tensor.shape[0]:
         raise FormatError(f"{what} {why}: position={position} is not among them (-{tensor.shape[0]}..-1)")
     at = said.known("at", "resid_pre", what)
-    directions = dict(enumerate(tensor[position]))
-    if said.layer is not None:
-        if said.layer not in directions:
-            raise FormatError(f"{what} {why}: layer={said.layer} is not among them")
-        directions = {said.layer: directions[said.layer]}
+    directions = said.kept(dict(enumerate(tensor[position])), what)
     provenance = {"format": "refusal_direction", "position": position}
     return built(what, directions, at=at, op=said.op, model=said.model, method="dim", provenance=provenance)

@@ -286,8 +286,17 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
     not take them.
 
     Raises:
-        ValueError: rows whose positions are encoded by the length of the longest, and differently when alone.
+        ValueError: rows whose positions are encoded by the length of the longest, and differently when alone; a token
+            that the model does not have.
     """
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if vocabulary is not None and int(batch["input_ids"].max()) >= vocabulary:
+        batch = {**batch, "input_ids": batch["input_ids"] * batch["attention_mask"]}  # a padding token that was added
+        if (highest := int(batch["input_ids"].max())) >= vocabulary:
+            raise ValueError(
+                f"a prompt holds the token {highest}: the model has 0 to {vocabulary - 1}; is the tokenizer another "
+                "model's?"
+            )
     _check_rotation(model, batch["attention_mask"])
     known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {

@@ -96,22 +96,20 @@ def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise ValueError for a multimodal processor, whose first argument is images, and for a tokenizer that writes
     chats without a template: what it makes of a text cannot be seen."""
+    name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
+    if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        template = ""
+        if has_template(tokenizer) and not has_template(inner):
+            template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
+        raise ValueError(
+            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer{template}"
+        )
     writes = getattr(type(tokenizer), "apply_chat_template", None)
     if not has_template(tokenizer) and writes not in (None, PreTrainedTokenizerBase.apply_chat_template):
         raise ValueError(
-            f"{type(tokenizer).__name__} writes chats by itself, without a chat template: give a tokenizer that has "
-            "the model's, for one of mistral-common AutoTokenizer.from_pretrained(name, mistral_format=False)"
+            f"{name} writes chats by itself, without a chat template: give a tokenizer that has the model's, for one "
+            "of mistral-common AutoTokenizer.from_pretrained(name, mistral_format=False)"
         )
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is None or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return
-    template = ""
-    if getattr(tokenizer, "chat_template", None) and not getattr(inner, "chat_template", None):
-        template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
-    raise ValueError(
-        f"{type(tokenizer).__name__} is a processor, no tokenizer: give the tokenizer in it, "
-        f"processor.tokenizer{template}"
-    )
 
 
 def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -125,11 +123,8 @@ def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Each text's tokens without special ones around it, also where a tokenizer adds some although asked not to."""
     front, back = _ends(tokenizer, texts, False)
     encoded = _call(tokenizer, texts, False)
-    if front:
-        encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
-    if back:
-        encoded = [ids[: -len(back)] if ids[-len(back) :] == back else ids for ids in encoded]
-    return encoded
+    encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
+    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded]
 
 
 def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int], list[int]]:
@@ -153,19 +148,19 @@ def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int
 
 def special_ids(tokenizer: Any) -> set[int]:
     """The special tokens' ids, without that of the token for unknown words, which stands for a text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*getattr(tokenizer, "all_special_ids", ()), *(number for number, token in added.items() if token.special)}
-    return ids - {getattr(tokenizer, "unk_token_id", None)}
+    return set(_special(tokenizer)) - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def special_texts(tokenizer: Any) -> list[str]:
     """The special tokens as they are written, the longest first; without those of one or two characters."""
+    texts = {text for text in _special(tokenizer).values() if len(text.strip()) > LETTERS}
+    return sorted(texts, key=len, reverse=True)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=True)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    texts = {
-        *map(str, getattr(tokenizer, "all_special_tokens", ())),
-        *(token.content for token in added.values() if token.special),
-    }
-    return sorted((text for text in texts if len(text.strip()) > LETTERS), key=len, reverse=True)
+    return {n: str(text) for n, text in named} | {n: token.content for n, token in added.items() if token.special}
 
 
 # Chat templates -------------------------------------------------------------------------------------------------------

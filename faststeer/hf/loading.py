@@ -13,7 +13,7 @@ import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -109,9 +109,8 @@ def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     try:
         return _from_transformers(name, dtype or "auto", local_files_only=local)
     except Exception as error:  # of the libraries that read a model's files, each has classes of its own
-        where = "no such folder, and the hub" if not local else "no such folder, and the hub does not answer"
-        where = "this folder" if folder.is_dir() else where
-        files = sorted(file.name for file in folder.glob("*.gguf")) if folder.is_dir() else []
+        where = "this folder" if folder.is_dir() else f"no such folder, and the hub{' does not answer' * local}"
+        files = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; it holds {files[0]}: name that file" if files and not (folder / "config.json").is_file() else ""
         if "trust_remote_code" in str(error):
             hint = "; load it with transformers, as you trust it, and give the model and its tokenizer"
@@ -128,7 +127,7 @@ def _from_transformers(
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **for_both)
     options = {**for_both, **(for_model or {}), "dtype": dtype, "output_loading_info": True}
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    model, report = cast("Any", transformers.AutoModelForCausalLM.from_pretrained(source, **options))
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"weights of {type(model).__name__}, such as {missing[0]} ({len(missing)} in all), are in no file and "

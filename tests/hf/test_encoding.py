@@ -171,6 +171,25 @@ def test_vectors_answers_and_likelihoods_begin_at_the_last_word():
     assert effect.tokens == (3,) or sum(effect.tokens) == 3  # the words behind [CLS], no [SEP]
 
 
+def test_tokens_that_the_model_does_not_have():
+    """The tokenizer of another model; on a GPU the lookup would leave the process without it."""
+    tokenizer = words_tokenizer("[CLS] $A", cls_token="[CLS]")
+    model = tiny(tokenizer)
+    model.resize_token_embeddings(6)
+    with pytest.raises(ValueError, match=r"the token 10: the model has 0 to 5; is the tokenizer another model's"):
+        dim(model, tokenizer, ["red", "[Q]"], ["sky", "grass"])
+
+
+def test_a_padding_token_that_was_added_without_the_model():
+    tokenizer = words_tokenizer("[CLS] $A", cls_token="[CLS]")
+    model, sides = tiny(tokenizer), (["red", "green sky grass"], ["sky", "grass blue"])
+    expected = dim(model, tokenizer, *sides)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert tokenizer.pad_token_id == len(WORDS)
+    vector = dim(model, tokenizer, *sides)
+    assert all(torch.equal(vector[layer], expected[layer]) for layer in expected.layers)
+
+
 # What templates do to messages ----------------------------------------------------------------------------------------
 
 ALTERED = {
