@@ -80,7 +80,7 @@ def prompt_fault(prompt: object) -> str | None:
         return "is a chat without messages"
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            return f"holds {message!r}, which is no message"
+            return f"holds {str(message)[:200]}, which is no message with a text as its role and one as its content"
     return None
 
 
@@ -290,8 +290,9 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
             that the model does not have.
     """
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if vocabulary is not None and int(batch["input_ids"].max()) >= vocabulary:
-        batch = {**batch, "input_ids": batch["input_ids"] * batch["attention_mask"]}  # a padding token that was added
+    ids = batch["input_ids"]
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        batch = {**batch, "input_ids": ids * batch["attention_mask"][:, -ids.shape[1] :]}  # a padding token was added
         if (highest := int(batch["input_ids"].max())) >= vocabulary:
             raise ValueError(
                 f"a prompt holds the token {highest}: the model has 0 to {vocabulary - 1}; is the tokenizer another "

@@ -227,16 +227,21 @@ def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str
     """Raise ValueError where a chat's template drops tool calls, or writes something before an answer and not behind
     a prompt."""
     fault = f"{what}: the tokenizer's chat template"
+
+    def written(messages: Chat, end: End) -> str:
+        try:
+            return _written(tokenizer, messages, parts and parts | {*range(len(chat), len(messages))}, end)
+        except TimeoutError:
+            raise
+        except Exception:  # a template that takes no such message there
+            return ""
+
     bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in chat]
-    if any(message.get("tool_calls") for message in chat) and _written(tokenizer, bare, parts, end) == text:
+    if any(message.get("tool_calls") for message in chat) and written(bare, end) == text:
         raise ValueError(f"{fault} drops tool_calls: write them into the message's content, or {REMEDY}")
-    if end != "prompt" or chat[-1]["role"] == "assistant" or _written(tokenizer, chat, parts, "closed") != text:
+    if end != "prompt" or chat[-1]["role"] == "assistant" or written(chat, "closed") != text:
         return
-    answer = question = ""
-    parts = parts and parts | {len(chat)}
-    with suppress(Exception):  # a template that takes no answer there, or no question
-        answer = _written(tokenizer, [*chat, {"role": "assistant", "content": number}], parts, "closed")
-        question = _written(tokenizer, [*chat, {"role": "user", "content": number}], parts, "closed")
+    answer, question = (written([*chat, {"role": role, "content": number}], "closed") for role in ("assistant", "user"))
     header = answer.removeprefix(text).partition(number)[0]
     if answer.startswith(text + header + number) and header.strip() and answer != question:
         addition = "{% if add_generation_prompt %}{{ " + json.dumps(header, ensure_ascii=False) + " }}{% endif %}"

@@ -182,7 +182,11 @@ def test_tokens_that_the_model_does_not_have():
 
 def test_a_padding_token_that_was_added_without_the_model():
     tokenizer = words_tokenizer("[CLS] $A", cls_token="[CLS]")
-    model, sides = tiny(tokenizer), (["red", "green sky grass"], ["sky", "grass blue"])
+    common = " ".join(["sky"] * 12)  # run once for all prompts
+    model, sides = (
+        tiny(tokenizer),
+        ([f"{common} red", f"{common} green blue red"], [f"{common} grass", f"{common} blue"]),
+    )
     expected = dim(model, tokenizer, *sides)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert tokenizer.pad_token_id == len(WORDS)
@@ -368,6 +372,13 @@ def test_an_answer_may_follow_the_prompt_at_once(before_answers):
     assert render(tokenizer, ["red"]) == ["[Q] red"]
     alike = words_tokenizer(template="{% for m in messages %}[Q] {{ m.content }}{% endfor %}")
     assert render(alike, ["red"]) == ["[Q] red"]
+
+
+def test_a_header_is_missed_where_questions_and_answers_take_turns():
+    turns = "{% if loop.index0 % 2 != (m.role != 'user') %}{{ raise_exception('in turn') }}{% endif %}"
+    source = spoken("[A] ").replace("{% for m in messages %}", "{% for m in messages %}" + turns)
+    with pytest.raises(ValueError, match=r"begins an answer with '\[A\] '"):
+        render(words_tokenizer(template=source), ["red"])
 
 
 def test_a_template_for_questions_alone():
