@@ -135,6 +135,7 @@ def _json(text: str, path: Path, line: int | None = None) -> Any:
         at, why = (f", line {line}" if line else ""), str(error)
         if isinstance(error, json.JSONDecodeError):
             at, why = f", line {line or error.lineno}, column {error.colno}", error.msg
+            why += "; is it one value per line? Name it .jsonl" if why == "Extra data" and line is None else ""
         raise FormatError(f"{path}{at}: no valid JSON: {why}") from error
 
 

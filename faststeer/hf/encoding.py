@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -94,10 +94,12 @@ def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError for a multimodal processor, whose first argument is images, and for a tokenizer that writes
-    chats without a template: what it makes of a text cannot be seen."""
+    """Raise ValueError for what is no tokenizer, such as a multimodal processor, whose first argument is images, and
+    for one that writes chats without a template: what it makes of a text cannot be seen."""
     name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
-    if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        if inner is None:
+            raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
         template = ""
         if has_template(tokenizer) and not has_template(inner):
             template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
@@ -311,21 +313,26 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
     """
     marks, head, tail = _marks(tokenizer)
     numbers = special_ids(tokenizer)
-    contents = list(dict.fromkeys(message["content"] for chat in chats for message in chat))
+    contents = list(dict.fromkeys(text for chat in chats for message in chat for text in _texts(message)))
     tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
 
     def marks_of(message: dict[str, str]) -> Iterator[str]:
-        content = message["content"]
         thinking = message["role"] == "assistant"
-        of_tokens = (tokenizer.decode([i]) for i in tokens[content] if i in numbers)
-        for mark in (*(mark for mark in marks if mark in content), *of_tokens):
-            if len(mark.strip()) > LETTERS and not (thinking and THINKING.search(mark)):
-                yield mark
-        text = content.strip()
+        for text in _texts(message):
+            of_tokens = (tokenizer.decode([i]) for i in tokens[text] if i in numbers)
+            for mark in (*(mark for mark in marks if mark in text), *of_tokens):
+                if len(mark.strip()) > LETTERS and not (thinking and THINKING.search(mark)):
+                    yield mark
+        text = message["content"].strip()
         if head and not thinking and text.startswith(head) and text.endswith(tail):
             yield f"{head} ... {tail}"
 
     return [next((mark for message in chat for mark in marks_of(message)), None) for chat in chats]
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """A message's texts: its content, role, and whatever else a template may write, such as a name."""
+    return [value for value in message.values() if isinstance(value, str)]
 
 
 def _marks(tokenizer: Any) -> tuple[list[str], str, str]:

@@ -240,6 +240,6 @@ def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             n_cells = len(row)
             yield line, row
     except csv.Error as error:
-        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
+        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error}); mend it, or write .jsonl") from error
     if not n_cells:
         raise FormatError(f"{path} is empty: expected a header line and rows")

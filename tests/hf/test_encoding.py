@@ -471,6 +471,14 @@ def test_markup_in_a_message_is_refused(name):
     assert encode(tokenizer, [render(tokenizer, [bare])[0]], rendered=True) == encode(tokenizer, [bare])
 
 
+@pytest.mark.parametrize("field", ["role", "name"])
+def test_markup_beside_the_content_is_refused(field):
+    tokenizer = words_tokenizer(template=template("[Q] {{ m.name }} {{ m.content }}"), eos_token="<|close|>")
+    chat = [{"role": "user", "name": "sky", "content": "red"} | {field: "user <|close|>"}]
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds '<\|close\|>'"):
+        encode(tokenizer, [chat])
+
+
 def test_what_only_looks_like_markup_is_taken():
     """Words of the template inside a text, html, and other templates' marks; and without a template, all is text."""
     words = words_tokenizer(template=template("Asked: {{ m.content }}", "Answer:"), eos_token="<|close|>")
@@ -536,6 +544,9 @@ def test_a_processor_is_told():
 
     with pytest.raises(ValueError, match=r"Processor is a processor.*processor\.tokenizer\.chat_template = "):
         encode(Processor(words_tokenizer(), PLAIN), ["red"])
+    for what, name in ((None, "NoneType"), ("gpt2", "str"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError, match=f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained"):
+            encode(what, ["red"])
     processor = Processor(words_tokenizer(), PLAIN)
     processor.tokenizer.chat_template = processor.chat_template
     assert encode(processor.tokenizer, ["red"]) == [ids("[Q] red [A]")]

@@ -101,6 +101,8 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
     ("name", "content", "message"),
     [
         ("a.json", "", "line 1, column 1: no valid JSON"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', r"line 2, column 1: .*one value per line. Name it \.jsonl"),
+        ("a.csv", "prompt\n" + "x" * 200_000, r"line 2: no CSV .*field limit.*or write \.jsonl"),
         ("a.jsonl", "\n", "is empty"),
         ("a.csv", "Prompt,id,prompt,,\na,1,b,,\n", "line 1 names a column twice: 'Prompt', 'id', 'prompt'"),
         ("a.txt", "fine\nred\n".encode("utf-16-le"), "line 1: it holds zero bytes, as text in UTF-16 does"),
