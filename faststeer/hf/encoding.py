@@ -97,15 +97,15 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Raise ValueError for what is no tokenizer, such as a multimodal processor, whose first argument is images, and
     for one that writes chats without a template: what it makes of a text cannot be seen."""
     name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        if inner is None:
-            raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
+    if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
         template = ""
         if has_template(tokenizer) and not has_template(inner):
             template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
         raise ValueError(
             f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer{template}"
         )
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
     writes = getattr(type(tokenizer), "apply_chat_template", None)
     if not has_template(tokenizer) and writes not in (None, PreTrainedTokenizerBase.apply_chat_template):
         raise ValueError(
