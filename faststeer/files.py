@@ -83,6 +83,9 @@ def read_text(path: Path) -> str:
     with reading(f"{path} cannot be read as text", "save it as UTF-8"):
         expect(path, "json", "empty")
         data = path.read_bytes()
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise FormatError(f"{path}, line {line}: it holds zero bytes, as text in UTF-16 does; save the file as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,6 +107,15 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def json_file(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        FormatError, OSError: as `read_text`; no JSON, with line and column.
+    """
+    return _json(read_text(path), path)
+
+
 def json_lines(path: Path) -> list[tuple[str, Any]]:
     """What each line of a JSONL says, with the line's name for errors, such as "a.jsonl, line 3". Blank lines are left
     out; only line feeds end a line, since texts may hold other separators.
@@ -111,15 +123,20 @@ def json_lines(path: Path) -> list[tuple[str, Any]]:
     Raises:
         FormatError, OSError: as `read_text`; a line that is no JSON.
     """
-    lines = []
-    for number, line in enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                lines.append((where, read_json(line)))
-            except ValueError as error:
-                raise FormatError(f"{where}: no valid JSON: {error}") from error
-    return lines
+    lines = enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1)
+    return [(f"{path}, line {number}", _json(line, path, number)) for number, line in lines if line.strip()]
+
+
+def _json(text: str, path: Path, line: int | None = None) -> Any:
+    """What a file's text says, or that of one line of it."""
+    try:
+        return read_json(text)
+    except ValueError as error:
+        at, why = (f", line {line}" if line else ""), str(error)
+        if isinstance(error, json.JSONDecodeError):
+            at, why = f", line {line or error.lineno}, column {error.colno}", error.msg
+            why += "; is it one value per line? Name it .jsonl" if why == "Extra data" and line is None else ""
+        raise FormatError(f"{path}{at}: no valid JSON: {why}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,10 +170,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     """Write `content` to a temporary file beside `path`, flush it to disk and rename it: after a crash, a kill or
     Ctrl-C there is the old file or the new one. What a killed process left there is removed.
 
+    A link stays one, and its target is written.
+
     Raises:
         OSError: it cannot be written (a full disk, no permission, a limit), with the path, the reason and the remedy.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     data = content.encode() if isinstance(content, str) else content
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +200,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: the folder is there and not empty.
         OSError: it cannot be written.
     """
-    path = Path(folder)
+    path = Path(os.path.realpath(folder))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: name a new folder")
     with writing(path):

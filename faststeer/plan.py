@@ -180,12 +180,12 @@ def plans_for(n: int | None, plans: Plans | None) -> list[Plan | None]:
         ValueError: a list of another length, or an empty one.
     """
     if isinstance(plans, (Plan, Intervention)) or (plans is None and n is not None):
-        return [_as_plan(plans, "plans")] * (1 if n is None else n)
+        return [as_plan(plans, "plans")] * (1 if n is None else n)
     if plans is None or isinstance(plans, str) or not isinstance(plans, Iterable):
         raise TypeError(
             f"plans is a {type(plans).__name__}: expected a Plan or a list with one Plan or None per row of the batch"
         )
-    listed = [_as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
+    listed = [as_plan(plan, f"plans[{i}]") for i, plan in enumerate(plans)]
     if n is not None and len(listed) != n:
         raise ValueError(f"{len(listed)} plans for {n} prompts: expected one plan for all, or one (or None) for each")
     if not listed:
@@ -198,7 +198,8 @@ def distinct(plans: Iterable[Plan | None]) -> list[Plan]:
     return list({id(plan): plan for plan in plans if plan is not None}.values())
 
 
-def _as_plan(plan: object, what: str) -> Plan | None:
+def as_plan(plan: object, what: str) -> Plan | None:
+    """Return a plan, or an intervention as one, or None; TypeError for anything else."""
     if plan is None or isinstance(plan, Plan):
         return plan
     if isinstance(plan, Intervention):

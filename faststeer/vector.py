@@ -31,6 +31,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp
 FORMAT = "faststeer.vector/1"
 LAYER_CONVENTION = "decoder layers counted from 0; the hook point is that layer's own"
 OPS = ("add", "ablate", "project", "clamp", "rotate")
+OTHERS_ENDINGS = (".gguf", ".pt", ".pth", ".npy", ".npz", ".json", ".svec", ".pkl")  # of what is no safetensors file
 MAX_LAYERS = 10_000  # the deepest models have a few hundred: a larger number is a mistake, or made to cost memory
 
 
@@ -92,6 +93,15 @@ def is_trained(values: Tensor) -> bool:
 def in_tables(direction: Tensor) -> Tensor:
     """The values that a program's tables and a vector's file hold: fp32."""
     return direction.detach().float()
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a name by which others would take a vector's file for one of another kind."""
+    if path.suffix.lower() in OTHERS_ENDINGS:
+        raise ValueError(
+            f"{path}: save() writes safetensors: name it .safetensors; faststeer.formats.save(vector, path) writes a "
+            "GGUF file"
+        )
 
 
 def check_text(text: object, what: str) -> None:
@@ -215,13 +225,11 @@ class SteeringVector:
         """Write the vector to `path` as safetensors, atomically: a reader sees the old file or the whole new one.
 
         Raises:
-            ValueError: a name that ends in .gguf; `faststeer.formats.save` writes llama.cpp's format.
+            ValueError: a name that ends as those of another kind of vector's file do (.gguf, .pt, .npz, .json, ...);
+                `faststeer.formats.save` writes llama.cpp's format.
         """
         path, data = Path(path), self.to_bytes()
-        if path.suffix.lower() == ".gguf":
-            raise ValueError(
-                f"{path}: save() writes safetensors; faststeer.formats.save(vector, path) writes a GGUF file"
-            )
+        check_ending(path)
         write_atomically(path, data)
         self.belongs_to(path, data)
         return path

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import faststeer as fs
-from faststeer.files import temporary_beside, write_atomically
+from faststeer.files import new_folder, temporary_beside, write_atomically
 
 
 def test_writes_bytes_and_text(tmp_path):
@@ -29,6 +29,21 @@ def test_has_the_usual_permissions(tmp_path):
     (tmp_path / "by_hand").write_text("")
     write_atomically(tmp_path / "ours", "")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "by_hand").stat().st_mode
+
+
+def test_a_link_stays_one_and_its_target_is_written(tmp_path):
+    for name, target in (("to_a_file", "file"), ("to_nothing", "new"), ("to_a_folder", "folder")):
+        (tmp_path / "there" / "folder").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / "file").write_text("old")
+        (tmp_path / name).symlink_to(tmp_path / "there" / target)
+    for name in ("to_a_file", "to_nothing"):
+        write_atomically(tmp_path / name, name)
+    with new_folder(tmp_path / "to_a_folder") as folder:
+        (folder / "inside").write_text("new")
+    assert all(path.is_symlink() for path in tmp_path.glob("to_*"))
+    there = tmp_path / "there"
+    assert ((there / "file").read_text(), (there / "new").read_text()) == ("to_a_file", "to_nothing")
+    assert (there / "folder" / "inside").read_text() == "new" and len(list(there.iterdir())) == 3
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk_full", "ctrl_c"])

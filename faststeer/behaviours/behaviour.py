@@ -18,7 +18,7 @@ from faststeer.behaviours.layouts import pairs_of, read_records
 from faststeer.evaluate.judging import check_name
 from faststeer.evaluate.judging.registry import RENAMED
 from faststeer.extract.pairs import Pair
-from faststeer.files import UNREADABLE, FormatError, read_json, read_text, write_atomically
+from faststeer.files import UNREADABLE, FormatError, json_file, write_atomically
 from faststeer.hf.batching import Prompt, check_prompts
 from faststeer.hf.prompts import load_prompts
 
@@ -176,13 +176,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Behaviour:
             f"no behaviour {str(name_or_path)!r}: expected one of {', '.join(names())}, a JSON file, or a folder with "
             "behaviour.json"
         )
-    try:
-        data = read_json(read_text(path))
-    except FormatError:
-        raise
-    except ValueError as error:
-        raise FormatError(f"{path} is no valid JSON: {error}") from error
-    return behaviour_from(data, str(path), path.parent)
+    return behaviour_from(json_file(path), str(path), path.parent)
 
 
 def behaviour_from(data: Any, path: str, folder: Path) -> Behaviour:

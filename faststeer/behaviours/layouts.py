@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.extract.pairs import Pair
-from faststeer.file_kinds import kind_of
-from faststeer.files import FormatError, json_lines, read_json, read_text
-from faststeer.hf.prompts import table_rows
+from faststeer.files import FormatError, json_file, json_lines
+from faststeer.hf.prompts import ending_of, table_rows
 
 Row = Mapping[str, Any]
 HARMBENCH_CONTEXT = "\n\n---\n\n"
@@ -182,25 +181,13 @@ def _rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str]:
 
 
 def _of_file(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no data at {path}: {'a folder' if path.is_dir() else 'no such file'}")
-    if path.suffix not in (".csv", ".tsv", ".json", ".jsonl"):
-        kind = kind_of(path)
-        what = f" ({kind.words})" if kind else ""
-        raise FormatError(
-            f"{path} ends in {path.suffix!r}{what}: expected .csv, .tsv, .json or .jsonl"
-            f"{f'; {kind.remedy}' if kind else ''}"
-        )
-    if path.suffix == ".jsonl":
+    ending = ending_of(path, (".csv", ".tsv", ".json", ".jsonl"), "data")
+    if ending == ".jsonl":
         return [row for _, row in json_lines(path)]
-    text = read_text(path)
-    if path.suffix != ".json":
-        (_, header), *rows = table_rows(text, path)
+    if ending != ".json":
+        (_, header), *rows = table_rows(path)
         return [dict(zip(header, row, strict=True)) for _, row in rows]
-    try:
-        data = read_json(text)
-    except ValueError as error:
-        raise FormatError(f"{path} is no valid JSON: {error}") from error
+    data = json_file(path)
     if not isinstance(data, list):
         raise FormatError(f"{path} holds a {type(data).__name__}: expected a list of objects")
     return data

@@ -54,7 +54,7 @@ def convert(
     there = source.startswith("hub:")
     vector = formats.pull(**hub.parse(source), **said) if there else formats.load(source, **said)  # type: ignore[arg-type]
     left_out: list[int] = []
-    if to == "gguf" or (to is None and target is not None and target.endswith(".gguf")):
+    if to == "gguf" or (to is None and target is not None and target.lower().endswith(".gguf")):
         vector, left_out = control_vectors.without_first_layers(vector)
     report: dict[str, Any] = {
         "left_out": left_out,

@@ -260,8 +260,10 @@ def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> No
     """The difference in means, written to a file."""
     from faststeer import extract as extraction
     from faststeer.evaluate.judging import check_name
+    from faststeer.vector import check_ending
 
     prompts = asked.prompts
+    check_ending(out)
     if asked.select == "judge":  # one there is not is told before the model is loaded
         assert prompts.judge is not None
         check_name(prompts.judge)

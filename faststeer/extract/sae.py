@@ -13,8 +13,8 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from faststeer.file_kinds import expect, kind_of
-from faststeer.files import FormatError, read_json, read_text, reading
-from faststeer.vector import HookPoint, SteeringVector
+from faststeer.files import FormatError, json_file, reading
+from faststeer.vector import HookPoint, SteeringVector, whole_number
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HOOK_NAME = re.compile(r"blocks\.(\d{1,6})\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
@@ -52,14 +52,16 @@ def sae_feature(path: str | os.PathLike[str], feature: int) -> SteeringVector:
             raise ValueError(f"it holds {', '.join(sorted(file.keys()))}, and no W_dec")
         rows = file.get_slice("W_dec")
         shape = rows.get_shape()
-        expected = [config.get("d_sae", shape[0]), config.get("d_in", shape[-1])]
+        width = config.get("d_out") or config.get("d_in", shape[-1])  # a transcoder writes as many as it likes
+        expected = [config.get("d_sae", shape[0]), width]
         if len(shape) != 2 or shape != expected:
             raise ValueError(f"W_dec has shape {shape}, cfg.json says {expected} (d_sae, d_in)")
-        if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < shape[0]:
+        number = whole_number(feature)
+        if number is None or not 0 <= number < shape[0]:
             raise ValueError(f"there is no feature {feature!r}: it has features 0..{shape[0] - 1}")
-        row = rows[feature : feature + 1][0].float()
+        row = rows[number : number + 1][0].float()
     scale: Literal["raw", "unit"] = "raw" if config.get("normalize_activations") in UNSCALED else "unit"
-    provenance = {"feature": feature, "sae": str(folder), "d_sae": shape[0], "position": None}
+    provenance = {"feature": number, "sae": str(folder), "d_sae": shape[0], "position": None}
     if scale == "unit" and bool(row.any()):
         row = row / row.norm()
     with reading(f"{folder} gives no steering vector", "mend its files, or name another feature"):
@@ -77,11 +79,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}: expected a folder as SAELens saves it{_what_else(folder)}")
-    text = read_text(path)
-    try:
-        config = read_json(text)
-    except ValueError as error:
-        raise FormatError(f"{path} is no valid JSON: {error}") from error
+    config = json_file(path)
     if not isinstance(config, dict) or not isinstance(config.get("metadata", {}), dict):
         raise FormatError(f"{path} holds no configuration: expected an object")
     return config | config.get("metadata", {})

@@ -83,8 +83,7 @@ def fold_adapter(model: nn.Module, plan: Plan | Intervention, *, tokens: Tensor 
         ImportError: peft is not installed.
     """
     peft = _library()
-    plan = Plan([plan]) if isinstance(plan, Intervention) else plan
-    writers, points = prepare(model, plan)
+    plan, writers, points = prepare(model, plan)
     check_writers(model, writers)
     changed = [writer for writer in writers if writer.is_changed]
     for writer in changed:

@@ -11,24 +11,29 @@ from torch import nn
 from faststeer.folding.affine import FoldError
 
 
-def check_savable(model: Any) -> None:
-    """Raise FoldError if `save_pretrained` would leave something of the model out, or fail: adapters are saved apart
-    from the weights or under other names, and transformers saves not every quantised model."""
-    name = type(model).__name__
+def check_unadapted(model: Any) -> None:
+    """Raise FoldError for a model with peft's adapters: they are saved apart from the weights or under other names."""
     wrapped = next(
         (path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)), ""
     )
     if wrapped or hasattr(model, "peft_config"):
         what = f"{wrapped} has an adapter" if wrapped else "it is a peft model"
+        mend = "model = model.merge_and_unload()"
+        if not hasattr(model, "merge_and_unload"):  # transformers puts an adapter in by itself
+            mend = "model = peft.PeftModel.from_pretrained(model without it, adapter).merge_and_unload()"
         raise FoldError(
-            f"{name} cannot be folded: {what}, which would be saved apart from the folded weights or under other "
-            "names: merge it first, model = model.merge_and_unload()"
+            f"{type(model).__name__} cannot be folded: {what}, which would be saved apart from what is folded or under "
+            f"other names: merge it first, {mend}"
         )
+
+
+def check_savable(model: Any) -> None:
+    """Raise FoldError if `save_pretrained` would fail: transformers saves not every quantised model."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not _is_plain(model) and not quantizer.is_serializable():
         raise FoldError(
-            f"{name} cannot be folded: its weights are quantised in a way that cannot be saved: load it without "
-            "quantisation, fold that, and quantise what was folded"
+            f"{type(model).__name__} cannot be folded: its weights are quantised in a way that cannot be saved: load "
+            "it without quantisation, fold that, and quantise what was folded"
         )
 
 

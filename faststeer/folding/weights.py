@@ -28,13 +28,13 @@ from transformers.pytorch_utils import Conv1D
 from faststeer.compile import Entry, compile_plan
 from faststeer.files import new_folder, write_atomically
 from faststeer.folding.affine import FoldError, Map, affine
-from faststeer.folding.saving import check_savable, check_saved, leave_quantizer
+from faststeer.folding.saving import check_savable, check_saved, check_unadapted, leave_quantizer
 from faststeer.hf.anatomy import find_hook_points, watch
 from faststeer.hf.changes import changing, is_changed
 from faststeer.hf.hook_points import HookPoints, first_output, install, quiet
 from faststeer.hf.steering import steer
 from faststeer.intervention import Intervention
-from faststeer.plan import Plan, n_sites, site, site_name
+from faststeer.plan import Plan, as_plan, n_sites, site, site_name
 from faststeer.vector import SteeringVector
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -382,10 +382,10 @@ def fold(
     Raises:
         FoldError (a ValueError): the plan cannot be folded into this architecture, and why (nothing is changed); or the
             check failed (the copy is dropped; with `in_place` the model must be loaded again).
+        TypeError: no plan.
     """
-    plan = Plan([plan]) if isinstance(plan, Intervention) else plan
     check_savable(model)
-    writers, points = prepare(model, plan)
+    plan, writers, points = prepare(model, plan)
     check_writers(model, writers)
     missing = {f"{writer.parts[0].path}.bias" for writer in writers if _needs_bias(writer)}
     switches: dict[str, bool] = {}
@@ -413,12 +413,14 @@ def fold(
     return Folded(target, plan, tuple(changed), untied, switches, check)
 
 
-def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
-    """The model's writers with what the plan makes of them; nothing is changed.
+def prepare(model: nn.Module, plan: Plan | Intervention) -> tuple[Plan, list[Writer], HookPoints]:
+    """The plan, the model's writers with what it makes of them, and the hook points; nothing is changed.
 
     Raises:
-        FoldError, ValueError: as for `fold`.
+        FoldError, ValueError, TypeError: as for `fold`.
     """
+    plan = as_plan(plan, "plan") or Plan([])
+    check_unadapted(model)
     points = find_hook_points(model)
     try:
         points.check_uniform(model, "fold")
@@ -431,7 +433,7 @@ def prepare(model: nn.Module, plan: Plan) -> tuple[list[Writer], HookPoints]:
     schedule(compile_plan(wide, points.n_layers, points.hidden_size), writers, points)
     if not any(writer.is_changed for writer in writers):
         raise FoldError("the plan changes nothing")
-    return writers, points
+    return plan, writers, points
 
 
 def _in_fp64(intervention: Intervention) -> Intervention:
@@ -603,7 +605,9 @@ def _check_tokens(model: Any, tokens: Tensor | None) -> Tensor:
     vocabulary = model.get_input_embeddings().num_embeddings
     if tokens is None:
         return torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
-    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or not int(tokens.min()) >= 0:
+    tokens = torch.as_tensor(tokens)
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.ndim != 2 or not tokens.numel() or not whole or int(tokens.min()) < 0:
         raise ValueError(f"tokens has shape {list(tokens.shape)}, {tokens.dtype}: expected token ids [batch, seq]")
     if int(tokens.max()) >= vocabulary:
         raise ValueError(f"tokens has id {int(tokens.max())}: the model's vocabulary has {vocabulary}")

@@ -1,4 +1,5 @@
-"""Vectors as bare numbers: `.npy`, `.npz`, and JSON, IBM's `.svec` among it. Nothing pickled is ever read.
+"""Vectors as bare numbers: `.npy`, `.npz`, others' safetensors, and JSON, IBM's `.svec` among it. Nothing pickled is
+ever read.
 
 | content | is |
 |---|---|
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from faststeer.files import UNREADABLE, FormatError, read_json, reading
-from faststeer.formats.conventions import Said, as_said, single
+from faststeer.formats.conventions import Said, as_said, one_row, single
+from faststeer.tensor_files import TensorFile, file_words
 from faststeer.vector import MAX_LAYERS, SteeringVector
 
 MAX_UNPACKED = 2**26  # bytes: of what is compressed, and of JSON's text
@@ -43,9 +45,24 @@ def read_npz(data: bytes, what: str, said: Said) -> SteeringVector:
     with reading(f"{what} cannot be read as .npz", f"is it truncated or damaged? Copy it again, or {MEND}"):
         content = _unpacked(data)
     arrays = {name: _array(array, what, f"its array {name[:60]!r}") for name, array in content.items()}
-    if len(arrays) == 1 and not _NUMBER.fullmatch(next(iter(arrays))):
-        return _of_array(next(iter(arrays.values())), what, said, "npz")
-    return _of_layers(arrays, what, said, "npz")
+    return _of_arrays(arrays, what, said, "npz")
+
+
+def read_safetensors(data: bytes, what: str, said: Said) -> SteeringVector:
+    """The vector of a safetensors file that another project wrote."""
+    with reading(f"{what} cannot be read as safetensors", f"is it truncated or damaged? Copy it again, or {MEND}"):
+        tensors = TensorFile(data).tensors()
+        if other := [f"{name} of {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+            raise ValueError(f"it holds {other[0]}, expected floating numbers")
+    return _of_arrays(tensors, what, said, "safetensors")
+
+
+def is_foreign(data: bytes) -> bool:
+    """Whether this is a safetensors file that faststeer did not write."""
+    try:
+        return not file_words(data).get("format", "").startswith("faststeer.")
+    except UNREADABLE:
+        return False
 
 
 def _unpacked(data: bytes) -> dict[str, bytes]:
@@ -81,7 +98,9 @@ def read_json_vector(data: bytes, what: str, said: Said) -> SteeringVector:
         if len(content) > MAX_LAYERS:
             raise FormatError(f"{what} has {len(content):,} rows: expected directions of up to {MAX_LAYERS:,} layers")
         rows = {str(n): _numbers(row, what, f"row {n}") for n, row in enumerate(content)}
-        return _of_layers(rows, what, said, "json", provenance)
+        if len(rows) > 1:
+            return _of_layers(rows, what, said, "json", provenance)
+        content = content[0]
     return single(_numbers(content, what, "it"), what, said, {"format": "json"})
 
 
@@ -89,11 +108,19 @@ _NUMBER = re.compile(r"\d{1,6}", re.ASCII)
 
 
 def _of_array(array: Tensor, what: str, said: Said, form: str) -> SteeringVector:
+    array = one_row(array)
     if array.ndim == 1:
         return single(array, what, said, {"format": form})
     if array.ndim != 2 or array.shape[0] > MAX_LAYERS:
         raise FormatError(f"{what} holds an array of shape {list(array.shape)}: expected [hidden] or [layers, hidden]")
     return as_said(dict(enumerate(array)), what, said, {"format": form})
+
+
+def _of_arrays(arrays: Mapping[str, Tensor], what: str, said: Said, form: str) -> SteeringVector:
+    """One array by whatever name, or arrays by layer number."""
+    if len(arrays) == 1 and not _NUMBER.fullmatch(next(iter(arrays))):
+        return _of_array(next(iter(arrays.values())), what, said, form)
+    return _of_layers(arrays, what, said, form)
 
 
 def _of_layers(
@@ -106,8 +133,6 @@ def _of_layers(
                 f"{what} holds {', '.join(repr(name[:40]) for name in list(rows)[:6])}: expected directions by layer "
                 f"number, counted from 0 and each once; {MEND}"
             )
-        if row.ndim != 1:
-            raise FormatError(f"{what}: layer {name} has shape {list(row.shape)}: expected [hidden]")
         directions[int(name)] = row
     if not directions:
         raise FormatError(f"{what} holds no directions: expected them by layer number; {MEND}")

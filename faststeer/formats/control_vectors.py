@@ -44,7 +44,7 @@ def read(data: bytes, what: str, said: Said) -> SteeringVector:
             `controlvector.` that is not known here, which might say that the directions are not to be added (say
             op="add" if they are).
     """
-    said.unused(what, "layer", "position")
+    said.unused(what, "position")
     architecture = _walk(data, what)
     if architecture != ARCHITECTURE:
         raise FormatError(
@@ -57,14 +57,15 @@ def read(data: bytes, what: str, said: Said) -> SteeringVector:
         raise FormatError(f"{what} holds no direction")
     ours = _ours(fields, what)
     hint = fields.get("controlvector.model_hint")
+    scale = said.known("scale", ours["scale"], what) if "scale" in ours else "raw"
     return built(
         what,
-        directions,
+        said.kept(directions, what),
         at=at,
         op=op,
         model=ours.get("model") or said.model,
         method=ours.get("method"),
-        scale=ours.get("scale", "raw"),
+        scale=scale,
         provenance=ours.get("provenance", {"format": "gguf", "model_hint": hint}),
     )
 
@@ -239,8 +240,6 @@ def _layer(name: str, what: str) -> int:
 def _values(tensor: _Copy, name: str, what: str) -> Tensor:
     if tensor.kind not in ("F32", "F16", "F64"):
         raise FormatError(f"{what}: {name} is {tensor.kind}: expected F32 (what llama.cpp reads), F16 or F64")
-    if tensor.data.ndim != 1:
-        raise FormatError(f"{what}: {name} has shape {list(tensor.data.shape)}: expected [hidden]")
     with np.errstate(over="ignore"):
         return torch.from_numpy(tensor.data.astype(np.float32))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from faststeer.files import FormatError
-from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point, in_tables
+from faststeer.vector import OPS, HookPoint, SteeringVector, check_hook_point, in_tables, whole_number
 
 Format = Literal["faststeer", "gguf", "steering-vectors", "caa", "refusal_direction"]
 FORMATS: tuple[Format, ...] = ("faststeer", "gguf", "steering-vectors", "caa", "refusal_direction")
@@ -27,7 +27,7 @@ class Said:
     Args:
         format: whose convention the file follows, where its content fits several.
         at: hook point of the directions.
-        layer: decoder layer of a single direction, from 0.
+        layer: decoder layer of a single direction, from 0; of several, the one to keep.
         position: which token of several (refusal_direction's mean_diffs), counted from the prompt's end (-1: the last).
         op: what the direction is meant for.
         model: name of the model it was found in.
@@ -54,10 +54,12 @@ class Said:
             raise ValueError(f"unknown op {self.op!r}: expected one of {', '.join(OPS)}")
         if self.scale not in (None, "raw", "unit"):
             raise ValueError(f"unknown scale {self.scale!r}: expected 'raw' or 'unit'")
-        for name, value, fits in (("layer", self.layer, _from_zero), ("position", self.position, _from_the_end)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not fits(value)):
-                counted = "counted from 0" if name == "layer" else "negative: -1 is the prompt's last token"
-                raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
+        for name, counted in (("layer", "counted from 0"), ("position", "negative: -1 is the prompt's last token")):
+            if (value := getattr(self, name)) is not None:
+                number = whole_number(value)
+                if number is None or (number < 0) != (name == "position"):
+                    raise ValueError(f"{name}={value!r}: expected an integer, {counted}")
+                object.__setattr__(self, name, number)
 
     def known(self, name: str, value: Any, what: str) -> Any:
         """What the file says of `name`, which the caller may repeat but not contradict."""
@@ -73,6 +75,14 @@ class Said:
             raise FormatError(f"{what} {why}: say {name}=")
         return said
 
+    def kept(self, directions: Mapping[int, Tensor], what: str) -> Mapping[int, Tensor]:
+        """The directions of a file that says their layers, or the one that the caller names."""
+        if self.layer is None:
+            return directions
+        if self.layer not in directions:
+            raise FormatError(f"{what} has no direction for layer={self.layer}; it has {list(directions)}")
+        return {self.layer: directions[self.layer]}
+
     def unused(self, what: str, *names: str) -> None:
         """Refuse arguments that have no meaning for this file."""
         for name in names:
@@ -80,12 +90,9 @@ class Said:
                 raise FormatError(f"{what} has no choice of {name}: leave {name}={getattr(self, name)!r} out")
 
 
-def _from_zero(value: int) -> bool:
-    return value >= 0
-
-
-def _from_the_end(value: int) -> bool:
-    return value < 0
+def one_row(tensor: Tensor) -> Tensor:
+    """`[1, hidden]` as `[hidden]`: one direction, not that of layer 0. Anything else as it is."""
+    return tensor.reshape(-1) if tensor.ndim > 1 and tensor.numel() == tensor.shape[-1] else tensor
 
 
 def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> SteeringVector:
@@ -97,6 +104,7 @@ def built(what: str, directions: Mapping[int, Tensor], **fields: Any) -> Steerin
     Raises:
         FormatError: what a SteeringVector refuses, naming the file.
     """
+    directions = {layer: one_row(direction) for layer, direction in directions.items()}
     zero = [layer for layer, direction in directions.items() if not bool(in_tables(direction).any())]
     nonzero = {layer: direction for layer, direction in directions.items() if layer not in zero}
     if directions and not nonzero:
@@ -114,11 +122,7 @@ def as_said(directions: dict[int, Tensor], what: str, said: Said, provenance: Ma
         raise FormatError(f"{what} holds directions for {len(directions)} layers: no file of {said.format}")
     said.unused(what, "position")
     at = said.needed("at", what, f"holds directions for {len(directions)} layers and does not say at which hook point")
-    if said.layer is not None:
-        if said.layer not in directions:
-            raise FormatError(f"{what} has no direction for layer={said.layer}")
-        directions = {said.layer: directions[said.layer]}
-    return built(what, directions, at=at, op=said.op, model=said.model, provenance=provenance)
+    return built(what, said.kept(directions, what), at=at, op=said.op, model=said.model, provenance=provenance)
 
 
 def single(direction: Tensor, what: str, said: Said, provenance: Mapping[str, Any]) -> SteeringVector:

@@ -12,7 +12,7 @@ from faststeer.files import FormatError, write_atomically
 from faststeer.formats import arrays, control_vectors, torch_files
 from faststeer.formats.conventions import Said
 from faststeer.sparse import SparseVector, is_sparse_file
-from faststeer.vector import SteeringVector
+from faststeer.vector import SteeringVector, check_ending
 
 Written = Literal["faststeer", "gguf"]  # formats that are written
 MAX_BYTES = 2**30  # a direction for each of 1,000 layers of 16,384 columns in fp64 is an eighth of that
@@ -45,7 +45,7 @@ def load(
     path = Path(path)
     said = Said(format, at, layer, position, op, model, scale)  # type: ignore[arg-type]
     if not path.is_file():
-        raise FileNotFoundError(f"no steering vector at {path}: no such file")
+        raise FileNotFoundError(f"no steering vector at {path}: {'a folder' if path.is_dir() else 'no such file'}")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise FormatError(f"{path} has {size:,} bytes: no steering vector is so large; is it a model?")
     data = path.read_bytes()
@@ -64,7 +64,7 @@ def from_bytes(
     form = kind.name if kind is not None else "safetensors"  # what is no known kind is left for safetensors to refuse
     if form == "gguf":
         _only(said, what, "gguf")
-        return control_vectors.read(data, what, said)
+        return _scaled(control_vectors.read(data, what, said), what, said)
     if form == "torch":
         if said.format in ("faststeer", "gguf"):
             raise FormatError(f"{what} was written by torch.save: it is no {said.format} file")
@@ -73,6 +73,8 @@ def from_bytes(
         return _scaled(NUMBERS[form](data, what, said), what, said)
     if kind is not None and form != "safetensors":
         raise FormatError(f"{what} is {kind.words}, and no steering vector: {kind.remedy}")
+    if arrays.is_foreign(data):
+        return _scaled(arrays.read_safetensors(data, what, said), what, said)
     _only(said, what, "faststeer")
     return _ours(data, what, said)
 
@@ -104,9 +106,7 @@ def _ours(data: bytes, what: str, said: Said) -> SteeringVector:
     for name in ("op", "model"):
         if getattr(vector, name) is not None:
             said.known(name, getattr(vector, name), what)
-    if said.layer is not None and said.layer not in vector:
-        raise FormatError(f"{what} has no direction for layer={said.layer}; it has {list(vector.layers)}")
-    chosen = {said.layer: vector[said.layer]} if said.layer is not None else vector.directions
+    chosen = said.kept(vector.directions, what)
     changes: dict[str, Any] = {"op": vector.op or said.op, "model": vector.model or said.model}
     if chosen is vector.directions and all(getattr(vector, name) == value for name, value in changes.items()):
         return vector
@@ -124,7 +124,7 @@ def save(
     """Write a vector atomically: ours, or a GGUF control vector.
 
     Args:
-        format: None: gguf where the path ends in .gguf, else ours.
+        format: None: gguf where the path ends in .gguf, else ours, if it does not end as another kind of file does.
         model_hint: for gguf, see `faststeer.formats.control_vectors.to_bytes`.
 
     Raises:
@@ -141,6 +141,8 @@ def save(
 
 def to_bytes(vector: SteeringVector, name: str, format: Written | None = None, model_hint: str | None = None) -> bytes:
     """What `save` writes to a file of this name. Errors as there."""
+    if format is None and not (name := name.lower()).endswith(".gguf"):
+        check_ending(Path(name))
     format = format or ("gguf" if name.endswith(".gguf") else "faststeer")
     if format == "gguf":
         return control_vectors.to_bytes(vector, model_hint)

@@ -74,12 +74,21 @@ def pull(
         FormatError: as for `load`.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         path = hf_hub_download(repo, filename, revision=revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         where = f"{repo}@{revision}" if revision else repo
+        if isinstance(error, LocalEntryNotFoundError):
+            raise OSError(
+                f"{filename} of {where} is not in the cache, and the hub cannot be reached: {error}"
+            ) from error
         raise FileNotFoundError(f"no {filename} in {where} on the hub: {error}") from error
     return load(Path(path), **said)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from faststeer.files import FormatError, read_json, read_text
-from faststeer.formats.conventions import Said, as_said, built
+from faststeer.formats.conventions import Said, as_said, built, one_row
 from faststeer.vector import MAX_LAYERS, SteeringVector
 
 ZIP = b"PK\x03\x04"
@@ -49,7 +49,7 @@ def read(data: bytes, what: str, said: Said, path: Path | None = None) -> Steeri
     if said.format == "steering-vectors":
         raise FormatError(f"{what} has no layer_activations: it is no file of steering-vectors")
     if isinstance(content, Tensor):
-        tensor = _tensor(content, what, "it", len(data))
+        tensor = one_row(_tensor(content, what, "it", len(data)))
         if tensor.ndim == 1:
             return _single(tensor, what, said, path)
         if tensor.ndim == 3:
@@ -79,7 +79,8 @@ def _load(data: bytes, what: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise FormatError(
             f"{what} cannot be read by torch.load(weights_only=True) ({type(error).__name__}: {reason}): it is "
-            "truncated, damaged, or a pickle of code, which is never run"
+            "truncated, damaged, or a pickle of code, which is never run, such as that of a NumPy array or a class: "
+            "load it where you trust it, and save tensors"
         ) from error
 
 
@@ -88,9 +89,9 @@ def _tensor(value: Any, what: str, name: str, size: int) -> Tensor:
     if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter):
         raise FormatError(f"{what}: {name} is a {type(value).__name__}: expected a tensor")
     dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-    if not dense or value.is_complex():
+    if not dense or not value.is_floating_point():
         kind = f"{value.dtype} tensor on {value.device}"
-        raise FormatError(f"{what}: {name} is a {kind}: expected dense real numbers")
+        raise FormatError(f"{what}: {name} is a {kind}: expected dense floating numbers")
     if value.numel() * value.element_size() > size:
         raise FormatError(f"{what}: {name} has shape {list(value.shape)}, larger than the file: it is damaged")
     if value.numel() == 0 or max(value.shape[:-1], default=0) > MAX_LAYERS:
@@ -112,13 +113,16 @@ def _per_layer(content: Mapping[Any, Any], what: str, size: int) -> dict[int, Te
 def _layer(key: Any, what: str) -> int:
     text = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
     if not isinstance(text, str) or not re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        raise FormatError(f"{what} has the key {str(key)[:60]!r}: expected layer numbers counted from 0")
+        raise FormatError(
+            f"{what} has the key {str(key)[:60]!r}: expected layer numbers counted from 0; make "
+            "SteeringVector({layer: tensor}, at=...) of what it holds"
+        )
     return int(text)
 
 
 def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: int) -> SteeringVector:
     said.known("format", "steering-vectors", what) if said.format else None
-    said.unused(what, "layer", "position")
+    said.unused(what, "position")
     kind, activations = fields.get("layer_type", "decoder_block"), fields["layer_activations"]
     if not isinstance(activations, Mapping) or not activations:
         raise FormatError(f"{what}: its layer_activations are no {{layer: tensor}}")
@@ -134,7 +138,7 @@ def _steering_vectors(fields: Mapping[str, Any], what: str, said: Said, size: in
     else:
         kind = str(kind)[:60]
         raise FormatError(f"{what} steers the module {kind!r}, whose output is no part of the residual stream")
-    directions = {layer: t.reshape(-1) for layer, t in _per_layer(activations, what, size).items()}
+    directions = said.kept(_per_layer(activations, what, size), what)
     return built(
         what, directions, at=at, op=said.op or "add", model=said.model, provenance={"format": "steering-vectors"}
     )
@@ -192,10 +196,6 @@ def _mean_diffs(tensor: Tensor, what: str, said: Said) -> SteeringVector:
     if position < -tensor.shape[0]:
         raise FormatError(f"{what} {why}: position={position} is not among them (-{tensor.shape[0]}..-1)")
     at = said.known("at", "resid_pre", what)
-    directions = dict(enumerate(tensor[position]))
-    if said.layer is not None:
-        if said.layer not in directions:
-            raise FormatError(f"{what} {why}: layer={said.layer} is not among them")
-        directions = {said.layer: directions[said.layer]}
+    directions = said.kept(dict(enumerate(tensor[position])), what)
     provenance = {"format": "refusal_direction", "position": position}
     return built(what, directions, at=at, op=said.op, model=said.model, method="dim", provenance=provenance)

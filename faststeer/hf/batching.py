@@ -25,6 +25,7 @@ from faststeer.hf.encoding import (
     has_template,
 )
 from faststeer.plan import Plan, distinct
+from faststeer.vector import check_text
 
 Prompt = str | list[dict[str, str]]
 
@@ -41,13 +42,11 @@ def as_rendered(prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts"
     Raises:
         ValueError: something that is no prompt, or a chat.
     """
-    marked: list[Prompt] = []
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
         if not isinstance(prompt, str):
             raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
-        marked.append(Rendered(prompt))
-    return marked
+    return [Rendered(prompt) for prompt in prompts]
 
 
 def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
@@ -81,7 +80,7 @@ def prompt_fault(prompt: object) -> str | None:
         return "is a chat without messages"
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            return f"holds {message!r}, which is no message"
+            return f"holds {str(message)[:200]}, which is no message with a text as its role and one as its content"
     return None
 
 
@@ -106,6 +105,7 @@ def render(
             marks or special tokens, so that it was rendered before, or would end a message and begin another.
     """
     check_tokenizer(tokenizer)
+    check_text(system, "system")
     prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
     names = _names(what, len(prompts))
     if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
@@ -120,6 +120,10 @@ def render(
         if head and chat[0]["role"] == "system":
             raise ValueError(
                 f"{names[i]} has a system message of its own, and system= gives another: leave one of them out"
+            )
+        if chat[-1]["role"] == "assistant" and not chat[-1]["content"].strip():
+            raise ValueError(
+                f"{names[i]} ends with a blank answer: leave that message out, an answer begins there anyway"
             )
         if not templated and (head or len(chat) > 1):
             raise ValueError(
@@ -282,8 +286,18 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
     not take them.
 
     Raises:
-        ValueError: rows whose positions are encoded by the length of the longest, and differently when alone.
+        ValueError: rows whose positions are encoded by the length of the longest, and differently when alone; a token
+            that the model does not have.
     """
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    ids = batch["input_ids"]
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        batch = {**batch, "input_ids": ids * batch["attention_mask"][:, -ids.shape[1] :]}  # a padding token was added
+        if (highest := int(batch["input_ids"].max())) >= vocabulary:
+            raise ValueError(
+                f"a prompt holds the token {highest}: the model has 0 to {vocabulary - 1}; is the tokenizer another "
+                "model's?"
+            )
     _check_rotation(model, batch["attention_mask"])
     known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from faststeer.vector import check_text
 
 Chat = Sequence[dict[str, str]]
 End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last message is continued; neither
 
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
+CORRECT = "correct tokenizer.chat_template"
 LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
 BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
 THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
@@ -63,7 +67,15 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[in
     Args:
         by_hand: the numbers of those that were not made by `apply_template`, and may lack the special tokens that the
             template begins with: these are put in front.
+
+    Raises:
+        ValueError: a tokenizer that reads special tokens as plain text; a text that is no valid Unicode.
     """
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ValueError(
+            "the tokenizer reads the chat template's special tokens as plain text: set tokenizer.split_special_tokens "
+            "= False"
+        )
     own = _own_tokens(tokenizer, texts)
     front = usual = _ends(tokenizer, texts, False)[0]
     if by_hand:
@@ -82,21 +94,30 @@ def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError for a multimodal processor, whose first argument is images."""
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is None or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return
-    template = ""
-    if getattr(tokenizer, "chat_template", None) and not getattr(inner, "chat_template", None):
-        template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
-    raise ValueError(
-        f"{type(tokenizer).__name__} is a processor, no tokenizer: give the tokenizer in it, "
-        f"processor.tokenizer{template}"
-    )
+    """Raise ValueError for what is no tokenizer, such as a multimodal processor, whose first argument is images, and
+    for one that writes chats without a template: what it makes of a text cannot be seen."""
+    name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
+    if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        template = ""
+        if has_template(tokenizer) and not has_template(inner):
+            template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
+        raise ValueError(
+            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer{template}"
+        )
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
+    writes = getattr(type(tokenizer), "apply_chat_template", None)
+    if not has_template(tokenizer) and writes not in (None, PreTrainedTokenizerBase.apply_chat_template):
+        raise ValueError(
+            f"{name} writes chats by itself, without a chat template: give a tokenizer that has the model's, for one "
+            "of mistral-common AutoTokenizer.from_pretrained(name, mistral_format=False)"
+        )
 
 
 def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
     check_tokenizer(tokenizer)
+    for text in texts:
+        check_text(text, repr(text[:60]))
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
 
 
@@ -104,11 +125,8 @@ def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Each text's tokens without special ones around it, also where a tokenizer adds some although asked not to."""
     front, back = _ends(tokenizer, texts, False)
     encoded = _call(tokenizer, texts, False)
-    if front:
-        encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
-    if back:
-        encoded = [ids[: -len(back)] if ids[-len(back) :] == back else ids for ids in encoded]
-    return encoded
+    encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
+    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded]
 
 
 def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int], list[int]]:
@@ -132,19 +150,19 @@ def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int
 
 def special_ids(tokenizer: Any) -> set[int]:
     """The special tokens' ids, without that of the token for unknown words, which stands for a text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*getattr(tokenizer, "all_special_ids", ()), *(number for number, token in added.items() if token.special)}
-    return ids - {getattr(tokenizer, "unk_token_id", None)}
+    return set(_special(tokenizer)) - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def special_texts(tokenizer: Any) -> list[str]:
     """The special tokens as they are written, the longest first; without those of one or two characters."""
+    texts = {text for text in _special(tokenizer).values() if len(text.strip()) > LETTERS}
+    return sorted(texts, key=len, reverse=True)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=True)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    texts = {
-        *map(str, getattr(tokenizer, "all_special_tokens", ())),
-        *(token.content for token in added.values() if token.special),
-    }
-    return sorted((text for text in texts if len(text.strip()) > LETTERS), key=len, reverse=True)
+    return {n: str(text) for n, text in named} | {n: token.content for n, token in added.items() if token.special}
 
 
 # Chat templates -------------------------------------------------------------------------------------------------------
@@ -161,7 +179,8 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
     earlier answer's thinking dropped, as the template has it. `what` names the chat in errors.
 
     Raises:
-        ValueError: a template that raises, or that drops or changes a message's text.
+        ValueError: a template that raises, that drops or changes a message's text, drops tool calls, or ends a prompt
+            before what it begins an answer with.
     """
     check_tokenizer(tokenizer)
     number = _number_for(tokenizer, [message["content"] for message in chat])
@@ -185,28 +204,53 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         if parts and _shows_parts(check, marked):
             missing = sorted(everything)
         if not missing:
+            _check_rest(tokenizer, chat, parts, end, text, f"{number}{len(chat):03}", what)
             return text
         lost = lost or missing
         parts = parts | set(missing)
-    roles = ", ".join(message["role"] for message in chat)
+    fault = f"{what}: the tokenizer's chat template"
     if not lost:
+        roles = ", ".join(message["role"] for message in chat)
         reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+        does, mend = f"fails on messages by {roles} ({type(failure).__name__}: {reason})", f"{CORRECT}, or {REMEDY}"
         if type(failure) is TemplateError:  # by raise_exception
-            raise ValueError(
-                f"{what}: the tokenizer's chat template refuses messages by {roles} ({reason}): "
-                "give only roles it knows, in an order it allows"
-            ) from failure
-        raise ValueError(
-            f"{what}: the tokenizer's chat template fails on messages by {roles} ({type(failure).__name__}: {reason}): "
-            f"correct tokenizer.chat_template, or {REMEDY}"
-        ) from failure
+            does, mend = f"refuses messages by {roles} ({reason})", "give only roles it knows, in an order it allows"
+        raise ValueError(f"{fault} {does}: {mend}") from failure
     message = chat[lost[0]]
     where = f"message {lost[0]} of {len(chat)}, the {message['role']}'s" if len(chat) > 1 else "the text"
     system = "put the system prompt into the user's first message, or " if message["role"] == "system" else ""
     raise ValueError(
-        f"{what}: the tokenizer's chat template drops or changes {where} {message['content'][:60]!r}, so the model "
-        f"would read something else: {system}correct tokenizer.chat_template, or {REMEDY}"
+        f"{fault} drops or changes {where} {message['content'][:60]!r}, so the model would read something else: "
+        f"{system}{CORRECT}, or {REMEDY}"
     )
+
+
+def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, number: str, what: str) -> None:
+    """Raise ValueError where a chat's template drops tool calls, or writes something before an answer and not behind
+    a prompt."""
+    fault = f"{what}: the tokenizer's chat template"
+
+    def written(messages: Chat, end: End) -> str:
+        try:
+            return _written(tokenizer, messages, parts and parts | {*range(len(chat), len(messages))}, end)
+        except TimeoutError:
+            raise
+        except Exception:  # a template that takes no such message there
+            return ""
+
+    bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in chat]
+    if any(message.get("tool_calls") for message in chat) and written(bare, end) == text:
+        raise ValueError(f"{fault} drops tool_calls: write them into the message's content, or {REMEDY}")
+    if end != "prompt" or chat[-1]["role"] == "assistant" or written(chat, "closed") != text:
+        return
+    answer, question = (written([*chat, {"role": role, "content": number}], "closed") for role in ("assistant", "user"))
+    header = answer.removeprefix(text).partition(number)[0]
+    if answer.startswith(text + header + number) and header.strip() and answer != question:
+        addition = "{% if add_generation_prompt %}{{ " + json.dumps(header, ensure_ascii=False) + " }}{% endif %}"
+        raise ValueError(
+            f"{fault} ignores add_generation_prompt: it begins an answer with {header!r}, and the prompt ends before "
+            f"that: tokenizer.chat_template += {addition!r}"
+        )
 
 
 def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
@@ -269,21 +313,26 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
     """
     marks, head, tail = _marks(tokenizer)
     numbers = special_ids(tokenizer)
-    contents = list(dict.fromkeys(message["content"] for chat in chats for message in chat))
+    contents = list(dict.fromkeys(text for chat in chats for message in chat for text in _texts(message)))
     tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
 
     def marks_of(message: dict[str, str]) -> Iterator[str]:
-        content = message["content"]
         thinking = message["role"] == "assistant"
-        of_tokens = (tokenizer.decode([i]) for i in tokens[content] if i in numbers)
-        for mark in (*(mark for mark in marks if mark in content), *of_tokens):
-            if len(mark.strip()) > LETTERS and not (thinking and THINKING.search(mark)):
-                yield mark
-        text = content.strip()
+        for text in _texts(message):
+            of_tokens = (tokenizer.decode([i]) for i in tokens[text] if i in numbers)
+            for mark in (*(mark for mark in marks if mark in text), *of_tokens):
+                if len(mark.strip()) > LETTERS and not (thinking and THINKING.search(mark)):
+                    yield mark
+        text = message["content"].strip()
         if head and not thinking and text.startswith(head) and text.endswith(tail):
             yield f"{head} ... {tail}"
 
     return [next((mark for message in chat for mark in marks_of(message)), None) for chat in chats]
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """A message's texts: its content, role, and whatever else a template may write, such as a name."""
+    return [value for value in message.values() if isinstance(value, str)]
 
 
 def _marks(tokenizer: Any) -> tuple[list[str], str, str]:

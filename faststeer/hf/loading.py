@@ -13,7 +13,7 @@ import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -59,16 +59,16 @@ def load(
         ImportError: the libraries that read a GGUF file are not installed.
     """
     kind = _dtype(dtype)
-    path = smollm2_file() if str(name) == "smollm2" else Path(name).expanduser()
-    if str(name) == "demo":
+    path = smollm2_file() if name == "smollm2" else Path(name).expanduser()
+    if name == "demo":
         model, tokenizer = _load_saved(DEMO, kind or torch.float32)
         model.loaded_as = "demo"
     elif path.suffix.lower() == ".gguf" or path.is_file():
         default = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         model, tokenizer = _load_gguf(path.resolve(), kind or default)
-        model.loaded_as = "smollm2" if str(name) == "smollm2" else path.name
+        model.loaded_as = "smollm2" if name == "smollm2" else path.name
     else:
-        model, tokenizer = _load_saved(name, kind)
+        model, tokenizer = _load_saved(path if path.is_dir() else name, kind)
     tokenizer.padding_side = "left"  # generate continues a row at its end
     return model.to(device).eval(), tokenizer
 
@@ -92,7 +92,7 @@ def smollm2_file() -> Path:
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
+        if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype is {dtype}: expected a floating one, such as torch.float32")
         return dtype
     if dtype is not None and dtype not in ("auto", *DTYPES):
@@ -107,14 +107,33 @@ def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     # Without this the libraries try again and again to reach the hub, for most of a minute.
     local = folder.is_dir() or not _hub_answers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
-        where = "no such folder, and the hub" if not local else "no such folder, and the hub does not answer"
-        where = "this folder" if folder.is_dir() else where
-        files = sorted(file.name for file in folder.glob("*.gguf")) if folder.is_dir() else []
+        return _from_transformers(name, dtype or "auto", local_files_only=local)
+    except Exception as error:  # of the libraries that read a model's files, each has classes of its own
+        where = "this folder" if folder.is_dir() else f"no such folder, and the hub{' does not answer' * local}"
+        files = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; it holds {files[0]}: name that file" if files and not (folder / "config.json").is_file() else ""
+        if "trust_remote_code" in str(error):
+            hint = "; load it with transformers, as you trust it, and give the model and its tokenizer"
         raise ValueError(f"no model could be loaded from {str(name)!r} ({where}){hint}: {error}") from error
+
+
+def _from_transformers(
+    source: str | Path, dtype: torch.dtype | str, for_model: Mapping[str, Any] | None = None, **for_both: Any
+) -> tuple[Any, Any]:
+    """Model and tokenizer as transformers loads them, which fills weights that are in no file with random numbers.
+
+    Raises:
+        ValueError: there are such weights. Whatever else transformers raises.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **for_both)
+    options = {**for_both, **(for_model or {}), "dtype": dtype, "output_loading_info": True}
+    model, report = cast("Any", transformers.AutoModelForCausalLM.from_pretrained(source, **options))
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"weights of {type(model).__name__}, such as {missing[0]} ({len(missing)} in all), are in no file and "
+            "would be random numbers: download it again; or save the whole causal language model, without adapters "
+            "(model.merge_and_unload() of a peft model)"
+        )
     return model, tokenizer
 
 
@@ -211,8 +230,7 @@ def _write_entry(path: Path, dtype: torch.dtype, entry: Path) -> None:
 
 def _load_entry(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+        return _from_transformers(folder, dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}, kept from an earlier run, cannot be loaded ({error}): remove it") from error
 
@@ -235,12 +253,9 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"{path} holds a control vector, no model: read it with fs.SteeringVector.load, or --vector")
     if metadata.get("split.count", 0) > 1:
         raise ValueError(f"{path} is one of {metadata['split.count']} parts: merge them with llama-gguf-split --merge")
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True)
-        )
+        model, tokenizer = _from_transformers(path.parent, dtype, plain, gguf_file=path.name)
     except Exception as error:
         raise ValueError(
             f"transformers {transformers.__version__} reads no model from {path} (architecture {architecture}): {error}"

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from faststeer.file_kinds import kind_of
-from faststeer.files import FormatError, read_json, read_text
+from faststeer.files import FormatError, json_file, json_lines, read_text
 from faststeer.hf.batching import Prompt, encode, prompt_fault
+from faststeer.hf.encoding import has_template
 from faststeer.hf.prefix import common_length
 
 ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
@@ -41,7 +41,7 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
 
     Args:
         field: the object's field or the column with the prompt; by default the first there is of TEXT_FIELDS, in any
-            case, or a CSV file's only column.
+            case.
         name: which list of a JSON object.
 
     Raises:
@@ -50,9 +50,9 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
             is no prompt; with file and line.
     """
     path = Path(path)
-    text = _read(path)
-    if path.suffix == ".json":
-        data = _parse_json(text, path)
+    ending = ending_of(path, ENDINGS, "prompts")
+    if ending == ".json":
+        data = json_file(path)
         if isinstance(data, dict):
             data = _named(data, name, path)
         elif name is not None:
@@ -62,15 +62,17 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
         return _prompts(data, path, field)
     if name is not None:
         raise FormatError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
-    if path.suffix in (".csv", ".tsv"):
-        return _read_table(text, path, field)
-    # Only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator.
-    lines = [(n, line) for n, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
-    if path.suffix == ".jsonl":
-        return [_prompt(_parse_json(line, path, n), f"{path}, line {n}", field) for n, line in lines]
-    if field is not None:
+    if ending in (".csv", ".tsv"):
+        return _read_table(path, field)
+    if ending == ".jsonl":
+        prompts = [_prompt(item, where, field) for where, item in json_lines(path)]
+    elif field is not None:
         raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
-    return [line.strip() for _, line in lines]
+    else:  # only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator
+        prompts = [line.strip() for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    if not prompts:
+        raise FormatError(f"{path} is empty: expected at least one prompt")
+    return prompts
 
 
 def load_contrast(
@@ -88,11 +90,11 @@ def load_contrast(
     path = Path(path)
     if (positive is None) != (negative is None):
         raise ValueError("give both positive= and negative=, or neither")
-    if path.suffix != ".json":
+    if ending_of(path, ENDINGS, "prompts") != ".json":
         raise FormatError(
             f"{path} cannot hold two named lists: expected a .json file; read two files with load_prompts instead"
         )
-    data = _parse_json(_read(path), path)
+    data = json_file(path)
     if not isinstance(data, dict):
         raise FormatError(
             f"{path} holds a {type(data).__name__}: expected an object of two lists, "
@@ -119,9 +121,9 @@ def post_instruction_positions(tokenizer: Any) -> list[int]:
     where nothing follows the instruction, or without a chat template. Differences in means are looked for there (arXiv
     2406.11717, 2604.08524).
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         return [-1]
-    behind = common_length([ids[::-1] for ids in encode(tokenizer, DISSIMILAR)], 0)
+    behind = common_length([ids[::-1] for ids in encode(tokenizer, DISSIMILAR, what="example prompts")], 0)
     return list(range(-behind, 0)) or [-1]
 
 
@@ -141,28 +143,20 @@ DISSIMILAR = (
 )
 
 
-def _read(path: Path) -> str:
-    if path.suffix not in ENDINGS:
+def ending_of(path: Path, endings: Sequence[str], what: str) -> str:
+    """Return a file's ending in lower case.
+
+    Raises:
+        FileNotFoundError: there is no such file, of `what`.
+        FormatError: an ending that is none of these, with what the file is.
+    """
+    if not path.is_file() and (path.is_dir() or path.suffix.lower() in endings):
+        raise FileNotFoundError(f"no {what} at {path}: {'a folder' if path.is_dir() else 'no such file'}")
+    if path.suffix.lower() not in endings:
         kind = kind_of(path) if path.is_file() else None
         more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(ENDINGS)}{more}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts at {path}: {'a folder' if path.is_dir() else 'no such file'}")
-    text = read_text(path)
-    if not text.strip():
-        raise FormatError(f"{path} is empty: expected at least one prompt")
-    return text
-
-
-def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
-    try:
-        return read_json(text)
-    except json.JSONDecodeError as error:
-        raise FormatError(
-            f"{path}, line {line or error.lineno}, column {error.colno}: no JSON ({error.msg})"
-        ) from error
-    except ValueError as error:
-        raise FormatError(f"{path}{f', line {line}' if line else ''}: no JSON that can be read: {error}") from error
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(endings)}{more}")
+    return path.suffix.lower()
 
 
 def _named(data: dict[str, Any], name: str | None, path: Path) -> Any:
@@ -211,24 +205,24 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
     return match
 
 
-def _read_table(text: str, path: Path, field: str | None) -> list[Prompt]:
-    rows = table_rows(text, path)
+def _read_table(path: Path, field: str | None) -> list[Prompt]:
+    rows = table_rows(path)
     first, header = next(rows)
-    alone = len(header) == 1 and field is None
-    column = 0 if alone else header.index(_field_of(header, field, f"{path}, line {first}", TEXT_FIELDS, "column"))
+    column = header.index(_field_of(header, field, f"{path}, line {first}", TEXT_FIELDS, "column"))
     prompts = [_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None) for line, row in rows]
     if not prompts:
         raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
     return prompts
 
 
-def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line and the cells of the header and of each row of a .csv or .tsv; blank rows are left out.
 
     Raises:
-        FormatError: nothing in it, no CSV, a row with another number of cells than the header.
+        FormatError: nothing in it, no CSV, a column named twice, a row with another number of cells than the header.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     n_cells, start = 0, 1
     try:
         for row in reader:
@@ -240,9 +234,12 @@ def table_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
                     f"{path}, line {line} has {len(row)} cell(s), the header {n_cells}: "
                     "is a comma or a quotation mark not quoted?"
                 )
+            names = [name for cell in row if (name := cell.strip().lower())]
+            if not n_cells and len(set(names)) < len(names):
+                raise FormatError(f"{path}, line {line} names a column twice: {', '.join(map(repr, row))}")
             n_cells = len(row)
             yield line, row
     except csv.Error as error:
-        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error})") from error
+        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error}); mend it, or write .jsonl") from error
     if not n_cells:
         raise FormatError(f"{path} is empty: expected a header line and rows")

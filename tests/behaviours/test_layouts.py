@@ -126,6 +126,7 @@ def test_without_the_library_it_says_so(monkeypatch):
         ("a.csv", "x,y\n1,2\n", "has the columns x, y, which are no known layout's"),
         ("a.csv", "goal,target\n", "has no rows"),
         ("a.csv", "", "is empty"),
+        ("a.csv", "goal,Goal,target\na,b,c\n", "names a column twice"),
         ("a.csv", "goal,target\na,b,c\n", "line 2 has 3 cell"),
         ("a.csv", 'goal,target\n"a,b\n', "no CSV"),
         ("a.csv", "goal,target\n ,b\n", "row 1: its goal is blank"),

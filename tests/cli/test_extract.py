@@ -211,3 +211,8 @@ def test_own_prompts_with_options_that_do_not_fit(options, code, message, sides,
     assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_another_kind_of_file_is_told_before_the_work(tmp_path):
+    result = invoke("--model", tmp_path / "none", "--behaviour", "tone", "--out", tmp_path / "v.gguf")
+    assert result.exit_code == 1 and "name it .safetensors" in result.output

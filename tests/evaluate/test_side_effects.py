@@ -141,7 +141,7 @@ def test_questions_of_a_file(tmp_path):
     )  # fmt: skip
     assert load_questions(path) == [Question("a?", ("x", "y"), 1), Question("b?", ("x", "y"), 0)]
     for line, said in [
-        ("{", "line 2: no valid JSON"),
+        ("{", "line 2, column 2: no valid JSON"),
         ('{"question": "a?", "choices": ["x", "y"]}', "line 2: expected an object"),
         ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "none of the choices"),
         ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "from 0 to 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -44,6 +45,14 @@ def test_hook_points(tmp_path, hook):
 def test_a_transcoder_writes_where_its_output_is(tmp_path):
     config = OLD | {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out"}
     assert sae_feature(folder(tmp_path / "a", config), 0).at == "mlp_out"
+    wide = folder(tmp_path / "b", config | {"d_in": 7, "d_out": 4})  # what it reads may have another width
+    assert torch.equal(sae_feature(wide, 1)[3], W_DEC[1])
+
+
+@pytest.mark.parametrize("feature", [np.int64(2), torch.tensor(2)])
+def test_whole_numbers_of_other_libraries(tmp_path, feature):
+    vector = sae_feature(folder(tmp_path / "a", OLD), feature)
+    assert torch.equal(vector[12], W_DEC[2]) and type(vector.provenance["feature"]) is int
 
 
 def test_rows_in_units_of_their_own_keep_their_direction_only(tmp_path):

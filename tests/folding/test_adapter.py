@@ -54,6 +54,15 @@ def test_the_adapter_is_as_small_as_what_it_removes(tmp_path):
     assert fold_adapter(models.build("llama"), plan).model.peft_config["default"].r == 3
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_adapter_on_an_adapter_is_refused(inside):
+    """Its names are those of the model with the first: saved, peft finds no such modules in the model without."""
+    model = peft.get_peft_model(models.build("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(FoldError, match=r"q_proj has an adapter.*merge it first, model = .*merge_and_unload\(\)"):
+        fold_adapter(model.base_model.model if inside else model, PLANS["ablate"][0])
+    assert fold_adapter(model.merge_and_unload(), PLANS["ablate"][0]).check.equal == 64
+
+
 @pytest.mark.parametrize(
     ("name", "plan", "message"),
     [

@@ -434,6 +434,16 @@ def test_a_model_with_an_adapter_is_refused_and_merged_it_can_be_folded(wrapped,
     assert (logits(loaded) - steered).abs().max() <= 4 * folded.check.tolerance
 
 
+def test_what_is_no_plan_and_tokens_that_are_none():
+    with pytest.raises(TypeError, match="plan is a Tensor: expected a Plan"):
+        fold(models.build("llama"), torch.ones(models.HIDDEN))
+    with pytest.raises(FoldError, match="changes nothing"):
+        fold(models.build("llama"), None)
+    with pytest.raises(ValueError, match=r"torch\.bool: expected token ids"):
+        fold(models.build("llama"), PLANS["ablate"][0], tokens=torch.tensor([[True]]))
+    assert fold(models.build("llama"), PLANS["ablate"][0], tokens=[[5, 6, 7]]).check.equal == 16
+
+
 class Quantizer:
     """As transformers leaves one on a model whose weights it has dequantised: GGUF's."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import faststeer as fs
 from faststeer.files import FormatError
@@ -79,7 +80,7 @@ def test_one_direction_and_all_layers(name, one, tmp_path):
     st.sampled_from([np.float16, np.float32, np.float64, ">f4", ">f8"]),
     st.booleans(),
     st.booleans(),
-    st.integers(1, 5),
+    st.integers(2, 5),
     st.integers(1, 7),
 )
 def test_arrays_of_every_kind_equal_numpys(tmp_path_factory, dtype, fortran, compressed, layers, hidden):
@@ -106,6 +107,39 @@ def test_the_scale_is_the_callers_to_say(tmp_path):
     ours = fs.SteeringVector({1: torch.from_numpy(ROWS[0])}).save(tmp_path / "o.safetensors")
     with pytest.raises(FormatError, match="says scale='raw', the call scale='unit'"):
         load(ours, scale="unit")
+
+
+ONE_ROW = {"v.npy": ROWS[:1], "v.npz": {"mean": ROWS[:1]}, "v.json": ROWS[:1].tolist()}
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row_is_one_direction(name, tmp_path):
+    """Kept as [1, hidden] by whoever took a mean: not the direction of layer 0."""
+    path = written(tmp_path, name, ONE_ROW[name])
+    with pytest.raises(FormatError, match="say layer= and at="):
+        load(path, at="resid_post")
+    vector = load(path, at="resid_post", layer=9)
+    assert vector.layers == (9,) and np.array_equal(vector[9].numpy(), ROWS[0])
+    by_layer = written(tmp_path, "w.npz", {"9": ROWS[:1], "10": ROWS[1:2]})
+    assert np.array_equal(load(by_layer, at="resid_post")[10].numpy(), ROWS[1])
+
+
+def test_safetensors_of_another_project(tmp_path):
+    tensors = {str(layer): torch.from_numpy(ROWS[n]) for n, layer in enumerate((5, 11))}
+    for words in (None, {"format": "pt"}):
+        save_file(tensors, tmp_path / "v.safetensors", words)
+        with pytest.raises(FormatError, match="does not say at which hook point: say at="):
+            load(tmp_path / "v.safetensors")
+        vector = load(tmp_path / "v.safetensors", at="resid_pre")
+        assert vector.layers == (5, 11) and np.array_equal(vector[11].numpy(), ROWS[1])
+    save_file({"direction": tensors["5"]}, tmp_path / "one.safetensors")
+    assert load(tmp_path / "one.safetensors", at="mlp_out", layer=3).layers == (3,)
+    save_file({"model.norm.weight": tensors["5"], "lm_head.weight": tensors["11"]}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"holds '(lm_head|model\.norm)\.weight', .*: expected directions by layer"):
+        load(tmp_path / "model.safetensors", at="resid_pre")
+    save_file({"5": torch.arange(6)}, tmp_path / "ids.safetensors")
+    with pytest.raises(FormatError, match=r"5 of torch\.int64, expected floating numbers"):
+        load(tmp_path / "ids.safetensors", at="resid_pre")
 
 
 REFUSED = {

@@ -126,6 +126,14 @@ def test_what_is_not_there(server, tmp_path, repo, filename):
         pull(repo, filename, endpoint=server.address, token="hf_none", cache_dir=tmp_path)
 
 
+def test_a_hub_that_is_not_reached_is_not_one_without_the_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    nowhere = {"endpoint": "http://127.0.0.1:9", "token": "hf_none", "cache_dir": tmp_path}
+    with pytest.raises(OSError, match=r"of user/name is not in the cache, and the hub cannot be reached") as caught:
+        pull("user/name", **nowhere)
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
 def test_addresses():
     assert hub.parse("hub:user/name") == {"repo": "user/name"}
     assert hub.parse("hub:user/name@v1/a/b.gguf") == {"repo": "user/name", "revision": "v1", "filename": "a/b.gguf"}

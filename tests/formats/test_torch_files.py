@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from strategies import randn
@@ -97,6 +98,13 @@ class TestOneDirection:
             with pytest.raises(FormatError, match="say layer= and at="):
                 read(randn(0, 8), **said)
 
+    def test_one_row_is_one_direction(self):
+        with pytest.raises(FormatError, match="say layer= and at="):
+            read(randn(0, 8)[None], at="resid_pre")
+        for layer in (3, np.int64(3), torch.tensor(3)):
+            v = read(randn(0, 8)[None, None], at="resid_pre", layer=layer)
+            assert v.layers == (3,) and torch.equal(v[3], randn(0, 8))
+
 
 class TestSeveral:
     def test_mean_diffs(self):
@@ -121,6 +129,14 @@ class TestSeveral:
         v = read(content, at="resid_mid")
         assert (v.layers, v.at) == ((0, 2), "resid_mid") and torch.equal(v[2], randn(2, 8))
 
+    def test_rows_of_one_direction_by_layer(self):
+        for content in ({2: randn(2, 8)[None]}, {"layer_activations": {2: randn(2, 8)[None, None]}}):
+            v = read(content, at="resid_post")
+            assert v.layers == (2,) and torch.equal(v[2], randn(2, 8))
+        for content in ({2: torch.ones(2, 8)}, {"layer_activations": {2: torch.ones(2, 8)}}):
+            with pytest.raises(FormatError, match=r"layer 2 has shape \[2, 8\]"):
+                read(content, at="resid_post")
+
     def test_rows_by_layer(self):
         v = read(torch.stack([randn(n, 8) for n in range(3)]), at="resid_pre", layer=2)
         assert v.layers == (2,) and torch.equal(v[2], randn(2, 8))
@@ -143,8 +159,10 @@ class TestHostile:
         [
             (randn(0, 8).expand(2**20, 8), "larger than the file"),
             (torch.ones(1).expand(2**50), "larger than the file"),
-            ({0: torch.ones(4).to_sparse()}, "expected dense real numbers"),
-            (torch.ones(4, dtype=torch.complex64), "expected dense real numbers"),
+            ({0: torch.ones(4).to_sparse()}, "expected dense floating numbers"),
+            (torch.ones(4, dtype=torch.complex64), "expected dense floating numbers"),
+            (torch.arange(4), "int64 tensor on cpu: expected dense floating numbers"),
+            ({3: np.ones(4)}, "such as that of a NumPy array .*save tensors"),
             ({"weights": torch.ones(4)}, "key 'weights': expected layer numbers"),
             ({-1: torch.ones(4)}, "key '-1'"),
             ({0: torch.ones(4), "0": torch.ones(4)}, "names a layer twice"),
@@ -155,13 +173,15 @@ class TestHostile:
             (torch.tensor(1.0), r"shape \[\]"),
             ({"layer_activations": []}, "no {layer: tensor}"),
             ({"layer_activations": {0: torch.full((4,), torch.nan)}}, "NaN or infinite"),
-            (torch.ones(4, device="meta"), "expected dense real numbers"),
+            (torch.ones(4, device="meta"), "expected dense floating numbers"),
         ],
         ids=[
             "expanded",
             "endless",
             "sparse",
             "complex",
+            "whole",
+            "numpy",
             "key",
             "negative",
             "twice",

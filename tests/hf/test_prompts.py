@@ -64,8 +64,21 @@ def test_tables(tmp_path, ending, delimiter, header):
     assert load_prompts(path, field="mine" if "mine" in header else None) == TEXTS
 
 
-def test_the_only_column_needs_no_name(tmp_path):
-    assert load_prompts(write(tmp_path / "a.csv", "strange\nHow?\nWhy?\n")) == ["How?", "Why?"]
+def test_the_only_column_is_named_too(tmp_path):
+    """Its first line may be a prompt, or two columns with a semicolon between."""
+    assert load_prompts(write(tmp_path / "a.csv", "Prompt\nHow?\nWhy?\n")) == ["How?", "Why?"]
+    assert load_prompts(write(tmp_path / "a.csv", "strange\nHow?\nWhy?\n"), field="strange") == ["How?", "Why?"]
+    for content in ("How?\nWhy?\n", "prompt;kind\nHow?;1\nWhy?;2\n"):
+        with pytest.raises(
+            ValueError, match=r"line 1 has the columns '(How\?|prompt;kind)', and none of prompt, .*field="
+        ):
+            load_prompts(write(tmp_path / "a.csv", content))
+
+
+@pytest.mark.parametrize("ending", ["TXT", "Json", "JSONL", "CSV", "TSV"])
+def test_endings_in_capitals(tmp_path, ending):
+    content = {"TXT": "a b", "Json": '["a b"]', "JSONL": '"a b"', "CSV": "prompt\na b", "TSV": "id\tprompt\n1\ta b"}
+    assert load_prompts(write(tmp_path / f"a.{ending}", content[ending])) == ["a b"]
 
 
 @given(
@@ -87,10 +100,15 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "", "is empty"),
+        ("a.json", "", "line 1, column 1: no valid JSON"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', r"line 2, column 1: .*one value per line. Name it \.jsonl"),
+        ("a.csv", "prompt\n" + "x" * 200_000, r"line 2: no CSV .*field limit.*or write \.jsonl"),
+        ("a.jsonl", "\n", "is empty"),
+        ("a.csv", "Prompt,id,prompt,,\na,1,b,,\n", "line 1 names a column twice: 'Prompt', 'id', 'prompt'"),
+        ("a.txt", "fine\nred\n".encode("utf-16-le"), "line 1: it holds zero bytes, as text in UTF-16 does"),
         ("a.txt", " \n\n", "is empty"),
         ("a.json", "[]", "is an empty list"),
-        ("a.json", '["a",\n "b"', "line 2, column 5: no JSON"),
+        ("a.json", '["a",\n "b"', "line 2, column 5: no valid JSON"),
         ("a.json", '["a", ""]', "item 2 is blank"),
         ("a.json", '["a", 3]', "item 2 is of type int"),
         ("a.json", '[{"title": "a"}]', r"item 1 has the fields 'title', and none of prompt, .*field="),
@@ -99,7 +117,7 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
         ("a.json", '{"one": ["a"]}', "holds an object with 'one': name= says which"),
         ("a.json", "7", "holds a int: expected a list"),
         ("a.json", "[" * 100_000, "nested too deeply"),
-        ("a.jsonl", '"a"\n\n{"b": ', "line 3, column 7: no JSON"),
+        ("a.jsonl", '"a"\n\n{"b": ', "line 3, column 7: no valid JSON"),
         ("a.jsonl", '"a"\n{"b": 1}', r"line 2 has the fields 'b'"),
         ("a.csv", "id,other\n1,b\n", r"line 1 has the columns 'id', 'other', and none of prompt"),
         ("a.csv", "id,prompt\n", "a header and no rows"),
