@@ -261,8 +261,8 @@ def _shape(layer: nn.Module) -> _Shape:
 
 
 def _form(norm: nn.Module, path: str) -> NormForm:
-    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on a copy with another weight (at its
-    first value two of them are the same)."""
+    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on copies with another weight (at its
+    first value two of them are the same), in bf16 too (in fp32 two are the same, and a model may be cast later)."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     weight = getattr(norm, "weight", None)
     if (
@@ -272,19 +272,23 @@ def _form(norm: nn.Module, path: str) -> NormForm:
         or weight.is_meta
     ):
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
-    trial = copy.deepcopy(norm)
-    trial._forward_hooks.clear()
-    trial._forward_pre_hooks.clear()
+    trials = {dtype: copy.deepcopy(norm).to(dtype) for dtype in (weight.dtype, torch.bfloat16)}
     generator = torch.Generator().manual_seed(0)
+    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator) for shape in ((), (7,)))
     with torch.no_grad():
-        trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
-        x = (3 * torch.randn(7, weight.shape[-1], generator=generator)).to(weight)
-        expected = trial(x)
         for form in (NormForm(eps, 0.0, False), NormForm(eps, 1.0, True), NormForm(eps, 0.0, True)):
-            found = reference.rmsnorm(x, trial.weight, eps, form.weight_offset, form.fp32_weight)  # type: ignore
-            if torch.equal(found, expected):
+            if all(_computes(trial, form, values, 3 * rows) for trial in trials.values()):
                 return form
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
+
+
+def _computes(trial: Any, form: NormForm, values: Tensor, rows: Tensor) -> bool:
+    """Whether a norm, whose weight and hooks are overwritten, computes this form."""
+    trial._forward_hooks.clear()
+    trial._forward_pre_hooks.clear()
+    x = rows.to(trial.weight.copy_(values))
+    found = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
+    return torch.equal(found, trial(x))
 
 
 def _add_unsteered(
