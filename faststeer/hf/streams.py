@@ -24,7 +24,7 @@ from faststeer.hf.known import by_name
 from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 from faststeer.vector import whole_number
 
-UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
+UNSEEN = f"the cache was filled outside of this context, or copied, so that nobody knows where its prompt ends: {SAY}"
 CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
 UNCOUNTED = (
     "the model's recurrent state was made outside of this context and does not say how many tokens it has read: read "

@@ -350,6 +350,16 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
     return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
 
 
+def _is_transformed(arguments: tuple[Any, ...]) -> bool:
+    """Whether something is derived that only what is made of PyTorch's own operators shows: `torch.func.grad`, or
+    tangents (`torch.autograd.forward_ad`, `torch.func.jvp`), which tensors may carry under `no_grad`, too."""
+    if _transforms() is not None:
+        kinds = [each.key() for each in torch._C._functorch.get_interpreter_stack()]  # type: ignore[union-attr]
+        if torch._C._functorch.TransformType.Grad in kinds:
+            return True
+    return forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))
+
+
 def _has_tangent(argument: Any) -> bool:
     is_real = isinstance(argument, Tensor) and argument.is_floating_point()
     return is_real and forward_ad.unpack_dual(argument).tangent is not None
@@ -371,13 +381,11 @@ def _run(
         last = tables.scalars, 0 if probe is None else probe.shape[1]
     arguments = *first, *tables[:3], rows, gate_state, *last
     name = backend_of(first[0], backend)
-    # Under `no_grad`, too, tensors may carry tangents (`torch.autograd.forward_ad`, `torch.func.jvp`).
-    may_have_tangents = name != "reference" and not is_compiling() and forward_ad._current_level >= 0
-    if may_have_tangents and any(map(_has_tangent, arguments)):
+    if name != "reference" and not is_compiling() and _is_transformed(arguments):
         if _is_chosen(backend or _chosen):
             raise NotImplementedError(
-                f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent: use "
-                "faststeer.ops.backend('reference')"
+                f"{op}: the back end {name!r} has no forward-mode derivative, and would drop the tangent, and none "
+                "under torch.func.grad: use faststeer.ops.backend('reference')"
             )
         name = "reference"
     if name == "reference":
