@@ -143,6 +143,11 @@ def _check_kind(model: nn.Module) -> None:
     """Raise ValueError for a model that no pass can be made with."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models can be steered")
+    if not accepts(model, "input_ids"):
+        raise ValueError(
+            f"{type(model).__name__}.forward takes no input_ids: give the language model inside of it, which is "
+            "steered whoever calls it"
+        )
     loads = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate does, layer by layer
     if not loads and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} is on the meta device and holds no values: load its weights first")

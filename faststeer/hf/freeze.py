@@ -139,7 +139,9 @@ _ATTENTION: dict[str, Callable[[AttentionCall], Tensor]] = {"qk": _qk_frozen, "o
 def _doubled(x: Any, rows: int) -> Any:
     """Arguments of the model's forward pass for twice the rows."""
     if isinstance(x, Tensor):
-        return torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == rows else x
+        # Position ids of multimodal models are [axes, batch, tokens].
+        dim = int(x.ndim == 3 and x.dtype == torch.long and x.shape[1] == rows)
+        return torch.cat([x, x], dim) if x.ndim > 1 and x.shape[dim] == rows else x
     if isinstance(x, Mapping):  # masks by kind of attention, say
         return {name: _doubled(value, rows) for name, value in x.items()}
     return tuple(_doubled(each, rows) for each in x) if type(x) is tuple else x

@@ -261,8 +261,8 @@ def _shape(layer: nn.Module) -> _Shape:
 
 
 def _form(norm: nn.Module, path: str) -> NormForm:
-    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on a copy with another weight (at its
-    first value two of them are the same)."""
+    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on copies with another weight (at its
+    first value two of them are the same), in bf16 too (in fp32 two are the same, and a model may be cast later)."""
     name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
     eps, weight = getattr(norm, name, None), getattr(norm, "weight", None)
     if (
@@ -272,18 +272,24 @@ def _form(norm: nn.Module, path: str) -> NormForm:
         or weight.is_meta
     ):
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
-    trial = copy.deepcopy(norm)
+    trials = {dtype: copy.deepcopy(norm).to(dtype) for dtype in (weight.dtype, torch.bfloat16)}
+    generator = torch.Generator().manual_seed(0)
+    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator) for shape in ((), (7,)))
+    with torch.no_grad():
+        for rounding in ((0.0, False), (1.0, True), (0.0, True)):
+            form = NormForm(eps, *rounding, name)
+            if all(_computes(trial, form, values, 3 * rows) for trial in trials.values()):
+                return form
+    raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
+
+
+def _computes(trial: Any, form: NormForm, values: Tensor, rows: Tensor) -> bool:
+    """Whether a norm, whose weight and hooks are overwritten, computes this form."""
     trial._forward_hooks.clear()
     trial._forward_pre_hooks.clear()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        trial.weight.copy_(torch.randn(weight.shape, generator=generator))  # type: ignore[operator]
-        x = (3 * torch.randn(7, weight.shape[-1], generator=generator)).to(weight)
-        expected = trial(x)
-        for offset, fp32_weight in ((0.0, False), (1.0, True), (0.0, True)):
-            if torch.equal(reference.rmsnorm(x, trial.weight, eps, offset, fp32_weight), expected):  # type: ignore
-                return NormForm(eps, offset, fp32_weight, name)
-    raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
+    x = rows.to(trial.weight.copy_(values))
+    found = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
+    return torch.equal(found, trial(x))
 
 
 def _add_unsteered(

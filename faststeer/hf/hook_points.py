@@ -165,8 +165,13 @@ def install(
             _register(changes, module, steer, _output_hook, order, first)
         else:
             points.check(model, at, [layer], "steering")
-            inside = module.get_submodule(points.branch(at, layer) or "")
-            _register(changes, inside, steer, _in_place_hook if at == "resid_mid" else _output_hook, order, first)
+            path = [module]
+            for name in (points.branch(at, layer) or "").split("."):
+                path.append(path[-1].get_submodule(name))
+            if any(map(_is_compiled, path)):
+                for inside in path:
+                    own_forward(changes, inside)
+            _register(changes, path[-1], steer, _in_place_hook if at == "resid_mid" else _output_hook, order, first)
 
 
 def check_points(model: nn.Module, points: HookPoints, plan: Plan) -> None:
@@ -214,6 +219,16 @@ def mark_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Say that this `forward` of a module is a context's."""
     forward.faststeer_forward = True  # type: ignore[attr-defined]
     return forward
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs code of torch.compile."""
+    return module._compiled_call_impl is not None or _uncompiled(module) is not None
+
+
+def _uncompiled(module: nn.Module) -> Callable[..., Any] | None:
+    """What the module's own `forward` was compiled from; None if it was not."""
+    return getattr(own_attribute(module, "forward"), "_torchdynamo_orig_callable", None)
 
 
 def _register(
@@ -307,7 +322,7 @@ def first_output(output: Any) -> Tensor:
 
 
 def quiet(model: nn.Module) -> Context[None]:
-    """Evaluation mode without gradients and without our own hooks and fused layers; all restored after."""
+    """Evaluation mode without gradients, compiled code, and our own hooks and fused layers; all restored after."""
 
     def enter(changes: Changes) -> None:
         training = {module: module.training for module in model.modules()}
@@ -336,6 +351,11 @@ def quiet(model: nn.Module) -> Context[None]:
                 del module.forward
             else:
                 module.forward = own
+        for module in model.modules():
+            if module._compiled_call_impl is not None:  # its graphs do not see hooks that come and go
+                changes.replace(module, "_compiled_call_impl", None)
+            if (plain := _uncompiled(module)) is not None:
+                changes.replace(module, "forward", plain)
         model.eval()
         torch.set_grad_enabled(False)
 

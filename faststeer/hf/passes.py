@@ -146,11 +146,16 @@ class _LastPass:
         )
 
 
-class _Thread(threading.local):
+class _ThreadPasses:
     def __init__(self) -> None:  # a compiler guards against attributes that appear later
         self.now: Pass | None = None
         self.last: _LastPass | None = None
         self.opening: Stream | None = None  # the pass's, where it was given no cache and may make one
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:  # an object, as a compiled function sets no attribute of this itself
+        self.passes = _ThreadPasses()
 
 
 class Passes:
@@ -177,11 +182,15 @@ class Passes:
         self.managers, self.residual_streams = Managers(), residual_streams
         self.signature = ""
         self.prepared: Prepared | None = None
-        self._n_layers, self._thread = n_layers, _Thread()
+        self._n_layers, self._threads = n_layers, _Threads()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
         self._giver = 0  # the thread that gave them, and alone may use them
         # By site, always the same functions.
         self.steer, self.add = functools.cache(self._steer), functools.cache(self._add)
+
+    @property
+    def _thread(self) -> _ThreadPasses:
+        return self._threads.passes
 
     @property
     def now(self) -> Pass | None:
@@ -239,6 +248,10 @@ class Passes:
         Args:
             traced: by a compiler.
         """
+        asked = traced and self._given is None and self.plans.program.positioned
+        if asked and not self.streams.is_told_in_graph(cache_in(given)):
+            self._begin_untraced(given)
+            return
         thread, self.prepared = self._thread, None
         thread.now = thread.opening = None
         version, last = self.plans.version, None if traced else thread.last
@@ -266,7 +279,7 @@ class Passes:
         past, needed = self.streams.past(inputs), self.plans.program.positioned
         if inputs.packed and self._start_requests(given, inputs, needed or self.plans.per_row):
             return
-        stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past, needed)
+        stream = Stream(None, UNCOUNTED) if past is None else self.streams.of(inputs, past)
         rows = self.plans.rows(inputs, self.streams.run)
         if needed:
             rows = stream.placed(rows, inputs, 0 if past is None else past)
@@ -275,11 +288,15 @@ class Passes:
         if isinstance(past, int):
             stream.columns = past + inputs.length
         if inputs.cache is None:
-            thread.opening = stream
+            thread.opening = None if traced else stream
         elif inputs.ids and not (inputs.packed or inputs.recorded) and self.plans.need_shape_alone(inputs.batch):
             with suppress(TypeError):  # no weak reference to this kind of cache
                 how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device
                 thread.last = _LastPass(self._now(), *how, weakref.ref(inputs.cache))
+
+    @torch.compiler.disable
+    def _begin_untraced(self, given: Mapping[str, Any]) -> None:
+        self.begin(given, False)
 
     def _start_requests(self, given: Mapping[str, Any], inputs: Inputs, told_apart: bool) -> bool:
         """Start a packed pass if its requests must be told apart; False: one plan acts on all tokens."""
@@ -309,7 +326,7 @@ class Passes:
         """The pass is over; a cache that it made is its stream's."""
         thread = self._thread
         opening, thread.opening, thread.now, self.prepared = thread.opening, None, None, None
-        if opening is not None and not is_compiling():
+        if opening is not None:
             for cache in caches_in(output):
                 self.streams.cached(opening, cache)
 

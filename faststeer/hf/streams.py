@@ -24,7 +24,7 @@ from faststeer.hf.known import by_name
 from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 from faststeer.vector import whole_number
 
-UNSEEN = f"the cache was filled outside of this context, so that nobody knows where its prompt ends: {SAY}"
+UNSEEN = f"the cache was filled outside of this context, or copied, so that nobody knows where its prompt ends: {SAY}"
 CROPPED = f"the cache was cropped into its prompt, so that nobody knows where the one that is read now ends: {SAY}"
 UNCOUNTED = (
     "the model's recurrent state was made outside of this context and does not say how many tokens it has read: read "
@@ -218,19 +218,14 @@ class Streams:
             stream = run.stream
         return None if stream is None else stream.columns
 
-    def of(self, inputs: Inputs, past: int | Tensor, needed: bool) -> Stream:
-        """The stream of a pass that reaches the layers. `needed`: whether a plan asks where it stands."""
+    def of(self, inputs: Inputs, past: int | Tensor) -> Stream:
+        """The stream of a pass that reaches the layers."""
         run = self.run
         if inputs.packed:
             return Stream(None, PACKED)
         if inputs.traced:
-            if run is not None and run.stream is not None:
-                return run.stream
-            if self._set_stream is not None:
-                return self._set_stream
-            if inputs.cache is None or not needed:
-                return _fresh(inputs, past, None)
-            return self._untraced(inputs)
+            own = None if run is None else run.stream
+            return own or self._set_stream or _fresh(inputs, past, None)
         around = self._thread.around
         of_cache = None if inputs.cache is None else self._behind(inputs.cache)
         if run is None and self._set_stream is not None:
@@ -247,10 +242,13 @@ class Streams:
         begin = of_cache.begin
         return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else of_cache
 
-    @torch.compiler.disable
-    def _untraced(self, inputs: Inputs) -> Stream:
-        past = self.past(inputs)
-        return Stream(None, UNCOUNTED) if past is None else self.of(inputs, past, True)
+    def is_told_in_graph(self, cache: Any) -> bool:
+        """Whether a compiler may trace what `of` does for a pass with this cache: later passes of the graph may belong
+        to other streams, but for a generation's with a static cache."""
+        run = self.run
+        if run is None:
+            return self._set_stream is not None or cache is None
+        return run.stream is not None and getattr(cache, "is_compileable", False)
 
     def only_read(self, cache: Any) -> bool:
         """Whether a pass with this cache, as the pass before had it, only goes on with what is cached: no prompt is
@@ -261,6 +259,7 @@ class Streams:
         past = length_of(cache)
         return isinstance(past, int) and past > 0
 
+    @torch.compiler.disable
     def cached(self, stream: Stream, cache: Any) -> None:
         """The pass of a stream has made this cache."""
         run = self.run

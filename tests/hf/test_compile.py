@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_architectures import close, far
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import faststeer as fs
 from faststeer.hf import read
@@ -149,3 +149,74 @@ def test_generation_with_a_static_cache_is_one_graph_for_all_plans(path):
             assert torch.equal(outputs[-1], expected)
         assert len(graphs) == 1
     assert not torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_cache": False}, {"guidance_scale": 1.5, "negative_prompt_ids": models.tokens(2, 2, seed=3)}],
+    ids=["", "no cache", "guidance"],
+)
+def test_generation_of_a_model_compiled_in_place(how):
+    """Every pass is compiled, the prompt's too: where each row's prompt ends, and which of two sequences a pass goes on
+    with, is told as without. Plans that ask for positions and others take turns."""
+    model, compiled, batch = one_layer(), one_layer(), models.right_padded([models.tokens(1, n)[0] for n in (5, 3)])
+    compiled.compile(backend="eager")
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    everywhere = fs.Plan([fs.Add(models.direction(5), 2.0, layers=0)])
+    answers = []
+    with torch.no_grad():
+        for plans in ([plan(0), None], everywhere, [plan(2), plan(4)]):
+            with fs.steer(model, plans):
+                expected = model.generate(**batch, **how, **settings)
+            with fs.steer(compiled, plans):
+                for _ in range(2):
+                    answer = compiled.generate(**batch, **how, **settings)
+                    close(torch.stack(answer.logits), torch.stack(expected.logits))
+            answers.append(torch.stack(expected.logits))
+    assert far(answers[0], answers[1]) and far(answers[1], answers[2])
+
+
+def test_chats_in_turn_with_a_compiled_model():
+    """Caches of one's own, each with its prompt."""
+    model, compiled = one_layer(), one_layer()
+    compiled.compile(backend="eager")
+    prompts = [models.tokens(1, n, seed=n) for n in (3, 5)]
+    last = fs.Plan([fs.Add(models.direction(4), 3.0, layers=0, positions="last")])
+
+    def chats(model: torch.nn.Module) -> list[Tensor]:
+        caches, out = [DynamicCache(config=model.config) for _ in prompts], []
+        for ids in (prompts, [ids[:, :1] for ids in prompts], [ids[:, 1:2] for ids in prompts]):
+            out += [model(each, past_key_values=cache).logits[:, -1] for each, cache in zip(ids, caches, strict=True)]
+        return out
+
+    with torch.no_grad(), fs.steer(model, last), fs.steer(compiled, last):
+        for found, expected in zip(chats(compiled), chats(model), strict=True):
+            close(found, expected)
+
+
+@pytest.mark.parametrize("at", ["resid_mid", "mlp_out"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "forward"])
+def test_layers_that_were_compiled_one_by_one(how, at):
+    """Each layer's graph was made before: it is made anew for what is hooked inside of the layer, and nested."""
+    model, compiled, ids = one_layer(), one_layer(), models.tokens(2, 5)
+    layers = compiled.model.layers
+    if how == "in place":
+        layers[0].compile(backend="eager")
+    elif how == "replaced":
+        layers[0] = torch.compile(layers[0], backend="eager")
+    else:
+        layers[0].forward = torch.compile(layers[0].forward, backend="eager")
+    outer, inner = (fs.Plan([fs.Add(models.direction(i), 2.0, layers=0, at=at)]) for i in range(2))
+    with torch.no_grad():
+        plain = compiled(ids, use_cache=False).logits
+        for path in ("hooks", "auto"):
+            found = []
+            for each in (model, compiled):
+                with fs.steer(each, outer, path=path):
+                    once = each(ids, use_cache=False).logits
+                    with fs.steer(each, inner), read(each, at=at) as taken:
+                        found.append((once, each(ids, use_cache=False).logits, taken[0]))
+            for expected, got in zip(*found, strict=True):
+                close(got, expected)
+            assert far(found[0][0], plain) and far(found[0][1], found[0][0])
+        close(compiled(ids, use_cache=False).logits, plain)

@@ -295,6 +295,24 @@ class TestRefused:
 
         self.check(Flat(), f"Flat: no ModuleList whose members pass one tensor.*{self.HOW_TO_MEND}")
 
+    def test_around_a_language_model(self):
+        """What the message says to do works."""
+
+        class Around(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = torch.nn.ModuleDict({"lm": models.build("llama")})
+
+            def forward(self, batch: dict[str, Tensor]) -> Tensor:
+                return self.parts["lm"](**batch).logits
+
+        around, batch = Around(), {"input_ids": models.tokens(1, 4)}
+        self.check(around, "Around.forward takes no input_ids: give the language model inside of it")
+        plain = around(batch)
+        with fs.steer(around.parts["lm"], fs.Add(models.direction(), layers=0, positions="last"), path="hooks"):
+            changed = (around(batch) != plain).any(-1)
+        assert changed.tolist() == [[False, False, False, True]]
+
     def test_no_values(self):
         self.check(models.build("llama").to("meta"), "LlamaForCausalLM is on the meta device and holds no values")
 

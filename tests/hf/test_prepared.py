@@ -184,6 +184,24 @@ def test_derivatives_along_a_vector_and_a_coefficient_are_those_of_a_hook(path, 
     torch.testing.assert_close(of_func, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", ["fused", "hooks"])
+def test_functional_gradients(path):
+    """`torch.func.grad` over embeddings, by itself and inside `vmap`: those of a hook written by hand."""
+    model = models.build("llama", attn_implementation="eager")
+    x, w = model.get_input_embeddings()(models.tokens(2, 5)).detach(), W / W.norm()
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        gradient = torch.func.grad(lambda each: model(inputs_embeds=each, use_cache=False).logits.square().mean())
+        return gradient(x), torch.func.vmap(gradient)(torch.stack([x, x.flip(0)]))
+
+    layer = model.model.layers[0]
+    with layer.register_forward_hook(lambda module, args, output: output - (output @ w).unsqueeze(-1) * w):
+        expected = gradients()
+    with fs.steer(model, fs.Plan([fs.Ablate(W, layers=0, at="resid_post")]), path=path):
+        for found, by_hand in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(ops.backend_for("cpu") != "cpu", reason="of a compiled back end")
 @pytest.mark.parametrize("of_func", [False, True], ids=["forward mode", "torch.func"])
 def test_a_back_end_without_such_a_derivative_refuses_it(of_func):

@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 from by_hand import Case
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import faststeer as fs
 from faststeer import observe
@@ -178,6 +179,24 @@ def test_static_cache():
         dynamic = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
         static = model.generate(**batch, max_new_tokens=NEW, do_sample=False, cache_implementation="static")
     assert torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@torch.no_grad()
+def test_position_ids_by_axis(rows):
+    """`[axes, batch, tokens]`, as multimodal models have them; there are 3 or 4 axes. Each row as it is alone."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = models._COMMON | {"num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": models.HIDDEN, "num_heads": 2, "mlp_ratio": 2}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    ids = models.tokens(rows, 5)
+    for what in ("qk", "ov"):
+        with observe.freeze(model, fs.Add(models.direction(), 2.0, layers=0), what):
+            together = model(ids).logits
+            alone = torch.cat([model(row[None]).logits for row in ids])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(together, model(ids).logits, atol=1e-2)
 
 
 def test_plans_change_and_hidden_states_are_the_steered_rows():
