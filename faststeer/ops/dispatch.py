@@ -354,7 +354,7 @@ def _is_transformed(arguments: tuple[Any, ...]) -> bool:
     """Whether something is derived that only what is made of PyTorch's own operators shows: `torch.func.grad`, or
     tangents (`torch.autograd.forward_ad`, `torch.func.jvp`), which tensors may carry under `no_grad`, too."""
     if _transforms() is not None:
-        kinds = [each.key() for each in torch._C._functorch.get_interpreter_stack()]  # type: ignore[union-attr]
+        kinds = [each.key() for each in torch._C._functorch.get_interpreter_stack()]
         if torch._C._functorch.TransformType.Grad in kinds:
             return True
     return forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))
