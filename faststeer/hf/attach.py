@@ -144,7 +144,9 @@ def watch_passes(
             # that had no hooks has some now.
             return
         if not (traced := is_compiling()):
-            if (stack := owner._modules[name]) is None or list(stack._modules.values()) != before:
+            stack = owner._modules[name]
+            swapped = passes.inside and any(parts.get(part) is not module for parts, part, module in passes.inside)
+            if swapped or stack is None or list(stack._modules.values()) != before:
                 raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
             if entry.may_be_other() and passes.derived:
                 entry.check()

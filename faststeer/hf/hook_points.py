@@ -72,6 +72,15 @@ class HookPoints:
         names: Names = getattr(self, at)
         return names[layer] if isinstance(names, tuple) else names
 
+    def places(self, model: nn.Module, site: int) -> list[tuple[Mapping[str, Any], str, Any]]:
+        """Where the module of a site inside a layer stands: its parent's modules, its name there and itself."""
+        at, layer = site_name(site, self.n_layers)
+        if at in ("resid_pre", "resid_post"):
+            return []
+        path, _, name = (self.branch(at, layer) or "").rpartition(".")
+        modules = self.layer(model, layer).get_submodule(path)._modules
+        return [(modules, name, modules[name])]
+
     def has(self, at: str, layer: int) -> bool:
         """Whether a layer has a hook point."""
         if at in ("resid_pre", "resid_post"):

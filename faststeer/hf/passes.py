@@ -166,6 +166,7 @@ class Passes:
         managers: of continuous batching, that run passes.
         copies: how often each row stands in a pass below the model's inputs; the last is steered.
         residual_streams: how many each token has, in front of and behind `[batch, tokens]`; all are steered.
+        inside: the modules inside layers that are hooked, with where they stand.
         signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
         prepared: what a site may call first, of the device and the thread that were last at one; it serves no others.
     """
@@ -181,6 +182,7 @@ class Passes:
         self.plans, self.log, self.streams, self.copies = plans, log, Streams(), copies
         self.managers, self.residual_streams = Managers(), residual_streams
         self.signature = ""
+        self.inside: list[tuple[Mapping[str, Any], str, Any]] = []
         self.prepared: Prepared | None = None
         self._n_layers, self._threads = n_layers, _Threads()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
@@ -234,7 +236,7 @@ class Passes:
         """No pass is seen any more."""
         self._set(None)
         self._thread.opening = self._thread.last = None
-        self.signature = ""
+        self.signature, self.inside = "", []
         self.streams.close()
 
     def forget_gates(self, kept: list[bool] | None) -> None:

@@ -238,6 +238,7 @@ class Steering(Context["Steering"]):
                     self._changes, self.model, self.points, {site: self.passes.steer(site)}, self._order, self._first
                 )
                 self._hooked.add(site)  # afterwards: hooking twice does nothing
+                self.passes.inside += self.points.places(self.model, site)
                 self._changes.on_undo(self.passes.managers.stop)  # before hooks are removed: a pass may be under way
         sizes = f"{program.depth} {program.width} {program.columns} {program.latches}"
         self.passes.signature = f"{sorted(self._hooked)} {sizes}"

@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_architectures import close
 from torch import Tensor, nn
 
@@ -159,6 +160,23 @@ def test_changed_inside_is_refused(change, path):
         with pytest.raises(RuntimeError, match="changed inside"):
             logits(model)
     logits(model)
+
+
+def test_a_hooked_module_that_is_wrapped_inside_is_refused():
+    """An adapter on the very module whose output is ablated would add to it behind the ablation. Entering again is
+    right: that of a hook on the adapter, written by hand."""
+    model, direction = models.build("opt"), models.direction()
+    plan, unit = fs.Plan([fs.Ablate(direction, layers=1, at="mlp_out")]), direction / direction.norm()
+    with fs.steer(model, plan):
+        logits(model)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["fc2"], init_lora_weights=False)).eval()
+        with pytest.raises(RuntimeError, match="changed inside"):
+            logits(model)
+    adapted = model.model.decoder.layers[1].fc2
+    with adapted.register_forward_hook(lambda module, args, out: out - (out @ unit).unsqueeze(-1) * unit):
+        expected = logits(model)
+    with fs.steer(model, plan):
+        close(logits(model), expected)
 
 
 def test_a_norm_whose_code_was_replaced_after_the_first_use():
