@@ -28,6 +28,8 @@ INSTEAD = (
     "the threads take turns"
 )
 
+CHANGED = "the model's layers were changed inside steer(...): leave it and enter it again"
+
 _entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
     weakref.WeakKeyDictionary()
 )  # by owner of the layers
@@ -147,7 +149,7 @@ def watch_passes(
             stack = owner._modules[name]
             swapped = passes.inside and any(parts.get(part) is not module for parts, part, module in passes.inside)
             if swapped or stack is None or list(stack._modules.values()) != before:
-                raise RuntimeError("the model's layers were changed inside steer(...): leave it and enter it again")
+                raise RuntimeError(CHANGED)
             if entry.may_be_other() and passes.derived:
                 entry.check()
         passes.begin(by_name(names, args, kwargs), traced)
@@ -163,9 +165,10 @@ def watch_passes(
     changes.replace(owner, "forward", ours(mark_forward(forward)))
     changes.replace(owner, "_replicate_for_data_parallel", _refuse_replicas)
     path = points.layers.split(".")[:-1]
-    for depth in range(len(path)):
+    for depth, part in enumerate(path):
         module = model.get_submodule(".".join(path[:depth]))
-        changes.replace(module, "forward", ours(mark_forward(_noted(module, depth, passes.streams))))
+        noted = _noted(module, part, owner, depth, passes.streams)
+        changes.replace(module, "forward", ours(mark_forward(noted)))
 
 
 def _refuse_replicas() -> None:
@@ -175,14 +178,16 @@ def _refuse_replicas() -> None:
     )
 
 
-def _noted(module: nn.Module, depth: int, streams: Streams) -> Callable[..., Any]:
-    """The `forward` of a module around the layers, which says what it is called with."""
-    names, run = parameters(type(module).forward), module.forward
+def _noted(module: nn.Module, part: str, owner: nn.Module, depth: int, streams: Streams) -> Callable[..., Any]:
+    """The `forward` of a module around the layers, which says what it is called with. `part`: the next one inwards."""
+    names, run, inner = parameters(type(module).forward), module.forward, module._modules[part]
 
     @functools.wraps(run)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return run(*args, **kwargs)
+        if module._modules.get(part) is not inner and owner not in module.modules():
+            raise RuntimeError(CHANGED)
         around = streams.around
         try:
             around[depth:] = [(names, args, kwargs)]

@@ -162,6 +162,20 @@ def test_changed_inside_is_refused(change, path):
     logits(model)
 
 
+def test_an_inner_model_that_is_replaced_inside_is_refused():
+    """The new one would run unsteered. One that is wrapped runs steered, as it holds the layers."""
+    model = models.build("llama")
+    with fs.steer(model, PLAN):
+        expected, inner = logits(model), model.model
+        model.model = models.build("llama").model
+        with pytest.raises(RuntimeError, match="changed inside"):
+            logits(model)
+        model.model = torch.compile(inner, backend="eager")
+        close(logits(model), expected)
+        model.model = inner
+        assert torch.equal(logits(model), expected)
+
+
 def test_a_hooked_module_that_is_wrapped_inside_is_refused():
     """An adapter on the very module whose output is ablated would add to it behind the ablation. Entering again is
     right: that of a hook on the adapter, written by hand."""
