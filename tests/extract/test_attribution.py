@@ -96,6 +96,9 @@ def test_works_by_way_of_gpt2_and_leaves_the_model_as_it_was():
         def __call__(self, texts, **options):
             return {"input_ids": [[5 + ord(c) % 60 for c in text] for text in texts]}
 
+        def decode(self, ids):
+            raise NotImplementedError("prompts alone are encoded")
+
     before = [p.clone() for p in model.parameters()]
     found = attribution(model, Bare(), ["abcd", "efg"], lambda logits: refusal_score(logits, [3, 4]), means, steps=100)
     assert found.completeness_error.abs().max() < 1e-5
