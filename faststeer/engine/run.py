@@ -221,8 +221,8 @@ class GenerateJob:
         if token in self.stops.tokens:
             return self._finish(request, "stop", stop_token=token)
         request.tokens.append(token)
-        found, fault = _asked(self.stops.found, request.tokens)
-        if found or fault:
+        stops, fault = _asked(self.stops.found, request.tokens)
+        if stops or fault:
             return self._finish(request, "error" if fault else "stop", fault, unread=1)
         if len(request.tokens) >= request.limit:
             return self._finish(request, "length", unread=1)

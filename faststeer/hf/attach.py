@@ -210,12 +210,12 @@ def watch_generate(
 
     def generate(module: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         entry.check()
-        given, streams = bind(type(module).generate, (module, *args), kwargs), passes.streams
-        check(module, given)
+        arguments, streams = bind(type(module).generate, (module, *args), kwargs), passes.streams
+        check(module, arguments)
         with changing() as generation:
             run = streams.run_of(module)
             generation.on_undo(streams.end, run, module)
-            streams.generate(run, module, given)
+            streams.generate(run, module, arguments)
             if run.batch is not None:
                 passes.plans.check_batch(run.batch)
             return own(*args, **kwargs)
@@ -228,8 +228,8 @@ def watch_generate(
     def init_continuous_batching(module: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if passes.copies > 1:
             raise ValueError(COPIED)
-        given = bind(type(module).init_continuous_batching, (module, *args), kwargs)
-        return passes.managers.manage(module, own, given, passes.plans)
+        arguments = bind(type(module).init_continuous_batching, (module, *args), kwargs)
+        return passes.managers.manage(module, own, arguments, passes.plans)
 
     for module in list(model.modules()):
         for within in (generate, generate_batch, init_continuous_batching):

@@ -288,8 +288,8 @@ def _computes(trial: Any, form: NormForm, values: Tensor, rows: Tensor) -> bool:
     trial._forward_hooks.clear()
     trial._forward_pre_hooks.clear()
     x = rows.to(trial.weight.copy_(values))
-    found = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
-    return torch.equal(found, trial(x))
+    normed = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
+    return torch.equal(normed, trial(x))
 
 
 def _add_unsteered(

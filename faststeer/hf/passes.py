@@ -297,8 +297,8 @@ class Passes:
                 thread.last = _LastPass(self._now(), *how, weakref.ref(inputs.cache))
 
     @torch.compiler.disable
-    def _begin_untraced(self, given: Mapping[str, Any]) -> None:
-        self.begin(given, False)
+    def _begin_untraced(self, arguments: Mapping[str, Any]) -> None:
+        self.begin(arguments, False)
 
     def _start_requests(self, given: Mapping[str, Any], inputs: Inputs, told_apart: bool) -> bool:
         """Start a packed pass if its requests must be told apart; False: one plan acts on all tokens."""

@@ -243,8 +243,8 @@ class Streams:
         return Stream(None, CROPPED) if isinstance(begin, int) and isinstance(past, int) and past < begin else of_cache
 
     def is_told_in_graph(self, cache: Any) -> bool:
-        """Whether a compiler may trace what `of` does for a pass with this cache: later passes of the graph may belong
-        to other streams, but for a generation's with a static cache."""
+        """Whether a compiler may trace what `of` does for a pass with this cache. Later passes of the graph may belong
+        to other streams, except those of a generation with a static cache."""
         run = self.run
         if run is None:
             return self._set_stream is not None or cache is None
