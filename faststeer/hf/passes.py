@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import cache_in, caches_in
@@ -125,7 +125,7 @@ class _LastPass:
     version: int
     inference: bool
     shape: torch.Size
-    device: torch.device
+    on_gpu: bool
     cache: weakref.ref[Any]
     prepared: Prepared | None = None
     choice: tuple[str | None] | None = None
@@ -137,12 +137,11 @@ class _LastPass:
             self.version == version
             and ids is not None
             and ids.shape == self.shape
-            and ids.device == self.device
             and cache_in(given) is self.cache() is not None
             and given.get("cu_seq_lens_q") is None
             and given.get("logits_to_keep", 0) is self.now.kept
             and torch.is_inference_mode_enabled() is self.inference
-            and not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+            and not (self.on_gpu and torch.cuda.is_current_stream_capturing())
         )
 
 
@@ -293,7 +292,7 @@ class Passes:
             thread.opening = None if traced else stream
         elif inputs.ids and not (inputs.packed or inputs.recorded) and self.plans.need_shape_alone(inputs.batch):
             with suppress(TypeError):  # no weak reference to this kind of cache
-                how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device
+                how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device.type == "cuda"
                 thread.last = _LastPass(self._now(), *how, weakref.ref(inputs.cache))
 
     @torch.compiler.disable
@@ -356,6 +355,21 @@ class Passes:
             return self._steer_wholly(site, x)
 
         return steer
+
+    def steered_forward(self, site: int, module: nn.Module) -> Callable[..., Any]:
+        """A `forward` for a module that steers at a site what its class's returns."""
+        steer = self.steer(site)
+
+        @functools.wraps(module.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = type(module).forward(module, *args, **kwargs)
+            x = output if isinstance(output, Tensor) else output[0]
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is None or (steered := prepared.steer(x, site)) is None:
+                steered = steer(x)
+            return steered if x is output else (steered, *output[1:])
+
+        return forward
 
     def _add(self, site: int) -> Add:
         """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
