@@ -112,7 +112,7 @@ def test_gradients_that_are_switched_on_between_two_layers(path, quick):
         return torch.autograd.grad(logits.square().sum(), leaves)[0]
 
     found = derivative(fs.steer(model, fs.Plan([fs.Ablate(V, layers="all", at="resid_post")]), path=path))
-    assert set(quick) <= {site("resid_post", 0)}
+    assert max(quick, default=0) <= site("resid_post", 0)
     with model.model.layers[0].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q):
         by_hand = model.model.layers[1].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q)
         expected = derivative(by_hand)
