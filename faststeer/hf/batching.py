@@ -11,12 +11,15 @@ import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from faststeer.hf.encoding import (
+    Chat,
+    End,
+    Rendered,
     apply_template,
     check_markup,
     check_tokenizer,
@@ -32,42 +35,33 @@ Prompt = str | list[dict[str, str]]
 TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
 
-class Rendered(str):
-    """A prompt that holds the chat template's markup already, and is taken as it is."""
+def check_prompts(
+    prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts", *, rendered: bool = False
+) -> list[Prompt]:
+    """Return `prompts` as a list; with `rendered` each is marked as `Rendered`.
 
-
-def as_rendered(prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts") -> list[Prompt]:
-    """Return the prompts marked as `Rendered`: what `rendered=True` stands for wherever prompts are taken.
+    Args:
+        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
-        ValueError: something that is no prompt, or a chat.
+        ValueError: no prompts, or something that is no text and no chat message list; with `rendered`, a chat.
     """
-    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
-    for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
-    return [Rendered(prompt) for prompt in prompts]
-
-
-def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
-    """Return `prompts` as a list, or raise ValueError naming the first that is no text and no chat message list."""
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(f"{what} is one {type(prompts).__name__}: expected a list of prompts")
     prompts = list(prompts)
     if not prompts:
         raise ValueError(f"{what} is empty: expected at least one prompt")
-    for index, prompt in enumerate(prompts):
+    for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
         if fault := prompt_fault(prompt):
-            raise ValueError(
-                f"{what}[{index}] {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}"
-            )
-    return prompts
+            raise ValueError(f"{name} {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}")
+        if rendered and not isinstance(prompt, str):
+            raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
+    return [Rendered(prompt) for prompt in prompts] if rendered else prompts
 
 
 def prompt_sets(rendered: bool, **sets: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Return several named lists of prompts checked (`check_prompts`), with `rendered` each marked (`as_rendered`)."""
-    check = as_rendered if rendered else check_prompts
-    return {name: check(prompts, name) for name, prompts in sets.items()}
+    """Return several named lists of prompts, each as `check_prompts` returns it."""
+    return {name: check_prompts(prompts, name, rendered=rendered) for name, prompts in sets.items()}
 
 
 def prompt_fault(prompt: object) -> str | None:
@@ -85,7 +79,12 @@ def prompt_fault(prompt: object) -> str | None:
 
 
 def render(
-    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, *, what: str | Sequence[str] = "prompts"
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    *,
+    rendered: bool = False,
+    what: str | Sequence[str] = "prompts",
 ) -> list[str]:
     """Return each prompt as the text the model continues.
 
@@ -96,6 +95,7 @@ def render(
     Args:
         prompts: texts or chat message lists.
         system: a system prompt put before every prompt.
+        rendered: the prompts are texts that hold the chat template's markup already; as if each were `Rendered`.
         what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
@@ -106,16 +106,16 @@ def render(
     """
     check_tokenizer(tokenizer)
     check_text(system, "system")
-    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
-    names = _names(what, len(prompts))
-    if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
+    prompts = check_prompts(prompts, what, rendered=rendered)
+    names, head = _names(what, len(prompts)), [] if system is None else [{"role": "system", "content": system}]
+    if head and any(isinstance(prompt, Rendered) for prompt in prompts):
         raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
-    head, templated = [] if system is None else [{"role": "system", "content": system}], has_template(tokenizer)
-    chats = {
+    chats: dict[int, Chat] = {
         i: [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         for i, prompt in enumerate(prompts)
         if not isinstance(prompt, Rendered)
     }
+    templated = has_template(tokenizer)
     for i, chat in chats.items():
         if head and chat[0]["role"] == "system":
             raise ValueError(
@@ -134,7 +134,7 @@ def render(
         check_markup(tokenizer, [head, *chats.values()], ["system", *(names[i] for i in chats)])
     texts = cast("list[str]", prompts)
     for i, chat in chats.items():
-        end: Literal["begun", "prompt"] = "begun" if chat[-1]["role"] == "assistant" else "prompt"
+        end: End = "begun" if chat[-1]["role"] == "assistant" else "prompt"
         texts[i] = apply_template(tokenizer, [*head, *chat], end, names[i]) if templated else chat[0]["content"]
     return texts
 
@@ -152,20 +152,11 @@ def encode(
     A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets what the
     tokenizer puts in front, but never twice, and nothing that it appends: an answer begins where the prompt ends.
 
-    Args:
-        rendered: the prompts are texts that hold the chat template's markup already, and are taken as they are; as if
-            each were `Rendered`.
-        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
-
     Raises:
-        ValueError: as `render`, or a prompt that has no tokens; with `rendered`, a chat or a system prompt.
+        ValueError: as `render`, or a prompt that has no tokens.
     """
-    texts = render(tokenizer, as_rendered(prompts, what) if rendered else prompts, system, what=what)
-    if has_template(tokenizer):
-        by_hand = {index for index, text in enumerate(texts) if isinstance(text, Rendered)}
-        encoded = encode_rendered(tokenizer, [str(text) for text in texts], by_hand)
-    else:
-        encoded = encode_texts(tokenizer, texts)
+    texts = render(tokenizer, prompts, system, rendered=rendered, what=what)
+    encoded = (encode_rendered if has_template(tokenizer) else encode_texts)(tokenizer, texts)
     for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
         if not ids:
             raise ValueError(f"{name} {text!r} has no tokens: expected at least one")

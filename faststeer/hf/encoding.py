@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ from faststeer.vector import check_text
 
 Chat = Sequence[dict[str, str]]
 End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last message is continued; neither
+
+
+class Rendered(str):
+    """A prompt that holds the chat template's markup already, and is taken as it is."""
+
 
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
 CORRECT = "correct tokenizer.chat_template"
@@ -61,12 +66,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) ->
     return [_after(tokenizer, front, ids) for ids in own]
 
 
-def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[int] = ()) -> list[list[int]]:
-    """Return the token ids of prompts that hold the chat template's markup.
-
-    Args:
-        by_hand: the numbers of those that were not made by `apply_template`, and may lack the special tokens that the
-            template begins with: these are put in front.
+def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of prompts that hold the chat template's markup: texts as `apply_template` returns them, and
+    `Rendered` ones. These may lack the special tokens that the template begins with, which are put in front.
 
     Raises:
         ValueError: a tokenizer that reads special tokens as plain text; a text that is no valid Unicode.
@@ -76,14 +78,14 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[in
             "the tokenizer reads the chat template's special tokens as plain text: set tokenizer.split_special_tokens "
             "= False"
         )
-    own = _own_tokens(tokenizer, texts)
     front = usual = _ends(tokenizer, texts, False)[0]
-    if by_hand:
+    if any(isinstance(text, Rendered) for text in texts):
         begin = _ends(tokenizer, texts, True)[0]
         with suppress(ValueError):  # a template that takes no single message: then it is not known how it begins
             example = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], "prompt", "an example")
             usual = begin if _own_tokens(tokenizer, [example])[0][: len(begin)] == begin else front
-    return [_after(tokenizer, usual if number in by_hand else front, ids) for number, ids in enumerate(own)]
+    own = zip(texts, _own_tokens(tokenizer, texts), strict=True)
+    return [_after(tokenizer, usual if isinstance(text, Rendered) else front, ids) for text, ids in own]
 
 
 def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:

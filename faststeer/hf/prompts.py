@@ -51,28 +51,22 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
     """
     path = Path(path)
     ending = ending_of(path, ENDINGS, "prompts")
-    if ending == ".json":
-        data = json_file(path)
-        if isinstance(data, dict):
-            data = _named(data, name, path)
-        elif name is not None:
-            raise FormatError(
-                f"{path} holds no named lists, so there is no {name!r}: expected an object such as {{{name!r}: [...]}}"
-            )
-        return _prompts(data, path, field)
-    if name is not None:
+    if name is not None and ending != ".json":
         raise FormatError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
-    if ending in (".csv", ".tsv"):
-        return _read_table(path, field)
     if ending == ".jsonl":
-        prompts = [_prompt(item, where, field) for where, item in json_lines(path)]
+        items = json_lines(path)
+    elif ending == ".json":
+        items = _list_items(path, name)
+    elif ending != ".txt":
+        items = _column(path, field)
     elif field is not None:
         raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
     else:  # only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator
-        prompts = [line.strip() for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
-    if not prompts:
-        raise FormatError(f"{path} is empty: expected at least one prompt")
-    return prompts
+        lines = enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1)
+        items = [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+    if not items:
+        raise FormatError(f"{path}{f', {name!r}' if name else ''} holds no prompts: expected at least one")
+    return [_prompt(item, where, field) for where, item in items]
 
 
 def load_contrast(
@@ -90,25 +84,17 @@ def load_contrast(
     path = Path(path)
     if (positive is None) != (negative is None):
         raise ValueError("give both positive= and negative=, or neither")
-    if ending_of(path, ENDINGS, "prompts") != ".json":
-        raise FormatError(
-            f"{path} cannot hold two named lists: expected a .json file; read two files with load_prompts instead"
-        )
-    data = json_file(path)
-    if not isinstance(data, dict):
-        raise FormatError(
-            f"{path} holds a {type(data).__name__}: expected an object of two lists, "
-            'such as {"positive": [...], "negative": [...]}'
-        )
+    data = json_file(path) if ending_of(path, ENDINGS, "prompts") == ".json" else None
+    names = list(data) if isinstance(data, dict) else []
     pairs = CONTRASTS if positive is None else ((positive, negative),)
-    pair = next((pair for pair in pairs if all(name in data for name in pair)), None)
+    pair = next((pair for pair in pairs if set(pair) <= set(names)), None)
     if pair is None:
         expected = " or ".join(f"{first!r} and {second!r}" for first, second in pairs)
         raise FormatError(
-            f"{path} holds {', '.join(map(repr, data)) or 'nothing'}: expected {expected}; "
-            "name the lists with positive= and negative="
+            f"{path} holds {', '.join(map(repr, names)) or 'no named lists'}: expected a .json file, an object with "
+            f"the lists {expected}; name them with positive= and negative=, or read two files with load_prompts"
         )
-    first, second = (_prompts(_named(data, name, path), path, field, name) for name in pair)
+    first, second = (load_prompts(path, field=field, name=name) for name in pair)
     return first, second
 
 
@@ -159,20 +145,21 @@ def ending_of(path: Path, endings: Sequence[str], what: str) -> str:
     return path.suffix.lower()
 
 
-def _named(data: dict[str, Any], name: str | None, path: Path) -> Any:
-    if name not in data:
-        wanted = "name= says which one to take" if name is None else f"there is no {name!r}"
-        raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
-    return data[name]
-
-
-def _prompts(data: Any, path: Path, field: str | None, name: str | None = None) -> list[Prompt]:
-    where = f"{path}, {name!r}" if name else str(path)
+def _list_items(path: Path, name: str | None) -> list[tuple[str, Any]]:
+    """The items of a JSON list, or of the named one of several, each behind its place in words."""
+    data, where = json_file(path), str(path) if name is None else f"{path}, {name!r}"
+    if isinstance(data, dict):
+        if name not in data:
+            wanted = "name= says which one to take" if name is None else f"there is no {name!r}"
+            raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
+        data = data[name]
+    elif name is not None:
+        raise FormatError(
+            f"{path} holds no named lists, so there is no {name!r}: expected an object such as {{{name!r}: [...]}}"
+        )
     if not isinstance(data, list):
         raise FormatError(f"{where} holds a {type(data).__name__}: expected a list of prompts")
-    if not data:
-        raise FormatError(f"{where} is an empty list: expected at least one prompt")
-    return [_prompt(item, f"{where}, item {number}", field) for number, item in enumerate(data, 1)]
+    return [(f"{where}, item {number}", item) for number, item in enumerate(data, 1)]
 
 
 def _prompt(item: Any, where: str, field: str | None) -> Prompt:
@@ -205,14 +192,12 @@ def _field_of(names: list[str], field: str | None, where: str, known: tuple[str,
     return match
 
 
-def _read_table(path: Path, field: str | None) -> list[Prompt]:
+def _column(path: Path, field: str | None) -> list[tuple[str, Any]]:
+    """The cells of a table's column of prompts, each behind its place in words."""
     rows = table_rows(path)
     first, header = next(rows)
     column = header.index(_field_of(header, field, f"{path}, line {first}", TEXT_FIELDS, "column"))
-    prompts = [_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None) for line, row in rows]
-    if not prompts:
-        raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
-    return prompts
+    return [(f"{path}, line {line}, column {header[column]!r}", row[column]) for line, row in rows]
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
