@@ -326,14 +326,15 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
 
 
 def rounds(
-    plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int
+    plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int, numbers: Sequence[int] | None = None
 ) -> list[tuple[list[Plan], list[list[int]]]]:
     """Split rows with these plans and lengths into rounds: (at most `batch_size` distinct plans, the numbers of their
-    rows in `batches`). Rows without a plan are the first round, which may be empty."""
-    different, size, split = distinct(plans), max(batch_size, 1), []
+    rows in `batches`). Rows without a plan are the first round, which may be empty. `numbers`: which rows (all)."""
+    numbers = range(len(plans)) if numbers is None else numbers
+    different, size, split = distinct(plans[number] for number in numbers), max(batch_size, 1), []
     for some in ([], *(different[i : i + size] for i in range(0, len(different), size))):
         ids = {id(plan) for plan in some} or {id(None)}
-        numbers = [number for number, plan in enumerate(plans) if id(plan) in ids]
-        groups = batches([lengths[number] for number in numbers], batch_size)
-        split.append((some, [[numbers[index] for index in group] for group in groups]))
+        mine = [number for number in numbers if id(plans[number]) in ids]
+        groups = batches([lengths[number] for number in mine], batch_size)
+        split.append((some, [[mine[index] for index in group] for group in groups]))
     return split

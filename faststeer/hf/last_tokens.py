@@ -23,12 +23,11 @@ from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import batches, check_evaluating, rounds
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import first_output
 from faststeer.hf.hooks import read
 from faststeer.hf.known import known_of
 from faststeer.hf.prefix import Prefix, common_length, common_prefix, keys_and_values, near, rounding_bound
 from faststeer.hf.steering import is_steered, steer
-from faststeer.plan import Plan, site
+from faststeer.plan import Plan, distinct, site
 from faststeer.progress import progress_bar
 
 Row = tuple[int, Plan | None]
@@ -85,13 +84,14 @@ def last_tokens(
     """
     check_evaluating(model)
     common = find_common(model, encoded, rows, layers, pad_id, batch_size) if share else Common()
-    firsts = [common.begins.get(id(plan), WHOLE) for _, plan in rows]
-    work: list[tuple[int, list[Plan], list[list[int]]]] = []  # where passes begin, plans, batches of rows
-    for begin in sorted(set(firsts)):
-        numbers = [number for number, first in enumerate(firsts) if first == begin]
-        lengths = [len(encoded[rows[number][0]]) for number in numbers]
-        for plans, groups in rounds([rows[number][1] for number in numbers], lengths, batch_size):
-            work.append((begin, plans, [[numbers[index] for index in group] for group in groups]))
+    begins = [common.begins.get(id(plan), WHOLE) for _, plan in rows]
+    plan_of, lengths = [plan for _, plan in rows], [len(encoded[prompt]) for prompt, _ in rows]
+    work = [  # where passes begin, plans, batches of rows
+        (begin, plans, groups)
+        for begin in sorted(set(begins))
+        for plans, groups in rounds(plan_of, lengths, batch_size, [n for n, b in enumerate(begins) if b == begin])
+        if groups
+    ]
     depth = max(len(common.modules), 1)
     weights = [float(len(group) * (depth - max(begin, 0))) for begin, _, groups in work for group in groups]
     with progress_bar("Scoring", len(weights), progress, weights=weights) as advance:
@@ -102,16 +102,15 @@ def last_tokens(
                 # Entered behind steering, whose results it takes.
                 read(model, "resid_post", layers, [-1]) if layers else nullcontext({}) as residuals,
             ):
-                prefix = Prefix() if begin == WHOLE else common.prefix
-                if steering is not None and prefix.length:
-                    steering.assign(plans)
-                    prefix = _prefix_under(model, common, len(plans), begin, heads.get(begin), pad_id)
-                place = {id(plan): number for number, plan in enumerate(plans)}
+                prefix = Prefix()
+                if begin != WHOLE:
+                    prefix = _prefix_under(model, common, steering, plans, begin, heads.get(begin), pad_id)
+                place = {id(plan): number for number, plan in enumerate(plans or [None])}
                 for group in groups:
                     prompts, mine = zip(*(rows[number] for number in group), strict=True)
                     if steering is not None:
                         steering.assign(list(mine))
-                    own = prefix.rows([place[id(plan)] for plan in mine]) if prefix.length else prefix
+                    own = prefix.rows([place[id(plan)] for plan in mine])
                     arguments = own.arguments(model, [encoded[prompt] for prompt in prompts], pad_id)
                     width = arguments["input_ids"].shape[1]
                     states = rests[begin][list(prompts), -width:] if begin in rests else None
@@ -148,24 +147,25 @@ def find_common(
 ) -> Common:
     """Return what the rows of `last_tokens` have in common; nothing where the model allows nothing, or little is
     saved."""
-    plans = {id(plan): plan for _, plan in rows if plan is not None}
+    plans = distinct(plan for _, plan in rows)
     if not plans or is_steered(model):
         return Common()
     points = find_hook_points(model)
     if points.mixed or points.loops > 1 or points.streams != (1, 1):
         return Common()
-    modules = [points.layer(model, layer) for layer in range(points.n_layers)]
-    firsts = {key: first_layer(plan, points.n_layers) for key, plan in plans.items()}
-    begins = {key: min([first, *layers]) for key, first in firsts.items() if first is not None}
-    sharing = [(prompt, begins[id(plan)]) for prompt, plan in rows if id(plan) in begins]
-    prompts = [encoded[prompt] for prompt in sorted({prompt for prompt, _ in sharing})]
+    firsts = {id(plan): first_layer(plan, points.n_layers) for plan in plans}
+    begins = {plan: min([first, *layers]) for plan, first in firsts.items() if first is not None}
+    sharing = [prompt for prompt, plan in rows if id(plan) in begins]
+    prompts = [encoded[prompt] for prompt in sorted(set(sharing))]
     if not prompts or _part(encoded, rows, begins, points.n_layers, common_length(prompts, 1)) > LARGEST_PART:
         return Common()
     prefix = common_prefix(model, prompts, 1, pad_id)
     size = len(encoded) * max(map(len, prompts)) * points.hidden_size * model.dtype.itemsize
     begins = _fewer(begins, min(MOST_BEGINS, max(len(sharing) // batch_size, 1), STATES_BYTES // size))
-    allowed = _allowed(model, modules, set(begins.values()), prompts, pad_id)
-    begins = {key: begin if begin in allowed else 0 for key, begin in begins.items()}
+    modules = [points.layer(model, layer) for layer in range(points.n_layers)]
+    behind_streams = {begin for begin in begins.values() if begin and points.has("resid_post", begin - 1)}
+    allowed = _allowed(model, modules, behind_streams, prompts, pad_id)
+    begins = {plan: begin if begin in allowed else 0 for plan, begin in begins.items()}
     part = _part(encoded, rows, begins, points.n_layers, prefix.length)
     return Common() if part > LARGEST_PART else Common(modules, prefix, begins, part)
 
@@ -210,37 +210,28 @@ def _run_ahead(
     """Run the unsteered model once on the common tokens and on the rest of each prompt. Return what enters each layer
     at which plans begin: `[1, tokens, hidden]`, and `[prompts, tokens, hidden]`, padded on the left."""
     begins, heads, rests = set(common.begins.values()) - {0}, dict[int, Tensor](), dict[int, Tensor]()
-    if begins and common.prefix.length:
-        heads, _ = _entering(model, common.modules, begins, Prefix(), [common.prefix.tokens], pad_id)
-    prompts = sorted({prompt for prompt, plan in rows if id(plan) in common.begins}) if begins else []
-    width = max((len(encoded[prompt]) for prompt in prompts), default=0) - common.prefix.length
+    if not begins:
+        return heads, rests
+    if common.prefix.length:
+        heads, _ = _entering(model, begins, Prefix(), [common.prefix.tokens], pad_id)
+    prompts = sorted({prompt for prompt, plan in rows if id(plan) in common.begins})
+    width = max(len(encoded[prompt]) for prompt in prompts) - common.prefix.length
     for group in batches([len(encoded[prompt]) for prompt in prompts], batch_size):
         here = [prompts[index] for index in group]
-        entering, _ = _entering(model, common.modules, begins, common.prefix, [encoded[p] for p in here], pad_id)
+        entering, _ = _entering(model, begins, common.prefix, [encoded[prompt] for prompt in here], pad_id)
         for begin, x in entering.items():
             rests.setdefault(begin, x.new_zeros(len(encoded), width, x.shape[-1]))[here, -x.shape[1] :] = x
     return heads, rests
 
 
 def _entering(
-    model: Any,
-    modules: Sequence[nn.Module],
-    begins: Collection[int],
-    prefix: Prefix,
-    rows: Sequence[Sequence[int]],
-    pad_id: int,
+    model: Any, begins: Collection[int], prefix: Prefix, rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[dict[int, Tensor], Any]:
     """Run the unsteered model on prompts behind a prefix. Return what enters each of the layers `begins`, and the
     model's output."""
-    entering: dict[int, Tensor] = {}
-    with changing() as changes:
-        for begin in begins:
-
-            def take(_module: Any, _args: Any, output: Any, begin: int = begin) -> None:
-                entering[begin] = first_output(output).clone()
-
-            changes.hook(modules[begin - 1].register_forward_hook, take)
-        return entering, model(**prefix.arguments(model, rows, pad_id))
+    with read(model, "resid_post", [begin - 1 for begin in begins]) as residuals:
+        output = model(**prefix.arguments(model, rows, pad_id))
+    return {begin: residuals[begin - 1] for begin in begins}, output
 
 
 def _run_from(
@@ -253,11 +244,16 @@ def _run_from(
         return model(**arguments)
 
 
-def _prefix_under(model: Any, common: Common, n: int, begin: int, states: Tensor | None, pad_id: int) -> Prefix:
-    """Return the common tokens as they are read under the plans of `n` rows, a row each."""
+def _prefix_under(
+    model: Any, common: Common, steering: Any, plans: list[Plan], begin: int, states: Tensor | None, pad_id: int
+) -> Prefix:
+    """Return the common tokens as they are read under each of the plans, a row for each."""
     prefix = common.prefix
-    arguments = Prefix().arguments(model, [prefix.tokens] * n, pad_id) | {"use_cache": True}
-    ahead = None if states is None else states.expand(n, -1, -1)
+    if not prefix.length:
+        return prefix
+    steering.assign(plans)
+    arguments = Prefix().arguments(model, [prefix.tokens] * len(plans), pad_id) | {"use_cache": True}
+    ahead = None if states is None else states.expand(len(plans), -1, -1)
     cache = cache_in(_run_from(model, common.modules, begin, ahead, arguments))
     # Nothing reads what the layers in front of `begin` keep but its length.
     return Prefix(prefix.tokens, [*prefix.layers[:begin], *keys_and_values(cache, begin)])
@@ -272,10 +268,10 @@ def _allowed(
     something else that a layer in front of it left behind would look at the wrong row.
     """
     allowed: dict[int, bool] = known_of(model).get("layers at which a pass can begin", dict)
-    missing = sorted(set(begins) - allowed.keys() - {0}, reverse=True)
+    missing = sorted(set(begins) - allowed.keys(), reverse=True)
     if missing:
         rows = [list(prompts[0][-6:]), list(prompts[-1][-4:])]
-        entering, whole = _entering(model, modules, missing, Prefix(), rows, pad_id)
+        entering, whole = _entering(model, missing, Prefix(), rows, pad_id)
         arguments = Prefix().arguments(model, rows[::-1], pad_id)
         bound = rounding_bound(model.dtype, len(modules))
         # From the last layer down: what a layer in front left behind is that of the whole pass then, in its order.
