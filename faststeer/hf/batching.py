@@ -8,7 +8,6 @@ so that the last column of a batch is every row's last prompt token.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,8 +30,6 @@ from faststeer.plan import Plan, distinct
 from faststeer.vector import check_text
 
 Prompt = str | list[dict[str, str]]
-
-TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
 
 def check_prompts(
@@ -139,27 +136,22 @@ def render(
     return texts
 
 
-def encode(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    system: str | None = None,
-    *,
-    rendered: bool = False,
-    what: str | Sequence[str] = "prompts",
-) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, **options: Any) -> list[list[int]]:
     """Return the token ids of each prompt as `render` writes it, with exactly the special tokens the model expects.
 
     A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets what the
     tokenizer puts in front, but never twice, and nothing that it appends: an answer begins where the prompt ends.
 
+    Args:
+        options: `rendered` and `what`, as of `render`.
+
     Raises:
         ValueError: as `render`, or a prompt that has no tokens.
     """
-    texts = render(tokenizer, prompts, system, rendered=rendered, what=what)
+    texts = render(tokenizer, prompts, system, **options)
     encoded = (encode_rendered if has_template(tokenizer) else encode_texts)(tokenizer, texts)
-    for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"{name} {text!r} has no tokens: expected at least one")
+    if [] in encoded:
+        raise ValueError(f"the prompt {texts[encoded.index([])]!r} has no tokens: expected at least one")
     return encoded
 
 
@@ -231,29 +223,6 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-@torch.no_grad()
-def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int) -> float:
-    """Time one unsteered forward pass over prompts of middle length, for a forecast: seconds per row of a batch.
-
-    Args:
-        n_rows: that are to be forecast. No more than a part of them are timed (TIMED_SHARE).
-    """
-    batch = timed_batch(model, encoded, pad_id, batch_size, n_rows)
-    start = time.monotonic()
-    model(**forward_arguments(model, batch)).logits[:, -1].cpu()
-    return (time.monotonic() - start) / len(batch["input_ids"])
-
-
-def timed_batch(
-    model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int
-) -> dict[str, Tensor]:
-    """Return what is timed to forecast `n_rows` rows: a batch of the prompt of middle length, of a small part of them
-    at most. The model has run once then: weights that lie in a file are read at their first use."""
-    middle = sorted(encoded, key=len)[len(encoded) // 2]
-    model(**forward_arguments(model, pad([middle[:1]], pad_id, model_device(model)))).logits[:, -1].cpu()
-    return pad([middle] * max(1, min(batch_size, int(n_rows * TIMED_SHARE))), pad_id, model_device(model))
-
-
 def model_name(model: Any) -> str | None:
     """Return the name a Hugging Face model was loaded by, None for one made from a config."""
     return getattr(model, "loaded_as", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -290,15 +259,10 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
                 "model's?"
             )
     _check_rotation(model, batch["attention_mask"])
+    arguments: dict[str, Any] = {**batch, "use_cache": False, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {
-        name: tensor for name, tensor in batch.items() if name != "position_ids" or name in known
-    }
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    if "logits_to_keep" in known:
-        arguments["logits_to_keep"] = 1
-    return arguments
+    optional = ("position_ids", "use_cache", "logits_to_keep")
+    return {name: value for name, value in arguments.items() if name in known or name not in optional}
 
 
 def _check_rotation(model: Any, mask: Tensor) -> None:

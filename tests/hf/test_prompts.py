@@ -70,7 +70,7 @@ def test_the_only_column_is_named_too(tmp_path):
     assert load_prompts(write(tmp_path / "a.csv", "strange\nHow?\nWhy?\n"), field="strange") == ["How?", "Why?"]
     for content in ("How?\nWhy?\n", "prompt;kind\nHow?;1\nWhy?;2\n"):
         with pytest.raises(
-            ValueError, match=r"line 1 has the columns '(How\?|prompt;kind)', and none of prompt, .*field="
+            ValueError, match=r"line 2 has the fields '(How\?|prompt;kind)', and none of prompt, .*field="
         ):
             load_prompts(write(tmp_path / "a.csv", content))
 
@@ -112,19 +112,25 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
         ("a.json", '["a", ""]', "item 2 is blank"),
         ("a.json", '["a", 3]', "item 2 is of type int"),
         ("a.json", '[{"title": "a"}]', r"item 1 has the fields 'title', and none of prompt, .*field="),
-        ("a.json", '[{"role": "user", "content": "a"}]', "item 1 is a single message"),
+        ("a.json", '[{"role": "user", "content": "a"}]', "item 1 has the fields 'role', 'content', and none of prompt"),
         ("a.json", '[[{"role": "user"}]]', "item 1 holds .*, which is no message"),
-        ("a.json", '{"one": ["a"]}', "holds an object with 'one': name= says which"),
+        (
+            "a.json",
+            '{"one": ["a"]}',
+            "holds an object with 'one': expected a list; load_prompts takes one of several by name=",
+        ),
+        ("a.json", '[{"chat": "a text"}]', "item 1 has the fields 'chat', and none of prompt"),
+        ("a.csv", "chat\na text\n", "line 2 has the fields 'chat', and none of prompt"),
         ("a.json", "7", "holds a int: expected a list"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", '"a"\n\n{"b": ', "line 3, column 7: no valid JSON"),
         ("a.jsonl", '"a"\n{"b": 1}', r"line 2 has the fields 'b'"),
-        ("a.csv", "id,other\n1,b\n", r"line 1 has the columns 'id', 'other', and none of prompt"),
+        ("a.csv", "id,other\n1,b\n", r"line 2 has the fields 'id', 'other', and none of prompt"),
         ("a.csv", "id,prompt\n", "holds no prompts"),
         ("a.csv", "id,prompt\n1,How, then?\n", r"line 2 has 3 cell\(s\), the header 2"),
-        ("a.csv", "id,prompt\n1,ok\n\n2, \n", "line 4, column 'prompt' is blank"),
+        ("a.csv", "id,prompt\n1,ok\n\n2, \n", "line 4, 'prompt' is blank"),
         ("a.csv", 'id,prompt\n1,"two\nlines"\n2,"open\n', r"line \d: no CSV"),
-        ("a.csv", 'id,prompt\n1,"two\nlines"\n2,\n', "line 4, column 'prompt' is blank"),
+        ("a.csv", 'id,prompt\n1,"two\nlines"\n2,\n', "line 4, 'prompt' is blank"),
         ("a.txt", b"fine\ncaf\xe9\n", "line 2: byte 8 .0xe9. is no UTF-8"),
         ("a.json", '["a"]'.encode("utf-16"), "it is text in UTF-16"),
         ("a.json", b'[\n"\xe9"]', "line 2: byte 3 .0xe9. is no UTF-8"),
@@ -140,10 +146,10 @@ def test_files_that_cannot_be_understood(tmp_path, name, content, message):
 
 def test_missing_fields_and_names(tmp_path):
     path = write(tmp_path / "a.csv", "prompt,other\na,b\n")
-    with pytest.raises(ValueError, match="line 1 has no column 'goal': it has 'prompt', 'other'"):
+    with pytest.raises(ValueError, match="line 2 has the fields 'prompt', 'other', and no 'goal'"):
         load_prompts(path, field="goal")
     path = write(tmp_path / "a.json", '[{"prompt": "a"}]')
-    with pytest.raises(ValueError, match="item 1 has no field 'goal'"):
+    with pytest.raises(ValueError, match="item 1 has the fields 'prompt', and no 'goal'"):
         load_prompts(path, field="goal")
     with pytest.raises(ValueError, match="no named lists, so there is no 'harmful'"):
         load_prompts(path, name="harmful")
