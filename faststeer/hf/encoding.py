@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ class Rendered(str):
 
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
 CORRECT = "correct tokenizer.chat_template"
+# Behind a message's text it shows where that is written: in no text nor template, and the same in capitals or escaped.
+NUMBER = "74039184462509"
 LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
 BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
 THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
@@ -100,11 +102,9 @@ def check_tokenizer(tokenizer: Any) -> None:
     for one that writes chats without a template: what it makes of a text cannot be seen."""
     name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
     if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        template = ""
-        if has_template(tokenizer) and not has_template(inner):
-            template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
         raise ValueError(
-            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer{template}"
+            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer; if that has no chat "
+            "template, set processor.tokenizer.chat_template = processor.chat_template"
         )
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
@@ -185,8 +185,7 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
             before what it begins an answer with.
     """
     check_tokenizer(tokenizer)
-    number = _number_for(tokenizer, [message["content"] for message in chat])
-    marked = [message | {"content": f"{message['content']}{number}{i:03}"} for i, message in enumerate(chat)]
+    marked = [message | {"content": f"{message['content']}{NUMBER}{i:03}"} for i, message in enumerate(chat)]
     everything = set(range(len(chat)))
     parts: set[int] = set()
     lost: list[int] = []
@@ -201,22 +200,18 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         except Exception as error:  # a template raises what it likes, and what the objects in it do
             failure, parts = failure or error, everything
             continue
-        last = len(chat) - 1 if end == "begun" else None
-        missing = [i for i, m in enumerate(chat) if not _survives(m, f"{number}{i:03}", text, check, begun=i == last)]
-        if parts and _shows_parts(check, marked):
-            missing = sorted(everything)
+        missing = sorted(everything) if parts and _shows_parts(check, chat) else _missing(chat, text, check, end)
         if not missing:
-            _check_rest(tokenizer, chat, parts, end, text, f"{number}{len(chat):03}", what)
+            _check_rest(tokenizer, chat, parts, end, text, what)
             return text
         lost = lost or missing
         parts = parts | set(missing)
     fault = f"{what}: the tokenizer's chat template"
     if not lost:
-        roles = ", ".join(message["role"] for message in chat)
-        reason = " ".join(str(failure).split())[:300] or type(failure).__name__
-        does, mend = f"fails on messages by {roles} ({type(failure).__name__}: {reason})", f"{CORRECT}, or {REMEDY}"
-        if type(failure) is TemplateError:  # by raise_exception
-            does, mend = f"refuses messages by {roles} ({reason})", "give only roles it knows, in an order it allows"
+        refuses = type(failure) is TemplateError  # by raise_exception
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        does = f"{'refuses' if refuses else 'fails on'} messages by {', '.join(m['role'] for m in chat)} ({reason})"
+        mend = "give only roles it knows, in an order it allows" if refuses else f"{CORRECT}, or {REMEDY}"
         raise ValueError(f"{fault} {does}: {mend}") from failure
     message = chat[lost[0]]
     where = f"message {lost[0]} of {len(chat)}, the {message['role']}'s" if len(chat) > 1 else "the text"
@@ -227,7 +222,7 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
     )
 
 
-def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, number: str, what: str) -> None:
+def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, what: str) -> None:
     """Raise ValueError where a chat's template drops tool calls, or writes something before an answer and not behind
     a prompt."""
     fault = f"{what}: the tokenizer's chat template"
@@ -245,9 +240,9 @@ def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str
         raise ValueError(f"{fault} drops tool_calls: write them into the message's content, or {REMEDY}")
     if end != "prompt" or chat[-1]["role"] == "assistant" or written(chat, "closed") != text:
         return
-    answer, question = (written([*chat, {"role": role, "content": number}], "closed") for role in ("assistant", "user"))
-    header = answer.removeprefix(text).partition(number)[0]
-    if answer.startswith(text + header + number) and header.strip() and answer != question:
+    answer, question = (written([*chat, {"role": role, "content": NUMBER}], "closed") for role in ("assistant", "user"))
+    header = answer.removeprefix(text).partition(NUMBER)[0]
+    if answer.startswith(text + header + NUMBER) and header.strip() and answer != question:
         addition = "{% if add_generation_prompt %}{{ " + json.dumps(header, ensure_ascii=False) + " }}{% endif %}"
         raise ValueError(
             f"{fault} ignores add_generation_prompt: it begins an answer with {header!r}, and the prompt ends before "
@@ -265,31 +260,26 @@ def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
     )
 
 
-def _number_for(tokenizer: Any, texts: Iterable[str]) -> str:
-    """Digits that stand in none of the texts, nor in the template: no template changes their case or escapes them."""
-    everything = f"{tokenizer.chat_template} {' '.join(texts)}"
-    number = "7403918"
-    while number in everything:
-        number += "5"
-    return number
+def _missing(chat: Chat, text: str, check: str, end: End) -> list[int]:
+    """The numbers of the messages whose text stands not in what the template wrote, or not, with a number at its end,
+    in what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words."""
+    missing = []
+    for i, message in enumerate(chat):
+        content, role = message["content"], message["role"]
+        forms = [content]
+        if role == "assistant" and not (end == "begun" and i == len(chat) - 1):
+            forms += [content[match.end() :] for match in CLOSED_THINKING.finditer(content)][-1:]
+        if role not in CODED_ROLES:
+            forms += [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
+        if not any(form.strip() in text and f"{form.lstrip()}{NUMBER}{i:03}" in check for form in forms):
+            missing.append(i)
+    return missing
 
 
-def _survives(message: dict[str, str], number: str, text: str, marked: str, *, begun: bool) -> bool:
-    """Whether a message's text stands in what the template wrote, and, with a number at its end, in what it wrote of
-    that: so "a" is not found in "assistant", and not in another message of the same words."""
-    content, role = message["content"], message["role"]
-    forms = [content]
-    if role == "assistant" and not begun:
-        forms += [content[match.end() :] for match in CLOSED_THINKING.finditer(content)][-1:]
-    if role not in CODED_ROLES:
-        forms += [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
-    return any(form.strip() in text and form.lstrip() + number in marked for form in forms)
-
-
-def _shows_parts(marked: str, chat: Chat) -> bool:
+def _shows_parts(text: str, chat: Chat) -> bool:
     """Whether a list of parts was printed as such."""
     contents = " ".join(message["content"] for message in chat)
-    return any(key in marked and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: "))
+    return any(key in text and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: "))
 
 
 # Markup inside prompts ------------------------------------------------------------------------------------------------
@@ -340,17 +330,16 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
 def _marks(tokenizer: Any) -> tuple[list[str], str, str]:
     """What the template writes around messages: tokens and bracketed words; and, where there are none next to a user's
     message, the words before and behind it."""
-    texts = {"system": "Kind words", "user": "Hello there", "assistant": "Good day"}
-    number = _number_for(tokenizer, texts.values())
+    texts = {"system": f"Kind words{NUMBER}", "user": f"Hello there{NUMBER}", "assistant": f"Good day{NUMBER}"}
     written: list[str] = []
     head = tail = ""
     for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-        chat = [{"role": role, "content": texts[role] + number} for role in roles]
+        chat = [{"role": role, "content": texts[role]} for role in roles]
         try:
             text = apply_template(tokenizer, chat, "prompt", "an example prompt")
         except ValueError:  # such as a template without system prompts; the prompts themselves are checked elsewhere
             continue
-        pieces = re.split("|".join(text + number for text in texts.values()), text)
+        pieces = re.split("|".join(texts.values()), text)
         written += pieces
         if roles == ("user",):
             head, tail = pieces[0], pieces[-1]
