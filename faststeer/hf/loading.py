@@ -256,16 +256,21 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"{path}: {packed[0]} is still quantised ({model.state_dict()[packed[0]].dtype})")
     model.is_quantized = False  # the weights are plain, and save_pretrained may write them
     _correct_tokenizer(tokenizer, metadata)
-    _correct_ends(model, tokenizer, metadata)
+    # An answer ends at the end of the sequence, and of the turn where the file has a token of its own for it.
+    ends = [metadata[key] for name in ("eos", "eot") if (key := f"tokenizer.ggml.{name}_token_id") in metadata]
+    if ends:
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends)) if len(set(ends)) > 1 else ends[0]
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """A GGUF file's fields but for its long lists."""
+    """A GGUF file's fields but for its lists, which are long."""
     import gguf
 
-    lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key not in lists}
+    fields = gguf.GGUFReader(path).fields.items()
+    return {key: field.contents() for key, field in fields if gguf.GGUFValueType.ARRAY not in field.types}
 
 
 def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
@@ -289,13 +294,3 @@ def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
         if (added := metadata.get(f"tokenizer.ggml.add_{name}_token")) is not None:
             setattr(tokenizer, f"add_{name}_token", bool(added))
             tokenizer.update_post_processor()
-
-
-def _correct_ends(model: Any, tokenizer: Any, metadata: Mapping[str, Any]) -> None:
-    """An answer ends at the end of the sequence, and of the turn where the file has a token of its own for it."""
-    names = ("eos", "eot")
-    ends = list(dict.fromkeys(metadata[k] for n in names if (k := f"tokenizer.ggml.{n}_token_id") in metadata))
-    if ends:
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
