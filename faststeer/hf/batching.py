@@ -272,16 +272,14 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     for kind in [rotary, *rotary.values()]:  # one, or one for each kind of layer
         name = kind.get("rope_type", "") if isinstance(kind, Mapping) else ""
-        if "dynamic" in name:
-            edge = text.max_position_embeddings
-        elif name == "longrope":
-            edge = kind.get("original_max_position_embeddings", text.max_position_embeddings)
-        else:
+        if name != "longrope" and "dynamic" not in name:
             continue
-        if mask.shape[1] <= edge:
-            continue
-        lengths = mask.sum(1)
-        if bool(((lengths < mask.shape[1]) if "dynamic" in name else (lengths <= edge)).any()):
+        edge, lengths = text.max_position_embeddings, mask.sum(1)
+        changed = lengths < mask.shape[1]
+        if name == "longrope":  # one of two rotations
+            edge = kind.get("original_max_position_embeddings", edge)
+            changed = lengths <= edge
+        if mask.shape[1] > edge and bool(changed.any()):
             raise ValueError(
                 f"{type(model).__name__} encodes the positions of a whole batch by its longest row where that has more "
                 f"than {edge} tokens ({name}); these rows have {int(lengths.min())} to {mask.shape[1]}, and the "

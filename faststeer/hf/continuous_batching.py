@@ -65,11 +65,11 @@ class RequestStream(Stream):
 
     def restart_numbers(self) -> None:
         """The next request is the first one."""
+        self._added = 0
         # By request: its number and the tokens of its prompt; and, from its first pass on, its column in `gates`, which
         # its return sequences share, as they decide alike.
         self._prompts: dict[str, tuple[int, int]] = {}
         self._sequences: dict[str, int] = {}
-        self._added = 0
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **options: Any) -> Any:
         """As the manager's own; the plan of the n-th request is the n-th plan.
@@ -89,15 +89,6 @@ class RequestStream(Stream):
         """As the manager's own, in the order of the plans."""
         return [self.add_request(input_ids, None, *args, **options) for input_ids in inputs]
 
-    def owns(self, cache: Any) -> bool:
-        """Whether a pass with this cache is one of the manager's."""
-        return getattr(self.manager.batch_processor, "cache", None) is cache
-
-    @property
-    def alive(self) -> bool:
-        """Whether the manager has graphs, if it makes any."""
-        return self.manager.is_running() or self.manager.batch_processor is not None
-
     def check_readable(self) -> None:
         """Raise RuntimeError unless the manager says which requests are in a pass."""
         if self.manager.batch_processor is None:
@@ -113,11 +104,8 @@ class RequestStream(Stream):
             raise RuntimeError(UNREADABLE) from error
 
     def tokens(self, inputs: Inputs, boundaries: Tensor) -> Tensor:
-        """`[3, tokens]` int32 of a pass: each token's request, by its number, its position and its sequence.
-
-        Args:
-            boundaries: `[requests + 1]`: where the requests begin and end in the row (`cu_seq_lens_q`).
-        """
+        """`[3, tokens]` int32 of a pass: each token's request, by its number, its position and its sequence. The
+        requests begin and end in the row at `boundaries` (`cu_seq_lens_q`)."""
         if inputs.recorded:
             raise ValueError(REPLAYED)
         names, lengths = zip(*self._batch(), strict=True)
@@ -192,7 +180,8 @@ class Managers:
 
     def of(self, cache: Any) -> RequestStream | None:
         """The requests of the manager that runs passes with this cache."""
-        return next((stream for stream in self.streams() if stream.owns(cache)), None)
+        streams = self.streams()
+        return next((s for s in streams if getattr(s.manager.batch_processor, "cache", None) is cache), None)
 
     def manage(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any], plans: RowPlans) -> Any:
         """`model.init_continuous_batching(**arguments)`, which is `original`, for passes under these plans.
@@ -222,7 +211,8 @@ class Managers:
 
     def check_changeable(self) -> None:
         """Raise RuntimeError if plans cannot be changed, since graphs may hold what acts."""
-        if any(stream.captured and stream.alive for stream in self.streams()):
+        managers = [stream.manager for stream in self.streams() if stream.captured]
+        if any(manager.is_running() or manager.batch_processor is not None for manager in managers):
             raise RuntimeError(CAPTURED)
 
     def forget(self, kept: list[bool] | None) -> None:

@@ -33,24 +33,14 @@ from faststeer.progress import progress_bar
 Row = tuple[int, Plan | None]
 
 WHOLE = -1  # instead of the layer at which a pass begins: nothing is shared
-# Whole passes are made where sharing leaves more than this part of them to run.
-LARGEST_PART = 0.95
-# Plans begin at most at so many layers beside 0, and no more than their rows fill batches: a few layers more are run,
-# and the rows of a batch are of similar length.
-MOST_BEGINS = 10
-# What is kept of the layers in front of the plans takes at most this much memory. With more, fewer layers are kept, and
-# rows begin at the next one in front.
-STATES_BYTES = 2**31
+LARGEST_PART = 0.95  # of whole passes: where more is left to run, nothing is shared
+MOST_BEGINS = 10  # layers beside 0 at which plans begin, so that batches are full and their rows of similar length
+STATES_BYTES = 2**31  # of what enters these layers, at most; with more, plans begin at fewer
 
 
 class LastTokens(NamedTuple):
-    """What a batch gives.
-
-    Args:
-        rows: the numbers of its rows.
-        logits: `[batch, vocabulary]` of the next token, in the model's dtype and on its device.
-        activations: `{layer: [batch, hidden]}`, `resid_post` of the layers asked for, as steering leaves it.
-    """
+    """What a batch gives: its rows' numbers; the next token's logits `[batch, vocabulary]`, in the model's dtype and on
+    its device; `resid_post` of the layers asked for, `{layer: [batch, hidden]}`, as steering leaves it."""
 
     rows: list[int]
     logits: Tensor
@@ -154,21 +144,29 @@ def find_common(
     points = find_hook_points(model)
     if points.mixed or points.loops > 1 or points.streams != (1, 1):
         return nothing
-    firsts = {id(plan): first_layer(plan, points.n_layers) for plan in plans}
+    n_layers = points.n_layers
+    firsts = {id(plan): first_layer(plan, n_layers) for plan in plans}
     begins = {plan: min([first, *layers]) for plan, first in firsts.items() if first is not None}
-    sharing = [prompt for prompt, plan in rows if id(plan) in begins]
-    prompts = [encoded[prompt] for prompt in sorted(set(sharing))]
-    if not prompts or _part(encoded, rows, begins, points.n_layers, common_length(prompts, 1)) > LARGEST_PART:
+    sharing = [(prompt, id(plan)) for prompt, plan in rows if id(plan) in begins]
+    prompts = [encoded[prompt] for prompt in sorted({prompt for prompt, _ in sharing})]
+
+    def part(first: Mapping[int, int], length: int) -> float:
+        """`Common.part` if plans begin at these layers and `length` tokens are common; with what is run ahead."""
+        left = sum((len(encoded[prompt]) - length) * (n_layers - first[plan]) for prompt, plan in sharing)
+        left += sum(length * (n_layers - layer) for layer in first.values())
+        return (left + sum(map(len, prompts)) * n_layers) / (sum(len(encoded[p]) for p, _ in sharing) * n_layers)
+
+    if not prompts or part(begins, common_length(prompts, 1)) > LARGEST_PART:
         return nothing
     prefix = common_prefix(model, prompts, 1, pad_id)
     size = len(encoded) * max(map(len, prompts)) * points.hidden_size * model.dtype.itemsize
     begins = _fewer(begins, min(MOST_BEGINS, max(len(sharing) // batch_size, 1), STATES_BYTES // size))
-    modules = [points.layer(model, layer) for layer in range(points.n_layers)]
+    modules = [points.layer(model, layer) for layer in range(n_layers)]
     behind_streams = {begin for begin in begins.values() if begin and points.has("resid_post", begin - 1)}
     allowed = _allowed(replace(nothing, modules=modules), behind_streams, prompts)
     begins = {plan: begin if begin in allowed else 0 for plan, begin in begins.items()}
-    part = _part(encoded, rows, begins, points.n_layers, prefix.length)
-    return nothing if part > LARGEST_PART else Common(prefix, modules, begins, part)
+    left = part(begins, prefix.length)
+    return nothing if left > LARGEST_PART else Common(prefix, modules, begins, left)
 
 
 def first_layer(plan: Plan, n_layers: int) -> int | None:
@@ -184,18 +182,6 @@ def first_layer(plan: Plan, n_layers: int) -> int | None:
         points = hook_points(intervention)
         sites += [site(at, layer) for layer in resolve_layers(intervention, n_layers) for at in points]
     return max(min(sites) - 1, 0) // 4
-
-
-def _part(
-    encoded: Sequence[Sequence[int]], rows: Sequence[Row], begins: Mapping[int, int], n_layers: int, length: int
-) -> float:
-    """Return the part of the tokens, times layers, of whole passes that is left to run where `length` tokens are
-    common, what is run ahead included."""
-    mine = [(len(encoded[prompt]), begins[id(plan)]) for prompt, plan in rows if id(plan) in begins]
-    ahead = sum(len(encoded[prompt]) for prompt in {prompt for prompt, plan in rows if id(plan) in begins})
-    left = sum((tokens - length) * (n_layers - begin) for tokens, begin in mine)
-    left += sum(length * (n_layers - begin) for begin in begins.values())
-    return (left + ahead * n_layers) / (sum(tokens for tokens, _ in mine) * n_layers)
 
 
 def _fewer(begins: Mapping[int, int], most: int) -> dict[int, int]:

@@ -105,17 +105,9 @@ def post_instruction_positions(tokenizer: Any) -> list[int]:
 # Instructions that end in every way that tokenizers treat apart: letter, capital, digit, marks, bracket, quotation
 # mark, another script.
 DISSIMILAR = (
-    "Name a colour",
-    "write: ABC",
-    "What is 12 + 7",
-    "Why?",
-    "Stop.",
-    "go on (please)",
-    'Say "yes"',
-    "x = [1, 2]",
-    "Hurry!",
-    "\u043f\u0440\u0438\u0432\u0435\u0442",
-)
+    "Name a colour", "write: ABC", "What is 12 + 7", "Why?", "Stop.", "go on (please)", 'Say "yes"', "x = [1, 2]",
+    "Hurry!", "\u043f\u0440\u0438\u0432\u0435\u0442",
+)  # fmt: skip
 
 
 def _prompt(item: Any, where: str, field: str | None) -> Prompt:
