@@ -201,10 +201,10 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         parts = parts | set(missing)
     fault = f"{what}: the tokenizer's chat template"
     if not lost:
-        refuses = type(failure) is TemplateError  # by raise_exception
-        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-        does = f"{'refuses' if refuses else 'fails on'} messages by {', '.join(m['role'] for m in chat)} ({reason})"
-        mend = "give only roles it knows, in an order it allows" if refuses else f"{CORRECT}, or {REMEDY}"
+        roles, reason = ", ".join(message["role"] for message in chat), " ".join(str(failure).split())[:300]
+        does, mend = f"fails on messages by {roles} ({type(failure).__name__}: {reason})", f"{CORRECT}, or {REMEDY}"
+        if type(failure) is TemplateError:  # by raise_exception
+            does, mend = f"refuses messages by {roles} ({reason})", "give only roles it knows, in an order it allows"
         raise ValueError(f"{fault} {does}: {mend}") from failure
     message = chat[lost[0]]
     where = f"message {lost[0]} of {len(chat)}, the {message['role']}'s" if len(chat) > 1 else "the text"

@@ -312,7 +312,7 @@ def test_templates_that_fail_are_told_in_words():
     with pytest.raises(ValueError, match=r"fails on messages by user .*TemplateSyntaxError"):
         render(words_tokenizer(template="{% for %}"), ["red"])
     refusing = words_tokenizer(template="{{ raise_exception('never on Sundays') }}")
-    with pytest.raises(ValueError, match=r"refuses messages by user .TemplateError: never on Sundays"):
+    with pytest.raises(ValueError, match=r"refuses messages by user .never on Sundays"):
         render(refusing, ["red"])
 
 
