@@ -93,7 +93,7 @@ def last_tokens(
                 read(model, "resid_post", layers, [-1]) if layers else nullcontext({}) as residuals,
             ):
                 prefix = Prefix(model, pad_id)
-                if begin != WHOLE and common.prefix.length:
+                if steering is not None and begin != WHOLE and common.prefix.length:
                     steering.assign(plans)
                     prefix = _prefix_under(common, len(plans), begin, heads.get(begin))
                 place = {id(plan): number for number, plan in enumerate(plans or [None])}
