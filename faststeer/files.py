@@ -3,22 +3,24 @@ gets what the file says or a `FormatError`. And the folder for what is kept betw
 
 from __future__ import annotations
 
+import csv
 import errno
 import glob
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from faststeer.file_kinds import OtherKind, expect
+from faststeer.file_kinds import OtherKind, expect, kind_of
 
 fcntl: Any
 try:
@@ -123,8 +125,91 @@ def json_lines(path: Path) -> list[tuple[str, Any]]:
     Raises:
         FormatError, OSError: as `read_text`; a line that is no JSON.
     """
+    return [(f"{path}, line {number}", _json(line, path, number)) for number, line in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
     lines = enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1)
-    return [(f"{path}, line {number}", _json(line, path, number)) for number, line in lines if line.strip()]
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def ending_of(path: Path, endings: Sequence[str], what: str) -> str:
+    """Return a file's ending in lower case.
+
+    Raises:
+        FileNotFoundError: there is no such file, of `what`.
+        FormatError: an ending that is none of these, with what the file is.
+    """
+    if not path.is_file() and (path.is_dir() or path.suffix.lower() in endings):
+        raise FileNotFoundError(f"no {what} at {path}: {'a folder' if path.is_dir() else 'no such file'}")
+    if path.suffix.lower() not in endings:
+        kind = kind_of(path) if path.is_file() else None
+        more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
+        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(endings)}{more}")
+    return path.suffix.lower()
+
+
+def file_items(path: Path, name: str | None = None) -> list[tuple[str, Any]]:
+    """What a file holds, each item behind its place in words, such as "a.csv, line 3".
+
+    Args:
+        path: a .json (the items of its list, of several the one called `name`), a .jsonl (the value of each line), a
+            .csv or .tsv (each row as an object), or a text (each line); what is blank is left out.
+
+    Raises:
+        FormatError, OSError: as `read_text`; the file cannot be read as that; there is no such list.
+    """
+    ending = path.suffix.lower()
+    if ending == ".jsonl":
+        return json_lines(path)
+    if ending in (".csv", ".tsv"):
+        (_, header), *rows = _table_rows(path)
+        return [(f"{path}, line {line}", dict(zip(header, row, strict=True))) for line, row in rows]
+    if ending != ".json":
+        return [(f"{path}, line {number}", line.strip()) for number, line in _lines(path)]
+    data, where = json_file(path), str(path) if name is None else f"{path}, {name!r}"
+    if isinstance(data, dict):
+        if name not in data:
+            wanted = "expected a list; load_prompts takes one of several by name=" if name is None else f"no {name!r}"
+            raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
+        data = data[name]
+    elif name is not None:
+        raise FormatError(
+            f"{path} holds no named lists, so there is no {name!r}: expected an object such as {{{name!r}: [...]}}"
+        )
+    if not isinstance(data, list):
+        raise FormatError(f"{where} holds a {type(data).__name__}: expected a list")
+    return [(f"{where}, item {number}", item) for number, item in enumerate(data, 1)]
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the cells of the header and of each row of a .csv or .tsv; blank rows are left out.
+
+    Raises:
+        FormatError: nothing in it, no CSV, a column named twice, a row with another number of cells than the header.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    n_cells, start = 0, 1
+    try:
+        for row in reader:
+            line, start = start, reader.line_num + 1
+            if not any(cell.strip() for cell in row):
+                continue
+            if n_cells and len(row) != n_cells:
+                raise FormatError(
+                    f"{path}, line {line} has {len(row)} cell(s), the header {n_cells}: "
+                    "is a comma or a quotation mark not quoted?"
+                )
+            names = [name for cell in row if (name := cell.strip().lower())]
+            if not n_cells and len(set(names)) < len(names):
+                raise FormatError(f"{path}, line {line} names a column twice: {', '.join(map(repr, row))}")
+            n_cells = len(row)
+            yield line, row
+    except csv.Error as error:
+        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error}); mend it, or write .jsonl") from error
+    if not n_cells:
+        raise FormatError(f"{path} is empty: expected a header line and rows")
 
 
 def _json(text: str, path: Path, line: int | None = None) -> Any:

@@ -123,7 +123,7 @@ def test_info_names_the_hook_points_of_a_folder(folder):
         (("extract", "--out", "v.safetensors", "--positive", "a.txt"), 2, "--negative"),
         (("extract", "--out", "v.safetensors", "--at", "resid_past"), 1, "unknown hook point"),
         (("extract", "--out", "v.safetensors", "--layer", "99"), 1, "layer 99"),
-        (("generate", "--prompt", "x", "--dtype", "int3"), 1, "unknown dtype"),
+        (("generate", "--prompt", "x", "--dtype", "int3"), 1, "dtype is 'int3'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )

@@ -134,7 +134,7 @@ def test_a_model_file_of_another_kind(kind, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     remedy = "name the folder it lies in" if kind in ("safetensors", "json") else FILES[kind][2]
-    with pytest.raises(ValueError, match=rf"m\.gguf is .*{words}.*{remedy}.*no GGUF file"):
+    with pytest.raises(ValueError, match=rf"m\.gguf is no GGUF file .it is .*{words}.*{remedy}"):
         load(path)
 
 

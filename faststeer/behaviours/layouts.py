@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faststeer.extract.pairs import Pair
-from faststeer.files import FormatError, json_file, json_lines
-from faststeer.hf.prompts import ending_of, table_rows
+from faststeer.files import FormatError, ending_of, file_items
 
 Row = Mapping[str, Any]
 HARMBENCH_CONTEXT = "\n\n---\n\n"
@@ -171,26 +170,14 @@ def _rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], str]:
     if str(path).startswith(DATASETS_PREFIX):
         where, rows = str(path), _of_datasets(str(path)[len(DATASETS_PREFIX) :])
     else:
-        where, rows = str(path), _of_file(Path(path))
+        ending_of(Path(path), (".csv", ".tsv", ".json", ".jsonl"), "data")
+        where, rows = str(path), [row for _, row in file_items(Path(path))]
     if not rows:
         raise FormatError(f"{where} has no rows: expected at least one")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise FormatError(f"{where}, row {n} is a {type(row).__name__}: expected an object with named columns")
     return [{str(name).strip().lower(): value for name, value in row.items()} for row in rows], where
-
-
-def _of_file(path: Path) -> list[Any]:
-    ending = ending_of(path, (".csv", ".tsv", ".json", ".jsonl"), "data")
-    if ending == ".jsonl":
-        return [row for _, row in json_lines(path)]
-    if ending != ".json":
-        (_, header), *rows = table_rows(path)
-        return [dict(zip(header, row, strict=True)) for _, row in rows]
-    data = json_file(path)
-    if not isinstance(data, list):
-        raise FormatError(f"{path} holds a {type(data).__name__}: expected a list of objects")
-    return data
 
 
 def _of_datasets(name: str) -> list[Any]:

@@ -146,10 +146,10 @@ def _sweep(
     from faststeer.evaluate.side_effects import LOOK_ALIKES
     from faststeer.evaluate.sweep import Sweep, SweepPrompt
     from faststeer.extract import load_prompts
-    from faststeer.hf.batching import as_rendered
+    from faststeer.hf.batching import check_prompts
 
     listed = [] if prompts is None else load_prompts(prompts, field=field)
-    listed = as_rendered(listed) if rendered and listed else listed
+    listed = check_prompts(listed, rendered=True) if rendered and listed else listed
     asked = [SweepPrompt(str(i), p, "prompts") for i, p in enumerate(listed)]
     for each in behaviours:
         asked += [SweepPrompt(f"{each.name}-{i}", p, each.name) for i, p in enumerate(each.test.induce)]

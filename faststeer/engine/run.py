@@ -18,6 +18,7 @@ from faststeer.engine.graphs import Steps
 from faststeer.engine.requests import Request, Stops
 from faststeer.generator import Completion, FinishReason
 from faststeer.hf import Steering
+from faststeer.hf.prefix import common_length
 from faststeer.ops.tables import POSITION_MIN
 from faststeer.program import SlotPool
 
@@ -289,12 +290,9 @@ def _shared_prefixes(live: list[Request], admitted: list[Request]) -> list[tuple
 def _common_prefix(requests: list[Request]) -> int:
     """How many tokens these prompts begin with in common, at least one fewer than the shortest has; 0 if their plan
     does not steer them alike: at each position either all of them or none, whichever prompt they stand in."""
-    first, *others = [request.prompt for request in requests]
-    length = min(len(first), *map(len, others)) - 1 if others else 0
-    for prompt in others:
-        if first[:length] != prompt[:length]:
-            length = next(i for i in range(length) if first[i] != prompt[i])
-    last = length - min(map(len, [first, *others]))  # the prefix stands before this position in every prompt
+    prompts = [request.prompt for request in requests]
+    length = common_length(prompts, 1) if len(prompts) > 1 else 0
+    last = length - min(map(len, prompts))  # the prefix stands before this position in every prompt
     for intervention in requests[0].plan or ():
         low, high = intervention.position_range
         if not (low >= last or high <= POSITION_MIN or (low <= POSITION_MIN and high >= last)):

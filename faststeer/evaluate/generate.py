@@ -24,11 +24,21 @@ from faststeer.engine.sampling import Mode, Sampling, choose
 from faststeer.evaluate.likelihood import Within
 from faststeer.generator import GREEDY, Completion, Generator, SamplingParams
 from faststeer.hf import steer
-from faststeer.hf.batching import Prompt, batches, check_evaluating, encode, model_device, pad, padding_id, timed_batch
+from faststeer.hf.batching import (
+    Prompt,
+    batches,
+    check_evaluating,
+    encode,
+    forward_arguments,
+    model_device,
+    pad,
+    padding_id,
+)
 from faststeer.hf.steering import is_steered
 from faststeer.plan import Plans, plans_for
 from faststeer.progress import progress_bar
 
+TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 TIMED_TOKENS = 5  # of an answer, for a forecast
 TIMED_ANSWERS = 4  # times as many as there would be rows that are timed to the end
 # Of a generation config: what says nothing of which tokens a greedy completion holds, or what every generator reads.
@@ -289,3 +299,24 @@ def seconds_per_answer(
     # Behind the first token, which comes with the reading of the prompt.
     per_token = max(seconds[-1] - seconds[1], 0.0) / max(drawn[-1] - len(rows), 1)
     return seconds[1] / len(rows) + per_token * (max_new_tokens - 1)
+
+
+@torch.no_grad()
+def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int) -> float:
+    """Time one unsteered forward pass over prompts of middle length, to forecast `n_rows` rows: seconds per row of a
+    batch."""
+    batch = timed_batch(model, encoded, pad_id, batch_size, n_rows)
+    start = time.monotonic()
+    model(**forward_arguments(model, batch)).logits[:, -1].cpu()
+    return (time.monotonic() - start) / len(batch["input_ids"])
+
+
+@torch.no_grad()
+def timed_batch(
+    model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int
+) -> dict[str, Tensor]:
+    """Return what is timed to forecast `n_rows` rows: a batch of the prompt of middle length, of a part of them at most
+    (TIMED_SHARE). The model has run once then: weights that lie in a file are read at their first use."""
+    middle, device = sorted(encoded, key=len)[len(encoded) // 2], model_device(model)
+    model(**forward_arguments(model, pad([middle[:1]], pad_id, device))).logits[:, -1].cpu()
+    return pad([middle] * max(1, min(batch_size, int(n_rows * TIMED_SHARE))), pad_id, device)

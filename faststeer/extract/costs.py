@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from faststeer.evaluate.generate import seconds_per_answer
+from faststeer.evaluate.generate import seconds_per_answer, seconds_per_row
 from faststeer.hf import find_hook_points
-from faststeer.hf.batching import Prompt, encode, padding_id, prompt_sets, seconds_per_row
+from faststeer.hf.batching import Prompt, encode, padding_id, prompt_sets
 from faststeer.hf.last_tokens import find_common
 from faststeer.intervention import Add
 from faststeer.plan import Plan

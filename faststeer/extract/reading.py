@@ -150,6 +150,7 @@ def read_batches(
     """
     work = _groups(rows, batch_size, paired)
     pad_id = padding_id(tokenizer)
+    whole = Prefix(model, pad_id)
     with (
         hf.read(model, at=at, tokens=list(positions)) as by_layer,
         progress_bar("Reading prompts", len(work), progress) as advance,
@@ -158,14 +159,14 @@ def read_batches(
         for sides in dict.fromkeys(tuple(side for side, _ in group) for group in work):
             together = [ids for side in sides for ids in rows[side]]
             own = -min(positions)
-            prefixes[sides] = common_prefix(model, together, own, pad_id) if share_prefix else Prefix()
+            prefixes[sides] = common_prefix(model, together, own, pad_id) if share_prefix else whole
         if not all(prefix.length for prefix in prefixes.values()):  # sides that are read alike round alike
-            prefixes = dict.fromkeys(prefixes, Prefix())
+            prefixes = dict.fromkeys(prefixes, whole)
         for group in work:
             ids = [rows[side][number] for side, numbers in group for number in numbers]
             sides = tuple(side for side, _ in group)
             # [rows, positions, layers, hidden]
-            model(**prefixes[sides].arguments(model, ids, pad_id))
+            model(**prefixes[sides].arguments(ids))
             activations = torch.stack([by_layer[layer].cpu() for layer in range(len(by_layer))], dim=2)
             start = 0
             for side, numbers in group:

@@ -8,15 +8,17 @@ so that the last column of a batch is every row's last prompt token.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from faststeer.hf.encoding import (
+    Chat,
+    End,
+    Rendered,
     apply_template,
     check_markup,
     check_tokenizer,
@@ -29,45 +31,34 @@ from faststeer.vector import check_text
 
 Prompt = str | list[dict[str, str]]
 
-TIMED_SHARE = 1 / 16  # of the rows, at most, are timed for a forecast
 
+def check_prompts(
+    prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts", *, rendered: bool = False
+) -> list[Prompt]:
+    """Return `prompts` as a list; with `rendered` each is marked as `Rendered`.
 
-class Rendered(str):
-    """A prompt that holds the chat template's markup already, and is taken as it is."""
-
-
-def as_rendered(prompts: Sequence[Prompt], what: str | Sequence[str] = "prompts") -> list[Prompt]:
-    """Return the prompts marked as `Rendered`: what `rendered=True` stands for wherever prompts are taken.
+    Args:
+        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
-        ValueError: something that is no prompt, or a chat.
+        ValueError: no prompts, or something that is no text and no chat message list; with `rendered`, a chat.
     """
-    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
-    for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
-    return [Rendered(prompt) for prompt in prompts]
-
-
-def check_prompts(prompts: Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
-    """Return `prompts` as a list, or raise ValueError naming the first that is no text and no chat message list."""
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(f"{what} is one {type(prompts).__name__}: expected a list of prompts")
     prompts = list(prompts)
     if not prompts:
         raise ValueError(f"{what} is empty: expected at least one prompt")
-    for index, prompt in enumerate(prompts):
+    for name, prompt in zip(_names(what, len(prompts)), prompts, strict=True):
         if fault := prompt_fault(prompt):
-            raise ValueError(
-                f"{what}[{index}] {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}"
-            )
-    return prompts
+            raise ValueError(f"{name} {fault}: expected a text or a list of messages {{'role': ..., 'content': ...}}")
+        if rendered and not isinstance(prompt, str):
+            raise ValueError(f"{name} is a chat: rendered=True takes texts, leave it out for chats")
+    return [Rendered(prompt) for prompt in prompts] if rendered else prompts
 
 
 def prompt_sets(rendered: bool, **sets: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Return several named lists of prompts checked (`check_prompts`), with `rendered` each marked (`as_rendered`)."""
-    check = as_rendered if rendered else check_prompts
-    return {name: check(prompts, name) for name, prompts in sets.items()}
+    """Return several named lists of prompts, each as `check_prompts` returns it."""
+    return {name: check_prompts(prompts, name, rendered=rendered) for name, prompts in sets.items()}
 
 
 def prompt_fault(prompt: object) -> str | None:
@@ -85,7 +76,12 @@ def prompt_fault(prompt: object) -> str | None:
 
 
 def render(
-    tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, *, what: str | Sequence[str] = "prompts"
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    *,
+    rendered: bool = False,
+    what: str | Sequence[str] = "prompts",
 ) -> list[str]:
     """Return each prompt as the text the model continues.
 
@@ -96,6 +92,7 @@ def render(
     Args:
         prompts: texts or chat message lists.
         system: a system prompt put before every prompt.
+        rendered: the prompts are texts that hold the chat template's markup already; as if each were `Rendered`.
         what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
 
     Raises:
@@ -106,16 +103,16 @@ def render(
     """
     check_tokenizer(tokenizer)
     check_text(system, "system")
-    prompts = check_prompts(prompts, what if isinstance(what, str) else "prompts")
-    names = _names(what, len(prompts))
-    if system is not None and any(isinstance(prompt, Rendered) for prompt in prompts):
+    prompts = check_prompts(prompts, what, rendered=rendered)
+    names, head = _names(what, len(prompts)), [] if system is None else [{"role": "system", "content": system}]
+    if head and any(isinstance(prompt, Rendered) for prompt in prompts):
         raise ValueError("the prompts are rendered, and system= gives a system prompt: write it into their texts")
-    head, templated = [] if system is None else [{"role": "system", "content": system}], has_template(tokenizer)
-    chats = {
+    chats: dict[int, Chat] = {
         i: [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         for i, prompt in enumerate(prompts)
         if not isinstance(prompt, Rendered)
     }
+    templated = has_template(tokenizer)
     for i, chat in chats.items():
         if head and chat[0]["role"] == "system":
             raise ValueError(
@@ -134,41 +131,27 @@ def render(
         check_markup(tokenizer, [head, *chats.values()], ["system", *(names[i] for i in chats)])
     texts = cast("list[str]", prompts)
     for i, chat in chats.items():
-        end: Literal["begun", "prompt"] = "begun" if chat[-1]["role"] == "assistant" else "prompt"
+        end: End = "begun" if chat[-1]["role"] == "assistant" else "prompt"
         texts[i] = apply_template(tokenizer, [*head, *chat], end, names[i]) if templated else chat[0]["content"]
     return texts
 
 
-def encode(
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    system: str | None = None,
-    *,
-    rendered: bool = False,
-    what: str | Sequence[str] = "prompts",
-) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[Prompt], system: str | None = None, **options: Any) -> list[list[int]]:
     """Return the token ids of each prompt as `render` writes it, with exactly the special tokens the model expects.
 
     A chat template writes its own begin-of-sequence token, so the tokenizer adds none; plain text gets what the
     tokenizer puts in front, but never twice, and nothing that it appends: an answer begins where the prompt ends.
 
     Args:
-        rendered: the prompts are texts that hold the chat template's markup already, and are taken as they are; as if
-            each were `Rendered`.
-        what: what errors call the prompts: a name for all, which gets their numbers, or each one's name.
+        options: `rendered` and `what`, as of `render`.
 
     Raises:
-        ValueError: as `render`, or a prompt that has no tokens; with `rendered`, a chat or a system prompt.
+        ValueError: as `render`, or a prompt that has no tokens.
     """
-    texts = render(tokenizer, as_rendered(prompts, what) if rendered else prompts, system, what=what)
-    if has_template(tokenizer):
-        by_hand = {index for index, text in enumerate(texts) if isinstance(text, Rendered)}
-        encoded = encode_rendered(tokenizer, [str(text) for text in texts], by_hand)
-    else:
-        encoded = encode_texts(tokenizer, texts)
-    for name, text, ids in zip(_names(what, len(texts)), texts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"{name} {text!r} has no tokens: expected at least one")
+    texts = render(tokenizer, prompts, system, **options)
+    encoded = (encode_rendered if has_template(tokenizer) else encode_texts)(tokenizer, texts)
+    if [] in encoded:
+        raise ValueError(f"the prompt {texts[encoded.index([])]!r} has no tokens: expected at least one")
     return encoded
 
 
@@ -240,29 +223,6 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-@torch.no_grad()
-def seconds_per_row(model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int) -> float:
-    """Time one unsteered forward pass over prompts of middle length, for a forecast: seconds per row of a batch.
-
-    Args:
-        n_rows: that are to be forecast. No more than a part of them are timed (TIMED_SHARE).
-    """
-    batch = timed_batch(model, encoded, pad_id, batch_size, n_rows)
-    start = time.monotonic()
-    model(**forward_arguments(model, batch)).logits[:, -1].cpu()
-    return (time.monotonic() - start) / len(batch["input_ids"])
-
-
-def timed_batch(
-    model: Any, encoded: Sequence[Sequence[int]], pad_id: int, batch_size: int, n_rows: int
-) -> dict[str, Tensor]:
-    """Return what is timed to forecast `n_rows` rows: a batch of the prompt of middle length, of a small part of them
-    at most. The model has run once then: weights that lie in a file are read at their first use."""
-    middle = sorted(encoded, key=len)[len(encoded) // 2]
-    model(**forward_arguments(model, pad([middle[:1]], pad_id, model_device(model)))).logits[:, -1].cpu()
-    return pad([middle] * max(1, min(batch_size, int(n_rows * TIMED_SHARE))), pad_id, model_device(model))
-
-
 def model_name(model: Any) -> str | None:
     """Return the name a Hugging Face model was loaded by, None for one made from a config."""
     return getattr(model, "loaded_as", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -299,15 +259,10 @@ def forward_arguments(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]
                 "model's?"
             )
     _check_rotation(model, batch["attention_mask"])
+    arguments: dict[str, Any] = {**batch, "use_cache": False, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {
-        name: tensor for name, tensor in batch.items() if name != "position_ids" or name in known
-    }
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    if "logits_to_keep" in known:
-        arguments["logits_to_keep"] = 1
-    return arguments
+    optional = ("position_ids", "use_cache", "logits_to_keep")
+    return {name: value for name, value in arguments.items() if name in known or name not in optional}
 
 
 def _check_rotation(model: Any, mask: Tensor) -> None:
@@ -317,16 +272,14 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     for kind in [rotary, *rotary.values()]:  # one, or one for each kind of layer
         name = kind.get("rope_type", "") if isinstance(kind, Mapping) else ""
-        if "dynamic" in name:
-            edge = text.max_position_embeddings
-        elif name == "longrope":
-            edge = kind.get("original_max_position_embeddings", text.max_position_embeddings)
-        else:
+        if name != "longrope" and "dynamic" not in name:
             continue
-        if mask.shape[1] <= edge:
-            continue
-        lengths = mask.sum(1)
-        if bool(((lengths < mask.shape[1]) if "dynamic" in name else (lengths <= edge)).any()):
+        edge, lengths = text.max_position_embeddings, mask.sum(1)
+        changed = lengths < mask.shape[1]
+        if name == "longrope":  # one of two rotations
+            edge = kind.get("original_max_position_embeddings", edge)
+            changed = lengths <= edge
+        if mask.shape[1] > edge and bool(changed.any()):
             raise ValueError(
                 f"{type(model).__name__} encodes the positions of a whole batch by its longest row where that has more "
                 f"than {edge} tokens ({name}); these rows have {int(lengths.min())} to {mask.shape[1]}, and the "
@@ -335,14 +288,15 @@ def _check_rotation(model: Any, mask: Tensor) -> None:
 
 
 def rounds(
-    plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int
+    plans: Sequence[Plan | None], lengths: Sequence[int], batch_size: int, numbers: Sequence[int] | None = None
 ) -> list[tuple[list[Plan], list[list[int]]]]:
     """Split rows with these plans and lengths into rounds: (at most `batch_size` distinct plans, the numbers of their
-    rows in `batches`). Rows without a plan are the first round, which may be empty."""
-    different, size, split = distinct(plans), max(batch_size, 1), []
+    rows in `batches`). Rows without a plan are the first round, which may be empty. `numbers`: which rows (all)."""
+    numbers = range(len(plans)) if numbers is None else numbers
+    different, size, split = distinct(plans[number] for number in numbers), max(batch_size, 1), []
     for some in ([], *(different[i : i + size] for i in range(0, len(different), size))):
         ids = {id(plan) for plan in some} or {id(None)}
-        numbers = [number for number, plan in enumerate(plans) if id(plan) in ids]
-        groups = batches([lengths[number] for number in numbers], batch_size)
-        split.append((some, [[numbers[index] for index in group] for group in groups]))
+        mine = [number for number in numbers if id(plans[number]) in ids]
+        groups = batches([lengths[number] for number in mine], batch_size)
+        split.append((some, [[mine[index] for index in group] for group in groups]))
     return split

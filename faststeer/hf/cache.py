@@ -31,11 +31,6 @@ def length_of(cache: Any) -> Any:
         return None if cache.has_previous_state() else 0
 
 
-def is_paged(cache: Any) -> bool:
-    """Whether a cache keeps the sequences of a packed pass in blocks."""
-    return hasattr(cache, "free_blocks")
-
-
 def caches_in(output: Any) -> list[Any]:
     """The caches that a forward pass returned."""
     if isinstance(output, Mapping):
@@ -46,8 +41,7 @@ def caches_in(output: Any) -> list[Any]:
 
 def cache_argument(model: Any) -> str:
     """The name under which the model's forward pass takes a cache."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in NAMES if name in known), "past_key_values")
+    return next((name for name in NAMES if name in inspect.signature(model.forward).parameters), "past_key_values")
 
 
 def accepts(model: Any, name: str) -> bool:

@@ -65,11 +65,11 @@ class RequestStream(Stream):
 
     def restart_numbers(self) -> None:
         """The next request is the first one."""
-        self._prompts: dict[str, tuple[int, int]] = {}  # by request: its number and the tokens of its prompt
-        # By request, return sequences apart, and number; and what requests that have ended had.
-        self._sequences: dict[tuple[str, int], int] = {}
-        self._free: list[int] = []
         self._added = 0
+        # By request: its number and the tokens of its prompt; and, from its first pass on, its column in `gates`, which
+        # its return sequences share, as they decide alike.
+        self._prompts: dict[str, tuple[int, int]] = {}
+        self._sequences: dict[str, int] = {}
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args: Any, **options: Any) -> Any:
         """As the manager's own; the plan of the n-th request is the n-th plan.
@@ -81,21 +81,13 @@ class RequestStream(Stream):
             self._check_request(self._added)
             name = f"req_{self._added}" if request_id is None else request_id
             self._prompts[name] = self._added, len(input_ids)
+            self._sequences.pop(name, None)  # of one of this name that has ended
             self._added += 1
         return self._originals[0](input_ids, name, *args, **options)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **options: Any) -> list[Any]:
         """As the manager's own, in the order of the plans."""
         return [self.add_request(input_ids, None, *args, **options) for input_ids in inputs]
-
-    def owns(self, cache: Any) -> bool:
-        """Whether a pass with this cache is one of the manager's."""
-        return getattr(self.manager.batch_processor, "cache", None) is cache
-
-    @property
-    def alive(self) -> bool:
-        """Whether the manager has graphs, if it makes any."""
-        return self.manager.is_running() or self.manager.batch_processor is not None
 
     def check_readable(self) -> None:
         """Raise RuntimeError unless the manager says which requests are in a pass."""
@@ -107,28 +99,25 @@ class RequestStream(Stream):
         """The requests of the pass under way and the number of their tokens in it, in their order in the row."""
         try:
             batch = self.manager.batch_processor.inputs_and_outputs.requests_in_batch
-            return [(each.state.request_id, each.query_length) for each in batch]
+            return [(_request(each.state.request_id), each.query_length) for each in batch]
         except AttributeError as error:
             raise RuntimeError(UNREADABLE) from error
 
     def tokens(self, inputs: Inputs, boundaries: Tensor) -> Tensor:
-        """`[3, tokens]` int32 of a pass: each token's request, by its number, its position and its sequence.
-
-        Args:
-            boundaries: `[requests + 1]`: where the requests begin and end in the row (`cu_seq_lens_q`).
-        """
+        """`[3, tokens]` int32 of a pass: each token's request, by its number, its position and its sequence. The
+        requests begin and end in the row at `boundaries` (`cu_seq_lens_q`)."""
         if inputs.recorded:
             raise ValueError(REPLAYED)
-        batch = self._batch()
-        names, lengths = zip(*batch, strict=True)
-        parents = [_parent(name) for name in names]
-        if [0, *accumulate(lengths)] != boundaries.tolist() or not self._prompts.keys() >= set(parents):
+        names, lengths = zip(*self._batch(), strict=True)
+        if [0, *accumulate(lengths)] != boundaries.tolist() or not self._prompts.keys() >= set(names):
             raise RuntimeError(UNREADABLE)
         with self._lock:
             self._drop_ended(names)
-            numbers, prompts = zip(*[self._prompts[parent] for parent in parents], strict=True)
+            numbers, prompts = zip(*[self._prompts[name] for name in names], strict=True)
             self._check_request(max(numbers))
-            sequences = [self._sequence(request) for request in zip(names, numbers, strict=True)]
+            for name in set(names) - self._sequences.keys():
+                self._sequences[name] = min(set(range(len(self._sequences) + 1)) - set(self._sequences.values()))
+            sequences = [self._sequences[name] for name in names]
         while self.capacity < len(self._sequences):
             self.capacity *= 2
         requests = torch.tensor([numbers, prompts, sequences], dtype=torch.int32, device=inputs.device)
@@ -136,27 +125,15 @@ class RequestStream(Stream):
         tokens[1] = inputs.position_ids.reshape(-1) - tokens[1]
         return tokens
 
-    def _sequence(self, request: tuple[str, int]) -> int:
-        if request not in self._sequences:
-            self._sequences[request] = self._free.pop() if self._free else len(self._sequences)
-        return self._sequences[request]
-
     def _drop_ended(self, batch: Sequence[str]) -> None:
         """Forget requests that were in a pass and that the manager, in whose thread this runs, no longer has."""
         try:
             scheduler = self.manager.batch_processor.scheduler
-            names = {*batch, *scheduler.active_requests, *scheduler.waiting_requests}
+            live = {*batch, *map(_request, [*scheduler.active_requests, *scheduler.waiting_requests])}
         except AttributeError:  # a version that keeps them elsewhere: they stay
             return
-        live = {(name, self._prompts[_parent(name)][0]) for name in names if _parent(name) in self._prompts}
-        numbers = {number for _, number in live}
-        for name, number in self._sequences.keys() - live:
-            column = self._sequences.pop((name, number))
-            self._free.append(column)
-            if self.gates is not None:
-                self.gates[:, column] = False
-            if number not in numbers and self._prompts.get(_parent(name), (None,))[0] == number:
-                del self._prompts[_parent(name)]
+        for name in self._sequences.keys() - live:
+            del self._sequences[name], self._prompts[name]
 
     def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
         """`[entries, batch]`, what latched gates have decided; `batch` is `capacity`."""
@@ -172,8 +149,8 @@ class RequestStream(Stream):
         stays = [False] * self.gates.shape[1]
         if kept is not None:
             with self._lock:
-                for (_, number), sequence in self._sequences.items():
-                    stays[sequence] = kept[0] if len(kept) == 1 else kept[number]
+                for name, sequence in self._sequences.items():
+                    stays[sequence] = kept[0] if len(kept) == 1 else kept[self._prompts[name][0]]
         self.gates &= torch.tensor(stays, device=self.gates.device)
 
     def stop(self) -> None:
@@ -186,7 +163,7 @@ class RequestStream(Stream):
         self.manager.add_request, self.manager.add_requests = self._originals
 
 
-def _parent(name: str) -> str:
+def _request(name: str) -> str:
     """The request that a return sequence is of."""
     return name.partition("__child#")[0]
 
@@ -203,13 +180,14 @@ class Managers:
 
     def of(self, cache: Any) -> RequestStream | None:
         """The requests of the manager that runs passes with this cache."""
-        return next((stream for stream in self.streams() if stream.owns(cache)), None)
+        streams = self.streams()
+        return next((s for s in streams if getattr(s.manager.batch_processor, "cache", None) is cache), None)
 
     def manage(self, model: Any, original: Callable[..., Any], arguments: dict[str, Any], plans: RowPlans) -> Any:
         """`model.init_continuous_batching(**arguments)`, which is `original`, for passes under these plans.
 
         Raises:
-            ValueError: the plans, or the caller's configuration, are such that tokens cannot be told apart.
+            ValueError: tokens cannot be told apart as the plans need, or not as the caller's configuration is.
             RuntimeError: the model keeps a manager from outside of the context, or transformers is too new.
         """
         arguments.pop("self")
@@ -233,7 +211,8 @@ class Managers:
 
     def check_changeable(self) -> None:
         """Raise RuntimeError if plans cannot be changed, since graphs may hold what acts."""
-        if any(stream.captured and stream.alive for stream in self.streams()):
+        managers = [stream.manager for stream in self.streams() if stream.captured]
+        if any(manager.is_running() or manager.batch_processor is not None for manager in managers):
             raise RuntimeError(CAPTURED)
 
     def forget(self, kept: list[bool] | None) -> None:
@@ -248,18 +227,11 @@ class Managers:
 
 
 def configuration(model: Any, arguments: Mapping[str, Any], read: bool) -> tuple[ContinuousBatchingConfig, bool]:
-    """How a manager is to run: without blocks that requests share, since a request may have another plan than the one
-    that filled them.
-
-    Args:
-        arguments: of `init_continuous_batching`.
-        read: whether every pass is looked at.
-
-    Returns:
-        The configuration; whether passes are compiled, or graphs are made of them.
+    """How a manager is to run, by the arguments of `init_continuous_batching`, and whether passes are compiled or made
+    graphs of. Requests share no blocks, since one may have another plan than the one that filled them.
 
     Raises:
-        ValueError: `read`, and the caller's configuration asks for passes that cannot be looked at.
+        ValueError: every pass is looked at (`read`), and the caller's configuration asks for some that cannot be.
     """
     generation = arguments.get("generation_config") or model.generation_config
     config = arguments.get("continuous_batching_config") or getattr(generation, "continuous_batching_config", None)

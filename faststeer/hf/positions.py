@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faststeer.hf.cache import cache_in, is_paged, length_of
+from faststeer.hf.cache import cache_in, length_of
 
 SAY = "say where it ends by steering.set_prompt(columns)"
 UNREADABLE = (
@@ -38,7 +38,7 @@ class Inputs:
     def of(cls, arguments: Mapping[str, Any], traced: bool) -> Inputs:
         ids, cache = arguments.get("input_ids"), cache_in(arguments)
         tokens = _first_states(arguments) if ids is None else ids
-        packed = arguments.get("cu_seq_lens_q") is not None or is_paged(cache)
+        packed = arguments.get("cu_seq_lens_q") is not None or hasattr(cache, "free_blocks")  # paged
         mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         recorded = traced or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
         if tokens.ndim < 2:

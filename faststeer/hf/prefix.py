@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -30,14 +30,16 @@ LEAST_SAVING = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Common tokens and their keys and values by layer; without them, the empty prefix of whole prompts.
+    """Tokens that all prompts begin with, run once; without any, prompts are run whole.
 
     Args:
-        tokens: that all prompts begin with.
-        layers: their keys and values, each `[1 or rows, heads, tokens, head size]`: one row for all prompts, or a row
-            for each.
+        model, pad_id: what runs the prompts, and what their rows are filled with.
+        layers: keys and values of the tokens by layer, each `[1 or rows, heads, tokens, head size]`: one row for all
+            prompts, or a row for each.
     """
 
+    model: Any
+    pad_id: int
     tokens: Sequence[int] = ()
     layers: Sequence[tuple[Tensor, Tensor]] = ()
 
@@ -47,25 +49,23 @@ class Prefix:
 
     def rows(self, numbers: Sequence[int]) -> Prefix:
         """Return the prefix with a row for each of the numbers: the row of this number, or the one row of all."""
-        return Prefix(self.tokens, [(k, v) if len(k) == 1 else (k[numbers], v[numbers]) for k, v in self.layers])
+        return replace(self, layers=[(k, v) if len(k) == 1 else (k[numbers], v[numbers]) for k, v in self.layers])
 
-    def arguments(self, model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+    def arguments(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the keyword arguments of a forward pass over whole prompts `rows` that computes no common token.
 
         The rest of each row is padded on the left, between the common tokens and its own; position ids count real
         tokens alone.
         """
-        device = model_device(model)
-        batch = pad([row[self.length :] for row in rows], pad_id, device)
-        if not self.layers:
-            return forward_arguments(model, batch)
+        batch = pad([row[self.length :] for row in rows], self.pad_id, model_device(self.model))
         batch["position_ids"] += self.length
         batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (self.length, 0), value=1)
-        arguments = forward_arguments(model, batch)
-        cache = DynamicCache(
-            [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self.layers]
-        )
-        return arguments | {"use_cache": True, cache_argument(model): cache}
+        arguments = forward_arguments(self.model, batch)
+        if not self.layers:
+            return arguments
+        n = len(rows)
+        cache = DynamicCache([(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in self.layers])
+        return arguments | {"use_cache": True, cache_argument(self.model): cache}
 
 
 @torch.no_grad()
@@ -74,33 +74,30 @@ def common_prefix(model: Any, rows: Sequence[Sequence[int]], own: int, pad_id: i
     the model is steered: then positions count from the end of prompts, which whole ones show.
 
     `resid_post` of the shortest and of the longest prompt, in one batch, must be the same with and without sharing, up
-    to `rounding_bound`.
-
-    Args:
-        rows: token ids of whole prompts.
-        own: how many tokens at each prompt's end are left to its own pass, because they are read.
+    to `rounding_bound`. The last `own` tokens of each prompt, which are read, are left to its own pass.
     """
-    length = common_length(rows, own)
+    whole, length = Prefix(model, pad_id), common_length(rows, own)
     ends = [min(rows, key=len), max(rows, key=len)]
     # The common tokens once, and two prompts twice.
     saved = length * (len(rows) - 1) - sum(map(len, ends)) - sum(len(row) - length for row in ends)
     if saved < LEAST_SAVING * sum(map(len, rows)) or is_steered(model):
-        return Prefix()
+        return whole
     known = inspect.signature(model.forward).parameters
     if not isinstance(model, PreTrainedModel) or not {"use_cache", cache_argument(model)} <= set(known):
-        return Prefix()
+        return whole
     tokens, points = rows[0][:length], find_hook_points(model)
-    cache = cache_in(model(**(Prefix().arguments(model, [tokens], pad_id) | {"use_cache": True})))
-    prefix = Prefix(tokens, keys_and_values(cache))
+    prefix = replace(
+        whole, tokens=tokens, layers=keys_and_values(cache_in(model(**whole.arguments([tokens]) | {"use_cache": True})))
+    )
     if len(prefix.layers) != points.n_layers:
-        return Prefix()
+        return whole
     readable = [layer for layer in range(points.n_layers) if points.has("resid_post", layer)]
     with read(model, "resid_post", readable, list(range(-own, 0))) as residuals:
-        model(**Prefix().arguments(model, ends, pad_id))
-        whole = dict(residuals)
-        model(**prefix.arguments(model, ends, pad_id))
-    alike = all(near(residuals[layer], whole[layer], rounding_bound(model.dtype, layer)) for layer in readable)
-    return prefix if alike else Prefix()
+        model(**whole.arguments(ends))
+        expected = dict(residuals)
+        model(**prefix.arguments(ends))
+    alike = all(near(residuals[layer], expected[layer], rounding_bound(model.dtype, layer)) for layer in readable)
+    return prefix if alike else whole
 
 
 def keys_and_values(cache: Any, first: int = 0) -> list[tuple[Tensor, Tensor]]:

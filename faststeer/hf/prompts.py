@@ -7,22 +7,20 @@ is guessed, skipped or repaired.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from faststeer.file_kinds import kind_of
-from faststeer.files import FormatError, json_file, json_lines, read_text
+from faststeer.files import FormatError, ending_of, file_items, json_file
 from faststeer.hf.batching import Prompt, encode, prompt_fault
 from faststeer.hf.encoding import has_template
 from faststeer.hf.prefix import common_length
 
 ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
-TEXT_FIELDS = ("prompt", "instruction", "text", "goal", "question", "behavior", "query", "forbidden_prompt")
 CHAT_FIELDS = ("messages", "conversation", "chat")
+FIELDS = (
+    "prompt", "instruction", "text", "goal", "question", "behavior", "query", "forbidden_prompt", *CHAT_FIELDS
+)  # fmt: skip
 CONTRASTS = (("positive", "negative"), ("harmful", "harmless"))
 
 
@@ -40,8 +38,7 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
     A chat is a list of messages `{"role": ..., "content": ...}`, bare or as the object's field `messages`.
 
     Args:
-        field: the object's field or the column with the prompt; by default the first there is of TEXT_FIELDS, in any
-            case.
+        field: the object's field or the column with the prompt; by default the first there is of FIELDS, in any case.
         name: which list of a JSON object.
 
     Raises:
@@ -51,28 +48,14 @@ def load_prompts(path: str | os.PathLike[str], *, field: str | None = None, name
     """
     path = Path(path)
     ending = ending_of(path, ENDINGS, "prompts")
-    if ending == ".json":
-        data = json_file(path)
-        if isinstance(data, dict):
-            data = _named(data, name, path)
-        elif name is not None:
-            raise FormatError(
-                f"{path} holds no named lists, so there is no {name!r}: expected an object such as {{{name!r}: [...]}}"
-            )
-        return _prompts(data, path, field)
-    if name is not None:
+    if name is not None and ending != ".json":
         raise FormatError(f"{path}: only a .json file holds several named lists; leave name={name!r} out")
-    if ending in (".csv", ".tsv"):
-        return _read_table(path, field)
-    if ending == ".jsonl":
-        prompts = [_prompt(item, where, field) for where, item in json_lines(path)]
-    elif field is not None:
+    if field is not None and ending == ".txt":
         raise FormatError(f"{path} is plain text and has no field {field!r}: leave field= out")
-    else:  # only line feeds end a line: str.splitlines would also cut a prompt at a form feed or a Unicode separator
-        prompts = [line.strip() for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
-    if not prompts:
-        raise FormatError(f"{path} is empty: expected at least one prompt")
-    return prompts
+    items = file_items(path, name)
+    if not items:
+        raise FormatError(f"{path}{f', {name!r}' if name else ''} holds no prompts: expected at least one")
+    return [_prompt(item, where, field) for where, item in items]
 
 
 def load_contrast(
@@ -90,25 +73,17 @@ def load_contrast(
     path = Path(path)
     if (positive is None) != (negative is None):
         raise ValueError("give both positive= and negative=, or neither")
-    if ending_of(path, ENDINGS, "prompts") != ".json":
-        raise FormatError(
-            f"{path} cannot hold two named lists: expected a .json file; read two files with load_prompts instead"
-        )
-    data = json_file(path)
-    if not isinstance(data, dict):
-        raise FormatError(
-            f"{path} holds a {type(data).__name__}: expected an object of two lists, "
-            'such as {"positive": [...], "negative": [...]}'
-        )
+    data = json_file(path) if ending_of(path, ENDINGS, "prompts") == ".json" else None
+    names = list(data) if isinstance(data, dict) else []
     pairs = CONTRASTS if positive is None else ((positive, negative),)
-    pair = next((pair for pair in pairs if all(name in data for name in pair)), None)
+    pair = next((pair for pair in pairs if set(pair) <= set(names)), None)
     if pair is None:
         expected = " or ".join(f"{first!r} and {second!r}" for first, second in pairs)
         raise FormatError(
-            f"{path} holds {', '.join(map(repr, data)) or 'nothing'}: expected {expected}; "
-            "name the lists with positive= and negative="
+            f"{path} holds {', '.join(map(repr, names)) or 'no named lists'}: expected a .json file, an object with "
+            f"the lists {expected}; name them with positive= and negative=, or read two files with load_prompts"
         )
-    first, second = (_prompts(_named(data, name, path), path, field, name) for name in pair)
+    first, second = (load_prompts(path, field=field, name=name) for name in pair)
     return first, second
 
 
@@ -130,58 +105,15 @@ def post_instruction_positions(tokenizer: Any) -> list[int]:
 # Instructions that end in every way that tokenizers treat apart: letter, capital, digit, marks, bracket, quotation
 # mark, another script.
 DISSIMILAR = (
-    "Name a colour",
-    "write: ABC",
-    "What is 12 + 7",
-    "Why?",
-    "Stop.",
-    "go on (please)",
-    'Say "yes"',
-    "x = [1, 2]",
-    "Hurry!",
-    "\u043f\u0440\u0438\u0432\u0435\u0442",
-)
-
-
-def ending_of(path: Path, endings: Sequence[str], what: str) -> str:
-    """Return a file's ending in lower case.
-
-    Raises:
-        FileNotFoundError: there is no such file, of `what`.
-        FormatError: an ending that is none of these, with what the file is.
-    """
-    if not path.is_file() and (path.is_dir() or path.suffix.lower() in endings):
-        raise FileNotFoundError(f"no {what} at {path}: {'a folder' if path.is_dir() else 'no such file'}")
-    if path.suffix.lower() not in endings:
-        kind = kind_of(path) if path.is_file() else None
-        more = f"; it is {kind.words}: {kind.remedy}" if kind else ""
-        raise FormatError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(endings)}{more}")
-    return path.suffix.lower()
-
-
-def _named(data: dict[str, Any], name: str | None, path: Path) -> Any:
-    if name not in data:
-        wanted = "name= says which one to take" if name is None else f"there is no {name!r}"
-        raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
-    return data[name]
-
-
-def _prompts(data: Any, path: Path, field: str | None, name: str | None = None) -> list[Prompt]:
-    where = f"{path}, {name!r}" if name else str(path)
-    if not isinstance(data, list):
-        raise FormatError(f"{where} holds a {type(data).__name__}: expected a list of prompts")
-    if not data:
-        raise FormatError(f"{where} is an empty list: expected at least one prompt")
-    return [_prompt(item, f"{where}, item {number}", field) for number, item in enumerate(data, 1)]
+    "Name a colour", "write: ABC", "What is 12 + 7", "Why?", "Stop.", "go on (please)", 'Say "yes"', "x = [1, 2]",
+    "Hurry!", "\u043f\u0440\u0438\u0432\u0435\u0442",
+)  # fmt: skip
 
 
 def _prompt(item: Any, where: str, field: str | None) -> Prompt:
     if isinstance(item, dict):
-        if set(item) == {"role", "content"}:
-            raise FormatError(
-                f"{where} is a single message: a chat is a list of messages, so put it in one more pair of brackets"
-            )
-        item = item[_field_of(list(item), field, where, TEXT_FIELDS + CHAT_FIELDS, "field")]
+        field = _field_of(item, field, where)
+        item, where = item[field], f"{where}, {field!r}"
     if fault := prompt_fault(item):
         raise FormatError(
             f"{where} {fault}: expected a text, an object with one, "
@@ -190,56 +122,16 @@ def _prompt(item: Any, where: str, field: str | None) -> Prompt:
     return item
 
 
-def _field_of(names: list[str], field: str | None, where: str, known: tuple[str, ...], what: str) -> str:
+def _field_of(item: dict[str, Any], field: str | None, where: str) -> str:
+    """The field of an object that holds the prompt. One that is named like a chat is none if it holds a text."""
     if field is not None:
-        if field in names:
-            return field
-        raise FormatError(f"{where} has no {what} {field!r}: it has {', '.join(map(repr, names)) or 'none'}")
-    by_lower = {name.strip().lower(): name for name in reversed(names)}
-    match = next((by_lower[name] for name in known if name in by_lower), None)
-    if match is None:
-        raise FormatError(
-            f"{where} has the {what}s {', '.join(map(repr, names)) or '(none)'}, and none of {', '.join(known)}: "
-            "name the prompt's with field="
-        )
-    return match
-
-
-def _read_table(path: Path, field: str | None) -> list[Prompt]:
-    rows = table_rows(path)
-    first, header = next(rows)
-    column = header.index(_field_of(header, field, f"{path}, line {first}", TEXT_FIELDS, "column"))
-    prompts = [_prompt(row[column], f"{path}, line {line}, column {header[column]!r}", None) for line, row in rows]
-    if not prompts:
-        raise FormatError(f"{path} has a header and no rows: expected at least one prompt")
-    return prompts
-
-
-def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line and the cells of the header and of each row of a .csv or .tsv; blank rows are left out.
-
-    Raises:
-        FormatError: nothing in it, no CSV, a column named twice, a row with another number of cells than the header.
-    """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    n_cells, start = 0, 1
-    try:
-        for row in reader:
-            line, start = start, reader.line_num + 1
-            if not any(cell.strip() for cell in row):
-                continue
-            if n_cells and len(row) != n_cells:
-                raise FormatError(
-                    f"{path}, line {line} has {len(row)} cell(s), the header {n_cells}: "
-                    "is a comma or a quotation mark not quoted?"
-                )
-            names = [name for cell in row if (name := cell.strip().lower())]
-            if not n_cells and len(set(names)) < len(names):
-                raise FormatError(f"{path}, line {line} names a column twice: {', '.join(map(repr, row))}")
-            n_cells = len(row)
-            yield line, row
-    except csv.Error as error:
-        raise FormatError(f"{path}, line {reader.line_num}: no CSV ({error}); mend it, or write .jsonl") from error
-    if not n_cells:
-        raise FormatError(f"{path} is empty: expected a header line and rows")
+        known = [field] if field in item else []
+    else:
+        by_lower = {name.strip().lower(): name for name in reversed(item)}
+        known = [by_lower[name] for name in FIELDS if name in by_lower]
+        known = [name for name in known if name.strip().lower() not in CHAT_FIELDS or isinstance(item[name], list)]
+    if not known:
+        has = ", ".join(map(repr, item)) or "(none)"
+        lacks = f"none of {', '.join(FIELDS)}: name the prompt's with field=" if field is None else f"no {field!r}"
+        raise FormatError(f"{where} has the fields {has}, and {lacks}")
+    return known[0]

@@ -130,7 +130,7 @@ def test_without_the_library_it_says_so(monkeypatch):
         ("a.csv", "goal,target\na,b,c\n", "line 2 has 3 cell"),
         ("a.csv", 'goal,target\n"a,b\n', "no CSV"),
         ("a.csv", "goal,target\n ,b\n", "row 1: its goal is blank"),
-        ("a.json", "{}", "holds a dict: expected a list"),
+        ("a.json", "{}", "holds an object with nothing: expected a list"),
         ("a.json", "[1]", "row 1 is a int"),
         ("a.json", "[", "no valid JSON"),
         ("a.json", '[{"goal": 3, "target": "x"}]', "its goal is of type int"),

@@ -20,7 +20,7 @@ from faststeer.evaluate import complete
 from faststeer.evaluate.sweep import Sweep, SweepPrompt
 from faststeer.extract import Pair
 from faststeer.hf import Rendered, render
-from faststeer.hf.batching import as_rendered, encode
+from faststeer.hf.batching import check_prompts, encode
 
 TOKENIZER = tiny_chat.bpe_tokenizer()
 MODEL = tiny_chat.llama(len(TOKENIZER))
@@ -96,7 +96,7 @@ def test_prompts_of_both_kinds():
     with pytest.raises(ValueError, match="system= gives a system prompt"):
         encode(TOKENIZER, mixed, "Be kind")
     with pytest.raises(ValueError, match=r"positive\[1\] is a chat: rendered=True takes texts"):
-        as_rendered([A[0], [{"role": "user", "content": A[1]}]], "positive")
+        check_prompts([A[0], [{"role": "user", "content": A[1]}]], "positive", rendered=True)
 
 
 def test_a_sweep_of_rendered_prompts_is_another_one():

@@ -249,7 +249,7 @@ def test_a_manager_that_runs_long_forgets_requests_that_have_ended():
             outputs = collect(manager, 5)
             want = [expected[PROMPTS.index(each.prompt_ids)] for each in outputs.values()]
             assert_same([answer(each) for each in outputs.values()], want)
-            held.append((len(requests._prompts), len(requests._sequences) + len(requests._free)))
+            held.append((len(requests._prompts), max(requests._sequences.values())))
         manager.stop()
     assert max(held) <= (10, 10) and requests.capacity == 64, "those of a wave, and of the one before"
 

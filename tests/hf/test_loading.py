@@ -264,7 +264,7 @@ def test_a_control_vector_is_no_model(tmp_path):
 def test_what_is_missing_is_named(plain, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"nothing\.gguf"):
         fs.load(tmp_path / "nothing.gguf")
-    with pytest.raises(ValueError, match="expected one of auto, float32"):
+    with pytest.raises(ValueError, match="'int8': expected auto, or a floating one such as float32"):
         fs.load(plain, "int8")
     with pytest.raises(ValueError, match="floating"):
         fs.load(plain, torch.int8)

@@ -78,7 +78,7 @@ def test_shared_equals_whole_prompts(name):
         prefix = common_prefix(subject, rows, 2, 0)
         assert prefix.length == (0 if name in WINDOWED else 24)
         oracle = exact(subject, rows)
-        whole, shared = (torch.stack(read(p.arguments(subject, rows, 0))).double() for p in (Prefix(), prefix))
+        whole, shared = (torch.stack(read(p.arguments(rows))).double() for p in (Prefix(subject, 0), prefix))
         scale = oracle.norm(dim=-1, keepdim=True)
         error, allowed = (((x - oracle) / scale).abs().max() for x in (shared, whole))
         assert error <= 2 * allowed
@@ -155,7 +155,7 @@ def test_a_steered_model_is_run_on_whole_prompts():
     for positions in ("all", "last", "prompt", "generated"):
         with fs.steer(subject, fs.Plan([fs.Add(vector, 1.0, layers="all", positions=positions)])):
             prefix = common_prefix(subject, rows, 2, 0)
-            whole, shared = (torch.stack(read(p.arguments(subject, rows, 0))) for p in (Prefix(), prefix))
+            whole, shared = (torch.stack(read(p.arguments(rows))) for p in (Prefix(subject, 0), prefix))
         torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-4)
 
 

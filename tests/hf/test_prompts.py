@@ -70,7 +70,7 @@ def test_the_only_column_is_named_too(tmp_path):
     assert load_prompts(write(tmp_path / "a.csv", "strange\nHow?\nWhy?\n"), field="strange") == ["How?", "Why?"]
     for content in ("How?\nWhy?\n", "prompt;kind\nHow?;1\nWhy?;2\n"):
         with pytest.raises(
-            ValueError, match=r"line 1 has the columns '(How\?|prompt;kind)', and none of prompt, .*field="
+            ValueError, match=r"line 2 has the fields '(How\?|prompt;kind)', and none of prompt, .*field="
         ):
             load_prompts(write(tmp_path / "a.csv", content))
 
@@ -103,28 +103,34 @@ def test_every_kind_gives_back_what_was_written(tmp_path_factory, texts):
         ("a.json", "", "line 1, column 1: no valid JSON"),
         ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', r"line 2, column 1: .*one value per line. Name it \.jsonl"),
         ("a.csv", "prompt\n" + "x" * 200_000, r"line 2: no CSV .*field limit.*or write \.jsonl"),
-        ("a.jsonl", "\n", "is empty"),
+        ("a.jsonl", "\n", "holds no prompts"),
         ("a.csv", "Prompt,id,prompt,,\na,1,b,,\n", "line 1 names a column twice: 'Prompt', 'id', 'prompt'"),
         ("a.txt", "fine\nred\n".encode("utf-16-le"), "line 1: it holds zero bytes, as text in UTF-16 does"),
-        ("a.txt", " \n\n", "is empty"),
-        ("a.json", "[]", "is an empty list"),
+        ("a.txt", " \n\n", "holds no prompts"),
+        ("a.json", "[]", "a.json holds no prompts"),
         ("a.json", '["a",\n "b"', "line 2, column 5: no valid JSON"),
         ("a.json", '["a", ""]', "item 2 is blank"),
         ("a.json", '["a", 3]', "item 2 is of type int"),
         ("a.json", '[{"title": "a"}]', r"item 1 has the fields 'title', and none of prompt, .*field="),
-        ("a.json", '[{"role": "user", "content": "a"}]', "item 1 is a single message"),
+        ("a.json", '[{"role": "user", "content": "a"}]', "item 1 has the fields 'role', 'content', and none of prompt"),
         ("a.json", '[[{"role": "user"}]]', "item 1 holds .*, which is no message"),
-        ("a.json", '{"one": ["a"]}', "holds an object with 'one': name= says which"),
+        (
+            "a.json",
+            '{"one": ["a"]}',
+            "holds an object with 'one': expected a list; load_prompts takes one of several by name=",
+        ),
+        ("a.json", '[{"chat": "a text"}]', "item 1 has the fields 'chat', and none of prompt"),
+        ("a.csv", "chat\na text\n", "line 2 has the fields 'chat', and none of prompt"),
         ("a.json", "7", "holds a int: expected a list"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", '"a"\n\n{"b": ', "line 3, column 7: no valid JSON"),
         ("a.jsonl", '"a"\n{"b": 1}', r"line 2 has the fields 'b'"),
-        ("a.csv", "id,other\n1,b\n", r"line 1 has the columns 'id', 'other', and none of prompt"),
-        ("a.csv", "id,prompt\n", "a header and no rows"),
+        ("a.csv", "id,other\n1,b\n", r"line 2 has the fields 'id', 'other', and none of prompt"),
+        ("a.csv", "id,prompt\n", "holds no prompts"),
         ("a.csv", "id,prompt\n1,How, then?\n", r"line 2 has 3 cell\(s\), the header 2"),
-        ("a.csv", "id,prompt\n1,ok\n\n2, \n", "line 4, column 'prompt' is blank"),
+        ("a.csv", "id,prompt\n1,ok\n\n2, \n", "line 4, 'prompt' is blank"),
         ("a.csv", 'id,prompt\n1,"two\nlines"\n2,"open\n', r"line \d: no CSV"),
-        ("a.csv", 'id,prompt\n1,"two\nlines"\n2,\n', "line 4, column 'prompt' is blank"),
+        ("a.csv", 'id,prompt\n1,"two\nlines"\n2,\n', "line 4, 'prompt' is blank"),
         ("a.txt", b"fine\ncaf\xe9\n", "line 2: byte 8 .0xe9. is no UTF-8"),
         ("a.json", '["a"]'.encode("utf-16"), "it is text in UTF-16"),
         ("a.json", b'[\n"\xe9"]', "line 2: byte 3 .0xe9. is no UTF-8"),
@@ -140,10 +146,10 @@ def test_files_that_cannot_be_understood(tmp_path, name, content, message):
 
 def test_missing_fields_and_names(tmp_path):
     path = write(tmp_path / "a.csv", "prompt,other\na,b\n")
-    with pytest.raises(ValueError, match="line 1 has no column 'goal': it has 'prompt', 'other'"):
+    with pytest.raises(ValueError, match="line 2 has the fields 'prompt', 'other', and no 'goal'"):
         load_prompts(path, field="goal")
     path = write(tmp_path / "a.json", '[{"prompt": "a"}]')
-    with pytest.raises(ValueError, match="item 1 has no field 'goal'"):
+    with pytest.raises(ValueError, match="item 1 has the fields 'prompt', and no 'goal'"):
         load_prompts(path, field="goal")
     with pytest.raises(ValueError, match="no named lists, so there is no 'harmful'"):
         load_prompts(path, name="harmful")
@@ -155,15 +161,15 @@ def test_missing_fields_and_names(tmp_path):
 
 def test_contrasts_that_are_none(tmp_path):
     path = write(tmp_path / "a.json", '{"good": ["a"], "bad": ["b"], "harmful": ["c"]}')
-    with pytest.raises(ValueError, match="expected 'positive' and 'negative' or 'harmful' and 'harmless'"):
+    with pytest.raises(ValueError, match="the lists 'positive' and 'negative' or 'harmful' and 'harmless'"):
         load_contrast(path)
-    with pytest.raises(ValueError, match="expected 'good' and 'evil'"):
+    with pytest.raises(ValueError, match="the lists 'good' and 'evil'"):
         load_contrast(path, positive="good", negative="evil")
     with pytest.raises(ValueError, match="both positive= and negative="):
         load_contrast(path, positive="good")
-    with pytest.raises(ValueError, match="holds a list: expected an object of two lists"):
+    with pytest.raises(ValueError, match=r"holds no named lists: expected .* an object with the lists"):
         load_contrast(write(tmp_path / "b.json", "[1]"))
-    with pytest.raises(ValueError, match="'bad' is an empty list"):
+    with pytest.raises(ValueError, match="'bad' holds no prompts"):
         load_contrast(write(tmp_path / "c.json", '{"good": ["a"], "bad": []}'), positive="good", negative="bad")
     with pytest.raises(ValueError, match=r"expected a \.json file"):
         load_contrast(write(tmp_path / "a.txt", "a"))
