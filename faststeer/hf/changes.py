@@ -105,12 +105,12 @@ def is_changed(module: nn.Module) -> bool:
 
 def own_attribute(module: nn.Module, name: str) -> Any:
     """An attribute in a module's `__dict__` as it is without our contexts; None if there is none."""
-    return _unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
+    return unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
 
 
 def _state(module: nn.Module) -> Any:
     """What a copy or a pickle of a module is made of."""
-    kind, state = type(module), _unchanged(module)
+    kind, state = type(module), unchanged(module)
     own = getattr(kind, "__getstate__", None)
     if own is None or own is getattr(object, "__getstate__", None):
         return state
@@ -119,8 +119,8 @@ def _state(module: nn.Module) -> Any:
     return own(clean)
 
 
-def _unchanged(module: nn.Module) -> dict[str, Any]:
-    """A module's `__dict__` without what contexts have put there."""
+def unchanged(module: nn.Module) -> dict[str, Any]:
+    """A copy of a module's `__dict__` without what our contexts have put there."""
     state, record = dict(vars(module)), _changed_modules.get(module, _Changed())
     state.pop("__getstate__", None)
     for replaced in reversed(record.replaced):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from faststeer.compile import hook_points, resolve_layers
-from faststeer.hf.changes import Changes, Context, own_attribute
+from faststeer.hf.changes import Changes, Context, is_changed, own_attribute, unchanged
 from faststeer.plan import Plan, site_name
 from faststeer.vector import HOOK_POINTS, SteeringVector
 
@@ -331,36 +331,15 @@ def first_output(output: Any) -> Tensor:
 
 
 def quiet(model: nn.Module) -> Context[None]:
-    """Evaluation mode without gradients, compiled code, and our own hooks and fused layers; all restored after."""
+    """Evaluation mode without gradients, compiled code, and what our contexts have put there; all restored after."""
 
     def enter(changes: Changes) -> None:
-        training = {module: module.training for module in model.modules()}
-        dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        ours = [(hooks, list(hooks.items())) for hooks in dicts if any(map(_is_ours, hooks.values()))]
-        replaced: dict[nn.Module, Any] = {module: vars(module).get("forward") for module in model.modules()}
-        forwards = {m: forward for m, forward in replaced.items() if hasattr(forward, "faststeer_forward")}
-
-        def restore() -> None:
-            for module, forward in forwards.items():
-                module.forward = forward
-            for hooks, items in ours:
-                hooks.clear()
-                hooks.update(items)
-            for module, mode in training.items():
-                module.training = mode
-
         changes.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
-        changes.on_undo(restore)
-        for hooks, items in ours:
-            for key, hook in items:
-                if _is_ours(hook):
-                    del hooks[key]
-        for module in forwards:
-            if (own := own_attribute(module, "forward")) is None:
-                del module.forward
-            else:
-                module.forward = own
         for module in model.modules():
+            changes.on_undo(setattr, module, "training", module.training)
+            if is_changed(module):
+                changes.on_undo(_act, module, vars(module).copy())
+                _act(module, unchanged(module))
             if module._compiled_call_impl is not None:  # its graphs do not see hooks that come and go
                 changes.replace(module, "_compiled_call_impl", None)
             if (plain := _uncompiled(module)) is not None:
@@ -369,6 +348,15 @@ def quiet(model: nn.Module) -> Context[None]:
         torch.set_grad_enabled(False)
 
     return Context(enter)
+
+
+def _act(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module the hooks and the `forward` of its own that another state of it has."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", "forward"):
+        if name in state:
+            vars(module)[name] = state[name]
+        else:
+            vars(module).pop(name, None)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
