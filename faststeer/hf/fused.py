@@ -16,7 +16,6 @@ it computes, and the whole by a forward pass that must come out the same bit for
 
 from __future__ import annotations
 
-import copy
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
 from faststeer.hf.hook_points import HookPoints, mark_forward, quiet
 from faststeer.hf.known import Known, by_name, known_of, parameters
+from faststeer.hf.norms import eps_of, on_trial
 from faststeer.ops import reference
 from faststeer.plan import site
 
@@ -42,6 +42,10 @@ class NormForm:
     weight_offset: float
     fp32_weight: bool
     eps_name: str
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What it makes of x, in plain PyTorch."""
+        return reference.rmsnorm(x, weight, self.eps, self.weight_offset, self.fp32_weight)
 
 
 # (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm, given by its
@@ -210,12 +214,9 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
                 f"{quantising} quantises what it is given, so that a norm that sums in another order would move its "
                 "output by more than rounding"
             )
-    forms = {}
-    for i, shape in enumerate(shapes):
-        for name in (shape.input_norm, shape.mid_norm):
-            if name is not None:
-                path = f"{points.layers}.{i}.{name}"
-                forms[path] = _form(model.get_submodule(path), path)
+    names = [(i, name) for i, shape in enumerate(shapes) for name in (shape.input_norm, shape.mid_norm) if name]
+    paths = [f"{points.layers}.{i}.{name}" for i, name in names]
+    forms = {path: _form(model.get_submodule(path), path) for path in paths}
     final = f"{points.layers.rpartition('.')[0]}.norm".lstrip(".")
     try:
         forms[final] = _form(model.get_submodule(final), final)
@@ -261,45 +262,26 @@ def _shape(layer: nn.Module) -> _Shape:
 
 
 def _form(norm: nn.Module, path: str) -> NormForm:
-    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on copies with another weight (at its
-    first value two of them are the same), in bf16 too (in fp32 two are the same, and a model may be cast later)."""
-    name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
-    eps, weight = getattr(norm, name, None), getattr(norm, "weight", None)
-    if (
-        own_attribute(norm, "forward") is not None
-        or not isinstance(eps, float)
-        or not isinstance(weight, Tensor)
-        or weight.is_meta
-    ):
+    """What an RMSNorm computes, found by comparing with the formulas bit for bit; in bf16 too, as in fp32 two are the
+    same, and a model may be cast later."""
+    (name, eps), weight = eps_of(norm), getattr(norm, "weight", None)
+    if own_attribute(norm, "forward") is not None or eps is None or not isinstance(weight, Tensor) or weight.is_meta:
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
-    trials = {dtype: copy.deepcopy(norm).to(dtype) for dtype in (weight.dtype, torch.bfloat16)}
-    generator = torch.Generator().manual_seed(0)
-    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator) for shape in ((), (7,)))
     with torch.no_grad():
+        dtypes = (weight.dtype, torch.bfloat16)
+        trials = [on_trial(norm, weight.shape[-1], dtype, weight.device) for dtype in dtypes]
         for rounding in ((0.0, False), (1.0, True), (0.0, True)):
             form = NormForm(eps, *rounding, name)
-            if all(_computes(trial, form, values, 3 * rows) for trial in trials.values()):
+            if all(torch.equal(form.normed(x, trial.weight), trial(x)) for trial, x in trials):
                 return form
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
-
-
-def _computes(trial: Any, form: NormForm, values: Tensor, rows: Tensor) -> bool:
-    """Whether a norm, whose weight and hooks are overwritten, computes this form."""
-    trial._forward_hooks.clear()
-    trial._forward_pre_hooks.clear()
-    x = rows.to(trial.weight.copy_(values))
-    normed = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
-    return torch.equal(normed, trial(x))
 
 
 def _add_unsteered(
     branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
 ) -> tuple[Tensor, Tensor | None]:
     hidden = residual + branch
-    if norm is None:
-        return hidden, None
-    weight, form = norm
-    return hidden, reference.rmsnorm(hidden, weight, form.eps, form.weight_offset, form.fp32_weight)
+    return hidden, None if norm is None else norm[1].normed(hidden, norm[0])
 
 
 def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:

@@ -60,7 +60,9 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has what a norm has: no children, a weight per feature or none, and an eps."""
     weight = getattr(module, "weight", None)
-    return next(module.children(), None) is None and (weight is None or weight.ndim == 1) and _eps(module) is not None
+    return (
+        next(module.children(), None) is None and (weight is None or weight.ndim == 1) and eps_of(module)[1] is not None
+    )
 
 
 def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
@@ -73,19 +75,9 @@ def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
     module = holder.get_submodule(path)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise NotSeen(f"{path} is on the meta device and holds no values: load the model into memory")
-    generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(module).to("cpu", torch.float32).eval()
-    trial._forward_hooks.clear()
-    trial._forward_pre_hooks.clear()
-    weight: Any = getattr(trial, "weight", None)
-    x = 3 * torch.randn(7, size, generator=generator) + 0.5
     with torch.no_grad():
-        if weight is not None:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
-        if (bias := getattr(trial, "bias", None)) is not None:
-            bias.zero_()
-        expected = trial(x)
-        eps = _eps(module)
+        trial, x = on_trial(module, size, torch.float32, torch.device("cpu"))
+        expected, eps = trial(x), eps_of(module)[1]
         for centred in (False, True):
             for offset in (0.0, 1.0):
                 norm = Norm("", _eps_felt(trial, x, centred) if eps is None else eps, centred, offset)
@@ -93,6 +85,20 @@ def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
                 if made.shape == expected.shape and torch.allclose(made, expected, rtol=1e-5, atol=1e-5):
                     return dataclasses.replace(norm, path=path)
     raise NotSeen(f"{path} is a {type(module).__name__}, neither RMSNorm nor LayerNorm")
+
+
+def on_trial(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensor]:
+    """A copy of a norm without hooks and bias, with a random weight (at its first value two formulas are the same), and
+    rows `[7, size]` to compare them on."""
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.deepcopy(norm).to(device, dtype).eval()
+    trial._forward_hooks.clear()
+    trial._forward_pre_hooks.clear()
+    if (weight := getattr(trial, "weight", None)) is not None:
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    if (bias := getattr(trial, "bias", None)) is not None:
+        bias.zero_()
+    return trial, (3 * torch.randn(7, size, generator=generator) + 0.5).to(device, dtype)
 
 
 def final_norm(model: nn.Module) -> Norm | None:
@@ -146,11 +152,10 @@ def _final_norm(model: nn.Module) -> Norm | None:
     )
 
 
-def _eps(module: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps"):
-        if isinstance(eps := getattr(module, name, None), float):
-            return eps
-    return None
+def eps_of(module: nn.Module) -> tuple[str, float | None]:
+    """What a norm calls its eps, and its value; None if it has none."""
+    names = ("variance_epsilon", "eps")
+    return next(((name, eps) for name in names if isinstance(eps := getattr(module, name, None), float)), ("", None))
 
 
 def _eps_felt(norm: nn.Module, x: Tensor, centred: bool) -> float:
