@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from faststeer.hf.cache import accepts
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import HookPoints, Steer, first_output, first_tensor, install, quiet, with_first
+from faststeer.hf.hook_points import HookPoints, first_output, first_tensor, install, quiet, with_first
 from faststeer.hf.known import Known, known_of
 from faststeer.plan import site
 from faststeer.vector import HOOK_POINTS, HookPoint
@@ -55,7 +54,9 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: K
             return _confirm(model, _find(model, named), by_hand=named is not None)
 
     known = known or known_of(model)
-    return known.get("hook points", find) if named is None else known.begin("hook points", find())
+    if named is not None:
+        known.findings.clear()  # the others depend on the hook points
+    return known.get("hook points", find)
 
 
 # Watching -------------------------------------------------------------------------------------------------------------
@@ -218,22 +219,20 @@ def _find_layers(model: nn.Module, calls: Sequence[Call], named: HookPoints | No
         if len(set(modules)) < len(modules):
             what = f"a module stands twice in {each}, where a hook cannot tell its places apart: copy it"
             raise ValueError(_refusal(model, what))
-        for call in by_list[each]:  # equal tensors are not seen to be equal then
-            if not bool(call.sent.isfinite().all()):
-                raise ValueError(
-                    f"{type(model).__name__}: {call.name} gives NaN or infinity for four tokens, so that the model "
-                    "cannot be steered: are its weights right? What overflows in float16 may not in bfloat16 or float32"
-                )
+        # NaN equals nothing, so that what is equal would not be seen to be.
+        if infinite := [call.name for call in by_list[each] if not call.sent.isfinite().all()]:
+            raise ValueError(
+                f"{type(model).__name__}: {infinite[0]} gives NaN or infinity for four tokens, so that the model "
+                "cannot be steered: are its weights right? What overflows in float16 may not in bfloat16 or float32"
+            )
     if not path:
         whose = "no ModuleList whose members" if named is None else f"the members of {named.layers} do not"
         raise ValueError(_refusal(model, f"{whose} pass one tensor from each to the next"))
     points = _level_of_layers(model, calls, path, by_list[path])
     for other in sizes:
         if other != path and sizes[other] == sizes[path] > 1 and not f"{other}.".startswith(f"{path}."):
-            what = (
-                f"{path} and {other} are two stacks of layers: name one, steer(..., hook_points=HookPoints(layers=...))"
-            )
-            raise ValueError(_refusal(model, what))
+            remedy = "name one, steer(..., hook_points=HookPoints(layers=...))"
+            raise ValueError(_refusal(model, f"{path} and {other} are two stacks of layers: {remedy}"))
     return points
 
 
@@ -250,9 +249,9 @@ def _level_of_layers(model: nn.Module, calls: Sequence[Call], path: str, members
     shape, n_layers = tuple(members[0].received.shape), len(model.get_submodule(path))  # type: ignore[arg-type]
     streams = _streams(model, members[0].name, shape)
     _check_owner(model, calls, path.rpartition(".")[0], shape[2] if streams[0] > 1 else shape[1])
-    # The first row is another one beside another second row where rows depend on each other.
-    other, row = watch_calls(model, [members[-1].name], second=11)[-1], (slice(None), 0) if streams[0] > 1 else 0
-    mixed = not same_but_for_rounding(members[-1].sent[row], other.sent[row])
+    other = watch_calls(model, [members[-1].name], second=11)[-1]
+    first_row = (slice(None), 0) if streams[0] > 1 else 0
+    mixed = not same_but_for_rounding(members[-1].sent[first_row], other.sent[first_row])
     # resid_pre of a layer is resid_post of the one before if the two are always called in a row, in loops as well.
     apart: set[int] = set()
     around: list[Call | None] = [None, *members, None]
@@ -284,15 +283,14 @@ def _streams(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[int, 
 def _check_owner(model: nn.Module, calls: Sequence[Call], owner: str, columns: int) -> None:
     """Raise ValueError unless the module that runs the layers is called once in a pass, with a token for each column
     of the hidden states."""
-    runs = [call for call in calls if call.name == owner]
-    if len(runs) != 1:
-        how = (
-            f" runs {len(runs)} times in one forward pass" if runs else ", which holds the layers, is not called itself"
-        )
-        raise ValueError(_refusal(model, f"{owner}{how}, so that where a pass begins cannot be seen"))
+    runs, unseen = [call for call in calls if call.name == owner], "so that where a pass begins cannot be seen"
+    if not runs:
+        raise ValueError(_refusal(model, f"{owner}, which holds the layers, is not called itself, {unseen}"))
+    if len(runs) > 1:
+        raise ValueError(_refusal(model, f"{owner} runs {len(runs)} times in one forward pass, {unseen}"))
     if runs[0].widths and columns not in runs[0].widths:
-        what = f"its layers take {columns} columns of hidden states for {min(runs[0].widths)} tokens"
-        raise ValueError(_refusal(model, what))
+        tokens = min(runs[0].widths)
+        raise ValueError(_refusal(model, f"its layers take {columns} columns of hidden states for {tokens} tokens"))
 
 
 def same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
@@ -318,42 +316,40 @@ def _find_branches(points: HookPoints, calls: Mapping[str, Call]) -> list[Branch
 def _branches(calls: Mapping[str, Call], layer: str) -> list[Branches]:
     """(attn_out, mlp_out, resid_mid) of a layer, best first: the shallowest modules, of equals the last that sends a
     branch and the first that receives the middle."""
-    whole = calls.get(layer)
-    if whole is None or whole.times > 1:
+    if layer not in calls:
         return []
-    start, end = whole.received, whole.raw
-    # A module that runs twice in a layer (a shared dropout) cannot be told apart by a hook.
-    inside = {
-        name[len(layer) + 1 :]: call
+    order = {
+        name[len(layer) + 1 :]: call.order
         for name, call in calls.items()
-        if name.startswith(f"{layer}.") and call.times == 1 and call.sent.numel() == start.numel()
+        if name.startswith(f"{layer}.") and call.sent.numel() == calls[layer].sent.numel()
     }
-    sent = {name: call.sent.reshape_as(start) for name, call in inside.items()}
-    senders = sorted(inside, key=lambda name: (name.count("."), -inside[name].order))
-    receivers = sorted(inside, key=lambda name: (name.count("."), inside[name].order))
-    pairs = [(a, m) for a in senders for m in senders if inside[m].order > inside[a].order]
-    in_turn: list[Branches] = []
-    for a, m in pairs:
-        middle = start + sent[a]
-        if torch.equal(middle + sent[m], end):
-            behind = [name for name in receivers if inside[name].order > inside[a].order]
-            in_turn += [(a, m, name) for name in behind if _holds(inside[name].received, middle)]
+    senders = sorted(order, key=lambda name: (name.count("."), -order[name]))
+    receivers = sorted(order, key=lambda name: (name.count("."), order[name]))
+    pairs = [(a, m) for a in senders for m in senders if order[a] < order[m] and _adds_up(calls, layer, (a, m, None))]
+    in_turn = [(a, m, mid) for a, m in pairs for mid in receivers if order[a] < order[mid]]
     # Two parts of one module are parts of one branch: routed and shared experts, say.
-    return in_turn or [
-        (a, m, None)
-        for a, m in pairs
-        if a.split(".")[0] != m.split(".")[0] and _is_parallel_sum(end, start, sent[a], sent[m])
-    ]
+    apart = [(a, m, None) for a, m in pairs if a.split(".")[0] != m.split(".")[0]]
+    return [names for names in in_turn if _adds_up(calls, layer, names)] or apart
 
 
-def _holds(x: Tensor, expected: Tensor) -> bool:
-    return x.numel() == expected.numel() and torch.equal(x.reshape_as(expected), expected)
-
-
-def _is_parallel_sum(end: Tensor, start: Tensor, attention: Tensor, mlp: Tensor) -> bool:
-    """Whether a layer's output is the sum of its input and its two branches, in one of the orders in which models
-    add them."""
-    return any(torch.equal(end, total) for total in (mlp + attention + start, start + attention + mlp))
+def _adds_up(
+    calls: Mapping[str, Call], layer: str, names: Branches, move: Callable[[Tensor], Tensor] = lambda x: x
+) -> bool:
+    """Whether a layer's output is the sum of its input and these branches, bit for bit, each made in one call: a hook
+    cannot tell the calls of a module (a shared dropout) apart. `move`: what is done to `resid_mid`."""
+    parts = [calls.get(f"{layer}.{name}" if name else layer) for name in ("", *names) if name is not None]
+    if any(call is None or call.times > 1 for call in parts):
+        return False
+    whole, attn, mlp, *mid = (call for call in parts if call is not None)
+    start, end = whole.received, whole.raw
+    if not attn.sent.numel() == mlp.sent.numel() == start.numel():
+        return False
+    a, m = attn.sent.reshape_as(start), mlp.sent.reshape_as(start)
+    if not mid:  # in one of the orders in which models add them
+        return torch.equal(end, start + a + m) or torch.equal(end, m + a + start)
+    middle, received = move(start + a), mid[0].received
+    reads = received.numel() == middle.numel() and torch.equal(received.reshape_as(middle), middle)
+    return reads and torch.equal(end, middle + m)
 
 
 def _with_branches(points: HookPoints, branches: Sequence[Branches]) -> HookPoints:
@@ -365,9 +361,9 @@ def _with_branches(points: HookPoints, branches: Sequence[Branches]) -> HookPoin
 # Confirming -----------------------------------------------------------------------------------------------------------
 
 
-def _moved(x: Tensor, by: int) -> Tensor:
-    """Another row, of the size it had: a deep stack must not overflow."""
-    return x.roll(by, -1) + 0.5
+def _move(number: int, x: Tensor) -> Tensor:
+    """Another row at every site, of the size it had: a deep stack must not overflow."""
+    return x.roll(1 + number % 5, -1) + 0.5
 
 
 def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
@@ -378,85 +374,57 @@ def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
     A module's `sent` is what the next one sees, after hooks of the user; so a model that somebody steers already is
     confirmed too.
     """
-    given: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # what each site had, and has instead
-
-    def change(number: int) -> Steer:
-        def steer(x: Tensor) -> Tensor:
-            moved = _moved(x, 1 + number % 5)
-            given[number].append((_copy(x), _copy(moved)))
-            return moved
-
-        return steer
-
-    sites = [site(at, i) for i in range(points.n_layers) for at in HOOK_POINTS if points.has(at, i)]
+    sites = {site(at, i) for i in range(points.n_layers) for at in HOOK_POINTS if points.has(at, i)}
     with changing() as changes:
-        install(changes, model, points, {number: change(number) for number in sorted(set(sites))})
+        install(changes, model, points, {number: partial(_move, number) for number in sorted(sites)})
         calls = watch_calls(model, _modules_in(model, points.layers))
     for a, b in itertools.pairwise(_members(calls, points.layers)):
         chained = b.index > 0 and points.has("resid_pre", b.index)
         if chained and not points.layer(model, b.index)._forward_pre_hooks and not torch.equal(a.sent, b.received):
             raise ValueError(_refusal(model, f"steering resid_pre of layer {b.index} does not reach it"))
-    points = _without_second_readers(model, points)
     last, branches = {call.name: call for call in calls}, []
     for i in range(points.n_layers):
-        what = _why_not(points, i, last, given) if points.has("attn_out", i) else ""
-        if what and by_hand:
-            raise ValueError(_refusal(model, f"{what}; HookPoints(layers={points.layers!r}) alone has no such names"))
-        branches.append(NO_BRANCHES if what else tuple(points.branch(at, i) for at in BRANCHES))
-    return _with_branches(points, branches)
+        names = tuple(points.branch(at, i) for at in BRANCHES)
+        move = partial(_move, site("resid_mid", i))
+        if names != NO_BRANCHES and not _adds_up(last, f"{points.layers}.{i}", names, move):
+            if by_hand:
+                what = (
+                    f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should: each "
+                    "must run once in a forward pass, with tensors of the residual stream's size; "
+                    f"HookPoints(layers={points.layers!r}) alone has no such names"
+                )
+                raise ValueError(_refusal(model, what))
+            names = NO_BRANCHES
+        branches.append(names)
+    return _without_second_readers(model, _with_branches(points, branches))
 
 
 def _without_second_readers(model: nn.Module, points: HookPoints) -> HookPoints:
     """Without `resid_pre` of the layers whose input somebody else reads as well, such as attention over the outputs of
     earlier layers: there, steering what the layer before gives is not steering what the layer takes."""
     layers = [i for i in range(1, points.n_layers) if points.has("resid_pre", i)]
+    move = partial(_move, 0)
+
+    def in_front(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_first(args, kwargs, move(first_tensor(args, kwargs)))
+
+    def steered(some: Sequence[int], behind: bool) -> Tensor:
+        with changing() as changes:
+            if behind:
+                install(changes, model, points, {site("resid_pre", i): move for i in some})
+            else:
+                for i in some:
+                    changes.hook(points.layer(model, i).register_forward_pre_hook, in_front, with_kwargs=True)
+            return run_four_tokens(model)
 
     def differ(some: Sequence[int]) -> bool:
-        there, here = (_steered(model, points, some, behind) for behind in (True, False))
+        there, here = steered(some, behind=True), steered(some, behind=False)
         if torch.equal(there, here):
             return False
-        noise = _steered(model, points, some, False) - here  # kernels of experts may add in any order
+        noise = steered(some, behind=False) - here  # kernels of experts may add in any order
         return bool((there - here).abs().max() > 10 * noise.abs().max())
 
     if not layers or not differ(layers):
         return points
     apart = tuple(("resid_pre", i) for i in layers if differ([i]))
     return dataclasses.replace(points, missing=(*points.missing, *apart))
-
-
-def _steered(model: nn.Module, points: HookPoints, layers: Sequence[int], behind: bool) -> Tensor:
-    """The model's output with what enters some layers changed: behind the layer before, or in front of the layer."""
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return with_first(args, kwargs, _moved(first_tensor(args, kwargs), 1))
-
-    with changing() as changes:
-        if behind:
-            install(changes, model, points, {site("resid_pre", i): partial(_moved, by=1) for i in layers})
-        else:
-            for i in layers:
-                changes.hook(points.layer(model, i).register_forward_pre_hook, before, with_kwargs=True)
-        return run_four_tokens(model)
-
-
-def _why_not(
-    points: HookPoints, i: int, calls: Mapping[str, Call], given: Mapping[int, Sequence[tuple[Tensor, Tensor]]]
-) -> str:
-    """Why the branches of a layer are not what their names say; "" if they are."""
-    for at in BRANCHES:
-        if points.has(at, i) and len(given[site(at, i)]) != 1:
-            return f"a forward pass does not reach {at} of layer {i}, or more than once"
-    layer = f"{points.layers}.{i}"
-    attn, mlp = (calls[f"{layer}.{points.branch(at, i)}"].sent for at in ("attn_out", "mlp_out"))
-    start, end = calls[layer].received, calls[layer].raw
-    if {attn.numel(), mlp.numel()} != {start.numel()}:
-        return f"attn_out or mlp_out of layer {i} gives no tensor of the residual stream's size"
-    attn, mlp = attn.reshape_as(start), mlp.reshape_as(start)
-    if points.has("resid_mid", i):
-        [(middle, steered)] = given[site("resid_mid", i)]
-        follows = _holds(middle, start + attn) and torch.equal(end, steered.reshape_as(start) + mlp)
-    else:
-        follows = _is_parallel_sum(end, start, attn, mlp)
-    return (
-        "" if follows else f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should"
-    )

@@ -1,14 +1,10 @@
-"""Fused layers: residual add, steering and the next RMSNorm in one op.
+"""Fused layers: residual add, steering and the next RMSNorm in one op (`add_steer_rmsnorm`), two ops a layer.
 
-A decoder layer computes `mid = x + attention(norm(x))`, `output = mid + mlp(norm(mid))`. Each of the two sums, the
-steering of what it gives and the norm that reads it next become one op (`add_steer_rmsnorm`): two ops a layer, the
-second of which makes the next layer's input normed. Everything else stays the model's own: a layer still takes and
-returns one tensor, modules are called as modules, with their hooks; only `forward` of the layers and of the norms is
-replaced, on the instances, while patched.
-
-The normed tensor goes from the op to the norm that would have computed it beside the model: a norm that is called with
-the very tensor that the op returned hands it out, and computes anything else itself. So whatever comes between (a hook
-that returns another tensor, another device) costs the fusion and nothing else.
+A decoder layer computes `mid = x + attention(norm(x))`, `output = mid + mlp(norm(mid))`. Only `forward` of the layers
+and of the norms is replaced, on the instances, while patched: a layer still takes and returns one tensor, and modules
+are called as modules, with their hooks. A norm that is called with the very tensor that the op returned (`is`) returns
+the op's normed tensor; otherwise it computes normally. So what comes between (a hook that returns another tensor,
+another device) costs the fusion and nothing else.
 
 No table of architectures: the modules are known by the names that transformers gives them everywhere, a norm by what
 it computes, and the whole by a forward pass that must come out the same bit for bit.
@@ -20,7 +16,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +57,12 @@ class CannotFuse(Exception):
     """Why a model's layers cannot be fused."""
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """The modules of a layer, by name: `after_*` stand between a branch and its sum."""
+class _Shape(NamedTuple):
+    """The modules of a layer, by name; "" for none. `after_*` stand between a branch and its sum."""
 
-    input_norm: str | None
+    input_norm: str
     after_attention: tuple[str, ...]
-    mid_norm: str | None
+    mid_norm: str
     after_mlp: tuple[str, ...]
 
 
@@ -75,9 +70,9 @@ class _Shape:
 class Fusion:
     """How a model's layers are fused: found once per model."""
 
-    shapes: tuple[_Shape, ...]
+    shape: _Shape
     forms: Mapping[str, NormForm]  # of each norm, by its path in the model
-    final_norm: str | None
+    final_norm: str  # "" for none
 
 
 def find_fusion(model: nn.Module, points: HookPoints, known: Known | None = None) -> Fusion | str:
@@ -99,18 +94,15 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
     def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
         changes.replace(module, "forward", types.MethodType(mark_forward(forward), module))
 
-    layers = [points.layer(model, i) for i in range(points.n_layers)]
-    final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
     norms = {path: model.get_submodule(path) for path in fusion.forms}
     forms = {norms[path]: form for path, form in fusion.forms.items()}
     handover = _Handover()
     for norm in norms.values():
         replace(norm, _norm_forward(norm, handover))
-    for i, (layer, shape) in enumerate(zip(layers, fusion.shapes, strict=True)):
-        after = layers[i + 1] if i + 1 < len(layers) else None
-        name = fusion.shapes[i + 1].input_norm if after is not None else None
-        following = final if after is None else after.get_submodule(name) if name else None
-        replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
+    layers = [points.layer(model, i) for i in range(points.n_layers)]
+    following = [*(layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]), norms.get(fusion.final_norm)]
+    for i, (layer, after, norm) in enumerate(zip(layers, [*layers[1:], None], following, strict=True)):
+        replace(layer, _layer_forward(layer, i, fusion.shape, after, norm, forms, handover, add))
 
 
 class _Handover(threading.local):
@@ -120,18 +112,14 @@ class _Handover(threading.local):
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None
 
-    def take(self, hidden: Tensor) -> Tensor | None:
-        given, normed = self.hidden, self.normed
-        self.hidden = self.normed = None
-        return normed if given is hidden else None
-
 
 def _norm_forward(norm: nn.Module, handover: _Handover) -> Callable[..., Tensor]:
     own = type(norm).forward
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        normed = handover.take(x)
-        return own(self, x) if normed is None else normed
+        hidden, normed = handover.hidden, handover.normed
+        handover.hidden = handover.normed = None
+        return own(self, x) if normed is None or hidden is not x else normed
 
     return forward
 
@@ -152,9 +140,7 @@ def _layer_forward(
     # Looked up in every pass, where a module that was replaced since is seen, but not by nn.Module's slow way.
     modules, own_hooks = layer._modules, layer._forward_hooks
     next_hooks: Mapping[int, Any] = {} if after is None else after._forward_pre_hooks
-    input_norm, mid_norm, after_attention, after_mlp = (
-        shape.input_norm or "", shape.mid_norm or "", shape.after_attention, shape.after_mlp
-    )  # fmt: skip
+    input_norm, after_attention, mid_norm, after_mlp = shape
 
     def sum_into(add: Add, branch: Tensor, residual: Tensor, norm: Any) -> Tensor:
         form = None if norm is None or norm._forward_pre_hooks else forms.get(norm)
@@ -205,7 +191,10 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
     if not points.uniform:
         raise CannotFuse("not every layer is seen to be its input, attention and an MLP, by the same names")
     layers = [points.layer(model, i) for i in range(points.n_layers)]
-    shapes = tuple(_shape(layer) for layer in layers)
+    shapes = {_shape(layer) for layer in layers}
+    if len(shapes) > 1:
+        raise CannotFuse("the layers are not made of the same modules")
+    shape = shapes.pop()
     for layer in layers:
         if own_attribute(layer, "forward") is not None:
             raise CannotFuse("a layer's forward is replaced already (accelerate does so where it moves weights)")
@@ -214,15 +203,15 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
                 f"{quantising} quantises what it is given, so that a norm that sums in another order would move its "
                 "output by more than rounding"
             )
-    names = [(i, name) for i, shape in enumerate(shapes) for name in (shape.input_norm, shape.mid_norm) if name]
-    paths = [f"{points.layers}.{i}.{name}" for i, name in names]
+    names = [name for name in (shape.input_norm, shape.mid_norm) if name]
+    paths = [f"{points.layers}.{i}.{name}" for i in range(points.n_layers) for name in names]
     forms = {path: _form(model.get_submodule(path), path) for path in paths}
     final = f"{points.layers.rpartition('.')[0]}.norm".lstrip(".")
     try:
         forms[final] = _form(model.get_submodule(final), final)
     except (AttributeError, CannotFuse):
         final = ""
-    fusion = Fusion(shapes, forms, final or None)
+    fusion = Fusion(shape, forms, final)
     _confirm(model, points, fusion)
     return fusion
 
@@ -254,9 +243,9 @@ def _shape(layer: nn.Module) -> _Shape:
     pre, sandwich = "input_layernorm" in has, "pre_feedforward_layernorm" in has
     after_attention = [] if pre and not sandwich else ["post_attention_layernorm"]
     return _Shape(
-        input_norm="input_layernorm" if pre else None,
+        input_norm="input_layernorm" if pre else "",
         after_attention=(*after_attention, *sorted(has & {"resid_attn_dropout"})),
-        mid_norm="pre_feedforward_layernorm" if sandwich else "post_attention_layernorm" if pre else None,
+        mid_norm="pre_feedforward_layernorm" if sandwich else "post_attention_layernorm" if pre else "",
         after_mlp=(*sorted(has & {"post_feedforward_layernorm"}), *sorted(has & {"resid_mlp_dropout"})),
     )
 

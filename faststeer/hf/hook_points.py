@@ -37,15 +37,13 @@ class HookPoints:
         mlp_out: the same for the MLP.
         resid_mid: module inside a layer whose input is the residual stream between attention and MLP, such as
             "post_attention_layernorm"; None where there is no such tensor (attention and MLP in parallel).
-        n_layers, hidden_size: filled in by `find_hook_points`.
+        n_layers, hidden_size: these and what follows are filled in by `find_hook_points`.
         streams: residual streams of each token, `(in front of the batch, behind the tokens)`: (4, 1) for hidden states
-            `[4, batch, tokens, hidden]`. Filled in by `find_hook_points`.
-        loops: how often a layer runs in a forward pass, at most; it is steered each time. Filled in by
-            `find_hook_points`.
-        missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered. Filled in by
-            `find_hook_points`.
+            `[4, batch, tokens, hidden]`.
+        loops: how often a layer runs in a forward pass, at most; it is steered each time.
+        missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered.
         mixed: whether a row's hidden states depend on the other rows of its batch, as where activations are quantised
-            over the whole batch; one plan for all rows then. Filled in by `find_hook_points`.
+            over the whole batch; one plan for all rows then.
     """
 
     layers: str
@@ -90,14 +88,10 @@ class HookPoints:
     @property
     def uniform(self) -> bool:
         """Whether all layers have `attn_out` and `mlp_out`, each by one name, and one row of the stream per token."""
-        one_name = isinstance(self.attn_out, str) and isinstance(self.mlp_out, str)
-        return (
-            one_name
-            and not isinstance(self.resid_mid, tuple)
-            and self.streams == (1, 1)
-            and self.loops == 1
-            and not self.missing
+        named = (
+            isinstance(self.attn_out, str) and isinstance(self.mlp_out, str) and not isinstance(self.resid_mid, tuple)
         )
+        return named and self.streams == (1, 1) and self.loops == 1 and not self.missing
 
     def check_uniform(self, model: nn.Module, who: str) -> None:
         """Raise ValueError unless all layers are alike, for what needs attention and MLP of each."""

@@ -43,15 +43,15 @@ class Norm:
     def linear(self, holder: nn.Module, x: Tensor) -> Tensor:
         """C x * w: what the norm does to x, without the scale that the whole stream gives it. `[..., hidden]`, in fp32
         or better. `holder`: what `path` is a path in."""
-        weight = getattr(holder.get_submodule(self.path), "weight", None)
-        x = self._centre(wide(x))
-        return x if weight is None else x * (self.weight_offset + wide(weight)).to(x)
+        return self._weighted(holder, self._centre(wide(x)))
 
     def transposed(self, holder: nn.Module, u: Tensor) -> Tensor:
         """C (w * u): the direction of x along which u . linear(x) rises fastest. `[..., hidden]`, as `linear`."""
+        return self._centre(self._weighted(holder, wide(u)))
+
+    def _weighted(self, holder: nn.Module, x: Tensor) -> Tensor:
         weight = getattr(holder.get_submodule(self.path), "weight", None)
-        u = wide(u)
-        return self._centre(u if weight is None else (self.weight_offset + wide(weight)).to(u) * u)
+        return x if weight is None else x * (self.weight_offset + wide(weight)).to(x)
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -131,21 +131,19 @@ def _final_norm(model: nn.Module) -> Norm | None:
     outside = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(f"{points.layers}.")]
     with quiet(model):
         calls = watch(model, [last, *outside])
-    end = calls[last].sent
-    read = next((calls[name].received for name in calls if model.get_submodule(name) is head), None)
+    end = calls.pop(last).sent
+    read = next((call.received for name, call in calls.items() if model.get_submodule(name) is head), None)
     if read is None:
         raise ValueError(f"a forward pass of {type(model).__name__} does not reach its output embedding")
     if torch.equal(read, end):
         return None
-    for name in outside:
-        call = calls.get(name)
-        if call is not None and torch.equal(call.received, end) and torch.equal(call.sent, read):
+    for name, call in calls.items():
+        if torch.equal(call.received, end) and torch.equal(call.sent, read):
             try:
                 return norm_form(model, name, points.hidden_size)
             except NotSeen as error:
-                raise ValueError(
-                    f"{type(model).__name__}: {error}, between the last layer and the unembedding"
-                ) from error
+                what = f"{type(model).__name__}: {error}, between the last layer and the unembedding"
+                raise ValueError(what) from error
     raise ValueError(
         f"{type(model).__name__} has something else than one norm between its last layer and its unembedding, which "
         "does not read the residual stream through that norm alone"
