@@ -50,6 +50,8 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: K
 
     def find() -> HookPoints:
         _check_kind(model)
+        if named is not None:
+            _check_names(model, named)
         with quiet(model):
             return _confirm(model, _find(model, named), by_hand=named is not None)
 
@@ -88,9 +90,9 @@ class Call:
         return int(self.name.rpartition(".")[2])
 
 
-def watch_calls(model: nn.Module, names: Iterable[str], second: int = 5) -> list[Call]:
-    """Make a short pass and note what each named module received and sent in each of its calls (copies, since a later
-    operation may write in place). `second`: the second row's first token."""
+def watch_calls(model: nn.Module, names: Iterable[str] | None = None, second: int = 5) -> list[Call]:
+    """Make a short pass and note what each named module (None: every one) received and sent in each of its calls
+    (copies, since a later operation may write in place). `second`: the second row's first token."""
     calls: list[Call] = []
     latest: dict[str, Call] = {}
     nothing = torch.empty(0)
@@ -109,7 +111,7 @@ def watch_calls(model: nn.Module, names: Iterable[str], second: int = 5) -> list
             setattr(latest[name], field, _copy(tensor))
 
     with changing() as changes:
-        for name in names:
+        for name in dict(model.named_modules()) if names is None else names:
             module = model.get_submodule(name)
             changes.hook(module.register_forward_pre_hook, partial(before, name), with_kwargs=True)
             changes.hook(module.register_forward_hook, partial(after, name, "raw"), prepend=True)
@@ -118,8 +120,8 @@ def watch_calls(model: nn.Module, names: Iterable[str], second: int = 5) -> list
     return calls
 
 
-def watch(model: nn.Module, names: Iterable[str]) -> dict[str, Call]:
-    """The last call of each named module in a short pass."""
+def watch(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Call]:
+    """The last call of each named module (None: every one) in a short pass."""
     return {call.name: call for call in watch_calls(model, names)}
 
 
@@ -159,11 +161,7 @@ def _check_kind(model: nn.Module) -> None:
 
 def _find(model: nn.Module, named: HookPoints | None) -> HookPoints:
     """What a short pass shows of the layers; and of their branches, where these are not named."""
-    if named is not None:
-        _check_names(model, named)
-    within = "" if named is None else named.layers
-    owner = within.rpartition(".")[0]
-    calls = watch_calls(model, {owner, *_modules_in(model, within)})
+    calls = watch_calls(model)
     points = _find_layers(model, calls, named)
     if named is not None:
         return dataclasses.replace(points, attn_out=named.attn_out, mlp_out=named.mlp_out, resid_mid=named.resid_mid)
@@ -195,10 +193,6 @@ def _refusal(model: nn.Module, what: str) -> str:
     return f"{type(model).__name__}: {what}; {BY_HOOK}"
 
 
-def _modules_in(model: nn.Module, path: str) -> list[str]:
-    return [name for name, _ in model.get_submodule(path).named_modules(prefix=path)]
-
-
 def _members(calls: Iterable[Call], path: str) -> list[Call]:
     """The calls of what a ModuleList holds."""
     return [call for call in calls if call.name.rpartition(".")[0] == path]
@@ -210,13 +204,14 @@ def _find_layers(model: nn.Module, calls: Sequence[Call], named: HookPoints | No
     Raises:
         ValueError: none does, or two do; or these layers cannot be steered.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    by_list = {path: _members(calls, path) for path in (lists if named is None else [named.layers])}
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if named is not None:  # by any of its names
+        lists = {name: module for name, module in lists.items() if module is model.get_submodule(named.layers)}
+    by_list = {path: _members(calls, path) for path in lists}
     sizes = {path: len({call.name for call in members}) for path, members in by_list.items() if _is_stack(members)}
     path = max(sizes, key=lambda path: sizes[path], default="")
-    for each in [path] if path else by_list:
-        modules: Any = model.get_submodule(each)
-        if len(set(modules)) < len(modules):
+    for each in [path] if path else lists:
+        if len(set(lists[each])) < len(lists[each]):
             what = f"a module stands twice in {each}, where a hook cannot tell its places apart: copy it"
             raise ValueError(_refusal(model, what))
         # NaN equals nothing, so that what is equal would not be seen to be.
@@ -253,12 +248,10 @@ def _level_of_layers(model: nn.Module, calls: Sequence[Call], path: str, members
     first_row = (slice(None), 0) if streams[0] > 1 else 0
     mixed = not same_but_for_rounding(members[-1].sent[first_row], other.sent[first_row])
     # resid_pre of a layer is resid_post of the one before if the two are always called in a row, in loops as well.
-    apart: set[int] = set()
-    around: list[Call | None] = [None, *members, None]
-    for a, b in itertools.pairwise(around):
-        before, behind = -1 if a is None else a.index, n_layers if b is None else b.index
-        if a is None or b is None or behind != before + 1 or not torch.equal(a.sent, b.received):
-            apart |= {before + 1, behind}
+    apart = {members[0].index, members[-1].index + 1}
+    for a, b in itertools.pairwise(members):
+        if b.index != a.index + 1 or not torch.equal(a.sent, b.received):
+            apart |= {a.index + 1, b.index}
     idle = set(range(n_layers)) - {call.index for call in members}
     missing = [("resid_pre", i) for i in sorted(apart - {0, n_layers} | idle)]
     missing += [("resid_post", i) for i in sorted(idle)]
@@ -377,7 +370,7 @@ def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
     sites = {site(at, i) for i in range(points.n_layers) for at in HOOK_POINTS if points.has(at, i)}
     with changing() as changes:
         install(changes, model, points, {number: partial(_move, number) for number in sorted(sites)})
-        calls = watch_calls(model, _modules_in(model, points.layers))
+        calls = watch_calls(model)
     for a, b in itertools.pairwise(_members(calls, points.layers)):
         chained = b.index > 0 and points.has("resid_pre", b.index)
         if chained and not points.layer(model, b.index)._forward_pre_hooks and not torch.equal(a.sent, b.received):

@@ -97,7 +97,7 @@ def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | No
     """
     points = points or find_hook_points(model)
     modules = dict(enumerate(attention_modules(model, points)))
-    return Context(lambda changes: exchange(changes, model, points, modules, attend))
+    return Context(lambda changes: _exchange(changes, model, points, modules, attend))
 
 
 def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tuple[nn.Module, ...]:
@@ -121,7 +121,7 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
         return call.attend()
 
     with quiet(model), changing() as changes:
-        exchange(changes, model, points, dict(enumerate(names)), note)
+        _exchange(changes, model, points, dict(enumerate(names)), note)
         run_four_tokens(model)
     if sorted(layer for layer, _ in seen) != list(range(points.n_layers)):
         missing = sorted(set(range(points.n_layers)) - {layer for layer, _ in seen})
@@ -133,7 +133,7 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(seen))
 
 
-def exchange(
+def _exchange(
     changes: Changes, model: nn.Module, points: HookPoints, modules: Mapping[int, nn.Module], attend: Attend
 ) -> None:
     """Compute the attention of these modules, by layer, by `attend`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from faststeer.hf.attention import AttentionCall, attention_modules, exchange
+from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
 from faststeer.hf.hook_points import HookPoints, mark_forward
@@ -101,7 +101,7 @@ class Freezing:
             return _halved(run(*_doubled(args, rows), **_doubled(kwargs, rows)))
 
         changes.replace(owner, "forward", mark_forward(forward))
-        exchange(changes, model, points, dict(enumerate(attention_modules(model, points))), self._attend)
+        exchange_attention(model, self._attend, points).enter(changes)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -122,20 +121,6 @@ class HookPoints:
             f"{who} at {at} of layer {lacking}, which that layer of {type(model).__name__} does not have: it has "
             f"{', '.join(own) or 'none'}; {where}"
         )
-
-
-def layer_numbers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
-    """Return layers as numbers from 0, in the order given; None: all. Negative ones count from the end.
-
-    Raises:
-        ValueError: no layer, or one that the model does not have.
-    """
-    given = list(range(n_layers) if layers is None else layers)
-    wrong = [x for x in given if not (isinstance(x, Integral) and -n_layers <= x < n_layers)]
-    if wrong or not given:
-        fault = f"layer {wrong[0]!r} is out of range" if wrong else "no layer is named"
-        raise ValueError(f"{fault}: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)")
-    return [layer % n_layers for layer in given]
 
 
 def install(

@@ -127,11 +127,9 @@ def unembedding_of(model: Any) -> nn.Module:
 
 def _final_norm(model: nn.Module) -> Norm | None:
     points, head = find_hook_points(model), unembedding_of(model)
-    last = f"{points.layers}.{points.n_layers - 1}"
-    outside = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(f"{points.layers}.")]
     with quiet(model):
-        calls = watch(model, [last, *outside])
-    end = calls.pop(last).sent
+        calls = watch(model)
+    end = calls[f"{points.layers}.{points.n_layers - 1}"].sent
     read = next((call.received for name, call in calls.items() if model.get_submodule(name) is head), None)
     if read is None:
         raise ValueError(f"a forward pass of {type(model).__name__} does not reach its output embedding")
