@@ -132,13 +132,11 @@ def _copy(x: Tensor) -> Tensor:
 def run_four_tokens(model: nn.Module, second: int = 5) -> Tensor:
     """The first output of the shortest forward pass that shows what a model does: four tokens of each of two rows.
     `second`: the second row's first token."""
-    embeddings: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if isinstance(own := getattr(model, "get_input_embeddings", lambda: None)(), nn.Module):
-        embeddings.insert(0, own)
-    size = next((e.num_embeddings for e in embeddings if hasattr(e, "num_embeddings")), 9)
-    device = next((e.weight.device for e in embeddings), torch.device("cpu"))
+    tables: list[Any] = [getattr(model, "get_input_embeddings", lambda: None)(), *model.modules()]
+    table = next((each for each in tables if hasattr(each, "num_embeddings")), None)
+    weight, size = (next(model.parameters()), 9) if table is None else (table.weight, table.num_embeddings)
     ids = torch.stack([torch.arange(first, first + TOKENS) for first in (1, second)]) % size
-    ids = ids.to("cpu" if device.type == "meta" else device)
+    ids = ids.to("cpu" if weight.is_meta else weight.device)
     return first_output(model(input_ids=ids, **({"use_cache": False} if accepts(model, "use_cache") else {})))
 
 

@@ -60,9 +60,8 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has what a norm has: no children, a weight per feature or none, and an eps."""
     weight = getattr(module, "weight", None)
-    return (
-        next(module.children(), None) is None and (weight is None or weight.ndim == 1) and eps_of(module)[1] is not None
-    )
+    flat = weight is None or weight.ndim == 1
+    return flat and next(module.children(), None) is None and eps_of(module)[1] is not None
 
 
 def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
@@ -150,8 +149,10 @@ def _final_norm(model: nn.Module) -> Norm | None:
 
 def eps_of(module: nn.Module) -> tuple[str, float | None]:
     """What a norm calls its eps, and its value; None if it has none."""
-    names = ("variance_epsilon", "eps")
-    return next(((name, eps) for name in names if isinstance(eps := getattr(module, name, None), float)), ("", None))
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(eps := getattr(module, name, None), float):
+            return name, eps
+    return "", None
 
 
 def _eps_felt(norm: nn.Module, x: Tensor, centred: bool) -> float:
