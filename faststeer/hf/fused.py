@@ -13,7 +13,6 @@ it computes, and the whole by a forward pass that must come out the same bit for
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,19 +89,16 @@ def find_fusion(model: nn.Module, points: HookPoints, known: Known | None = None
 
 def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Callable[[int], Add]) -> None:
     """Fuse the layers: `add(site)` computes the sum at a site."""
-
-    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        changes.replace(module, "forward", types.MethodType(mark_forward(forward), module))
-
     norms = {path: model.get_submodule(path) for path in fusion.forms}
     forms = {norms[path]: form for path, form in fusion.forms.items()}
     handover = _Handover()
     for norm in norms.values():
-        replace(norm, _norm_forward(norm, handover))
+        changes.replace(norm, "forward", mark_forward(_norm_forward(norm, handover)))
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     following = [*(layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]), norms.get(fusion.final_norm)]
     for i, (layer, after, norm) in enumerate(zip(layers, [*layers[1:], None], following, strict=True)):
-        replace(layer, _layer_forward(layer, i, fusion.shape, after, norm, forms, handover, add))
+        forward = _layer_forward(layer, i, fusion.shape, after, norm, forms, handover, add)
+        changes.replace(layer, "forward", mark_forward(forward))
 
 
 class _Handover(threading.local):
@@ -116,10 +112,10 @@ class _Handover(threading.local):
 def _norm_forward(norm: nn.Module, handover: _Handover) -> Callable[..., Tensor]:
     own = type(norm).forward
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         hidden, normed = handover.hidden, handover.normed
         handover.hidden = handover.normed = None
-        return own(self, x) if normed is None or hidden is not x else normed
+        return own(norm, x) if normed is None or hidden is not x else normed
 
     return forward
 
@@ -151,8 +147,8 @@ def _layer_forward(
         handover.hidden = hidden
         return hidden
 
-    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and getattr(self, "gradient_checkpointing", False):
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise RuntimeError(
                 "gradient checkpointing was switched on inside steer(...): enter steer(...) after "
                 "gradient_checkpointing_enable()"
