@@ -53,7 +53,13 @@ def find_hook_points(model: nn.Module, named: HookPoints | None = None, known: K
         if named is not None:
             _check_names(model, named)
         with quiet(model):
-            return _confirm(model, _find(model, named), by_hand=named is not None)
+            calls = watch_calls(model)
+            points = _find_layers(model, calls, named)
+            if named is None:
+                points = _find_branches(points, {call.name: call for call in calls})
+            else:
+                points = dataclasses.replace(points, **{at: getattr(named, at) for at in BRANCHES})
+            return _confirm(model, points, by_hand=named is not None)
 
     known = known or known_of(model)
     if named is not None:
@@ -157,15 +163,6 @@ def _check_kind(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is on the meta device and holds no values: load its weights first")
 
 
-def _find(model: nn.Module, named: HookPoints | None) -> HookPoints:
-    """What a short pass shows of the layers; and of their branches, where these are not named."""
-    calls = watch_calls(model)
-    points = _find_layers(model, calls, named)
-    if named is not None:
-        return dataclasses.replace(points, attn_out=named.attn_out, mlp_out=named.mlp_out, resid_mid=named.resid_mid)
-    return _with_branches(points, _find_branches(points, {call.name: call for call in calls}))
-
-
 def _check_names(model: nn.Module, named: HookPoints) -> None:
     """Raise ValueError if a model has no such modules."""
     try:
@@ -177,7 +174,7 @@ def _check_names(model: nn.Module, named: HookPoints) -> None:
             if isinstance(names, tuple) and len(names) != len(layers):
                 raise AttributeError(f"{at} has {len(names)} names for {len(layers)} layers")
         for i, layer in enumerate(layers):
-            attn_out, mlp_out, mid = own = [named.branch(at, i) for at in BRANCHES]
+            attn_out, mlp_out, mid = own = _branches_of(named, i)
             for name in own:
                 layer.get_submodule(name or "")
             if (attn_out is None) != (mlp_out is None) or (mid is not None and attn_out is None):
@@ -294,14 +291,14 @@ def same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
 # Branches -------------------------------------------------------------------------------------------------------------
 
 
-def _find_branches(points: HookPoints, calls: Mapping[str, Call]) -> list[Branches]:
-    """The branches of each layer, by the same names in all of them where that is possible."""
+def _find_branches(points: HookPoints, calls: Mapping[str, Call]) -> HookPoints:
+    """With the branches of each layer, by the same names in all of them where that is possible."""
     if points.streams != (1, 1):
-        return [NO_BRANCHES] * points.n_layers
+        return points
     by_layer = [_branches(calls, f"{points.layers}.{i}") for i in range(points.n_layers)]
     having = [candidates for candidates in by_layer if candidates]
     common = [names for names in having[0] if all(names in candidates for candidates in having)] if having else []
-    return [(common or candidates)[0] if candidates else NO_BRANCHES for candidates in by_layer]
+    return _with_branches(points, [(common or candidates)[0] if candidates else NO_BRANCHES for candidates in by_layer])
 
 
 def _branches(calls: Mapping[str, Call], layer: str) -> list[Branches]:
@@ -317,9 +314,9 @@ def _branches(calls: Mapping[str, Call], layer: str) -> list[Branches]:
     senders = sorted(order, key=lambda name: (name.count("."), -order[name]))
     receivers = sorted(order, key=lambda name: (name.count("."), order[name]))
     pairs = [(a, m) for a in senders for m in senders if order[a] < order[m] and _adds_up(calls, layer, (a, m, None))]
-    in_turn = [(a, m, mid) for a, m in pairs for mid in receivers if order[a] < order[mid]]
+    in_turn: list[Branches] = [(a, m, mid) for a, m in pairs for mid in receivers if order[a] < order[mid]]
     # Two parts of one module are parts of one branch: routed and shared experts, say.
-    apart = [(a, m, None) for a, m in pairs if a.split(".")[0] != m.split(".")[0]]
+    apart: list[Branches] = [(a, m, None) for a, m in pairs if a.split(".")[0] != m.split(".")[0]]
     return [names for names in in_turn if _adds_up(calls, layer, names)] or apart
 
 
@@ -328,10 +325,10 @@ def _adds_up(
 ) -> bool:
     """Whether a layer's output is the sum of its input and these branches, bit for bit, each made in one call: a hook
     cannot tell the calls of a module (a shared dropout) apart. `move`: what is done to `resid_mid`."""
-    parts = [calls.get(f"{layer}.{name}" if name else layer) for name in ("", *names) if name is not None]
-    if any(call is None or call.times > 1 for call in parts):
+    paths = [layer, *(f"{layer}.{name}" for name in names if name is not None)]
+    if any(path not in calls or calls[path].times > 1 for path in paths):
         return False
-    whole, attn, mlp, *mid = (call for call in parts if call is not None)
+    whole, attn, mlp, *mid = (calls[path] for path in paths)
     start, end = whole.received, whole.raw
     if not attn.sent.numel() == mlp.sent.numel() == start.numel():
         return False
@@ -341,6 +338,10 @@ def _adds_up(
     middle, received = move(start + a), mid[0].received
     reads = received.numel() == middle.numel() and torch.equal(received.reshape_as(middle), middle)
     return reads and torch.equal(end, middle + m)
+
+
+def _branches_of(points: HookPoints, layer: int) -> Branches:
+    return tuple(points.branch(at, layer) for at in BRANCHES)
 
 
 def _with_branches(points: HookPoints, branches: Sequence[Branches]) -> HookPoints:
@@ -375,7 +376,7 @@ def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
             raise ValueError(_refusal(model, f"steering resid_pre of layer {b.index} does not reach it"))
     last, branches = {call.name: call for call in calls}, []
     for i in range(points.n_layers):
-        names = tuple(points.branch(at, i) for at in BRANCHES)
+        names = _branches_of(points, i)
         move = partial(_move, site("resid_mid", i))
         if names != NO_BRANCHES and not _adds_up(last, f"{points.layers}.{i}", names, move):
             if by_hand:

@@ -95,9 +95,10 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
     for norm in norms.values():
         changes.replace(norm, "forward", mark_forward(_norm_forward(norm, handover)))
     layers = [points.layer(model, i) for i in range(points.n_layers)]
-    following = [*(layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]), norms.get(fusion.final_norm)]
-    for i, (layer, after, norm) in enumerate(zip(layers, [*layers[1:], None], following, strict=True)):
-        forward = _layer_forward(layer, i, fusion.shape, after, norm, forms, handover, add)
+    following = [layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]]
+    next_to = zip(layers, [*layers[1:], None], [*following, norms.get(fusion.final_norm)], strict=True)
+    for i, (layer, after, next_norm) in enumerate(next_to):
+        forward = _layer_forward(layer, i, fusion.shape, after, next_norm, forms, handover, add)
         changes.replace(layer, "forward", mark_forward(forward))
 
 
