@@ -263,18 +263,16 @@ def _form(norm: nn.Module, path: str) -> NormForm:
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
 
 
-def _add_unsteered(
-    branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
-) -> tuple[Tensor, Tensor | None]:
-    hidden = residual + branch
-    return hidden, None if norm is None else norm[1].normed(hidden, norm[0])
-
-
 def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
     """Fused and unfused must give the same bits."""
+
+    def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
+        hidden = residual + branch
+        return hidden, None if norm is None else norm[1].normed(hidden, norm[0])
+
     own = run_four_tokens(model)
     with changing() as changes:
-        patch(changes, model, points, fusion, lambda site: _add_unsteered)
+        patch(changes, model, points, fusion, lambda site: add)
         try:
             fused = run_four_tokens(model)
         except WRONG_CALL as error:
