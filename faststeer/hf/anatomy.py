@@ -188,11 +188,6 @@ def _refusal(model: nn.Module, what: str) -> str:
     return f"{type(model).__name__}: {what}; {BY_HOOK}"
 
 
-def _members(calls: Iterable[Call], path: str) -> list[Call]:
-    """The calls of what a ModuleList holds."""
-    return [call for call in calls if call.name.rpartition(".")[0] == path]
-
-
 def _find_layers(model: nn.Module, calls: Sequence[Call], named: HookPoints | None) -> HookPoints:
     """The ModuleList that holds the layers, with what the calls of its members say.
 
@@ -202,7 +197,7 @@ def _find_layers(model: nn.Module, calls: Sequence[Call], named: HookPoints | No
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if named is not None:  # by any of its names
         lists = {name: module for name, module in lists.items() if module is model.get_submodule(named.layers)}
-    by_list = {path: _members(calls, path) for path in lists}
+    by_list = {path: [call for call in calls if call.name.rpartition(".")[0] == path] for path in lists}
     sizes = {path: len({call.name for call in members}) for path, members in by_list.items() if _is_stack(members)}
     path = max(sizes, key=lambda path: sizes[path], default="")
     for each in [path] if path else lists:
@@ -366,19 +361,20 @@ def _confirm(model: nn.Module, points: HookPoints, by_hand: bool) -> HookPoints:
     A module's `sent` is what the next one sees, after hooks of the user; so a model that somebody steers already is
     confirmed too.
     """
+    layers = [f"{points.layers}.{i}" for i in range(points.n_layers)]
+    inside = [f"{layer}.{name}" for i, layer in enumerate(layers) for name in _branches_of(points, i) if name]
     sites = {site(at, i) for i in range(points.n_layers) for at in HOOK_POINTS if points.has(at, i)}
     with changing() as changes:
         install(changes, model, points, {number: partial(_move, number) for number in sorted(sites)})
-        calls = watch_calls(model)
-    for a, b in itertools.pairwise(_members(calls, points.layers)):
+        calls = watch_calls(model, {*layers, *inside})
+    for a, b in itertools.pairwise(call for call in calls if call.name in layers):
         chained = b.index > 0 and points.has("resid_pre", b.index)
         if chained and not points.layer(model, b.index)._forward_pre_hooks and not torch.equal(a.sent, b.received):
             raise ValueError(_refusal(model, f"steering resid_pre of layer {b.index} does not reach it"))
     last, branches = {call.name: call for call in calls}, []
-    for i in range(points.n_layers):
-        names = _branches_of(points, i)
-        move = partial(_move, site("resid_mid", i))
-        if names != NO_BRANCHES and not _adds_up(last, f"{points.layers}.{i}", names, move):
+    for i, layer in enumerate(layers):
+        names, move = _branches_of(points, i), partial(_move, site("resid_mid", i))
+        if names != NO_BRANCHES and not _adds_up(last, layer, names, move):
             if by_hand:
                 what = (
                     f"steering attn_out, resid_mid or mlp_out of layer {i} does not move its output as it should: each "
