@@ -21,11 +21,13 @@ namespace faststeer {
 
 class Prepared {
  public:
-  // `run` is the address of a library's `Run`. gate_state may be None; the other tables are those of docs/kernels.md, and
-  // `ranges`, `[sites, slots, 2]`, has those of all sites. `plain` is a bool per site: nothing is probed or latched there.
-  Prepared(uintptr_t run, py::object bank, py::object entries, py::object ranges, py::object rows,
+  // Addresses: `run` of a library's `Run`, `derives` of torch's function that says whether gradients are on. gate_state
+  // may be None; the other tables are those of docs/kernels.md, and `ranges`, `[sites, slots, 2]`, has those of all
+  // sites. `plain` is a bool per site: nothing is probed or latched there.
+  Prepared(uintptr_t run, uintptr_t derives, py::object bank, py::object entries, py::object ranges, py::object rows,
            py::object gate_state, py::handle plain)
       : run_(reinterpret_cast<Run>(run)),
+        derives_(reinterpret_cast<bool (*)()>(derives)),
         tensors_(py::make_tuple(bank, entries, ranges, rows, gate_state)),
         torch_(torch()) {
     bank_ = view(bank, "bank");
@@ -51,8 +53,7 @@ class Prepared {
   // Whether the calls below do what is to be done at a site, which must be one: in the thread that made this.
   bool serves(int64_t site) const {
     require(site >= 0 && site < sites_, "site");
-    return plain_[site] && std::this_thread::get_id() == thread_ &&
-           py::reinterpret_steal<py::object>(PyObject_CallNoArgs(torch_.grad.ptr())).is(py::bool_(false));
+    return plain_[site] && std::this_thread::get_id() == thread_ && !derives_();
   }
 
   // `steer` at a site, of x: contiguous, `[..., hidden]`, of exactly as many rows.
@@ -79,7 +80,7 @@ class Prepared {
  private:
   // What is wanted of torch, looked up once.
   struct Torch {
-    py::object tensor, parameter, empty_like, grad;
+    py::object tensor, parameter, empty_like;
     const DLPackExchangeAPI* api;
   };
   // Rows of fewer elements are steered in less time than it takes to let other threads of Python run.
@@ -92,8 +93,7 @@ class Prepared {
       const auto api = tensor.attr("__dlpack_c_exchange_api__").cast<py::capsule>();
       const auto* const table = api.get_pointer<const DLPackExchangeAPI>();
       require(table->header.version.major == DLPACK_MAJOR_VERSION, "torch's DLPack");
-      return new Torch{tensor, module.attr("nn").attr("Parameter"), module.attr("empty_like"),
-                       module.attr("is_grad_enabled"), table};
+      return new Torch{tensor, module.attr("nn").attr("Parameter"), module.attr("empty_like"), table};
     }();
     return *names;
   }
@@ -159,6 +159,7 @@ class Prepared {
   }
 
   Run run_;
+  bool (*derives_)();
   std::vector<bool> plain_;
   std::thread::id thread_ = std::this_thread::get_id();
   int64_t sites_ = 0, rows_ = 0, hidden_ = 0;
@@ -208,7 +209,7 @@ inline PyObject* add_steer_rmsnorm(PyObject* self, PyObject* const* args, Py_ssi
 
 inline void bind_prepared(py::module_& module) {
   py::class_<Prepared> type(module, "Prepared", "See faststeer.ops.prepare.");
-  type.def(py::init<uintptr_t, py::object, py::object, py::object, py::object, py::object, py::handle>());
+  type.def(py::init<uintptr_t, uintptr_t, py::object, py::object, py::object, py::object, py::object, py::handle>());
   static PyMethodDef methods[] = {
       {"steer", reinterpret_cast<PyCFunction>(&steer), METH_FASTCALL, nullptr},
       {"add_steer_rmsnorm", reinterpret_cast<PyCFunction>(&add_steer_rmsnorm), METH_FASTCALL, nullptr}};

@@ -8,7 +8,7 @@ import contextvars
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from threading import get_ident
 from typing import Any
 
@@ -51,7 +51,7 @@ class EnteredContext:
         # A thread that is started inside may get the identifier of one that has ended: its object tells them apart.
         self._before = weakref.WeakSet(threading.enumerate()) - {thread}
         self.others = {each.ident for each in self._before}
-        self._tasks = _other_tasks()
+        self._tasks: Collection[asyncio.Task[Any]] = _other_tasks() or ()
 
     def may_be_other(self) -> bool:
         """Whether `check` may raise: what a pass asks first."""

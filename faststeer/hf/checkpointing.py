@@ -3,6 +3,7 @@ must be steered as it was the first time."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def _following(checkpoint: Callable[..., Any], passes: Passes) -> Callable[..., 
         def within(*args: Any, **kwargs: Any) -> Any:
             nonlocal first
             # What is being trained is read inside, both times; what probes see is kept the first time.
-            with passes.resumed(now.again(first and now.logged)):
+            with passes.resumed(dataclasses.replace(now, logged=first and now.logged)):
                 first = False
                 return function(*args, **kwargs)
 

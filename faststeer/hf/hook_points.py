@@ -129,7 +129,7 @@ def install(
     points: HookPoints,
     steers: Mapping[int, Steer],
     order: int = 0,
-    first: bool = False,
+    steered_forward: Callable[[int, nn.Module], Callable[..., Any]] | None = None,
 ) -> None:
     """Register a function at each of the given sites; it takes the tensor there and returns the one to use instead. A
     function that is registered there already stays so.
@@ -138,20 +138,20 @@ def install(
     states) sees the steered stream; among our own, the one with the lower `order` acts first.
 
     Args:
-        first: no other context of ours was active on the model when this one was entered: module outputs are steered
-            at the end of the modules' forward, in front of all hooks. A module with a hook costs the host some 6
-            microseconds in a step, whatever the hook does.
+        steered_forward: makes for a site and a module a `forward` that steers what the module returns. Given where no
+            other context of ours was active on the model when this one was entered: module outputs are steered by it,
+            in front of all hooks. A module with a hook costs the host some 6 microseconds in a step, whatever the
+            hook does.
     """
     for number, steer in steers.items():
         at, layer = site_name(number, points.n_layers)
-        module = points.layer(model, layer)
+        module, make = points.layer(model, layer), _output_hook
         if at == "resid_pre" and layer == 0:
-            _register(changes, module, steer, _pre_hook, order)
-        elif at in ("resid_pre", "resid_post"):
+            make = _pre_hook
+        elif at == "resid_pre":
             # The tensor that leaves the layer before: steering it there shows it in the captured hidden states too.
-            module = points.layer(model, layer - 1 if at == "resid_pre" else layer)
-            _register(changes, module, steer, _output_hook, order, first)
-        else:
+            module = points.layer(model, layer - 1)
+        elif at != "resid_post":
             points.check(model, at, [layer], "steering")
             path = [module]
             for name in (points.branch(at, layer) or "").split("."):
@@ -159,7 +159,9 @@ def install(
             if any(map(_is_compiled, path)):
                 for inside in path:
                     own_forward(changes, inside)
-            _register(changes, path[-1], steer, _in_place_hook if at == "resid_mid" else _output_hook, order, first)
+            module, make = path[-1], _in_place_hook if at == "resid_mid" else _output_hook
+        instead = functools.partial(steered_forward, number) if steered_forward and make is _output_hook else None
+        _register(changes, module, steer, make, order, instead)
 
 
 def check_points(model: nn.Module, points: HookPoints, plan: Plan) -> None:
@@ -225,14 +227,17 @@ def _register(
     steer: Steer,
     make: Callable[[Steer], Callable[..., Any]],
     order: int,
-    first: bool = False,
+    instead: Callable[[nn.Module], Callable[..., Any]] | None,
 ) -> None:
+    """`instead` makes a `forward` in place of a hook, where the module is as it was."""
     hooks: Any = module._forward_hooks if make is _output_hook else module._forward_pre_hooks
     forward = vars(module).get("forward")
     if any(getattr(each, "faststeer_steer", None) is steer for each in (forward, *hooks.values())):
         return
-    if first and make is _output_hook and forward is None and not any(map(_is_ours, hooks.values())):
-        changes.replace(module, "forward", _steered_forward(module, steer))
+    if instead and forward is None and not any(map(_is_ours, hooks.values())):
+        forward = instead(module)
+        forward.faststeer_steer = steer  # type: ignore[attr-defined]
+        changes.replace(module, "forward", mark_forward(forward))
         return
     hook = make(steer)
     hook.faststeer_steer, hook.faststeer_order = steer, order  # type: ignore[attr-defined]
@@ -266,20 +271,6 @@ def _in_place_hook(steer: Steer) -> Callable[..., Any]:
             x.copy_(steered)
 
     return hook
-
-
-def _steered_forward(module: nn.Module, steer: Steer) -> Callable[..., Any]:
-    """A module's `forward` whose output is steered."""
-
-    @functools.wraps(module.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = type(module).forward(module, *args, **kwargs)
-        if isinstance(output, Tensor):
-            return steer(output)
-        return (steer(output[0]), *output[1:])
-
-    forward.faststeer_steer = steer  # type: ignore[attr-defined]
-    return mark_forward(forward)
 
 
 def _output_hook(steer: Steer) -> Callable[..., Any]:

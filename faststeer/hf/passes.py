@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import cache_in, caches_in
@@ -61,39 +61,42 @@ class Here:
         return self.program.tables(site)._replace(bank=bank, entries=entries, scalars=scalars)
 
 
+@dataclass(eq=False)
 class Pass:
     """A forward pass: `copies` times `batch` x `length` tokens, of which the last `batch` are the steered ones.
 
     Attributes:
         kept: the pass's `logits_to_keep`: layers without keys of their own may take the last so many tokens alone.
+        logged: whether what probes see is kept.
     """
 
-    def __init__(
-        self, plans: RowPlans, rows: Tensor, batch: int, copies: int, stream: Stream, sequences: int, kept: Any
-    ) -> None:
-        self._plans, self._rows, self._batch, self._copies = plans, rows, batch, copies
-        self._stream, self._sequences, self.kept = stream, sequences, kept
-        self.tokens, self.logged = rows.shape[1], True
-        self.here: dict[torch.device, Here] = {}
-        self._last: dict[torch.device, Here] = {}
+    plans: RowPlans
+    rows: Tensor
+    batch: int
+    copies: int
+    stream: Stream
+    sequences: int
+    kept: Any
+    logged: bool = True
 
-    def rows(self, device: torch.device) -> Tensor:
-        """Where the tokens stand, on a device."""
-        return self._rows.to(device)
+    def __post_init__(self) -> None:
+        self.tokens = self.rows.shape[1]
+        self._here: dict[torch.device, Here] = {}
+        self._last: dict[torch.device, Here] = {}
 
     def on(self, device: torch.device) -> Here:
         """What ops are given on a device."""
-        if device not in self.here:
-            program, gates = self._plans.on(device), None
-            if program.latching and (program.positioned or not self._stream.why):
-                gates = self._stream.decisions(program.capacity.entries, self._sequences, device)
-            self.here[device] = Here(program, self.rows(device), gates)
-        return self.here[device]
+        if device not in self._here:
+            program, gates = self.plans.on(device), None
+            if program.latching and (program.positioned or not self.stream.why):
+                gates = self.stream.decisions(program.capacity.entries, self.sequences, device)
+            self._here[device] = Here(program, self.rows.to(device), gates)
+        return self._here[device]
 
     def on_last(self, x: Tensor) -> Here | None:
         """What ops are given for the last `kept` tokens of each row; None if x is something else."""
-        columns = self.tokens // (self._copies * self._batch)
-        if not isinstance(self.kept, int) or not 0 < self.kept < columns or x.shape[:-1] != (self._batch, self.kept):
+        columns = self.tokens // (self.copies * self.batch)
+        if not isinstance(self.kept, int) or not 0 < self.kept < columns or x.shape[:-1] != (self.batch, self.kept):
             return None
         if x.device not in self._last:
             whole = self.on(x.device)
@@ -101,15 +104,9 @@ class Pass:
             self._last[x.device] = Here(whole.program, rows, whole.gates)
         return self._last[x.device]
 
-    def again(self, logged: bool) -> Pass:
-        """The same pass, with nothing read yet of what is being trained."""
-        other = Pass(self._plans, self._rows, self._batch, self._copies, self._stream, self._sequences, self.kept)
-        other.logged = logged
-        return other
-
     def steered(self, probe: Tensor) -> Tensor:
         """`[batch, length, k]` of `[tokens, k]`."""
-        return probe.view(self._copies, self._batch, -1, probe.shape[-1])[-1]
+        return probe.view(self.copies, self.batch, -1, probe.shape[-1])[-1]
 
 
 @dataclass
@@ -125,7 +122,7 @@ class _LastPass:
     version: int
     inference: bool
     shape: torch.Size
-    device: torch.device
+    on_gpu: bool
     cache: weakref.ref[Any]
     prepared: Prepared | None = None
     choice: tuple[str | None] | None = None
@@ -137,12 +134,11 @@ class _LastPass:
             self.version == version
             and ids is not None
             and ids.shape == self.shape
-            and ids.device == self.device
             and cache_in(given) is self.cache() is not None
             and given.get("cu_seq_lens_q") is None
             and given.get("logits_to_keep", 0) is self.now.kept
             and torch.is_inference_mode_enabled() is self.inference
-            and not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+            and not (self.on_gpu and torch.cuda.is_current_stream_capturing())
         )
 
 
@@ -201,7 +197,7 @@ class Passes:
 
     def rows_on(self, device: torch.device) -> Tensor:
         """The rows of the pass under way."""
-        return self._now().rows(device)
+        return self._now().rows.to(device)
 
     def _set(self, now: Pass | None) -> None:
         self._thread.now, self.prepared = now, None
@@ -293,7 +289,7 @@ class Passes:
             thread.opening = None if traced else stream
         elif inputs.ids and not (inputs.packed or inputs.recorded) and self.plans.need_shape_alone(inputs.batch):
             with suppress(TypeError):  # no weak reference to this kind of cache
-                how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device
+                how = version, torch.is_inference_mode_enabled(), given["input_ids"].shape, inputs.device.type == "cuda"
                 thread.last = _LastPass(self._now(), *how, weakref.ref(inputs.cache))
 
     @torch.compiler.disable
@@ -357,6 +353,21 @@ class Passes:
 
         return steer
 
+    def steered_forward(self, site: int, module: nn.Module) -> Callable[..., Any]:
+        """A `forward` for a module that steers at a site what its class's returns."""
+        steer = self.steer(site)
+
+        @functools.wraps(module.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = type(module).forward(module, *args, **kwargs)
+            x = output if isinstance(output, Tensor) else output[0]
+            prepared = None if is_dynamo_compiling() else self.prepared
+            if prepared is None or (steered := prepared.steer(x, site)) is None:
+                steered = steer(x)
+            return steered if x is output else (steered, *output[1:])
+
+        return forward
+
     def _add(self, site: int) -> Add:
         """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
 
@@ -402,49 +413,35 @@ class Passes:
     def _steer_wholly(self, site: int, x: Tensor) -> Tensor:
         if (prepared := self._prepare(x)) is not None and (steered := prepared.steer(x, site)) is not None:
             return steered
-        now, here = self._at(site, x)
-        flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
-        tables, gates = self._latched(here, site, flat, None), here.gates
-        probe = self._probe(here, site, flat)
-        steered = steer_rows(flat, tables, here.rows, gates, probe).view_as(x)
-        self._note(now, site, probe)
-        return steered
+        return self._run(steer_rows, site, x).view_as(x)
 
     def _add_wholly(
         self, site: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
     ) -> tuple[Tensor, Tensor | None]:
         if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
             return self._steer_wholly(site, residual + branch), None
-        prepared, how = self._prepare(branch), None
-        if norm is not None:
-            weight, form = norm
-            how = weight, form.eps, form.weight_offset, form.fp32_weight
-            if prepared is not None and (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
-                return pair[::-1]
-        now, here = self._at(site, branch)
-        flat = branch.reshape(-1, branch.shape[-1])
-        other = residual.reshape_as(flat)
-        tables, gates = self._latched(here, site, flat, other), here.gates
-        probe, normed = self._probe(here, site, flat), None
-        if how is None:
-            hidden = add_steer(flat, other, tables, here.rows, gates, probe)
-        else:
-            normed, hidden = add_steer_rmsnorm(flat, other, *how, tables, here.rows, gates, probe)
-            normed = normed.view_as(branch)
-        self._note(now, site, probe)
-        return hidden.view_as(branch), normed
+        prepared = self._prepare(branch)
+        if norm is None:
+            return self._run(add_steer, site, branch, residual).view_as(branch), None
+        weight, form = norm
+        how = weight, form.eps, form.weight_offset, form.fp32_weight
+        if prepared is not None and (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
+            return pair[::-1]
+        normed, hidden = self._run(add_steer_rmsnorm, site, branch, residual, *how)
+        return hidden.view_as(branch), normed.view_as(branch)
 
-    def _latched(self, here: Here, site: int, flat: Tensor, residual: Tensor | None) -> Tables:
-        """The tables at a site, whose latched gates have decided."""
-        tables = here.tables(site)
-        if here.gates is not None and here.program.latches[site]:
-            latch_(flat, tables, here.rows, here.gates, residual=residual)
-        return tables
-
-    def _probe(self, here: Here, site: int, flat: Tensor) -> Tensor | None:
-        columns = here.program.columns[site]
-        return flat.new_zeros(flat.shape[0], columns, dtype=torch.float32) if columns else None
-
-    def _note(self, now: Pass, site: int, probe: Tensor | None) -> None:
+    def _run(self, op: Callable[..., Any], site: int, x: Tensor, residual: Tensor | None = None, *how: Any) -> Any:
+        """What an op gives of the rows of x at a site, where latched gates decide first and probes are kept."""
+        now, here = self._at(site, x)
+        program, tables = here.program, here.tables(site)
+        flat = (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+        rest = () if residual is None else (residual.reshape_as(flat),)
+        if here.gates is not None and program.latches[site]:
+            latch_(flat, tables, here.rows, here.gates, residual=rest[0] if rest else None)
+        columns, probe = program.columns[site], None
+        if columns:
+            probe = flat.new_zeros(flat.shape[0], columns, dtype=torch.float32)
+        result = op(flat, *rest, *how, tables, here.rows, here.gates, probe)
         if probe is not None and now.logged:
             self.log.add(site, now.steered(probe))
+        return result

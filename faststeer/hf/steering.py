@@ -230,18 +230,17 @@ class Steering(Context["Steering"]):
         """Hook the sites that a loaded plan uses and that have no hook yet. Fused sums have none; a branch's output is
         steered by a hook all the same, as other hooks on its module act before or after it by the order of the
         contexts."""
-        program = self._plans.program
+        program, passes = self._plans.program, self.passes
+        forward = passes.steered_forward if self._first else None
         for site in range(n_sites(self.points.n_layers)):
             fused = not self._why and site % 2 == 0 and site > 0
             if program.depth[site] and not fused and site not in self._hooked:
-                install(
-                    self._changes, self.model, self.points, {site: self.passes.steer(site)}, self._order, self._first
-                )
+                install(self._changes, self.model, self.points, {site: passes.steer(site)}, self._order, forward)
                 self._hooked.add(site)  # afterwards: hooking twice does nothing
-                self.passes.inside += self.points.places(self.model, site)
-                self._changes.on_undo(self.passes.managers.stop)  # before hooks are removed: a pass may be under way
+                passes.inside += self.points.places(self.model, site)
+                self._changes.on_undo(passes.managers.stop)  # before hooks are removed: a pass may be under way
         sizes = f"{program.depth} {program.width} {program.columns} {program.latches}"
-        self.passes.signature = f"{sorted(self._hooked)} {sizes}"
+        passes.signature = f"{sorted(self._hooked)} {sizes}"
 
     # Changing plans
 

@@ -322,8 +322,8 @@ def prepare(
     """
     run = _run_of(_chosen, _kind(bank))
     assert run is not None, "takes_prepared says whether"
-    module, address = run
-    return module.Prepared(address, bank, entries, ranges, rows, gate_state, plain)
+    module, *addresses = run
+    return module.Prepared(*addresses, bank, entries, ranges, rows, gate_state, plain)
 
 
 # Looked up once: the names of torch are too many for a processor's cache, and a pass has some microseconds.
@@ -349,9 +349,9 @@ def takes_prepared(x: Tensor) -> bool:
 
 
 @functools.cache
-def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, int] | None:
-    """The module that has `Prepared`, and the address of what the library of this kind of device runs ops by; None
-    where the back end is none of C++."""
+def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, int, int] | None:
+    """The module that has `Prepared`, and the addresses of what the library of this kind of device runs ops by and of
+    PyTorch's `is_grad_enabled`; None where the back end is none of C++."""
     from faststeer import build
 
     backend = _resolve(chosen, kind)
@@ -362,7 +362,9 @@ def _run_of(chosen: Backend | Literal["auto"] | None, kind: str) -> tuple[Any, i
         _warn_if_unfit("native", build.obstacle("native") or "", "so that calls cost the host more")
         return None
     library = ctypes.CDLL(str(build.library_path(backend)))
-    return module, cast(int, ctypes.cast(library.faststeer_run, ctypes.c_void_p).value)
+    functions = library.faststeer_run, library.aoti_torch_grad_mode_is_enabled  # the second of a library it needs
+    run, derives = (cast(int, ctypes.cast(function, ctypes.c_void_p).value) for function in functions)
+    return module, run, derives
 
 
 def has_tangent(argument: Any) -> bool:

@@ -95,6 +95,33 @@ def test_gradients_go_the_full_way(path, quick):
     assert vector.grad is not None and vector.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_gradients_that_are_switched_on_between_two_layers(path, quick):
+    model, ids, q = models.model("llama"), models.tokens(2, 5), V / V.norm()
+
+    def derivative(steering) -> Tensor:
+        def switch_on(module, args):
+            torch.set_grad_enabled(True)
+            leaves.append(args[0].clone().requires_grad_())
+            return leaves[-1], *args[1:]
+
+        leaves: list[Tensor] = []
+        last = model.model.layers[1]
+        with torch.no_grad(), last.register_forward_pre_hook(switch_on), steering:
+            logits = model(ids).logits
+        return torch.autograd.grad(logits.square().sum(), leaves)[0]
+
+    found = derivative(fs.steer(model, fs.Plan([fs.Ablate(V, layers="all", at="resid_post")]), path=path))
+    assert max(quick, default=0) <= site("resid_post", 0)
+    with model.model.layers[0].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q):
+        by_hand = model.model.layers[1].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q)
+        expected = derivative(by_hand)
+    # Sums in another order, of some hundred terms.
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=100 * torch.finfo(V.dtype).eps * float(expected.abs().max())
+    )
+
+
 def test_a_layer_whose_output_is_not_contiguous_goes_the_full_way(quick, monkeypatch):
     model, ids, plan = models.model("llama"), models.tokens(2, 5), fs.Plan([fs.Add(V, 0.7, layers="all")])
     with torch.no_grad(), fs.steer(model, plan, path="hooks"):
