@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, mark_forward
+from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.steering import Path, Steering
 from faststeer.plan import Plan, Plans
@@ -100,7 +100,7 @@ class Freezing:
             _check_cache(cache_in(given), rows)
             return _halved(run(*_doubled(args, rows), **_doubled(kwargs, rows)))
 
-        changes.replace(owner, "forward", mark_forward(forward))
+        changes.replace(owner, "forward", forward)
         exchange_attention(model, self._attend, points).enter(changes)
 
 

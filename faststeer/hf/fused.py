@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
-from faststeer.hf.hook_points import HookPoints, mark_forward, quiet
+from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import Known, by_name, known_of, parameters
 from faststeer.hf.norms import eps_of, on_trial
 from faststeer.ops import reference
@@ -93,13 +93,13 @@ def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion
     forms = {norms[path]: form for path, form in fusion.forms.items()}
     handover = _Handover()
     for norm in norms.values():
-        changes.replace(norm, "forward", mark_forward(_norm_forward(norm, handover)))
+        changes.replace(norm, "forward", _norm_forward(norm, handover))
     layers = [points.layer(model, i) for i in range(points.n_layers)]
     following = [layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]]
     next_to = zip(layers, [*layers[1:], None], [*following, norms.get(fusion.final_norm)], strict=True)
     for i, (layer, after, next_norm) in enumerate(next_to):
         forward = _layer_forward(layer, i, fusion.shape, after, next_norm, forms, handover, add)
-        changes.replace(layer, "forward", mark_forward(forward))
+        changes.replace(layer, "forward", forward)
 
 
 class _Handover(threading.local):

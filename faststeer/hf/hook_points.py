@@ -202,13 +202,7 @@ def own_forward(changes: Changes, module: nn.Module) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return run(*args, **kwargs)
 
-        changes.replace(module, "forward", mark_forward(forward))
-
-
-def mark_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Say that this `forward` of a module is a context's."""
-    forward.faststeer_forward = True  # type: ignore[attr-defined]
-    return forward
+        changes.replace(module, "forward", forward)
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -237,7 +231,7 @@ def _register(
     if instead and forward is None and not any(map(_is_ours, hooks.values())):
         forward = instead(module)
         forward.faststeer_steer = steer  # type: ignore[attr-defined]
-        changes.replace(module, "forward", mark_forward(forward))
+        changes.replace(module, "forward", forward)
         return
     hook = make(steer)
     hook.faststeer_steer, hook.faststeer_order = steer, order  # type: ignore[attr-defined]
