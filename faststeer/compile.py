@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -94,6 +95,20 @@ def _compile(
     return entries
 
 
+def layer_numbers(layers: Iterable[int] | None, n_layers: int, who: str = "") -> list[int]:
+    """Return layers as numbers from 0, in the order given; None: all. Negative ones count from the end.
+
+    Raises:
+        ValueError: no layer, or one that the model does not have; the text begins with `who`.
+    """
+    given = list(range(n_layers) if layers is None else layers)
+    wrong = [x for x in given if not (isinstance(x, Integral) and -n_layers <= x < n_layers)]
+    if wrong or not given:
+        fault = f"layer {wrong[0]!r} is out of range" if wrong else "no layer is named"
+        raise ValueError(f"{who}{fault}: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)")
+    return [layer % n_layers for layer in given]
+
+
 def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
     """The layers an intervention acts at in a model of `n_layers`, ascending.
 
@@ -112,12 +127,7 @@ def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
         layers = list(range(n_layers))
     else:
         layers = list(intervention.layers)  # type: ignore[arg-type]
-    for layer in layers:
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(
-                f"{name}: layer {layer} is out of range: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)"
-            )
-    layers = sorted(layer % n_layers for layer in layers)
+    layers = sorted(layer_numbers(layers, n_layers, f"{name}: "))
     if len(set(layers)) < len(layers):
         raise ValueError(f"{name}: layers={intervention.layers} names a layer twice: -1 is layer {n_layers - 1}")
     for layer in layers:

@@ -20,6 +20,7 @@ from torch import Tensor
 from faststeer.algebra import random_like
 from faststeer.behaviours.behaviour import Behaviour
 from faststeer.behaviours.job import BehaviourJob, parts_in
+from faststeer.compile import layer_numbers
 from faststeer.evaluate.divergence import kl_on
 from faststeer.evaluate.refusal import refusal_tokens
 from faststeer.evaluate.statistics import PlainFields, Rate
@@ -40,7 +41,6 @@ from faststeer.extract.sweep import (
 from faststeer.extract.unembedding import unembedding
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import Prompt, model_name
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.vector import HookPoint, SteeringVector
 

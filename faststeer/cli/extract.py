@@ -309,8 +309,8 @@ def _one(asked: _Asked, out: Path, dtype: str, device: str, as_json: bool) -> No
 
 def _tried(asked: _Asked, model: Any) -> list[int]:
     """The layers that a selection tries."""
+    from faststeer.compile import layer_numbers
     from faststeer.hf import find_hook_points
-    from faststeer.hf.hook_points import layer_numbers
 
     n_layers = find_hook_points(model).n_layers
     if asked.layers is not None:

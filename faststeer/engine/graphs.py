@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from faststeer.engine.batch import EngineBatch, windows
 from faststeer.engine.sampling import Mode
+from faststeer.hf.changes import own_attribute
 from faststeer.ops import backend_for
 
 aten = torch.ops.aten
@@ -244,8 +245,8 @@ def model_constants(model: Any) -> dict[str, Any]:
                 # Steering's are others each time it is entered, and its fingerprint says what they do: counted alone.
                 value = tuple(hasattr(hook, "faststeer_order") or hook for hook in value.values())
             elif name == "forward":
-                function = getattr(value, "__func__", value)
-                value = None if function is type(module).forward or hasattr(function, "faststeer_forward") else value
+                value = own_attribute(module, name)
+                value = None if getattr(value, "__func__", value) is type(module).forward else value
             elif type(value) not in _ATOMS:
                 value = _plain(value)
             if value is not None and value != ():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.compile import layer_numbers
 from faststeer.extract.contrast import Directions
 from faststeer.extract.dim import Candidates
 from faststeer.extract.reading import check_lengths
@@ -30,7 +31,7 @@ from faststeer.hf.batching import (
     padding_id,
 )
 from faststeer.hf.changes import changing
-from faststeer.hf.hook_points import install, layer_numbers, next_order
+from faststeer.hf.hook_points import install, next_order
 from faststeer.plan import site
 from faststeer.progress import progress_bar
 

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from faststeer import hf
 from faststeer.artefacts import ArtefactStore
+from faststeer.compile import layer_numbers
 from faststeer.evaluate.generate import complete
 from faststeer.evaluate.judging import Judge, check_line, make, signs
 from faststeer.evaluate.statistics import Rate
 from faststeer.extract.contrast import Directions, ace_plan
 from faststeer.extract.dim import Candidates
 from faststeer.hf.batching import Prompt, prompt_sets
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.intervention import Ablate, Add
 from faststeer.plan import Plan
 from faststeer.progress import progress_bar

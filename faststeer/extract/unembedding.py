@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from faststeer.compile import layer_numbers
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import model_name
 from faststeer.hf.encoding import encode_texts
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.norms import final_norm, unembedding_of
 from faststeer.vector import HookPoint, SteeringVector, check_hook_point
 

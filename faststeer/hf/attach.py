@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes, changing
 from faststeer.hf.continuous_batching import COPIED, LEFT
-from faststeer.hf.hook_points import HookPoints, mark_forward
+from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.passes import Passes
 from faststeer.hf.streams import Streams, bind
@@ -162,13 +162,13 @@ def watch_passes(
         passes.end(output)
         return output
 
-    changes.replace(owner, "forward", ours(mark_forward(forward)))
+    changes.replace(owner, "forward", ours(forward))
     changes.replace(owner, "_replicate_for_data_parallel", _refuse_replicas)
     path = points.layers.split(".")[:-1]
     for depth, part in enumerate(path):
         module = model.get_submodule(".".join(path[:depth]))
         noted = _noted(module, part, owner, depth, passes.streams)
-        changes.replace(module, "forward", ours(mark_forward(noted)))
+        changes.replace(module, "forward", ours(noted))
 
 
 def _refuse_replicas() -> None:

@@ -97,7 +97,7 @@ def exchange_attention(model: nn.Module, attend: Attend, points: HookPoints | No
     """
     points = points or find_hook_points(model)
     modules = dict(enumerate(attention_modules(model, points)))
-    return Context(lambda changes: exchange(changes, model, points, modules, attend))
+    return Context(lambda changes: _exchange(changes, model, points, modules, attend))
 
 
 def attention_modules(model: nn.Module, points: HookPoints | None = None) -> tuple[nn.Module, ...]:
@@ -120,9 +120,8 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
         seen.append(names[call.module])
         return call.attend()
 
-    everything = {number: module for number, module in enumerate(names)}
     with quiet(model), changing() as changes:
-        exchange(changes, model, points, everything, note)
+        _exchange(changes, model, points, dict(enumerate(names)), note)
         run_four_tokens(model)
     if sorted(layer for layer, _ in seen) != list(range(points.n_layers)):
         missing = sorted(set(range(points.n_layers)) - {layer for layer, _ in seen})
@@ -134,7 +133,7 @@ def _find(model: nn.Module, points: HookPoints) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(seen))
 
 
-def exchange(
+def _exchange(
     changes: Changes, model: nn.Module, points: HookPoints, modules: Mapping[int, nn.Module], attend: Attend
 ) -> None:
     """Compute the attention of these modules, by layer, by `attend`."""
@@ -143,16 +142,16 @@ def exchange(
             f"the attention of this {type(model).__name__} is exchanged already: leave the other freeze(...), "
             "split(...) or exchange_attention(...) first"
         )
-    # Masks are made from the configuration of the module that runs the layers, attention is chosen by its own.
+    # Masks are made from the configuration of the module that runs the layers, attention is chosen by its own; and
+    # `generate` makes masks for a static cache by the whole model's.
     owners = (points.owner(model), *modules.values())
     found: list[Any] = [module.config for module in owners if hasattr(module, "config")]
-    whole: Any = getattr(model, "config", None)
-    if whole is not None:  # by which `generate` makes masks for a static cache
+    if (whole := getattr(model, "config", None)) is not None:
         found.append(whole.get_text_config())
-    configs = {id(config): config for config in found}
-    names = {id(config): _register(_implementation(model, config._attn_implementation)) for config in configs.values()}
-    for config in configs.values():
-        changes.replace(config, "_attn_implementation_internal", names[id(config)])
+    configs = {id(config): config for config in found}.values()
+    names = [_register(_implementation(model, config._attn_implementation)) for config in configs]
+    for config, name in zip(configs, names, strict=True):
+        changes.replace(config, "_attn_implementation_internal", name)
     for number, module in modules.items():
         changes.on_undo(_exchanged.pop, module, None)
         _exchanged[module] = number, attend
@@ -174,15 +173,7 @@ def _implementation(model: nn.Module, implementation: str | None) -> str:
 
 def _register(implementation: str) -> str:
     """The name of our attention function over this implementation, with its kind of masks."""
-    name = PREFIX + implementation
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, _attention(implementation))
-        masks: Any = AttentionMaskInterface._global_mapping[implementation]
-        AttentionMaskInterface.register(name, masks)
-    return name
 
-
-def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -192,7 +183,12 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
         layer, attend = _exchanged[module]
         return attend(AttentionCall(layer, module, query, key, value, attention_mask, settings, own)), None
 
-    return attention
+    name = PREFIX + implementation
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, attention)
+        masks: Any = AttentionMaskInterface._global_mapping[implementation]
+        AttentionMaskInterface.register(name, masks)
+    return name
 
 
 def _own_function(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -15,7 +15,7 @@ import inspect
 import io
 import weakref
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -48,14 +48,14 @@ class Changes:
         replaced = _Replaced(name, value, vars(owner).get(name, _ABSENT))
         self.on_undo(_put_back, owner, replaced)
         if isinstance(owner, nn.Module):
-            _changed(owner).replaced.append(replaced)
+            _note(owner, replaced)
         vars(owner)[name] = value
 
     def hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
         """Register a forward hook: `register` is a module's `register_forward_hook` or `register_forward_pre_hook`."""
         module: nn.Module = register.__self__  # type: ignore[attr-defined]
         self.on_undo(_unhook, module, hook)
-        _changed(module).hooks.append(hook)
+        _note(module, hook)
         register(hook, **options)
 
     def undo(self) -> None:
@@ -81,36 +81,30 @@ class _Replaced:
     before: object
 
 
-@dataclass
-class _Changed:
-    replaced: list[_Replaced] = field(default_factory=list)
-    hooks: list[Callable[..., Any]] = field(default_factory=list)
+# Attributes that were replaced, and hooks.
+_changed: weakref.WeakKeyDictionary[nn.Module, list[_Replaced | Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
-_changed_modules: weakref.WeakKeyDictionary[nn.Module, _Changed] = weakref.WeakKeyDictionary()
-
-
-def _changed(module: nn.Module) -> _Changed:
-    """The record of a module, which is copied and pickled without what is in it from now on."""
-    record = _changed_modules.setdefault(module, _Changed())
+def _note(module: nn.Module, change: _Replaced | Callable[..., Any]) -> None:
+    """Note a change of a module, which is copied and pickled without it from now on."""
+    _changed.setdefault(module, []).append(change)
     # Copying and pickling look for this on the instance, too.
     vars(module)["__getstate__"] = functools.partial(_state, module)
-    return record
 
 
 def is_changed(module: nn.Module) -> bool:
     """Whether any context has a hook on the module or has replaced an attribute of it."""
-    return module in _changed_modules
+    return module in _changed
 
 
 def own_attribute(module: nn.Module, name: str) -> Any:
     """An attribute in a module's `__dict__` as it is without our contexts; None if there is none."""
-    return _unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
+    return unchanged(module).get(name) if is_changed(module) else vars(module).get(name)
 
 
 def _state(module: nn.Module) -> Any:
     """What a copy or a pickle of a module is made of."""
-    kind, state = type(module), _unchanged(module)
+    kind, state = type(module), unchanged(module)
     own = getattr(kind, "__getstate__", None)
     if own is None or own is getattr(object, "__getstate__", None):
         return state
@@ -119,36 +113,34 @@ def _state(module: nn.Module) -> Any:
     return own(clean)
 
 
-def _unchanged(module: nn.Module) -> dict[str, Any]:
-    """A module's `__dict__` without what contexts have put there."""
-    state, record = dict(vars(module)), _changed_modules.get(module, _Changed())
+def unchanged(module: nn.Module) -> dict[str, Any]:
+    """A copy of a module's `__dict__` without what our contexts have put there."""
+    state, record = dict(vars(module)), _changed.get(module, [])
     state.pop("__getstate__", None)
-    for replaced in reversed(record.replaced):
-        if state.get(replaced.name) is replaced.value:
-            state[replaced.name] = replaced.before
+    for change in reversed(record):
+        if isinstance(change, _Replaced) and state.get(change.name) is change.value:
+            state[change.name] = change.before
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        ours = {key for key, hook in state[name].items() if any(hook is each for each in record.hooks)}
+        ours = {key for key, hook in state[name].items() if any(hook is each for each in record)}
         for options in (key for key in state if key == name or key.startswith(f"{name}_")):
             kept = [(key, value) for key, value in state[options].items() if key not in ours]
             state[options] = type(state[options])(kept)
     return {name: value for name, value in state.items() if value is not _ABSENT}
 
 
-def _forget(module: nn.Module) -> None:
-    """Drop the record of a module that is as it was."""
-    record = _changed_modules.get(module)
-    if record is None or not (record.replaced or record.hooks):
+def _forget(module: nn.Module, change: _Replaced | Callable[..., Any]) -> None:
+    """Drop a change from a module's record, and the record of a module that is as it was."""
+    record = _changed.get(module, [])
+    record[:] = [each for each in record if each is not change]
+    if not record:
         vars(module).pop("__getstate__", None)
-        _changed_modules.pop(module, None)
+        _changed.pop(module, None)
 
 
 class _Exit(io.IOBase):
     """A file's `__exit__` is written in C, ignores its arguments and calls `close()`: here a generator's, in C too."""
 
     generator: Generator[Any, None, None] | None = None
-
-    def __init__(self) -> None:
-        self.close = lambda: None  # type: ignore[method-assign]
 
     def __deepcopy__(self, memo: object) -> _Exit:
         return _Exit()  # a copy is not entered
@@ -241,8 +233,8 @@ def _close_unfinished() -> None:
 def _put_back(owner: object, ours: _Replaced) -> None:
     """Undo `replace`, unless somebody else has replaced the value since: a context of ours that has gets the value
     before to put back."""
-    record = _changed_modules.get(owner) if isinstance(owner, nn.Module) else None
-    later = [each for each in record.replaced if each is not ours and each.before is ours.value] if record else []
+    record = _changed.get(owner, []) if isinstance(owner, nn.Module) else []
+    later = [each for each in record if isinstance(each, _Replaced) and each is not ours and each.before is ours.value]
     if later:
         later[0].before = ours.before
     elif vars(owner).get(ours.name, _ABSENT) is ours.value:
@@ -251,9 +243,7 @@ def _put_back(owner: object, ours: _Replaced) -> None:
         else:
             vars(owner)[ours.name] = ours.before
     if isinstance(owner, nn.Module):
-        if record is not None:
-            record.replaced[:] = [each for each in record.replaced if each is not ours]
-        _forget(owner)
+        _forget(owner, ours)
 
 
 def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -266,6 +256,4 @@ def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
             for option in options:
                 option.pop(key, None)
             hooks.pop(key, None)
-    if module in _changed_modules:
-        _changed_modules[module].hooks[:] = [other for other in _changed_modules[module].hooks if other is not hook]
-    _forget(module)
+    _forget(module, hook)

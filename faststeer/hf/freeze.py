@@ -1,12 +1,8 @@
 """Steering with one half of attention frozen: what of its effect goes through where tokens look (QK), what through what
 they carry (OV).
 
-    with freeze(model, plan, "qk"):
-        model.generate(**batch)
-
-Every row runs twice in each forward pass, unsteered and steered, over the same tokens: the unsteered half gives the
-attention pattern (or the values), the steered half the logits. Both halves have their keys and values in the cache, so
-that a token costs one pass of two rows, whatever came before it; the authors' code recomputes both whole sequences for
+Every row runs twice in each forward pass, unsteered and steered, over the same tokens, with both halves in the cache:
+so a token costs one pass of two rows, whatever came before it. The authors' code recomputes both whole sequences for
 every token. Source: arXiv 2604.08524, section on freezing.
 """
 
@@ -14,17 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from faststeer.hf.attention import AttentionCall, attention_modules, exchange
+from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.cache import cache_in
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, mark_forward
+from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.known import by_name, parameters
 from faststeer.hf.steering import Path, Steering
 from faststeer.plan import Plan, Plans
@@ -47,6 +43,9 @@ def freeze(
 
         "qk": softmax(Q_base K_base^T) V_steered      where the model looks stays, what it moves is steered
         "ov": softmax(Q_steered K_steered^T) V_base   where it looks is steered, what it moves stays
+
+        with freeze(model, plan, "qk"):
+            model.generate(**batch)
 
     Everything else is `steer`: plans for all rows or one per row, changed by `assign`; `model(...)` and
     `model.generate(...)`, greedy or sampled, with any cache, padding on either side, gradients. The model takes and
@@ -79,10 +78,10 @@ class Freezing:
 
     def check_generate(self, model: Any, given: Mapping[str, Any]) -> None:
         """Raise ValueError for beam search."""
-        beams = given.get("num_beams")
-        for config in (given.get("generation_config"), getattr(model, "generation_config", None)):
-            beams = beams if beams is not None else getattr(config, "num_beams", None)
-        if cast(int, beams or 1) > 1:
+        configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+        told = [given.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs)]
+        beams = next((beams for beams in told if beams is not None), 1)
+        if beams > 1:
             raise ValueError(f"num_beams is {beams}: frozen generation is greedy or sampled; set num_beams=1")
 
     def enter(self, changes: Changes, steering: Steering) -> None:
@@ -101,8 +100,8 @@ class Freezing:
             _check_cache(cache_in(given), rows)
             return _halved(run(*_doubled(args, rows), **_doubled(kwargs, rows)))
 
-        changes.replace(owner, "forward", mark_forward(forward))
-        exchange(changes, model, points, dict(enumerate(attention_modules(model, points))), self._attend)
+        changes.replace(owner, "forward", forward)
+        exchange_attention(model, self._attend, points).enter(changes)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,10 @@
-"""Fused layers: residual add, steering and the next RMSNorm in one op.
+"""Fused layers: residual add, steering and the next RMSNorm in one op (`add_steer_rmsnorm`), two ops a layer.
 
-A decoder layer computes `mid = x + attention(norm(x))`, `output = mid + mlp(norm(mid))`. Each of the two sums, the
-steering of what it gives and the norm that reads it next become one op (`add_steer_rmsnorm`): two ops a layer, the
-second of which makes the next layer's input normed. Everything else stays the model's own: a layer still takes and
-returns one tensor, modules are called as modules, with their hooks; only `forward` of the layers and of the norms is
-replaced, on the instances, while patched.
-
-The normed tensor goes from the op to the norm that would have computed it beside the model: a norm that is called with
-the very tensor that the op returned hands it out, and computes anything else itself. So whatever comes between (a hook
-that returns another tensor, another device) costs the fusion and nothing else.
+A decoder layer computes `mid = x + attention(norm(x))`, `output = mid + mlp(norm(mid))`. Only `forward` of the layers
+and of the norms is replaced, on the instances, while patched: a layer still takes and returns one tensor, and modules
+are called as modules, with their hooks. A norm that is called with the very tensor that the op returned (`is`) returns
+the op's normed tensor; otherwise it computes normally. So what comes between (a hook that returns another tensor,
+another device) costs the fusion and nothing else.
 
 No table of architectures: the modules are known by the names that transformers gives them everywhere, a norm by what
 it computes, and the whole by a forward pass that must come out the same bit for bit.
@@ -16,20 +12,19 @@ it computes, and the whole by a forward pass that must come out the same bit for
 
 from __future__ import annotations
 
-import copy
 import threading
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
 from faststeer.hf.changes import Changes, changing, own_attribute
-from faststeer.hf.hook_points import HookPoints, mark_forward, quiet
+from faststeer.hf.hook_points import HookPoints, quiet
 from faststeer.hf.known import Known, by_name, known_of, parameters
+from faststeer.hf.norms import eps_of, on_trial
 from faststeer.ops import reference
 from faststeer.plan import site
 
@@ -42,6 +37,10 @@ class NormForm:
     weight_offset: float
     fp32_weight: bool
     eps_name: str
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What it makes of x, in plain PyTorch."""
+        return reference.rmsnorm(x, weight, self.eps, self.weight_offset, self.fp32_weight)
 
 
 # (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm, given by its
@@ -57,13 +56,12 @@ class CannotFuse(Exception):
     """Why a model's layers cannot be fused."""
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """The modules of a layer, by name: `after_*` stand between a branch and its sum."""
+class _Shape(NamedTuple):
+    """The modules of a layer, by name; "" for none. `after_*` stand between a branch and its sum."""
 
-    input_norm: str | None
+    input_norm: str
     after_attention: tuple[str, ...]
-    mid_norm: str | None
+    mid_norm: str
     after_mlp: tuple[str, ...]
 
 
@@ -71,9 +69,9 @@ class _Shape:
 class Fusion:
     """How a model's layers are fused: found once per model."""
 
-    shapes: tuple[_Shape, ...]
+    shape: _Shape
     forms: Mapping[str, NormForm]  # of each norm, by its path in the model
-    final_norm: str | None
+    final_norm: str  # "" for none
 
 
 def find_fusion(model: nn.Module, points: HookPoints, known: Known | None = None) -> Fusion | str:
@@ -91,22 +89,17 @@ def find_fusion(model: nn.Module, points: HookPoints, known: Known | None = None
 
 def patch(changes: Changes, model: nn.Module, points: HookPoints, fusion: Fusion, add: Callable[[int], Add]) -> None:
     """Fuse the layers: `add(site)` computes the sum at a site."""
-
-    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        changes.replace(module, "forward", types.MethodType(mark_forward(forward), module))
-
-    layers = [points.layer(model, i) for i in range(points.n_layers)]
-    final = model.get_submodule(fusion.final_norm) if fusion.final_norm else None
     norms = {path: model.get_submodule(path) for path in fusion.forms}
     forms = {norms[path]: form for path, form in fusion.forms.items()}
     handover = _Handover()
     for norm in norms.values():
-        replace(norm, _norm_forward(norm, handover))
-    for i, (layer, shape) in enumerate(zip(layers, fusion.shapes, strict=True)):
-        after = layers[i + 1] if i + 1 < len(layers) else None
-        name = fusion.shapes[i + 1].input_norm if after is not None else None
-        following = final if after is None else after.get_submodule(name) if name else None
-        replace(layer, _layer_forward(layer, i, shape, after, following, forms, handover, add))
+        changes.replace(norm, "forward", _norm_forward(norm, handover))
+    layers = [points.layer(model, i) for i in range(points.n_layers)]
+    following = [layer._modules.get(fusion.shape.input_norm) for layer in layers[1:]]
+    next_to = zip(layers, [*layers[1:], None], [*following, norms.get(fusion.final_norm)], strict=True)
+    for i, (layer, after, next_norm) in enumerate(next_to):
+        forward = _layer_forward(layer, i, fusion.shape, after, next_norm, forms, handover, add)
+        changes.replace(layer, "forward", forward)
 
 
 class _Handover(threading.local):
@@ -116,18 +109,14 @@ class _Handover(threading.local):
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None
 
-    def take(self, hidden: Tensor) -> Tensor | None:
-        given, normed = self.hidden, self.normed
-        self.hidden = self.normed = None
-        return normed if given is hidden else None
-
 
 def _norm_forward(norm: nn.Module, handover: _Handover) -> Callable[..., Tensor]:
     own = type(norm).forward
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        normed = handover.take(x)
-        return own(self, x) if normed is None else normed
+    def forward(x: Tensor) -> Tensor:
+        hidden, normed = handover.hidden, handover.normed
+        handover.hidden = handover.normed = None
+        return own(norm, x) if normed is None or hidden is not x else normed
 
     return forward
 
@@ -148,9 +137,7 @@ def _layer_forward(
     # Looked up in every pass, where a module that was replaced since is seen, but not by nn.Module's slow way.
     modules, own_hooks = layer._modules, layer._forward_hooks
     next_hooks: Mapping[int, Any] = {} if after is None else after._forward_pre_hooks
-    input_norm, mid_norm, after_attention, after_mlp = (
-        shape.input_norm or "", shape.mid_norm or "", shape.after_attention, shape.after_mlp
-    )  # fmt: skip
+    input_norm, after_attention, mid_norm, after_mlp = shape
 
     def sum_into(add: Add, branch: Tensor, residual: Tensor, norm: Any) -> Tensor:
         form = None if norm is None or norm._forward_pre_hooks else forms.get(norm)
@@ -161,8 +148,8 @@ def _layer_forward(
         handover.hidden = hidden
         return hidden
 
-    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and getattr(self, "gradient_checkpointing", False):
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise RuntimeError(
                 "gradient checkpointing was switched on inside steer(...): enter steer(...) after "
                 "gradient_checkpointing_enable()"
@@ -201,7 +188,10 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
     if not points.uniform:
         raise CannotFuse("not every layer is seen to be its input, attention and an MLP, by the same names")
     layers = [points.layer(model, i) for i in range(points.n_layers)]
-    shapes = tuple(_shape(layer) for layer in layers)
+    shapes = {_shape(layer) for layer in layers}
+    if len(shapes) > 1:
+        raise CannotFuse("the layers are not made of the same modules")
+    shape = shapes.pop()
     for layer in layers:
         if own_attribute(layer, "forward") is not None:
             raise CannotFuse("a layer's forward is replaced already (accelerate does so where it moves weights)")
@@ -210,18 +200,15 @@ def _find(model: nn.Module, points: HookPoints) -> Fusion:
                 f"{quantising} quantises what it is given, so that a norm that sums in another order would move its "
                 "output by more than rounding"
             )
-    forms = {}
-    for i, shape in enumerate(shapes):
-        for name in (shape.input_norm, shape.mid_norm):
-            if name is not None:
-                path = f"{points.layers}.{i}.{name}"
-                forms[path] = _form(model.get_submodule(path), path)
+    names = [name for name in (shape.input_norm, shape.mid_norm) if name]
+    paths = [f"{points.layers}.{i}.{name}" for i in range(points.n_layers) for name in names]
+    forms = {path: _form(model.get_submodule(path), path) for path in paths}
     final = f"{points.layers.rpartition('.')[0]}.norm".lstrip(".")
     try:
         forms[final] = _form(model.get_submodule(final), final)
     except (AttributeError, CannotFuse):
         final = ""
-    fusion = Fusion(shapes, forms, final or None)
+    fusion = Fusion(shape, forms, final)
     _confirm(model, points, fusion)
     return fusion
 
@@ -253,60 +240,39 @@ def _shape(layer: nn.Module) -> _Shape:
     pre, sandwich = "input_layernorm" in has, "pre_feedforward_layernorm" in has
     after_attention = [] if pre and not sandwich else ["post_attention_layernorm"]
     return _Shape(
-        input_norm="input_layernorm" if pre else None,
+        input_norm="input_layernorm" if pre else "",
         after_attention=(*after_attention, *sorted(has & {"resid_attn_dropout"})),
-        mid_norm="pre_feedforward_layernorm" if sandwich else "post_attention_layernorm" if pre else None,
+        mid_norm="pre_feedforward_layernorm" if sandwich else "post_attention_layernorm" if pre else "",
         after_mlp=(*sorted(has & {"post_feedforward_layernorm"}), *sorted(has & {"resid_mlp_dropout"})),
     )
 
 
 def _form(norm: nn.Module, path: str) -> NormForm:
-    """What an RMSNorm computes, found by comparing with the formulas bit for bit, on copies with another weight (at its
-    first value two of them are the same), in bf16 too (in fp32 two are the same, and a model may be cast later)."""
-    name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
-    eps, weight = getattr(norm, name, None), getattr(norm, "weight", None)
-    if (
-        own_attribute(norm, "forward") is not None
-        or not isinstance(eps, float)
-        or not isinstance(weight, Tensor)
-        or weight.is_meta
-    ):
+    """What an RMSNorm computes, found by comparing with the formulas bit for bit; in bf16 too, as in fp32 two are the
+    same, and a model may be cast later."""
+    (name, eps), weight = eps_of(norm), getattr(norm, "weight", None)
+    if own_attribute(norm, "forward") is not None or eps is None or not isinstance(weight, Tensor) or weight.is_meta:
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
-    trials = {dtype: copy.deepcopy(norm).to(dtype) for dtype in (weight.dtype, torch.bfloat16)}
-    generator = torch.Generator().manual_seed(0)
-    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator) for shape in ((), (7,)))
     with torch.no_grad():
+        dtypes = (weight.dtype, torch.bfloat16)
+        trials = [on_trial(norm, weight.shape[-1], dtype, weight.device) for dtype in dtypes]
         for rounding in ((0.0, False), (1.0, True), (0.0, True)):
             form = NormForm(eps, *rounding, name)
-            if all(_computes(trial, form, values, 3 * rows) for trial in trials.values()):
+            if all(torch.equal(form.normed(x, trial.weight), trial(x)) for trial, x in trials):
                 return form
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
 
 
-def _computes(trial: Any, form: NormForm, values: Tensor, rows: Tensor) -> bool:
-    """Whether a norm, whose weight and hooks are overwritten, computes this form."""
-    trial._forward_hooks.clear()
-    trial._forward_pre_hooks.clear()
-    x = rows.to(trial.weight.copy_(values))
-    normed = reference.rmsnorm(x, trial.weight, form.eps, form.weight_offset, form.fp32_weight)
-    return torch.equal(normed, trial(x))
-
-
-def _add_unsteered(
-    branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
-) -> tuple[Tensor, Tensor | None]:
-    hidden = residual + branch
-    if norm is None:
-        return hidden, None
-    weight, form = norm
-    return hidden, reference.rmsnorm(hidden, weight, form.eps, form.weight_offset, form.fp32_weight)
-
-
 def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
     """Fused and unfused must give the same bits."""
+
+    def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
+        hidden = residual + branch
+        return hidden, None if norm is None else norm[1].normed(hidden, norm[0])
+
     own = run_four_tokens(model)
     with changing() as changes:
-        patch(changes, model, points, fusion, lambda site: _add_unsteered)
+        patch(changes, model, points, fusion, lambda site: add)
         try:
             fused = run_four_tokens(model)
         except WRONG_CALL as error:

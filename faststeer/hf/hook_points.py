@@ -6,14 +6,13 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from faststeer.compile import hook_points, resolve_layers
-from faststeer.hf.changes import Changes, Context, own_attribute
+from faststeer.hf.changes import Changes, Context, is_changed, own_attribute, unchanged
 from faststeer.plan import Plan, site_name
 from faststeer.vector import HOOK_POINTS, SteeringVector
 
@@ -37,15 +36,13 @@ class HookPoints:
         mlp_out: the same for the MLP.
         resid_mid: module inside a layer whose input is the residual stream between attention and MLP, such as
             "post_attention_layernorm"; None where there is no such tensor (attention and MLP in parallel).
-        n_layers, hidden_size: filled in by `find_hook_points`.
+        n_layers, hidden_size: these and what follows are filled in by `find_hook_points`.
         streams: residual streams of each token, `(in front of the batch, behind the tokens)`: (4, 1) for hidden states
-            `[4, batch, tokens, hidden]`. Filled in by `find_hook_points`.
-        loops: how often a layer runs in a forward pass, at most; it is steered each time. Filled in by
-            `find_hook_points`.
-        missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered. Filled in by
-            `find_hook_points`.
+            `[4, batch, tokens, hidden]`.
+        loops: how often a layer runs in a forward pass, at most; it is steered each time.
+        missing: `(hook point, layer)` of each `resid_pre` and `resid_post` that cannot be steered.
         mixed: whether a row's hidden states depend on the other rows of its batch, as where activations are quantised
-            over the whole batch; one plan for all rows then. Filled in by `find_hook_points`.
+            over the whole batch; one plan for all rows then.
     """
 
     layers: str
@@ -90,14 +87,10 @@ class HookPoints:
     @property
     def uniform(self) -> bool:
         """Whether all layers have `attn_out` and `mlp_out`, each by one name, and one row of the stream per token."""
-        one_name = isinstance(self.attn_out, str) and isinstance(self.mlp_out, str)
-        return (
-            one_name
-            and not isinstance(self.resid_mid, tuple)
-            and self.streams == (1, 1)
-            and self.loops == 1
-            and not self.missing
+        named = (
+            isinstance(self.attn_out, str) and isinstance(self.mlp_out, str) and not isinstance(self.resid_mid, tuple)
         )
+        return named and self.streams == (1, 1) and self.loops == 1 and not self.missing
 
     def check_uniform(self, model: nn.Module, who: str) -> None:
         """Raise ValueError unless all layers are alike, for what needs attention and MLP of each."""
@@ -128,20 +121,6 @@ class HookPoints:
             f"{who} at {at} of layer {lacking}, which that layer of {type(model).__name__} does not have: it has "
             f"{', '.join(own) or 'none'}; {where}"
         )
-
-
-def layer_numbers(layers: Iterable[int] | None, n_layers: int) -> list[int]:
-    """Return layers as numbers from 0, in the order given; None: all. Negative ones count from the end.
-
-    Raises:
-        ValueError: no layer, or one that the model does not have.
-    """
-    given = list(range(n_layers) if layers is None else layers)
-    wrong = [x for x in given if not (isinstance(x, Integral) and -n_layers <= x < n_layers)]
-    if wrong or not given:
-        fault = f"layer {wrong[0]!r} is out of range" if wrong else "no layer is named"
-        raise ValueError(f"{fault}: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)")
-    return [layer % n_layers for layer in given]
 
 
 def install(
@@ -223,13 +202,7 @@ def own_forward(changes: Changes, module: nn.Module) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return run(*args, **kwargs)
 
-        changes.replace(module, "forward", mark_forward(forward))
-
-
-def mark_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Say that this `forward` of a module is a context's."""
-    forward.faststeer_forward = True  # type: ignore[attr-defined]
-    return forward
+        changes.replace(module, "forward", forward)
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -258,7 +231,7 @@ def _register(
     if instead and forward is None and not any(map(_is_ours, hooks.values())):
         forward = instead(module)
         forward.faststeer_steer = steer  # type: ignore[attr-defined]
-        changes.replace(module, "forward", mark_forward(forward))
+        changes.replace(module, "forward", forward)
         return
     hook = make(steer)
     hook.faststeer_steer, hook.faststeer_order = steer, order  # type: ignore[attr-defined]
@@ -322,36 +295,15 @@ def first_output(output: Any) -> Tensor:
 
 
 def quiet(model: nn.Module) -> Context[None]:
-    """Evaluation mode without gradients, compiled code, and our own hooks and fused layers; all restored after."""
+    """Evaluation mode without gradients, compiled code, and what our contexts have put there; all restored after."""
 
     def enter(changes: Changes) -> None:
-        training = {module: module.training for module in model.modules()}
-        dicts = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        ours = [(hooks, list(hooks.items())) for hooks in dicts if any(map(_is_ours, hooks.values()))]
-        replaced: dict[nn.Module, Any] = {module: vars(module).get("forward") for module in model.modules()}
-        forwards = {m: forward for m, forward in replaced.items() if hasattr(forward, "faststeer_forward")}
-
-        def restore() -> None:
-            for module, forward in forwards.items():
-                module.forward = forward
-            for hooks, items in ours:
-                hooks.clear()
-                hooks.update(items)
-            for module, mode in training.items():
-                module.training = mode
-
         changes.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
-        changes.on_undo(restore)
-        for hooks, items in ours:
-            for key, hook in items:
-                if _is_ours(hook):
-                    del hooks[key]
-        for module in forwards:
-            if (own := own_attribute(module, "forward")) is None:
-                del module.forward
-            else:
-                module.forward = own
         for module in model.modules():
+            changes.on_undo(setattr, module, "training", module.training)
+            if is_changed(module):
+                changes.on_undo(_act, module, vars(module).copy())
+                _act(module, unchanged(module))
             if module._compiled_call_impl is not None:  # its graphs do not see hooks that come and go
                 changes.replace(module, "_compiled_call_impl", None)
             if (plain := _uncompiled(module)) is not None:
@@ -360,6 +312,15 @@ def quiet(model: nn.Module) -> Context[None]:
         torch.set_grad_enabled(False)
 
     return Context(enter)
+
+
+def _act(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module the hooks and the `forward` of its own that another state of it has."""
+    for name in ("_forward_pre_hooks", "_forward_hooks", "forward"):
+        if name in state:
+            vars(module)[name] = state[name]
+        else:
+            vars(module).pop(name, None)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

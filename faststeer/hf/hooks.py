@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faststeer.compile import hook_points
+from faststeer.compile import hook_points, layer_numbers
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.changes import Changes, Context
-from faststeer.hf.hook_points import first_tensor, install, layer_numbers, next_order, own_forward
+from faststeer.hf.hook_points import first_tensor, install, next_order, own_forward
 from faststeer.intervention import Intervention
 from faststeer.ops import steer
 from faststeer.plan import Plan, site

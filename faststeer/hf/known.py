@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,6 +18,7 @@ T = TypeVar("T")
 _by_model: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 
 
+@dataclass
 class Known:
     """What was found out about a model, by name; none of it may hold the model.
 
@@ -24,20 +26,14 @@ class Known:
         structure: of the model, while this is true of it.
     """
 
-    def __init__(self, structure: Any) -> None:
-        self.structure = structure
-        self._findings: dict[str, Any] = {}
+    structure: Any
+    findings: dict[str, Any] = field(default_factory=dict)
 
     def get(self, what: str, find: Callable[[], T]) -> T:
         """A finding, by `find()` the first time."""
-        if what not in self._findings:
-            self._findings[what] = find()
-        return self._findings[what]
-
-    def begin(self, what: str, finding: T) -> T:
-        """Keep a finding that all others depend on: they are found anew."""
-        self._findings = {what: finding}
-        return finding
+        if what not in self.findings:
+            self.findings[what] = find()
+        return self.findings[what]
 
 
 def known_of(model: nn.Module) -> Known:
@@ -70,8 +66,7 @@ def structure(model: nn.Module) -> Any:
         kind, children, own = type(module), module._modules, vars(module)
         eps = own.get("variance_epsilon", own.get("eps"))
         eps = eps if isinstance(eps, float) else None
-        found.append(
-            (weakref.ref(module), id(own_attribute(module, "forward")), kind, id(kind.forward), eps, *children)
-        )
+        forwards = id(own_attribute(module, "forward")), id(kind.forward)
+        found.append((weakref.ref(module), kind, *forwards, eps, *children))
         rest += [child for child in children.values() if child is not None]
     return found

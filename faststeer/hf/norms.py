@@ -43,15 +43,15 @@ class Norm:
     def linear(self, holder: nn.Module, x: Tensor) -> Tensor:
         """C x * w: what the norm does to x, without the scale that the whole stream gives it. `[..., hidden]`, in fp32
         or better. `holder`: what `path` is a path in."""
-        weight = getattr(holder.get_submodule(self.path), "weight", None)
-        x = self._centre(wide(x))
-        return x if weight is None else x * (self.weight_offset + wide(weight)).to(x)
+        return self._weighted(holder, self._centre(wide(x)))
 
     def transposed(self, holder: nn.Module, u: Tensor) -> Tensor:
         """C (w * u): the direction of x along which u . linear(x) rises fastest. `[..., hidden]`, as `linear`."""
+        return self._centre(self._weighted(holder, wide(u)))
+
+    def _weighted(self, holder: nn.Module, x: Tensor) -> Tensor:
         weight = getattr(holder.get_submodule(self.path), "weight", None)
-        u = wide(u)
-        return self._centre(u if weight is None else (self.weight_offset + wide(weight)).to(u) * u)
+        return x if weight is None else x * (self.weight_offset + wide(weight)).to(x)
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -60,7 +60,8 @@ class Norm:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has what a norm has: no children, a weight per feature or none, and an eps."""
     weight = getattr(module, "weight", None)
-    return next(module.children(), None) is None and (weight is None or weight.ndim == 1) and _eps(module) is not None
+    flat = weight is None or weight.ndim == 1
+    return flat and next(module.children(), None) is None and eps_of(module)[1] is not None
 
 
 def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
@@ -73,19 +74,9 @@ def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
     module = holder.get_submodule(path)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise NotSeen(f"{path} is on the meta device and holds no values: load the model into memory")
-    generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(module).to("cpu", torch.float32).eval()
-    trial._forward_hooks.clear()
-    trial._forward_pre_hooks.clear()
-    weight: Any = getattr(trial, "weight", None)
-    x = 3 * torch.randn(7, size, generator=generator) + 0.5
     with torch.no_grad():
-        if weight is not None:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
-        if (bias := getattr(trial, "bias", None)) is not None:
-            bias.zero_()
-        expected = trial(x)
-        eps = _eps(module)
+        trial, x = on_trial(module, size, torch.float32, torch.device("cpu"))
+        expected, eps = trial(x), eps_of(module)[1]
         for centred in (False, True):
             for offset in (0.0, 1.0):
                 norm = Norm("", _eps_felt(trial, x, centred) if eps is None else eps, centred, offset)
@@ -93,6 +84,20 @@ def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
                 if made.shape == expected.shape and torch.allclose(made, expected, rtol=1e-5, atol=1e-5):
                     return dataclasses.replace(norm, path=path)
     raise NotSeen(f"{path} is a {type(module).__name__}, neither RMSNorm nor LayerNorm")
+
+
+def on_trial(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensor]:
+    """A copy of a norm without hooks and bias, with a random weight (at its first value two formulas are the same), and
+    rows `[7, size]` to compare them on."""
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.deepcopy(norm).to(device, dtype).eval()
+    trial._forward_hooks.clear()
+    trial._forward_pre_hooks.clear()
+    if (weight := getattr(trial, "weight", None)) is not None:
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    if (bias := getattr(trial, "bias", None)) is not None:
+        bias.zero_()
+    return trial, (3 * torch.randn(7, size, generator=generator) + 0.5).to(device, dtype)
 
 
 def final_norm(model: nn.Module) -> Norm | None:
@@ -121,36 +126,33 @@ def unembedding_of(model: Any) -> nn.Module:
 
 def _final_norm(model: nn.Module) -> Norm | None:
     points, head = find_hook_points(model), unembedding_of(model)
-    last = f"{points.layers}.{points.n_layers - 1}"
-    outside = [name for name, _ in model.named_modules() if name and not f"{name}.".startswith(f"{points.layers}.")]
     with quiet(model):
-        calls = watch(model, [last, *outside])
-    end = calls[last].sent
-    read = next((calls[name].received for name in calls if model.get_submodule(name) is head), None)
+        calls = watch(model)
+    end = calls[f"{points.layers}.{points.n_layers - 1}"].sent
+    read = next((call.received for name, call in calls.items() if model.get_submodule(name) is head), None)
     if read is None:
         raise ValueError(f"a forward pass of {type(model).__name__} does not reach its output embedding")
     if torch.equal(read, end):
         return None
-    for name in outside:
-        call = calls.get(name)
-        if call is not None and torch.equal(call.received, end) and torch.equal(call.sent, read):
+    for name, call in calls.items():
+        if torch.equal(call.received, end) and torch.equal(call.sent, read):
             try:
                 return norm_form(model, name, points.hidden_size)
             except NotSeen as error:
-                raise ValueError(
-                    f"{type(model).__name__}: {error}, between the last layer and the unembedding"
-                ) from error
+                what = f"{type(model).__name__}: {error}, between the last layer and the unembedding"
+                raise ValueError(what) from error
     raise ValueError(
         f"{type(model).__name__} has something else than one norm between its last layer and its unembedding, which "
         "does not read the residual stream through that norm alone"
     )
 
 
-def _eps(module: nn.Module) -> float | None:
+def eps_of(module: nn.Module) -> tuple[str, float | None]:
+    """What a norm calls its eps, and its value; None if it has none."""
     for name in ("variance_epsilon", "eps"):
         if isinstance(eps := getattr(module, name, None), float):
-            return eps
-    return None
+            return name, eps
+    return "", None
 
 
 def _eps_felt(norm: nn.Module, x: Tensor, centred: bool) -> float:

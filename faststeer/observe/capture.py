@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from faststeer import tensor_files
 from faststeer.artefacts import ArtefactStore, fingerprint
+from faststeer.compile import layer_numbers
 from faststeer.evaluate.generate import HuggingFace
 from faststeer.files import FormatError, reading, write_atomically
 from faststeer.generator import SamplingParams
@@ -33,7 +34,6 @@ from faststeer.hf.batching import (
     pad_rows,
     padding_id,
 )
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.steering import Steering, steer
 from faststeer.intervention import Positions, position_range

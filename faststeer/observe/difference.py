@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import layer_numbers
 from faststeer.evaluate.divergence import kl_divergence
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.batching import (
@@ -25,7 +26,6 @@ from faststeer.hf.batching import (
     pad_rows,
     padding_id,
 )
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.hooks import read
 from faststeer.hf.norms import wide
 from faststeer.hf.steering import steer

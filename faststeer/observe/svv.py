@@ -19,10 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from faststeer.compile import layer_numbers
 from faststeer.hf.anatomy import find_hook_points
 from faststeer.hf.attention import AttentionCall, exchange_attention
 from faststeer.hf.changes import Changes
-from faststeer.hf.hook_points import HookPoints, first_tensor, layer_numbers, with_first
+from faststeer.hf.hook_points import HookPoints, first_tensor, with_first
 from faststeer.hf.hooks import read
 from faststeer.hf.norms import wide
 from faststeer.hf.steering import Path, Steering

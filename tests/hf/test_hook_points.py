@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import models
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import faststeer as fs
 from faststeer.hf import find_hook_points, read
+from faststeer.hf.hook_points import quiet
 
 ALL = pytest.mark.parametrize("name", models.ARCHITECTURES)
 SEQUENTIAL = pytest.mark.parametrize("name", [name for name in models.ARCHITECTURES if name not in models.PARALLEL])
@@ -175,6 +177,20 @@ def test_one_layer():
     assert find_hook_points(models.build("llama", num_hidden_layers=1)).n_layers == 1
 
 
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_quiet_shows_the_model_without_our_contexts(path):
+    """And with the hooks of others, in evaluation mode; behind it all is as before."""
+    model, ids = models.build("llama").train(), models.tokens(1, 5)
+    model.lm_head.register_forward_hook(lambda _module, _args, output: 2 * output)
+    plain = model.eval()(ids).logits
+    with fs.steer(model.train(), fs.Add(models.direction(), 3.0, layers="all"), path=path), read(model):
+        before, steered = hooks_of(model), model(ids).logits
+        with quiet(model):
+            assert torch.equal(model(ids).logits, plain) and not model.training and not torch.is_grad_enabled()
+        assert hooks_of(model) == before and torch.equal(model(ids).logits, steered)
+    assert not torch.equal(steered, plain)
+
+
 def test_the_base_model_alone():
     model, ids = models.model("llama"), models.tokens(2, 5)
     assert find_hook_points(model.model).layers == "layers"
@@ -316,11 +332,15 @@ class TestRefused:
     def test_no_values(self):
         self.check(models.build("llama").to("meta"), "LlamaForCausalLM is on the meta device and holds no values")
 
-    def test_states_that_are_not_finite(self):
-        model = models.build("llama")
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("layer", [0, 1, 2])
+    def test_states_that_are_not_finite(self, layer, value):
+        model = models.build("llama", num_hidden_layers=3)
         with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-        self.check(model, r"LlamaForCausalLM: model\.layers\.1 gives NaN or infinity.*bfloat16 or float32")
+            model.model.layers[layer].mlp.down_proj.weight[0, 0] = value
+        message = rf"LlamaForCausalLM: model\.layers\.{layer} gives NaN or infinity.*bfloat16 or float32"
+        self.check(model, message)
+        self.check(model, message, fs.HookPoints("model.layers"))
 
     def test_lists_of_parts_are_no_layers(self):
         """As in XLM: a list of attentions and a list of MLPs."""
@@ -427,6 +447,24 @@ class TestRefused:
             "resid_mid": "post_attention_layernorm",
         }
         self.check(models.build("llama"), "LlamaForCausalLM", fs.HookPoints(**(right | wrong)))
+
+    def test_layers_that_have_two_names(self):
+        """Whichever is given, the points are those by the name that is found first."""
+        model = Own()
+        model.register_module("also", model.stack)
+        found = find_hook_points(Own())
+        assert find_hook_points(model, dataclasses.replace(BY_HAND, layers="also")) == found
+        assert find_hook_points(model, BY_HAND) == found
+
+    def test_a_branch_that_runs_twice_and_one_of_another_size(self):
+        class Twice(Block):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + 0 * self.mix(x)
+
+        what = r"layer 0 does not move its output as it should: each must run once .* of the residual stream's size"
+        self.check(Own(Twice), what, BY_HAND)
+        wide = {"attn_out": "self_attn", "mlp_out": "mlp.up_proj", "resid_mid": "post_attention_layernorm"}
+        self.check(models.build("llama"), what, fs.HookPoints("model.layers", **wide))
 
     def test_right_names(self):
         right = fs.HookPoints(

@@ -35,11 +35,11 @@ from faststeer.behaviours.search.record import (
 )
 from faststeer.behaviours.search.settings import Budget, SearchSettings
 from faststeer.behaviours.search.space import Space
+from faststeer.compile import layer_numbers
 from faststeer.extras import needed_for
 from faststeer.files import FormatError, write_atomically
 from faststeer.hf import find_hook_points
 from faststeer.hf.batching import check_evaluating, model_name
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.hf.prompts import post_instruction_positions
 from faststeer.plan import Plan
 from faststeer.progress import progress_bar

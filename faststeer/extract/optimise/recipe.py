@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faststeer.compile import layer_numbers
 from faststeer.extract.optimise.objectives import Objective, check_not_negative, is_number
-from faststeer.hf.hook_points import layer_numbers
 from faststeer.intervention import Add, Positions
 from faststeer.vector import HookPoint, check_hook_point
 
