@@ -28,24 +28,26 @@ from faststeer.hf.norms import eps_of, on_trial
 from faststeer.ops import reference
 from faststeer.plan import site
 
+# An RMSNorm as `add_steer_rmsnorm` takes it: weight, eps, weight_offset, fp32_weight.
+RmsNorm = tuple[Tensor, float, float, bool]
+
+# (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm makes of it, or
+# None where there is none to compute.
+Add = Callable[[Tensor, Tensor, RmsNorm | None], tuple[Tensor, Tensor | None]]
+
 
 @dataclass(frozen=True)
 class NormForm:
-    """How an RMSNorm computes: the arguments of `add_steer_rmsnorm` besides the weight; and its name for eps."""
+    """How an RMSNorm computes, and its name for eps."""
 
     eps: float
     weight_offset: float
     fp32_weight: bool
     eps_name: str
 
-    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What it makes of x, in plain PyTorch."""
-        return reference.rmsnorm(x, weight, self.eps, self.weight_offset, self.fp32_weight)
-
-
-# (branch, residual, norm) -> (hidden, normed): residual + branch, steered at a site, and what the norm, given by its
-# weight and form, makes of it; None where there is no norm to compute.
-Add = Callable[[Tensor, Tensor, tuple[Tensor, NormForm] | None], tuple[Tensor, Tensor | None]]
+    def of(self, weight: Tensor) -> RmsNorm:
+        """The norm with this weight."""
+        return weight, self.eps, self.weight_offset, self.fp32_weight
 
 
 # What modules raise that are not called as they expect; not what a signal handler may raise.
@@ -144,7 +146,7 @@ def _layer_forward(
         weight = None if form is None else norm._parameters.get("weight")
         if form is None or weight is None or weight.device != branch.device or getattr(norm, form.eps_name) != form.eps:
             return add(branch, residual, None)[0]
-        hidden, handover.normed = add(branch, residual, (weight, form))
+        hidden, handover.normed = add(branch, residual, form.of(weight))
         handover.hidden = hidden
         return hidden
 
@@ -258,7 +260,7 @@ def _form(norm: nn.Module, path: str) -> NormForm:
         trials = [on_trial(norm, weight.shape[-1], dtype, weight.device) for dtype in dtypes]
         for rounding in ((0.0, False), (1.0, True), (0.0, True)):
             form = NormForm(eps, *rounding, name)
-            if all(torch.equal(form.normed(x, trial.weight), trial(x)) for trial, x in trials):
+            if all(torch.equal(reference.rmsnorm(x, *form.of(trial.weight)), trial(x)) for trial, x in trials):
                 return form
     raise CannotFuse(f"{path} is a {type(norm).__name__}, which is no RMSNorm that the op computes")
 
@@ -266,9 +268,9 @@ def _form(norm: nn.Module, path: str) -> NormForm:
 def _confirm(model: nn.Module, points: HookPoints, fusion: Fusion) -> None:
     """Fused and unfused must give the same bits."""
 
-    def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
+    def add(branch: Tensor, residual: Tensor, norm: RmsNorm | None) -> tuple[Tensor, Tensor | None]:
         hidden = residual + branch
-        return hidden, None if norm is None else norm[1].normed(hidden, norm[0])
+        return hidden, None if norm is None else reference.rmsnorm(hidden, *norm)
 
     own = run_four_tokens(model)
     with changing() as changes:

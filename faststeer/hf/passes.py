@@ -18,7 +18,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from faststeer.hf.cache import cache_in, caches_in
 from faststeer.hf.continuous_batching import PROBED, Managers
-from faststeer.hf.fused import Add, NormForm
+from faststeer.hf.fused import Add, RmsNorm
 from faststeer.hf.positions import Inputs, Stream
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
@@ -371,13 +371,12 @@ class Passes:
     def _add(self, site: int) -> Add:
         """The function that adds a branch to the residual stream, steers the sum and makes the next norm of it."""
 
-        def add(branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None) -> tuple[Tensor, Tensor | None]:
-            prepared = None if is_dynamo_compiling() else self.prepared
+        def add(branch: Tensor, residual: Tensor, norm: RmsNorm | None) -> tuple[Tensor, Tensor | None]:
+            prepared, pair = None if is_dynamo_compiling() else self.prepared, None
             if prepared is not None and norm is not None:
-                weight, form = norm
-                how = weight, form.eps, form.weight_offset, form.fp32_weight
-                if (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
-                    return pair[::-1]
+                pair = prepared.add_steer_rmsnorm(branch, residual, *norm, site)
+            if pair is not None:
+                return pair[::-1]
             return self._add_wholly(site, branch, residual, norm)
 
         return add
@@ -416,21 +415,19 @@ class Passes:
         return self._run(steer_rows, site, x).view_as(x)
 
     def _add_wholly(
-        self, site: int, branch: Tensor, residual: Tensor, norm: tuple[Tensor, NormForm] | None
+        self, site: int, branch: Tensor, residual: Tensor, norm: RmsNorm | None
     ) -> tuple[Tensor, Tensor | None]:
         if branch.dtype != residual.dtype or branch.device != residual.device:  # under autocast, say
             return self._steer_wholly(site, residual + branch), None
         prepared = self._prepare(branch)
         if norm is None:
             return self._run(add_steer, site, branch, residual).view_as(branch), None
-        weight, form = norm
-        how = weight, form.eps, form.weight_offset, form.fp32_weight
-        if prepared is not None and (pair := prepared.add_steer_rmsnorm(branch, residual, *how, site)) is not None:
+        if prepared is not None and (pair := prepared.add_steer_rmsnorm(branch, residual, *norm, site)) is not None:
             return pair[::-1]
-        normed, hidden = self._run(add_steer_rmsnorm, site, branch, residual, *how)
+        normed, hidden = self._run(add_steer_rmsnorm, site, branch, residual, *norm)
         return hidden.view_as(branch), normed.view_as(branch)
 
-    def _run(self, op: Callable[..., Any], site: int, x: Tensor, residual: Tensor | None = None, *how: Any) -> Any:
+    def _run(self, op: Callable[..., Any], site: int, x: Tensor, residual: Tensor | None = None, *norm: Any) -> Any:
         """What an op gives of the rows of x at a site, where latched gates decide first and probes are kept."""
         now, here = self._at(site, x)
         program, tables = here.program, here.tables(site)
@@ -441,7 +438,7 @@ class Passes:
         columns, probe = program.columns[site], None
         if columns:
             probe = flat.new_zeros(flat.shape[0], columns, dtype=torch.float32)
-        result = op(flat, *rest, *how, tables, here.rows, here.gates, probe)
+        result = op(flat, *rest, *norm, tables, here.rows, here.gates, probe)
         if probe is not None and now.logged:
             self.log.add(site, now.steered(probe))
         return result
