@@ -245,6 +245,11 @@ def bias_switches(model: Any, missing: set[str]) -> tuple[dict[str, bool], set[s
     """The switches in the model's configuration (such as Llama's `mlp_bias`) that give it the wanted biases, and all
     the biases that they bring; None where there are none. Found by building the model on the meta device."""
     base = set(_meta_keys(model, {}))
+    if other := sorted(base ^ model.state_dict().keys()):
+        raise FoldError(
+            f"{type(model).__name__} would not be loaded as it is: model.config makes a model that differs in "
+            f"{', '.join(other[:3])}: correct model.config (num_hidden_layers, say) first"
+        )
     text = model.config.get_text_config()
     offered = [name for name, value in text.to_dict().items() if "bias" in name and value is False]
     for several in (1, 2):
@@ -343,7 +348,7 @@ class Folded:
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
         """Write the model (and tokenizer) with `save_pretrained`, and `faststeer_fold.json` with the plan and the
-        check. The folder appears whole or not at all, after it was loaded again and its weights compared.
+        check. The folder appears whole or not at all, after it was loaded again, and its weights and logits compared.
 
         Raises:
             ValueError: the folder is there and not empty. FoldError: what is loaded from it is another model.

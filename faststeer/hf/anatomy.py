@@ -180,12 +180,13 @@ def _find_layers(model: nn.Module, lists: Sequence[str], otherwise: str) -> Hook
     calls = watch_calls(model, [f"{path}.{i}" for path in lists for i in range(len(members[path]))])
     by_list = {path: [call for call in calls if call.name.rpartition(".")[0] == path] for path in lists}
     reached = {path: len({call.name for call in calls}) for path, calls in by_list.items() if _is_stack(calls)}
-    if not reached:
-        for path in lists:
-            if len(set(members[path])) < len(members[path]):
-                otherwise = f"a module stands twice in {path}, where a hook cannot tell its places apart: copy it"
+    path = max(reached, key=lambda path: reached[path], default="")
+    for twice in [path] if reached else lists:
+        if len(set(members[twice])) < len(members[twice]):
+            otherwise = f"a module stands twice in {twice}, where a hook cannot tell its places apart: copy it"
+            path = ""
+    if not path:
         raise ValueError(_refusal(model, otherwise))
-    path = max(reached, key=lambda path: reached[path])
     points = _level_of_layers(model, path, by_list[path])
     for other in reached:
         if other != path and reached[other] == reached[path] > 1 and not f"{other}.".startswith(f"{path}."):

@@ -479,11 +479,13 @@ def test_hidden_states_of_another_layout_are_refused(flat):
         find_hook_points(Turned(flat))
 
 
-def test_a_layer_that_stands_twice_is_refused():
-    model = Own()
-    model.stack = nn.ModuleList([model.stack[0], model.stack[0], model.stack[1]])
-    with pytest.raises(ValueError, match=r"a module stands twice in stack.*copy it"):
-        find_hook_points(model)
+@pytest.mark.parametrize("layers", [(0, 0, 1), (0, 1, 1), (0, 1, 0)])
+def test_a_layer_that_stands_twice_is_refused(layers):
+    for model, name in ((Own(), "stack"), (models.build("llama"), "model.layers")):
+        stack = model.get_submodule(name)
+        model.set_submodule(name, nn.ModuleList([stack[i] for i in layers]))
+        with pytest.raises(ValueError, match=rf"a module stands twice in {name}.*copy it"):
+            find_hook_points(model)
 
 
 def test_layers_that_share_a_module_have_no_branches():
