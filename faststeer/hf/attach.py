@@ -20,15 +20,13 @@ from faststeer.hf.changes import Changes, changing
 from faststeer.hf.continuous_batching import COPIED, LEFT
 from faststeer.hf.hook_points import HookPoints, mark_forward
 from faststeer.hf.known import by_name, parameters
-from faststeer.hf.passes import Passes
+from faststeer.hf.passes import CHANGED, Passes
 from faststeer.hf.streams import Streams, bind
 
 INSTEAD = (
     "give one batch a plan per row, steer(model, [plan, other]), or give the requests to one faststeer.Engine; or let "
     "the threads take turns"
 )
-
-CHANGED = "the model's layers were changed inside steer(...): leave it and enter it again"
 
 _entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
     weakref.WeakKeyDictionary()
@@ -133,6 +131,7 @@ def watch_passes(
     names, run = parameters(type(owner).forward), owner.forward
 
     before = list(owner._modules[name]._modules.values())  # type: ignore[union-attr]
+    passes.overridden = changes.overridden
 
     # In every step of decoding, so that it calls as little as it can.
     def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

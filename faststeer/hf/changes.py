@@ -37,6 +37,7 @@ class Changes:
     def __init__(self) -> None:
         self.live = True
         self._undos: list[Callable[[], object]] = []
+        self._forwards: list[tuple[nn.Module, object]] = []
 
     def on_undo(self, undo: Callable[..., object], *args: Any) -> None:
         """Call `undo(*args)` when the context is left, the last registered first. It must be idempotent: it is called
@@ -49,7 +50,19 @@ class Changes:
         self.on_undo(_put_back, owner, replaced)
         if isinstance(owner, nn.Module):
             _changed(owner).replaced.append(replaced)
+            if name == "forward":
+                self._forwards.append((owner, value))
         vars(owner)[name] = value
+
+    def overridden(self) -> bool:
+        """Whether a module whose `forward` was replaced has got yet another one, which does not wrap ours as
+        `functools.wraps` does."""
+        for module, ours in self._forwards:
+            forward = vars(module).get("forward")
+            while forward is not ours:
+                if (forward := getattr(forward, "__wrapped__", None)) is None:
+                    return True
+        return False
 
     def hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
         """Register a forward hook: `register` is a module's `register_forward_hook` or `register_forward_pre_hook`."""

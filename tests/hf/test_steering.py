@@ -228,6 +228,11 @@ def test_tokens_without_a_batch_are_refused(model, shape):
         model(torch.ones(shape, dtype=torch.int64))
 
 
+def test_a_pass_over_what_is_no_sequence_is_refused(model):
+    with fs.steer(model, fs.Add(d(), **HERE)), pytest.raises(ValueError, match="given attention_mask: expected input_"):
+        model.model(attention_mask=torch.ones(1, 4))
+
+
 def test_set_prompt_holds_again_after_generate(model, ids):
     with fs.steer(model, fs.Add(d(), positions="last", **HERE)) as steering:
         steering.set_prompt(2)
