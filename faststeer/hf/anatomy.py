@@ -244,7 +244,7 @@ def _check_owner(model: nn.Module, path: str, columns: int, streams: tuple[int, 
 
     with changing() as changes:
         changes.hook(model.get_submodule(path).register_forward_pre_hook, note, with_kwargs=True)
-        other = watch_calls(model, [last.name], second=11)[-1].sent
+        other = watch_calls(model, [last.name], second=0)[-1].sent
     if len(widths) > 1:
         what = f"{path} runs {len(widths)} times in one forward pass, so that where a pass begins cannot be seen"
         raise ValueError(_refusal(model, what))
