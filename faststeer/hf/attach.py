@@ -28,6 +28,11 @@ INSTEAD = (
     "the threads take turns"
 )
 
+ENDED = (
+    "steer(...) was left while this generate ran, in another thread, say, so that the end of its answer is not "
+    "steered: wait for it inside of the with block (thread.join())"
+)
+
 _entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
     weakref.WeakKeyDictionary()
 )  # by owner of the layers
@@ -217,7 +222,10 @@ def watch_generate(
             streams.generate(run, module, arguments)
             if run.batch is not None:
                 passes.plans.check_batch(run.batch)
-            return own(*args, **kwargs)
+            answer = own(*args, **kwargs)
+        if not changes.live:
+            raise RuntimeError(ENDED)
+        return answer
 
     def generate_batch(_module: Any, own: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         entry.check()
