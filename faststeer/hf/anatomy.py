@@ -85,7 +85,7 @@ def watch_calls(model: nn.Module, names: Sequence[str], second: int = 5) -> list
     operation may write in place). `second`: the second row's first token."""
     calls: list[Call] = []
     latest: dict[str, Call] = {}
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def run_four_tokens(model: nn.Module, second: int = 5) -> Tensor:
         embeddings.insert(0, own)
     size = next((e.num_embeddings for e in embeddings if hasattr(e, "num_embeddings")), 9)
     device = next((e.weight.device for e in embeddings), torch.device("cpu"))
-    ids = torch.stack([torch.arange(first, first + TOKENS) for first in (1, second)]) % size
+    ids = torch.stack([torch.arange(first, first + TOKENS, device="cpu") for first in (1, second)]) % size
     ids = ids.to("cpu" if device.type == "meta" else device)
     return first_output(model(input_ids=ids, **({"use_cache": False} if accepts(model, "use_cache") else {})))
 

@@ -234,7 +234,7 @@ def _quantising(layer: nn.Module) -> str:
         width = getattr(module, "in_features", None)
         if not isinstance(width, int) or type(getattr(module, "weight", None)) is nn.Parameter or plain.is_meta:
             continue
-        a, b = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(plain)
+        a, b = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0), device="cpu").to(plain)
         try:
             with torch.no_grad():
                 together, apart = module(a + b) + module(torch.zeros_like(a)), module(a) + module(b)
@@ -274,7 +274,7 @@ def _form(norm: nn.Module, path: str) -> NormForm:
         raise CannotFuse(f"{path} is a {type(norm).__name__}, no RMSNorm with weights at hand")
     trials = {dtype: copy.deepcopy(norm).to(dtype) for dtype in (weight.dtype, torch.bfloat16)}
     generator = torch.Generator().manual_seed(0)
-    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator) for shape in ((), (7,)))
+    values, rows = (torch.randn(*shape, weight.shape[-1], generator=generator, device="cpu") for shape in ((), (7,)))
     with torch.no_grad():
         for rounding in ((0.0, False), (1.0, True), (0.0, True)):
             form = NormForm(eps, *rounding, name)

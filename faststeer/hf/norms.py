@@ -78,10 +78,10 @@ def norm_form(holder: nn.Module, path: str, size: int) -> Norm:
     trial._forward_hooks.clear()
     trial._forward_pre_hooks.clear()
     weight: Any = getattr(trial, "weight", None)
-    x = 3 * torch.randn(7, size, generator=generator) + 0.5
+    x = 3 * torch.randn(7, size, generator=generator, device="cpu") + 0.5
     with torch.no_grad():
         if weight is not None:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu"))
         if (bias := getattr(trial, "bias", None)) is not None:
             bias.zero_()
         expected = trial(x)
