@@ -37,7 +37,7 @@ class Changes:
     def __init__(self) -> None:
         self.live = True
         self._undos: list[Callable[[], object]] = []
-        self._forwards: list[tuple[nn.Module, object]] = []
+        self._forwards: list[nn.Module] = []
 
     def on_undo(self, undo: Callable[..., object], *args: Any) -> None:
         """Call `undo(*args)` when the context is left, the last registered first. It must be idempotent: it is called
@@ -51,15 +51,15 @@ class Changes:
         if isinstance(owner, nn.Module):
             _changed(owner).replaced.append(replaced)
             if name == "forward":
-                self._forwards.append((owner, value))
+                self._forwards.append(owner)
         vars(owner)[name] = value
 
     def overridden(self) -> bool:
-        """Whether a module whose `forward` was replaced has got yet another one, which does not wrap ours as
-        `functools.wraps` does."""
-        for module, ours in self._forwards:
-            forward = vars(module).get("forward")
-            while forward is not ours:
+        """Whether a module whose `forward` was replaced has got yet another one, which is no context's and does not
+        wrap one as `functools.wraps` does."""
+        for module in self._forwards:
+            ours, forward = _changed_modules.get(module, _Changed()).replaced, vars(module).get("forward")
+            while not any(forward is each.value for each in ours):
                 if (forward := getattr(forward, "__wrapped__", None)) is None:
                     return True
         return False

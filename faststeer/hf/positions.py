@@ -59,7 +59,7 @@ def _first_states(arguments: Mapping[str, Any]) -> Tensor:
     """`[batch, tokens, ...]`: the embeddings, or what else the module that runs the layers was given for hidden states
     or tokens."""
     if (embeds := arguments.get("inputs_embeds")) is not None:
-        return embeds  # type: ignore[no-any-return]
+        return embeds
     named = {name: each for name, each in arguments.items() if isinstance(each, Tensor) and each.ndim == 3}
     states = [each for each in named.values() if each.is_floating_point()]
     states += [each for name, each in named.items() if name.endswith("input_ids")]  # codes of sounds
