@@ -148,13 +148,14 @@ FITTING: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
-# Language models inside of models for images, which the list of causal language models does not have.
+# Language models inside of models for images and sounds, which the list of causal language models does not have.
 WRAPPERS = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "paligemma": "PaliGemmaForConditionalGeneration",
+    "higgs_audio_v2": "HiggsAudioV2ForConditionalGeneration",
 }
 FAMILIES = {**CAUSAL, **WRAPPERS}
 # One of each kind, for the shorter run.
@@ -438,7 +439,8 @@ def _by_hand_in_generate(model: nn.Module, points: HookPoints, last: Tensor, gen
 
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal prompt, end, length
-        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("hidden_states"), *args)
+        names = ("input_ids", "inputs_embeds", "hidden_states", "audio_input_ids")
+        given = (*map(kwargs.get, names), *args)
         length = next(x.shape[1] for x in given if isinstance(x, Tensor))
         prompt = prompt or length
         end = length if length >= prompt else end + length  # without a cache every pass reads everything
@@ -486,8 +488,8 @@ def _close(a: Tensor, b: Tensor, what: str, exact: bool = False) -> None:
 HEAD = """# Models
 
 This table has every causal language model of transformers that can be built with small random weights, and the
-language models inside models for images. `python tests/every_model.py` prints it, and a test compares it with the
-models.
+language models inside models for images and sounds. `python tests/every_model.py` prints it, and a test compares it
+with the models.
 
 - *path*: how faststeer steers the residual stream by default, by fused layers or by hooks
   ([Concepts](concepts.md#fused-layers-and-hooks)).

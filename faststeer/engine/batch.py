@@ -106,7 +106,7 @@ class EngineBatch:
         return chosen
 
     def _sent(self, numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        values = torch.tensor(numbers, dtype=dtype)
+        values = torch.tensor(numbers, dtype=dtype, device="cpu")
         if self.device.type != "cuda":
             return values.to(self.device)
         # From pinned memory the host does not wait for what runs.

@@ -62,7 +62,7 @@ def _check(batch: EngineBatch, steering: Steering, sizes: list[int], remedy: str
         with steering, batch.linears:
             batch.steering = steering
             logits = [batch.read_prompts(requests, 0)]
-            batch.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids]).to(batch.device)
+            batch.long[0, : len(ids)] = torch.tensor([prompt[-1] for prompt in ids], device=batch.device)
             logits.append(batch.read_tokens(len(ids), max(map(len, ids))))
     except torch.OutOfMemoryError:
         raise
@@ -86,5 +86,5 @@ def _check(batch: EngineBatch, steering: Steering, sizes: list[int], remedy: str
 
 
 def _alone(batch: EngineBatch, ids: list[int]) -> Tensor:
-    tokens = torch.tensor([ids]).to(batch.device)
+    tokens = torch.tensor([ids], device=batch.device)
     return batch.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits

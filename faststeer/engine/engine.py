@@ -414,7 +414,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     for source in (getattr(model, "generation_config", None), tokenizer):
         ends = getattr(source, "eos_token_id", None)
         if ends is not None:
-            return torch.as_tensor(ends).reshape(-1).tolist()  # a number, several, or a tensor of them
+            return torch.as_tensor(ends, device="cpu").reshape(-1).tolist()  # a number, several, or a tensor of them
     return []
 
 

@@ -199,7 +199,7 @@ def read_requests(
 def read_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """A seed per request: those given; from one seed, seed + index; from None, torch's global generator."""
     if seed is None:
-        return torch.randint(2**62, (n,)).tolist()
+        return torch.randint(2**62, (n,), device="cpu").tolist()
     first = whole_number(seed)
     listed = map(whole_number, seed if _is_list(seed) else ())  # type: ignore[arg-type]
     seeds = list(listed) if first is None else [first + i for i in range(n)]

@@ -94,7 +94,7 @@ class Directions:
         """A SteeringVector's directions, as a table with one position: that in its provenance, or None."""
         if vector.layers[-1] >= n_layers:
             raise ValueError(f"the vector has a direction for layer {vector.layers[-1]}, the model {n_layers} layers")
-        directions = torch.zeros(1, n_layers, vector.hidden_size, dtype=torch.float64)
+        directions = torch.zeros(1, n_layers, vector.hidden_size, dtype=torch.float64, device="cpu")
         for layer in vector.layers:
             directions[0, layer] = vector[layer].detach().double().cpu()
         position = vector.provenance.get("position")
@@ -264,7 +264,7 @@ class Contrast:
     ) -> Directions:
         """Apply `find` wherever the means differ: elsewhere all prompts have one activation."""
         means = self.candidates
-        directions, details = torch.zeros_like(self._delta), torch.zeros(self._delta.shape[:2], dtype=torch.float64)
+        directions, details = torch.zeros_like(self._delta), torch.zeros_like(self._delta[..., 0])
         for position, layer in means.exists().nonzero().tolist():
             directions[position, layer], details[position, layer] = find(position, layer)
         return self._table(method, "unit", directions, {detail: details}, provenance)

@@ -209,7 +209,7 @@ def read_means(
         model, tokenizer, rows, at=at, positions=positions, batch_size=batch_size, progress=progress, paired=paired
     ):
         if side not in totals:
-            totals[side] = torch.zeros(values.shape[1:], dtype=torch.float64)
+            totals[side] = torch.zeros(values.shape[1:], dtype=torch.float64, device="cpu")
             activations[side] = values.new_empty(len(rows[side]) if keep else 0, *values.shape[1:])
         totals[side] += values.double().sum(0)
         if keep:

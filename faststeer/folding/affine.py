@@ -30,7 +30,7 @@ class Map:
 
     @classmethod
     def identity(cls, hidden_size: int) -> Map:
-        none = torch.zeros(hidden_size, 0, dtype=torch.float64)
+        none = torch.zeros(hidden_size, 0, dtype=torch.float64, device="cpu")
         return cls(1.0, none, none)
 
     @property
@@ -88,7 +88,7 @@ def affine(entry: Entry, where: str) -> tuple[Map, Tensor]:
         raise FoldError(f"{name} keeps the norm, which is another factor for every row: no weights do that")
     basis = entry.basis.detach().to("cpu", torch.float64)
     hidden = basis.shape[1]
-    nothing, same = torch.zeros(hidden, dtype=torch.float64), Map.identity(hidden)
+    nothing, same = torch.zeros(hidden, dtype=torch.float64, device="cpu"), Map.identity(hidden)
     first, second = (float(number) for number in entry.scalars)
     if entry.kind == EntryKind.ADD:
         return same, first * basis[0]
@@ -100,7 +100,7 @@ def affine(entry: Entry, where: str) -> tuple[Map, Tensor]:
     if entry.kind == EntryKind.PROJECT:
         return Map(0.0, q, q), nothing
     if entry.kind == EntryKind.ROTATE_RELATIVE:
-        turn = torch.tensor([[first - 1, -second], [second, first - 1]], dtype=torch.float64)
+        turn = torch.tensor([[first - 1, -second], [second, first - 1]], dtype=torch.float64, device="cpu")
         return (Map(1.0, q @ turn, q) if (first, second) != (1.0, 0.0) else same), nothing
     if entry.kind == EntryKind.CLAMP and first == second and math.isfinite(first):
         return Map(1.0, -q, q), first * q[:, 0]

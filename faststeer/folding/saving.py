@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from faststeer.folding.affine import FoldError
+from faststeer.hf.anatomy import run_four_tokens, same_but_for_rounding
+from faststeer.hf.hook_points import quiet
 
 
 def check_unadapted(model: Any) -> None:
@@ -28,13 +30,21 @@ def check_unadapted(model: Any) -> None:
 
 
 def check_savable(model: Any) -> None:
-    """Raise FoldError if `save_pretrained` would fail: transformers saves not every quantised model."""
+    """Raise FoldError if `save_pretrained` would fail: transformers saves not every quantised model, nor every
+    generation config that it loads."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not _is_plain(model) and not quantizer.is_serializable():
         raise FoldError(
             f"{type(model).__name__} cannot be folded: its weights are quantised in a way that cannot be saved: load "
             "it without quantisation, fold that, and quantise what was folded"
         )
+    if (settings := getattr(model, "generation_config", None)) is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            raise FoldError(
+                f"{type(model).__name__} cannot be saved with this model.generation_config: correct it first: {error}"
+            ) from error
 
 
 def leave_quantizer(model: Any) -> None:
@@ -52,8 +62,11 @@ def _is_plain(model: nn.Module) -> bool:
 
 
 def check_saved(model: Any, folder: Path) -> None:
-    """Raise FoldError unless the model that transformers loads from a folder has the weights in memory, bit for bit."""
-    loaded: dict[str, torch.Tensor] = type(model).from_pretrained(folder, dtype="auto").state_dict()
+    """Raise FoldError unless the model that transformers loads from a folder has the weights in memory, bit for bit,
+    and computes the same of them."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    again = type(model).from_pretrained(folder, dtype="auto", attn_implementation=attention)
+    loaded: dict[str, torch.Tensor] = again.state_dict()
     weights: dict[str, torch.Tensor] = model.state_dict()
     differing = sorted(loaded.keys() ^ weights.keys())
     differing += [
@@ -66,4 +79,14 @@ def check_saved(model: Any, folder: Path) -> None:
             f"{', '.join(differing[:3])} of the saved {type(model).__name__} is not what is in memory: nothing was "
             "written. Save .model by hand and compare what is loaded, or fold into an adapter (fold_adapter, faststeer "
             "fold --adapter)"
+        )
+    with quiet(model):
+        own = run_four_tokens(model)
+    with quiet(again.to(model.device)):
+        other = run_four_tokens(again)
+    if not same_but_for_rounding(other, own):  # in the dtype that is loaded
+        raise FoldError(
+            f"the saved {type(model).__name__} has the weights in memory and computes something else of them: nothing "
+            "was written. Hooks, a replaced forward and what was set on modules but not in model.config are not saved: "
+            "fold the model as transformers loads it"
         )

@@ -108,7 +108,7 @@ def find_writers(model: nn.Module, points: HookPoints) -> list[Writer]:
             writers.append(_experts(model, what, end, points.hidden_size))
     for writer in writers:
         writer.change = Map.identity(points.hidden_size)
-        writer.constant = torch.zeros(points.hidden_size, dtype=torch.float64)
+        writer.constant = torch.zeros(points.hidden_size, dtype=torch.float64, device="cpu")
     return writers
 
 
@@ -197,7 +197,7 @@ def schedule(entries: list[Entry], writers: list[Writer], points: HookPoints) ->
     at_site: dict[int, list[Entry]] = {}
     for entry in entries:
         at_site.setdefault(entry.site, []).append(entry)
-    total = torch.zeros(points.hidden_size, dtype=torch.float64)  # the constants in the stream
+    total = torch.zeros(points.hidden_size, dtype=torch.float64, device="cpu")  # the constants in the stream
     read: list[Writer] = []
     unread = [writers[0]]
     for number in range(n_sites(points.n_layers)):
@@ -245,6 +245,11 @@ def bias_switches(model: Any, missing: set[str]) -> tuple[dict[str, bool], set[s
     """The switches in the model's configuration (such as Llama's `mlp_bias`) that give it the wanted biases, and all
     the biases that they bring; None where there are none. Found by building the model on the meta device."""
     base = set(_meta_keys(model, {}))
+    if other := sorted(base ^ model.state_dict().keys()):
+        raise FoldError(
+            f"{type(model).__name__} would not be loaded as it is: model.config makes a model that differs in "
+            f"{', '.join(other[:3])}: correct model.config (num_hidden_layers, say) first"
+        )
     text = model.config.get_text_config()
     offered = [name for name, value in text.to_dict().items() if "bias" in name and value is False]
     for several in (1, 2):
@@ -343,7 +348,7 @@ class Folded:
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
         """Write the model (and tokenizer) with `save_pretrained`, and `faststeer_fold.json` with the plan and the
-        check. The folder appears whole or not at all, after it was loaded again and its weights compared.
+        check. The folder appears whole or not at all, after it was loaded again, and its weights and logits compared.
 
         Raises:
             ValueError: the folder is there and not empty. FoldError: what is loaded from it is another model.
@@ -571,7 +576,7 @@ class Expected:
         def noise(x: Tensor) -> Tensor:
             eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
             unit = eps / 2 * (wide if x.dtype in (torch.float32, torch.float64) else 1) ** 0.5
-            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device)
             size = x.double().pow(2).mean(-1, keepdim=True).sqrt()
             return (x.double() + unit * size * drawn).to(x.dtype)
 
@@ -604,7 +609,7 @@ class Expected:
 def _check_tokens(model: Any, tokens: Tensor | None) -> Tensor:
     vocabulary = model.get_input_embeddings().num_embeddings
     if tokens is None:
-        return torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
+        return torch.randint(vocabulary, (4, 16), generator=torch.Generator().manual_seed(0), device="cpu")
     tokens = torch.as_tensor(tokens)
     whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.ndim != 2 or not tokens.numel() or not whole or int(tokens.min()) < 0:

@@ -101,7 +101,7 @@ def watch_calls(model: nn.Module, names: Iterable[str] | None = None, second: in
     (copies, since a later operation may write in place). `second`: the second row's first token."""
     calls: list[Call] = []
     latest: dict[str, Call] = {}
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
 
     def before(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -141,7 +141,7 @@ def run_four_tokens(model: nn.Module, second: int = 5) -> Tensor:
     tables: list[Any] = [getattr(model, "get_input_embeddings", lambda: None)(), *model.modules()]
     table = next((each for each in tables if hasattr(each, "num_embeddings")), None)
     weight, size = (next(model.parameters()), 9) if table is None else (table.weight, table.num_embeddings)
-    ids = torch.stack([torch.arange(first, first + TOKENS) for first in (1, second)]) % size
+    ids = torch.stack([torch.arange(first, first + TOKENS, device="cpu") for first in (1, second)]) % size
     ids = ids.to("cpu" if weight.is_meta else weight.device)
     return first_output(model(input_ids=ids, **({"use_cache": False} if accepts(model, "use_cache") else {})))
 
@@ -234,7 +234,7 @@ def _level_of_layers(model: nn.Module, calls: Sequence[Call], path: str, members
     shape, n_layers = tuple(members[0].received.shape), len(model.get_submodule(path))  # type: ignore[arg-type]
     streams = _streams(model, members[0].name, shape)
     _check_owner(model, calls, path.rpartition(".")[0], shape[2] if streams[0] > 1 else shape[1])
-    other = watch_calls(model, [members[-1].name], second=11)[-1]
+    other = watch_calls(model, [members[-1].name], second=0)[-1]
     first_row = (slice(None), 0) if streams[0] > 1 else 0
     mixed = not same_but_for_rounding(members[-1].sent[first_row], other.sent[first_row])
     # resid_pre of a layer is resid_post of the one before if the two are always called in a row, in loops as well.

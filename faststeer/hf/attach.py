@@ -20,7 +20,7 @@ from faststeer.hf.changes import Changes, changing
 from faststeer.hf.continuous_batching import COPIED, LEFT
 from faststeer.hf.hook_points import HookPoints
 from faststeer.hf.known import by_name, parameters
-from faststeer.hf.passes import Passes
+from faststeer.hf.passes import CHANGED, Passes
 from faststeer.hf.streams import Streams, bind
 
 INSTEAD = (
@@ -28,7 +28,10 @@ INSTEAD = (
     "the threads take turns"
 )
 
-CHANGED = "the model's layers were changed inside steer(...): leave it and enter it again"
+ENDED = (
+    "steer(...) was left while this generate ran, in another thread, say, so that the end of its answer is not "
+    "steered: wait for it inside of the with block (thread.join())"
+)
 
 _entered: weakref.WeakKeyDictionary[nn.Module, list[EnteredContext]] = (
     weakref.WeakKeyDictionary()
@@ -133,6 +136,7 @@ def watch_passes(
     names, run = parameters(type(owner).forward), owner.forward
 
     before = list(owner._modules[name]._modules.values())  # type: ignore[union-attr]
+    passes.overridden = changes.overridden
 
     # In every step of decoding, so that it calls as little as it can.
     def begin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -218,7 +222,10 @@ def watch_generate(
             streams.generate(run, module, arguments)
             if run.batch is not None:
                 passes.plans.check_batch(run.batch)
-            return own(*args, **kwargs)
+            answer = own(*args, **kwargs)
+        if not changes.live:
+            raise RuntimeError(ENDED)
+        return answer
 
     def generate_batch(_module: Any, own: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         entry.check()

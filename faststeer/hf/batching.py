@@ -165,8 +165,8 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str =
     A row's first token has position 0.
     """
     width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device="cpu")
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -37,6 +37,7 @@ class Changes:
     def __init__(self) -> None:
         self.live = True
         self._undos: list[Callable[[], object]] = []
+        self._forwards: list[nn.Module] = []
 
     def on_undo(self, undo: Callable[..., object], *args: Any) -> None:
         """Call `undo(*args)` when the context is left, the last registered first. It must be idempotent: it is called
@@ -49,7 +50,22 @@ class Changes:
         self.on_undo(_put_back, owner, replaced)
         if isinstance(owner, nn.Module):
             _note(owner, replaced)
+            if name == "forward":
+                self._forwards.append(owner)
         vars(owner)[name] = value
+
+    def overridden(self) -> bool:
+        """Whether a module whose `forward` was replaced has got yet another one, which is no context's and does not
+        wrap one as `functools.wraps` does."""
+        for module in self._forwards:
+            ours, forward = (
+                [c.value for c in _changed.get(module, []) if isinstance(c, _Replaced)],
+                vars(module).get("forward"),
+            )
+            while not any(forward is each for each in ours):
+                if (forward := getattr(forward, "__wrapped__", None)) is None:
+                    return True
+        return False
 
     def hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
         """Register a forward hook: `register` is a module's `register_forward_hook` or `register_forward_pre_hook`."""

@@ -223,7 +223,7 @@ def _quantising(layer: nn.Module) -> str:
         width = getattr(module, "in_features", None)
         if not isinstance(width, int) or type(getattr(module, "weight", None)) is nn.Parameter or plain.is_meta:
             continue
-        a, b = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(plain)
+        a, b = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0), device="cpu").to(plain)
         try:
             with torch.no_grad():
                 together, apart = module(a + b) + module(torch.zeros_like(a)), module(a) + module(b)

@@ -246,9 +246,7 @@ def _register(
 
 def _pre_hook(steer: Steer) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (steer(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": steer(kwargs["hidden_states"])}
+        return with_first(args, kwargs, steer(first_tensor(args, kwargs)))
 
     return hook
 
@@ -290,8 +288,11 @@ def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tupl
 
 
 def first_output(output: Any) -> Tensor:
-    """What a module returns, or the first of what it returns."""
-    return output if isinstance(output, Tensor) else output[0]
+    """What a module returns, or the first of what it returns; of a dict or a dataclass, the first tensor."""
+    if isinstance(output, (Tensor, tuple, list)):
+        return output if isinstance(output, Tensor) else output[0]
+    values = output.values() if isinstance(output, Mapping) else vars(output).values()
+    return next(value for value in values if isinstance(value, Tensor))
 
 
 def quiet(model: nn.Module) -> Context[None]:

@@ -70,12 +70,7 @@ def hook(interventions: Intervention | Iterable[Intervention]) -> Callable[..., 
             x = first_tensor(args, kwargs)
             return args, {k: run(v) if v is x else v for k, v in kwargs.items()}
         output = rest[-1]
-        if isinstance(output, Tensor):
-            return run(output)
-        if not isinstance(output, (tuple, list)) or not output or not isinstance(output[0], Tensor):
-            kind = type(output).__name__
-            raise TypeError(f"the module's output is a {kind}: expected a tensor, or a tuple that starts with one")
-        return (run(output[0]), *output[1:])
+        return (run(output[0]), *output[1:]) if isinstance(output, (tuple, list)) and output else run(output)
 
     return call
 
@@ -143,6 +138,12 @@ class _OneSite:
         self._zeros: dict[torch.device, Tensor] = {}  # as many as the most rows so far
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.ndim:
+            kind = "number" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"what the module takes or gives is, or begins with, a {kind}: expected hidden states [..., hidden], "
+                "or a tuple that starts with them"
+            )
         key = (x.device, x.shape[-1])
         if key not in self.programs:
             self.programs[key] = self._program(*key)

@@ -94,10 +94,10 @@ def on_trial(norm: nn.Module, size: int, dtype: torch.dtype, device: torch.devic
     trial._forward_hooks.clear()
     trial._forward_pre_hooks.clear()
     if (weight := getattr(trial, "weight", None)) is not None:
-        weight.copy_(torch.randn(weight.shape, generator=generator))
+        weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu"))
     if (bias := getattr(trial, "bias", None)) is not None:
         bias.zero_()
-    return trial, (3 * torch.randn(7, size, generator=generator) + 0.5).to(device, dtype)
+    return trial, (3 * torch.randn(7, size, generator=generator, device="cpu") + 0.5).to(device, dtype)
 
 
 def final_norm(model: nn.Module) -> Norm | None:

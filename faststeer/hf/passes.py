@@ -36,6 +36,7 @@ OUTSIDE = (
     "gradient_checkpointing_enable() before steer(...) is entered, or checkpoint the whole model"
 )
 
+CHANGED = "the model's layers were changed inside steer(...): leave it and enter it again"
 INTERRUPTED = (
     "a change of plans was interrupted, so that nobody knows what acts: change them again, by assign(...) or load(...)"
 )
@@ -163,6 +164,7 @@ class Passes:
         copies: how often each row stands in a pass below the model's inputs; the last is steered.
         residual_streams: how many each token has, in front of and behind `[batch, tokens]`; all are steered.
         inside: the modules inside layers that are hooked, with where they stand.
+        overridden: whether the `forward` of a module that is steered was replaced by somebody else.
         signature: what a compiled or captured graph takes for constant; "" while nothing is attached.
         prepared: what a site may call first, of the device and the thread that were last at one; it serves no others.
     """
@@ -179,6 +181,7 @@ class Passes:
         self.managers, self.residual_streams = Managers(), residual_streams
         self.signature = ""
         self.inside: list[tuple[Mapping[str, Any], str, Any]] = []
+        self.overridden: Callable[[], bool] = lambda: False
         self.prepared: Prepared | None = None
         self._n_layers, self._threads = n_layers, _Threads()
         self._given: tuple[Tensor, Stream, int] | None = None  # with the number of sequences
@@ -274,6 +277,8 @@ class Passes:
                 )
             self._start(rows, inputs.batch, stream, sequences)
             return
+        if inputs.length > 1 and not traced and self.overridden():  # not in every step of decoding
+            raise RuntimeError(CHANGED)
         past, needed = self.streams.past(inputs), self.plans.program.positioned
         if inputs.packed and self._start_requests(given, inputs, needed or self.plans.per_row):
             return

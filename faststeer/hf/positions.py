@@ -58,11 +58,19 @@ class Inputs:
 
 
 def _first_states(arguments: Mapping[str, Any]) -> Tensor:
-    """`[batch, tokens, hidden]`: the embeddings, or what else the module that runs the layers was given for hidden
-    states."""
-    embeds = arguments.get("inputs_embeds")
-    tensors = (each for each in arguments.values() if isinstance(each, Tensor) and each.is_floating_point())
-    return next(each for each in tensors if each.ndim == 3) if embeds is None else embeds
+    """`[batch, tokens, ...]`: the embeddings, or what else the module that runs the layers was given for hidden states
+    or tokens."""
+    if (embeds := arguments.get("inputs_embeds")) is not None:
+        return embeds
+    named = {name: each for name, each in arguments.items() if isinstance(each, Tensor) and each.ndim == 3}
+    states = [each for each in named.values() if each.is_floating_point()]
+    states += [each for name, each in named.items() if name.endswith("input_ids")]  # codes of sounds
+    if not states:
+        raise ValueError(
+            f"the module that runs the layers was given {', '.join(arguments) or 'nothing'}: expected input_ids, "
+            "inputs_embeds or hidden states, which say where its rows stand"
+        )
+    return states[0]
 
 
 class Stream:

@@ -65,7 +65,7 @@ class RowPlans:
         self._pool.take({id(plan): plan for plan in plans if plan is not None}, alone=True)
         self._changing = True
         slots = [-1 if plan is None else self._pool.slots[id(plan)] for plan in plans]
-        table = torch.tensor(slots, dtype=torch.int32)
+        table = torch.tensor(slots, dtype=torch.int32, device="cpu")
         fits = bool(self._slots) and len(plans) == len(self.plans)
         self.plans, self.per_row = plans, per_row
         if not fits:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import every_model
+import models
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 from support import Tokenizer, generated, prompts, tokens
@@ -32,3 +34,12 @@ def test_layers_of_which_the_inside_is_not_seen(family):
     given, plans = prompts((6, 3, 5)), [plan, None, plan]
     expected = [generated(model, prompt, own, limit) for prompt, own in zip(given, plans, strict=True)]
     assert tokens(engine.generate(given, plans, max_new_tokens=limit)) == expected
+
+
+def test_the_default_device_is_of_no_matter():
+    model, given = models.build("llama"), prompts((6, 3))
+    plans = [fs.Plan([fs.Add(models.direction(), layers=1, positions="generated")]), None]
+    expected = [generated(model, prompt, plan, 4) for prompt, plan in zip(given, plans, strict=True)]
+    with torch.device("meta"):
+        engine = fs.Engine(model, Tokenizer(), max_batch=2, max_length=32)
+        assert tokens(engine.generate(given, plans, max_new_tokens=4)) == expected

@@ -469,3 +469,49 @@ def test_quantised_weights_that_cannot_be_saved_are_refused_before_the_work():
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(FoldError, match="load it without quantisation"):
         fold(model, PLANS["ablate"][0])
+
+
+def smaller_eps(model):
+    model.model.norm.variance_epsilon = 1.0
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda _module, _args, output: 2 * output)
+
+
+def other_rotations(model):
+    model.model.rotary_emb.inv_freq = 3 * model.model.rotary_emb.inv_freq
+
+
+def other_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [smaller_eps, hooked, other_rotations, other_activation])
+def test_what_stands_in_no_weight_is_not_lost_in_silence(change, tmp_path):
+    model = models.build("llama")
+    change(model)
+    folded = fold(model, fs.Add(v, layers=0, at="mlp_out"))
+    with pytest.raises(FoldError, match="computes something else of them"):
+        folded.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    fold(models.build("llama"), fs.Add(v, layers=0, at="mlp_out")).save(tmp_path / "model")
+
+
+def test_layers_that_the_configuration_does_not_know_of():
+    model = models.build("llama")
+    del model.model.layers[1]
+    with pytest.raises(FoldError, match=r"differs in model\.layers\.1.*correct model\.config \(num_hidden_layers"):
+        fold(model, fs.Add(v, layers=0, at="mlp_out"))
+    model.config.num_hidden_layers = 1
+    assert fold(model, fs.Add(v, layers=0, at="mlp_out")).changed
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_the_work(tmp_path):
+    model = models.build("llama")
+    model.generation_config.temperature = 0.3  # without do_sample
+    with pytest.raises(FoldError, match=r"(?s)correct it first.*temperature") as refused:
+        fold(model, PLANS["ablate"][0])
+    assert "do_sample" in str(refused.value)
+    model.generation_config.do_sample = True
+    fold(model, PLANS["ablate"][0]).save(tmp_path / "model")

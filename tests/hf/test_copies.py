@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import types
 from typing import Any
 
 import models
@@ -188,6 +190,30 @@ def test_a_hooked_module_that_is_wrapped_inside_is_refused():
             logits(model)
     adapted = model.model.decoder.layers[1].fc2
     with adapted.register_forward_hook(lambda module, args, out: out - (out @ unit).unsqueeze(-1) * unit):
+        expected = logits(model)
+    with fs.steer(model, plan):
+        close(logits(model), expected)
+
+
+@pytest.mark.parametrize("path", ["hooks", "fused"])
+def test_a_forward_that_is_replaced_inside_is_refused(path):
+    """As kernel libraries do it: it would run without ours. One that calls ours, and says so, runs steered."""
+    model = models.build("llama")
+    layer, v = model.model.layers[1], models.direction()
+    own = type(layer).forward
+    plan = fs.Plan([fs.Add(v, layers=[1], at="resid_post")])
+
+    def half(module: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return 0.5 * own(module, hidden_states, **kwargs)
+
+    with fs.steer(model, plan, path=path):
+        expected, ours = logits(model), layer.forward
+        layer.forward = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+        assert torch.equal(logits(model), expected)
+        layer.forward = types.MethodType(half, layer)
+        with pytest.raises(RuntimeError, match=r"changed inside.*leave it and enter it again"):
+            logits(model)
+    with layer.register_forward_hook(lambda _module, _args, out: out + v):
         expected = logits(model)
     with fs.steer(model, plan):
         close(logits(model), expected)

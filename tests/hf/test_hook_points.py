@@ -267,6 +267,52 @@ class PostNorm(Block):
         return self.n2(x + self.think(x))
 
 
+class Named(Block):
+    """Called by name, with a name of its own."""
+
+    def forward(self, *, states: Tensor) -> Tensor:
+        return super().forward(states)
+
+
+class NamedOwn(Own):
+    """Gives a dict, as many models do that are nobody's library."""
+
+    def __init__(self) -> None:
+        super().__init__(Named)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Any]:
+        x = self.embed(input_ids)
+        for block in self.stack:
+            x = block(states=x)
+        return {"loss": None, "logits": self.head(x)}
+
+
+class SortedOwn(Own):
+    """Runs the rows in another order."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        order = input_ids[:, 0].argsort()
+        return super().forward(input_ids[order])[order.argsort()]
+
+
+def test_layers_and_outputs_of_other_names():
+    model, v, ids = NamedOwn().eval(), torch.ones(16), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with model.embed.register_forward_hook(lambda _module, _args, out: out + v):
+        expected = model(ids)["logits"]
+    with fs.steer(model, fs.Add(v, layers=0, at="resid_pre")):
+        assert torch.equal(model(ids)["logits"], expected)
+
+
+def test_rows_in_another_order_take_one_plan():
+    model, v, ids = SortedOwn().eval(), torch.ones(16), torch.tensor([[5, 2], [1, 3]])
+    with pytest.raises(ValueError, match="computes a row from the other rows of its batch"):
+        fs.steer(model, [fs.Add(v, layers=1), None])
+    with model.stack[1].register_forward_hook(lambda _module, _args, out: out + v):
+        expected = model(ids)
+    with fs.steer(model, fs.Add(v, layers=1)):
+        assert torch.equal(model(ids), expected)
+
+
 BY_HAND = fs.HookPoints(layers="stack", attn_out="mix", mlp_out="think", resid_mid="n2")
 
 
@@ -517,11 +563,13 @@ def test_hidden_states_of_another_layout_are_refused(flat):
         find_hook_points(Turned(flat))
 
 
-def test_a_layer_that_stands_twice_is_refused():
-    model = Own()
-    model.stack = nn.ModuleList([model.stack[0], model.stack[0], model.stack[1]])
-    with pytest.raises(ValueError, match=r"a module stands twice in stack.*copy it"):
-        find_hook_points(model)
+@pytest.mark.parametrize("layers", [(0, 0, 1), (0, 1, 1), (0, 1, 0)])
+def test_a_layer_that_stands_twice_is_refused(layers):
+    for model, name in ((Own(), "stack"), (models.build("llama"), "model.layers")):
+        stack = model.get_submodule(name)
+        model.set_submodule(name, nn.ModuleList([stack[i] for i in layers]))
+        with pytest.raises(ValueError, match=rf"a module stands twice in {name}.*copy it"):
+            find_hook_points(model)
 
 
 def test_layers_that_share_a_module_have_no_branches():

@@ -116,6 +116,13 @@ class TestHook:
         with pytest.raises((TypeError, ValueError), match=r"tuple|tensor|Tensor|dict"):
             module(X)
 
+    @pytest.mark.parametrize("given", [(X, X), torch.tensor(1.0)], ids=["tuple", "number"])
+    def test_what_holds_no_hidden_states_is_refused(self, given):
+        module = nn.Identity()
+        for register in (module.register_forward_pre_hook, module.register_forward_hook):
+            with register(fs.hook(fs.Add(V))), pytest.raises(TypeError, match="expected hidden states"):
+                module((given,))
+
     def test_several_interventions_act_in_order(self):
         module = Wrapped()
         gate = fs.Gate(W, 0.1, kind="cosine")

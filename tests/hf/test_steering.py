@@ -228,6 +228,21 @@ def test_tokens_without_a_batch_are_refused(model, shape):
         model(torch.ones(shape, dtype=torch.int64))
 
 
+def test_the_default_device_is_of_no_matter(ids):
+    """Scripts set it to the GPU; here to one where nothing can be computed."""
+    plan = fs.Plan([fs.Add(d(), positions="last", **HERE), fs.Ablate(d(1), layers="all", when=fs.Gate(d(2), 0.0))])
+    with torch.no_grad(), fs.steer(models.build("llama"), [plan, None, plan]) as steering:
+        expected = steering.model(ids).logits
+    model = models.build("llama")
+    with torch.device("meta"), torch.no_grad(), fs.steer(model, [plan, None, plan]):
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_pass_over_what_is_no_sequence_is_refused(model):
+    with fs.steer(model, fs.Add(d(), **HERE)), pytest.raises(ValueError, match="given attention_mask: expected input_"):
+        model.model(attention_mask=torch.ones(1, 4))
+
+
 def test_set_prompt_holds_again_after_generate(model, ids):
     with fs.steer(model, fs.Add(d(), positions="last", **HERE)) as steering:
         steering.set_prompt(2)

@@ -502,6 +502,38 @@ def test_a_thread_that_was_started_inside_is_steered(model):
             torch.testing.assert_close(each, expected[i], rtol=1e-4, atol=1e-5)
 
 
+class Pausing:
+    """A streamer that waits behind the first token until the context is left."""
+
+    def __init__(self) -> None:
+        self.tokens, self.begun, self.left = 0, threading.Event(), threading.Event()
+
+    def put(self, _tokens: Tensor) -> None:
+        self.tokens += 1
+        if self.tokens == 2:  # the prompt comes first
+            self.begun.set()
+            self.left.wait(60)
+
+    def end(self) -> None: ...
+
+
+def test_a_thread_that_outlives_the_context_is_told(model):
+    streamer, out, ids = Pausing(), [], models.tokens(1, 4)
+
+    def answer() -> None:
+        with pytest.raises(RuntimeError, match=r"left while this generate ran.*thread\.join\(\)"):
+            model.generate(ids, **SETTINGS, streamer=streamer)
+        out.append(streamer.tokens)
+
+    with fs.steer(model, plan()):
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert streamer.begun.wait(60)
+    streamer.left.set()
+    thread.join(60)
+    assert out and out[0] > 2
+
+
 def test_a_thread_that_was_there_before_is_refused(model):
     ids, entered, done, out = models.tokens(1, 4), threading.Event(), threading.Event(), []
 
