@@ -16,7 +16,7 @@ import io
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import nn
 
@@ -150,9 +150,6 @@ class _Exit(io.IOBase):
     def __init__(self) -> None:
         self.close = lambda: None  # type: ignore[method-assign]
 
-    def __deepcopy__(self, memo: object) -> _Exit:
-        return _Exit()  # a copy is not entered
-
 
 class _ExitOfContext:
     """`Context.__exit__`, as a `with` statement and (from the class) an ExitStack look it up."""
@@ -177,6 +174,10 @@ class Context(Generic[T]):
     def enter(self, changes: Changes) -> T:
         """What entering does; a class of its own says it here."""
         return self._make(changes)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"a {name} cannot be copied or pickled: copy the model, and make another {name} of it")
 
     @functools.cached_property
     def _exit(self) -> _Exit:
