@@ -136,9 +136,9 @@ class WorkerSteering:
         self.tables, self.pool = StepTables(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.tables, self.n_layers, self.settings.max_projection_bytes)
-        patch_layers(layers, self.tables, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
-        if self.settings.max_dose is not None:
+        if self.settings.max_dose is not None:  # before the tables, which may have room for fewer tokens, are read
             self.norms = measure_norms(runner.get_model(), self.worker.vllm_config, torch.device(target))
+        patch_layers(layers, self.tables, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
         self._wrap(runner)
