@@ -114,6 +114,21 @@ def test_info_names_the_hook_points_of_a_folder(folder):
 
 
 @pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("reference", "reference"),
+        ("foo", "FASTSTEER_BACKEND: unknown back end 'foo': expected auto, reference, cpu, triton, cuda"),
+        ("cuda", "FASTSTEER_BACKEND: the back end 'cuda' does not work here: "),
+    ],
+)
+def test_info_says_what_the_chosen_back_end_is(value, says, monkeypatch):
+    monkeypatch.setenv("FASTSTEER_BACKEND", value)
+    states = dict(fs.ops.states()) | {"cuda": fs.ops.BackendState(False, "no GPU")}
+    monkeypatch.setattr(fs.ops.dispatch, "states", lambda: states)
+    assert json.loads(succeeds("info", "--json"))["in_use"]["cpu"].startswith(says)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("generate", "--prompt", "x", "--plan", "nowhere.json"), 1, "no such file"),

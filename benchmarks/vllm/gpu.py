@@ -50,7 +50,7 @@ _TINY |= {"num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings"
 STEERED = ("unsteered", "one layer", "every layer", "a vector per plan and layer")
 COLUMNS = (
     "run", "model", "engine", "case", "rows", "new", "prefill_ms", "step_ms", "step_ms_low", "step_ms_high", "repeats",
-    "tokens_per_second", "start", "error",
+    "tokens_per_second", "start", "back_end", "error",
 )  # fmt: skip
 # (engine, the cases it runs), in the order in which engines start.
 ENGINES = (("off", ("vLLM",)), ("on", STEERED), ("hooks, eager", ("every layer",)), ("off", ("vLLM",)))
@@ -89,8 +89,9 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
     prompts = [{"prompt_token_ids": one} for one in ids]
     from dataclasses import asdict
 
-    from faststeer import measure
+    from faststeer import measure, ops
 
+    back_end = ops.backend_for("cuda" if cuda else "cpu") if kind in ("on", "fused") else ""
     for case in dict((*ENGINES, FUSED))[kind]:
         extras = payloads(kind, case, config, rows)
 
@@ -105,6 +106,7 @@ def serve(kind: str, model: str, options: argparse.Namespace) -> None:
 
         timing = measure.time_steps(draw, new, "cpu", repeats=REPEATS if cuda else 1)  # vLLM waits for its device
         row = {"engine": kind, "case": case, "rows": rows, "new": new, "start": round(loaded, 1)} | asdict(timing)
+        row["back_end"] = back_end
         row["tokens_per_second"] = round(rows / max(timing.step_ms, 1e-4) * 1e3, 1)
         print("ROW", json.dumps(row), flush=True)
 

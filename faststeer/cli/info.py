@@ -39,6 +39,7 @@ def info(
             name: f"{'works' if state.works else 'does not work'}: {state.reason}"
             for name, state in faststeer.ops.states().items()
         },
+        "in_use": {device: _in_use(device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())},
     }
     if (native := faststeer.build.native()) is not None:
         try:
@@ -68,6 +69,16 @@ def info(
     for name, value in facts.items():
         table.add_row(name, "\n".join(_lines(value)))
     Console().print(table)
+
+
+def _in_use(device: str) -> str:
+    """The back end that runs there, or why the one of FASTSTEER_BACKEND does not."""
+    from faststeer.ops import backend_for
+
+    try:
+        return backend_for(device)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
 
 
 def _lines(value: Any) -> list[str]:

@@ -16,7 +16,7 @@ import io
 import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import nn
 
@@ -58,10 +58,8 @@ class Changes:
         """Whether a module whose `forward` was replaced has got yet another one, which is no context's and does not
         wrap one as `functools.wraps` does."""
         for module in self._forwards:
-            ours, forward = (
-                [c.value for c in _changed.get(module, []) if isinstance(c, _Replaced)],
-                vars(module).get("forward"),
-            )
+            ours = [change.value for change in _changed.get(module, []) if isinstance(change, _Replaced)]
+            forward = vars(module).get("forward")
             while not any(forward is each for each in ours):
                 if (forward := getattr(forward, "__wrapped__", None)) is None:
                     return True
@@ -158,9 +156,6 @@ class _Exit(io.IOBase):
 
     generator: Generator[Any, None, None] | None = None
 
-    def __deepcopy__(self, memo: object) -> _Exit:
-        return _Exit()  # a copy is not entered
-
 
 class _ExitOfContext:
     """`Context.__exit__`, as a `with` statement and (from the class) an ExitStack look it up."""
@@ -185,6 +180,10 @@ class Context(Generic[T]):
     def enter(self, changes: Changes) -> T:
         """What entering does; a class of its own says it here."""
         return self._make(changes)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"a {name} cannot be copied or pickled: copy the model, and make another {name} of it")
 
     @functools.cached_property
     def _exit(self) -> _Exit:

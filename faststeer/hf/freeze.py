@@ -50,7 +50,8 @@ def freeze(
     Everything else is `steer`: plans for all rows or one per row, changed by `assign`; `model(...)` and
     `model.generate(...)`, greedy or sampled, with any cache, padding on either side, gradients. The model takes and
     gives B rows; inside, a pass has 2 B: `read` and other observers see the unsteered rows first, then the steered
-    ones. With coefficient 0, or without a plan, a row is as the model gives it (to rounding).
+    ones. With coefficient 0, or without a plan, a row is as the model gives it (to rounding). PEFT's `adapter_names`,
+    one per row of a pass, is given twice: `names * 2`.
 
     Cost: two rows per row, one attention pass over [V_base || V_steered] for "qk", and a cache of twice the size.
 

@@ -4,13 +4,12 @@ faststeer is on, and refused where it is off or where steering would be wrong. I
 from __future__ import annotations
 
 import copy
-import functools
 import re
-import sys
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from faststeer.vllm.switch import NONE, PAYLOAD_KEY, SWITCH, is_on
+from faststeer.vllm.wrapping import wrap_imported
 
 if TYPE_CHECKING:
     from faststeer.vllm.frontend import FrontEnd
@@ -40,65 +39,50 @@ BEAM = re.compile(r".*-beam-\d+", re.DOTALL)  # vLLM's own id of a request for o
 PROTOCOLS = ("vllm.entrypoints.openai.completion.protocol", "vllm.entrypoints.openai.chat_completion.protocol")
 
 
-def wrap_input(processor: Any) -> None:
-    """Let vLLM's InputProcessor, which every request passes, check plans."""
-    original_init, process, refused = processor.__init__, processor.process_inputs, refusal()
+def init_processor(init: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Let vLLM's InputProcessor, which every request passes, know what plans are checked by."""
+    init(self, vllm_config, *args, **kwargs)
+    self.faststeer = None
+    if is_on(vllm_config):
+        from faststeer.vllm.frontend import FrontEnd
+        from faststeer.vllm.modes import check_modes
 
-    @functools.wraps(original_init)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original_init(self, vllm_config, *args, **kwargs)
-        self.faststeer = None
-        if is_on(vllm_config):
-            from faststeer.vllm.frontend import FrontEnd
-            from faststeer.vllm.modes import check_modes
-
-            check_modes(vllm_config)
-            self.faststeer = FrontEnd.of(vllm_config)
-
-    @functools.wraps(process)
-    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            admitted = admit(self.faststeer, params, str(request_id), bool(kwargs.get("resumable")))
-        except ValueError as error:
-            raise refused(str(error)) from error
-        return process(self, request_id, prompt, admitted, *args, **kwargs)
-
-    process_inputs.faststeer = True  # type: ignore[attr-defined]
-    processor.__init__, processor.process_inputs = init, process_inputs
+        check_modes(vllm_config)
+        self.faststeer = FrontEnd.of(vllm_config)
 
 
-def wrap_engine(engine: Any) -> None:
+def process_inputs(
+    process: Any, self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Let vLLM's InputProcessor check plans."""
+    try:
+        admitted = admit(self.faststeer, params, str(request_id), bool(kwargs.get("resumable")))
+    except ValueError as error:
+        raise refusal()(str(error)) from error
+    return process(self, request_id, prompt, admitted, *args, **kwargs)
+
+
+def init_engine(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Let vLLM's LLMEngine, which an `LLM` has, ask its workers for what plans are checked by."""
-    original_init = engine.__init__
-
-    @functools.wraps(original_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original_init(self, *args, **kwargs)
-        front: FrontEnd | None = getattr(self.input_processor, "faststeer", None)
-        if front is not None and front.waits_for_norms:
-            front.learn(self.collective_rpc("faststeer_norms"))
-
-    init.faststeer = True  # type: ignore[attr-defined]
-    engine.__init__ = init
+    init(self, *args, **kwargs)
+    front: FrontEnd | None = getattr(self.input_processor, "faststeer", None)
+    if front is not None and front.waits_for_norms:
+        front.learn(self.collective_rpc("faststeer_norms"))
 
 
-def wrap_async_engine(engine: Any) -> None:
+def generate(
+    begin: Any, self: Any, prompt: Any, sampling_params: Any, request_id: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Let vLLM's AsyncLLM, which a server has, check plans before a streamed answer begins, and say what became of
     requests that overflowed."""
-    generate, add = engine.generate, engine.add_request
+    check_early(self, sampling_params, str(request_id))
+    return _told(begin(self, prompt, sampling_params, request_id, *args, **kwargs))
 
-    @functools.wraps(generate)
-    def generated(self: Any, prompt: Any, sampling_params: Any, request_id: Any, *args: Any, **kwargs: Any) -> Any:
-        check_early(self, sampling_params, str(request_id))
-        return _told(generate(self, prompt, sampling_params, request_id, *args, **kwargs))
 
-    @functools.wraps(add)
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        await learn_norms(self)
-        return await add(self, *args, **kwargs)
-
-    generated.faststeer = True  # type: ignore[attr-defined]
-    engine.generate, engine.add_request = generated, add_request
+async def learn_and_add(add: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let vLLM's AsyncLLM ask its workers for what plans are checked by, before its first request."""
+    await learn_norms(self)
+    return await add(self, *args, **kwargs)
 
 
 async def learn_norms(client: Any) -> None:
@@ -137,68 +121,56 @@ async def _told(answers: Any) -> Any:
 def wrap_responses() -> None:
     """The responses API asks the engine only when its answer has begun, and breaks off a stream in which it should tell
     an error: it cannot write the event."""
-    serving = getattr(sys.modules.get("vllm.entrypoints.openai.responses.serving"), "OpenAIServingResponses", None)
-    answer = getattr(serving, "_generate_with_builtin_tools", None)
-    if answer is None or hasattr(answer, "faststeer"):
-        return
+    module = "vllm.entrypoints.openai.responses.serving"
+    wrap_imported(module, "OpenAIServingResponses._generate_with_builtin_tools", _check_and_answer)
+    wrap_imported(module, "OpenAIServingResponses.responses_stream_generator", _stream_with_error)
 
-    @functools.wraps(answer)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for params in (*args, *kwargs.values()):
-            if hasattr(params, "extra_args"):
-                check_early(self.engine_client, params)
-        return answer(self, *args, **kwargs)
 
-    stream = serving.responses_stream_generator  # type: ignore[union-attr]
+def _check_and_answer(answer: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    for params in (*args, *kwargs.values()):
+        if hasattr(params, "extra_args"):
+            check_early(self.engine_client, params)
+    return answer(self, *args, **kwargs)
 
-    @functools.wraps(stream)
-    async def streamed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from faststeer.vllm.isolation import reason_of
 
-        texts: list[str] = []  # of the request's own error, which the one that breaks off does not refer to
+async def _stream_with_error(stream: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    from faststeer.vllm.isolation import reason_of
 
-        async def noted(answers: Any) -> Any:
-            try:
-                async for part in answers:
-                    yield part
-            except Exception as error:
-                texts.append(str(error))
-                raise
+    texts: list[str] = []  # of the request's own error, which the one that breaks off does not refer to
 
-        number = 0
+    async def noted(answers: Any) -> Any:
         try:
-            async for event in stream(self, *(noted(a) if hasattr(a, "__anext__") else a for a in args), **kwargs):
-                number += 1
-                yield event
-        except Exception:
-            if not texts or (reason := reason_of(texts[0])) is None:
-                raise
-            from openai.types.responses import ResponseErrorEvent
+            async for part in answers:
+                yield part
+        except Exception as error:
+            texts.append(str(error))
+            raise
 
-            code = "server_error" if reason == "model" else "invalid_prompt"
-            yield ResponseErrorEvent(type="error", code=code, message=texts[0], param=None, sequence_number=number)
+    number = 0
+    try:
+        async for event in stream(self, *(noted(a) if hasattr(a, "__anext__") else a for a in args), **kwargs):
+            number += 1
+            yield event
+    except Exception:
+        if not texts or (reason := reason_of(texts[0])) is None:
+            raise
+        from openai.types.responses import ResponseErrorEvent
 
-    checked.faststeer = True  # type: ignore[attr-defined]
-    serving._generate_with_builtin_tools = checked  # type: ignore[union-attr]
-    serving.responses_stream_generator = streamed  # type: ignore[union-attr]
+        code = "server_error" if reason == "model" else "invalid_prompt"
+        yield ResponseErrorEvent(type="error", code=code, message=texts[0], param=None, sequence_number=number)
 
 
 def refuse_ignored_plans() -> None:
     """vLLM drops fields that a route's requests do not have, /generative_scoring's vllm_xargs for one; a plan in them
     is refused."""
-    serving = getattr(sys.modules.get("vllm.entrypoints.serve.engine.serving"), "BaseServing", None)
-    check = getattr(serving, "_check_model", None)  # which every route calls first, and may answer 400
-    if check is None or hasattr(check, "faststeer"):
-        return
+    # Every route calls _check_model first, which may answer 400.
+    wrap_imported("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", _check_fields)
 
-    @functools.wraps(check)
-    async def checked(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if PAYLOAD_KEY in ((getattr(request, "model_extra", None) or {}).get("vllm_xargs") or ()):
-            return self.create_error_response(IGNORED)
-        return await check(self, request, *args, **kwargs)
 
-    checked.faststeer = True  # type: ignore[attr-defined]
-    serving._check_model = checked  # type: ignore[union-attr]
+async def _check_fields(check: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    if PAYLOAD_KEY in ((getattr(request, "model_extra", None) or {}).get("vllm_xargs") or ()):
+        return self.create_error_response(IGNORED)
+    return await check(self, request, *args, **kwargs)
 
 
 def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: bool = False) -> Any:
@@ -228,19 +200,12 @@ def admit(front: FrontEnd | None, params: Any, request_id: str = "", resumable: 
     return params
 
 
-def wrap_output(processor: Any) -> None:
+def check_room_and_add(add: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """Let vLLM's OutputProcessor, which knows every request of a front end until it has ended, refuse those whose plan
     would be one too many. Before it takes a request, nobody else has it."""
-    add = processor.add_request
-
-    @functools.wraps(add)
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        if (digest := check_room(self, request.sampling_params)) is not None:
-            self.faststeer_plans[request.request_id] = digest
-        add(self, request, *args, **kwargs)
-
-    add_request.faststeer = True  # type: ignore[attr-defined]
-    processor.add_request = add_request
+    if (digest := check_room(self, request.sampling_params)) is not None:
+        self.faststeer_plans[request.request_id] = digest
+    add(self, request, *args, **kwargs)
 
 
 def check_room(processor: Any, params: Any) -> str | None:
@@ -294,37 +259,20 @@ def failure(text: str, is_of_plan: bool) -> Exception:
 def refuse_beams() -> None:
     """vLLM drops the extra arguments of a request for beam search; one with a plan is refused. `LLM.beam_search` has no
     such arguments; there a default plan is refused."""
-    refused = refusal()
-    offline = getattr(sys.modules.get("vllm.entrypoints.llm"), "LLM", None)
-    if offline is not None and not hasattr(offline.beam_search, "faststeer"):
-        offline.beam_search = _without_default(offline.beam_search, refused)
+    wrap_imported("vllm.entrypoints.llm", "LLM.beam_search", _search_without_default)
     for protocol in PROTOCOLS:
         for kind in ("CompletionRequest", "ChatCompletionRequest"):
-            request = getattr(sys.modules.get(protocol), kind, None)
-            to_beam_search = getattr(request, "to_beam_search_params", None)
-            if to_beam_search is None or hasattr(to_beam_search, "faststeer"):
-                continue
-            request.to_beam_search_params = _without_plan(to_beam_search, refused)  # type: ignore[union-attr]
+            wrap_imported(protocol, f"{kind}.to_beam_search_params", _to_beam_search_without_plan)
 
 
-def _without_default(search: Any, refused: type[ValueError]) -> Any:
-    @functools.wraps(search)
-    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        front: FrontEnd | None = getattr(self.llm_engine.input_processor, "faststeer", None)
-        if front is not None and front.settings.default_plan is not None:
-            raise refused(DEFAULT_BEAMS)
-        return search(self, *args, **kwargs)
-
-    beam_search.faststeer = True  # type: ignore[attr-defined]
-    return beam_search
+def _search_without_default(search: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    front: FrontEnd | None = getattr(self.llm_engine.input_processor, "faststeer", None)
+    if front is not None and front.settings.default_plan is not None:
+        raise refusal()(DEFAULT_BEAMS)
+    return search(self, *args, **kwargs)
 
 
-def _without_plan(to_beam_search: Any, refused: type[ValueError]) -> Any:
-    @functools.wraps(to_beam_search)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (self.vllm_xargs or {}).get(PAYLOAD_KEY) not in (None, NONE):
-            raise refused(BEAMS)
-        return to_beam_search(self, *args, **kwargs)
-
-    to_beam_search_params.faststeer = True  # type: ignore[attr-defined]
-    return to_beam_search_params
+def _to_beam_search_without_plan(to_beam_search: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if (self.vllm_xargs or {}).get(PAYLOAD_KEY) not in (None, NONE):
+        raise refusal()(BEAMS)
+    return to_beam_search(self, *args, **kwargs)

@@ -12,10 +12,10 @@ the blocks that they wrote, and those that were given up before anyone looked at
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from faststeer.vllm.switch import NEW_BLOCKS_KEY, OVERFLOWS_KEY
+from faststeer.vllm.wrapping import wrap
 
 BAD = "the hidden states of token {} are not finite, or so large that the final norm makes them zero"
 REASONS = {  # why a request overflowed -> what it ends with
@@ -36,30 +36,24 @@ class Isolation:
         self._scheduler, self._manager = scheduler, scheduler.kv_cache_manager
         self._new_blocks: list[int] = []
         pool = self._manager.block_pool
-        hand_out = pool.get_new_blocks
 
-        @functools.wraps(hand_out)
-        def get_new_blocks(*args: Any, **kwargs: Any) -> Any:
+        def get_new_blocks(hand_out: Any, *args: Any, **kwargs: Any) -> Any:
             blocks = hand_out(*args, **kwargs)
             self._new_blocks += [block.block_id for block in blocks]
             return blocks
 
-        pool.get_new_blocks = get_new_blocks
+        wrap(pool, "get_new_blocks", get_new_blocks)
         for name in ("free", "pop_blocks_for_free"):
             if hasattr(self._manager, name):
-                setattr(self._manager, name, self._forgetting(getattr(self._manager, name)))
+                wrap(self._manager, name, self._forget_and_free)
 
-    def _forgetting(self, give_up: Any) -> Any:
-        @functools.wraps(give_up)
-        def free(request: Any, *args: Any, **kwargs: Any) -> Any:
-            in_flight = getattr(request, "num_in_flight_tokens", 0)
-            if overflow := getattr(request, "faststeer_overflow", None):
-                self._forget(request, overflow[0])
-            elif in_flight:
-                self._forget(request, max(request.num_computed_tokens - in_flight, 0))
-            return give_up(request, *args, **kwargs)
-
-        return free
+    def _forget_and_free(self, free: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        in_flight = getattr(request, "num_in_flight_tokens", 0)
+        if overflow := getattr(request, "faststeer_overflow", None):
+            self._forget(request, overflow[0])
+        elif in_flight:
+            self._forget(request, max(request.num_computed_tokens - in_flight, 0))
+        return free(request, *args, **kwargs)
 
     def _forget(self, request: Any, token: int) -> None:
         """The prefix cache no longer knows the request's blocks from the one with this token on."""

@@ -6,10 +6,10 @@ of vLLM, and modes in which rows are not where the scheduler says. Imports nothi
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 from faststeer.vllm.switch import OFF, PAYLOAD_KEY, SWITCH, environment, is_on
+from faststeer.vllm.wrapping import wrap
 
 VERSIONS = ("0.24", "0.25", "0.32", "0.33")  # whose worker, scheduler and runners were read (docs/vllm.md)
 
@@ -50,13 +50,8 @@ def _wrap_worker(why_not: str = "") -> None:
     """A worker is told when it is made, before it loads a model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    original_init = WorkerBase.__init__
-    if hasattr(original_init, "faststeer"):
-        return
-
-    @functools.wraps(original_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original_init(self, *args, **kwargs)
+    def init_worker(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
         if not is_on(self.vllm_config):
             return
         if why_not:
@@ -69,8 +64,7 @@ def _wrap_worker(why_not: str = "") -> None:
             check_modes(self.vllm_config)
             attach(self, settings)
 
-    init.faststeer = True  # type: ignore[attr-defined]
-    WorkerBase.__init__ = init
+    wrap(WorkerBase, "__init__", init_worker)
 
 
 def _wrap_front_end() -> None:
@@ -81,18 +75,15 @@ def _wrap_front_end() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    from faststeer.vllm import server
-    from faststeer.vllm.admission import refuse_beams, wrap_async_engine, wrap_engine, wrap_input, wrap_output
+    from faststeer.vllm import admission, server
 
-    if not hasattr(InputProcessor.process_inputs, "faststeer"):
-        wrap_input(InputProcessor)
-    if not hasattr(OutputProcessor.add_request, "faststeer"):
-        wrap_output(OutputProcessor)
-    if not hasattr(LLMEngine.__init__, "faststeer"):
-        wrap_engine(LLMEngine)
-    if not hasattr(AsyncLLM.generate, "faststeer"):
-        wrap_async_engine(AsyncLLM)
-    refuse_beams()
+    wrap(InputProcessor, "__init__", admission.init_processor)
+    wrap(InputProcessor, "process_inputs", admission.process_inputs)
+    wrap(OutputProcessor, "add_request", admission.check_room_and_add)
+    wrap(LLMEngine, "__init__", admission.init_engine)
+    wrap(AsyncLLM, "generate", admission.generate)
+    wrap(AsyncLLM, "add_request", admission.learn_and_add)
+    admission.refuse_beams()
     server.install()
 
 
@@ -101,21 +92,16 @@ def _wrap_hashing() -> None:
     are hashed as ever."""
     from vllm.v1.core import kv_cache_utils
 
-    extra_keys_of = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(extra_keys_of, "faststeer"):
-        return
+    wrap(kv_cache_utils, "generate_block_hash_extra_keys", _extra_keys)
 
-    @functools.wraps(extra_keys_of)
-    def generate_block_hash_extra_keys(request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
-        extra_keys, *rest = extra_keys_of(request, start, end, *args, **kwargs)
-        if PAYLOAD_KEY in (getattr(request.sampling_params, "extra_args", None) or {}):
-            from faststeer.vllm.prefix_cache import with_block_key
 
-            extra_keys = with_block_key(extra_keys, request, start, end)
-        return extra_keys, *rest
+def _extra_keys(extra_keys_of: Any, request: Any, start: int, end: int, *args: Any, **kwargs: Any) -> Any:
+    extra_keys, *rest = extra_keys_of(request, start, end, *args, **kwargs)
+    if PAYLOAD_KEY in (getattr(request.sampling_params, "extra_args", None) or {}):
+        from faststeer.vllm.prefix_cache import with_block_key
 
-    generate_block_hash_extra_keys.faststeer = True  # type: ignore[attr-defined]
-    kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+        extra_keys = with_block_key(extra_keys, request, start, end)
+    return extra_keys, *rest
 
 
 def _wrap_scheduler() -> None:
@@ -124,51 +110,44 @@ def _wrap_scheduler() -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    if hasattr(Scheduler.schedule, "faststeer"):
-        return
-    original_init, schedule, update = Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output
-
-    @functools.wraps(original_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original_init(self, *args, **kwargs)
-        self.faststeer_isolation = None
-        if is_on(self.vllm_config):
-            from faststeer.vllm.isolation import Isolation
-
-            self.faststeer_isolation = Isolation(self)
-
-    @functools.wraps(schedule)
-    def scheduled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.faststeer_isolation is None:
-            return schedule(self, *args, **kwargs)
-        from faststeer.vllm.waiting import held_back
-
-        with held_back(self):
-            step = schedule(self, *args, **kwargs)
-        self.faststeer_isolation.announce(step)
-        return step
-
-    @functools.wraps(update)
-    def updated(self: Any, step: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.faststeer_isolation is not None:
-            self.faststeer_isolation.note(output)
-        return update(self, step, output, *args, **kwargs)
-
-    scheduled.faststeer = True  # type: ignore[attr-defined]
-    Scheduler.__init__, Scheduler.schedule, Scheduler.update_from_output = init, scheduled, updated
+    wrap(Scheduler, "__init__", _init_scheduler)
+    wrap(Scheduler, "schedule", _schedule)
+    wrap(Scheduler, "update_from_output", _update_from_output)
     for scheduler in (Scheduler, AsyncScheduler):
-        scheduler._update_request_with_output = _ending(scheduler._update_request_with_output)
+        wrap(scheduler, "_update_request_with_output", _take_tokens)
 
 
-def _ending(take_tokens: Any) -> Any:
+def _init_scheduler(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    init(self, *args, **kwargs)
+    self.faststeer_isolation = None
+    if is_on(self.vllm_config):
+        from faststeer.vllm.isolation import Isolation
+
+        self.faststeer_isolation = Isolation(self)
+
+
+def _schedule(schedule: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.faststeer_isolation is None:
+        return schedule(self, *args, **kwargs)
+    from faststeer.vllm.waiting import held_back
+
+    with held_back(self):
+        step = schedule(self, *args, **kwargs)
+    self.faststeer_isolation.announce(step)
+    return step
+
+
+def _update_from_output(update: Any, self: Any, step: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.faststeer_isolation is not None:
+        self.faststeer_isolation.note(output)
+    return update(self, step, output, *args, **kwargs)
+
+
+def _take_tokens(take_tokens: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """A request that has overflowed takes no more tokens, and ends."""
     from vllm.v1.request import RequestStatus
 
-    @functools.wraps(take_tokens)
-    def taken(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        isolation = self.faststeer_isolation
-        if isolation is not None and isolation.ends(request, RequestStatus.FINISHED_ERROR):
-            return [], True
-        return take_tokens(self, request, *args, **kwargs)
-
-    return taken
+    isolation = self.faststeer_isolation
+    if isolation is not None and isolation.ends(request, RequestStatus.FINISHED_ERROR):
+        return [], True
+    return take_tokens(self, request, *args, **kwargs)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from faststeer.vllm.admission import learn_norms, refuse_beams, refuse_ignored_plans, wrap_responses
 from faststeer.vllm.switch import is_on
+from faststeer.vllm.wrapping import wrap_imported
 
 if TYPE_CHECKING:
     from faststeer.vllm.frontend import FrontEnd
@@ -30,28 +30,20 @@ BUILDERS = (
 
 def install() -> None:
     """Let the servers of this process have the routes, those in which faststeer is on."""
-    main = sys.modules.get("__main__")
-    ran = getattr(getattr(main, "__spec__", None), "name", None)  # python -m vllm.entrypoints.openai.api_server
-    for module in (*map(sys.modules.get, BUILDERS), main if ran in BUILDERS else None):
-        build = getattr(module, "build_app", None)
-        if build is not None and not hasattr(build, "faststeer"):
-            module.build_app = _with_routes(build)  # type: ignore[union-attr]
+    ran = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None)  # python -m vllm.entrypoints...
+    for module in (*BUILDERS, *(["__main__"] if ran in BUILDERS else [])):
+        wrap_imported(module, "build_app", _build_with_routes)
 
 
-def _with_routes(build: Any) -> Any:
-    @functools.wraps(build)
-    def build_app(args: Any, *more: Any, **named: Any) -> Any:
-        app = build(args, *more, **named)
-        refuse_beams()
-        refuse_ignored_plans()
-        wrap_responses()
-        if is_on(args):
-            app.router.routes.extend(routes())
-            app.router.lifespan_context = _with_norms(app.router.lifespan_context)
-        return app
-
-    build_app.faststeer = True  # type: ignore[attr-defined]
-    return build_app
+def _build_with_routes(build: Any, args: Any, *more: Any, **named: Any) -> Any:
+    app = build(args, *more, **named)
+    refuse_beams()
+    refuse_ignored_plans()
+    wrap_responses()
+    if is_on(args):
+        app.router.routes.extend(routes())
+        app.router.lifespan_context = _with_norms(app.router.lifespan_context)
+    return app
 
 
 def _with_norms(lifespan: Any) -> Any:

@@ -5,7 +5,6 @@ steps, and no step waits for it.
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections import OrderedDict, deque
@@ -31,6 +30,7 @@ from faststeer.vllm.requests import Wire, received
 from faststeer.vllm.settings import ServerSettings
 from faststeer.vllm.switch import CONFIG_KEY, NEW_BLOCKS_KEY
 from faststeer.vllm.tables import make_program, sites_of
+from faststeer.vllm.wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,9 @@ class WorkerSteering:
         self.tables, self.pool = StepTables(program, rows, gate_state, probes), SlotPool(program.change, program.plans)
         self.fresh_blocks = FreshBlocks(runner)
         self.probes = Probes(self.tables, self.n_layers, self.settings.max_projection_bytes)
-        patch_layers(layers, self.tables, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
-        if self.settings.max_dose is not None:
+        if self.settings.max_dose is not None:  # before the tables, which may have room for fewer tokens, are read
             self.norms = measure_norms(runner.get_model(), self.worker.vllm_config, torch.device(target))
+        patch_layers(layers, self.tables, self.settings.hook_points, self.n_layers)  # type: ignore[arg-type]
         if hasattr(runner, "model_memory_usage"):
             runner.model_memory_usage += self.bytes
         self._wrap(runner)
@@ -155,36 +155,30 @@ class WorkerSteering:
     def _wrap(self, runner: Any) -> None:
         """Learn the order of rows from the runner, and forget them before it runs without requests."""
         if hasattr(runner, "_prepare_inputs"):  # V1
-            prepare = runner._prepare_inputs
 
-            @functools.wraps(prepare)
-            def prepare_v1(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            def prepare_v1(prepare: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
                 prepared = prepare(scheduler_output, *args, **kwargs)
                 ids = list(runner.input_batch.req_ids)
                 self.map_rows(ids, [scheduler_output.num_scheduled_tokens[i] for i in ids])
                 return prepared
 
-            runner._prepare_inputs = prepare_v1
+            wrap(runner, "_prepare_inputs", prepare_v1)
         elif hasattr(runner, "prepare_inputs"):  # V2
-            prepare_batch = runner.prepare_inputs
 
-            @functools.wraps(prepare_batch)
-            def prepare_v2(*args: Any, **kwargs: Any) -> Any:
-                batch = prepare_batch(*args, **kwargs)
+            def prepare_v2(prepare: Any, *args: Any, **kwargs: Any) -> Any:
+                batch = prepare(*args, **kwargs)
                 self.map_rows(list(batch.req_ids), [int(n) for n in batch.num_scheduled_tokens])
                 return batch
 
-            runner.prepare_inputs = prepare_v2
+            wrap(runner, "prepare_inputs", prepare_v2)
         else:
             raise RuntimeError(f"{type(runner).__name__} is no model runner that faststeer knows")
-        dummy = runner._dummy_run
 
-        @functools.wraps(dummy)
-        def dummy_run(*args: Any, **kwargs: Any) -> Any:
+        def dummy_run(dummy: Any, *args: Any, **kwargs: Any) -> Any:
             self.map_rows([], [])
             return dummy(*args, **kwargs)
 
-        runner._dummy_run = dummy_run
+        wrap(runner, "_dummy_run", dummy_run)
 
     # A step
 
@@ -441,26 +435,21 @@ def attach(worker: Any, settings: ServerSettings) -> WorkerSteering:
     sizes = steering.n_slots, steering.max_rows, settings.probe_columns, settings.latched_gates
     built = f"{VERSION} {backend_for(config.device_config.device_type)} {settings.hook_points} {sizes}"
     config.additional_config = {**extra, f"{CONFIG_KEY}.built": built}
-    load, execute, sample = worker.load_model, worker.execute_model, worker.sample_tokens
 
-    @functools.wraps(load)
-    def load_model(*args: Any, **kwargs: Any) -> Any:
+    def load_model(load: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = load(*args, **kwargs)
         steering.build(worker.model_runner)
         return loaded
 
-    @functools.wraps(execute)
-    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(execute: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         steering.begin_step(scheduler_output)
         output = execute(scheduler_output, *args, **kwargs)
         steering.end_step()
         return output
 
-    @functools.wraps(sample)
-    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        return steering.sampled(sample(*args, **kwargs))
-
-    worker.load_model, worker.execute_model, worker.sample_tokens = load_model, execute_model, sample_tokens
+    wrap(worker, "load_model", load_model)
+    wrap(worker, "execute_model", execute_model)
+    wrap(worker, "sample_tokens", lambda sample, *args, **kwargs: steering.sampled(sample(*args, **kwargs)))
     # What `collective_rpc` calls by name; the probes are made when the model is loaded.
     worker.faststeer_projections = lambda *asked: steering.probes.give(*asked)
     worker.faststeer_projections_of = lambda answer: steering.probes.of_answer(answer)

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -88,7 +89,7 @@ def server(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.repositories = {}
         server.address = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds between looks
         yield server
         server.shutdown()
 
@@ -127,6 +128,7 @@ def test_what_is_not_there(server, tmp_path, repo, filename):
 
 
 def test_a_hub_that_is_not_reached_is_not_one_without_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits and tries again
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     nowhere = {"endpoint": "http://127.0.0.1:9", "token": "hf_none", "cache_dir": tmp_path}
     with pytest.raises(OSError, match=r"of user/name is not in the cache, and the hub cannot be reached") as caught:

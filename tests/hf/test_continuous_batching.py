@@ -3,6 +3,7 @@ request alone under its own plan by `generate`, and against a hook written by ha
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,15 @@ PROMPTS = [
     models.tokens(1, 1, seed=2)[0].tolist(),
     models.tokens(1, 23, seed=3)[0].tolist(),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_objects():
+    """transformers collects garbage whenever a manager stops: among the objects of these tests alone, not of all that
+    is imported, which takes longer than a test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def d(seed: int) -> Tensor:

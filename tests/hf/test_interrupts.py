@@ -181,27 +181,29 @@ def _uninterrupted(code: types.CodeType) -> set[int]:
 
 
 class Tracer:
-    """Counts the line events (or bytecodes) in our files, and raises at one of them."""
+    """Notes the line events (or bytecodes) in our files at which there may be an interrupt."""
 
-    def __init__(self, at: int = -1, opcodes: bool = False) -> None:
-        self.at, self.opcodes = at, opcodes
-        self.seen: list[tuple[str, str]] = []
+    def __init__(self, opcodes: bool = False) -> None:
+        self.opcodes = opcodes
+        self.seen: list[tuple[str, str]] = []  # phase and place of every event
+        self.offsets: list[tuple[int, int]] = []  # its code object, by identity, and bytecode
         self.phase = ""
 
     def __call__(self, frame: Any, event: str, argument: object) -> Any:
         if not frame.f_code.co_filename.startswith(OURS):
             return None
-        frame.f_trace_opcodes = self.opcodes
-        if event == ("opcode" if self.opcodes else "line") and self._may_interrupt(frame):
-            where = f"{frame.f_code.co_filename[len(OURS) + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
-            self.seen.append((self.phase, f"{where} {frame.f_lasti}" if self.opcodes else where))
-            if len(self.seen) - 1 == self.at:
-                raise Interrupt(f"{self.phase} {where}")
+        if self.is_event(frame, event) and frame.f_lasti not in _uninterrupted(frame.f_code):
+            self.seen.append((self.phase, self.place(frame)))
+            self.offsets.append((id(frame.f_code), frame.f_lasti))
         return self
 
-    @staticmethod
-    def _may_interrupt(frame: Any) -> bool:
-        return frame.f_lasti not in _uninterrupted(frame.f_code)
+    def is_event(self, frame: Any, event: str) -> bool:
+        frame.f_trace_opcodes = self.opcodes
+        return event == ("opcode" if self.opcodes else "line")
+
+    def place(self, frame: Any) -> str:
+        where = f"{frame.f_code.co_filename[len(OURS) + 1 :]}:{frame.f_lineno} {frame.f_code.co_name}"
+        return f"{where} {frame.f_lasti}" if self.opcodes else where
 
     def run(self, kind: str, inside: bool) -> None:
         if kind == "engine":
@@ -214,15 +216,34 @@ class Tracer:
             sys.settrace(None)
 
 
-def moments(kind: str, inside: bool, opcodes: bool) -> list[int]:
-    """The events to interrupt at: of entering and leaving the first and the last of every place, of a pass a sample."""
-    first = Tracer(opcodes=opcodes)
+class Interrupting(Tracer):
+    """Raises at one of the events of a run. No other function is traced: that would take most of the time."""
+
+    def __init__(self, traced: Tracer, number: int) -> None:
+        super().__init__(traced.opcodes)
+        self.code, self.offset = traced.offsets[number]
+        self.before = traced.offsets[:number].count(traced.offsets[number])
+
+    def __call__(self, frame: Any, event: str, argument: object) -> Any:
+        if id(frame.f_code) != self.code:
+            return None
+        if self.is_event(frame, event) and frame.f_lasti == self.offset:
+            if not self.before:
+                raise Interrupt(f"{self.phase} {self.place(frame)}")
+            self.before -= 1
+        return self
+
+
+def moments(kind: str, inside: bool, opcodes: bool) -> tuple[Tracer, list[int]]:
+    """The events of a run, and at which to interrupt: of entering and leaving the first and the last of every place, of
+    a pass a sample."""
+    first = Tracer(opcodes)
     first.run(kind, inside)
-    again = Tracer(opcodes=opcodes)
+    again = Tracer(opcodes)
     again.run(kind, inside)
-    assert first.seen == again.seen
+    assert first.seen == again.seen and first.offsets == again.offsets
     if FULL:
-        return list(range(len(first.seen)))
+        return first, list(range(len(first.seen)))
     if inside or kind == "find":
         events = [i for i, (phase, _) in enumerate(first.seen) if phase in ("make", "pass")]
         chosen = set(random.Random(kind).sample(events, min(len(events), 30)))
@@ -231,7 +252,7 @@ def moments(kind: str, inside: bool, opcodes: bool) -> list[int]:
     if inside == (kind == "engine") and kind != "find":  # the Engine enters and leaves in its iterator
         places = {event: i for i, event in enumerate(first.seen) if _enters(*event)}  # the last of each
         chosen |= {*places.values(), *map(first.seen.index, places)}
-    return sorted(chosen)
+    return first, sorted(chosen)
 
 
 def _enters(phase: str, place: str) -> bool:
@@ -244,10 +265,11 @@ def _enters(phase: str, place: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_every_line(kind, inside, opcodes):
     expected(kind), unsteered()
-    chosen, before = moments(kind, inside, opcodes), state()
+    (traced, chosen), before = moments(kind, inside, opcodes), state()
     for i, at in enumerate(chosen):
         with pytest.raises(Interrupt) as interrupt:
-            Tracer(at, opcodes).run(kind, inside)
+            Interrupting(traced, at).run(kind, inside)
+        assert str(interrupt.value) == " ".join(traced.seen[at])
         check(kind, before, str(interrupt.value), whole=FULL or i % 40 == 0 or at == chosen[-1])
 
 

@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 from by_hand import Case
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import faststeer as fs
@@ -323,6 +324,22 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"Falcon.*attention"), observe.freeze(models.model("falcon"), plan, "qk"):
         pass
     assert torch.isfinite(models.model("falcon")(models.tokens(1, 4)).logits).all()
+
+
+@pytest.mark.parametrize("what", ["qk", "ov"])
+def test_adapters_per_row_are_named_for_both_halves(what):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, ids = get_peft_model(by_hand.build("llama"), lora, adapter_name="one").eval(), models.tokens(2, 5)
+    model.add_adapter("two", lora)
+    names, new = ["one", "two"], {"max_new_tokens": 3, "do_sample": False}
+    with observe.freeze(model, plan_of(CASES[0][0]), what), torch.no_grad():
+        found = model(input_ids=ids, adapter_names=names * 2).logits
+        answers = model.generate(input_ids=ids, adapter_names=names * 2, **new)
+        for row, name in enumerate(names):
+            model.set_adapter(name)
+            alone = model(input_ids=ids[row : row + 1]).logits
+            torch.testing.assert_close(found[row : row + 1], alone)
+            assert torch.equal(answers[row : row + 1], model.generate(input_ids=ids[row : row + 1], **new))
 
 
 def test_answers_by_complete():

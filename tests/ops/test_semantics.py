@@ -130,7 +130,16 @@ def within(actual: Tensor, expected: np.ndarray, bound: float | np.ndarray, wher
     ), f"{where}, element {worst}: {value[worst]!r}, the oracle says {expected[worst]!r} +- {np.max(allowed):.2g}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(backend, dtype, id=f"{backend}-{name}")
+        for backend in ("reference", "cpu")
+        for name, dtype in DTYPES.items()
+        if (backend, name) != ("cpu", "fp64")  # which is the reference once more
+    ],
+    indirect=["backend"],
+)
 @hypothesis.settings(max_examples=5000 if FULL else 300)
 @hypothesis.given(data=st.data())
 def test_agrees_with_the_oracle(dtype, data):
@@ -503,6 +512,7 @@ class TestZeroRows:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["Add", "Ablate", "Project", "Clamp", "Rotate", "RotateRelative", "mixed"])
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)  # which computes fp64 whatever the back end
 def test_gradcheck(kind, more):
     """Contract 7: gradients to the rows, the directions and the numbers match finite differences in fp64."""
     hidden = 4

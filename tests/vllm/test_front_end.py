@@ -43,7 +43,8 @@ def test_on(start: Any, tmp_path: Any) -> None:
 
     STRONG.save(tmp_path / "strong.safetensors")
     (tmp_path / "usual.json").write_text('{"add": "strong"}')
-    llm = start({"folder": str(tmp_path), "default_plan": "usual"})
+    # Room for fewer tokens in a step than norms are measured on.
+    llm = start({"folder": str(tmp_path), "default_plan": "usual"}, max_num_batched_tokens=32)
     unsteered, steered = answer(llm, faststeer.vllm.plan(None)), answer(llm, fs.Plan([fs.Add(STRONG)]))
     assert unsteered != steered
     assert answer(llm, None) == answer(llm, "usual") == answer(llm, '{"add": "strong"}') == steered

@@ -33,5 +33,11 @@ def test_only_the_switch_is_loaded() -> None:
     (line,) = [line for line in ran.stdout.splitlines() if line.startswith("ANSWER ")]
     error, modules = json.loads(line.removeprefix("ANSWER "))
     assert "this server does not steer: start it with FASTSTEER_VLLM=1" in error
-    assert [name.removeprefix("faststeer.vllm.") for name in modules[4:]] == ["admission", "plugin", "server", "switch"]
+    assert [name.removeprefix("faststeer.vllm.") for name in modules[4:]] == [
+        "admission",
+        "plugin",
+        "server",
+        "switch",
+        "wrapping",
+    ]
     assert modules[:4] == ["faststeer", "faststeer.file_kinds", "faststeer.version", "faststeer.vllm"]

@@ -28,6 +28,7 @@ LIGHT = {
     ".vllm.admission",
     ".vllm.server",
     ".vllm.modes",
+    ".vllm.wrapping",
 }
 
 
