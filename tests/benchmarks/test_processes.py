@@ -76,8 +76,9 @@ def test_stop(marker):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_the_runner_is_killed(marker, number):
     runner = f"""
-import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import signal, sys; sys.path.insert(0, {str(BENCHMARKS)!r})
 from processes import Command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
 Command({python(STAYS)!r}, 600, lambda line: print(line, flush=True)).wait()
 """
     process = subprocess.Popen(
