@@ -254,9 +254,9 @@ def _written(tokenizer: Any, chat: Chat, parts: set[int], end: End) -> str:
 
 
 def _missing(chat: Chat, parts: set[int], end: End, text: str, check: str) -> list[int]:
-    """The numbers of the messages whose text stands not in what the template wrote, or not, with a number at its end,
-    in what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words. All,
-    if a list of parts was printed as such."""
+    """The numbers of the messages whose text is not in what the template wrote, or is not, with a number at its end, in
+    what it wrote of that (`check`): "a" is not found in "assistant", nor in another message of the same words. All, if
+    a list of parts was printed as such."""
     contents, missing = " ".join(message["content"] for message in chat), []
     if parts and any(key in check and key not in contents for key in ("'text': ", '"text": ', "&#39;text&#39;: ")):
         return list(range(len(chat)))
