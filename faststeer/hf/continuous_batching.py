@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig
 
-from faststeer.hf.positions import Inputs, Stream
+from faststeer.hf.positions import Inputs
 from faststeer.hf.row_plans import RowPlans
+from faststeer.hf.streams import Stream
 
 KEPT = (
     "the model keeps a manager of continuous batching from outside of this context, with cached blocks and graphs of "

@@ -19,10 +19,10 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from faststeer.hf.cache import cache_in, caches_in
 from faststeer.hf.continuous_batching import PROBED, Managers
 from faststeer.hf.fused import Add, RmsNorm
-from faststeer.hf.positions import Inputs, Stream
+from faststeer.hf.positions import Inputs
 from faststeer.hf.probe_log import ProbeLog
 from faststeer.hf.row_plans import RowPlans
-from faststeer.hf.streams import PACKED, UNCOUNTED, Streams
+from faststeer.hf.streams import PACKED, UNCOUNTED, Stream, Streams
 from faststeer.ops import Prepared, Tables, add_steer, add_steer_rmsnorm, latch_, takes_prepared
 from faststeer.ops import steer as steer_rows
 from faststeer.ops.dispatch import plain_choice

@@ -1,17 +1,15 @@
-"""A stream, and where the tokens of its forward passes stand, counted from the end of each row's prompt. Everything is
-derived on the device from a pass's own inputs and what its stream knows."""
+"""Where the tokens of a forward pass stand, counted from the end of each row's prompt. Everything is derived on the
+device from the pass's own inputs and what its stream knows."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from faststeer.hf.cache import cache_in, length_of
 
@@ -73,23 +71,19 @@ def _first_states(arguments: Mapping[str, Any]) -> Tensor:
     return states[0]
 
 
-class Stream:
-    """The sequences behind one cache: where their prompts end, and what their latched gates have decided.
+class Prompts:
+    """Where the prompts of some sequences end.
 
     Attributes:
         begin: the column where generated tokens begin (`[1]` or `[batch]` where that is not one number); None: not
             known.
         why: why not.
-        gates: `[entries, batch]`, once a plan has latched gates.
-        columns: that were read, where the cache does not count them.
     """
 
     def __init__(self, begin: int | Tensor | None, why: str = "", mask: Mask | None = None) -> None:
         self.begin, self.why = begin, why
         self._mask = mask
         self._ends: Tensor | None = None  # [batch], of prompts that are padded on the right
-        self.gates: Tensor | None = None
-        self.columns = 0
 
     def placed(self, rows: Tensor, inputs: Inputs, past: int | Tensor) -> Tensor:
         """Rows `[3, batch * length]` whose positions are 0, with their positions: 0, 1, ... for tokens behind the
@@ -122,30 +116,6 @@ class Stream:
         if self._mask is not None:
             self._ends, self._mask = self._mask.ends(self.begin), None  # type: ignore[arg-type]
         return self._ends
-
-    def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
-        """`gates`, for this many rows."""
-        if self.why:
-            raise ValueError(self.why)
-        if self.gates is None:
-            # Not in inference mode: a later pass may be outside of it.
-            with nullcontext() if is_compiling() else torch.inference_mode(False):
-                self.gates = torch.zeros(entries, batch, dtype=torch.bool, device=device)
-        elif self.gates.shape[1] != batch or self.gates.device != device:
-            self.gates = for_rows(self.gates, batch).to(device)
-        return self.gates
-
-    def restart(self, past: Tensor, other: Stream) -> None:
-        """Become another stream if nothing is cached; decided on the device."""
-        fresh = past == 0
-        pairs = [
-            [torch.as_tensor(each, device=past.device) for each in (stream.begin, stream.ends()) if each is not None]
-            for stream in (other, self)
-        ]
-        self._ends = torch.where(fresh, pairs[0][-1], pairs[1][-1])
-        self.begin = torch.where(fresh, pairs[0][0], pairs[1][0])
-        if self.gates is not None:
-            self.gates &= ~fresh
 
 
 @functools.lru_cache(maxsize=64)

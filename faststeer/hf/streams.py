@@ -11,16 +11,17 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from faststeer.hf.cache import length_of
 from faststeer.hf.known import by_name
-from faststeer.hf.positions import SAY, Inputs, Mask, Stream, mask_of
+from faststeer.hf.positions import SAY, Inputs, Mask, Prompts, for_rows, mask_of
 from faststeer.vector import whole_number
 
 UNSEEN = f"the cache was filled outside of this context, or copied, so that nobody knows where its prompt ends: {SAY}"
@@ -50,6 +51,44 @@ PACKED = (
 PIECEWISE = (
     "prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"
 )  # fmt: skip
+
+
+class Stream(Prompts):
+    """Sequences: where their prompts end, and what their latched gates have decided.
+
+    Attributes:
+        gates: `[entries, batch]`, once a plan has latched gates.
+        columns: that were read, where the cache does not count them.
+    """
+
+    def __init__(self, begin: int | Tensor | None, why: str = "", mask: Mask | None = None) -> None:
+        super().__init__(begin, why, mask)
+        self.gates: Tensor | None = None
+        self.columns = 0
+
+    def decisions(self, entries: int, batch: int, device: torch.device) -> Tensor:
+        """`gates`, for this many rows."""
+        if self.why:
+            raise ValueError(self.why)
+        if self.gates is None:
+            # Not in inference mode: a later pass may be outside of it.
+            with nullcontext() if is_compiling() else torch.inference_mode(False):
+                self.gates = torch.zeros(entries, batch, dtype=torch.bool, device=device)
+        elif self.gates.shape[1] != batch or self.gates.device != device:
+            self.gates = for_rows(self.gates, batch).to(device)
+        return self.gates
+
+    def restart(self, past: Tensor, other: Stream) -> None:
+        """Become another stream if nothing is cached; decided on the device."""
+        fresh = past == 0
+        pairs = [
+            [torch.as_tensor(each, device=past.device) for each in (stream.begin, stream.ends()) if each is not None]
+            for stream in (other, self)
+        ]
+        self._ends = torch.where(fresh, pairs[0][-1], pairs[1][-1])
+        self.begin = torch.where(fresh, pairs[0][0], pairs[1][0])
+        if self.gates is not None:
+            self.gates &= ~fresh
 
 
 @dataclass(eq=False)
