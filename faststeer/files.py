@@ -170,8 +170,8 @@ def file_items(path: Path, name: str | None = None) -> list[tuple[str, Any]]:
     data, where = json_file(path), str(path) if name is None else f"{path}, {name!r}"
     if isinstance(data, dict):
         if name not in data:
-            wanted = "expected a list; load_prompts takes one of several by name=" if name is None else f"no {name!r}"
-            raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {wanted}")
+            remedy = "expected a list; load_prompts takes one of several by name=" if name is None else f"no {name!r}"
+            raise FormatError(f"{path} holds an object with {', '.join(map(repr, data)) or 'nothing'}: {remedy}")
         data = data[name]
     elif name is not None:
         raise FormatError(

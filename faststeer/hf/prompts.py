@@ -125,13 +125,13 @@ def _prompt(item: Any, where: str, field: str | None) -> Prompt:
 def _field_of(item: dict[str, Any], field: str | None, where: str) -> str:
     """The field of an object that holds the prompt. One that is named like a chat is none if it holds a text."""
     if field is not None:
-        known = [field] if field in item else []
+        names = [field] if field in item else []
     else:
         by_lower = {name.strip().lower(): name for name in reversed(item)}
-        known = [by_lower[name] for name in FIELDS if name in by_lower]
-        known = [name for name in known if name.strip().lower() not in CHAT_FIELDS or isinstance(item[name], list)]
-    if not known:
+        names = [by_lower[name] for name in FIELDS if name in by_lower]
+        names = [name for name in names if name.strip().lower() not in CHAT_FIELDS or isinstance(item[name], list)]
+    if not names:
         has = ", ".join(map(repr, item)) or "(none)"
         lacks = f"none of {', '.join(FIELDS)}: name the prompt's with field=" if field is None else f"no {field!r}"
         raise FormatError(f"{where} has the fields {has}, and {lacks}")
-    return known[0]
+    return names[0]

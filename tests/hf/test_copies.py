@@ -84,11 +84,11 @@ def _theirs(module: nn.Module, args: Any, output: Any) -> None: ...
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, pickle.dumps])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_copy_of_the_context_is_refused(context, how):
-    made = CONTEXTS[context](models.build("llama"))
+    entry = CONTEXTS[context](models.build("llama"))
     for _ in range(2):
         with pytest.raises(TypeError, match="cannot be copied or pickled: copy the model, and make another"):
-            how(made)
-        with made:
+            how(entry)
+        with entry:
             pass
 
 

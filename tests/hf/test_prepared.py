@@ -111,14 +111,14 @@ def test_gradients_that_are_switched_on_between_two_layers(path, quick):
             logits = model(ids).logits
         return torch.autograd.grad(logits.square().sum(), leaves)[0]
 
-    found = derivative(fs.steer(model, fs.Plan([fs.Ablate(V, layers="all", at="resid_post")]), path=path))
+    derived = derivative(fs.steer(model, fs.Plan([fs.Ablate(V, layers="all", at="resid_post")]), path=path))
     assert max(quick, default=0) <= site("resid_post", 0)
     with model.model.layers[0].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q):
         by_hand = model.model.layers[1].register_forward_hook(lambda _m, _a, x: x - (x @ q)[..., None] * q)
         expected = derivative(by_hand)
     # Sums in another order, of some hundred terms.
     torch.testing.assert_close(
-        found, expected, rtol=0, atol=100 * torch.finfo(V.dtype).eps * float(expected.abs().max())
+        derived, expected, rtol=0, atol=100 * torch.finfo(V.dtype).eps * float(expected.abs().max())
     )
 
 
