@@ -101,12 +101,12 @@ def layer_numbers(layers: Iterable[int] | None, n_layers: int, who: str = "") ->
     Raises:
         ValueError: no layer, or one that the model does not have; the text begins with `who`.
     """
-    given = list(range(n_layers) if layers is None else layers)
-    wrong = [x for x in given if not (isinstance(x, Integral) and -n_layers <= x < n_layers)]
-    if wrong or not given:
+    numbers = list(range(n_layers) if layers is None else layers)
+    wrong = [x for x in numbers if not (isinstance(x, Integral) and -n_layers <= x < n_layers)]
+    if wrong or not numbers:
         fault = f"layer {wrong[0]!r} is out of range" if wrong else "no layer is named"
         raise ValueError(f"{who}{fault}: the model has layers 0..{n_layers - 1} (or -{n_layers}..-1)")
-    return [layer % n_layers for layer in given]
+    return [layer % n_layers for layer in numbers]
 
 
 def resolve_layers(intervention: Intervention, n_layers: int) -> list[int]:
